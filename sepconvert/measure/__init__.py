@@ -1,0 +1,12 @@
+"""What a model costs and how well it does: each number with its unit, its convention and its interval."""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+Progress = Callable[[Iterable[Any]], Iterable[Any]]
+"""Wraps what a long measurement iterates over and shows how far it is, as `tqdm` does."""
+
+
+def first_line(error: Exception) -> str:
+    """The first line of a foreign error's message, to quote in a message of ours that is one line long."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), "no message")

@@ -1,0 +1,122 @@
+"""The command line: options, progress and exit codes. Torch is loaded when a command runs, not before."""
+
+import json
+import logging
+import os
+import signal
+import sys
+import warnings
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from sepconvert import __version__
+from sepconvert.errors import SepconvertError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from torch.utils.data import DataLoader
+
+    from sepconvert.load import LoadedModel
+
+T = TypeVar("T")
+Command = Callable[..., Any]
+
+_INTERRUPTED = 130
+
+
+class _ConvertByDefault(click.Group):
+    """`sepconvert MODEL` is `sepconvert convert MODEL`."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        if args and args[0] not in self.commands and args[0] not in ("--help", "--version"):
+            args = ["convert", *args]
+        return super().parse_args(ctx, args)
+
+
+def _options(*decorators: Command) -> Callable[[Command], Command]:
+    def decorate(command: Command) -> Command:
+        for decorator in reversed(decorators):
+            command = decorator(command)
+        return command
+
+    return decorate
+
+
+_model_options = _options(
+    click.argument("model", type=click.Path(path_type=Path)),
+    click.option("--factory", metavar="PKG.MOD:CALLABLE", help="Builds the model of a state_dict checkpoint; also file.py:callable."),
+    click.option("--allow", multiple=True, metavar="CLASS", help="Admit this class of a pickled model. Repeatable."),
+    click.option("--trust", is_flag=True, help="Run the file as the program that a pickle is. Last resort."),
+    click.option("--input-shape", metavar="CxHxW", help="Shape of one sample, e.g. 3x224x224."),
+)
+_data_options = _options(
+    click.option("--data", metavar="PATH", help="Labelled data: .npz, a folder of class folders, or pkg.mod:callable."),
+    click.option("--mean", metavar="R,G,B", help="Mean of x/255 per channel, for uint8 images."),
+    click.option("--std", metavar="R,G,B", help="Standard deviation, likewise."),
+    click.option("--resize", metavar="N|HxW", help="Size to which uint8 images are resized."),
+)
+_selection_options = _options(
+    click.option("--include", multiple=True, metavar="GLOB", help="Only layers with such names. Repeatable."),
+    click.option("--exclude", multiple=True, metavar="GLOB", help="No layers with such names. Repeatable."),
+    click.option("--tol", type=float, help="Relative kernel error that counts as exact [default: rounding of its dtype]."),
+)
+_run_options = _options(
+    click.option("--batch", default=1, show_default=True, type=click.IntRange(1), help="Batch that is run and timed."),
+    click.option("--seed", default=0, show_default=True, type=int, help="Of random inputs and of the order of runs."),
+    click.option("--quiet", is_flag=True, help="No progress bars, no tables."),
+    click.option("--json", "as_json", is_flag=True, help="Print the JSON document on standard output."),
+    click.option("--debug", is_flag=True, help="Show tracebacks."),
+)
+_timing_options = _options(
+    click.option("--threads", type=click.IntRange(1), help="Threads of ONNX Runtime [default: all cores]."),
+    click.option("--runs", default=50, show_default=True, type=click.IntRange(0), help="Timed runs; 0 for none."),
+)
+_output_options = _options(
+    click.option("--out", type=click.Path(path_type=Path), help="Result directory [default: <model stem>-sepconvert]."),
+    click.option("--force", is_flag=True, help="Replace an existing result directory."),
+    click.option("--dynamic-batch/--no-dynamic-batch", default=True, show_default=True,
+                 help="Leave the batch dimension open where the model allows it."),
+)  # fmt: skip
+
+
+@click.group(cls=_ConvertByDefault, context_settings={"help_option_names": ["--help"], "max_content_width": 100})
+@click.version_option(__version__, prog_name="sepconvert")
+def cli() -> None:
+    """Replace the convolutions of a trained CNN by separable ones, and prove it.
+
+    `sepconvert MODEL` converts: it is short for `sepconvert convert MODEL`.
+    """
+
+
+@cli.command()
+@_model_options
+@click.option("--mode", type=click.Choice(["exact"]), default="exact", show_default=True,
+              help="exact: only replacements that preserve the function.")  # fmt: skip
+@click.option("--gate", type=click.Choice(["macs", "latency", "none"]), default="macs", show_default=True,
+              help="Convert a layer only if it costs less: counted, or measured in ONNX Runtime.")  # fmt: skip
+@_selection_options
+@_data_options
+@_output_options
+@_timing_options
+@click.option("--dry-run", is_flag=True, help="Show what would be converted; write nothing.")
+@_run_options
+def convert(**options: Any) -> None:
+    """Convert MODEL, verify it, export both to ONNX, and report costs, latency and accuracy."""
+    from sepconvert import commands
+
+    commands.convert(_Session(options), **_without(options, "model", "quiet", "as_json", "debug"))
+
+
+@cli.command()
+@_model_options
+@_selection_options
+@_data_options
+@_run_options
+def inspect(**options: Any) -> None:
+    """Show which convolutions of MODEL separate, how exactly, and why not."""
+    from sepconvert import commands
+
+    commands.inspect(_Session(options), **_without(options, "model", "quiet", "as_json", "debug"))

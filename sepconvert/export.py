@@ -1,0 +1,159 @@
+"""Model → files: ONNX and torch.export archive. The only importer of onnx."""
+
+import contextlib
+import io
+import logging
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import onnx
+import torch
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram
+
+from sepconvert.errors import SepconvertError
+from sepconvert.trace import Inputs, private_copy
+
+# ONNX Runtime's CPU kernels for convolutions take float32 and float16.
+_RUNTIME_DTYPES = {torch.float64: torch.float32, torch.bfloat16: torch.float32}
+
+
+@dataclass(frozen=True)
+class ExportNote:
+    """How a model was exported."""
+
+    dynamic_batch: bool
+    onnx_dtype: str
+    reason: str | None  # why the batch is fixed although a dynamic one was asked for
+
+
+def model_dtype(model: nn.Module) -> torch.dtype:
+    """Of the first floating-point parameter or buffer; float32 if there is none."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.is_floating_point():
+            return tensor.dtype
+    return torch.float32
+
+
+def runtime_dtype(model: nn.Module) -> torch.dtype:
+    """The dtype in which ONNX Runtime executes this model's convolutions."""
+    return _RUNTIME_DTYPES.get(model_dtype(model), model_dtype(model))
+
+
+def cast(inputs: Inputs, dtype: torch.dtype) -> Inputs:
+    """Floating-point tensors among the inputs in another dtype."""
+    return tuple(
+        value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value for value in inputs
+    )
+
+
+def save_archive(model: nn.Module, inputs: Inputs, path: Path, *, dynamic_batch: bool = True) -> None:
+    """Write a torch.export archive (.pt2) that loads without the user's code.
+
+    Raises:
+        SepconvertError: torch cannot export the model, or the file cannot be written.
+    """
+    program, _ = _program(private_copy(model), inputs, dynamic_batch)
+    with _quiet(), writing(path):
+        torch.export.save(program, path)
+
+
+def save_onnx(model: nn.Module, inputs: Inputs, path: Path, *, dynamic_batch: bool = True) -> ExportNote:
+    """Write one self-contained ONNX file, and check it.
+
+    Float64 and bfloat16 models are exported in float32, for which the runtime has kernels.
+
+    Raises:
+        SepconvertError: torch cannot export the model, or the file cannot be written.
+    """
+    dtype = runtime_dtype(model)
+    program, note = _program(private_copy(model).to(dtype), cast(inputs, dtype), dynamic_batch)
+    with _quiet(), writing(path):
+        try:
+            torch.onnx.export(program, dynamo=True, external_data=False, verbose=False, f=str(path))
+        except OSError:
+            raise
+        except Exception as error:  # the exporter raises errors of many kinds
+            raise _export_error("ONNX", error) from error
+        onnx.checker.check_model(str(path), full_check=True)
+    return note
+
+
+def onnx_bytes(model: nn.Module, inputs: Inputs) -> bytes:
+    """The ONNX model of a small module, for the shape of `inputs` alone."""
+    program, _ = _program(model, inputs, dynamic_batch=False)
+    buffer = io.BytesIO()
+    with _quiet():
+        exported = torch.onnx.export(program, dynamo=True, external_data=False, verbose=False)
+        assert exported is not None  # noqa: S101  (it is None on the non-dynamo path alone)
+        onnx.save_model(exported.model_proto, buffer)
+    return buffer.getvalue()
+
+
+def _program(model: nn.Module, inputs: Inputs, dynamic_batch: bool) -> tuple[ExportedProgram, ExportNote]:
+    dtype = str(model_dtype(model)).removeprefix("torch.")
+    reason = None
+    if dynamic_batch:
+        # torch.export takes a size of one for a constant.
+        wide = tuple(torch.cat([value, value]) if _has_batch(value) and value.shape[0] == 1 else value for value in inputs)
+        shapes: tuple[Any, ...] = tuple({0: Dim.AUTO} if _has_batch(value) else None for value in wide)
+        with _quiet(), torch.no_grad():
+            try:
+                program = torch.export.export(model, wide, dynamic_shapes=shapes)
+                if _is_dynamic(program):
+                    return program, ExportNote(True, dtype, None)
+                reason = "the model fixes the batch size"
+            except Exception as error:  # a fixed batch may still work
+                reason = _first_line(error)
+    with _quiet(), torch.no_grad():
+        try:
+            return torch.export.export(model, inputs), ExportNote(False, dtype, reason)
+        except Exception as error:  # tracing runs the user's code
+            raise _export_error("torch.export", error) from error
+
+
+def _has_batch(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.ndim > 0
+
+
+def _is_dynamic(program: ExportedProgram) -> bool:
+    inputs = set(program.graph_signature.user_inputs)
+    sizes = [node.meta["val"].shape[:1] for node in program.graph.nodes if node.name in inputs and node.op == "placeholder"]
+    return all(isinstance(size[0], torch.SymInt) for size in sizes if len(size))
+
+
+def _export_error(stage: str, error: Exception) -> SepconvertError:
+    return SepconvertError(f"{stage} cannot export this model: {_first_line(error)}; the exporter's own message: --debug")
+
+
+def _first_line(error: Exception) -> str:
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn what libraries raise when they cannot write `path` into one line."""
+    try:
+        yield
+    except SepconvertError:
+        raise
+    except OSError as error:
+        raise SepconvertError(f"{path}: cannot be written: {error.strerror or error}") from error
+    except Exception as error:  # torch and safetensors have errors of their own for a full disk
+        raise SepconvertError(f"{path}: cannot be written: {_first_line(error)}") from error
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep the exporters' chatter off the user's terminal."""
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(logging.NOTSET)

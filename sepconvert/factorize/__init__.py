@@ -1,0 +1,1 @@
+"""Tensors only: structures, exact analysis and factors. No `nn.Module` in here."""

@@ -1,0 +1,310 @@
+"""Exact structure: which unfoldings of a kernel have low rank, the factors, and the proof.
+
+Everything is decided in float64; the factors are cast once, to the dtype of the kernel.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sepconvert.factorize.border import Border, zero_border
+from sepconvert.factorize.rounding import rounding_noise, unit_roundoff
+from sepconvert.factorize.structures import BY_NAME, STRUCTURES, Structure
+from sepconvert.spec import ConvSpec, Pair, chain_macs, chain_params
+
+ZERO_BORDER = "zero-border"
+
+# One output channel may carry this many times its own share of rounding noise, because the factors
+# are fitted to all channels together.
+_CHANNEL_SHARE = 8.0
+
+# Up to this rank factors are also built from rows and columns of the kernel itself, which keeps the
+# small integers of fixed filters.
+_SKELETON_RANK = 16
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What one structure has to say about one kernel.
+
+    Singular values and errors are those of the kernel with every output channel scaled to unit
+    norm: rank does not depend on that scale, but a threshold does, and the layers that follow
+    (BatchNorm above all) undo it.
+    """
+
+    scheme: str
+    rank: int  # smallest inner dimension that reproduces the kernel; for a zero border, taps kept
+    full_rank: int
+    holds: bool  # rank is so low that the factors have fewer weights than the kernel
+    macs: int  # of the factors at this rank, over all calls of one forward pass
+    paying_rank: int  # largest inner dimension with fewer MACs than the dense layer
+    best_error: float  # smallest relative Frobenius error at max(paying_rank, 1)
+    tolerance: float  # relative Frobenius error that still counts as exact
+    spectrum: tuple[float, ...]  # root sum of squares over the matrices, the whole having norm 1
+
+
+@dataclass(frozen=True)
+class Analysis:
+    """All findings for one kernel, in the order of the table, the zero border first if there is one."""
+
+    spec: ConvSpec
+    border: Border
+    dense_macs: int
+    findings: tuple[Finding, ...]
+
+    def holding(self) -> list[Finding]:
+        """The structures that the kernel has, cheapest first."""
+        return sorted((finding for finding in self.findings if finding.holds), key=lambda finding: finding.macs)
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """Proof that a chain of convolutions is the dense layer, ΔW being the difference of the kernels."""
+
+    relative_error: float  # ‖ΔW‖_F / ‖W‖_F
+    worst_channel_error: float  # max over output channels o of ‖ΔW_o‖ / ‖W_o‖
+    channel_tolerance: float  # what rounding of the kernel and of its factors explains, same measure
+    operator_norm: float  # ‖Δy‖₂ ≤ operator_norm · ‖x‖₂ for every (padded) input x
+    bitwise: bool  # ΔW = 0
+    kept: tuple[float, ...]  # singular values just above the cut (see `Finding.spectrum`)
+    dropped: tuple[float, ...]  # and just below it
+
+    @property
+    def holds(self) -> bool:
+        """Is the difference explained by rounding?"""
+        return self.worst_channel_error <= self.channel_tolerance
+
+
+@dataclass(frozen=True)
+class Factorization:
+    """Convolutions that, applied one after another, replace a dense one."""
+
+    scheme: str
+    rank: int
+    border: Border
+    specs: tuple[ConvSpec, ...]
+    weights: tuple[Tensor, ...]  # in the dtype of the dense kernel
+    certificate: Certificate
+
+
+def analyse(spec: ConvSpec, weight: Tensor, sizes: Sequence[Pair], tol: float | None = None) -> Analysis:
+    """Measure how near a kernel is to each structure.
+
+    Args:
+        spec: geometry of the dense layer.
+        weight: O × C/g × kh × kw, finite, in its stored dtype.
+        sizes: height and width of the input at each call of the layer in one forward pass.
+        tol: relative error that counts as exact, instead of the rounding of the stored dtype.
+    """
+    noise = _noise(weight, 1, tol)
+    border = zero_border(weight, _channel_norms(noise))
+    trimmed_spec = border.trim_spec(spec)
+    dense_macs = _macs((spec,), sizes)
+    scale = _channel_scale(weight)
+    scaled = border.trim(weight.double() / scale)
+    findings = [_border_finding(spec, weight, border, sizes, dense_macs, noise)] if max(spec.kernel_size) > 1 else []
+    for structure in STRUCTURES:
+        if structure.applies(trimmed_spec):
+            terms = structure.full_rank(trimmed_spec)
+            trimmed_noise = border.trim(_noise(weight, terms, tol) / scale)
+            findings.append(_finding(structure, trimmed_spec, scaled, trimmed_noise, sizes, dense_macs))
+    return Analysis(spec, border, dense_macs, tuple(findings))
+
+
+def factorize(analysis: Analysis, finding: Finding, weight: Tensor, tol: float | None = None) -> Factorization:
+    """The factors of `weight` in the structure and at the rank of `finding`, with their certificate."""
+    border = analysis.border
+    spec = border.trim_spec(analysis.spec)
+    if finding.scheme == ZERO_BORDER:
+        trimmed = border.trim(weight).contiguous()
+        certificate = _certify(weight, border.restore(trimmed), torch.zeros_like(weight).double(), finding, tol)
+        return Factorization(finding.scheme, finding.rank, border, (spec,), (trimmed,), certificate)
+    structure = BY_NAME[finding.scheme]
+    rank = max(finding.rank, 1)
+    dense = border.trim(weight).double()
+    options = [_truncated_svd(structure, spec, dense, rank)]
+    if rank <= _SKELETON_RANK:
+        options.append(_skeleton(structure, spec, dense, rank))
+    stored = [tuple(kernel.to(weight.dtype).contiguous() for kernel in kernels) for kernels in options]
+    composed = [structure.compose(spec, first.double(), second.double()) for first, second in stored]
+    best = min(range(len(stored)), key=lambda index: float(_channel_errors(composed[index], dense).max()))
+    first, second = stored[best]
+    # Casting moves each weight by u relative, each product of two by 2u.
+    casting = 2 * unit_roundoff(weight.dtype) * structure.compose(spec, first.double().abs(), second.double().abs())
+    certificate = _certify(weight, border.restore(composed[best]), border.restore(casting), finding, tol)
+    return Factorization(finding.scheme, rank, border, structure.split(spec, rank), (first, second), certificate)
+
+
+def compose(spec: ConvSpec, scheme: str, border: Border, weights: Sequence[Tensor]) -> Tensor:
+    """The dense kernel O × C/g × kh × kw that the factors of a layer of geometry `spec` amount to."""
+    if scheme == ZERO_BORDER:
+        return border.restore(weights[0])
+    first, second = weights
+    return border.restore(BY_NAME[scheme].compose(border.trim_spec(spec), first, second))
+
+
+def split(spec: ConvSpec, scheme: str, rank: int, border: Border) -> tuple[ConvSpec, ...]:
+    """Geometry of the convolutions that replace a dense one."""
+    trimmed = border.trim_spec(spec)
+    return (trimmed,) if scheme == ZERO_BORDER else BY_NAME[scheme].split(trimmed, rank)
+
+
+def _noise(weight: Tensor, terms: int, tol: float | None) -> Tensor:
+    return rounding_noise(weight, terms) if tol is None else tol * weight.double().abs()
+
+
+def _channel_norms(weight: Tensor) -> Tensor:
+    """Frobenius norm of each output channel, O × 1 × 1 × 1."""
+    weight = weight.double()
+    # Squares of the largest and the smallest float64 would leave the range.
+    largest = weight.abs().amax(dim=(1, 2, 3), keepdim=True)
+    largest = torch.where(largest > 0, largest, torch.ones_like(largest))
+    return largest * torch.linalg.vector_norm(weight / largest, dim=(1, 2, 3), keepdim=True)
+
+
+def _channel_scale(weight: Tensor) -> Tensor:
+    """What each output channel is divided by to have unit norm; one where it is zero."""
+    norms = _channel_norms(weight)
+    return torch.where(norms > 0, norms, torch.ones_like(norms))
+
+
+def _macs(chain: tuple[ConvSpec, ...], sizes: Sequence[Pair]) -> int:
+    return sum(chain_macs(chain, size) for size in sizes)
+
+
+def _singular_values(matrices: Tensor) -> Tensor:
+    # LAPACK is several times faster on tall matrices than on wide ones.
+    return torch.linalg.svdvals(matrices if matrices.shape[-2] >= matrices.shape[-1] else matrices.mT)
+
+
+def _finding(
+    structure: Structure, spec: ConvSpec, scaled: Tensor, noise: Tensor, sizes: Sequence[Pair], dense_macs: int
+) -> Finding:
+    matrices = structure.unfold(spec, scaled)
+    values = _singular_values(matrices)
+    full_rank = values.shape[-1]
+    # tails[b, r]: Frobenius distance of matrix b to the nearest matrix of rank r (Eckart–Young–Mirsky).
+    tails = torch.zeros(values.shape[0], full_rank + 1, dtype=torch.float64)
+    tails[:, :-1] = values.square().flip(-1).cumsum(-1).flip(-1).sqrt()
+    svd_roundoff = torch.finfo(torch.float64).eps * max(matrices.shape[-2:]) * values[:, 0]
+    tolerances = torch.linalg.vector_norm(structure.unfold(spec, noise), dim=(-2, -1)) + svd_roundoff
+    rank = int((tails > tolerances[:, None]).sum(-1).max())
+    norm = float(torch.linalg.vector_norm(values)) or 1.0
+    unit = structure.split(spec, 1)
+    unit_macs = _macs(unit, sizes)
+    unit_params = chain_params(unit) - spec.bias * spec.out_channels
+    paying_rank = min(full_rank, (dense_macs - 1) // unit_macs)
+    return Finding(
+        scheme=structure.name,
+        rank=rank,
+        full_rank=full_rank,
+        holds=max(rank, 1) * unit_params < math.prod(spec.weight_shape),
+        macs=max(rank, 1) * unit_macs,
+        paying_rank=paying_rank,
+        best_error=float(torch.linalg.vector_norm(tails[:, min(max(paying_rank, 1), full_rank)])) / norm,
+        tolerance=float(torch.linalg.vector_norm(tolerances)) / norm,
+        spectrum=tuple((torch.linalg.vector_norm(values, dim=0) / norm).tolist()),
+    )
+
+
+def _border_finding(
+    spec: ConvSpec, weight: Tensor, border: Border, sizes: Sequence[Pair], dense_macs: int, noise: Tensor
+) -> Finding:
+    kept = border.trim_spec(spec)
+    taps, all_taps = math.prod(kept.kernel_size), math.prod(spec.kernel_size)
+    scaled = weight.double() / _channel_scale(weight)
+    norm = float(torch.linalg.vector_norm(scaled)) or 1.0
+    lines = [
+        Border(**{side: 1})
+        for side, axis in (("top", 0), ("bottom", 0), ("left", 1), ("right", 1))
+        if spec.kernel_size[axis] > 1
+    ]
+    errors = [float(torch.linalg.vector_norm(scaled - line.restore(line.trim(scaled)))) / norm for line in lines]
+    taps_without = [math.prod(line.trim_spec(spec).kernel_size) for line in lines]
+    return Finding(
+        scheme=ZERO_BORDER,
+        rank=taps,
+        full_rank=all_taps,
+        holds=bool(border),
+        macs=_macs((kept,), sizes),
+        paying_rank=max(taps_without),
+        best_error=min(errors),
+        tolerance=float(torch.linalg.vector_norm(noise / _channel_scale(weight))) / norm,
+        spectrum=(),
+    )
+
+
+def _truncated_svd(structure: Structure, spec: ConvSpec, dense: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    scale = _channel_scale(dense)
+    matrices = structure.unfold(spec, dense / scale)
+    # Tall, for LAPACK's sake.
+    wide = matrices.shape[-2] < matrices.shape[-1]
+    left, values, right = torch.linalg.svd(matrices.mT if wide else matrices, full_matrices=False)
+    if wide:
+        left, right = right.mT, left.mT
+    root = values[:, :rank].sqrt()
+    first, second = structure.kernels(spec, left[..., :rank] * root[:, None, :], root[:, :, None] * right[:, :rank])
+    # Output channels are the first axis of the second kernel in every structure; zero ones stay zero.
+    return first, second * _channel_norms(dense)
+
+
+def _skeleton(structure: Structure, spec: ConvSpec, dense: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """Cross approximation with complete pivoting: columns of the kernel, and rows divided by the pivot.
+
+    Unlike singular vectors these keep integers and powers of two, so that a Sobel or a binomial
+    filter is reproduced to the last bit.
+    """
+    residual = structure.unfold(spec, dense).clone()
+    batch, rows, columns = residual.shape
+    index = torch.arange(batch)
+    left = residual.new_zeros(batch, rows, rank)
+    right = residual.new_zeros(batch, rank, columns)
+    for r in range(rank):
+        position = residual.abs().flatten(1).argmax(1)
+        pivot_row, pivot_column = position // columns, position % columns
+        pivot = residual[index, pivot_row, pivot_column]
+        column = residual[index, :, pivot_column]
+        row = residual[index, pivot_row, :] / torch.where(pivot == 0, torch.ones_like(pivot), pivot)[:, None]
+        left[:, :, r], right[:, r, :] = column, row
+        residual -= column[:, :, None] * row[:, None, :]
+    return structure.kernels(spec, left, right)
+
+
+def _certify(weight: Tensor, composed: Tensor, casting: Tensor, finding: Finding, tol: float | None) -> Certificate:
+    dense = weight.double()
+    difference = composed.double() - dense
+    noise = _noise(weight, finding.full_rank, tol)
+    explained = (_CHANNEL_SHARE * _channel_norms(noise) + _channel_norms(casting)) / _channel_scale(dense)
+    errors = _channel_errors(composed, dense)
+    worst = int((errors - explained).argmax())
+    cut = max(finding.rank, 1) if finding.spectrum else 0
+    return Certificate(
+        relative_error=float(torch.linalg.vector_norm(difference) / (torch.linalg.vector_norm(dense) or 1.0)),
+        worst_channel_error=float(errors.flatten()[worst]),
+        channel_tolerance=float(explained.flatten()[worst]),
+        operator_norm=_operator_norm(difference),
+        bitwise=not bool(difference.any()),
+        kept=finding.spectrum[max(cut - 3, 0) : cut],
+        dropped=finding.spectrum[cut : cut + 3],
+    )
+
+
+def _channel_errors(composed: Tensor, dense: Tensor) -> Tensor:
+    """Relative Frobenius error of each output channel, O × 1 × 1 × 1; absolute where the channel is zero."""
+    return _channel_norms(composed.double() - dense.double()) / _channel_scale(dense)
+
+
+def _operator_norm(weight: Tensor) -> float:
+    """An upper bound on ‖x ↦ conv(x)‖₂, for any stride and dilation, x being padded already.
+
+    A convolution is a sum of kh·kw shifted 1×1 convolutions, each of norm ‖W[:,:,i,j]‖₂; and it is
+    the O × C·kh·kw matrix applied to patches, in which each pixel occurs at most kh·kw times. With
+    groups this is an upper bound too, the matrix of all groups stacked having the larger norm.
+    """
+    taps = weight.flatten(2).permute(2, 0, 1)
+    by_shifts = torch.linalg.matrix_norm(taps, ord=2).sum()
+    by_patches = math.sqrt(taps.shape[0]) * torch.linalg.matrix_norm(weight.flatten(1).mT, ord=2)
+    return float(torch.minimum(by_shifts, by_patches))

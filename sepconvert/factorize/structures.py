@@ -1,0 +1,200 @@
+"""The structures that let one convolution be written as two: a table of unfoldings.
+
+A kernel `W[o,c,i,j]` (per group, `O/g × C/g × kh × kw`) splits into two convolutions through an
+inner dimension of size R exactly when a certain unfolding of it into matrices has rank R. Each
+structure is therefore three einops patterns: the unfolding, whose rows belong to the first
+convolution and whose columns belong to the second, and where the two factors of that matrix go.
+All patterns are invertible, so composing the two convolutions is the same table read backwards.
+"""
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from math import prod
+
+from einops import rearrange
+from torch import Tensor
+
+from sepconvert.spec import ConvSpec
+
+
+@dataclass(frozen=True)
+class Structure:
+    """One way to write a dense convolution as two convolutions, applied one after another.
+
+    Axes: `g` groups, `o` and `c` output and input channels of a group, `i` and `j` kernel rows and
+    columns, `r` the inner dimension (rank; channel multiplier where the factor is depthwise).
+    """
+
+    name: str
+    unfolding: str  # kernel → batch × rows × columns
+    first: str  # batch × rows × r → kernel of the first convolution
+    second: str  # batch × r × columns → kernel of the second convolution
+    applies: Callable[[ConvSpec], bool]
+
+    def unfold(self, spec: ConvSpec, weight: Tensor) -> Tensor:
+        """Kernel O × C/g × kh × kw → matrices B × m × n, whose common rank decides."""
+        return rearrange(weight, self.unfolding, **_sizes(self.unfolding, spec))
+
+    def fold(self, spec: ConvSpec, matrices: Tensor) -> Tensor:
+        """Inverse of `unfold`."""
+        pattern = _reverse(self.unfolding)
+        return rearrange(matrices, pattern, **_sizes(pattern, spec))
+
+    def kernels(self, spec: ConvSpec, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+        """Matrix factors B × m × r and B × r × n → kernels of the two convolutions."""
+        first = rearrange(left, self.first, **_sizes(self.first, spec))
+        return first, rearrange(right, self.second, **_sizes(self.second, spec))
+
+    def compose(self, spec: ConvSpec, first: Tensor, second: Tensor) -> Tensor:
+        """The dense kernel O × C/g × kh × kw that the two convolutions amount to."""
+        to_left, to_right = _reverse(self.first), _reverse(self.second)
+        left = rearrange(first, to_left, **_sizes(to_left, spec))
+        right = rearrange(second, to_right, **_sizes(to_right, spec))
+        return self.fold(spec, left @ right)
+
+    def split(self, spec: ConvSpec, rank: int) -> tuple[ConvSpec, ConvSpec]:
+        """Geometry of the two convolutions at inner dimension `rank`.
+
+        Each axis of stride, padding and dilation goes to the convolution whose kernel extends along
+        it. The first has no bias: at a zero-padded border it would be missing from the second's input.
+        """
+        inner, per_group = _channels(self.first, spec, rank)
+        first_groups = spec.in_channels // per_group
+        second_groups = inner // _channels(self.second, spec, rank)[1]
+        first_axes, second_axes = _extends(self.first), _extends(self.second)
+        return (
+            spec.restricted_to(first_axes).with_channels(spec.in_channels, inner, first_groups, bias=False),
+            spec.restricted_to(second_axes).with_channels(inner, spec.out_channels, second_groups, bias=spec.bias),
+        )
+
+    def full_rank(self, spec: ConvSpec) -> int:
+        """The rank at which every kernel has this form."""
+        rows, columns = _output_groups(self.unfolding)[1:]
+        sizes = _axis_sizes(spec)
+        return min(prod(sizes[axis] for axis in rows), prod(sizes[axis] for axis in columns))
+
+
+def _axis_sizes(spec: ConvSpec) -> dict[str, int]:
+    out_per_group, in_per_group = spec.out_channels // spec.groups, spec.in_channels // spec.groups
+    return {"g": spec.groups, "o": out_per_group, "c": in_per_group, "i": spec.kernel_size[0], "j": spec.kernel_size[1]}
+
+
+def _sizes(pattern: str, spec: ConvSpec) -> dict[str, int]:
+    """Sizes of the axes that einops cannot infer: all but the rank."""
+    named = set(re.findall("[a-z]", pattern))
+    return {axis: size for axis, size in _axis_sizes(spec).items() if axis in named}
+
+
+def _reverse(pattern: str) -> str:
+    source, target = pattern.split("->")
+    return f"{target.strip()} -> {source.strip()}"
+
+
+def _output_groups(pattern: str) -> list[list[str]]:
+    """Axes of each output dimension: "… -> g (c i) (o j)" gives [[g], [c, i], [o, j]]."""
+    target = pattern.split("->")[1]
+    return [re.findall("[a-z]", group) for group in re.findall(r"\([^)]*\)|\S+", target)]
+
+
+def _channels(pattern: str, spec: ConvSpec, rank: int) -> tuple[int, int]:
+    """(output channels, input channels of a group) of the kernel that `pattern` makes."""
+    sizes = _axis_sizes(spec) | {"r": rank}
+    outputs, inputs = (prod(sizes[axis] for axis in group) for group in _output_groups(pattern)[:2])
+    return outputs, inputs
+
+
+def _extends(pattern: str) -> tuple[bool, bool]:
+    """Does the kernel extend along (vertical, horizontal)?"""
+    axes = _output_groups(pattern)
+    return "i" in axes[2], "j" in axes[3]
+
+
+def _in_per_group(spec: ConvSpec) -> int:
+    return spec.in_channels // spec.groups
+
+
+def _out_per_group(spec: ConvSpec) -> int:
+    return spec.out_channels // spec.groups
+
+
+def _two_dimensional(spec: ConvSpec) -> bool:
+    return min(spec.kernel_size) > 1
+
+
+def _extended(spec: ConvSpec) -> bool:
+    return max(spec.kernel_size) > 1
+
+
+def _mixes(spec: ConvSpec) -> bool:
+    return _in_per_group(spec) > 1 and _out_per_group(spec) > 1
+
+
+# Each predicate leaves out the cases in which another row of the table is the same matrix.
+STRUCTURES: tuple[Structure, ...] = (
+    # W[o,c,i,j] = Σ_r H[o,r,j] V[r,c,i]
+    Structure(
+        name="spatial-vh",
+        unfolding="(g o) c i j -> g (c i) (o j)",
+        first="g (c i) r -> (g r) c i 1",
+        second="g r (o j) -> (g o) r 1 j",
+        applies=lambda spec: _two_dimensional(spec) and max(_in_per_group(spec), _out_per_group(spec)) > 1,
+    ),
+    # W[o,c,i,j] = Σ_r V[o,r,i] H[r,c,j]
+    Structure(
+        name="spatial-hv",
+        unfolding="(g o) c i j -> g (c j) (o i)",
+        first="g (c j) r -> (g r) c 1 j",
+        second="g r (o i) -> (g o) r i 1",
+        applies=lambda spec: _two_dimensional(spec) and max(_in_per_group(spec), _out_per_group(spec)) > 1,
+    ),
+    # depthwise: W[o,1,i,j] = Σ_r v[o,r,i] h[o,r,j]
+    Structure(
+        name="channelwise-spatial-vh",
+        unfolding="(g o) c i j -> (g o) (c i) j",
+        first="(g o) (c i) r -> (g o r) c i 1",
+        second="(g o) r j -> (g o) r 1 j",
+        applies=lambda spec: _two_dimensional(spec) and _in_per_group(spec) == 1,
+    ),
+    Structure(
+        name="channelwise-spatial-hv",
+        unfolding="(g o) c i j -> (g o) (c j) i",
+        first="(g o) (c j) r -> (g o r) c 1 j",
+        second="(g o) r i -> (g o) r i 1",
+        applies=lambda spec: _two_dimensional(spec) and _in_per_group(spec) == 1,
+    ),
+    # W[o,c,i,j] = Σ_m P[o,(c,m)] D[(c,m),i,j]
+    Structure(
+        name="depthwise-pointwise",
+        unfolding="(g o) c i j -> (g c) (i j) o",
+        first="(g c) (i j) r -> (g c r) 1 i j",
+        second="(g c) r o -> (g o) (c r) 1 1",
+        applies=lambda spec: _extended(spec) and _mixes(spec),
+    ),
+    # W[o,c,i,j] = Σ_m D[(o,m),i,j] P[(o,m),c]
+    Structure(
+        name="pointwise-depthwise",
+        unfolding="(g o) c i j -> (g o) c (i j)",
+        first="(g o) c r -> (g o r) c 1 1",
+        second="(g o) r (i j) -> (g o) r i j",
+        applies=lambda spec: _extended(spec) and _mixes(spec),
+    ),
+    # W[o,c,i,j] = Σ_r K[o,r,i,j] P[r,c]
+    Structure(
+        name="input-subspace",
+        unfolding="(g o) c i j -> g c (o i j)",
+        first="g c r -> (g r) c 1 1",
+        second="g r (o i j) -> (g o) r i j",
+        applies=lambda spec: _extended(spec) and _in_per_group(spec) > 1,
+    ),
+    # W[o,c,i,j] = Σ_r P[o,r] K[r,c,i,j]
+    Structure(
+        name="output-subspace",
+        unfolding="(g o) c i j -> g (c i j) o",
+        first="g (c i j) r -> (g r) c i j",
+        second="g r o -> (g o) r 1 1",
+        applies=lambda spec: _out_per_group(spec) > 1 and (_in_per_group(spec) > 1 or _extended(spec)),
+    ),
+)
+
+BY_NAME = {structure.name: structure for structure in STRUCTURES}

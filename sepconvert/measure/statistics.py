@@ -1,0 +1,90 @@
+"""Confidence intervals that assume no distribution for latencies and keep paired predictions paired."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+from scipy import stats
+
+from sepconvert.errors import SepconvertError
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A closed interval `[lo, hi]`, in the unit of the quantity that it encloses."""
+
+    lo: float
+    hi: float
+
+    def __contains__(self, value: float) -> bool:
+        """Whether `value` lies between the bounds, bounds included."""
+        return self.lo <= value <= self.hi
+
+    def overlaps(self, other: "Interval") -> bool:
+        """Whether the two intervals share at least one value."""
+        return self.lo <= other.hi and other.lo <= self.hi
+
+    def to_list(self) -> list[float]:
+        """`[lo, hi]`, as it stands in the JSON reports."""
+        return [self.lo, self.hi]
+
+
+def median_interval(
+    samples: Sequence[float] | npt.NDArray[np.floating], confidence: float = 0.95
+) -> tuple[float, Interval]:
+    """The sample median and a confidence interval of the population median, free of any distribution.
+
+    The bounds are the order statistics `x_(k)` and `x_(n+1-k)` for the largest `k` with
+    `P(Binomial(n, 1/2) < k) <= (1 - confidence) / 2` (David & Nagaraja, *Order Statistics*, 3rd ed.,
+    section 7.1), so that the coverage is at least `confidence` for independent samples of a continuous
+    quantity. When `n` is too small for such a `k` (at 95 %: `n < 6`) the interval is minimum to maximum,
+    the widest that the samples can give; its coverage is then `1 - 2^(1-n)`, less than asked for.
+
+    Raises `SepconvertError` if there is no sample, a sample is not finite, or `confidence` is not in (0, 1).
+    """
+    values = np.asarray(samples, dtype=np.float64)
+    if values.ndim != 1 or values.size == 0 or not np.isfinite(values).all():
+        raise SepconvertError(
+            f"median: expected a non-empty list of finite samples, got shape {values.shape} with"
+            f" {np.count_nonzero(~np.isfinite(values))} not finite; measure again with at least one run"
+        )
+    _check_confidence(confidence)
+    median = float(np.median(values))
+    bounds = stats.quantile_test(values, q=median, p=0.5).confidence_interval(confidence)
+    if np.isnan(bounds.low) or np.isnan(bounds.high):
+        return median, Interval(float(values.min()), float(values.max()))
+    return median, Interval(float(bounds.low), float(bounds.high))
+
+
+def paired_difference_interval(
+    only_first: int, only_second: int, n: int, confidence: float = 0.95
+) -> Interval:
+    """Interval of the difference of two proportions, first minus second, seen on the same `n` subjects.
+
+    `only_first` and `only_second` count the discordant subjects: those where the first succeeds and the
+    second fails, and the converse. The adjusted Wald interval of Bonett & Price ("Adjusted Wald Confidence
+    Interval for a Difference of Binomial Proportions Based on Paired Data", J. Educ. Behav. Stat. 37(4),
+    2012): with `p = (count + 1) / (n + 2)` for each of the two counts,
+    `p1 - p2 ± z · sqrt((p1 + p2 - (p1 - p2)²) / (n + 2))`, cut to [-1, 1]. It keeps a width when no
+    subject is discordant, and it always contains `(only_first - only_second) / n`.
+
+    Raises `SepconvertError` if the counts are negative or exceed `n`, `n` is 0, or `confidence` is not in
+    (0, 1).
+    """
+    if min(only_first, only_second) < 0 or only_first + only_second > n or n == 0:
+        raise SepconvertError(
+            "paired difference: expected two counts >= 0 of together at most n >= 1,"
+            f" got {only_first} and {only_second} of n = {n}; count the discordant pairs anew"
+        )
+    _check_confidence(confidence)
+    p1, p2 = (only_first + 1) / (n + 2), (only_second + 1) / (n + 2)
+    half = stats.norm.ppf((1 + confidence) / 2) * np.sqrt((p1 + p2 - (p1 - p2) ** 2) / (n + 2))
+    return Interval(max(-1.0, float(p1 - p2 - half)), min(1.0, float(p1 - p2 + half)))
+
+
+def _check_confidence(confidence: float) -> None:
+    if not 0 < confidence < 1:
+        raise SepconvertError(
+            f"confidence: expected a number between 0 and 1, got {confidence}; 0.95 is usual"
+        )

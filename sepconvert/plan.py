@@ -1,0 +1,196 @@
+"""Findings + gate → plan: for every convolution, what becomes of it and why. JSON both ways."""
+
+import dataclasses
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from sepconvert.errors import SepconvertError
+from sepconvert.factorize.border import Border
+from sepconvert.factorize.exact import Analysis, Factorization, Finding, factorize, split
+from sepconvert.spec import ConvSpec, chain_params
+from sepconvert.trace import ConvSite
+
+SCHEMA = "sepconvert.plan/1"
+
+Gate = Literal["macs", "latency", "none"]
+GATES: tuple[str, ...] = get_args(Gate)
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """What becomes of one convolution. MACs are those of one sample over all its calls."""
+
+    name: str
+    kind: str
+    decision: Literal["converted", "kept"]
+    reason: str
+    spec: ConvSpec | None  # of the dense layer
+    scheme: str | None  # the rest only if converted
+    rank: int | None
+    border: Border
+    macs: tuple[int, int]  # before, after
+    params: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class ConversionPlan:
+    """Everything needed to repeat a conversion, but for the weights."""
+
+    mode: str
+    gate: str
+    tol: float | None
+    seed: int
+    model_sha256: str | None
+    weights_sha256: str | None  # of the tensors beside the plan
+    input_shapes: tuple[tuple[int, ...], ...]  # with batch dimension
+    layers: tuple[LayerPlan, ...]
+
+    @property
+    def converted(self) -> tuple[LayerPlan, ...]:
+        """The layers to replace."""
+        return tuple(layer for layer in self.layers if layer.decision == "converted")
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain lists, numbers and strings."""
+        plain: dict[str, Any] = json.loads(json.dumps({"schema": SCHEMA, **dataclasses.asdict(self)}))
+        return plain
+
+
+def read_plan(source: Path | Mapping[str, Any]) -> ConversionPlan:
+    """Read what `ConversionPlan.to_json` made.
+
+    Raises:
+        SepconvertError: not a plan, or of another version, with the key at fault.
+    """
+    where = str(source) if isinstance(source, Path) else "plan"
+    if isinstance(source, Path):
+        try:
+            document = json.loads(source.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise SepconvertError(f"{where}: cannot be read: {error.strerror}") from error
+        except ValueError as error:
+            raise SepconvertError(f"{where}: expected a plan.json that sepconvert wrote, got no JSON: {error}") from error
+    else:
+        document = source
+    if not isinstance(document, Mapping) or document.get("schema") != SCHEMA:
+        found = document.get("schema") if isinstance(document, Mapping) else type(document).__name__
+        raise SepconvertError(f"{where}: expected schema {SCHEMA!r}, got {found!r}; make the plan anew")
+    try:
+        plan: ConversionPlan = _build(ConversionPlan, {k: v for k, v in document.items() if k != "schema"})
+        for layer in plan.converted:
+            if layer.spec is None or layer.scheme is None or layer.rank is None:
+                raise ValueError(f"layer {layer.name} is to be converted but has no spec, scheme or rank")
+            split(layer.spec, layer.scheme, layer.rank, layer.border)
+    except (TypeError, ValueError, KeyError, ZeroDivisionError) as error:
+        raise SepconvertError(f"{where}: not a valid plan: {error}; make the plan anew") from error
+    return plan
+
+
+def _build(cls: type[Any], document: Any) -> Any:
+    """Dataclass from the dictionary that `asdict` and JSON made of it."""
+    if not isinstance(document, Mapping):
+        raise TypeError(f"expected an object for {cls.__name__}, got {type(document).__name__}")
+    values = {key: _frozen(value) for key, value in document.items()}
+    if cls is ConversionPlan:
+        values["layers"] = tuple(_build(LayerPlan, layer) for layer in document["layers"])
+    if cls is LayerPlan:
+        values["border"] = Border(**document["border"])
+        values["spec"] = None if document["spec"] is None else _build(ConvSpec, document["spec"])
+    return cls(**values)
+
+
+def _frozen(value: Any) -> Any:
+    return tuple(_frozen(item) for item in value) if isinstance(value, list) else value
+
+
+def selected(name: str, include: Sequence[str], exclude: Sequence[str]) -> bool:
+    """Do the globs of --include and --exclude let this layer through?"""
+    included = not include or any(fnmatchcase(name, pattern) for pattern in include)
+    return included and not any(fnmatchcase(name, pattern) for pattern in exclude)
+
+
+def plan_layer(
+    site: ConvSite,
+    analysis: Analysis | None,
+    obstacle: Callable[[], str | None],
+    gate: str,
+    tol: float | None,
+    is_faster: Callable[[Factorization], str | None],
+) -> tuple[LayerPlan, Factorization | None]:
+    """Decide on one convolution: the cheapest structure that it has, if the gate lets it through.
+
+    Args:
+        site: the convolution.
+        analysis: None if it was not analysed, the site then having an obstacle.
+        obstacle: why the model cannot be rewritten here; asked only if there is something to rewrite.
+        gate: "macs", "latency" or "none".
+        tol: as given to the analysis.
+        is_faster: under the gate "latency", why a factorisation does not pay in the runtime, or None.
+    """
+    if analysis is None or site.spec is None or site.weight is None:
+        return _keep(site, site.obstacle or "not selected"), None
+    held = analysis.holding()
+    if not held:
+        return _keep(site, _how_near(analysis)), None
+    reasons = []
+    for finding in held:
+        if gate == "macs" and finding.macs >= analysis.dense_macs:
+            cost = f"{finding.macs:,} MACs instead of {analysis.dense_macs:,}"
+            reasons.append(f"{finding.scheme} of rank {finding.rank} holds but costs {cost} (--gate none converts it)")
+            break  # the others cost more
+        reason = obstacle()
+        if reason is not None:
+            return _keep(site, f"{finding.scheme} of rank {finding.rank} holds, but {reason}"), None
+        factorization = factorize(analysis, finding, site.weight, tol)
+        certificate = factorization.certificate
+        if not certificate.holds:
+            error = f"{certificate.worst_channel_error:.1e} > {certificate.channel_tolerance:.1e}"
+            reasons.append(f"{finding.scheme} of rank {finding.rank} fails its certificate ({error})")
+            continue
+        slower = is_faster(factorization) if gate == "latency" else None
+        if slower is not None:
+            reasons.append(f"{finding.scheme} of rank {finding.rank} holds but {slower}")
+            continue
+        return _convert(site, analysis, finding, factorization), factorization
+    return _keep(site, "; ".join(reasons)), None
+
+
+def _keep(site: ConvSite, reason: str) -> LayerPlan:
+    return LayerPlan(
+        name=site.name, kind=site.kind, decision="kept", reason=reason, spec=site.spec, scheme=None, rank=None,
+        border=Border(), macs=(site.macs, site.macs), params=(site.params, site.params),
+    )  # fmt: skip
+
+
+def _convert(site: ConvSite, analysis: Analysis, finding: Finding, factorization: Factorization) -> LayerPlan:
+    trimmed = "" if not analysis.border or finding.scheme == "zero-border" else " after cutting its zero border"
+    rank = f"{finding.rank} of {finding.full_rank}" + (" taps" if finding.scheme == "zero-border" else "")
+    return LayerPlan(
+        name=site.name,
+        kind=site.kind,
+        decision="converted",
+        reason=f"rank {rank}{trimmed}",
+        spec=site.spec,
+        scheme=factorization.scheme,
+        rank=factorization.rank,
+        border=factorization.border,
+        macs=(site.macs, finding.macs),
+        # Fixed filters are no parameters, nor are their factors.
+        params=(site.params, chain_params(factorization.specs) if site.params else 0),
+    )
+
+
+def _how_near(analysis: Analysis) -> str:
+    if not analysis.findings:
+        return "a 1×1 convolution of one channel has no structure"
+    nearest = min(analysis.findings, key=lambda finding: finding.best_error)
+    if nearest.rank < nearest.full_rank and nearest.best_error <= nearest.tolerance:
+        return f"{nearest.scheme} of rank {nearest.rank} (of {nearest.full_rank}) would need more weights"
+    return (
+        f"no exact structure; nearest is {nearest.scheme}: relative error {nearest.best_error:.2g} "
+        f"at rank {max(nearest.paying_rank, 1)} of {nearest.full_rank}"
+    )

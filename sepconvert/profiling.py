@@ -1,0 +1,140 @@
+"""What one model costs and how well it does, as a value that can be stored and compared."""
+
+import tempfile
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from tabulate import tabulate
+from torch import Tensor, nn
+
+from sepconvert.environment import available_cores
+from sepconvert.export import cast, runtime_dtype, save_onnx
+from sepconvert.measure.accuracy import Accuracy, evaluate
+from sepconvert.measure.cost import count
+from sepconvert.measure.latency import Latency, measure_single, session
+from sepconvert.trace import Inputs, private_copy
+
+
+@dataclass(frozen=True)
+class Profile:
+    """Costs of one sample, and quality.
+
+    `macs` is fvcore's count (one fused multiply-add = 1) and `flops` is twice that. Operators that
+    fvcore has no count for are in `uncounted_ops`.
+    """
+
+    params: int
+    macs: int
+    onnx_bytes: int | None
+    latency: Latency | None
+    accuracy: Accuracy | None
+    uncounted_ops: Mapping[str, int]
+
+    @property
+    def flops(self) -> int:
+        """Floating-point operations of one sample: 2 × `macs`."""
+        return 2 * self.macs
+
+    def to_json(self) -> dict[str, Any]:
+        """The PROFILE object of the report."""
+        return {
+            "params": self.params,
+            "macs": self.macs,
+            "flops": self.flops,
+            "onnx_bytes": self.onnx_bytes,
+            "latency_ms": None if self.latency is None else self.latency.to_dict(),
+            "accuracy": None if self.accuracy is None else self.accuracy.to_dict(),
+            "uncounted_ops": dict(self.uncounted_ops),
+        }
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Profiles side by side; `print` it. The first is the base of the ratios."""
+
+    profiles: tuple[Profile, ...]
+
+    def __str__(self) -> str:
+        base = self.profiles[0]
+        columns = [_column(profile, base) for profile in self.profiles]
+        rows = [[name, *(column[name] for column in columns)] for name in columns[0]]
+        headers = ["", "base", *(f"#{index}" for index in range(2, len(columns) + 1))]
+        return tabulate(rows, headers=headers, disable_numparse=True)
+
+
+def profile(
+    model: nn.Module,
+    example_inputs: Tensor | Inputs,
+    *,
+    data: Iterable[tuple[Tensor, Tensor]] | None = None,
+    runs: int = 50,
+    threads: int | None = None,
+    seed: int = 0,
+) -> Profile:
+    """Measure a model: MACs and parameters, ONNX size, latency in ONNX Runtime, accuracy on `data`.
+
+    Args:
+        model: left as it is.
+        example_inputs: N × … tensor, or a tuple of positional arguments; N is the batch that is timed.
+        data: labelled batches (x, y), for accuracy.
+        runs: timed runs; 0 for no latency.
+        threads: of the runtime; all cores if None.
+        seed: of the order of runs.
+
+    Raises:
+        SepconvertError: the model does not run on these inputs, or cannot be exported.
+    """
+    inputs = as_inputs(example_inputs)
+    threads = threads or available_cores()
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "model.onnx"
+        save_onnx(model, inputs, path)
+        feed = feeds(path, cast(inputs, runtime_dtype(model)), threads)
+        batch = batch_size(inputs)
+        latency = measure_single(path, feed, runs=runs, threads=threads, batch=batch, seed=seed) if runs else None
+        size = path.stat().st_size
+    cost = count(private_copy(model), inputs)
+    accuracy = None if data is None else evaluate(private_copy(model), data).accuracy()
+    return Profile(cost.params, cost.macs, size, latency, accuracy, cost.uncounted_ops)
+
+
+def compare(*profiles: Profile) -> Comparison:
+    """Put profiles side by side. Latencies of separate runs are shown without a claim of significance."""
+    return Comparison(profiles)
+
+
+def as_inputs(example_inputs: Tensor | Inputs) -> Inputs:
+    """A single tensor as the tuple of positional arguments."""
+    return example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
+
+
+def batch_size(inputs: Inputs) -> int:
+    """First dimension of the first tensor."""
+    return next((int(value.shape[0]) for value in inputs if isinstance(value, Tensor) and value.ndim), 1)
+
+
+def feeds(path: Path | bytes, inputs: Inputs, threads: int) -> dict[str, npt.NDArray[Any]]:
+    """Inputs under the names that an ONNX model gives them, in order."""
+    names = [entry.name for entry in session(path, threads).get_inputs()]
+    values = (value for value in inputs if isinstance(value, Tensor))
+    return {name: np.ascontiguousarray(value.detach().numpy()) for name, value in zip(names, values, strict=False)}
+
+
+def _column(profile: Profile, base: Profile) -> dict[str, str]:
+    def against(value: float, reference: float) -> str:
+        return "" if profile is base or not value else f" ({reference / value:.2f}×)"
+
+    accuracy, latency = profile.accuracy, profile.latency
+    return {
+        "parameters": f"{profile.params:,}{against(profile.params, base.params)}",
+        "MACs": f"{profile.macs:,}{against(profile.macs, base.macs)}",
+        "ONNX bytes": "-" if profile.onnx_bytes is None else f"{profile.onnx_bytes:,}",
+        "latency, ms": "-"
+        if latency is None
+        else f"{latency.median_ms:.3f} [{latency.ci95_ms.lo:.3f}, {latency.ci95_ms.hi:.3f}]",
+        "top-1": "-" if accuracy is None else f"{100 * accuracy.top1:.2f} % of {accuracy.n}",
+    }

@@ -1,0 +1,198 @@
+"""The report as text, from the same document as the JSON."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from tabulate import tabulate
+
+Document = Mapping[str, Any]
+
+_REASON_WIDTH = 44
+
+
+def layer_table(layers: Sequence[Document]) -> str:
+    """One row for every convolution."""
+    rows = [
+        [
+            layer["name"],
+            _kernel(layer),
+            _what(layer),
+            _change(*layer["macs"]),
+            _error(layer),
+            layer["reason"],
+        ]
+        for layer in layers
+    ]
+    headers = ["layer", "kernel", "scheme", "MACs", "error", "reason"]
+    widths = [30, None, None, None, None, _REASON_WIDTH]
+    return tabulate(rows, headers=headers, maxcolwidths=widths, disable_numparse=True)
+
+
+def structure_table(layers: Sequence[Document]) -> str:
+    """For every convolution and structure: rank, best relative error where it would pay, singular values at the cut."""
+    rows = []
+    for layer in layers:
+        name = layer["name"]
+        for structure in layer["structures"]:
+            rows.append(
+                [
+                    name,
+                    structure["scheme"],
+                    f"{structure['rank']}/{structure['full_rank']}" + (" holds" if structure["holds"] else ""),
+                    f"{structure['best_relative_error']:.1e} @ {max(structure['paying_rank'], 1)}",
+                    _spectrum(structure),
+                ]
+            )
+            name = ""
+        if not layer["structures"]:
+            rows.append([name, "-", "", "", layer["reason"]])
+    headers = ["layer", "structure", "rank", "error @ paying rank", "singular values kept | dropped"]
+    return tabulate(rows, headers=headers, maxcolwidths=[30, None, None, None, 44], disable_numparse=True)
+
+
+def summary(document: Document) -> str:
+    """What the conversion brought, as a table and in sentences."""
+    before, after, delta = document["original"], document["converted"], document["delta"]
+    rows = [
+        ["parameters", f"{before['params']:,}", f"{after['params']:,}", _times(delta["params_ratio"])],
+        ["MACs", f"{before['macs']:,}", f"{after['macs']:,}", _times(delta["macs_ratio"])],
+        ["FLOPs (2 × MACs)", f"{before['flops']:,}", f"{after['flops']:,}", _times(delta["macs_ratio"])],
+        ["ONNX file, bytes", f"{before['onnx_bytes']:,}", f"{after['onnx_bytes']:,}", ""],
+    ]
+    speedup = delta["latency_speedup"]
+    if speedup is not None:
+        rows.append(["latency, ms", _interval(before["latency_ms"], 3), _interval(after["latency_ms"], 3), _speedup(speedup)])
+    if before["accuracy"] is not None:
+        rows.append(["top-1, %", _percent(before, "top1"), _percent(after, "top1"), _drop(delta)])
+        if before["accuracy"]["top5"] is not None:
+            rows.append(["top-5, %", _percent(before, "top5"), _percent(after, "top5"), ""])
+    table = tabulate(rows, headers=["", "original", "converted", "gain"], disable_numparse=True)
+    return "\n".join([table, "", *sentences(document)])
+
+
+def sentences(document: Document) -> list[str]:
+    """What the numbers mean, in words."""
+    layers, check, delta = document["layers"], document["verification"], document["delta"]
+    converted = [layer for layer in layers if layer["decision"] == "converted"]
+    lines = [f"{len(converted)} of {len(layers)} convolutions converted."]
+    lines.append(
+        f"Verified: PyTorch {check['torch_dtype']} outputs differ by {check['torch_max_abs_diff']:.1e} "
+        f"(tolerance {check['torch_tolerance']:.1e})"
+        + (
+            f", ONNX Runtime {check['onnx_dtype']} outputs by {check['onnx_max_abs_diff']:.1e} "
+            f"(tolerance {check['onnx_tolerance']:.1e})."
+            if check["onnx_max_abs_diff"] is not None
+            else f"; ONNX Runtime could not be asked: {check['onnx_reason']}."
+        )
+    )
+    if document["export"]["onnx_dtype"] != document["dtype"]:
+        lines.append(
+            f"The ONNX files are {document['export']['onnx_dtype']}, ONNX Runtime having no "
+            f"{document['dtype']} convolutions; converted.pt2 keeps {document['dtype']}."
+        )
+    if document["export"]["reason"]:
+        lines.append(f"The batch dimension of the ONNX files is fixed: {document['export']['reason']}.")
+    lines.extend(_latency_sentences(document, converted))
+    if delta["agreement"] is not None:
+        count = document["original"]["accuracy"]["n"]
+        lines.append(f"Predictions agree on {100 * delta['agreement']:.2f} % of {count:,} images.")
+    uncounted = document["original"]["uncounted_ops"]
+    if uncounted:
+        names = ", ".join(name.removeprefix("aten::") for name in sorted(uncounted))
+        lines.append(f"Not counted in MACs: {names}.")
+    return lines
+
+
+def _latency_sentences(document: Document, converted: Sequence[Document]) -> list[str]:
+    speedup = document["delta"]["latency_speedup"]
+    if speedup is None:
+        return []
+    latency = document["converted"]["latency_ms"]
+    noise_low, noise_high = speedup["noise_floor"]
+    lines = [
+        f"Latency: {latency['runs']} interleaved runs, batch {latency['batch']}, {latency['threads']} threads, "
+        f"median and 95 % interval; the original against itself: [{noise_low:.3f}, {noise_high:.3f}]."
+    ]
+    fewer_macs = (document["delta"]["macs_ratio"] or 1) > 1
+    if speedup["significant"] and speedup["median"] < 1 and fewer_macs:
+        lines.append(
+            f"Attention: fewer MACs, yet {1 / speedup['median']:.2f}× the latency. --gate latency converts only "
+            "layers that are measured to be faster."
+        )
+    slower = [
+        layer["name"]
+        for layer in converted
+        if layer["macs"][1] < layer["macs"][0] and _is_slower(layer["latency_speedup"])
+    ]
+    if slower:
+        lines.append(
+            f"Attention: fewer MACs but slower when timed alone: {', '.join(slower)}. --gate latency keeps such layers dense."
+        )
+    return lines
+
+
+def _is_slower(speedup: Document | None) -> bool:
+    return speedup is not None and speedup["significant"] and speedup["median"] < 1
+
+
+def _kernel(layer: Document) -> str:
+    spec = layer["kernel"]
+    if spec is None:
+        return layer["kind"]
+    size = "×".join(map(str, spec["kernel_size"]))
+    groups = f" /{spec['groups']}" if spec["groups"] > 1 else ""
+    return f"{size} {spec['in_channels']}→{spec['out_channels']}{groups}"
+
+
+def _what(layer: Document) -> str:
+    return f"{layer['scheme']} {layer['rank']}" if layer["decision"] == "converted" else "kept"
+
+
+def _change(before: int, after: int) -> str:
+    return _short(before) if before == after else f"{_short(before)} → {_short(after)}"
+
+
+def _short(number: float) -> str:
+    for unit in ("", "k", "M", "G"):
+        if abs(number) < 1000:
+            return f"{number:.3g}{unit}"
+        number /= 1000
+    return f"{number:.3g}T"
+
+
+def _error(layer: Document) -> str:
+    if layer["weight_error"] is not None:
+        return f"{layer['weight_error']:.1e}" if layer["weight_error"] else "0"
+    errors = [structure["best_relative_error"] for structure in layer["structures"]]
+    return f"≥ {min(errors):.1e}" if errors else ""
+
+
+def _spectrum(structure: Document) -> str:
+    kept, dropped = (
+        " ".join(f"{value:.1e}" for value in structure[f"singular_values_{side}"]) for side in ("kept", "dropped")
+    )
+    return f"{kept} | {dropped or '-'}" if kept else ""
+
+
+def _times(ratio: float | None) -> str:
+    return "" if ratio is None else f"{ratio:.2f}×"
+
+
+def _interval(values: Document, digits: int) -> str:
+    low, high = values["ci95"]
+    return f"{values['median']:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
+
+
+def _speedup(speedup: Document) -> str:
+    note = "" if speedup["significant"] else " ~ within noise"
+    return f"{_interval(speedup, 2)}×{note}"
+
+
+def _percent(profile: Document, key: str) -> str:
+    return f"{100 * profile['accuracy'][key]:.2f}"
+
+
+def _drop(delta: Document) -> str:
+    drop = delta["accuracy_drop_pp"]
+    low, high = drop["ci95"]
+    return f"drop {drop['value']:.2f} pp [{low:.2f}, {high:.2f}]"

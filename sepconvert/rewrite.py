@@ -1,0 +1,90 @@
+"""Plan → converted model: a copy in which modules and functional convolutions are replaced."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
+
+from sepconvert.factorize.border import Border
+from sepconvert.graph import UntraceableError, call_graph, replace_calls
+from sepconvert.layers import FactorizedConv2d
+from sepconvert.trace import ConvSite, duplicate
+
+
+@dataclass(frozen=True)
+class Replacement:
+    """What takes the place of one convolution."""
+
+    scheme: str
+    rank: int
+    border: Border
+    weights: tuple[Tensor, ...]
+    bias: Tensor | None
+
+
+def graph_obstacle(model: nn.Module, site: ConvSite) -> str | None:
+    """Why a functional convolution cannot be rewritten; None for modules and where it can be."""
+    if site.index is None:
+        return None
+    try:
+        call_graph(model.get_submodule(site.owner), site.owner_inputs, site.index + 1)
+    except UntraceableError as error:
+        return f"the forward of {site.owner or 'the model'} cannot be traced: {error}"
+    return None
+
+
+def rewrite(model: nn.Module, sites: Sequence[ConvSite], replacements: Mapping[str, Replacement]) -> nn.Module:
+    """A copy of `model` with replacements for the convolutions named; training flags and hooks are kept.
+
+    Raises:
+        UntraceableError: see `graph_obstacle`.
+    """
+    converted = duplicate(model)
+    chosen = [site for site in sites if site.name in replacements]
+    for site in chosen:
+        if site.index is None:
+            dense = converted.get_submodule(site.owner)
+            layer = _layer(site, replacements[site.name])
+            _keep_mode_and_hooks(dense, layer)
+            converted = _put(converted, site, layer)
+    # Inner modules first: the graph of an outer one refers to them.
+    owners = {site.owner: site for site in chosen if site.index is not None}
+    for owner in sorted(owners, key=lambda path: path.count(".") if path else -1, reverse=True):
+        calls = {site.index: site for site in chosen if site.owner == owner and site.index is not None}
+        dense = converted.get_submodule(owner)
+        module = call_graph(dense, owners[owner].owner_inputs, max(calls) + 1)
+        layers = {index: _layer(site, replacements[site.name]) for index, site in calls.items()}
+        replace_calls(module, layers, {index: site.name.rpartition(".")[2] for index, site in calls.items()})
+        _keep_mode_and_hooks(dense, module)
+        converted = _put(converted, owners[owner], module)
+    return converted
+
+
+def _layer(site: ConvSite, replacement: Replacement) -> FactorizedConv2d:
+    assert site.spec is not None and site.weight is not None  # noqa: S101  (only such sites are planned)
+    layer = FactorizedConv2d(site.spec, replacement.scheme, replacement.rank, replacement.border)
+    layer.set_factors(replacement.weights, replacement.bias, fixed=site.params == 0, frozen=site.frozen)
+    return layer
+
+
+def _put(model: nn.Module, site: ConvSite, module: nn.Module) -> nn.Module:
+    """Set `module` at every path of a site's owner; returns the model, which is `module` where it is the root."""
+    if not site.owner:
+        return module
+    tail = "" if site.index is None else f".{site.name.rpartition('.')[2]}"
+    for path in (site.owner, *(alias.removesuffix(tail) for alias in site.aliases)):
+        model.set_submodule(path, module)
+    return model
+
+
+def _keep_mode_and_hooks(dense: nn.Module, layer: nn.Module) -> None:
+    layer.training = dense.training
+    for name in ("_forward_hooks", "_forward_pre_hooks"):
+        for key, hook in getattr(dense, name).items():
+            # These recompute the dense weight that is no longer there.
+            if not isinstance(hook, WeightNorm | SpectralNorm):
+                getattr(layer, name)[key] = hook
+    for name in ("_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks_with_kwargs"):
+        getattr(layer, name).update(getattr(dense, name))

@@ -1,0 +1,445 @@
+"""Model and inputs → every convolution that the forward pass executes, functional ones included."""
+
+import copy
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from sepconvert.errors import SepconvertError
+from sepconvert.spec import PADDING_MODES, ConvSpec, Pair
+
+Inputs = tuple[Any, ...]
+
+
+@dataclass(frozen=True)
+class ConvSite:
+    """One convolution of a model: a module, or a call to a convolution function in a module's forward.
+
+    `name` is the module's path; a functional convolution is named after the module whose forward
+    calls it, and its position among that forward's own convolutions: `layer1.0.aa.conv2d_0`.
+    """
+
+    name: str
+    aliases: tuple[str, ...]  # further paths of the same (shared) module
+    kind: str  # class name, or "functional conv2d"
+    owner: str  # path of the module to replace or to rewrite
+    index: int | None  # position among the owner's own calls; None where the owner is the convolution
+    sizes: tuple[Pair, ...]  # height and width of the input, per sample and call
+    macs: int  # of one sample
+    params: int  # 0 for fixed filters, which are buffers or constants
+    frozen: bool  # parameters, but none that requires a gradient
+    spec: ConvSpec | None  # None where it is not a plain two-dimensional convolution
+    weight: Tensor | None  # O × C/g × kh × kw, detached
+    bias: Tensor | None
+    inputs: Tensor | None  # of the first call
+    owner_inputs: Inputs | None  # positional arguments of the owner's forward; None if it takes others too
+    obstacle: str | None  # why it cannot be replaced, whatever its kernel
+
+
+@dataclass
+class _Record:
+    """What one convolution call was seen to do."""
+
+    module: nn.Module
+    index: int
+    function: str
+    arguments: dict[str, Any]
+    output: Tensor
+    module_inputs: Inputs | None
+    reads_module_input: bool = False
+    returns_output: bool = False
+
+
+@dataclass
+class _Frame:
+    module: nn.Module
+    inputs: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    calls: int = 0
+
+
+_FUNCTIONS = {
+    torch.conv1d: "conv1d",
+    torch.conv2d: "conv2d",
+    torch.conv3d: "conv3d",
+    torch.conv_transpose1d: "conv_transpose1d",
+    torch.conv_transpose2d: "conv_transpose2d",
+    torch.conv_transpose3d: "conv_transpose3d",
+    torch.convolution: "convolution",
+}
+_PARAMETERS = {
+    "conv": ("input", "weight", "bias", "stride", "padding", "dilation", "groups"),
+    "conv_transpose": ("input", "weight", "bias", "stride", "padding", "output_padding", "groups", "dilation"),
+    "convolution": (
+        "input", "weight", "bias", "stride", "padding", "dilation", "transposed", "output_padding", "groups",
+    ),
+}  # fmt: skip
+
+
+def convolution_name(function: object) -> str | None:
+    """"conv2d" for `torch.conv2d`, `F.conv2d` and `aten.conv2d.*` alike; None for what is no convolution."""
+    if isinstance(function, torch._ops.OpOverload | torch._ops.OpOverloadPacket):
+        packet = function.overloadpacket if isinstance(function, torch._ops.OpOverload) else function
+        name = str(packet).removeprefix("aten.")
+        return name if str(packet) == f"aten.{name}" and name in _FUNCTIONS.values() else None
+    try:
+        return _FUNCTIONS.get(function)  # type: ignore[call-overload,no-any-return]
+    except TypeError:  # unhashable, so none of ours
+        return None
+
+
+def bind_arguments(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of a convolution call by parameter name, absent ones left out."""
+    return dict(zip(_PARAMETERS[name.rstrip("123d")], args, strict=False)) | dict(kwargs)
+
+
+class ConvolutionInterceptor(TorchFunctionMode):
+    """Sees each convolution that `model` calls, with the module whose forward calls it.
+
+    `on_call` gets the module, the position among the convolutions of that forward, the function's
+    name, its arguments by name, and the output; what it returns takes the output's place.
+    """
+
+    def __init__(
+        self, model: nn.Module, on_call: Callable[[nn.Module, int, str, dict[str, Any], Tensor], Tensor]
+    ) -> None:
+        super().__init__()
+        self._model = model
+        self._on_call = on_call
+        self.frames: list[_Frame] = []
+        self.depth = 0
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Pass every call on, and report convolutions."""
+        name = convolution_name(func)
+        if name is None or not self.frames or self.depth:
+            return func(*args, **(kwargs or {}))
+        self.depth += 1
+        try:
+            output = func(*args, **(kwargs or {}))
+        finally:
+            self.depth -= 1
+        frame = self.frames[-1]
+        index, frame.calls = frame.calls, frame.calls + 1
+        return self._on_call(frame.module, index, name, bind_arguments(name, args, kwargs or {}), output)
+
+    @contextmanager
+    def watching(self, on_return: Callable[[_Frame, Any], None] | None = None) -> Iterator[None]:
+        """Follow which module runs. Hooks are removed on leaving."""
+
+        def enter(module: nn.Module, inputs: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            self.frames.append(_Frame(module, inputs, kwargs))
+
+        def leave(module: nn.Module, inputs: Any, output: Any) -> None:
+            frame = self.frames.pop()
+            if on_return is not None:
+                on_return(frame, output)
+
+        with ExitStack() as stack:
+            for module in self._model.modules():
+                if isinstance(module, torch.jit.ScriptModule):
+                    continue  # takes no hooks; its convolutions are counted by the dispatcher
+                entering = module.register_forward_pre_hook(enter, with_kwargs=True)
+                leaving = module.register_forward_hook(leave, prepend=True)
+                stack.callback(entering.remove)
+                stack.callback(leaving.remove)
+            stack.enter_context(self)
+            yield
+
+
+class _HiddenConvolutions(TorchDispatchMode):
+    """Counts the convolutions that reach the dispatcher from nowhere that Python sees (TorchScript, C++)."""
+
+    def __init__(self, interceptor: ConvolutionInterceptor) -> None:
+        super().__init__()
+        self._interceptor = interceptor
+        self.count: dict[nn.Module, int] = {}
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        interceptor = self._interceptor
+        if func is not torch.ops.aten.convolution.default or interceptor.depth or not interceptor.frames:
+            return func(*args, **(kwargs or {}))
+        module = interceptor.frames[-1].module
+        self.count[module] = self.count.get(module, 0) + 1
+        # Calling `func` passes the function mode again, which must not take it for a call by the module.
+        interceptor.depth += 1
+        try:
+            return func(*args, **(kwargs or {}))
+        finally:
+            interceptor.depth -= 1
+
+
+def duplicate(model: nn.Module) -> nn.Module:
+    """A deep copy, whatever the model holds.
+
+    Weights computed by the old `torch.nn.utils.weight_norm` hooks are no leaves of the autograd
+    graph, and deepcopy refuses those: they are copied detached.
+    """
+    memo: dict[int, Any] = {}
+    for module in model.modules():
+        for value in vars(module).values():
+            if isinstance(value, Tensor) and not value.is_leaf:
+                memo[id(value)] = value.detach().clone()
+    return copy.deepcopy(model, memo)
+
+
+def private_copy(model: nn.Module) -> nn.Module:
+    """A deep copy in eval mode, on which a forward pass may do what it likes."""
+    copied = duplicate(model)
+    for module in copied.modules():  # not .eval(): modules from torch.export refuse it
+        module.training = False
+    return copied
+
+
+def trace(model: nn.Module, inputs: Inputs) -> tuple[ConvSite, ...]:
+    """Find every convolution of `model`, executed or not, in order of execution.
+
+    Args:
+        model: a private copy in eval mode (`private_copy`): a forward pass may change its buffers.
+        inputs: positional arguments of its forward, with batch dimension.
+
+    Raises:
+        SepconvertError: the forward pass fails on these inputs.
+    """
+    records, hidden = _run(model, inputs)
+    # Weights that the forward pass computes from its input differ on another input, or another batch.
+    variable = _variable_weights(model, records, _other_inputs(inputs))
+    names = _names(model)
+    batch = next((value.shape[0] for value in inputs if isinstance(value, Tensor) and value.ndim > 0), 1)
+    grouped: dict[tuple[int, int], list[_Record]] = {}
+    for record in records:
+        grouped.setdefault((id(record.module), record.index), []).append(record)
+    sites = [_site(calls, names, max(batch, 1), variable) for calls in grouped.values()]
+    for module, count in hidden.items():
+        sites.append(_unseen(module, names[id(module)], "TorchScript or C++", f"{count} convolutions run outside Python"))
+    executed = {id(record.module) for record in records}
+    for module in model.modules():
+        if isinstance(module, _ConvNd) and id(module) not in executed:
+            sites.append(_unseen(module, names[id(module)], type(module).__name__, "not executed on these inputs"))
+    return tuple(sites)
+
+
+def _run(model: nn.Module, inputs: Inputs) -> tuple[list[_Record], dict[nn.Module, int]]:
+    records: list[_Record] = []
+
+    def on_call(module: nn.Module, index: int, function: str, arguments: dict[str, Any], output: Tensor) -> Tensor:
+        frame = interceptor.frames[-1]
+        reads = any(arguments.get("input") is value for value in frame.inputs)
+        module_inputs = None if frame.kwargs else frame.inputs
+        records.append(_Record(module, index, function, arguments, output, module_inputs, reads_module_input=reads))
+        return output
+
+    def on_return(frame: _Frame, output: Any) -> None:
+        if frame.calls:
+            records_of_call = [record for record in records if record.module is frame.module]
+            records_of_call[-1].returns_output = output is records_of_call[-1].output
+
+    interceptor = ConvolutionInterceptor(model, on_call)
+    hidden = _HiddenConvolutions(interceptor)
+    with torch.no_grad(), hidden, interceptor.watching(on_return):
+        try:
+            model(*inputs)
+        except Exception as error:  # the model's own code may raise anything
+            shapes = ", ".join("x".join(map(str, value.shape)) for value in inputs if isinstance(value, Tensor))
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            raise SepconvertError(
+                f"the model's forward pass failed on input {shapes}: {reason}; check --input-shape"
+            ) from error
+    return records, hidden.count
+
+
+def _other_inputs(inputs: Inputs) -> Inputs:
+    """Other values, and one sample more: a weight must depend on neither."""
+    generator = torch.Generator().manual_seed(0)
+
+    def other(value: Any) -> Any:
+        if not isinstance(value, Tensor) or not value.is_floating_point():
+            return value
+        shape = (value.shape[0] + 1, *value.shape[1:]) if value.ndim else value.shape
+        return torch.rand(shape, generator=generator).to(value)
+
+    return tuple(other(value) for value in inputs)
+
+
+def _variable_weights(model: nn.Module, records: list[_Record], inputs: Inputs) -> set[tuple[int, int]]:
+    try:
+        others, _ = _run(model, inputs)
+    except SepconvertError:  # a model of fixed batch size
+        others, _ = _run(model, tuple(value[:-1] if isinstance(value, Tensor) and value.ndim else value for value in inputs))
+    weights = {(id(record.module), record.index): record.arguments["weight"] for record in others}
+    return {
+        key
+        for record in records
+        if (key := (id(record.module), record.index)) in weights
+        and not _same(record.arguments["weight"], weights[key])
+    }
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    return a is b or (a.shape == b.shape and bool(torch.equal(a, b)))
+
+
+def _names(model: nn.Module) -> dict[int, list[str]]:
+    names: dict[int, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        names.setdefault(id(module), []).append(name)
+    return names
+
+
+def _site(
+    calls: list[_Record], names: Mapping[int, list[str]], batch: int, variable: set[tuple[int, int]]
+) -> ConvSite:
+    first = calls[0]
+    module, weight = first.module, first.arguments["weight"]
+    owner, *others = names[id(module)]
+    is_module = isinstance(module, _ConvNd)
+    suffix = "" if is_module else f"{'.' if owner else ''}{first.function}_{first.index}"
+    bias = first.arguments.get("bias")
+    # A parametrised module has other parameters than its weight.
+    trained = tuple(module.parameters()) if is_module else (weight, bias)
+    spec, obstacle = _geometry(first)
+    if obstacle is None and (id(module), first.index) in variable:
+        obstacle = "its kernel is computed from the input"
+    if obstacle is None and any(not _same(call.arguments["weight"], weight) for call in calls):
+        obstacle = "it is called with different kernels"
+    if obstacle is None and any(_geometry(call)[0] != spec for call in calls):
+        obstacle = "it is called with different geometries"
+    if obstacle is None and not bool(torch.isfinite(weight).all()):
+        obstacle = "its kernel holds NaN or Inf"
+    if obstacle is None and is_module and not _plain(module):
+        obstacle = _own_forward_obstacle(first)
+    return ConvSite(
+        name=f"{owner}{suffix}",
+        aliases=tuple(f"{other}{'.' if other else ''}{suffix.lstrip('.')}" if suffix else other for other in others),
+        kind=type(module).__name__ if is_module else f"functional {first.function}",
+        owner=owner,
+        index=None if is_module else first.index,
+        sizes=tuple(size for call in calls for size in _sizes(call, spec, batch)),
+        macs=sum(_macs(call) for call in calls) // batch,
+        params=sum(value.numel() for value in trained if isinstance(value, nn.Parameter)),
+        frozen=not any(value is not None and value.requires_grad for value in trained),
+        spec=spec,
+        weight=weight.detach(),
+        bias=None if bias is None else bias.detach(),
+        inputs=first.arguments["input"].detach(),
+        owner_inputs=None if is_module else first.module_inputs,
+        obstacle=obstacle,
+    )
+
+
+def _unseen(module: nn.Module, names: list[str], kind: str, obstacle: str) -> ConvSite:
+    params = sum(parameter.numel() for parameter in module.parameters(recurse=False))
+    return ConvSite(
+        name=names[0], aliases=tuple(names[1:]), kind=kind, owner=names[0], index=None, sizes=(), macs=0, params=params, frozen=False,
+        spec=None, weight=None, bias=None, inputs=None, owner_inputs=None, obstacle=obstacle,
+    )  # fmt: skip
+
+
+def _plain(module: nn.Module) -> bool:
+    """Does the class compute what `nn.Conv2d` computes? (Parametrised classes do: they only make the weight.)"""
+    cls = type(module)
+    return cls.forward is nn.Conv2d.forward and cls._conv_forward is nn.Conv2d._conv_forward  # type: ignore[attr-defined]
+
+
+def _geometry(record: _Record) -> tuple[ConvSpec | None, str | None]:
+    """Geometry of a two-dimensional convolution, or the reason why there is none."""
+    arguments = record.arguments
+    weight: Tensor = arguments["weight"]
+    if "transpose" in record.function or arguments.get("transposed"):
+        return None, "transposed convolutions are not factorised"
+    if weight.ndim != 4:
+        return None, f"{weight.ndim - 2}-D convolutions are not factorised"
+    if not weight.is_floating_point():
+        return None, f"kernels of {weight.dtype} are not factorised"
+    stride, dilation = _pair(arguments.get("stride", 1)), _pair(arguments.get("dilation", 1))
+    module = record.module
+    mode, padding = "zeros", arguments.get("padding", 0)
+    if isinstance(module, nn.Conv2d) and _plain(module):
+        # Seen from outside, a padding mode other than zeros is a call to F.pad.
+        mode, padding = module.padding_mode, module.padding
+    assert mode in PADDING_MODES  # noqa: S101  (nn.Conv2d's own constructor refuses any other)
+    return ConvSpec(
+        in_channels=weight.shape[1] * arguments.get("groups", 1),
+        out_channels=weight.shape[0],
+        kernel_size=(weight.shape[2], weight.shape[3]),
+        stride=stride,
+        padding=resolve_padding(padding, (weight.shape[2], weight.shape[3]), dilation),
+        dilation=dilation,
+        groups=arguments.get("groups", 1),
+        padding_mode=mode,
+        bias=arguments.get("bias") is not None,
+    ), None
+
+
+def resolve_padding(padding: Any, kernel_size: Pair, dilation: Pair) -> tuple[Pair, Pair]:
+    """(before, after) per axis. 'same' puts the odd element after, as torch does."""
+    if padding == "valid":
+        return (0, 0), (0, 0)
+    if padding == "same":
+        totals = [d * (k - 1) for d, k in zip(dilation, kernel_size, strict=True)]
+        vertical, horizontal = ((total // 2, total - total // 2) for total in totals)
+        return vertical, horizontal
+    vertical_padding, horizontal_padding = _pair(padding)
+    return (vertical_padding, vertical_padding), (horizontal_padding, horizontal_padding)
+
+
+def _pair(value: Any) -> Pair:
+    """An int, or a sequence of one or two ints, as a pair."""
+    values = [value] if isinstance(value, int) else list(value)
+    return int(values[0]), int(values[-1])
+
+
+def _sizes(record: _Record, spec: ConvSpec | None, batch: int) -> tuple[Pair, ...]:
+    """Input size of one sample, once per image that the call convolves for it."""
+    if spec is None:
+        return ()
+    inputs: Tensor = record.arguments["input"]
+    module = record.module
+    if isinstance(module, nn.Conv2d) and _plain(module) and module.padding_mode != "zeros":
+        size = (inputs.shape[-2] - sum(spec.padding[0]), inputs.shape[-1] - sum(spec.padding[1]))
+    else:
+        size = (inputs.shape[-2], inputs.shape[-1])
+    images = inputs.shape[0] if inputs.ndim == 4 else 1
+    return (size,) * max(images // batch, 1)
+
+
+def _macs(record: _Record) -> int:
+    """Multiply-adds as fvcore counts them: positions of the output (input if transposed) × weights."""
+    weight, transposed = record.arguments["weight"], "transpose" in record.function
+    positions: Tensor = record.arguments["input"] if transposed else record.output
+    dims = weight.ndim - 2
+    images = positions.shape[0] if positions.ndim == weight.ndim else 1
+    return images * math.prod(positions.shape[-dims:]) * int(weight.numel())
+
+
+def _own_forward_obstacle(record: _Record) -> str | None:
+    """None if a subclass with a forward of its own is seen to do nothing but convolve its input."""
+    cls = f"{type(record.module).__module__}.{type(record.module).__name__}"
+    reason = f"the forward of {cls} does more than convolve its input"
+    if record.index != 0 or not (record.reads_module_input and record.returns_output):
+        return reason
+    # Padding by the size of the input may have been nothing at the size seen so far.
+    inputs, weight = record.arguments["input"], record.arguments["weight"]
+    module = private_copy(record.module)
+    for extra in range(4):
+        size = [_pair(record.arguments.get("dilation", 1))[axis] * weight.shape[2 + axis] + 4 + extra for axis in (0, 1)]
+        seen, _ = _run(module, (inputs.new_zeros(*inputs.shape[:-2], *size),))
+        if len(seen) != 1 or not (seen[0].reads_module_input and seen[0].returns_output):
+            return reason
+        if _geometry(replace(seen[0], module=record.module)) != _geometry(record):
+            return reason
+        if not _same(seen[0].arguments["weight"], weight):
+            return reason
+    return None

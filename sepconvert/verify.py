@@ -1,0 +1,212 @@
+"""Is the converted model the original? Layer by layer, and as a whole, against derived tolerances."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils import _pytree as pytree
+
+from sepconvert.export import cast, model_dtype
+from sepconvert.factorize.exact import Certificate
+from sepconvert.layers import FactorizedConv2d
+from sepconvert.spec import ConvSpec
+from sepconvert.trace import ConvolutionInterceptor, ConvSite, Inputs, private_copy
+
+Outputs = list[Tensor]
+
+# Perturbations of random sign meet each other half-way at best; the true difference may add up.
+_SAFETY = 2.0
+_DRAWS = 2
+
+
+@dataclass(frozen=True)
+class LayerCheck:
+    """Dense layer and factors on the input that the layer had in the model."""
+
+    max_abs_diff_float64: float
+    max_abs_diff: float  # each computed in the model's own dtype
+    output_error: float  # ‖Δy‖ / ‖y‖, float64
+    bound_float64: float  # on max |Δy|: max over positions and channels of ‖ΔW_o‖ · ‖patch‖
+
+    @property
+    def holds(self) -> bool:
+        """Is the difference of the outputs explained by the difference of the kernels?"""
+        return self.max_abs_diff_float64 <= self.bound_float64
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Largest difference of two lists of outputs, and how large it may be."""
+
+    max_abs_diff: float
+    tolerance: float
+    dtype: str
+
+    @property
+    def holds(self) -> bool:
+        """Within the tolerance? (NaN is not.)"""
+        return self.max_abs_diff <= self.tolerance
+
+
+def dense_convolution(spec: ConvSpec, inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """The dense layer by its definition: pad, then convolve."""
+    (top, bottom), (left, right) = spec.padding
+    mode = "constant" if spec.padding_mode == "zeros" else spec.padding_mode
+    padded = F.pad(inputs, (left, right, top, bottom), mode=mode)
+    return F.conv2d(padded, weight, bias, spec.stride, 0, spec.dilation, spec.groups)
+
+
+def check_layer(site: ConvSite, layer: FactorizedConv2d, certificate: Certificate) -> LayerCheck:
+    """Compare a dense layer with its factors on the input recorded in `site`."""
+    assert site.spec is not None and site.weight is not None and site.inputs is not None  # noqa: S101
+    double = private_copy(layer).double()
+    inputs, weight, bias = (None if value is None else value.double() for value in (site.inputs, site.weight, site.bias))
+    assert inputs is not None and weight is not None  # noqa: S101
+    with torch.no_grad():
+        dense = dense_convolution(site.spec, inputs, weight, bias)
+        factored = double(inputs)
+        own = dense_convolution(site.spec, site.inputs, site.weight, site.bias)
+        own_factored = layer(site.inputs)
+        patch_norms = dense_convolution(site.spec, inputs.square(), torch.ones_like(weight), None).sqrt()
+        magnitude = dense_convolution(site.spec, inputs.abs(), weight.abs(), None)
+        kernel_error = torch.linalg.vector_norm(double.weight - weight, dim=(1, 2, 3))[:, None, None]
+    # Float64 rounding of both ways to compute the sum: n·eps times the sum of magnitudes.
+    roundoff = weight[0].numel() * torch.finfo(torch.float64).eps * magnitude
+    return LayerCheck(
+        max_abs_diff_float64=_max_abs([factored - dense]),
+        max_abs_diff=_max_abs([own_factored.double() - own.double()]),
+        output_error=float(torch.linalg.vector_norm(factored - dense) / (torch.linalg.vector_norm(dense) or 1.0)),
+        bound_float64=_max_abs([kernel_error * patch_norms + 4 * roundoff]),
+    )
+
+
+def random_like(inputs: Inputs, seed: int) -> Inputs:
+    """Standard normal tensors of the same shapes; integer tensors as they are."""
+    generator = torch.Generator().manual_seed(seed)
+    return tuple(
+        torch.randn(value.shape, generator=generator).to(value)
+        if isinstance(value, Tensor) and value.is_floating_point()
+        else value
+        for value in inputs
+    )
+
+
+def outputs(model: nn.Module, inputs: Inputs) -> Outputs:
+    """All floating-point tensors that a model returns, in eval mode, as float64."""
+    with torch.no_grad():
+        leaves = pytree.tree_leaves(model(*inputs))
+    return [leaf.double() for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+
+
+@dataclass(frozen=True)
+class Reference:
+    """The original model's outputs in high precision, and how far rounding of its kernels may move them."""
+
+    inputs: tuple[Inputs, ...]
+    outputs: tuple[Outputs, ...]  # one for each of `inputs`
+    tolerances: tuple[list[float], ...]  # one for each output
+    dtype: torch.dtype
+
+
+def reference(
+    model: nn.Module, inputs: Sequence[Inputs], sites: Sequence[ConvSite], tolerances: Mapping[str, float], seed: int
+) -> Reference:
+    """Run the original in float64, or in its own dtype if it insists on that.
+
+    The tolerance is what the network itself makes of the permitted errors: each converted layer's
+    output is moved by ±τ (|W| ∗ |x|), τ being what its certificate permits and |W| ∗ |x| the sum of
+    the magnitudes of the terms (a componentwise bound), with random signs; the output may move
+    twice as far as it does then.
+    """
+    try:
+        return _reference(model, inputs, sites, tolerances, seed, torch.float64)
+    except RuntimeError:  # a forward with a fixed dtype
+        return _reference(model, inputs, sites, tolerances, seed, model_dtype(model))
+
+
+def _reference(
+    model: nn.Module,
+    inputs: Sequence[Inputs],
+    sites: Sequence[ConvSite],
+    tolerances: Mapping[str, float],
+    seed: int,
+    dtype: torch.dtype,
+) -> Reference:
+    precise = private_copy(model).to(dtype)
+    cast_inputs = [cast(value, dtype) for value in inputs]
+    plain = [outputs(precise, value) for value in cast_inputs]
+    moved: list[list[float]] = []
+    for value, expected in zip(cast_inputs, plain, strict=True):
+        responses = [0.0] * len(expected)
+        for draw in range(_DRAWS):
+            perturbed = _perturbed(precise, value, sites, tolerances, seed + draw)
+            responses = [max(r, _max_abs([p - e])) for r, p, e in zip(responses, perturbed, expected, strict=True)]
+        rounding = [100 * torch.finfo(dtype).eps * _max_abs([e]) for e in expected]
+        moved.append([_SAFETY * response + floor for response, floor in zip(responses, rounding, strict=True)])
+    return Reference(tuple(inputs), tuple(plain), tuple(moved), dtype)
+
+
+def _perturbed(
+    model: nn.Module, inputs: Inputs, sites: Sequence[ConvSite], tolerances: Mapping[str, float], seed: int
+) -> Outputs:
+    generator = torch.Generator().manual_seed(seed)
+    permitted = {
+        (model.get_submodule(site.owner), site.index or 0): tolerances[site.name]
+        for site in sites
+        if site.name in tolerances
+    }
+
+    def on_call(module: nn.Module, index: int, function: str, arguments: dict[str, Any], output: Tensor) -> Tensor:
+        tolerance = permitted.get((module, index))
+        if tolerance is None:
+            return output
+        magnitudes = {"input": arguments["input"].abs(), "weight": arguments["weight"].abs()}
+        rest = {name: value for name, value in arguments.items() if name not in ("input", "weight", "bias")}
+        run: Callable[..., Tensor] = torch.convolution if function == "convolution" else torch.conv2d
+        bias = {"bias": None} if function == "convolution" else {}
+        signs = torch.randint(0, 2, output.shape, generator=generator).to(output) * 2 - 1
+        return output + tolerance * signs * run(**magnitudes, **bias, **rest)
+
+    interceptor = ConvolutionInterceptor(model, on_call)
+    with interceptor.watching():
+        return outputs(model, inputs)
+
+
+def compare_with(expected: Reference, converted: nn.Module) -> Comparison:
+    """Whole-model check of the converted model against the original's reference."""
+    precise = private_copy(converted).to(expected.dtype)
+    pairs = [
+        (_max_abs([a - e]), tolerance)
+        for value, outs, tolerances in zip(expected.inputs, expected.outputs, expected.tolerances, strict=True)
+        for a, e, tolerance in zip(outputs(precise, cast(value, expected.dtype)), outs, tolerances, strict=True)
+    ]
+    return _worst(pairs, str(expected.dtype).removeprefix("torch."))
+
+
+def compare_runs(expected: Reference, original: Sequence[Outputs], converted: Sequence[Outputs], dtype: str) -> Comparison:
+    """Check of two runtime models on the inputs of `expected`.
+
+    The runtime's own rounding, seen as the distance of the original from its float64 outputs, may
+    come in twice on top of the tolerance, in another order of summation.
+    """
+    pairs = []
+    for outs, tolerances, ours, theirs in zip(expected.outputs, expected.tolerances, original, converted, strict=True):
+        for exact, tolerance, a, b in zip(outs, tolerances, ours, theirs, strict=True):
+            noise = _max_abs([a - exact]) + torch.finfo(torch.float32).eps * _max_abs([exact])
+            pairs.append((_max_abs([b - a]), tolerance + 4 * noise))
+    return _worst(pairs, dtype)
+
+
+def _worst(pairs: Sequence[tuple[float, float]], dtype: str) -> Comparison:
+    """The pair (difference, tolerance) that comes nearest to failing, or fails by most."""
+    # NaN must lose: no comparison with it is true.
+    difference, tolerance = max(pairs, key=lambda pair: math.inf if not pair[0] <= pair[1] else pair[0] / (pair[1] or 1.0))
+    return Comparison(difference, tolerance, dtype)
+
+
+def _max_abs(tensors: Sequence[Tensor]) -> float:
+    return max((float(tensor.abs().max()) for tensor in tensors if tensor.numel()), default=0.0)

@@ -1,0 +1,134 @@
+"""The demo's network and images: trained indeed, small, deployable, and structured as documented."""
+
+from importlib.resources import files
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+
+from sepconvert.demo.images import CLASSES, EVALUATION_SEED, SIZE, draw, evaluation_data
+from sepconvert.demo.net import CHECKPOINT, ShapeNet, load, to_input
+from sepconvert.demo.train import RANK, accuracy, merge
+
+PLAIN = ["stem", "block.0", "block.1", "narrow", "head"]
+
+
+@pytest.fixture(scope="module")
+def net() -> ShapeNet:
+    return load()
+
+
+def kernel(net: ShapeNet, layer: str) -> np.ndarray:
+    """Return the kernel of `layer` as float64 O×C×K×K."""
+    return net.get_submodule(layer).conv.weight.detach().double().numpy()
+
+
+def rank(matrix: np.ndarray) -> int:
+    """Count the singular values above float32's rounding of the weights."""
+    values = np.linalg.svd(matrix, compute_uv=False)
+    return int((values > values[0] * max(matrix.shape) * np.finfo(np.float32).eps).sum())
+
+
+def spatial_unfolding(weight: np.ndarray) -> np.ndarray:
+    outputs, inputs, height, width = weight.shape
+    return weight.transpose(1, 2, 0, 3).reshape(inputs * height, outputs * width)
+
+
+def test_the_network_is_trained(net):
+    assert not net.training
+    assert 0.9 < accuracy(net, evaluation_data(500)) < 1
+
+
+def test_the_network_is_small(net):
+    assert sum(parameter.numel() for parameter in net.parameters()) <= 170_000
+    assert len((files("sepconvert.demo") / CHECKPOINT).read_bytes()) < 700_000
+
+
+def test_images_have_the_documented_form():
+    x, y = draw(64, seed=0)
+    assert (x.shape, x.dtype) == ((64, SIZE, SIZE, 3), np.uint8)
+    assert (y.shape, y.dtype) == ((64,), np.int64)
+    assert set(y) == set(range(len(CLASSES)))
+
+
+def test_a_seed_fixes_the_images():
+    long, short = draw(40, seed=3), draw(10, seed=3)
+    np.testing.assert_array_equal(long.x[:10], short.x)
+    np.testing.assert_array_equal(long.y[:10], short.y)
+    assert (draw(10, seed=4).x != short.x).any()
+
+
+def test_the_evaluation_split_is_drawn_from_its_own_seed():
+    np.testing.assert_array_equal(evaluation_data(5).x, draw(5, EVALUATION_SEED).x)
+
+
+@pytest.mark.parametrize("layer", ["contrast.window", "blur1.binomial", "blur2.binomial", "edges.sobel"])
+def test_filters_are_rank_one_in_each_channel(net, layer):
+    for plane in net.get_buffer(layer).double().numpy()[:, 0]:
+        assert rank(plane) == 1
+
+
+def test_smoothing_filters_keep_the_mean(net):
+    for layer in ["contrast.window", "blur1.binomial", "blur2.binomial"]:
+        np.testing.assert_allclose(net.get_buffer(layer).sum(dim=(1, 2, 3)), 1, rtol=1e-6)
+
+
+def test_large_has_the_rank_of_the_pair_it_was_trained_as(net):
+    assert rank(spatial_unfolding(kernel(net, "large"))) == RANK
+
+
+def test_half_of_the_filters_of_widen_are_zero(net):
+    weight = kernel(net, "widen")
+    assert (weight != 0).any(axis=(1, 2, 3)).sum() == 32
+    assert rank(weight.reshape(64, -1)) == 32
+
+
+def test_elastic_is_zero_but_for_its_core(net):
+    weight = kernel(net, "elastic")
+    assert (weight[:, :, 1:4, 1:4] != 0).all()
+    weight[:, :, 1:4, 1:4] = 0
+    assert not weight.any()
+
+
+@pytest.mark.parametrize("layer", PLAIN)
+def test_plain_layers_have_full_rank(net, layer):
+    weight = kernel(net, layer)
+    spatial, outputs = spatial_unfolding(weight), weight.reshape(len(weight), -1)
+    inputs = weight.transpose(1, 0, 2, 3).reshape(weight.shape[1], -1)
+    for matrix in (spatial, outputs, inputs):
+        assert rank(matrix) == min(matrix.shape)
+
+
+def test_merging_composes_the_pair():
+    vertical = torch.nn.Conv2d(3, 4, (7, 1), padding=(3, 0), bias=False).double()
+    horizontal = torch.nn.Conv2d(4, 5, (1, 7), padding=(0, 3), bias=False).double()
+    x = torch.randn(2, 3, 12, 12, dtype=torch.float64)
+    merged = torch.nn.functional.conv2d(x, merge(vertical.weight, horizontal.weight), padding=3)
+    torch.testing.assert_close(merged, horizontal(vertical(x)))
+
+
+@pytest.mark.parametrize("batch", [1, 5])
+def test_exports_to_onnx_with_a_dynamic_batch(net, onnx_session, batch):
+    x = to_input(evaluation_data(batch).x)
+    with torch.no_grad():
+        expected = net(x).numpy()
+    (actual,) = onnx_session.run(None, {onnx_session.get_inputs()[0].name: x.numpy()})
+    np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.fixture(scope="module")
+def onnx_session(net) -> onnxruntime.InferenceSession:
+    example = to_input(evaluation_data(2).x)
+    program = torch.onnx.export(
+        net, (example,), dynamo=True, dynamic_shapes=({0: torch.export.Dim("batch")},), verbose=False
+    )
+    return onnxruntime.InferenceSession(
+        program.model_proto.SerializeToString(), providers=["CPUExecutionProvider"]
+    )
+
+
+def test_traces_symbolically(net):
+    traced = torch.fx.symbolic_trace(net)
+    x = to_input(evaluation_data(2).x)
+    torch.testing.assert_close(traced(x), net(x))
