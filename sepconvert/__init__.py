@@ -9,15 +9,29 @@ from typing import TYPE_CHECKING
 __version__ = "0.1.0"
 
 _PUBLIC = {
-    "SepconvertError": "errors",
+    "ConversionResult": "pipeline",
     "DemandNotMetError": "errors",
+    "FactorizedConv2d": "layers",
+    "Profile": "profiling",
+    "SepconvertError": "errors",
+    "compare": "profiling",
+    "convert": "pipeline",
+    "inspect": "pipeline",
+    "profile": "profiling",
 }
 
-__all__ = ["__version__", *sorted(_PUBLIC)]  # noqa: PLE0604
+__all__ = ["__version__", *sorted(_PUBLIC)]
 
 if TYPE_CHECKING:
     from sepconvert.errors import DemandNotMetError as DemandNotMetError
     from sepconvert.errors import SepconvertError as SepconvertError
+    from sepconvert.layers import FactorizedConv2d as FactorizedConv2d
+    from sepconvert.pipeline import ConversionResult as ConversionResult
+    from sepconvert.pipeline import convert as convert
+    from sepconvert.pipeline import inspect as inspect
+    from sepconvert.profiling import Profile as Profile
+    from sepconvert.profiling import compare as compare
+    from sepconvert.profiling import profile as profile
 
 
 def __getattr__(name: str) -> object:

@@ -1,27 +1,17 @@
 """The command line: options, progress and exit codes. Torch is loaded when a command runs, not before."""
 
-import json
-import logging
 import os
 import signal
 import sys
-import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any
 
 import click
 
 from sepconvert import __version__
-from sepconvert.errors import SepconvertError
+from sepconvert.errors import SepconvertError, first_line
 
-if TYPE_CHECKING:
-    from torch import Tensor
-    from torch.utils.data import DataLoader
-
-    from sepconvert.load import LoadedModel
-
-T = TypeVar("T")
 Command = Callable[..., Any]
 
 _INTERRUPTED = 130
@@ -45,15 +35,23 @@ def _options(*decorators: Command) -> Callable[[Command], Command]:
     return decorate
 
 
-_model_options = _options(
-    click.argument("model", type=click.Path(path_type=Path)),
-    click.option("--factory", metavar="PKG.MOD:CALLABLE", help="Builds the model of a state_dict checkpoint; also file.py:callable."),
-    click.option("--allow", multiple=True, metavar="CLASS", help="Admit this class of a pickled model. Repeatable."),
+_loading_options = _options(
+    click.option(
+        "--factory",
+        metavar="PKG.MOD:CALLABLE",
+        help="Builds the model of a state_dict checkpoint; also file.py:callable.",
+    ),
+    click.option(
+        "--allow", multiple=True, metavar="CLASS", help="Admit this class of a pickled model. Repeatable."
+    ),
     click.option("--trust", is_flag=True, help="Run the file as the program that a pickle is. Last resort."),
     click.option("--input-shape", metavar="CxHxW", help="Shape of one sample, e.g. 3x224x224."),
 )
+_model_options = _options(click.argument("model", type=click.Path(path_type=Path)), _loading_options)
 _data_options = _options(
-    click.option("--data", metavar="PATH", help="Labelled data: .npz, a folder of class folders, or pkg.mod:callable."),
+    click.option(
+        "--data", metavar="PATH", help="Labelled data: .npz, a folder of class folders, or pkg.mod:callable."
+    ),
     click.option("--mean", metavar="R,G,B", help="Mean of x/255 per channel, for uint8 images."),
     click.option("--std", metavar="R,G,B", help="Standard deviation, likewise."),
     click.option("--resize", metavar="N|HxW", help="Size to which uint8 images are resized."),
@@ -61,28 +59,40 @@ _data_options = _options(
 _selection_options = _options(
     click.option("--include", multiple=True, metavar="GLOB", help="Only layers with such names. Repeatable."),
     click.option("--exclude", multiple=True, metavar="GLOB", help="No layers with such names. Repeatable."),
-    click.option("--tol", type=float, help="Relative kernel error that counts as exact [default: rounding of its dtype]."),
+    click.option(
+        "--tol",
+        type=float,
+        help="Relative kernel error that counts as exact [default: rounding of its dtype].",
+    ),
 )
 _run_options = _options(
-    click.option("--batch", default=1, show_default=True, type=click.IntRange(1), help="Batch that is run and timed."),
-    click.option("--seed", default=0, show_default=True, type=int, help="Of random inputs and of the order of runs."),
+    click.option(
+        "--batch", default=1, show_default=True, type=click.IntRange(1), help="Batch that is run and timed."
+    ),
+    click.option(
+        "--seed", default=0, show_default=True, type=int, help="Of random inputs and of the order of runs."
+    ),
     click.option("--quiet", is_flag=True, help="No progress bars, no tables."),
     click.option("--json", "as_json", is_flag=True, help="Print the JSON document on standard output."),
     click.option("--debug", is_flag=True, help="Show tracebacks."),
 )
 _timing_options = _options(
     click.option("--threads", type=click.IntRange(1), help="Threads of ONNX Runtime [default: all cores]."),
-    click.option("--runs", default=50, show_default=True, type=click.IntRange(0), help="Timed runs; 0 for none."),
+    click.option(
+        "--runs", default=50, show_default=True, type=click.IntRange(0), help="Timed runs; 0 for none."
+    ),
 )
 _output_options = _options(
-    click.option("--out", type=click.Path(path_type=Path), help="Result directory [default: <model stem>-sepconvert]."),
+    click.option("--out", type=click.Path(path_type=Path), help="Results [default: STEM-sepconvert]."),
     click.option("--force", is_flag=True, help="Replace an existing result directory."),
     click.option("--dynamic-batch/--no-dynamic-batch", default=True, show_default=True,
                  help="Leave the batch dimension open where the model allows it."),
 )  # fmt: skip
 
 
-@click.group(cls=_ConvertByDefault, context_settings={"help_option_names": ["--help"], "max_content_width": 100})
+@click.group(
+    cls=_ConvertByDefault, context_settings={"help_option_names": ["--help"], "max_content_width": 100}
+)
 @click.version_option(__version__, prog_name="sepconvert")
 def cli() -> None:
     """Replace the convolutions of a trained CNN by separable ones, and prove it.
@@ -96,7 +106,7 @@ def cli() -> None:
 @click.option("--mode", type=click.Choice(["exact"]), default="exact", show_default=True,
               help="exact: only replacements that preserve the function.")  # fmt: skip
 @click.option("--gate", type=click.Choice(["macs", "latency", "none"]), default="macs", show_default=True,
-              help="Convert a layer only if it costs less: counted, or measured in ONNX Runtime.")  # fmt: skip
+              help="Convert only what costs less: counted, or measured in ONNX Runtime.")  # fmt: skip
 @_selection_options
 @_data_options
 @_output_options
@@ -107,7 +117,7 @@ def convert(**options: Any) -> None:
     """Convert MODEL, verify it, export both to ONNX, and report costs, latency and accuracy."""
     from sepconvert import commands
 
-    commands.convert(_Session(options), **_without(options, "model", "quiet", "as_json", "debug"))
+    commands.convert(**options)
 
 
 @cli.command()
@@ -119,4 +129,64 @@ def inspect(**options: Any) -> None:
     """Show which convolutions of MODEL separate, how exactly, and why not."""
     from sepconvert import commands
 
-    commands.inspect(_Session(options), **_without(options, "model", "quiet", "as_json", "debug"))
+    commands.inspect(**options)
+
+
+@cli.command()
+@click.argument("model", type=click.Path(path_type=Path))
+@click.argument("plan", type=click.Path(path_type=Path))
+@_loading_options
+@_output_options
+@_run_options
+def apply(**options: Any) -> None:
+    """Replay PLAN.json, with the weights beside it, on a fresh MODEL."""
+    from sepconvert import commands
+
+    commands.apply(**options)
+
+
+@cli.command()
+@_output_options
+@_timing_options
+@_run_options
+def demo(**options: Any) -> None:
+    """Convert an embedded trained network, evaluated on images drawn on the spot. Needs no network."""
+    from sepconvert import commands
+
+    commands.demo(**options)
+
+
+def main() -> None:
+    """Run the command line; the process ends with the exit code of the contract."""
+    debug = "--debug" in sys.argv
+    signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        cli.main(standalone_mode=False)
+    except click.exceptions.Abort:
+        sys.exit(_fail("interrupted", _INTERRUPTED))
+    except KeyboardInterrupt:
+        sys.exit(_fail("interrupted", _INTERRUPTED))
+    except click.ClickException as error:
+        sys.exit(_fail(f"{error.format_message()}; see --help", 2))
+    except SepconvertError as error:
+        if debug:
+            raise
+        sys.exit(_fail(str(error), error.exit_code))
+    except BrokenPipeError:
+        # The reader of our output has gone, which is its right; Python would complain on closing it.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except Exception as error:
+        if debug:
+            raise
+        name = type(error).__name__
+        sys.exit(_fail(f"unexpected {name}: {first_line(error)}; run again with --debug and report it", 2))
+
+
+def _interrupt(number: int, frame: object) -> None:
+    raise KeyboardInterrupt
+
+
+def _fail(message: str, code: int) -> int:
+    click.echo(f"sepconvert: {message}", err=True)
+    return code

@@ -11,3 +11,8 @@ class DemandNotMetError(SepconvertError):
     """A demanded budget or the verification of the result was not met."""
 
     exit_code = 3
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of a foreign error's message, to quote in a message of ours that is one line long."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

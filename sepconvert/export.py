@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
-from sepconvert.errors import SepconvertError
+from sepconvert.errors import SepconvertError, first_line
 from sepconvert.trace import Inputs, private_copy
 
 # ONNX Runtime's CPU kernels for convolutions take float32 and float16.
@@ -46,7 +46,8 @@ def runtime_dtype(model: nn.Module) -> torch.dtype:
 def cast(inputs: Inputs, dtype: torch.dtype) -> Inputs:
     """Floating-point tensors among the inputs in another dtype."""
     return tuple(
-        value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value for value in inputs
+        value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
+        for value in inputs
     )
 
 
@@ -98,7 +99,10 @@ def _program(model: nn.Module, inputs: Inputs, dynamic_batch: bool) -> tuple[Exp
     reason = None
     if dynamic_batch:
         # torch.export takes a size of one for a constant.
-        wide = tuple(torch.cat([value, value]) if _has_batch(value) and value.shape[0] == 1 else value for value in inputs)
+        wide = tuple(
+            torch.cat([value, value]) if _has_batch(value) and value.shape[0] == 1 else value
+            for value in inputs
+        )
         shapes: tuple[Any, ...] = tuple({0: Dim.AUTO} if _has_batch(value) else None for value in wide)
         with _quiet(), torch.no_grad():
             try:
@@ -107,7 +111,7 @@ def _program(model: nn.Module, inputs: Inputs, dynamic_batch: bool) -> tuple[Exp
                     return program, ExportNote(True, dtype, None)
                 reason = "the model fixes the batch size"
             except Exception as error:  # a fixed batch may still work
-                reason = _first_line(error)
+                reason = first_line(error)
     with _quiet(), torch.no_grad():
         try:
             return torch.export.export(model, inputs), ExportNote(False, dtype, reason)
@@ -121,17 +125,18 @@ def _has_batch(value: Any) -> bool:
 
 def _is_dynamic(program: ExportedProgram) -> bool:
     inputs = set(program.graph_signature.user_inputs)
-    sizes = [node.meta["val"].shape[:1] for node in program.graph.nodes if node.name in inputs and node.op == "placeholder"]
+    sizes = [
+        node.meta["val"].shape[:1]
+        for node in program.graph.nodes
+        if node.name in inputs and node.op == "placeholder"
+    ]
     return all(isinstance(size[0], torch.SymInt) for size in sizes if len(size))
 
 
 def _export_error(stage: str, error: Exception) -> SepconvertError:
-    return SepconvertError(f"{stage} cannot export this model: {_first_line(error)}; the exporter's own message: --debug")
-
-
-def _first_line(error: Exception) -> str:
-    text = str(error).strip()
-    return text.splitlines()[0] if text else type(error).__name__
+    return SepconvertError(
+        f"{stage} cannot export this model: {first_line(error)}; the exporter's own message: --debug"
+    )
 
 
 @contextlib.contextmanager
@@ -144,7 +149,7 @@ def writing(path: Path) -> Iterator[None]:
     except OSError as error:
         raise SepconvertError(f"{path}: cannot be written: {error.strerror or error}") from error
     except Exception as error:  # torch and safetensors have errors of their own for a full disk
-        raise SepconvertError(f"{path}: cannot be written: {_first_line(error)}") from error
+        raise SepconvertError(f"{path}: cannot be written: {first_line(error)}") from error
 
 
 @contextlib.contextmanager

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.export import Dim
 
+from sepconvert.errors import first_line
 from sepconvert.trace import Inputs, bind_arguments, convolution_name
 
 
@@ -35,7 +36,7 @@ def call_graph(owner: nn.Module, inputs: Inputs | None, calls: int) -> fx.GraphM
         try:
             module = tracer(owner, inputs)
         except Exception as error:  # tracing runs the user's code on stand-ins, which may raise anything
-            reasons.append(_first_line(error))
+            reasons.append(first_line(error))
             continue
         if len(convolution_nodes(module.graph)) >= calls:
             return module
@@ -43,7 +44,9 @@ def call_graph(owner: nn.Module, inputs: Inputs | None, calls: int) -> fx.GraphM
     raise UntraceableError("; ".join(reasons))
 
 
-def replace_calls(module: fx.GraphModule, replacements: Mapping[int, nn.Module], names: Mapping[int, str]) -> None:
+def replace_calls(
+    module: fx.GraphModule, replacements: Mapping[int, nn.Module], names: Mapping[int, str]
+) -> None:
     """Let a submodule take the place of each convolution call, by its position among all calls. In place."""
     nodes = convolution_nodes(module.graph)
     for index, replacement in replacements.items():
@@ -60,7 +63,11 @@ def replace_calls(module: fx.GraphModule, replacements: Mapping[int, nn.Module],
 
 def convolution_nodes(graph: fx.Graph) -> list[fx.Node]:
     """The convolution calls of a forward, in order."""
-    return [node for node in graph.nodes if node.op == "call_function" and convolution_name(node.target) is not None]
+    return [
+        node
+        for node in graph.nodes
+        if node.op == "call_function" and convolution_name(node.target) is not None
+    ]
 
 
 def _function(node: fx.Node) -> str:
@@ -87,8 +94,10 @@ def _exported(owner: nn.Module, inputs: Inputs | None) -> fx.GraphModule:
     if any(True for _ in owner.children()):
         raise UntraceableError("torch.export would dissolve its submodules")
     # Size one would be taken for a constant.
-    wide = tuple(torch.cat([value, value]) if value.ndim and value.shape[0] == 1 else value for value in inputs)
-    shapes = tuple({axis: Dim.AUTO for axis in range(value.ndim)} for value in wide)
+    wide = tuple(
+        torch.cat([value, value]) if value.ndim and value.shape[0] == 1 else value for value in inputs
+    )
+    shapes = tuple(dict.fromkeys(range(value.ndim), Dim.AUTO) for value in wide)
     program = torch.export.export(owner, wide, dynamic_shapes=shapes, strict=False)
     unlifted = program.module()
     graph = fx.Graph()
@@ -109,7 +118,11 @@ def _check_shapes(graph: fx.Graph, program: torch.export.ExportedProgram) -> Non
     """Refuse inputs for which the forward might have taken another branch than the exported one."""
     placeholders = [node for node in graph.nodes if node.op == "placeholder"]
     user_inputs = set(program.graph_signature.user_inputs)
-    exported = [node.meta["val"] for node in program.graph.nodes if node.op == "placeholder" and node.name in user_inputs]
+    exported = [
+        node.meta["val"]
+        for node in program.graph.nodes
+        if node.op == "placeholder" and node.name in user_inputs
+    ]
     after_inputs = placeholders[-1].next
     for node, value in zip(placeholders, exported, strict=True):
         for axis, size in enumerate(value.shape):
@@ -120,11 +133,6 @@ def _check_shapes(graph: fx.Graph, program: torch.export.ExportedProgram) -> Non
                 actual = graph.call_function(torch.ops.aten.sym_size.int, (node, axis))
                 holds = graph.call_function(relation, (actual, lowest))
                 sign = "==" if isinstance(size, int) else ">="
-                graph.call_function(torch._assert, (holds, f"axis {axis} of {node.name}: expected size {sign} {lowest}"))
-
-
-def _first_line(error: Exception) -> str:
-    text = str(error).strip()
-    return text.splitlines()[0] if text else type(error).__name__
-
-
+                graph.call_function(
+                    torch._assert, (holds, f"axis {axis} of {node.name}: expected size {sign} {lowest}")
+                )

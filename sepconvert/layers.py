@@ -68,7 +68,11 @@ class FactorizedConv2d(nn.Sequential):
     @property
     def weight(self) -> Tensor:
         """The dense kernel O × C/groups × kh × kw that the factors amount to."""
-        weights = [convolution.weight for convolution in self.convolutions]
+        return self.compose()
+
+    def compose(self, dtype: torch.dtype | None = None) -> Tensor:
+        """`weight`, computed in another dtype than the factors' own."""
+        weights = [convolution.weight.to(dtype) for convolution in self.convolutions]
         return compose(self.spec, self.scheme, self.border, weights)
 
     @property
@@ -131,9 +135,9 @@ def _pads(spec: ConvSpec) -> list[nn.Module]:
     # Padding comes before cropping: a circular margin is taken from the far side of the whole input.
     pads: list[nn.Module] = []
     if any(width > 0 for width in widths):
-        pads.append(_PADS[spec.padding_mode](tuple(max(width, 0) for width in widths)))
+        pads.append(_PADS[spec.padding_mode]((max(left, 0), max(right, 0), max(top, 0), max(bottom, 0))))
     if any(width < 0 for width in widths):
-        pads.append(nn.ZeroPad2d(tuple(min(width, 0) for width in widths)))
+        pads.append(nn.ZeroPad2d((min(left, 0), min(right, 0), min(top, 0), min(bottom, 0))))
     return pads
 
 

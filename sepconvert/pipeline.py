@@ -1,19 +1,20 @@
 """The conversion, stage by stage: trace → analyse → plan → rewrite → verify → export → measure → report."""
 
 import contextlib
+import hashlib
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 import torch
-from safetensors.torch import save_model
+from safetensors.torch import load_model, save_model
 from torch import Tensor, nn
 
 from sepconvert.environment import available_cores
-from sepconvert.errors import DemandNotMetError, SepconvertError
+from sepconvert.errors import DemandNotMetError, SepconvertError, first_line
 from sepconvert.export import (
     ExportNote,
     cast,
@@ -25,7 +26,7 @@ from sepconvert.export import (
     writing,
 )
 from sepconvert.factorize.border import Border
-from sepconvert.factorize.exact import ZERO_BORDER, Analysis, Certificate, Factorization, analyse
+from sepconvert.factorize.exact import ZERO_BORDER, Analysis, Factorization, analyse, split
 from sepconvert.layers import FactorizedConv2d
 from sepconvert.measure.accuracy import AccuracyDelta, Predictions, evaluate
 from sepconvert.measure.accuracy import compare as compare_predictions
@@ -88,6 +89,7 @@ def inspect(
     model: nn.Module,
     example_inputs: Tensor | Inputs,
     *,
+    gate: str = "macs",
     tol: float | None = None,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
@@ -100,12 +102,17 @@ def inspect(
     """
     private = private_copy(model)
     analysed = _analyse(private, as_inputs(example_inputs), tol, include, exclude, progress)
-    layers = [
-        LayerReport(plan_layer(site, analysed.analyses.get(site.name), partial(graph_obstacle, private, site), "macs",
-                               tol, lambda _: None)[0], site, analysed.analyses.get(site.name))
-        for site in analysed.sites
-    ]  # fmt: skip
-    return {"layers": [layer.to_json() for layer in layers]}
+    layers, factorizations = _plan(private, analysed, gate, tol, 30, available_cores(), 0, progress)
+    reports = [
+        LayerReport(
+            layer,
+            site,
+            analysed.analyses.get(site.name),
+            factorizations[site.name].certificate if site.name in factorizations else None,
+        )
+        for layer, site in zip(layers, analysed.sites, strict=True)
+    ]
+    return {"layers": [report.to_json() for report in reports]}
 
 
 def convert(
@@ -163,7 +170,10 @@ def convert(
     replacements = {name: _replacement(f, analysed.sites, name) for name, f in factorizations.items()}
     converted = rewrite(model, analysed.sites, replacements)
     certificates = {name: factorization.certificate for name, factorization in factorizations.items()}
-    checks, expected, torch_check = verify_model(model, converted, inputs, analysed.sites, certificates, seed, progress)
+    tolerances = {name: certificate.channel_tolerance for name, certificate in certificates.items()}
+    checks, expected, torch_check = verify_model(
+        model, converted, inputs, analysed.sites, tolerances, seed, progress
+    )
     plan = ConversionPlan(
         mode=mode, gate=gate, tol=tol, seed=seed,
         model_sha256=None if source is None else source["sha256"],
@@ -177,7 +187,9 @@ def convert(
         onnx_check, onnx_reason = check_onnx(model, expected, paths, threads)
         verification = Verification(torch_check, onnx_check, onnx_reason, checks)
         _demand(verification)
-        latencies = _latencies(model, paths, inputs, runs, threads, seed, progress) if onnx_check and runs else None
+        latencies = (
+            _latencies(model, paths, inputs, runs, threads, seed, progress) if onnx_check and runs else None
+        )
         sizes = [path.stat().st_size for path in paths]
         before, after, accuracy = _profiles(model, converted, inputs, data, latencies, sizes, progress)
         layer_speed = {
@@ -185,19 +197,88 @@ def convert(
             for site in analysed.sites
             if (name := site.name) in factorizations and latencies is not None
         }
+        reports = tuple(
+            LayerReport(
+                layer,
+                site,
+                analysed.analyses.get(site.name),
+                certificates.get(site.name),
+                checks.get(site.name),
+                layer_speed.get(site.name),
+            )
+            for layer, site in zip(layers, analysed.sites, strict=True)
+        )
         report = Report(
-            mode=mode, source=source, threads=threads, seed=seed, dtype=str(model_dtype(model)).removeprefix("torch."),
-            original=before, converted=after, speedup=latencies[2] if latencies else None, accuracy=accuracy,
-            layers=tuple(
-                LayerReport(
-                    layer, site, analysed.analyses.get(site.name), certificates.get(site.name), checks.get(site.name),
-                    layer_speed.get(site.name),
-                )
-                for layer, site in zip(layers, analysed.sites, strict=True)
-            ),
-            verification=verification, export=note,
-        )  # fmt: skip
+            mode=mode,
+            source=source,
+            threads=threads,
+            seed=seed,
+            dtype=str(model_dtype(model)).removeprefix("torch."),
+            original=before,
+            converted=after,
+            speedup=latencies[2] if latencies else None,
+            accuracy=accuracy,
+            layers=reports,
+            verification=verification,
+            export=note,
+        )
     return ConversionResult(converted, plan.to_json(), report_document(report))
+
+
+def apply_plan(
+    model: nn.Module,
+    plan: ConversionPlan,
+    weights: Path,
+    out: Path,
+    *,
+    model_sha256: str | None,
+    dynamic_batch: bool = True,
+    progress: Progress = _silent,
+) -> dict[str, Any] | None:
+    """Replay a plan and its weights on a fresh model, and write the converted one to `out`.
+
+    Returns:
+        The comparison of outputs, if `model` comes from the very file that the plan was made of;
+        else None: weights are the plan's, and there is nothing to compare with.
+
+    Raises:
+        SepconvertError: plan, weights and model do not belong together.
+        DemandNotMetError: the outputs differ from the original's.
+    """
+    inputs = cast(
+        tuple(
+            torch.randn(shape, generator=torch.Generator().manual_seed(plan.seed))
+            for shape in plan.input_shapes
+        ),
+        model_dtype(model),
+    )
+    sites = trace(private_copy(model), inputs)
+    by_name = {site.name: site for site in sites}
+    for layer in plan.converted:
+        site = by_name.get(layer.name)
+        if site is None or site.conv is None or site.conv.spec != layer.spec:
+            found = (
+                "none of that name"
+                if site is None
+                else site.obstacle
+                if site.conv is None
+                else site.conv.spec
+            )
+            raise SepconvertError(
+                f"plan: expected a convolution {layer.name}, {layer.spec}; the model has {found}"
+            )
+    replacements = {layer.name: _planned_replacement(layer, by_name[layer.name]) for layer in plan.converted}
+    converted = rewrite(model, sites, replacements)
+    _load_weights(converted, weights, plan.weights_sha256)
+    verified = None
+    if plan.model_sha256 is not None and plan.model_sha256 == model_sha256:
+        tolerances = {layer.name: layer.tolerance for layer in plan.converted if layer.tolerance is not None}
+        checks, _, comparison = verify_model(model, converted, inputs, sites, tolerances, plan.seed, progress)
+        _demand(Verification(comparison, None, None, checks))
+        verified = asdict(comparison)
+    save_onnx(converted, inputs, out / "converted.onnx", dynamic_batch=dynamic_batch)
+    save_archive(converted, inputs, out / "converted.pt2", dynamic_batch=dynamic_batch)
+    return verified
 
 
 def _analyse(
@@ -213,9 +294,9 @@ def _analyse(
     sites = trace(model, inputs)
     eligible = [site for site in sites if site.obstacle is None and selected(site.name, include, exclude)]
     analyses = {
-        site.name: analyse(site.spec, site.weight, site.sizes, tol)
+        site.name: analyse(site.conv.spec, site.conv.weight, site.sizes, tol)
         for site in progress(eligible, "analysing kernels")
-        if site.spec is not None and site.weight is not None
+        if site.conv is not None
     }
     return Analysed(sites, analyses)
 
@@ -247,9 +328,40 @@ def _plan(
     return layers, factorizations
 
 
+def _planned_replacement(layer: LayerPlan, site: ConvSite) -> Replacement:
+    """Factors of the planned shapes, to be filled from the plan's weights."""
+    assert layer.scheme is not None  # noqa: S101  (`read_plan` checked it)
+    assert layer.rank is not None  # noqa: S101
+    assert site.conv is not None  # noqa: S101  (`apply_plan` compared it)
+    specs = split(site.conv.spec, layer.scheme, layer.rank, layer.border)
+    empty = tuple(site.conv.weight.new_zeros(spec.weight_shape) for spec in specs)
+    return Replacement(layer.scheme, layer.rank, layer.border, empty, site.conv.bias)
+
+
+def _load_weights(model: nn.Module, path: Path, sha256: str | None) -> None:
+    try:
+        found = hashlib.sha256(path.read_bytes()).hexdigest()
+    except OSError as error:
+        raise SepconvertError(
+            f"{path}: cannot be read: {error.strerror}; it belongs beside the plan"
+        ) from error
+    if found != sha256:
+        raise SepconvertError(
+            f"{path}: is not the file that the plan was written with; use the files of one conversion"
+        )
+    try:
+        load_model(model, path)
+    except Exception as error:  # safetensors' own error, or that of load_state_dict
+        raise SepconvertError(
+            f"{path}: does not fit the model: {first_line(error)}; use the plan's model"
+        ) from error
+
+
 def _replacement(factorization: Factorization, sites: Sequence[ConvSite], name: str) -> Replacement:
-    bias = next(site.bias for site in sites if site.name == name)
-    return Replacement(factorization.scheme, factorization.rank, factorization.border, factorization.weights, bias)
+    bias = next(site.conv.bias for site in sites if site.name == name and site.conv is not None)
+    return Replacement(
+        factorization.scheme, factorization.rank, factorization.border, factorization.weights, bias
+    )
 
 
 def verify_model(
@@ -257,41 +369,48 @@ def verify_model(
     converted: nn.Module,
     inputs: Inputs,
     sites: Sequence[ConvSite],
-    certificates: dict[str, Certificate],
+    tolerances: Mapping[str, float],
     seed: int,
     progress: Progress = _silent,
 ) -> tuple[dict[str, LayerCheck], Reference, Comparison]:
-    """Every replaced layer on the input it had, and the whole model in float64 on given and random inputs."""
+    """Every replaced layer on the input it had, and the whole model in float64 on given and random inputs.
+
+    `tolerances` hold the relative error that each replaced kernel may have.
+    """
     checks: dict[str, LayerCheck] = {}
-    for site in progress([site for site in sites if site.name in certificates], "verifying layers"):
+    for site in progress([site for site in sites if site.name in tolerances], "verifying layers"):
         layer = converted.get_submodule(site.name)
-        assert isinstance(layer, FactorizedConv2d)  # noqa: S101  (`rewrite` put it there)
-        checks[site.name] = check_layer(site, layer, certificates[site.name])
-    tolerances = {name: certificate.channel_tolerance for name, certificate in certificates.items()}
+        if site.conv is not None and isinstance(layer, FactorizedConv2d):
+            checks[site.name] = check_layer(site.conv, layer)
     expected = reference(model, [inputs, random_like(inputs, seed)], sites, tolerances, seed)
     return checks, expected, compare_with(expected, converted)
 
 
 def write_models(
-    model: nn.Module, converted: nn.Module, inputs: Inputs, folder: Path, dynamic_batch: bool, progress: Progress
+    model: nn.Module,
+    converted: nn.Module,
+    inputs: Inputs,
+    folder: Path,
+    dynamic_batch: bool,
+    progress: Progress,
 ) -> ExportNote:
     """`original.onnx`, `converted.onnx`, `converted.pt2` and `converted.safetensors`."""
-    jobs = {
-        "original.onnx": lambda path: save_onnx(model, inputs, path, dynamic_batch=dynamic_batch),
-        "converted.onnx": lambda path: save_onnx(converted, inputs, path, dynamic_batch=dynamic_batch),
-        "converted.pt2": lambda path: save_archive(converted, inputs, path, dynamic_batch=dynamic_batch),
-    }
-    notes = {name: jobs[name](folder / name) for name in progress(jobs, "exporting")}
+    notes = [
+        save_onnx(each, inputs, folder / f"{name}.onnx", dynamic_batch=dynamic_batch)
+        for name, each in progress((("original", model), ("converted", converted)), "exporting")
+    ]
+    save_archive(converted, inputs, folder / "converted.pt2", dynamic_batch=dynamic_batch)
     weights = folder / "converted.safetensors"
     with writing(weights):
         save_model(converted, str(weights))
-    return notes["converted.onnx"]
+        weights.chmod(0o644)  # safetensors leaves it to its owner alone
+    return notes[-1]
 
 
 def check_onnx(
     model: nn.Module, expected: Reference, paths: tuple[Path, Path], threads: int
 ) -> tuple[Comparison | None, str | None]:
-    """Both ONNX files in the runtime on the inputs of `expected`; None and the reason if it cannot run them."""
+    """Both ONNX files in the runtime on the inputs of `expected`; or None and why it cannot run them."""
     dtype = runtime_dtype(model)
     try:
         original, converted = (_run_onnx(path, expected.inputs, dtype, threads) for path in paths)
@@ -318,13 +437,19 @@ def _demand(verification: Verification) -> None:
         return
     culprit = verification.worst_layer
     raise DemandNotMetError(
-        f"verification failed: {verification.failure}; the layer that moved most is {culprit or 'none of the converted'}; "
+        f"verification failed: {verification.failure}; the layer that moved most: {culprit or 'none'}; "
         f"leave it out with --exclude{f' {culprit}' if culprit else ''}, or report this as a defect"
     )
 
 
 def _latencies(
-    model: nn.Module, paths: tuple[Path, Path], inputs: Inputs, runs: int, threads: int, seed: int, progress: Progress
+    model: nn.Module,
+    paths: tuple[Path, Path],
+    inputs: Inputs,
+    runs: int,
+    threads: int,
+    seed: int,
+    progress: Progress,
 ) -> tuple[Latency, Latency, Speedup]:
     feed = feeds(paths[0], cast(inputs, runtime_dtype(model)), threads)
     return measure_pair(
@@ -365,18 +490,21 @@ def _layer_latencies(
     site: ConvSite, factorization: Factorization, runs: int, threads: int, seed: int
 ) -> tuple[Latency, Latency, Speedup]:
     """The dense layer and its factors, each alone in the runtime, on the input it has in the model."""
-    assert site.spec is not None and site.weight is not None and site.inputs is not None  # noqa: S101
-    dense = FactorizedConv2d(site.spec, ZERO_BORDER, 0, Border())
-    dense.set_factors([site.weight], site.bias)
-    factored = FactorizedConv2d(site.spec, factorization.scheme, factorization.rank, factorization.border)
-    factored.set_factors(factorization.weights, site.bias)
-    inputs = cast((site.inputs,), torch.float32)
-    models = [onnx_bytes(module.float().eval(), inputs) for module in (dense, factored)]
-    feed = feeds(models[0], inputs, threads)
-    return measure_pair(*models, feed, runs=runs, threads=threads, batch=batch_size(inputs), seed=seed)
+    conv = site.conv
+    assert conv is not None  # noqa: S101  (only such sites are planned)
+    dense = FactorizedConv2d(conv.spec, ZERO_BORDER, 0, Border())
+    dense.set_factors([conv.weight], conv.bias)
+    factored = FactorizedConv2d(conv.spec, factorization.scheme, factorization.rank, factorization.border)
+    factored.set_factors(factorization.weights, conv.bias)
+    inputs = cast((conv.inputs,), torch.float32)
+    before, after = (onnx_bytes(module.float().eval(), inputs) for module in (dense, factored))
+    feed = feeds(before, inputs, threads)
+    return measure_pair(before, after, feed, runs=runs, threads=threads, batch=batch_size(inputs), seed=seed)
 
 
-def _not_faster(site: ConvSite, runs: int, threads: int, seed: int, factorization: Factorization) -> str | None:
+def _not_faster(
+    site: ConvSite, runs: int, threads: int, seed: int, factorization: Factorization
+) -> str | None:
     _, _, speedup = _layer_latencies(site, factorization, max(runs, 1), threads, seed)
     if speedup.significant and speedup.median > 1:
         return None

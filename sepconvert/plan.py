@@ -34,6 +34,7 @@ class LayerPlan:
     border: Border
     macs: tuple[int, int]  # before, after
     params: tuple[int, int]
+    tolerance: float | None  # relative error of an output channel's kernel that its certificate permits
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,9 @@ def read_plan(source: Path | Mapping[str, Any]) -> ConversionPlan:
         except OSError as error:
             raise SepconvertError(f"{where}: cannot be read: {error.strerror}") from error
         except ValueError as error:
-            raise SepconvertError(f"{where}: expected a plan.json that sepconvert wrote, got no JSON: {error}") from error
+            raise SepconvertError(
+                f"{where}: expected a plan.json that sepconvert wrote, got no JSON: {error}"
+            ) from error
     else:
         document = source
     if not isinstance(document, Mapping) or document.get("schema") != SCHEMA:
@@ -131,7 +134,7 @@ def plan_layer(
         tol: as given to the analysis.
         is_faster: under the gate "latency", why a factorisation does not pay in the runtime, or None.
     """
-    if analysis is None or site.spec is None or site.weight is None:
+    if analysis is None or site.conv is None:
         return _keep(site, site.obstacle or "not selected"), None
     held = analysis.holding()
     if not held:
@@ -140,12 +143,14 @@ def plan_layer(
     for finding in held:
         if gate == "macs" and finding.macs >= analysis.dense_macs:
             cost = f"{finding.macs:,} MACs instead of {analysis.dense_macs:,}"
-            reasons.append(f"{finding.scheme} of rank {finding.rank} holds but costs {cost} (--gate none converts it)")
+            reasons.append(
+                f"{finding.scheme} of rank {finding.rank} holds but costs {cost} (--gate none converts it)"
+            )
             break  # the others cost more
         reason = obstacle()
         if reason is not None:
             return _keep(site, f"{finding.scheme} of rank {finding.rank} holds, but {reason}"), None
-        factorization = factorize(analysis, finding, site.weight, tol)
+        factorization = factorize(analysis, finding, site.conv.weight, tol)
         certificate = factorization.certificate
         if not certificate.holds:
             error = f"{certificate.worst_channel_error:.1e} > {certificate.channel_tolerance:.1e}"
@@ -161,26 +166,38 @@ def plan_layer(
 
 def _keep(site: ConvSite, reason: str) -> LayerPlan:
     return LayerPlan(
-        name=site.name, kind=site.kind, decision="kept", reason=reason, spec=site.spec, scheme=None, rank=None,
-        border=Border(), macs=(site.macs, site.macs), params=(site.params, site.params),
-    )  # fmt: skip
+        name=site.name,
+        kind=site.kind,
+        decision="kept",
+        reason=reason,
+        spec=None if site.conv is None else site.conv.spec,
+        scheme=None,
+        rank=None,
+        border=Border(),
+        macs=(site.macs, site.macs),
+        params=(site.params, site.params),
+        tolerance=None,
+    )
 
 
 def _convert(site: ConvSite, analysis: Analysis, finding: Finding, factorization: Factorization) -> LayerPlan:
-    trimmed = "" if not analysis.border or finding.scheme == "zero-border" else " after cutting its zero border"
+    trimmed = (
+        "" if not analysis.border or finding.scheme == "zero-border" else " after cutting its zero border"
+    )
     rank = f"{finding.rank} of {finding.full_rank}" + (" taps" if finding.scheme == "zero-border" else "")
     return LayerPlan(
         name=site.name,
         kind=site.kind,
         decision="converted",
         reason=f"rank {rank}{trimmed}",
-        spec=site.spec,
+        spec=None if site.conv is None else site.conv.spec,
         scheme=factorization.scheme,
         rank=factorization.rank,
         border=factorization.border,
         macs=(site.macs, finding.macs),
         # Fixed filters are no parameters, nor are their factors.
         params=(site.params, chain_params(factorization.specs) if site.params else 0),
+        tolerance=factorization.certificate.channel_tolerance,
     )
 
 

@@ -95,7 +95,9 @@ def profile(
         save_onnx(model, inputs, path)
         feed = feeds(path, cast(inputs, runtime_dtype(model)), threads)
         batch = batch_size(inputs)
-        latency = measure_single(path, feed, runs=runs, threads=threads, batch=batch, seed=seed) if runs else None
+        latency = (
+            measure_single(path, feed, runs=runs, threads=threads, batch=batch, seed=seed) if runs else None
+        )
         size = path.stat().st_size
     cost = count(private_copy(model), inputs)
     accuracy = None if data is None else evaluate(private_copy(model), data).accuracy()
@@ -121,7 +123,9 @@ def feeds(path: Path | bytes, inputs: Inputs, threads: int) -> dict[str, npt.NDA
     """Inputs under the names that an ONNX model gives them, in order."""
     names = [entry.name for entry in session(path, threads).get_inputs()]
     values = (value for value in inputs if isinstance(value, Tensor))
-    return {name: np.ascontiguousarray(value.detach().numpy()) for name, value in zip(names, values, strict=False)}
+    return {
+        name: np.ascontiguousarray(value.detach().numpy()) for name, value in zip(names, values, strict=False)
+    }
 
 
 def _column(profile: Profile, base: Profile) -> dict[str, str]:

@@ -35,7 +35,9 @@ def graph_obstacle(model: nn.Module, site: ConvSite) -> str | None:
     return None
 
 
-def rewrite(model: nn.Module, sites: Sequence[ConvSite], replacements: Mapping[str, Replacement]) -> nn.Module:
+def rewrite(
+    model: nn.Module, sites: Sequence[ConvSite], replacements: Mapping[str, Replacement]
+) -> nn.Module:
     """A copy of `model` with replacements for the convolutions named; training flags and hooks are kept.
 
     Raises:
@@ -63,14 +65,14 @@ def rewrite(model: nn.Module, sites: Sequence[ConvSite], replacements: Mapping[s
 
 
 def _layer(site: ConvSite, replacement: Replacement) -> FactorizedConv2d:
-    assert site.spec is not None and site.weight is not None  # noqa: S101  (only such sites are planned)
-    layer = FactorizedConv2d(site.spec, replacement.scheme, replacement.rank, replacement.border)
+    assert site.conv is not None  # noqa: S101  (only such sites are planned)
+    layer = FactorizedConv2d(site.conv.spec, replacement.scheme, replacement.rank, replacement.border)
     layer.set_factors(replacement.weights, replacement.bias, fixed=site.params == 0, frozen=site.frozen)
     return layer
 
 
 def _put(model: nn.Module, site: ConvSite, module: nn.Module) -> nn.Module:
-    """Set `module` at every path of a site's owner; returns the model, which is `module` where it is the root."""
+    """Set `module` at every path of a site's owner; returns the model, which is `module` for the root."""
     if not site.owner:
         return module
     tail = "" if site.index is None else f".{site.name.rpartition('.')[2]}"
@@ -86,5 +88,9 @@ def _keep_mode_and_hooks(dense: nn.Module, layer: nn.Module) -> None:
             # These recompute the dense weight that is no longer there.
             if not isinstance(hook, WeightNorm | SpectralNorm):
                 getattr(layer, name)[key] = hook
-    for name in ("_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks_with_kwargs"):
+    for name in (
+        "_forward_hooks_with_kwargs",
+        "_forward_hooks_always_called",
+        "_forward_pre_hooks_with_kwargs",
+    ):
         getattr(layer, name).update(getattr(dense, name))

@@ -2,10 +2,9 @@
 
 from dataclasses import dataclass, replace
 from math import prod
-from typing import Literal, get_args
+from typing import Literal
 
 PaddingMode = Literal["zeros", "reflect", "replicate", "circular"]
-PADDING_MODES: tuple[str, ...] = get_args(PaddingMode)
 
 Pair = tuple[int, int]
 
@@ -41,13 +40,15 @@ class ConvSpec:
     def output_size(self, size: Pair) -> Pair:
         """Height and width of the output for an input of height and width `size`."""
         vertical, horizontal = (
-            (size[a] + sum(self.padding[a]) - self.dilation[a] * (self.kernel_size[a] - 1) - 1) // self.stride[a] + 1
+            (size[a] + sum(self.padding[a]) - self.dilation[a] * (self.kernel_size[a] - 1) - 1)
+            // self.stride[a]
+            + 1
             for a in (0, 1)
         )
         return vertical, horizontal
 
     def macs(self, size: Pair) -> int:
-        """Multiply-adds of one sample of height and width `size`; the bias is not counted (fvcore's convention)."""
+        """Multiply-adds of one sample of height and width `size`; as fvcore counts, without the bias."""
         return prod(self.output_size(size)) * prod(self.weight_shape)
 
     def with_channels(self, in_channels: int, out_channels: int, groups: int, *, bias: bool) -> "ConvSpec":
@@ -70,7 +71,7 @@ class ConvSpec:
 
 
 def chain_macs(chain: tuple[ConvSpec, ...], size: Pair) -> int:
-    """Multiply-adds of one sample of height and width `size` through convolutions applied one after another."""
+    """Multiply-adds of one sample of height and width `size` through convolutions in a row."""
     total = 0
     for spec in chain:
         total += spec.macs(size)

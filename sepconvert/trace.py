@@ -14,9 +14,19 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sepconvert.errors import SepconvertError
-from sepconvert.spec import PADDING_MODES, ConvSpec, Pair
+from sepconvert.spec import ConvSpec, PaddingMode, Pair
 
 Inputs = tuple[Any, ...]
+
+
+@dataclass(frozen=True)
+class DenseConv:
+    """A plain two-dimensional convolution, with the input that it had in the model."""
+
+    spec: ConvSpec
+    weight: Tensor  # O × C/g × kh × kw, detached
+    bias: Tensor | None  # O
+    inputs: Tensor  # N × C × H × W or C × H × W, of the first call
 
 
 @dataclass(frozen=True)
@@ -36,10 +46,7 @@ class ConvSite:
     macs: int  # of one sample
     params: int  # 0 for fixed filters, which are buffers or constants
     frozen: bool  # parameters, but none that requires a gradient
-    spec: ConvSpec | None  # None where it is not a plain two-dimensional convolution
-    weight: Tensor | None  # O × C/g × kh × kw, detached
-    bias: Tensor | None
-    inputs: Tensor | None  # of the first call
+    conv: DenseConv | None  # None where it is not a plain two-dimensional convolution
     owner_inputs: Inputs | None  # positional arguments of the owner's forward; None if it takes others too
     obstacle: str | None  # why it cannot be replaced, whatever its kernel
 
@@ -77,7 +84,9 @@ _FUNCTIONS = {
 }
 _PARAMETERS = {
     "conv": ("input", "weight", "bias", "stride", "padding", "dilation", "groups"),
-    "conv_transpose": ("input", "weight", "bias", "stride", "padding", "output_padding", "groups", "dilation"),
+    "conv_transpose": (
+        "input", "weight", "bias", "stride", "padding", "output_padding", "groups", "dilation",
+    ),
     "convolution": (
         "input", "weight", "bias", "stride", "padding", "dilation", "transposed", "output_padding", "groups",
     ),
@@ -85,7 +94,7 @@ _PARAMETERS = {
 
 
 def convolution_name(function: object) -> str | None:
-    """"conv2d" for `torch.conv2d`, `F.conv2d` and `aten.conv2d.*` alike; None for what is no convolution."""
+    """ "conv2d" for `torch.conv2d`, `F.conv2d` and `aten.conv2d.*` alike; None for what is no convolution."""
     if isinstance(function, torch._ops.OpOverload | torch._ops.OpOverloadPacket):
         packet = function.overloadpacket if isinstance(function, torch._ops.OpOverload) else function
         name = str(packet).removeprefix("aten.")
@@ -157,11 +166,11 @@ class ConvolutionInterceptor(TorchFunctionMode):
             yield
 
 
-class _HiddenConvolutions(TorchDispatchMode):
+class _HiddenConvolutions(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's own
     """Counts the convolutions that reach the dispatcher from nowhere that Python sees (TorchScript, C++)."""
 
     def __init__(self, interceptor: ConvolutionInterceptor) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._interceptor = interceptor
         self.count: dict[nn.Module, int] = {}
 
@@ -223,22 +232,32 @@ def trace(model: nn.Module, inputs: Inputs) -> tuple[ConvSite, ...]:
         grouped.setdefault((id(record.module), record.index), []).append(record)
     sites = [_site(calls, names, max(batch, 1), variable) for calls in grouped.values()]
     for module, count in hidden.items():
-        sites.append(_unseen(module, names[id(module)], "TorchScript or C++", f"{count} convolutions run outside Python"))
+        sites.append(
+            _unseen(
+                module, names[id(module)], "TorchScript or C++", f"{count} convolutions run outside Python"
+            )
+        )
     executed = {id(record.module) for record in records}
     for module in model.modules():
         if isinstance(module, _ConvNd) and id(module) not in executed:
-            sites.append(_unseen(module, names[id(module)], type(module).__name__, "not executed on these inputs"))
+            sites.append(
+                _unseen(module, names[id(module)], type(module).__name__, "not executed on these inputs")
+            )
     return tuple(sites)
 
 
 def _run(model: nn.Module, inputs: Inputs) -> tuple[list[_Record], dict[nn.Module, int]]:
     records: list[_Record] = []
 
-    def on_call(module: nn.Module, index: int, function: str, arguments: dict[str, Any], output: Tensor) -> Tensor:
+    def on_call(
+        module: nn.Module, index: int, function: str, arguments: dict[str, Any], output: Tensor
+    ) -> Tensor:
         frame = interceptor.frames[-1]
         reads = any(arguments.get("input") is value for value in frame.inputs)
         module_inputs = None if frame.kwargs else frame.inputs
-        records.append(_Record(module, index, function, arguments, output, module_inputs, reads_module_input=reads))
+        records.append(
+            _Record(module, index, function, arguments, output, module_inputs, reads_module_input=reads)
+        )
         return output
 
     def on_return(frame: _Frame, output: Any) -> None:
@@ -252,7 +271,9 @@ def _run(model: nn.Module, inputs: Inputs) -> tuple[list[_Record], dict[nn.Modul
         try:
             model(*inputs)
         except Exception as error:  # the model's own code may raise anything
-            shapes = ", ".join("x".join(map(str, value.shape)) for value in inputs if isinstance(value, Tensor))
+            shapes = ", ".join(
+                "x".join(map(str, value.shape)) for value in inputs if isinstance(value, Tensor)
+            )
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise SepconvertError(
                 f"the model's forward pass failed on input {shapes}: {reason}; check --input-shape"
@@ -277,7 +298,10 @@ def _variable_weights(model: nn.Module, records: list[_Record], inputs: Inputs) 
     try:
         others, _ = _run(model, inputs)
     except SepconvertError:  # a model of fixed batch size
-        others, _ = _run(model, tuple(value[:-1] if isinstance(value, Tensor) and value.ndim else value for value in inputs))
+        others, _ = _run(
+            model,
+            tuple(value[:-1] if isinstance(value, Tensor) and value.ndim else value for value in inputs),
+        )
     weights = {(id(record.module), record.index): record.arguments["weight"] for record in others}
     return {
         key
@@ -322,7 +346,9 @@ def _site(
         obstacle = _own_forward_obstacle(first)
     return ConvSite(
         name=f"{owner}{suffix}",
-        aliases=tuple(f"{other}{'.' if other else ''}{suffix.lstrip('.')}" if suffix else other for other in others),
+        aliases=tuple(
+            f"{other}{'.' if other else ''}{suffix.lstrip('.')}" if suffix else other for other in others
+        ),
         kind=type(module).__name__ if is_module else f"functional {first.function}",
         owner=owner,
         index=None if is_module else first.index,
@@ -330,10 +356,14 @@ def _site(
         macs=sum(_macs(call) for call in calls) // batch,
         params=sum(value.numel() for value in trained if isinstance(value, nn.Parameter)),
         frozen=not any(value is not None and value.requires_grad for value in trained),
-        spec=spec,
-        weight=weight.detach(),
-        bias=None if bias is None else bias.detach(),
-        inputs=first.arguments["input"].detach(),
+        conv=None
+        if spec is None
+        else DenseConv(
+            spec,
+            weight.detach(),
+            None if bias is None else bias.detach(),
+            first.arguments["input"].detach(),
+        ),
         owner_inputs=None if is_module else first.module_inputs,
         obstacle=obstacle,
     )
@@ -342,15 +372,25 @@ def _site(
 def _unseen(module: nn.Module, names: list[str], kind: str, obstacle: str) -> ConvSite:
     params = sum(parameter.numel() for parameter in module.parameters(recurse=False))
     return ConvSite(
-        name=names[0], aliases=tuple(names[1:]), kind=kind, owner=names[0], index=None, sizes=(), macs=0, params=params, frozen=False,
-        spec=None, weight=None, bias=None, inputs=None, owner_inputs=None, obstacle=obstacle,
-    )  # fmt: skip
+        name=names[0],
+        aliases=tuple(names[1:]),
+        kind=kind,
+        owner=names[0],
+        index=None,
+        sizes=(),
+        macs=0,
+        params=params,
+        frozen=False,
+        conv=None,
+        owner_inputs=None,
+        obstacle=obstacle,
+    )
 
 
 def _plain(module: nn.Module) -> bool:
-    """Does the class compute what `nn.Conv2d` computes? (Parametrised classes do: they only make the weight.)"""
+    """Does it compute what `nn.Conv2d` computes? Parametrised classes do: they only make the weight."""
     cls = type(module)
-    return cls.forward is nn.Conv2d.forward and cls._conv_forward is nn.Conv2d._conv_forward  # type: ignore[attr-defined]
+    return cls.forward is nn.Conv2d.forward and getattr(cls, "_conv_forward", None) is nn.Conv2d._conv_forward
 
 
 def _geometry(record: _Record) -> tuple[ConvSpec | None, str | None]:
@@ -365,11 +405,11 @@ def _geometry(record: _Record) -> tuple[ConvSpec | None, str | None]:
         return None, f"kernels of {weight.dtype} are not factorised"
     stride, dilation = _pair(arguments.get("stride", 1)), _pair(arguments.get("dilation", 1))
     module = record.module
-    mode, padding = "zeros", arguments.get("padding", 0)
+    mode: PaddingMode = "zeros"
+    padding = arguments.get("padding", 0)
     if isinstance(module, nn.Conv2d) and _plain(module):
         # Seen from outside, a padding mode other than zeros is a call to F.pad.
         mode, padding = module.padding_mode, module.padding
-    assert mode in PADDING_MODES  # noqa: S101  (nn.Conv2d's own constructor refuses any other)
     return ConvSpec(
         in_channels=weight.shape[1] * arguments.get("groups", 1),
         out_channels=weight.shape[0],
@@ -434,7 +474,10 @@ def _own_forward_obstacle(record: _Record) -> str | None:
     inputs, weight = record.arguments["input"], record.arguments["weight"]
     module = private_copy(record.module)
     for extra in range(4):
-        size = [_pair(record.arguments.get("dilation", 1))[axis] * weight.shape[2 + axis] + 4 + extra for axis in (0, 1)]
+        size = [
+            _pair(record.arguments.get("dilation", 1))[axis] * weight.shape[2 + axis] + 4 + extra
+            for axis in (0, 1)
+        ]
         seen, _ = _run(module, (inputs.new_zeros(*inputs.shape[:-2], *size),))
         if len(seen) != 1 or not (seen[0].reads_module_input and seen[0].returns_output):
             return reason

@@ -11,10 +11,9 @@ from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
 from sepconvert.export import cast, model_dtype
-from sepconvert.factorize.exact import Certificate
 from sepconvert.layers import FactorizedConv2d
 from sepconvert.spec import ConvSpec
-from sepconvert.trace import ConvolutionInterceptor, ConvSite, Inputs, private_copy
+from sepconvert.trace import ConvolutionInterceptor, ConvSite, DenseConv, Inputs, private_copy
 
 Outputs = list[Tensor]
 
@@ -60,26 +59,28 @@ def dense_convolution(spec: ConvSpec, inputs: Tensor, weight: Tensor, bias: Tens
     return F.conv2d(padded, weight, bias, spec.stride, 0, spec.dilation, spec.groups)
 
 
-def check_layer(site: ConvSite, layer: FactorizedConv2d, certificate: Certificate) -> LayerCheck:
-    """Compare a dense layer with its factors on the input recorded in `site`."""
-    assert site.spec is not None and site.weight is not None and site.inputs is not None  # noqa: S101
-    double = private_copy(layer).double()
-    inputs, weight, bias = (None if value is None else value.double() for value in (site.inputs, site.weight, site.bias))
-    assert inputs is not None and weight is not None  # noqa: S101
+def check_layer(conv: DenseConv, layer: FactorizedConv2d) -> LayerCheck:
+    """Compare a dense layer with its factors on the input that it had in the model."""
+    spec, double = conv.spec, private_copy(layer).double()
+    inputs, weight = conv.inputs.double(), conv.weight.double()
+    bias = None if conv.bias is None else conv.bias.double()
+    composed = layer.compose(torch.float64)
     with torch.no_grad():
-        dense = dense_convolution(site.spec, inputs, weight, bias)
+        dense = dense_convolution(spec, inputs, weight, bias)
         factored = double(inputs)
-        own = dense_convolution(site.spec, site.inputs, site.weight, site.bias)
-        own_factored = layer(site.inputs)
-        patch_norms = dense_convolution(site.spec, inputs.square(), torch.ones_like(weight), None).sqrt()
-        magnitude = dense_convolution(site.spec, inputs.abs(), weight.abs(), None)
-        kernel_error = torch.linalg.vector_norm(double.weight - weight, dim=(1, 2, 3))[:, None, None]
+        own = dense_convolution(spec, conv.inputs, conv.weight, conv.bias)
+        own_factored = layer(conv.inputs)
+        patch_norms = dense_convolution(spec, inputs.square(), torch.ones_like(weight), None).sqrt()
+        magnitude = dense_convolution(spec, inputs.abs(), weight.abs(), None)
+        kernel_error = torch.linalg.vector_norm(composed - weight, dim=(1, 2, 3))[:, None, None]
     # Float64 rounding of both ways to compute the sum: n·eps times the sum of magnitudes.
     roundoff = weight[0].numel() * torch.finfo(torch.float64).eps * magnitude
     return LayerCheck(
         max_abs_diff_float64=_max_abs([factored - dense]),
         max_abs_diff=_max_abs([own_factored.double() - own.double()]),
-        output_error=float(torch.linalg.vector_norm(factored - dense) / (torch.linalg.vector_norm(dense) or 1.0)),
+        output_error=float(
+            torch.linalg.vector_norm(factored - dense) / (torch.linalg.vector_norm(dense) or 1.0)
+        ),
         bound_float64=_max_abs([kernel_error * patch_norms + 4 * roundoff]),
     )
 
@@ -113,7 +114,11 @@ class Reference:
 
 
 def reference(
-    model: nn.Module, inputs: Sequence[Inputs], sites: Sequence[ConvSite], tolerances: Mapping[str, float], seed: int
+    model: nn.Module,
+    inputs: Sequence[Inputs],
+    sites: Sequence[ConvSite],
+    tolerances: Mapping[str, float],
+    seed: int,
 ) -> Reference:
     """Run the original in float64, or in its own dtype if it insists on that.
 
@@ -144,9 +149,13 @@ def _reference(
         responses = [0.0] * len(expected)
         for draw in range(_DRAWS):
             perturbed = _perturbed(precise, value, sites, tolerances, seed + draw)
-            responses = [max(r, _max_abs([p - e])) for r, p, e in zip(responses, perturbed, expected, strict=True)]
+            responses = [
+                max(r, _max_abs([p - e])) for r, p, e in zip(responses, perturbed, expected, strict=True)
+            ]
         rounding = [100 * torch.finfo(dtype).eps * _max_abs([e]) for e in expected]
-        moved.append([_SAFETY * response + floor for response, floor in zip(responses, rounding, strict=True)])
+        moved.append(
+            [_SAFETY * response + floor for response, floor in zip(responses, rounding, strict=True)]
+        )
     return Reference(tuple(inputs), tuple(plain), tuple(moved), dtype)
 
 
@@ -160,7 +169,9 @@ def _perturbed(
         if site.name in tolerances
     }
 
-    def on_call(module: nn.Module, index: int, function: str, arguments: dict[str, Any], output: Tensor) -> Tensor:
+    def on_call(
+        module: nn.Module, index: int, function: str, arguments: dict[str, Any], output: Tensor
+    ) -> Tensor:
         tolerance = permitted.get((module, index))
         if tolerance is None:
             return output
@@ -181,20 +192,28 @@ def compare_with(expected: Reference, converted: nn.Module) -> Comparison:
     precise = private_copy(converted).to(expected.dtype)
     pairs = [
         (_max_abs([a - e]), tolerance)
-        for value, outs, tolerances in zip(expected.inputs, expected.outputs, expected.tolerances, strict=True)
-        for a, e, tolerance in zip(outputs(precise, cast(value, expected.dtype)), outs, tolerances, strict=True)
+        for value, outs, tolerances in zip(
+            expected.inputs, expected.outputs, expected.tolerances, strict=True
+        )
+        for a, e, tolerance in zip(
+            outputs(precise, cast(value, expected.dtype)), outs, tolerances, strict=True
+        )
     ]
     return _worst(pairs, str(expected.dtype).removeprefix("torch."))
 
 
-def compare_runs(expected: Reference, original: Sequence[Outputs], converted: Sequence[Outputs], dtype: str) -> Comparison:
+def compare_runs(
+    expected: Reference, original: Sequence[Outputs], converted: Sequence[Outputs], dtype: str
+) -> Comparison:
     """Check of two runtime models on the inputs of `expected`.
 
     The runtime's own rounding, seen as the distance of the original from its float64 outputs, may
     come in twice on top of the tolerance, in another order of summation.
     """
     pairs = []
-    for outs, tolerances, ours, theirs in zip(expected.outputs, expected.tolerances, original, converted, strict=True):
+    for outs, tolerances, ours, theirs in zip(
+        expected.outputs, expected.tolerances, original, converted, strict=True
+    ):
         for exact, tolerance, a, b in zip(outs, tolerances, ours, theirs, strict=True):
             noise = _max_abs([a - exact]) + torch.finfo(torch.float32).eps * _max_abs([exact])
             pairs.append((_max_abs([b - a]), tolerance + 4 * noise))
@@ -204,7 +223,9 @@ def compare_runs(expected: Reference, original: Sequence[Outputs], converted: Se
 def _worst(pairs: Sequence[tuple[float, float]], dtype: str) -> Comparison:
     """The pair (difference, tolerance) that comes nearest to failing, or fails by most."""
     # NaN must lose: no comparison with it is true.
-    difference, tolerance = max(pairs, key=lambda pair: math.inf if not pair[0] <= pair[1] else pair[0] / (pair[1] or 1.0))
+    difference, tolerance = max(
+        pairs, key=lambda pair: math.inf if not pair[0] <= pair[1] else pair[0] / (pair[1] or 1.0)
+    )
     return Comparison(difference, tolerance, dtype)
 
 

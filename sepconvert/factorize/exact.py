@@ -57,7 +57,9 @@ class Analysis:
 
     def holding(self) -> list[Finding]:
         """The structures that the kernel has, cheapest first."""
-        return sorted((finding for finding in self.findings if finding.holds), key=lambda finding: finding.macs)
+        return sorted(
+            (finding for finding in self.findings if finding.holds), key=lambda finding: finding.macs
+        )
 
 
 @dataclass(frozen=True)
@@ -105,7 +107,9 @@ def analyse(spec: ConvSpec, weight: Tensor, sizes: Sequence[Pair], tol: float | 
     dense_macs = _macs((spec,), sizes)
     scale = _channel_scale(weight)
     scaled = border.trim(weight.double() / scale)
-    findings = [_border_finding(spec, weight, border, sizes, dense_macs, noise)] if max(spec.kernel_size) > 1 else []
+    findings = (
+        [_border_finding(spec, weight, border, sizes, dense_macs, noise)] if max(spec.kernel_size) > 1 else []
+    )
     for structure in STRUCTURES:
         if structure.applies(trimmed_spec):
             terms = structure.full_rank(trimmed_spec)
@@ -114,13 +118,17 @@ def analyse(spec: ConvSpec, weight: Tensor, sizes: Sequence[Pair], tol: float | 
     return Analysis(spec, border, dense_macs, tuple(findings))
 
 
-def factorize(analysis: Analysis, finding: Finding, weight: Tensor, tol: float | None = None) -> Factorization:
+def factorize(
+    analysis: Analysis, finding: Finding, weight: Tensor, tol: float | None = None
+) -> Factorization:
     """The factors of `weight` in the structure and at the rank of `finding`, with their certificate."""
     border = analysis.border
     spec = border.trim_spec(analysis.spec)
     if finding.scheme == ZERO_BORDER:
         trimmed = border.trim(weight).contiguous()
-        certificate = _certify(weight, border.restore(trimmed), torch.zeros_like(weight).double(), finding, tol)
+        certificate = _certify(
+            weight, border.restore(trimmed), torch.zeros_like(weight).double(), finding, tol
+        )
         return Factorization(finding.scheme, finding.rank, border, (spec,), (trimmed,), certificate)
     structure = BY_NAME[finding.scheme]
     rank = max(finding.rank, 1)
@@ -133,9 +141,13 @@ def factorize(analysis: Analysis, finding: Finding, weight: Tensor, tol: float |
     best = min(range(len(stored)), key=lambda index: float(_channel_errors(composed[index], dense).max()))
     first, second = stored[best]
     # Casting moves each weight by u relative, each product of two by 2u.
-    casting = 2 * unit_roundoff(weight.dtype) * structure.compose(spec, first.double().abs(), second.double().abs())
+    casting = (
+        2 * unit_roundoff(weight.dtype) * structure.compose(spec, first.double().abs(), second.double().abs())
+    )
     certificate = _certify(weight, border.restore(composed[best]), border.restore(casting), finding, tol)
-    return Factorization(finding.scheme, rank, border, structure.split(spec, rank), (first, second), certificate)
+    return Factorization(
+        finding.scheme, rank, border, structure.split(spec, rank), (first, second), certificate
+    )
 
 
 def compose(spec: ConvSpec, scheme: str, border: Border, weights: Sequence[Tensor]) -> Tensor:
@@ -162,7 +174,8 @@ def _channel_norms(weight: Tensor) -> Tensor:
     # Squares of the largest and the smallest float64 would leave the range.
     largest = weight.abs().amax(dim=(1, 2, 3), keepdim=True)
     largest = torch.where(largest > 0, largest, torch.ones_like(largest))
-    return largest * torch.linalg.vector_norm(weight / largest, dim=(1, 2, 3), keepdim=True)
+    norms: Tensor = largest * torch.linalg.vector_norm(weight / largest, dim=(1, 2, 3), keepdim=True)
+    return norms
 
 
 def _channel_scale(weight: Tensor) -> Tensor:
@@ -177,11 +190,18 @@ def _macs(chain: tuple[ConvSpec, ...], sizes: Sequence[Pair]) -> int:
 
 def _singular_values(matrices: Tensor) -> Tensor:
     # LAPACK is several times faster on tall matrices than on wide ones.
-    return torch.linalg.svdvals(matrices if matrices.shape[-2] >= matrices.shape[-1] else matrices.mT)
+    tall = matrices if matrices.shape[-2] >= matrices.shape[-1] else matrices.mT
+    values: Tensor = torch.linalg.svdvals(tall)
+    return values
 
 
 def _finding(
-    structure: Structure, spec: ConvSpec, scaled: Tensor, noise: Tensor, sizes: Sequence[Pair], dense_macs: int
+    structure: Structure,
+    spec: ConvSpec,
+    scaled: Tensor,
+    noise: Tensor,
+    sizes: Sequence[Pair],
+    dense_macs: int,
 ) -> Finding:
     matrices = structure.unfold(spec, scaled)
     values = _singular_values(matrices)
@@ -222,7 +242,9 @@ def _border_finding(
         for side, axis in (("top", 0), ("bottom", 0), ("left", 1), ("right", 1))
         if spec.kernel_size[axis] > 1
     ]
-    errors = [float(torch.linalg.vector_norm(scaled - line.restore(line.trim(scaled)))) / norm for line in lines]
+    errors = [
+        float(torch.linalg.vector_norm(scaled - line.restore(line.trim(scaled)))) / norm for line in lines
+    ]
     taps_without = [math.prod(line.trim_spec(spec).kernel_size) for line in lines]
     return Finding(
         scheme=ZERO_BORDER,
@@ -246,7 +268,9 @@ def _truncated_svd(structure: Structure, spec: ConvSpec, dense: Tensor, rank: in
     if wide:
         left, right = right.mT, left.mT
     root = values[:, :rank].sqrt()
-    first, second = structure.kernels(spec, left[..., :rank] * root[:, None, :], root[:, :, None] * right[:, :rank])
+    first, second = structure.kernels(
+        spec, left[..., :rank] * root[:, None, :], root[:, :, None] * right[:, :rank]
+    )
     # Output channels are the first axis of the second kernel in every structure; zero ones stay zero.
     return first, second * _channel_norms(dense)
 
@@ -273,7 +297,9 @@ def _skeleton(structure: Structure, spec: ConvSpec, dense: Tensor, rank: int) ->
     return structure.kernels(spec, left, right)
 
 
-def _certify(weight: Tensor, composed: Tensor, casting: Tensor, finding: Finding, tol: float | None) -> Certificate:
+def _certify(
+    weight: Tensor, composed: Tensor, casting: Tensor, finding: Finding, tol: float | None
+) -> Certificate:
     dense = weight.double()
     difference = composed.double() - dense
     noise = _noise(weight, finding.full_rank, tol)

@@ -65,7 +65,9 @@ class Structure:
         first_axes, second_axes = _extends(self.first), _extends(self.second)
         return (
             spec.restricted_to(first_axes).with_channels(spec.in_channels, inner, first_groups, bias=False),
-            spec.restricted_to(second_axes).with_channels(inner, spec.out_channels, second_groups, bias=spec.bias),
+            spec.restricted_to(second_axes).with_channels(
+                inner, spec.out_channels, second_groups, bias=spec.bias
+            ),
         )
 
     def full_rank(self, spec: ConvSpec) -> int:
@@ -77,7 +79,13 @@ class Structure:
 
 def _axis_sizes(spec: ConvSpec) -> dict[str, int]:
     out_per_group, in_per_group = spec.out_channels // spec.groups, spec.in_channels // spec.groups
-    return {"g": spec.groups, "o": out_per_group, "c": in_per_group, "i": spec.kernel_size[0], "j": spec.kernel_size[1]}
+    return {
+        "g": spec.groups,
+        "o": out_per_group,
+        "c": in_per_group,
+        "i": spec.kernel_size[0],
+        "j": spec.kernel_size[1],
+    }
 
 
 def _sizes(pattern: str, spec: ConvSpec) -> dict[str, int]:

@@ -5,8 +5,3 @@ from typing import Any
 
 Progress = Callable[[Iterable[Any]], Iterable[Any]]
 """Wraps what a long measurement iterates over and shows how far it is, as `tqdm` does."""
-
-
-def first_line(error: Exception) -> str:
-    """The first line of a foreign error's message, to quote in a message of ours that is one line long."""
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), "no message")

@@ -11,8 +11,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from sepconvert.errors import SepconvertError
-from sepconvert.measure import Progress, first_line
+from sepconvert.errors import SepconvertError, first_line
+from sepconvert.measure import Progress
 from sepconvert.measure.statistics import Interval, paired_difference_interval
 
 

@@ -9,8 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sepconvert.errors import SepconvertError
-from sepconvert.measure import first_line
+from sepconvert.errors import SepconvertError, first_line
 from sepconvert.measure.accuracy import evaluation_mode, tensor_leaves
 
 with warnings.catch_warnings():

@@ -17,8 +17,8 @@ import numpy as np
 import numpy.typing as npt
 import onnxruntime as ort
 
-from sepconvert.errors import SepconvertError
-from sepconvert.measure import Progress, first_line
+from sepconvert.errors import SepconvertError, first_line
+from sepconvert.measure import Progress
 from sepconvert.measure.statistics import Interval, median_interval
 
 # Of one timed sample. The clock and the call around it cost about 0.1 µs, a preemption far more.

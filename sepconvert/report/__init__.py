@@ -1,0 +1,1 @@
+"""Renders only: the report document, terminal tables, and HTML."""

@@ -34,12 +34,12 @@ class LayerReport:
 
     def to_json(self) -> dict[str, Any]:
         """One entry of `layers`."""
-        plan, spec = self.plan, self.site.spec
+        plan, conv = self.plan, self.site.conv
         return {
             "name": plan.name,
             "aliases": list(self.site.aliases),
             "kind": plan.kind,
-            "kernel": None if spec is None else asdict(spec),
+            "kernel": None if conv is None else asdict(conv.spec),
             "calls": len(self.site.sizes),
             "decision": plan.decision,
             "reason": plan.reason,
@@ -52,7 +52,9 @@ class LayerReport:
             "output_error": None if self.check is None else self.check.output_error,
             "latency_ms": None if self.latency is None else [each.median_ms for each in self.latency[:2]],
             "latency_speedup": None if self.latency is None else self.latency[2].to_dict(),
-            "certificate": None if self.certificate is None else {**asdict(self.certificate), "holds": self.certificate.holds},
+            "certificate": None
+            if self.certificate is None
+            else {**asdict(self.certificate), "holds": self.certificate.holds},
             "check": None if self.check is None else {**asdict(self.check), "holds": self.check.holds},
             "structures": [] if self.analysis is None else [finding_json(f) for f in self.analysis.findings],
         }
@@ -77,16 +79,20 @@ class Verification:
         """The first check that failed, with its numbers."""
         for name, check in self.layers.items():
             if not check.holds:
-                return f"layer {name} moved by {check.max_abs_diff_float64:.3g} where {check.bound_float64:.3g} is explained"
+                moved, explained = check.max_abs_diff_float64, check.bound_float64
+                return f"layer {name} moved by {moved:.3g} where {explained:.3g} is explained"
         for where, comparison in (("PyTorch", self.torch), ("ONNX Runtime", self.onnx)):
             if comparison is not None and not comparison.holds:
-                return f"{where} outputs differ by {comparison.max_abs_diff:.3g}, tolerance {comparison.tolerance:.3g}"
+                difference, tolerance = comparison.max_abs_diff, comparison.tolerance
+                return f"{where} outputs differ by {difference:.3g}, tolerance {tolerance:.3g}"
         return None
 
     @property
     def worst_layer(self) -> str | None:
         """The replaced layer whose output moved most, relative to its size."""
-        moved = {n: c.output_error if not math.isnan(c.output_error) else math.inf for n, c in self.layers.items()}
+        moved = {
+            n: c.output_error if not math.isnan(c.output_error) else math.inf for n, c in self.layers.items()
+        }
         return max(moved, key=moved.__getitem__, default=None)
 
     def to_json(self) -> dict[str, Any]:
@@ -124,7 +130,11 @@ class Report:
 
 def report_document(report: Report) -> dict[str, Any]:
     """The JSON document, schema `SCHEMA`: plain dictionaries, lists, numbers and strings."""
-    accuracy = report.accuracy.to_dict() if report.accuracy is not None else {"accuracy_drop_pp": None, "agreement": None}
+    accuracy = (
+        report.accuracy.to_dict()
+        if report.accuracy is not None
+        else {"accuracy_drop_pp": None, "agreement": None}
+    )
     document: dict[str, Any] = {
         "schema": SCHEMA,
         "mode": report.mode,

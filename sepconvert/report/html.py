@@ -11,7 +11,12 @@ from sepconvert.report.terminal import sentences
 def render_html(document: Mapping[str, Any]) -> str:
     """The page, as text. It needs no network and no script."""
     environment = Environment(
-        loader=PackageLoader("sepconvert", "report"), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
+        loader=PackageLoader("sepconvert", "report"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
         lstrip_blocks=True,
-    )  # fmt: skip
-    return environment.get_template("report.html.jinja").render(report=document, sentences=sentences(document))
+    )
+    return environment.get_template("report.html.jinja").render(
+        report=document, sentences=sentences(document)
+    )

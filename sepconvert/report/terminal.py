@@ -29,7 +29,7 @@ def layer_table(layers: Sequence[Document]) -> str:
 
 
 def structure_table(layers: Sequence[Document]) -> str:
-    """For every convolution and structure: rank, best relative error where it would pay, singular values at the cut."""
+    """Rank, best error where it would pay, and singular values at the cut, for every structure."""
     rows = []
     for layer in layers:
         name = layer["name"]
@@ -38,7 +38,8 @@ def structure_table(layers: Sequence[Document]) -> str:
                 [
                     name,
                     structure["scheme"],
-                    f"{structure['rank']}/{structure['full_rank']}" + (" holds" if structure["holds"] else ""),
+                    f"{structure['rank']}/{structure['full_rank']}"
+                    + (" holds" if structure["holds"] else ""),
                     f"{structure['best_relative_error']:.1e} @ {max(structure['paying_rank'], 1)}",
                     _spectrum(structure),
                 ]
@@ -61,12 +62,19 @@ def summary(document: Document) -> str:
     ]
     speedup = delta["latency_speedup"]
     if speedup is not None:
-        rows.append(["latency, ms", _interval(before["latency_ms"], 3), _interval(after["latency_ms"], 3), _speedup(speedup)])
+        rows.append(
+            [
+                "latency, ms",
+                _interval(before["latency_ms"], 3),
+                _interval(after["latency_ms"], 3),
+                _speedup(speedup),
+            ]
+        )
     if before["accuracy"] is not None:
         rows.append(["top-1, %", _percent(before, "top1"), _percent(after, "top1"), _drop(delta)])
         if before["accuracy"]["top5"] is not None:
             rows.append(["top-5, %", _percent(before, "top5"), _percent(after, "top5"), ""])
-    table = tabulate(rows, headers=["", "original", "converted", "gain"], disable_numparse=True)
+    table: str = tabulate(rows, headers=["", "original", "converted", "gain"], disable_numparse=True)
     return "\n".join([table, "", *sentences(document)])
 
 
@@ -110,14 +118,15 @@ def _latency_sentences(document: Document, converted: Sequence[Document]) -> lis
     latency = document["converted"]["latency_ms"]
     noise_low, noise_high = speedup["noise_floor"]
     lines = [
-        f"Latency: {latency['runs']} interleaved runs, batch {latency['batch']}, {latency['threads']} threads, "
-        f"median and 95 % interval; the original against itself: [{noise_low:.3f}, {noise_high:.3f}]."
+        f"Latency: {latency['runs']} interleaved runs, batch {latency['batch']}, "
+        f"{latency['threads']} threads, median and 95 % interval; "
+        f"the original against itself: [{noise_low:.3f}, {noise_high:.3f}]."
     ]
     fewer_macs = (document["delta"]["macs_ratio"] or 1) > 1
     if speedup["significant"] and speedup["median"] < 1 and fewer_macs:
         lines.append(
-            f"Attention: fewer MACs, yet {1 / speedup['median']:.2f}× the latency. --gate latency converts only "
-            "layers that are measured to be faster."
+            f"Attention: fewer MACs, yet {1 / speedup['median']:.2f}× the latency. "
+            "--gate latency converts only layers that are measured to be faster."
         )
     slower = [
         layer["name"]
@@ -126,7 +135,8 @@ def _latency_sentences(document: Document, converted: Sequence[Document]) -> lis
     ]
     if slower:
         lines.append(
-            f"Attention: fewer MACs but slower when timed alone: {', '.join(slower)}. --gate latency keeps such layers dense."
+            f"Attention: fewer MACs but slower when timed alone: {', '.join(slower)}. "
+            "--gate latency keeps such layers dense."
         )
     return lines
 
@@ -138,7 +148,7 @@ def _is_slower(speedup: Document | None) -> bool:
 def _kernel(layer: Document) -> str:
     spec = layer["kernel"]
     if spec is None:
-        return layer["kind"]
+        return str(layer["kind"])
     size = "×".join(map(str, spec["kernel_size"]))
     groups = f" /{spec['groups']}" if spec["groups"] > 1 else ""
     return f"{size} {spec['in_channels']}→{spec['out_channels']}{groups}"
@@ -169,7 +179,8 @@ def _error(layer: Document) -> str:
 
 def _spectrum(structure: Document) -> str:
     kept, dropped = (
-        " ".join(f"{value:.1e}" for value in structure[f"singular_values_{side}"]) for side in ("kept", "dropped")
+        " ".join(f"{value:.1e}" for value in structure[f"singular_values_{side}"])
+        for side in ("kept", "dropped")
     )
     return f"{kept} | {dropped or '-'}" if kept else ""
 

@@ -1,0 +1,240 @@
+"""What the commands do: files → values → pipeline → files and tables."""
+
+import contextlib
+import json
+import logging
+import sys
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from sepconvert.data import Batch, Preprocess, check_against_model, load_data, sample_shape
+from sepconvert.errors import SepconvertError
+from sepconvert.export import cast, model_dtype
+from sepconvert.load import LoadedModel, load_model, parse_input_shape
+from sepconvert.output import result_directory
+from sepconvert.pipeline import ConversionResult
+from sepconvert.pipeline import apply_plan as run_apply
+from sepconvert.pipeline import convert as run_convert
+from sepconvert.pipeline import inspect as run_inspect
+from sepconvert.plan import read_plan
+from sepconvert.report.files import write_documents
+from sepconvert.report.terminal import layer_table, structure_table, summary
+from sepconvert.trace import Inputs
+
+T = TypeVar("T")
+Options = Mapping[str, Any]
+
+
+def convert(**options: Any) -> None:
+    """`sepconvert MODEL`."""
+    with _quietly():
+        out = options["out"] or Path(f"{options['model'].stem}-sepconvert")
+        if options["dry_run"]:
+            _dry_run(options)
+            return
+        with result_directory(out, force=options["force"]) as folder:
+            loaded = _load(options)
+            data, inputs = _data_and_inputs(options, loaded)
+            result = run_convert(
+                loaded.model,
+                inputs,
+                options["mode"],
+                data=data,
+                gate=options["gate"],
+                dynamic_batch=options["dynamic_batch"],
+                runs=options["runs"],
+                threads=options["threads"],
+                source={"path": str(loaded.path), "sha256": loaded.sha256},
+                out=folder,
+                **_common(options),
+            )
+            write_documents(result.report, result.plan, folder)
+        _show(options, result, out)
+
+
+def inspect(**options: Any) -> None:
+    """`sepconvert inspect MODEL`."""
+    with _quietly():
+        loaded = _load(options)
+        _, inputs = _data_and_inputs(options, loaded)
+        found = run_inspect(
+            loaded.model, inputs, **{k: v for k, v in _common(options).items() if k != "seed"}
+        )
+    _print(options, found, layer_table(found["layers"]), "", structure_table(found["layers"]))
+
+
+def apply(**options: Any) -> None:
+    """`sepconvert apply MODEL PLAN.json`."""
+    with _quietly():
+        plan = read_plan(options["plan"])
+        out = options["out"] or Path(f"{options['model'].stem}-sepconvert")
+        with result_directory(out, force=options["force"]) as folder:
+            loaded = _load(options)
+            verified = run_apply(
+                loaded.model,
+                plan,
+                options["plan"].parent / "converted.safetensors",
+                folder,
+                model_sha256=loaded.sha256,
+                dynamic_batch=options["dynamic_batch"],
+                progress=_progress(options),
+            )
+    _print(options, {"out": str(out), "converted": len(plan.converted), "verification": verified},
+           f"{len(plan.converted)} convolutions replaced as planned; written to {out}/",
+           _verdict(verified))  # fmt: skip
+
+
+def demo(**options: Any) -> None:
+    """`sepconvert demo`."""
+    from torch.utils.data import DataLoader, TensorDataset
+
+    from sepconvert.demo.images import evaluation_data
+    from sepconvert.demo.net import load, to_input
+
+    out = options["out"] or Path("demo-sepconvert")
+    with _quietly(), result_directory(out, force=options["force"]) as folder:
+        images = evaluation_data()
+        x, y = to_input(images.x), torch.from_numpy(images.y)
+        result = run_convert(
+            load(),
+            x[: options["batch"]],
+            data=DataLoader(TensorDataset(x, y), batch_size=256),
+            dynamic_batch=options["dynamic_batch"],
+            runs=options["runs"],
+            threads=options["threads"],
+            seed=options["seed"],
+            out=folder,
+            progress=_progress(options),
+        )
+        write_documents(result.report, result.plan, folder)
+    _show(options, result, out)
+
+
+def _dry_run(options: Options) -> None:
+    loaded = _load(options)
+    _, inputs = _data_and_inputs(options, loaded)
+    keywords = {k: v for k, v in _common(options).items() if k != "seed"}
+    found = run_inspect(loaded.model, inputs, gate=options["gate"], **keywords)
+    _print(options, found, layer_table(found["layers"]), "", "Dry run: nothing was written.")
+
+
+def _common(options: Options) -> dict[str, Any]:
+    return {
+        "tol": options["tol"],
+        "include": options["include"],
+        "exclude": options["exclude"],
+        "seed": options["seed"],
+        "progress": _progress(options),
+    }
+
+
+def _load(options: Options) -> LoadedModel:
+    if options["trust"]:
+        click.echo(f"sepconvert: --trust: {options['model']} is run as a program", err=True)
+    return load_model(
+        options["model"], factory=options["factory"], allow=options["allow"], trust=options["trust"]
+    )
+
+
+def _data_and_inputs(options: Options, loaded: LoadedModel) -> tuple[Iterable[Batch] | None, Inputs]:
+    """Evaluation data if any, and the inputs to trace, verify and time the model on."""
+    data = None
+    batch = options["batch"]
+    if options["data"] is not None:
+        preprocess = Preprocess(
+            _numbers(options["mean"], "--mean"), _numbers(options["std"], "--std"), _size(options["resize"])
+        )
+        data = load_data(options["data"], preprocess)
+        shape = parse_input_shape(options["input_shape"]) if options["input_shape"] else sample_shape(data)
+        check_against_model(data, shape, None)
+        images = next(iter(data))[0]
+        if len(images) < batch:
+            raise SepconvertError(
+                f"--batch {batch}: the data begins with a batch of {len(images)}; pass a smaller --batch"
+            )
+        inputs: Inputs = (images[:batch],)
+    elif options["input_shape"]:
+        shape = parse_input_shape(options["input_shape"])
+        generator = torch.Generator().manual_seed(options["seed"])
+        inputs = (torch.randn(batch, *shape, generator=generator),)
+    elif loaded.example_inputs is not None:
+        inputs = tuple(_random(value, batch, options["seed"]) for value in loaded.example_inputs)
+    else:
+        raise SepconvertError(
+            "the input's shape is not known; pass --input-shape, e.g. --input-shape 3x224x224, or --data"
+        )
+    return data, cast(inputs, model_dtype(loaded.model))
+
+
+def _random(value: Tensor, batch: int, seed: int) -> Tensor:
+    if not value.is_floating_point() or value.ndim == 0:
+        return value
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn((batch, *value.shape[1:]), generator=generator).to(value)
+
+
+def _numbers(text: str | None, option: str) -> tuple[float, ...] | None:
+    if text is None:
+        return None
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError as error:
+        raise SepconvertError(
+            f"{option} {text}: expected numbers joined by commas, e.g. 0.485,0.456,0.406"
+        ) from error
+
+
+def _size(text: str | None) -> int | tuple[int, int] | None:
+    if text is None:
+        return None
+    parts = text.lower().split("x")
+    if not all(part.isdigit() for part in parts) or len(parts) > 2:
+        raise SepconvertError(f"--resize {text}: expected N or HxW in pixels, e.g. 224")
+    return int(parts[0]) if len(parts) == 1 else (int(parts[0]), int(parts[1]))
+
+
+def _progress(options: Options) -> Any:
+    hidden = options["quiet"] or not sys.stderr.isatty()
+
+    def progress(items: Iterable[T], description: str, /) -> Iterable[T]:
+        bar: Iterable[T] = tqdm(items, description, file=sys.stderr, disable=hidden, leave=False)
+        return bar
+
+    return progress
+
+
+def _show(options: Options, result: ConversionResult, out: Path) -> None:
+    _print(options, result.report, layer_table(result.report["layers"]), "", summary(result.report), "",
+           f"Written to {out}/: original.onnx, converted.onnx, converted.pt2, plan.json, "
+           "converted.safetensors, report.json, report.html")  # fmt: skip
+
+
+def _verdict(verified: Mapping[str, Any] | None) -> str:
+    if verified is None:
+        return "MODEL is not the file of the plan: it took the plan's weights, and no outputs were compared."
+    return (
+        f"Verified: outputs differ by {verified['max_abs_diff']:.1e} (tolerance {verified['tolerance']:.1e})."
+    )
+
+
+def _print(options: Options, document: Mapping[str, Any], *text: str) -> None:
+    if options["as_json"]:
+        click.echo(json.dumps(document, indent=2, allow_nan=False))
+    elif not options["quiet"]:
+        click.echo("\n".join(text))
+
+
+@contextlib.contextmanager
+def _quietly() -> Iterator[None]:
+    """Libraries' warnings are not the user's business; ours are errors or sentences of the report."""
+    logging.getLogger("torch").setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield

@@ -1,0 +1,26 @@
+"""plan.json, report.json and report.html of a result directory."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from sepconvert.export import writing
+from sepconvert.report.html import render_html
+
+
+def write_documents(report: Mapping[str, Any], plan: Mapping[str, Any], folder: Path) -> None:
+    """Write the three documents; the plan is tied to `converted.safetensors` beside it by its hash."""
+    weights = hashlib.sha256((folder / "converted.safetensors").read_bytes()).hexdigest()
+    for name, text in {
+        "plan.json": _json({**plan, "weights_sha256": weights}),
+        "report.json": _json(report),
+        "report.html": render_html(report),
+    }.items():
+        with writing(folder / name):
+            (folder / name).write_text(text, encoding="utf-8")
+
+
+def _json(document: Mapping[str, Any]) -> str:
+    return json.dumps(document, indent=2, allow_nan=False) + "\n"
