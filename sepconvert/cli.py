@@ -1,6 +1,6 @@
 """The command line: options, progress and exit codes. Torch is loaded when a command runs, not before."""
 
-import os
+import io
 import signal
 import sys
 from collections.abc import Callable
@@ -21,7 +21,10 @@ class _ConvertByDefault(click.Group):
     """`sepconvert MODEL` is `sepconvert convert MODEL`."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        if args and args[0] not in self.commands and args[0] not in ("--help", "--version"):
+        if not args:
+            click.echo(ctx.get_help(), err=True)
+            ctx.exit(2)
+        if args[0] not in self.commands and args[0] not in ("--help", "--version"):
             args = ["convert", *args]
         return super().parse_args(ctx, args)
 
@@ -159,23 +162,21 @@ def demo(**options: Any) -> None:
 def main() -> None:
     """Run the command line; the process ends with the exit code of the contract."""
     debug = "--debug" in sys.argv
-    signal.signal(signal.SIGTERM, _interrupt)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # an ASCII terminal has no × and no →
     try:
-        cli.main(standalone_mode=False)
-    except click.exceptions.Abort:
-        sys.exit(_fail("interrupted", _INTERRUPTED))
-    except KeyboardInterrupt:
+        sys.exit(cli.main(standalone_mode=False))
+    except (click.Abort, KeyboardInterrupt):
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_IGN)  # impatience must not interrupt the end
         sys.exit(_fail("interrupted", _INTERRUPTED))
     except click.ClickException as error:
-        sys.exit(_fail(f"{error.format_message()}; see --help", 2))
+        sys.exit(_fail(f"{error.format_message().rstrip('.')}; see --help", 2))
     except SepconvertError as error:
         if debug:
             raise
         sys.exit(_fail(str(error), error.exit_code))
-    except BrokenPipeError:
-        # The reader of our output has gone, which is its right; Python would complain on closing it.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
     except Exception as error:
         if debug:
             raise
@@ -183,10 +184,6 @@ def main() -> None:
         sys.exit(_fail(f"unexpected {name}: {first_line(error)}; run again with --debug and report it", 2))
 
 
-def _interrupt(number: int, frame: object) -> None:
-    raise KeyboardInterrupt
-
-
 def _fail(message: str, code: int) -> int:
-    click.echo(f"sepconvert: {message}", err=True)
+    click.echo(f"sepconvert: {' '.join(message.splitlines())}", err=True)
     return code

@@ -34,29 +34,28 @@ Options = Mapping[str, Any]
 
 def convert(**options: Any) -> None:
     """`sepconvert MODEL`."""
-    with _quietly():
-        out = options["out"] or Path(f"{options['model'].stem}-sepconvert")
-        if options["dry_run"]:
-            _dry_run(options)
-            return
-        with result_directory(out, force=options["force"]) as folder:
-            loaded = _load(options)
-            data, inputs = _data_and_inputs(options, loaded)
-            result = run_convert(
-                loaded.model,
-                inputs,
-                options["mode"],
-                data=data,
-                gate=options["gate"],
-                dynamic_batch=options["dynamic_batch"],
-                runs=options["runs"],
-                threads=options["threads"],
-                source={"path": str(loaded.path), "sha256": loaded.sha256},
-                out=folder,
-                **_common(options),
-            )
-            write_documents(result.report, result.plan, folder)
-        _show(options, result, out)
+    if options["dry_run"]:
+        _dry_run(options)
+        return
+    out = _out(options)
+    with _quietly(), _result_directory(options, out) as folder:
+        loaded = _load(options)
+        data, inputs = _data_and_inputs(options, loaded)
+        result = run_convert(
+            loaded.model,
+            inputs,
+            options["mode"],
+            data=data,
+            gate=options["gate"],
+            dynamic_batch=options["dynamic_batch"],
+            runs=options["runs"],
+            threads=options["threads"],
+            source={"path": str(loaded.path), "sha256": loaded.sha256},
+            out=folder,
+            **_common(options),
+        )
+        write_documents(result.report, result.plan, folder)
+    _show(options, result, out)
 
 
 def inspect(**options: Any) -> None:
@@ -72,20 +71,19 @@ def inspect(**options: Any) -> None:
 
 def apply(**options: Any) -> None:
     """`sepconvert apply MODEL PLAN.json`."""
-    with _quietly():
+    out = _out(options)
+    with _quietly(), _result_directory(options, out) as folder:
         plan = read_plan(options["plan"])
-        out = options["out"] or Path(f"{options['model'].stem}-sepconvert")
-        with result_directory(out, force=options["force"]) as folder:
-            loaded = _load(options)
-            verified = run_apply(
-                loaded.model,
-                plan,
-                options["plan"].parent / "converted.safetensors",
-                folder,
-                model_sha256=loaded.sha256,
-                dynamic_batch=options["dynamic_batch"],
-                progress=_progress(options),
-            )
+        loaded = _load(options)
+        verified = run_apply(
+            loaded.model,
+            plan,
+            options["plan"].parent / "converted.safetensors",
+            folder,
+            model_sha256=loaded.sha256,
+            dynamic_batch=options["dynamic_batch"],
+            progress=_progress(options),
+        )
     _print(options, {"out": str(out), "converted": len(plan.converted), "verification": verified},
            f"{len(plan.converted)} convolutions replaced as planned; written to {out}/",
            _verdict(verified))  # fmt: skip
@@ -99,7 +97,7 @@ def demo(**options: Any) -> None:
     from sepconvert.demo.net import load, to_input
 
     out = options["out"] or Path("demo-sepconvert")
-    with _quietly(), result_directory(out, force=options["force"]) as folder:
+    with _quietly(), _result_directory(options, out) as folder:
         images = evaluation_data()
         x, y = to_input(images.x), torch.from_numpy(images.y)
         result = run_convert(
@@ -118,11 +116,22 @@ def demo(**options: Any) -> None:
 
 
 def _dry_run(options: Options) -> None:
-    loaded = _load(options)
-    _, inputs = _data_and_inputs(options, loaded)
-    keywords = {k: v for k, v in _common(options).items() if k != "seed"}
-    found = run_inspect(loaded.model, inputs, gate=options["gate"], **keywords)
+    with _quietly():
+        loaded = _load(options)
+        _, inputs = _data_and_inputs(options, loaded)
+        keywords = {k: v for k, v in _common(options).items() if k != "seed"}
+        found = run_inspect(loaded.model, inputs, gate=options["gate"], **keywords)
     _print(options, found, layer_table(found["layers"]), "", "Dry run: nothing was written.")
+
+
+def _out(options: Options) -> Path:
+    return options["out"] or Path(f"{options['model'].stem}-sepconvert")
+
+
+def _result_directory(options: Options, out: Path) -> contextlib.AbstractContextManager[Path]:
+    """Where results go, which must not replace what they are made from."""
+    inputs = [Path(options[name]) for name in ("model", "plan", "data") if options.get(name) is not None]
+    return result_directory(out, force=options["force"], inputs=inputs)
 
 
 def _common(options: Options) -> dict[str, Any]:
@@ -147,6 +156,9 @@ def _data_and_inputs(options: Options, loaded: LoadedModel) -> tuple[Iterable[Ba
     """Evaluation data if any, and the inputs to trace, verify and time the model on."""
     data = None
     batch = options["batch"]
+    unused = [f"--{name}" for name in ("mean", "std", "resize") if options[name] is not None]
+    if unused and options["data"] is None:
+        raise SepconvertError(f"{', '.join(unused)}: for the images of --data, which is not given; pass both")
     if options["data"] is not None:
         preprocess = Preprocess(
             _numbers(options["mean"], "--mean"), _numbers(options["std"], "--std"), _size(options["resize"])
@@ -201,10 +213,11 @@ def _size(text: str | None) -> int | tuple[int, int] | None:
 
 
 def _progress(options: Options) -> Any:
-    hidden = options["quiet"] or not sys.stderr.isatty()
+    hidden = options["quiet"] or sys.stderr is None or not sys.stderr.isatty()
 
     def progress(items: Iterable[T], description: str, /) -> Iterable[T]:
-        bar: Iterable[T] = tqdm(items, description, file=sys.stderr, disable=hidden, leave=False)
+        # Of a terminal that does not tell its size, tqdm would think that it has no room for a bar.
+        bar: Iterable[T] = tqdm(items, description, file=sys.stderr, disable=hidden, leave=False, nrows=2)
         return bar
 
     return progress
@@ -233,8 +246,11 @@ def _print(options: Options, document: Mapping[str, Any], *text: str) -> None:
 
 @contextlib.contextmanager
 def _quietly() -> Iterator[None]:
-    """Libraries' warnings are not the user's business; ours are errors or sentences of the report."""
+    """Libraries' warnings are not the user's business; ours are errors or sentences of the report.
+
+    What the user's own code prints goes to standard error: standard output is for our tables and JSON.
+    """
     logging.getLogger("torch").setLevel(logging.ERROR)
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), contextlib.redirect_stdout(sys.stderr):
         warnings.simplefilter("ignore")
         yield

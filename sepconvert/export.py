@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import onnx
 import torch
 from torch import Tensor, nn
@@ -51,6 +53,19 @@ def cast(inputs: Inputs, dtype: torch.dtype) -> Inputs:
     )
 
 
+def onnx_names(inputs: Inputs) -> list[str]:
+    """Names of the tensors among the inputs in our ONNX files: `input`, or `input_0`, `input_1`, …"""
+    count = sum(isinstance(value, Tensor) for value in inputs)
+    return ["input"] if count == 1 else [f"input_{index}" for index in range(count)]
+
+
+def onnx_feed(inputs: Inputs) -> dict[str, npt.NDArray[Any]]:
+    """The inputs as ONNX Runtime takes them."""
+    tensors = [value for value in inputs if isinstance(value, Tensor)]
+    arrays = (np.ascontiguousarray(tensor.detach().cpu().numpy()) for tensor in tensors)
+    return dict(zip(onnx_names(inputs), arrays, strict=True))
+
+
 def save_archive(model: nn.Module, inputs: Inputs, path: Path, *, dynamic_batch: bool = True) -> None:
     """Write a torch.export archive (.pt2) that loads without the user's code.
 
@@ -74,12 +89,22 @@ def save_onnx(model: nn.Module, inputs: Inputs, path: Path, *, dynamic_batch: bo
     program, note = _program(private_copy(model).to(dtype), cast(inputs, dtype), dynamic_batch)
     with _quiet(), writing(path):
         try:
-            torch.onnx.export(program, dynamo=True, external_data=False, verbose=False, f=str(path))
+            torch.onnx.export(
+                program,
+                dynamo=True,
+                external_data=False,
+                verbose=False,
+                f=str(path),
+                input_names=onnx_names(inputs),
+            )
         except OSError:
             raise
         except Exception as error:  # the exporter raises errors of many kinds
             raise _export_error("ONNX", error) from error
-        onnx.checker.check_model(str(path), full_check=True)
+        try:
+            onnx.checker.check_model(str(path), full_check=True)
+        except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+            raise _export_error("ONNX", error) from error
     return note
 
 
@@ -88,7 +113,13 @@ def onnx_bytes(model: nn.Module, inputs: Inputs) -> bytes:
     program, _ = _program(model, inputs, dynamic_batch=False)
     buffer = io.BytesIO()
     with _quiet():
-        exported = torch.onnx.export(program, dynamo=True, external_data=False, verbose=False)
+        exported = torch.onnx.export(
+            program,
+            dynamo=True,
+            external_data=False,
+            verbose=False,
+            input_names=onnx_names(inputs),
+        )
         assert exported is not None  # noqa: S101  (it is None on the non-dynamo path alone)
         onnx.save_model(exported.model_proto, buffer)
     return buffer.getvalue()
@@ -97,6 +128,8 @@ def onnx_bytes(model: nn.Module, inputs: Inputs) -> bytes:
 def _program(model: nn.Module, inputs: Inputs, dynamic_batch: bool) -> tuple[ExportedProgram, ExportNote]:
     dtype = str(model_dtype(model)).removeprefix("torch.")
     reason = None
+    # A tensor given twice would become one input.
+    inputs = tuple(value.clone() if isinstance(value, Tensor) else value for value in inputs)
     if dynamic_batch:
         # torch.export takes a size of one for a constant.
         wide = tuple(

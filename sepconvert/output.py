@@ -2,53 +2,90 @@
 
 import contextlib
 import shutil
+import signal
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from sepconvert.errors import SepconvertError
 
 
 @contextlib.contextmanager
-def result_directory(target: Path, *, force: bool) -> Iterator[Path]:
+def result_directory(out: Path, *, force: bool, inputs: Sequence[Path] = ()) -> Iterator[Path]:
     """An empty directory to fill; it takes its name when the block ends well, and is removed otherwise.
 
-    It lies beside `target`, so that renaming it is one step of the file system.
+    It is filled in the nearest directory that exists, so that moving it is one step of the file system. With
+    `force` it takes the place of a whole directory, but of none that holds one of the `inputs`, or is where
+    the user stands.
 
     Raises:
-        SepconvertError: `target` exists and `force` is not given, or the place is not writable.
+        SepconvertError: `out` exists and may not be replaced, or the place is not writable.
     """
-    target = target.absolute()
-    if target.exists() and not force:
-        raise SepconvertError(f"{target}: exists already; pass --force to replace it, or another --out")
-    if target.exists() and not target.is_dir():
-        raise SepconvertError(f"{target}: is a file, expected a directory or nothing; pass another --out")
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-    except OSError as error:
-        raise SepconvertError(f"{target}: cannot be written: {error.strerror}; pass another --out") from error
+        target = out.resolve()
+        _check_replaceable(out, target, force, inputs)
+        existing = next(parent for parent in target.parents if parent.exists())
+        workplace = Path(tempfile.mkdtemp(prefix=".sepconvert-", dir=existing))
+    except (OSError, RuntimeError) as error:  # a RuntimeError is a loop of links
+        raise _not_writable(out, error) from error
     try:
+        folder = workplace / "new"
+        folder.mkdir()  # unlike mkdtemp's, its permissions are those that the user's umask leaves
         yield folder
-        folder.chmod(0o755)
-        _move(folder, target)
-    except OSError as error:
-        raise SepconvertError(f"{target}: cannot be written: {error.strerror}; pass another --out") from error
+        for file in folder.iterdir():  # safetensors leaves its file to the owner alone
+            file.chmod(folder.stat().st_mode & 0o666)
+        with _uninterrupted():
+            try:
+                target.parent.mkdir(parents=True, exist_ok=True)
+                _move(folder, target, workplace / "old")
+            except OSError as error:
+                raise _not_writable(out, error) from error
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        with _uninterrupted():
+            shutil.rmtree(workplace, ignore_errors=True)
 
 
-def _move(folder: Path, target: Path) -> None:
+def _check_replaceable(out: Path, target: Path, force: bool, inputs: Sequence[Path]) -> None:
+    if not target.exists():
+        return
+    if not target.is_dir():
+        raise SepconvertError(f"{out}: is a file, expected a directory or nothing; pass another --out")
+    if not force:
+        raise SepconvertError(f"{out}: exists already; pass --force to replace it, or another --out")
+    if target.is_mount():
+        raise SepconvertError(f"{out}: is a mount point and cannot be replaced; pass --out {out / 'results'}")
+    for needed in (Path.cwd(), *inputs):
+        if needed.resolve().is_relative_to(target):
+            raise SepconvertError(
+                f"{out}: holds {needed}, which replacing it would delete; pass another --out"
+            )
+
+
+def _move(folder: Path, target: Path, aside: Path) -> None:
     if not target.exists():
         folder.rename(target)
         return
     # A directory that is not empty cannot be replaced in one step: the old one steps aside first.
-    aside = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-    target.rename(aside / target.name)
+    target.rename(aside)
     try:
         folder.rename(target)
     except OSError:
-        (aside / target.name).rename(target)
+        aside.rename(target)
         raise
+
+
+def _not_writable(out: Path, error: Exception) -> SepconvertError:
+    cause = getattr(error, "strerror", None) or error
+    return SepconvertError(f"{out}: cannot be written: {cause}; pass another --out")
+
+
+@contextlib.contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Let neither Ctrl-C nor termination stop what must not be left half done."""
+    numbers = signal.SIGINT, signal.SIGTERM
+    handlers = [signal.signal(number, signal.SIG_IGN) for number in numbers]
+    try:
+        yield
     finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        for number, handler in zip(numbers, handlers, strict=True):
+            signal.signal(number, handler)

@@ -20,6 +20,7 @@ from sepconvert.export import (
     cast,
     model_dtype,
     onnx_bytes,
+    onnx_feed,
     runtime_dtype,
     save_archive,
     save_onnx,
@@ -33,7 +34,7 @@ from sepconvert.measure.accuracy import compare as compare_predictions
 from sepconvert.measure.cost import count
 from sepconvert.measure.latency import Latency, Speedup, measure_pair, session
 from sepconvert.plan import GATES, ConversionPlan, LayerPlan, plan_layer, selected
-from sepconvert.profiling import Profile, as_inputs, batch_size, feeds
+from sepconvert.profiling import Profile, as_inputs, batch_size
 from sepconvert.report.document import LayerReport, Report, Verification, report_document
 from sepconvert.rewrite import Replacement, graph_obstacle, rewrite
 from sepconvert.trace import ConvSite, Inputs, private_copy, trace
@@ -166,7 +167,7 @@ def convert(
     private = private_copy(model)
     analysed = _analyse(private, inputs, tol, include, exclude, progress)
     layers, factorizations = _plan(private, analysed, gate, tol, runs, threads, seed, progress)
-    del private  # large models come in many copies
+    del private
     replacements = {name: _replacement(f, analysed.sites, name) for name, f in factorizations.items()}
     converted = rewrite(model, analysed.sites, replacements)
     certificates = {name: factorization.certificate for name, factorization in factorizations.items()}
@@ -424,7 +425,7 @@ def _run_onnx(path: Path, inputs: Sequence[Inputs], dtype: torch.dtype, threads:
     results = []
     for value in inputs:
         try:
-            arrays = runner.run(None, feeds(path, cast(value, dtype), threads))
+            arrays = runner.run(None, onnx_feed(cast(value, dtype)))
         except Exception as error:  # ONNX Runtime's errors share no base class
             raise SepconvertError(f"{path.name}: ONNX Runtime cannot run it: {error}") from error
         tensors = (torch.from_numpy(array) for array in arrays)
@@ -451,7 +452,7 @@ def _latencies(
     seed: int,
     progress: Progress,
 ) -> tuple[Latency, Latency, Speedup]:
-    feed = feeds(paths[0], cast(inputs, runtime_dtype(model)), threads)
+    feed = onnx_feed(cast(inputs, runtime_dtype(model)))
     return measure_pair(
         *paths, feed, runs=runs, threads=threads, batch=batch_size(inputs), seed=seed,
         progress=lambda items: progress(items, "timing"),
@@ -498,7 +499,7 @@ def _layer_latencies(
     factored.set_factors(factorization.weights, conv.bias)
     inputs = cast((conv.inputs,), torch.float32)
     before, after = (onnx_bytes(module.float().eval(), inputs) for module in (dense, factored))
-    feed = feeds(before, inputs, threads)
+    feed = onnx_feed(inputs)
     return measure_pair(before, after, feed, runs=runs, threads=threads, batch=batch_size(inputs), seed=seed)
 
 

@@ -6,16 +6,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 from tabulate import tabulate
 from torch import Tensor, nn
 
 from sepconvert.environment import available_cores
-from sepconvert.export import cast, runtime_dtype, save_onnx
+from sepconvert.export import cast, onnx_feed, runtime_dtype, save_onnx
 from sepconvert.measure.accuracy import Accuracy, evaluate
 from sepconvert.measure.cost import count
-from sepconvert.measure.latency import Latency, measure_single, session
+from sepconvert.measure.latency import Latency, measure_single
 from sepconvert.trace import Inputs, private_copy
 
 
@@ -93,7 +91,7 @@ def profile(
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.onnx"
         save_onnx(model, inputs, path)
-        feed = feeds(path, cast(inputs, runtime_dtype(model)), threads)
+        feed = onnx_feed(cast(inputs, runtime_dtype(model)))
         batch = batch_size(inputs)
         latency = (
             measure_single(path, feed, runs=runs, threads=threads, batch=batch, seed=seed) if runs else None
@@ -117,15 +115,6 @@ def as_inputs(example_inputs: Tensor | Inputs) -> Inputs:
 def batch_size(inputs: Inputs) -> int:
     """First dimension of the first tensor."""
     return next((int(value.shape[0]) for value in inputs if isinstance(value, Tensor) and value.ndim), 1)
-
-
-def feeds(path: Path | bytes, inputs: Inputs, threads: int) -> dict[str, npt.NDArray[Any]]:
-    """Inputs under the names that an ONNX model gives them, in order."""
-    names = [entry.name for entry in session(path, threads).get_inputs()]
-    values = (value for value in inputs if isinstance(value, Tensor))
-    return {
-        name: np.ascontiguousarray(value.detach().numpy()) for name, value in zip(names, values, strict=False)
-    }
 
 
 def _column(profile: Profile, base: Profile) -> dict[str, str]:

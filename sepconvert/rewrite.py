@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor, nn
+from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
@@ -51,16 +52,14 @@ def rewrite(
             layer = _layer(site, replacements[site.name])
             _keep_mode_and_hooks(dense, layer)
             converted = _put(converted, site, layer)
-    # Inner modules first: the graph of an outer one refers to them.
     owners = {site.owner: site for site in chosen if site.index is not None}
-    for owner in sorted(owners, key=lambda path: path.count(".") if path else -1, reverse=True):
+    for owner in owners:
         calls = {site.index: site for site in chosen if site.owner == owner and site.index is not None}
         dense = converted.get_submodule(owner)
         module = call_graph(dense, owners[owner].owner_inputs, max(calls) + 1)
         layers = {index: _layer(site, replacements[site.name]) for index, site in calls.items()}
-        replace_calls(module, layers, {index: site.name.rpartition(".")[2] for index, site in calls.items()})
-        _keep_mode_and_hooks(dense, module)
-        converted = _put(converted, owners[owner], module)
+        names = {index: site.name.rpartition(".")[2] for index, site in calls.items()}
+        replace_calls(dense, module, layers, names)
     return converted
 
 
@@ -72,11 +71,10 @@ def _layer(site: ConvSite, replacement: Replacement) -> FactorizedConv2d:
 
 
 def _put(model: nn.Module, site: ConvSite, module: nn.Module) -> nn.Module:
-    """Set `module` at every path of a site's owner; returns the model, which is `module` for the root."""
+    """Set `module` at every path of a convolution; returns the model, which is `module` for the root."""
     if not site.owner:
         return module
-    tail = "" if site.index is None else f".{site.name.rpartition('.')[2]}"
-    for path in (site.owner, *(alias.removesuffix(tail) for alias in site.aliases)):
+    for path in (site.owner, *site.aliases):
         model.set_submodule(path, module)
     return model
 
@@ -85,8 +83,8 @@ def _keep_mode_and_hooks(dense: nn.Module, layer: nn.Module) -> None:
     layer.training = dense.training
     for name in ("_forward_hooks", "_forward_pre_hooks"):
         for key, hook in getattr(dense, name).items():
-            # These recompute the dense weight that is no longer there.
-            if not isinstance(hook, WeightNorm | SpectralNorm):
+            # These compute the dense weight that is no longer there.
+            if not isinstance(hook, WeightNorm | SpectralNorm | BasePruningMethod):
                 getattr(layer, name)[key] = hook
     for name in (
         "_forward_hooks_with_kwargs",

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sepconvert.errors import SepconvertError
@@ -82,6 +83,7 @@ _FUNCTIONS = {
     torch.conv_transpose3d: "conv_transpose3d",
     torch.convolution: "convolution",
 }
+_DISPATCHED = (torch.ops.aten.convolution.default, torch.ops.aten._convolution.default)
 _PARAMETERS = {
     "conv": ("input", "weight", "bias", "stride", "padding", "dilation", "groups"),
     "conv_transpose": (
@@ -178,7 +180,7 @@ class _HiddenConvolutions(TorchDispatchMode):  # type: ignore[no-untyped-call]  
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         interceptor = self._interceptor
-        if func is not torch.ops.aten.convolution.default or interceptor.depth or not interceptor.frames:
+        if func not in _DISPATCHED or interceptor.depth or not interceptor.frames:
             return func(*args, **(kwargs or {}))
         module = interceptor.frames[-1].module
         self.count[module] = self.count.get(module, 0) + 1
@@ -190,23 +192,32 @@ class _HiddenConvolutions(TorchDispatchMode):  # type: ignore[no-untyped-call]  
             interceptor.depth -= 1
 
 
-def duplicate(model: nn.Module) -> nn.Module:
-    """A deep copy, whatever the model holds.
+def duplicate(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
+    """A deep copy, whatever the model holds; `memo` is deepcopy's: copies made beforehand, by id.
 
-    Weights computed by the old `torch.nn.utils.weight_norm` hooks are no leaves of the autograd
-    graph, and deepcopy refuses those: they are copied detached.
+    Weights computed by the old `torch.nn.utils.weight_norm` hooks and activations that a module keeps
+    are no leaves of the autograd graph, and deepcopy refuses those: they are copied detached.
     """
-    memo: dict[int, Any] = {}
+    memo = {} if memo is None else memo
     for module in model.modules():
-        for value in vars(module).values():
+        for value in pytree.tree_leaves(vars(module)):
             if isinstance(value, Tensor) and not value.is_leaf:
                 memo[id(value)] = value.detach().clone()
     return copy.deepcopy(model, memo)
 
 
 def private_copy(model: nn.Module) -> nn.Module:
-    """A deep copy in eval mode, on which a forward pass may do what it likes."""
-    copied = duplicate(model)
+    """A copy in eval mode, on which a forward pass may do what it likes.
+
+    Its parameters are new objects on the old memory, since large models come in many copies here and
+    no forward pass in eval mode writes to parameters; changing their dtype leaves the original alone.
+    """
+    aliases = {
+        id(parameter): nn.Parameter(parameter.detach(), parameter.requires_grad)
+        for parameter in model.parameters()
+        if type(parameter) is nn.Parameter
+    }
+    copied = duplicate(model, aliases)
     for module in copied.modules():  # not .eval(): modules from torch.export refuse it
         module.training = False
     return copied
@@ -224,7 +235,7 @@ def trace(model: nn.Module, inputs: Inputs) -> tuple[ConvSite, ...]:
     """
     records, hidden = _run(model, inputs)
     # Weights that the forward pass computes from its input differ on another input, or another batch.
-    variable = _variable_weights(model, records, _other_inputs(inputs))
+    variable = _variable_weights(model, records, inputs)
     names = _names(model)
     batch = next((value.shape[0] for value in inputs if isinstance(value, Tensor) and value.ndim > 0), 1)
     grouped: dict[tuple[int, int], list[_Record]] = {}
@@ -237,9 +248,10 @@ def trace(model: nn.Module, inputs: Inputs) -> tuple[ConvSite, ...]:
                 module, names[id(module)], "TorchScript or C++", f"{count} convolutions run outside Python"
             )
         )
-    executed = {id(record.module) for record in records}
+    # By their weights too: `conv.forward(x)` is a call by the module that makes it.
+    executed = {id(record.module) for record in records} | {id(r.arguments["weight"]) for r in records}
     for module in model.modules():
-        if isinstance(module, _ConvNd) and id(module) not in executed:
+        if isinstance(module, _ConvNd) and executed.isdisjoint((id(module), id(module.weight))):
             sites.append(
                 _unseen(module, names[id(module)], type(module).__name__, "not executed on these inputs")
             )
@@ -281,14 +293,14 @@ def _run(model: nn.Module, inputs: Inputs) -> tuple[list[_Record], dict[nn.Modul
     return records, hidden.count
 
 
-def _other_inputs(inputs: Inputs) -> Inputs:
-    """Other values, and one sample more: a weight must depend on neither."""
+def _other_inputs(inputs: Inputs, more: int) -> Inputs:
+    """Other values, and `more` samples more."""
     generator = torch.Generator().manual_seed(0)
 
     def other(value: Any) -> Any:
         if not isinstance(value, Tensor) or not value.is_floating_point():
             return value
-        shape = (value.shape[0] + 1, *value.shape[1:]) if value.ndim else value.shape
+        shape = (value.shape[0] + more, *value.shape[1:]) if value.ndim else value.shape
         return torch.rand(shape, generator=generator).to(value)
 
     return tuple(other(value) for value in inputs)
@@ -296,12 +308,9 @@ def _other_inputs(inputs: Inputs) -> Inputs:
 
 def _variable_weights(model: nn.Module, records: list[_Record], inputs: Inputs) -> set[tuple[int, int]]:
     try:
-        others, _ = _run(model, inputs)
-    except SepconvertError:  # a model of fixed batch size
-        others, _ = _run(
-            model,
-            tuple(value[:-1] if isinstance(value, Tensor) and value.ndim else value for value in inputs),
-        )
+        others, _ = _run(model, _other_inputs(inputs, 1))
+    except SepconvertError:  # a model of fixed batch size, or with inputs that are not all batches
+        others, _ = _run(model, _other_inputs(inputs, 0))
     weights = {(id(record.module), record.index): record.arguments["weight"] for record in others}
     return {
         key
@@ -329,7 +338,7 @@ def _site(
     module, weight = first.module, first.arguments["weight"]
     owner, *others = names[id(module)]
     is_module = isinstance(module, _ConvNd)
-    suffix = "" if is_module else f"{'.' if owner else ''}{first.function}_{first.index}"
+    suffix = "" if is_module else f"{'.' if owner else ''}{_call_name(first)}"
     bias = first.arguments.get("bias")
     # A parametrised module has other parameters than its weight.
     trained = tuple(module.parameters()) if is_module else (weight, bias)
@@ -367,6 +376,14 @@ def _site(
         owner_inputs=None if is_module else first.module_inputs,
         obstacle=obstacle,
     )
+
+
+def _call_name(record: _Record) -> str:
+    """`conv2d_0`, unless an earlier conversion has left a submodule of that name."""
+    name = f"{record.function}_{record.index}"
+    while hasattr(record.module, name):
+        name += "_"
+    return name
 
 
 def _unseen(module: nn.Module, names: list[str], kind: str, obstacle: str) -> ConvSite:
@@ -478,7 +495,10 @@ def _own_forward_obstacle(record: _Record) -> str | None:
             _pair(record.arguments.get("dilation", 1))[axis] * weight.shape[2 + axis] + 4 + extra
             for axis in (0, 1)
         ]
-        seen, _ = _run(module, (inputs.new_zeros(*inputs.shape[:-2], *size),))
+        try:
+            seen, _ = _run(module, (inputs.new_zeros(*inputs.shape[:-2], *size),))
+        except SepconvertError:  # it takes other arguments too
+            return reason
         if len(seen) != 1 or not (seen[0].reads_module_input and seen[0].returns_output):
             return reason
         if _geometry(replace(seen[0], module=record.module)) != _geometry(record):

@@ -25,6 +25,12 @@ _CHANNEL_SHARE = 8.0
 # small integers of fixed filters.
 _SKELETON_RANK = 16
 
+# A filter's integers are looked for up to what bfloat16 holds, the smallest of them up to this.
+_LARGEST_INTEGER = 256
+_SMALLEST_INTEGER = 16
+
+_OVERSAMPLING = 8
+
 
 @dataclass(frozen=True)
 class Finding:
@@ -67,7 +73,7 @@ class Certificate:
     """Proof that a chain of convolutions is the dense layer, ΔW being the difference of the kernels."""
 
     relative_error: float  # ‖ΔW‖_F / ‖W‖_F
-    worst_channel_error: float  # max over output channels o of ‖ΔW_o‖ / ‖W_o‖
+    worst_channel_error: float  # max over output channels o of ‖ΔW_o‖ / ‖W_o‖ (see `_channel_scale`)
     channel_tolerance: float  # what rounding of the kernel and of its factors explains, same measure
     operator_norm: float  # ‖Δy‖₂ ≤ operator_norm · ‖x‖₂ for every (padded) input x
     bitwise: bool  # ΔW = 0
@@ -102,11 +108,12 @@ def analyse(spec: ConvSpec, weight: Tensor, sizes: Sequence[Pair], tol: float | 
         tol: relative error that counts as exact, instead of the rounding of the stored dtype.
     """
     noise = _noise(weight, 1, tol)
-    border = zero_border(weight, _channel_norms(noise))
+    scale = _channel_scale(weight)
+    scaled = weight.double() / scale
+    border = zero_border(scaled, _channel_norms(noise) / scale)
     trimmed_spec = border.trim_spec(spec)
     dense_macs = _macs((spec,), sizes)
-    scale = _channel_scale(weight)
-    scaled = border.trim(weight.double() / scale)
+    scaled = border.trim(scaled)
     findings = (
         [_border_finding(spec, weight, border, sizes, dense_macs, noise)] if max(spec.kernel_size) > 1 else []
     )
@@ -133,12 +140,13 @@ def factorize(
     structure = BY_NAME[finding.scheme]
     rank = max(finding.rank, 1)
     dense = border.trim(weight).double()
-    options = [_truncated_svd(structure, spec, dense, rank)]
-    if rank <= _SKELETON_RANK:
-        options.append(_skeleton(structure, spec, dense, rank))
-    stored = [tuple(kernel.to(weight.dtype).contiguous() for kernel in kernels) for kernels in options]
+    scale = _channel_scale(weight)
+    options = [_skeleton(structure, spec, dense, rank)] if rank <= _SKELETON_RANK else []
+    options.append(_truncated_svd(structure, spec, dense, scale, rank))
+    stored = [_stored(*kernels, weight.dtype) for kernels in options]
     composed = [structure.compose(spec, first.double(), second.double()) for first, second in stored]
-    best = min(range(len(stored)), key=lambda index: float(_channel_errors(composed[index], dense).max()))
+    errors = [(_channel_norms(kernel - dense) / scale).nan_to_num(math.inf).max() for kernel in composed]
+    best = min(range(len(stored)), key=lambda index: float(errors[index]))
     first, second = stored[best]
     # Casting moves each weight by u relative, each product of two by 2u.
     casting = (
@@ -179,9 +187,13 @@ def _channel_norms(weight: Tensor) -> Tensor:
 
 
 def _channel_scale(weight: Tensor) -> Tensor:
-    """What each output channel is divided by to have unit norm; one where it is zero."""
+    """What each output channel of a stored kernel is divided by to have unit norm.
+
+    A channel of subnormal numbers stays below: as large as the others, its rounding noise would drown
+    them.
+    """
     norms = _channel_norms(weight)
-    return torch.where(norms > 0, norms, torch.ones_like(norms))
+    return norms.clamp(min=torch.finfo(weight.dtype).smallest_normal * math.sqrt(weight[0].numel()))
 
 
 def _macs(chain: tuple[ConvSpec, ...], sizes: Sequence[Pair]) -> int:
@@ -259,27 +271,30 @@ def _border_finding(
     )
 
 
-def _truncated_svd(structure: Structure, spec: ConvSpec, dense: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    scale = _channel_scale(dense)
+def _truncated_svd(
+    structure: Structure, spec: ConvSpec, dense: Tensor, scale: Tensor, rank: int
+) -> tuple[Tensor, Tensor]:
     matrices = structure.unfold(spec, dense / scale)
-    # Tall, for LAPACK's sake.
-    wide = matrices.shape[-2] < matrices.shape[-1]
-    left, values, right = torch.linalg.svd(matrices.mT if wide else matrices, full_matrices=False)
-    if wide:
-        left, right = right.mT, left.mT
-    root = values[:, :rank].sqrt()
-    first, second = structure.kernels(
-        spec, left[..., :rank] * root[:, None, :], root[:, :, None] * right[:, :rank]
-    )
-    # Output channels are the first axis of the second kernel in every structure; zero ones stay zero.
-    return first, second * _channel_norms(dense)
+    if 2 * (rank + _OVERSAMPLING) < min(matrices.shape[-2:]):
+        # Of a matrix known to have this rank, a random projection finds the range to rounding (Halko,
+        # Martinsson, Tropp, "Finding structure with randomness", SIAM Review 53 (2011), theorem 10.6).
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            left, values, right = torch.svd_lowrank(matrices, q=rank + _OVERSAMPLING, niter=2)
+    else:
+        left, values, right_h = torch.linalg.svd(matrices, full_matrices=False)
+        right = right_h.mT
+    root = values[:, None, :rank].sqrt()
+    first, second = structure.kernels(spec, left[..., :rank] * root, (right[..., :rank] * root).mT)
+    # Output channels are the first axis of the second kernel in every structure.
+    return first, second * scale
 
 
 def _skeleton(structure: Structure, spec: ConvSpec, dense: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """Cross approximation with complete pivoting: columns of the kernel, and rows divided by the pivot.
 
-    Unlike singular vectors these keep integers and powers of two, so that a Sobel or a binomial
-    filter is reproduced to the last bit.
+    Unlike singular vectors these keep small integers, so that a Sobel or a binomial filter is
+    reproduced to the last bit.
     """
     residual = structure.unfold(spec, dense).clone()
     batch, rows, columns = residual.shape
@@ -289,12 +304,36 @@ def _skeleton(structure: Structure, spec: ConvSpec, dense: Tensor, rank: int) ->
     for r in range(rank):
         position = residual.abs().flatten(1).argmax(1)
         pivot_row, pivot_column = position // columns, position % columns
-        pivot = residual[index, pivot_row, pivot_column]
-        column = residual[index, :, pivot_column]
+        column = _small_integers(residual[index, :, pivot_column])
+        pivot = column[index, pivot_row]
         row = residual[index, pivot_row, :] / torch.where(pivot == 0, torch.ones_like(pivot), pivot)[:, None]
         left[:, :, r], right[:, r, :] = column, row
         residual -= column[:, :, None] * row[:, None, :]
     return structure.kernels(spec, left, right)
+
+
+def _small_integers(columns: Tensor) -> Tensor:
+    """Rows of B × m divided each by a number that leaves small integers, where there is one.
+
+    Dividing by the pivot would not do: a binomial filter, n/256, is no multiple of its largest element.
+    """
+    magnitudes = columns.abs()
+    smallest = magnitudes.where(magnitudes > 0, math.inf).amin(1, keepdim=True)
+    found = columns
+    for smallest_integer in range(_SMALLEST_INTEGER, 0, -1):
+        scaled = columns * smallest_integer / smallest
+        small = (scaled == scaled.round()) & (scaled.abs() <= _LARGEST_INTEGER)
+        found = torch.where(small.all(1, keepdim=True), scaled, found)
+    return found
+
+
+def _stored(first: Tensor, second: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Kernels in `dtype`; if one would overflow, a power of two goes over to the other."""
+    peaks = float(first.abs().max()), float(second.abs().max())
+    if torch.finfo(dtype).max / 2 < max(peaks) < math.inf:
+        shift = 2.0 ** round(math.log2(peaks[1] / peaks[0]) / 2)
+        first, second = first * shift, second / shift
+    return first.to(dtype).contiguous(), second.to(dtype).contiguous()
 
 
 def _certify(
@@ -302,13 +341,17 @@ def _certify(
 ) -> Certificate:
     dense = weight.double()
     difference = composed.double() - dense
-    noise = _noise(weight, finding.full_rank, tol)
-    explained = (_CHANNEL_SHARE * _channel_norms(noise) + _channel_norms(casting)) / _channel_scale(dense)
-    errors = _channel_errors(composed, dense)
+    noise, scale = _noise(weight, finding.full_rank, tol), _channel_scale(weight)
+    explained = (_CHANNEL_SHARE * _channel_norms(noise) + _channel_norms(casting)) / scale
+    errors = _channel_norms(difference) / scale
     worst = int((errors - explained).argmax())
+    largest = float(dense.abs().max()) or 1.0  # squares of the largest float64 would overflow
+    relative_error = torch.linalg.vector_norm(difference / largest) / (
+        torch.linalg.vector_norm(dense / largest) or 1.0
+    )
     cut = max(finding.rank, 1) if finding.spectrum else 0
     return Certificate(
-        relative_error=float(torch.linalg.vector_norm(difference) / (torch.linalg.vector_norm(dense) or 1.0)),
+        relative_error=float(relative_error),
         worst_channel_error=float(errors.flatten()[worst]),
         channel_tolerance=float(explained.flatten()[worst]),
         operator_norm=_operator_norm(difference),
@@ -318,11 +361,6 @@ def _certify(
     )
 
 
-def _channel_errors(composed: Tensor, dense: Tensor) -> Tensor:
-    """Relative Frobenius error of each output channel, O × 1 × 1 × 1; absolute where the channel is zero."""
-    return _channel_norms(composed.double() - dense.double()) / _channel_scale(dense)
-
-
 def _operator_norm(weight: Tensor) -> float:
     """An upper bound on ‖x ↦ conv(x)‖₂, for any stride and dilation, x being padded already.
 
@@ -330,7 +368,18 @@ def _operator_norm(weight: Tensor) -> float:
     the O × C·kh·kw matrix applied to patches, in which each pixel occurs at most kh·kw times. With
     groups this is an upper bound too, the matrix of all groups stacked having the larger norm.
     """
+    largest = float(weight.abs().max())
+    if not 0 < largest < math.inf:
+        return largest
+    weight = weight / largest  # squares of the largest float64 would overflow, of the smallest vanish
     taps = weight.flatten(2).permute(2, 0, 1)
-    by_shifts = torch.linalg.matrix_norm(taps, ord=2).sum()
-    by_patches = math.sqrt(taps.shape[0]) * torch.linalg.matrix_norm(weight.flatten(1).mT, ord=2)
-    return float(torch.minimum(by_shifts, by_patches))
+    by_shifts = _spectral_norms(taps).sum()
+    by_patches = math.sqrt(taps.shape[0]) * _spectral_norms(weight.flatten(1))
+    return largest * float(torch.minimum(by_shifts, by_patches))
+
+
+def _spectral_norms(matrices: Tensor) -> Tensor:
+    """Largest singular values, by the smaller Gram matrix: exact enough for the largest, and quick."""
+    wide = matrices if matrices.shape[-2] <= matrices.shape[-1] else matrices.mT
+    largest: Tensor = torch.linalg.eigvalsh(wide @ wide.mT)[..., -1]
+    return largest.clamp(min=0).sqrt()

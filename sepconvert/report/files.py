@@ -19,7 +19,8 @@ def write_documents(report: Mapping[str, Any], plan: Mapping[str, Any], folder: 
         "report.html": render_html(report),
     }.items():
         with writing(folder / name):
-            (folder / name).write_text(text, encoding="utf-8")
+            # A path need not be text: what of it is none is escaped.
+            (folder / name).write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def _json(document: Mapping[str, Any]) -> str:

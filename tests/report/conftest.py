@@ -1,0 +1,81 @@
+"""A report as the pipeline would make it, with numbers that are easy to recognise."""
+
+from typing import Any
+
+import pytest
+
+
+def structure(scheme: str, rank: int, full_rank: int, error: float, **others: Any) -> dict[str, Any]:
+    return {
+        "scheme": scheme, "rank": rank, "full_rank": full_rank, "holds": False, "macs": 1, "paying_rank": 2,
+        "best_relative_error": error, "tolerance": 1e-6,
+        "singular_values_kept": [0.5, 0.25], "singular_values_dropped": [1.5e-9], **others,
+    }  # fmt: skip
+
+
+def layer(name: str, **others: Any) -> dict[str, Any]:
+    """A layer that is kept."""
+    kernel = {"kernel_size": [3, 3], "in_channels": 8, "out_channels": 16, "groups": 1}
+    return {
+        "name": name, "kind": "Conv2d", "kernel": kernel, "decision": "kept", "reason": "no exact structure",
+        "scheme": None, "rank": None, "macs": [12_345, 12_345], "params": [100, 100], "weight_error": None,
+        "latency_ms": None, "latency_speedup": None, "structures": [structure("spatial-vh", 24, 24, 0.125)],
+        **others,
+    }  # fmt: skip
+
+
+def profile(params: int, macs: int, milliseconds: float, top1: float) -> dict[str, Any]:
+    interval = [0.9 * milliseconds, 1.1 * milliseconds]
+    return {
+        "params": params, "macs": macs, "flops": 2 * macs, "onnx_bytes": 4 * params,
+        "latency_ms": {"median": milliseconds, "ci95": interval, "runs": 50, "threads": 2, "batch": 1},
+        "accuracy": {"top1": top1, "top5": None, "n": 2000},
+        "uncounted_ops": {"aten::add": 3, "aten::mul": 1},
+    }  # fmt: skip
+
+
+@pytest.fixture
+def document() -> dict[str, Any]:
+    """Two layers, one converted; 2 × fewer MACs, 4 × fewer parameters, 1.5 × as fast, 0.25 pp worse."""
+    speedup = {"median": 1.5, "ci95": [1.4, 1.6], "significant": True, "noise_floor": [0.98, 1.02]}
+    converted = layer(
+        "large.conv", decision="converted", scheme="spatial-vh", rank=2, reason="rank 2 of 24",
+        macs=[2_000_000, 500_000], weight_error=4.5e-8, latency_ms=[0.25, 0.125], latency_speedup=speedup,
+        structures=[structure("spatial-vh", 2, 24, 6.5e-9, holds=True)],
+    )  # fmt: skip
+    return {
+        "schema": "sepconvert.report/1",
+        "mode": "exact",
+        "model": {"path": "models/net.pt", "sha256": "0123456789abcdef" * 4},
+        "environment": {"sepconvert": "0.1.0", "torch": "2.9", "threads": 2},
+        "seed": 0,
+        "dtype": "float32",
+        "original": profile(4000, 2_012_345, 1.5, 0.9675),
+        "converted": profile(1000, 1_006_172, 1.0, 0.965),
+        "delta": {
+            "params_ratio": 4.0,
+            "macs_ratio": 2.0,
+            "latency_speedup": dict(speedup),
+            "accuracy_drop_pp": {"value": 0.25, "ci95": [-0.05, 0.55]},
+            "agreement": 0.995,
+        },
+        "layers": [layer("stem.conv"), converted],
+        "verification": {
+            "torch_max_abs_diff": 3.5e-8, "torch_tolerance": 4.5e-6, "torch_dtype": "float64",
+            "onnx_max_abs_diff": 6.5e-8, "onnx_tolerance": 5.5e-6, "onnx_dtype": "float32",
+            "onnx_reason": None, "passed": True, "worst_layer": "large.conv",
+        },
+        "export": {"dynamic_batch": True, "onnx_dtype": "float32", "reason": None},
+    }  # fmt: skip
+
+
+@pytest.fixture
+def bare(document: dict[str, Any]) -> dict[str, Any]:
+    """The same without latency, accuracy, source and ONNX Runtime."""
+    for side in ("original", "converted"):
+        document[side].update(latency_ms=None, accuracy=None, uncounted_ops={})
+    document["delta"].update(latency_speedup=None, accuracy_drop_pp=None, agreement=None, macs_ratio=None)
+    document["layers"][1].update(latency_ms=None, latency_speedup=None)
+    document["model"] = None
+    document["verification"].update(onnx_max_abs_diff=None, onnx_tolerance=None, onnx_reason="no kernel")
+    return document

@@ -1,0 +1,108 @@
+"""The page is well formed, needs nothing from elsewhere, and takes names for text."""
+
+import re
+from html.parser import HTMLParser
+
+import pytest
+
+from sepconvert.report.html import render_html
+from sepconvert.report.terminal import sentences
+
+VOID = {"meta", "br"}
+
+
+class Page(HTMLParser):
+    """Elements, attributes and text of a page whose elements must be closed in order."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.elements: list[str] = []
+        self.attributes: list[tuple[str, str | None]] = []
+        self.text = ""
+        self.open: list[str] = []
+        self.feed(text)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag, attrs):
+        self.elements.append(tag)
+        self.attributes += attrs
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if self.open[-1:] != ["style"]:
+            self.text += data
+
+
+def widths(page: Page) -> list[float]:
+    return [
+        float(re.search(r"width:([\d.]+)%", value)[1]) for name, value in page.attributes if name == "style"
+    ]
+
+
+def test_the_page_says_what_the_document_says(document):
+    text = Page(render_html(document)).text
+    for expected in [
+        "models/net.pt", "2.00×", "2,012,345 → 1,006,172", "4.00×", "1.50×", "95 % [1.40, 1.60]", "0.25 pp",
+        "stem.conv", "large.conv", "spatial-vh, 2", "4.5e-08", "0.250 → 0.125", "rank 2 of 24",
+        *sentences(document),
+    ]:  # fmt: skip
+        assert expected in text
+    assert "~" not in text
+
+
+def test_noise_is_marked(document):
+    document["delta"]["latency_speedup"]["significant"] = False
+    text = Page(render_html(document)).text
+    assert "1.50× ~" in text
+    assert "within noise" in text
+
+
+def test_the_page_is_rendered_without_what_was_not_measured(bare):
+    text = Page(render_html(bare)).text
+    assert "measured speed-up" not in text
+    assert "top-1" not in text
+    assert "None" not in text
+
+
+def test_a_model_without_convolutions(bare):
+    bare["layers"] = []
+    assert "0 of 0 convolutions converted." in Page(render_html(bare)).text
+
+
+def test_the_page_needs_nothing_from_elsewhere(document):
+    text = render_html(document)
+    page = Page(text)
+    assert not {"script", "link", "img", "iframe", "object", "embed", "base"} & set(page.elements)
+    assert not {"src", "href", "srcset", "action", "data"} & {name for name, _ in page.attributes}
+    assert not re.search(r"https?:|//|@import|url\(", text)
+
+
+HOSTILE = [
+    "<script>alert(1)</script>",
+    '"><img src=x onerror=alert(1)>',
+    "{{ 7 * 7 }}",
+    "</style></title>&amp;'",
+]
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_names_are_text(document, name):
+    plain = Page(render_html(document))
+    document["layers"][0].update(name=name, reason=name, kind=name)
+    document["model"]["path"] = name
+    document["environment"]["cpu"] = name
+    document["layers"][1]["structures"][0]["scheme"] = name
+    page = Page(render_html(document))
+    assert [e for e in page.elements if e != "code"] == [e for e in plain.elements if e != "code"]
+    assert {key for key, _ in page.attributes} == {key for key, _ in plain.attributes}
+    assert page.text.count(name) == 7  # the title too
+
+
+def test_bars_keep_to_their_cell(document):
+    document["layers"][1]["macs"] = [1_000_000, 4_000_000]  # --gate none converts what does not pay
+    assert widths(Page(render_html(document))) == pytest.approx([0.3, 25, 100])

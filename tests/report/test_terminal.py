@@ -1,0 +1,127 @@
+"""Tables and sentences say what the document says."""
+
+import json
+
+import pytest
+
+from sepconvert.report.terminal import layer_table, sentences, structure_table, summary
+
+
+def cells(table: str) -> dict[str, list[str]]:
+    """Rows of a table by their first cell; cells are two blanks or more apart."""
+    rows = ([cell for cell in line.split("  ") if cell.strip()] for line in table.splitlines())
+    return {row[0].strip(): [cell.strip() for cell in row[1:]] for row in rows if row}
+
+
+def test_summary_table(document):
+    rows = cells(summary(document))
+    assert rows["parameters"] == ["4,000", "1,000", "4.00×"]
+    assert rows["MACs"] == ["2,012,345", "1,006,172", "2.00×"]
+    assert rows["FLOPs (2 × MACs)"] == ["4,024,690", "2,012,344", "2.00×"]
+    assert rows["ONNX file, bytes"] == ["16,000", "4,000"]
+    assert rows["latency, ms"] == ["1.500 [1.350, 1.650]", "1.000 [0.900, 1.100]", "1.50 [1.40, 1.60]×"]
+    assert rows["top-1, %"] == ["96.75", "96.50", "drop 0.25 pp [-0.05, 0.55]"]
+    assert not any(name.startswith("top-5") for name in rows)
+
+
+def test_top5_is_shown_if_there_is_one(document):
+    document["original"]["accuracy"]["top5"] = 0.999
+    document["converted"]["accuracy"]["top5"] = 0.9985
+    assert cells(summary(document))["top-5, %"] == ["99.90", "99.85"]
+
+
+def test_summary_without_latency_and_accuracy(bare):
+    rows = cells(summary(bare))
+    assert "latency, ms" not in rows
+    assert "top-1, %" not in rows
+    assert rows["MACs"] == ["2,012,345", "1,006,172"]
+    assert "ONNX Runtime could not be asked: no kernel." in summary(bare)
+
+
+def test_sentences(document):
+    assert sentences(document) == [
+        "1 of 2 convolutions converted.",
+        "Verified: PyTorch float64 outputs differ by 3.5e-08 (tolerance 4.5e-06), "
+        "ONNX Runtime float32 outputs by 6.5e-08 (tolerance 5.5e-06).",
+        "Latency: 50 interleaved runs, batch 1, 2 threads, median and 95 % interval; "
+        "the original against itself: [0.980, 1.020].",
+        "Predictions agree on 99.50 % of 2,000 images.",
+        "Not counted in MACs: add, mul.",
+    ]
+
+
+def test_what_is_within_noise_says_so(document):
+    document["delta"]["latency_speedup"].update(median=1.02, ci95=[0.97, 1.05], significant=False)
+    assert cells(summary(document))["latency, ms"][2] == "1.02 [0.97, 1.05]× ~ within noise"
+
+
+def attention(document):
+    return [line for line in sentences(document) if "Attention" in line]
+
+
+def test_fewer_macs_but_slower_names_the_gate(document):
+    document["delta"]["latency_speedup"].update(median=0.8, ci95=[0.75, 0.85])
+    (line,) = attention(document)
+    assert "fewer MACs, yet 1.25× the latency" in line
+    assert "--gate latency" in line
+
+
+@pytest.mark.parametrize(
+    "speedup", [{"median": 1.5}, {"median": 0.98, "significant": False}], ids=["faster", "within noise"]
+)
+def test_no_alarm_without_a_measured_loss(document, speedup):
+    document["delta"]["latency_speedup"].update(speedup)
+    assert attention(document) == []
+
+
+def test_a_layer_that_became_slower_is_named(document):
+    document["layers"][1]["latency_speedup"] = {"median": 0.5, "ci95": [0.4, 0.6], "significant": True}
+    (line,) = attention(document)
+    assert "slower when timed alone: large.conv." in line
+    assert "--gate latency" in line
+
+
+def test_a_fixed_batch_and_another_dtype_are_told(document):
+    document["dtype"] = "float64"
+    document["export"]["reason"] = "the model fixes the batch size"
+    text = " ".join(sentences(document))
+    assert "The ONNX files are float32, ONNX Runtime having no float64 convolutions" in text
+    assert "The batch dimension of the ONNX files is fixed: the model fixes the batch size." in text
+
+
+def test_layer_table(document):
+    rows = cells(layer_table(document["layers"]))
+    assert rows["layer"] == ["kernel", "scheme", "MACs", "error", "reason"]
+    assert rows["stem.conv"] == ["3×3 8→16", "kept", "12.3k", "≥ 1.2e-01", "no exact structure"]
+    assert rows["large.conv"] == ["3×3 8→16", "spatial-vh 2", "2M → 500k", "4.5e-08", "rank 2 of 24"]
+
+
+def test_layers_without_a_kernel_and_with_groups(document):
+    document["layers"][0].update(kernel=None, kind="ConvTranspose2d", structures=[])
+    document["layers"][1]["kernel"]["groups"] = 8
+    document["layers"][1]["weight_error"] = 0.0
+    rows = cells(layer_table(document["layers"]))
+    assert rows["stem.conv"] == ["ConvTranspose2d", "kept", "12.3k", "no exact structure"]
+    assert rows["large.conv"][0] == "3×3 8→16 /8"
+    assert rows["large.conv"][3] == "0"
+
+
+def test_no_text_of_a_long_cell_is_lost(document):
+    name, reason = "backbone." * 9 + "conv", "because " * 30
+    document["layers"][0].update(name=name, reason=reason)
+    lines = layer_table(document["layers"]).splitlines()
+    assert max(map(len, lines)) < 130
+    assert name in "".join(line[:30].strip() for line in lines)
+    assert sum(line.count("because") for line in lines) == 30
+
+
+def test_structure_table(document):
+    document["layers"].append({"name": "up", "structures": [], "reason": "transposed"})
+    rows = cells(structure_table(document["layers"]))
+    assert rows["stem.conv"] == ["spatial-vh", "24/24", "1.2e-01 @ 2", "5.0e-01 2.5e-01 | 1.5e-09"]
+    assert rows["large.conv"] == ["spatial-vh", "2/24 holds", "6.5e-09 @ 2", "5.0e-01 2.5e-01 | 1.5e-09"]
+    assert rows["up"] == ["-", "transposed"]
+
+
+def test_the_text_needs_no_more_than_the_json(document):
+    assert summary(json.loads(json.dumps(document))) == summary(document)
