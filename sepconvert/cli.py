@@ -72,6 +72,7 @@ _run_options = _options(
     click.option(
         "--batch", default=1, show_default=True, type=click.IntRange(1), help="Batch that is run and timed."
     ),
+    click.option("--device", default="cpu", show_default=True, help="Where torch runs it, e.g. cuda."),
     click.option(
         "--seed", default=0, show_default=True, type=int, help="Of random inputs and of the order of runs."
     ),
@@ -164,9 +165,9 @@ def main() -> None:
     debug = "--debug" in sys.argv
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")  # an ASCII terminal has no × and no →
+        sys.stdout.reconfigure(errors="replace")  # Latin-1 has no →
     try:
-        sys.exit(cli.main(standalone_mode=False))
+        sys.exit(cli.main(prog_name="sepconvert", standalone_mode=False))
     except (click.Abort, KeyboardInterrupt):
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.SIG_IGN)  # impatience must not interrupt the end

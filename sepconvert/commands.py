@@ -15,7 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from sepconvert.data import Batch, Preprocess, check_against_model, load_data, sample_shape
-from sepconvert.errors import SepconvertError
+from sepconvert.errors import SepconvertError, first_line
 from sepconvert.export import cast, model_dtype
 from sepconvert.load import LoadedModel, load_model, parse_input_shape
 from sepconvert.output import result_directory
@@ -147,9 +147,16 @@ def _common(options: Options) -> dict[str, Any]:
 def _load(options: Options) -> LoadedModel:
     if options["trust"]:
         click.echo(f"sepconvert: --trust: {options['model']} is run as a program", err=True)
-    return load_model(
+    loaded = load_model(
         options["model"], factory=options["factory"], allow=options["allow"], trust=options["trust"]
     )
+    try:
+        loaded.model.to(options["device"])
+    except Exception as error:  # torch's errors for unknown and for missing devices share no base class
+        raise SepconvertError(
+            f"--device {options['device']}: cannot be used: {first_line(error)}; pass --device cpu"
+        ) from error
+    return loaded
 
 
 def _data_and_inputs(options: Options, loaded: LoadedModel) -> tuple[Iterable[Batch] | None, Inputs]:
@@ -182,7 +189,7 @@ def _data_and_inputs(options: Options, loaded: LoadedModel) -> tuple[Iterable[Ba
         raise SepconvertError(
             "the input's shape is not known; pass --input-shape, e.g. --input-shape 3x224x224, or --data"
         )
-    return data, cast(inputs, model_dtype(loaded.model))
+    return data, tuple(value.to(options["device"]) for value in cast(inputs, model_dtype(loaded.model)))
 
 
 def _random(value: Tensor, batch: int, seed: int) -> Tensor:

@@ -15,6 +15,7 @@ import onnx
 import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
+from torch.fx.experimental.symbolic_shapes import is_concrete_int
 
 from sepconvert.errors import SepconvertError, first_line
 from sepconvert.trace import Inputs, private_copy
@@ -73,8 +74,11 @@ def save_archive(model: nn.Module, inputs: Inputs, path: Path, *, dynamic_batch:
         SepconvertError: torch cannot export the model, or the file cannot be written.
     """
     program, _ = _program(private_copy(model), inputs, dynamic_batch)
+    # In memory first: on a full disk torch's own writer ends the process.
+    archive = io.BytesIO()
     with _quiet(), writing(path):
-        torch.export.save(program, path)
+        torch.export.save(program, archive)
+        path.write_bytes(archive.getbuffer())
 
 
 def save_onnx(model: nn.Module, inputs: Inputs, path: Path, *, dynamic_batch: bool = True) -> ExportNote:
@@ -163,7 +167,8 @@ def _is_dynamic(program: ExportedProgram) -> bool:
         for node in program.graph.nodes
         if node.name in inputs and node.op == "placeholder"
     ]
-    return all(isinstance(size[0], torch.SymInt) for size in sizes if len(size))
+    # A size that the model has fixed may still be a SymInt.
+    return not any(is_concrete_int(size[0]) for size in sizes if len(size))
 
 
 def _export_error(stage: str, error: Exception) -> SepconvertError:

@@ -2,7 +2,9 @@
 
 import functools
 import math
-from collections.abc import Mapping
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -39,19 +41,19 @@ def call_graph(owner: nn.Module, inputs: Inputs | None, calls: int) -> fx.GraphM
     """
     reasons = []
     for tracer in (_symbolic, _exported):
-        other_mode = _shallow_copy(owner)
-        other_mode.training = not owner.training
+        this_mode, other_mode = _stand_in(owner, owner.training), _stand_in(owner, not owner.training)
         try:
-            module = tracer(owner, inputs)
+            module = tracer(this_mode, inputs)
             if tracer(other_mode, inputs).code != module.code:
                 raise UntraceableError("it does other things in training mode than in eval mode")
+            if tracer is _exported and not _agree(this_mode, module, inputs or ()):
+                raise UntraceableError("it does other things in float64")
         except Exception as error:  # tracing runs the user's code on stand-ins, which may raise anything
             reasons.append(first_line(error))
             continue
-        if len(convolution_nodes(module.graph)) < calls:
-            reasons.append("a convolution is missing from the graph")
-        else:
+        if len(convolution_nodes(module.graph)) >= calls:
             return module
+        reasons.append("a convolution is missing from the graph")
     raise UntraceableError("; ".join(dict.fromkeys(reasons)))
 
 
@@ -113,10 +115,24 @@ def expect(conditions: tuple[str, ...], names: tuple[str, ...], *tensors: Tensor
             raise ValueError(f"the converted forward serves inputs with {readable} alone")
 
 
-def _shallow_copy(module: nn.Module) -> nn.Module:
-    copied = type(module).__new__(type(module))
-    vars(copied).update(vars(module))  # not copy.copy, which parametrised modules refuse
+def _stand_in(owner: nn.Module, training: bool) -> nn.Module:
+    """A shallow copy without hooks, whose forward may set attributes and write to its buffers."""
+    copied = type(owner).__new__(type(owner))
+    vars(copied).update(vars(owner))  # not copy.copy, which parametrised modules refuse
+    buffers = {name: None if value is None else value.clone() for name, value in owner._buffers.items()}
+    vars(copied).update(_buffers=buffers, training=training)
+    vars(copied).update(_forward_hooks=OrderedDict(), _forward_pre_hooks=OrderedDict())
     return copied
+
+
+@contextmanager
+def _refusing_side_effects(owner: nn.Module) -> Iterator[None]:
+    """Raise if attributes are set in here, for a graph would not set them."""
+    before = dict(vars(owner))
+    yield
+    for name, value in vars(owner).items():
+        if value is not before.get(name) and not name.startswith(_CONSTANT):
+            raise UntraceableError(f"it sets the attribute {name}")
 
 
 def _attributes(graph: fx.Graph) -> set[str]:
@@ -125,11 +141,11 @@ def _attributes(graph: fx.Graph) -> set[str]:
 
 def _erase(graph: fx.Graph, node: fx.Node) -> None:
     """Erase a node and what served it alone. (`eliminate_dead_code` takes in-place calls for dead.)"""
-    feeding = node.all_input_nodes
-    graph.erase_node(node)
-    for each in feeding:
-        if not each.users and each.op != "placeholder":
-            _erase(graph, each)
+    fed = {node}
+    for each in reversed(graph.nodes):
+        if each is node or (each in fed and not each.users and each.op != "placeholder"):
+            fed.update(each.all_input_nodes)
+            graph.erase_node(each)
 
 
 def _delete(owner: nn.Module, target: str, graph: fx.Graph) -> None:
@@ -186,13 +202,13 @@ def _symbolic(owner: nn.Module, inputs: Inputs | None) -> fx.GraphModule:
         graph.set_codegen(owner.graph._codegen)
         graph.output(graph.graph_copy(owner.graph, {}))
         return fx.GraphModule(owner, graph)
-    # Not owner itself: a forward may set attributes, to stand-ins for tensors here.
-    stand_in = _shallow_copy(owner)
-    graph = _ShallowTracer().trace(stand_in)
-    for name, value in vars(stand_in).items():
-        if value is not vars(owner).get(name) and not name.startswith(_CONSTANT):
-            raise UntraceableError(f"it sets the attribute {name}")
-    return fx.GraphModule(stand_in, graph)
+    versions = {name: buffer._version for name, buffer in owner.named_buffers(recurse=False)}
+    with _refusing_side_effects(owner):
+        graph = _ShallowTracer().trace(owner)
+    for name, buffer in owner.named_buffers(recurse=False):
+        if buffer._version != versions.get(name):
+            raise UntraceableError(f"it changes the buffer {name}")
+    return fx.GraphModule(owner, graph)
 
 
 def _exported(owner: nn.Module, inputs: Inputs | None) -> fx.GraphModule:
@@ -200,6 +216,9 @@ def _exported(owner: nn.Module, inputs: Inputs | None) -> fx.GraphModule:
         raise UntraceableError("its forward takes other arguments than tensors")
     if any(True for _ in owner.children()):
         raise UntraceableError("torch.export would dissolve its submodules")
+    probe = _stand_in(owner, False)
+    with torch.no_grad(), _refusing_side_effects(probe):
+        probe(*inputs)
     inputs = tuple(value.clone() for value in inputs)  # a tensor given twice would become one input
     shapes = tuple(dict.fromkeys(range(value.ndim), Dim.AUTO) for value in inputs)
     with shape_config.patch(backed_size_oblivious=True):  # type: ignore[attr-defined]
@@ -215,10 +234,7 @@ def _exported(owner: nn.Module, inputs: Inputs | None) -> fx.GraphModule:
     _expect_shapes(graph, program)
     for node in graph.nodes:
         node.meta = {}  # holds what cannot be pickled
-    module = fx.GraphModule(unlifted, graph)
-    if not _agree(owner, module, inputs):
-        raise UntraceableError("it does other things in float64")
-    return module
+    return fx.GraphModule(unlifted, graph)
 
 
 def _free_dtype(graph: fx.Graph) -> None:

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor, nn
 
 from sepconvert.factorize.border import Border
@@ -68,11 +67,7 @@ class FactorizedConv2d(nn.Sequential):
     @property
     def weight(self) -> Tensor:
         """The dense kernel O × C/groups × kh × kw that the factors amount to."""
-        return self.compose()
-
-    def compose(self, dtype: torch.dtype | None = None) -> Tensor:
-        """`weight`, computed in another dtype than the factors' own."""
-        weights = [convolution.weight.to(dtype) for convolution in self.convolutions]
+        weights = [convolution.weight for convolution in self.convolutions]
         return compose(self.spec, self.scheme, self.border, weights)
 
     @property

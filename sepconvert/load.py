@@ -262,6 +262,7 @@ _HARMLESS: dict[str, Callable[..., object]] = {
 def _load_pickle(path: Path, allow: Sequence[str], trust: bool, *, legacy: bool) -> object:
     with path.open("rb") as file:
         if trust:
+            _make_importable(Path.cwd())  # as for --allow
             return torch.load(file, map_location="cpu", weights_only=False)
         if legacy:
             readable, names = _legacy_file(file)

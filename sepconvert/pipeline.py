@@ -29,7 +29,7 @@ from sepconvert.export import (
 from sepconvert.factorize.border import Border
 from sepconvert.factorize.exact import ZERO_BORDER, Analysis, Factorization, analyse, split
 from sepconvert.layers import FactorizedConv2d
-from sepconvert.measure.accuracy import AccuracyDelta, Predictions, evaluate
+from sepconvert.measure.accuracy import Predictions, evaluate
 from sepconvert.measure.accuracy import compare as compare_predictions
 from sepconvert.measure.cost import count
 from sepconvert.measure.latency import Latency, Speedup, measure_pair, session
@@ -146,7 +146,7 @@ def convert(
         tol: relative error of a kernel that counts as exact; by default what rounding to the dtype in
             which it is stored explains.
         include, exclude: globs of layer names.
-        data: labelled batches (x, y), on which accuracy is reported.
+        data: labelled batches (x, y), on which accuracy is reported; read once for each model.
         dynamic_batch: export with a dynamic batch dimension where the model allows it.
         runs: timed runs of each model; 0 to measure no latency.
         threads: of the runtime; all cores if None.
@@ -166,6 +166,8 @@ def convert(
     inputs, threads = as_inputs(example_inputs), threads or available_cores()
     private = private_copy(model)
     analysed = _analyse(private, inputs, tol, include, exclude, progress)
+    # Before the long work, as this is where data that do not suit the model are found out.
+    predictions = None if data is None else _predict("original", private, data, progress)
     layers, factorizations = _plan(private, analysed, gate, tol, runs, threads, seed, progress)
     del private
     replacements = {name: _replacement(f, analysed.sites, name) for name, f in factorizations.items()}
@@ -192,12 +194,14 @@ def convert(
             _latencies(model, paths, inputs, runs, threads, seed, progress) if onnx_check and runs else None
         )
         sizes = [path.stat().st_size for path in paths]
-        before, after, accuracy = _profiles(model, converted, inputs, data, latencies, sizes, progress)
-        layer_speed = {
-            name: _layer_latencies(site, factorizations[name], runs, threads, seed)
-            for site in analysed.sites
-            if (name := site.name) in factorizations and latencies is not None
-        }
+        converted_predictions = (
+            None if data is None else _predict("converted", private_copy(converted), data, progress)
+        )
+        before = _profile(model, inputs, predictions, latencies and latencies[0], sizes[0])
+        after = _profile(converted, inputs, converted_predictions, latencies and latencies[1], sizes[1])
+        layer_speed = (
+            _time_layers(analysed.sites, factorizations, runs, threads, seed, progress) if latencies else {}
+        )
         reports = tuple(
             LayerReport(
                 layer,
@@ -218,7 +222,9 @@ def convert(
             original=before,
             converted=after,
             speedup=latencies[2] if latencies else None,
-            accuracy=accuracy,
+            accuracy=compare_predictions(predictions, converted_predictions)
+            if predictions and converted_predictions
+            else None,
             layers=reports,
             verification=verification,
             export=note,
@@ -382,7 +388,7 @@ def verify_model(
     for site in progress([site for site in sites if site.name in tolerances], "verifying layers"):
         layer = converted.get_submodule(site.name)
         if site.conv is not None and isinstance(layer, FactorizedConv2d):
-            checks[site.name] = check_layer(site.conv, layer)
+            checks[site.name] = check_layer(site.conv, layer, tolerances[site.name])
     expected = reference(model, [inputs, random_like(inputs, seed)], sites, tolerances, seed)
     return checks, expected, compare_with(expected, converted)
 
@@ -404,7 +410,6 @@ def write_models(
     weights = folder / "converted.safetensors"
     with writing(weights):
         save_model(converted, str(weights))
-        weights.chmod(0o644)  # safetensors leaves it to its owner alone
     return notes[-1]
 
 
@@ -459,32 +464,40 @@ def _latencies(
     )  # fmt: skip
 
 
-def _profiles(
-    model: nn.Module,
-    converted: nn.Module,
-    inputs: Inputs,
-    data: Iterable[tuple[Tensor, Tensor]] | None,
-    latencies: tuple[Latency, Latency, Speedup] | None,
-    sizes: Sequence[int],
+def _predict(
+    name: str, model: nn.Module, data: Iterable[tuple[Tensor, Tensor]], progress: Progress
+) -> Predictions:
+    return evaluate(model, data, lambda batches: progress(batches, f"accuracy, {name}"))
+
+
+def _profile(
+    model: nn.Module, inputs: Inputs, predictions: Predictions | None, latency: Latency | None, size: int
+) -> Profile:
+    cost = count(private_copy(model), inputs)
+    accuracy = None if predictions is None else predictions.accuracy()
+    return Profile(cost.params, cost.macs, size, latency, accuracy, cost.uncounted_ops)
+
+
+def _time_layers(
+    sites: Sequence[ConvSite],
+    factorizations: Mapping[str, Factorization],
+    runs: int,
+    threads: int,
+    seed: int,
     progress: Progress,
-) -> tuple[Profile, Profile, AccuracyDelta | None]:
-    profiles: list[Profile] = []
-    predictions: list[Predictions] = []
-    for index, (name, each) in enumerate((("original", model), ("converted", converted))):
-        private = private_copy(each)
-        cost = count(private, inputs)
-        if data is not None:
-            wrap = partial(_described, progress, f"accuracy, {name}")
-            predictions.append(evaluate(private, data, wrap))
-        latency = None if latencies is None else (latencies[0], latencies[1])[index]
-        accuracy = predictions[index].accuracy() if predictions else None
-        profiles.append(Profile(cost.params, cost.macs, sizes[index], latency, accuracy, cost.uncounted_ops))
-    delta = compare_predictions(*predictions) if predictions else None
-    return profiles[0], profiles[1], delta
-
-
-def _described(progress: Progress, description: str, items: Iterable[Any]) -> Iterable[Any]:
-    return progress(items, description)
+) -> dict[str, tuple[Latency, Latency, Speedup]]:
+    """Dense layer against factors for each converted one; layers of the same shape share one measurement."""
+    measured: dict[Any, tuple[Latency, Latency, Speedup]] = {}
+    latencies = {}
+    converted = [site for site in sites if site.name in factorizations]
+    for site in progress(converted, "timing layers"):
+        assert site.conv is not None  # noqa: S101  (only such sites are converted)
+        factorization = factorizations[site.name]
+        shape = (site.conv.spec, site.conv.inputs.shape, factorization.specs)
+        if shape not in measured:
+            measured[shape] = _layer_latencies(site, factorization, runs, threads, seed)
+        latencies[site.name] = measured[shape]
+    return latencies
 
 
 def _layer_latencies(

@@ -6,11 +6,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any, Literal, get_args
+from types import NoneType
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from sepconvert.errors import SepconvertError
 from sepconvert.factorize.border import Border
-from sepconvert.factorize.exact import Analysis, Factorization, Finding, factorize, split
+from sepconvert.factorize.exact import ZERO_BORDER, Analysis, Factorization, Finding, factorize
+from sepconvert.factorize.structures import BY_NAME
 from sepconvert.spec import ConvSpec, chain_params
 from sepconvert.trace import ConvSite
 
@@ -73,7 +75,7 @@ def read_plan(source: Path | Mapping[str, Any]) -> ConversionPlan:
             document = json.loads(source.read_text(encoding="utf-8"))
         except OSError as error:
             raise SepconvertError(f"{where}: cannot be read: {error.strerror}") from error
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise SepconvertError(
                 f"{where}: expected a plan.json that sepconvert wrote, got no JSON: {error}"
             ) from error
@@ -83,31 +85,53 @@ def read_plan(source: Path | Mapping[str, Any]) -> ConversionPlan:
         found = document.get("schema") if isinstance(document, Mapping) else type(document).__name__
         raise SepconvertError(f"{where}: expected schema {SCHEMA!r}, got {found!r}; make the plan anew")
     try:
-        plan: ConversionPlan = _build(ConversionPlan, {k: v for k, v in document.items() if k != "schema"})
+        plan: ConversionPlan = _read(ConversionPlan, {k: v for k, v in document.items() if k != "schema"})
         for layer in plan.converted:
-            if layer.spec is None or layer.scheme is None or layer.rank is None:
-                raise ValueError(f"layer {layer.name} is to be converted but has no spec, scheme or rank")
-            split(layer.spec, layer.scheme, layer.rank, layer.border)
-    except (TypeError, ValueError, KeyError, ZeroDivisionError) as error:
+            _check(layer)
+        if not -(2**63) <= plan.seed < 2**63 or not all(n > 0 for shape in plan.input_shapes for n in shape):
+            raise ValueError("a seed or an input shape is out of range")
+    except (TypeError, ValueError) as error:
         raise SepconvertError(f"{where}: not a valid plan: {error}; make the plan anew") from error
     return plan
 
 
-def _build(cls: type[Any], document: Any) -> Any:
-    """Dataclass from the dictionary that `asdict` and JSON made of it."""
-    if not isinstance(document, Mapping):
-        raise TypeError(f"expected an object for {cls.__name__}, got {type(document).__name__}")
-    values = {key: _frozen(value) for key, value in document.items()}
-    if cls is ConversionPlan:
-        values["layers"] = tuple(_build(LayerPlan, layer) for layer in document["layers"])
-    if cls is LayerPlan:
-        values["border"] = Border(**document["border"])
-        values["spec"] = None if document["spec"] is None else _build(ConvSpec, document["spec"])
-    return cls(**values)
+def _read(hint: Any, value: Any, key: str = "plan") -> Any:
+    """What `asdict` and JSON made of a value of type `hint`, turned back."""
+    origin, options = get_origin(hint), get_args(hint)
+    if dataclasses.is_dataclass(hint) and isinstance(value, Mapping):
+        hints = get_type_hints(hint)
+        if set(value) != set(hints):
+            raise ValueError(f"{key}: expected {', '.join(hints)}, got {', '.join(map(str, value))}")
+        return hint(**{name: _read(hints[name], value[name], f"{key}.{name}") for name in hints})
+    if origin is tuple and isinstance(value, list):
+        hints = options[:1] * len(value) if options[-1] is Ellipsis else options
+        if len(hints) == len(value):
+            return tuple(_read(each, item, key) for each, item in zip(hints, value, strict=True))
+    if origin is Literal and value in options:
+        return value
+    if NoneType in options:
+        return None if value is None else _read(options[0], value, key)
+    # Not isinstance: True is an int.
+    if type(value) is hint or (hint is float and type(value) is int):
+        return value
+    name = hint.__name__ if isinstance(hint, type) else str(hint)
+    raise TypeError(f"{key}: expected {name}, got {json.dumps(value):.40}")
 
 
-def _frozen(value: Any) -> Any:
-    return tuple(_frozen(item) for item in value) if isinstance(value, list) else value
+def _check(layer: LayerPlan) -> None:
+    """Is the structure to convert to one that the dense layer can have?"""
+    if layer.spec is None or layer.scheme is None or layer.rank is None:
+        raise ValueError(f"layer {layer.name} is to be converted but has no spec, scheme or rank")
+    trimmed = layer.border.trim_spec(layer.spec)
+    sizes = (*layer.spec.stride, *layer.spec.dilation, *layer.spec.weight_shape, *trimmed.kernel_size)
+    if min(sizes) < 1 or min(dataclasses.astuple(layer.border)) < 0:
+        raise ValueError(f"layer {layer.name} has no such kernel: {layer.spec}, {layer.border}")
+    if layer.scheme != ZERO_BORDER:
+        structure = BY_NAME.get(layer.scheme)
+        if structure is None or not structure.applies(trimmed):
+            raise ValueError(f"layer {layer.name} cannot have the structure {layer.scheme!r}")
+        if not 1 <= layer.rank <= structure.full_rank(trimmed):
+            raise ValueError(f"layer {layer.name} cannot have rank {layer.rank}")
 
 
 def selected(name: str, include: Sequence[str], exclude: Sequence[str]) -> bool:

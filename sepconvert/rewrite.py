@@ -67,7 +67,7 @@ def _layer(site: ConvSite, replacement: Replacement) -> FactorizedConv2d:
     assert site.conv is not None  # noqa: S101  (only such sites are planned)
     layer = FactorizedConv2d(site.conv.spec, replacement.scheme, replacement.rank, replacement.border)
     layer.set_factors(replacement.weights, replacement.bias, fixed=site.params == 0, frozen=site.frozen)
-    return layer
+    return layer.to(site.conv.device)
 
 
 def _put(model: nn.Module, site: ConvSite, module: nn.Module) -> nn.Module:
@@ -80,7 +80,7 @@ def _put(model: nn.Module, site: ConvSite, module: nn.Module) -> nn.Module:
 
 
 def _keep_mode_and_hooks(dense: nn.Module, layer: nn.Module) -> None:
-    layer.training = dense.training
+    layer.train(dense.training)
     for name in ("_forward_hooks", "_forward_pre_hooks"):
         for key, hook in getattr(dense, name).items():
             # These compute the dense weight that is no longer there.
@@ -90,5 +90,8 @@ def _keep_mode_and_hooks(dense: nn.Module, layer: nn.Module) -> None:
         "_forward_hooks_with_kwargs",
         "_forward_hooks_always_called",
         "_forward_pre_hooks_with_kwargs",
+        "_backward_hooks",
+        "_backward_pre_hooks",
     ):
         getattr(layer, name).update(getattr(dense, name))
+    layer._is_full_backward_hook = dense._is_full_backward_hook

@@ -5,11 +5,12 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
+from torch.nn.parameter import is_lazy
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -18,16 +19,18 @@ from sepconvert.errors import SepconvertError
 from sepconvert.spec import ConvSpec, PaddingMode, Pair
 
 Inputs = tuple[Any, ...]
+M = TypeVar("M", bound=nn.Module)
 
 
 @dataclass(frozen=True)
 class DenseConv:
-    """A plain two-dimensional convolution, with the input that it had in the model."""
+    """A plain two-dimensional convolution, with the input that it had in the model: copies on the CPU."""
 
     spec: ConvSpec
     weight: Tensor  # O × C/g × kh × kw, detached
     bias: Tensor | None  # O
     inputs: Tensor  # N × C × H × W or C × H × W, of the first call
+    device: torch.device  # on which the model holds them
 
 
 @dataclass(frozen=True)
@@ -192,7 +195,7 @@ class _HiddenConvolutions(TorchDispatchMode):  # type: ignore[no-untyped-call]  
             interceptor.depth -= 1
 
 
-def duplicate(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
+def duplicate(model: M, memo: dict[int, Any] | None = None) -> M:
     """A deep copy, whatever the model holds; `memo` is deepcopy's: copies made beforehand, by id.
 
     Weights computed by the old `torch.nn.utils.weight_norm` hooks and activations that a module keeps
@@ -206,7 +209,7 @@ def duplicate(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module
     return copy.deepcopy(model, memo)
 
 
-def private_copy(model: nn.Module) -> nn.Module:
+def private_copy(model: M) -> M:
     """A copy in eval mode, on which a forward pass may do what it likes.
 
     Its parameters are new objects on the old memory, since large models come in many copies here and
@@ -231,9 +234,14 @@ def trace(model: nn.Module, inputs: Inputs) -> tuple[ConvSite, ...]:
         inputs: positional arguments of its forward, with batch dimension.
 
     Raises:
-        SepconvertError: the forward pass fails on these inputs.
+        SepconvertError: the forward pass fails on these inputs, or leaves parameters without a shape.
     """
     records, hidden = _run(model, inputs)
+    for name, parameter in model.named_parameters():
+        if is_lazy(parameter):
+            raise SepconvertError(
+                f"the parameter {name} has no shape yet; run the model on all of its parts once"
+            )
     # Weights that the forward pass computes from its input differ on another input, or another batch.
     variable = _variable_weights(model, records, inputs)
     names = _names(model)
@@ -288,7 +296,7 @@ def _run(model: nn.Module, inputs: Inputs) -> tuple[list[_Record], dict[nn.Modul
             )
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise SepconvertError(
-                f"the model's forward pass failed on input {shapes}: {reason}; check --input-shape"
+                f"the model's forward pass failed on input {shapes}: {reason}; check the input's shape"
             ) from error
     return records, hidden.count
 
@@ -343,14 +351,14 @@ def _site(
     # A parametrised module has other parameters than its weight.
     trained = tuple(module.parameters()) if is_module else (weight, bias)
     spec, obstacle = _geometry(first)
-    if obstacle is None and (id(module), first.index) in variable:
-        obstacle = "its kernel is computed from the input"
+    if obstacle is None and not bool(torch.isfinite(weight).all()):
+        obstacle = "its kernel holds NaN or Inf"
     if obstacle is None and any(not _same(call.arguments["weight"], weight) for call in calls):
         obstacle = "it is called with different kernels"
     if obstacle is None and any(_geometry(call)[0] != spec for call in calls):
         obstacle = "it is called with different geometries"
-    if obstacle is None and not bool(torch.isfinite(weight).all()):
-        obstacle = "its kernel holds NaN or Inf"
+    if obstacle is None and (id(module), first.index) in variable:
+        obstacle = "its kernel is computed from the input"
     if obstacle is None and is_module and not _plain(module):
         obstacle = _own_forward_obstacle(first)
     return ConvSite(
@@ -369,9 +377,10 @@ def _site(
         if spec is None
         else DenseConv(
             spec,
-            weight.detach(),
-            None if bias is None else bias.detach(),
-            first.arguments["input"].detach(),
+            weight.detach().cpu(),
+            None if bias is None else bias.detach().cpu(),
+            first.arguments["input"].detach().cpu(),
+            weight.device,
         ),
         owner_inputs=None if is_module else first.module_inputs,
         obstacle=obstacle,

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
 from sepconvert.export import cast, model_dtype
+from sepconvert.factorize.exact import channel_errors
 from sepconvert.layers import FactorizedConv2d
 from sepconvert.spec import ConvSpec
 from sepconvert.trace import ConvolutionInterceptor, ConvSite, DenseConv, Inputs, private_copy
@@ -29,11 +30,13 @@ class LayerCheck:
     max_abs_diff: float  # each computed in the model's own dtype
     output_error: float  # ‖Δy‖ / ‖y‖, float64
     bound_float64: float  # on max |Δy|: max over positions and channels of ‖ΔW_o‖ · ‖patch‖
+    kernel_error: float  # max over output channels of ‖ΔW_o‖ / ‖W_o‖
+    kernel_tolerance: float
 
     @property
     def holds(self) -> bool:
-        """Is the difference of the outputs explained by the difference of the kernels?"""
-        return self.max_abs_diff_float64 <= self.bound_float64
+        """Are the kernels the same but for rounding, and the outputs but for the kernels?"""
+        return self.max_abs_diff_float64 <= self.bound_float64 and self.kernel_error <= self.kernel_tolerance
 
 
 @dataclass(frozen=True)
@@ -58,20 +61,22 @@ def dense_convolution(spec: ConvSpec, inputs: Tensor, weight: Tensor, bias: Tens
     return F.conv2d(padded, weight, bias, spec.stride, 0, spec.dilation, spec.groups)
 
 
-def check_layer(conv: DenseConv, layer: FactorizedConv2d) -> LayerCheck:
-    """Compare a dense layer with its factors on the input that it had in the model."""
-    spec, double = conv.spec, private_copy(layer).double()
+def check_layer(conv: DenseConv, layer: FactorizedConv2d, tolerance: float) -> LayerCheck:
+    """Compare a dense layer with its factors: the kernels, and the outputs on the input it had in the model.
+
+    `tolerance` is the relative error that each output channel's kernel may have (its certificate's).
+    """
+    spec, double = conv.spec, private_copy(layer).cpu().double()
     inputs, weight = conv.inputs.double(), conv.weight.double()
     bias = None if conv.bias is None else conv.bias.double()
-    composed = layer.compose(torch.float64)
     with torch.no_grad():
         dense = dense_convolution(spec, inputs, weight, bias)
         factored = double(inputs)
         own = dense_convolution(spec, conv.inputs, conv.weight, conv.bias)
-        own_factored = layer(conv.inputs)
+        own_factored = private_copy(layer).cpu()(conv.inputs)
         patch_norms = dense_convolution(spec, inputs.square(), torch.ones_like(weight), None).sqrt()
-        magnitude = dense_convolution(spec, inputs.abs(), weight.abs(), None)
-        kernel_error = torch.linalg.vector_norm(composed - weight, dim=(1, 2, 3))[:, None, None]
+        magnitude = dense_convolution(spec, inputs.abs(), weight.abs(), None if bias is None else bias.abs())
+        kernel_error = torch.linalg.vector_norm(double.weight - weight, dim=(1, 2, 3))[:, None, None]
     # Float64 rounding of both ways to compute the sum: n·eps times the sum of magnitudes.
     roundoff = weight[0].numel() * torch.finfo(torch.float64).eps * magnitude
     return LayerCheck(
@@ -81,6 +86,8 @@ def check_layer(conv: DenseConv, layer: FactorizedConv2d) -> LayerCheck:
             torch.linalg.vector_norm(factored - dense) / (torch.linalg.vector_norm(dense) or 1.0)
         ),
         bound_float64=_max_abs([kernel_error * patch_norms + 4 * roundoff]),
+        kernel_error=float(channel_errors(double.weight.detach(), conv.weight).max()),
+        kernel_tolerance=tolerance,
     )
 
 
@@ -99,7 +106,7 @@ def outputs(model: nn.Module, inputs: Inputs) -> Outputs:
     """All floating-point tensors that a model returns, in eval mode, as float64."""
     with torch.no_grad():
         leaves = pytree.tree_leaves(model(*inputs))
-    return [leaf.double() for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+    return [leaf.double().cpu() for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point()]
 
 
 @dataclass(frozen=True)

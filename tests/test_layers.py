@@ -85,7 +85,8 @@ def assert_answers_alike(conv, layer):
     assert layer.weight.shape == conv.weight.shape
     assert layer.weight.dtype == conv.weight.dtype
     norms = conv.weight.double().square().sum(dim=(1, 2, 3)).sqrt()
-    errors = (layer.compose(torch.float64) - conv.weight.double()).square().sum(dim=(1, 2, 3)).sqrt()
+    precise = copy.deepcopy(layer).double().weight
+    errors = (precise - conv.weight.double()).square().sum(dim=(1, 2, 3)).sqrt()
     assert (errors <= 32 * ROUNDOFF[conv.weight.dtype] * norms).all()
 
 
@@ -274,7 +275,6 @@ def test_state_dict_round_trip(bias, fixed):
 def test_other_dtypes(layer, dtype):
     moved = copy.deepcopy(layer).to(dtype)
     assert moved.weight.dtype == moved.bias.dtype == dtype
-    assert moved.compose(torch.float64).dtype == torch.float64
     output = moved(INPUTS.to(dtype))
     assert output.dtype == dtype
     difference = (output.double() - layer.double()(INPUTS.double())).abs().max()
@@ -317,7 +317,7 @@ def test_an_empty_layer_lies_on_the_meta_device_and_has_its_geometry(scheme):
     output = layer(torch.empty(2, 6, 9, 8, device="meta"))
     assert output.shape == (2, 10, 9, 8)
     assert layer.weight.shape == (10, 3, 4, 3)
-    with pytest.raises(ValueError, match="shorter|longer"):
+    with pytest.raises(ValueError, match=r"zip\(\)"):
         layer.set_factors([torch.zeros(1)] * 3, None)
 
 

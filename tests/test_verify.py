@@ -72,12 +72,12 @@ def test_right_factors_pass_and_the_numbers_are_those_of_torch(case):
     difference = run(copy.deepcopy(layer).double(), inputs.double()) - expected
     slack = 1e-13 * float(expected.abs().max())
     assert check.max_abs_diff_float64 == pytest.approx(float(difference.abs().max()), rel=1e-6, abs=slack)
-    assert check.output_error == pytest.approx(
-        float(difference.norm() / (expected.norm() or 1)), rel=1e-6, abs=1e-13
-    )
+    relative = float(difference.norm() / (expected.norm() or 1))
+    assert check.output_error == pytest.approx(relative, rel=1e-6, abs=1e-13)
     own = (run(layer, inputs).double() - run(case.conv, inputs).double()).abs().max()
-    scale = float(expected.abs().max())
-    assert abs(check.max_abs_diff - float(own)) <= 64 * ROUNDOFF[case.geometry.dtype] * scale + 1e-4 * scale
+    # Torch pads 'same' by itself or in one go, and sums in another order then.
+    scale = float(run(copy.deepcopy(case.conv).double().requires_grad_(False), inputs.double()).abs().max())
+    assert abs(check.max_abs_diff - float(own)) <= 64 * ROUNDOFF[case.geometry.dtype] * scale
     # 64 u is what the certificate may permit, √n more is what a patch may make of it.
     if case.geometry.dtype != torch.float64:
         norms = case.conv.weight.double().flatten(1).norm(dim=1).max()
@@ -98,13 +98,6 @@ def conv_with(scheme="spatial-vh", rank=2, dtype=torch.float32, **options):
 INPUTS = torch.randn(2, 6, 12, 11, generator=torch.Generator().manual_seed(0))
 
 
-def shift(name, value):
-    def breakage(layer):
-        setattr(layer.convolutions[0], name, value)
-
-    return breakage
-
-
 def scaled_bias(layer):
     layer.bias.data *= 1.001
 
@@ -114,18 +107,35 @@ def other_mode(layer):
         part.padding_mode = "zeros"
 
 
+def other_dilation(layer):
+    layer.convolutions[0].dilation, layer.convolutions[0].padding = (1, 1), (1, 0)
+
+
+def other_end(layer):
+    layer[0] = nn.ZeroPad2d((0, 0, 2, 1))
+
+
+def one_output(layer):
+    layer.register_forward_hook(
+        lambda module, inputs, output: output.index_copy(
+            -3, torch.tensor([3]), 1.001 * output[..., 3:4, :, :].clone()
+        )
+    )
+
+
+def nan(layer):
+    layer.register_forward_hook(lambda module, inputs, output: output * np.nan)
+
+
 BREAKAGES = {
     "zeros for reflect": ({"padding_mode": "reflect"}, other_mode),
     "zeros for circular": ({"padding_mode": "circular"}, other_mode),
     "bias of a thousandth more": ({}, scaled_bias),
-    "padding at the wrong end": ({"kernel_size": 4, "padding": "same"}, lambda layer: setattr(
-        layer, "0", nn.ZeroPad2d((0, 0, 2, 1)))),
-    "dilation": ({"dilation": 2, "padding": 2}, lambda layer: (
-        shift("dilation", (1, 1))(layer), shift("padding", (1, 0))(layer))),
-    "one output by a thousandth": ({}, lambda layer: layer.register_forward_hook(
-        lambda module, inputs, output: output * (1 + 1e-3 * torch.eye(10, dtype=output.dtype)[3][:, None, None]))),
-    "NaN": ({}, lambda layer: layer.register_forward_hook(lambda module, inputs, output: output * np.nan)),
-}  # fmt: skip
+    "padding at the wrong end": ({"kernel_size": 4, "padding": "same"}, other_end),
+    "dilation": ({"dilation": 2, "padding": 2}, other_dilation),
+    "one output by a thousandth": ({}, one_output),
+    "NaN": ({}, nan),
+}
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
@@ -289,7 +299,7 @@ def untouched(relative):
 
 def bias(relative):
     def change(model):
-        model.stem.bias.mul_(1 + relative)
+        model.stem.bias.add_(10 * relative)  # outputs are of that order
 
     return change
 
@@ -297,14 +307,14 @@ def bias(relative):
 @pytest.mark.parametrize("change", [kernel_of_stem, one_channel_of_stem, head, untouched, bias])
 @pytest.mark.parametrize(
     ("dtype", "relative"),
-    [(torch.float64, 1e-10), (torch.float32, 1e-3), (torch.float32, 2e-4)],
+    [(torch.float64, 1e-10), (torch.float32, 1e-3), (torch.float32, 5e-4)],
     ids=str,
 )
 def test_a_slightly_wrong_conversion_is_caught(change, dtype, relative):
     assert not judged(dtype, change(relative)).holds
 
 
-@pytest.mark.parametrize("change", [kernel_of_stem, head, untouched])
+@pytest.mark.parametrize("change", [kernel_of_stem, head])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_narrow_types_hide_no_more_than_their_rounding(change, dtype):
     """Bounds of narrow types are wide; a factor of two is still beyond them."""
@@ -320,11 +330,16 @@ def test_an_output_that_is_not_a_number_is_caught():
     assert np.isnan(comparison.max_abs_diff)
 
 
+class OneHead(Heads):
+    def forward(self, x):
+        return super().forward(x)["left"]
+
+
 def test_another_number_of_outputs_is_an_error():
     model = model_of()
     expected = reference(model, [(INPUTS,)], (), {}, 0)
     with pytest.raises(ValueError, match=r"zip\(\)"):
-        compare_with(expected, nn.Identity())
+        compare_with(expected, OneHead().eval())
 
 
 def test_all_floating_point_outputs_count_and_nothing_else():
@@ -418,23 +433,21 @@ def test_neither_model_is_changed_by_the_comparison():
 def test_runtimes_may_differ_by_their_own_rounding_and_no_more():
     model = model_of()
     expected = reference(model, [(INPUTS,)], (), {}, 0)
-    exact = list(expected.outputs)
+    exact = expected.outputs
     noise = [[1e-6 * torch.randn_like(out) for out in outs] for outs in exact]
-    original = [
-        [out + n for out, n in zip(outs, ns, strict=True)] for outs, ns in zip(exact, noise, strict=True)
-    ]
-    converted = [
-        [out - n for out, n in zip(outs, ns, strict=True)] for outs, ns in zip(exact, noise, strict=True)
-    ]
-    comparison = compare_runs(expected, original, converted, "float32")
+
+    def moved(times):
+        return [
+            [out + times * n for out, n in zip(outs, ns, strict=True)]
+            for outs, ns in zip(exact, noise, strict=True)
+        ]
+
+    comparison = compare_runs(expected, moved(1), moved(-1), "float32")
     assert comparison.holds
     assert comparison.dtype == "float32"
-    wrong = [
-        [out + 20 * n for out, n in zip(outs, ns, strict=True)] for outs, ns in zip(exact, noise, strict=True)
-    ]
-    assert not compare_runs(expected, original, wrong, "float32").holds
+    assert not compare_runs(expected, moved(1), moved(20), "float32").holds
     nan = [[out * np.nan for out in outs] for outs in exact]
-    assert not compare_runs(expected, original, nan, "float32").holds
+    assert not compare_runs(expected, moved(1), nan, "float32").holds
 
 
 def test_a_comparison_compares():

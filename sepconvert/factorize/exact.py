@@ -172,6 +172,11 @@ def split(spec: ConvSpec, scheme: str, rank: int, border: Border) -> tuple[ConvS
     return (trimmed,) if scheme == ZERO_BORDER else BY_NAME[scheme].split(trimmed, rank)
 
 
+def channel_errors(composed: Tensor, weight: Tensor) -> Tensor:
+    """‖ΔW_o‖ / ‖W_o‖ for each output channel of a stored kernel, O × 1 × 1 × 1 (see `_channel_scale`)."""
+    return _channel_norms(composed.double() - weight.double()) / _channel_scale(weight)
+
+
 def _noise(weight: Tensor, terms: int, tol: float | None) -> Tensor:
     return rounding_noise(weight, terms) if tol is None else tol * weight.double().abs()
 
@@ -279,7 +284,7 @@ def _truncated_svd(
         # Of a matrix known to have this rank, a random projection finds the range to rounding (Halko,
         # Martinsson, Tropp, "Finding structure with randomness", SIAM Review 53 (2011), theorem 10.6).
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
+            torch.default_generator.manual_seed(0)
             left, values, right = torch.svd_lowrank(matrices, q=rank + _OVERSAMPLING, niter=2)
     else:
         left, values, right_h = torch.linalg.svd(matrices, full_matrices=False)
@@ -343,7 +348,7 @@ def _certify(
     difference = composed.double() - dense
     noise, scale = _noise(weight, finding.full_rank, tol), _channel_scale(weight)
     explained = (_CHANNEL_SHARE * _channel_norms(noise) + _channel_norms(casting)) / scale
-    errors = _channel_norms(difference) / scale
+    errors = channel_errors(composed, weight)
     worst = int((errors - explained).argmax())
     largest = float(dense.abs().max()) or 1.0  # squares of the largest float64 would overflow
     relative_error = torch.linalg.vector_norm(difference / largest) / (

@@ -68,8 +68,17 @@ class Speedup:
 
     @property
     def significant(self) -> bool:
-        """Whether `ci95` leaves out both 1 and all that the original shows against itself."""
-        return 1.0 not in self.ci95 and not self.ci95.overlaps(self.noise_floor)
+        """Whether `ci95` leaves out 1 and all that the original shows against itself.
+
+        The median must also lie farther from 1 than any of that, in either direction: where two sessions
+        of one model differ, a difference of two models the other way round is no news.
+        """
+        noise = max(self.noise_floor.hi, 1 / self.noise_floor.lo)
+        return (
+            1.0 not in self.ci95
+            and not self.ci95.overlaps(self.noise_floor)
+            and max(self.median, 1 / self.median) > noise
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """The `latency_speedup` object of the JSON report."""

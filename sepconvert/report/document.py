@@ -78,9 +78,12 @@ class Verification:
     def failure(self) -> str | None:
         """The first check that failed, with its numbers."""
         for name, check in self.layers.items():
+            if not check.kernel_error <= check.kernel_tolerance:
+                error, tolerance = check.kernel_error, check.kernel_tolerance
+                return f"the kernel of {name} is off by {error:.3g} (relative), tolerance {tolerance:.3g}"
             if not check.holds:
                 moved, explained = check.max_abs_diff_float64, check.bound_float64
-                return f"layer {name} moved by {moved:.3g} where {explained:.3g} is explained"
+                return f"the output of {name} moved by {moved:.3g} where {explained:.3g} is explained"
         for where, comparison in (("PyTorch", self.torch), ("ONNX Runtime", self.onnx)):
             if comparison is not None and not comparison.holds:
                 difference, tolerance = comparison.max_abs_diff, comparison.tolerance

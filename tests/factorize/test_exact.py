@@ -144,9 +144,17 @@ def test_random_kernels_are_refused(geometry):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
     ("shape", "groups"),
-    [((64, 64, 3, 3), 1), ((256, 128, 3, 3), 1), ((48, 1, 7, 7), 48), ((32, 3, 7, 7), 1), ((64, 128, 1, 1), 1),
-     ((96, 1, 5, 5), 32), ((64, 8, 3, 5), 8), ((10, 40, 1, 9), 1)],
-)  # fmt: skip
+    [
+        ((64, 64, 3, 3), 1),
+        ((256, 128, 3, 3), 1),
+        ((48, 1, 7, 7), 48),
+        ((32, 3, 7, 7), 1),
+        ((64, 128, 1, 1), 1),
+        ((96, 1, 5, 5), 32),
+        ((64, 8, 3, 5), 8),
+        ((10, 40, 1, 9), 1),
+    ],
+)
 def test_random_kernels_of_real_sizes_are_refused(dtype, shape, groups):
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
     findings = analysed(weight, groups)[1]
@@ -224,9 +232,9 @@ def test_best_error_is_the_one_at_the_largest_rank_that_pays():
     assert analyse(spec, weight, [(20, 24)] * 2).dense_macs == 2 * whole
 
 
-def rank_four(out_channels, dtype=torch.float32, seed=0):
+def rank_four(out_channels, dtype=torch.float32, rank=4):
     axes = {"g": 1, "o": out_channels, "c": 16, "i": 3, "j": 3}
-    weight = plant("spatial-vh", axes, 4, np.random.default_rng(seed))
+    weight = plant("spatial-vh", axes, rank, np.random.default_rng(0))
     return torch.from_numpy(weight / np.sqrt((weight**2).sum(axis=(1, 2, 3), keepdims=True))).to(dtype)
 
 
@@ -378,12 +386,13 @@ def test_channels_of_very_different_scale(name):
     assert analysed(random)[0].holding() == []
 
 
+@pytest.mark.parametrize("rank", [4, 17])
 @pytest.mark.parametrize("factor", [3e-6, 6e4])
-def test_float16_at_either_end_of_its_range(factor):
-    weight = rank_four(24, torch.float64)
+def test_float16_at_either_end_of_its_range(factor, rank):
+    weight = rank_four(24, torch.float64, rank)
     weight = (weight / weight.abs().max() * factor).half()
     analysis, findings = analysed(weight)
-    assert findings["spatial-vh"].rank == 4
+    assert findings["spatial-vh"].rank == rank
     factorization = factorize(analysis, findings["spatial-vh"], weight)
     assert all(bool(factor.isfinite().all()) for factor in factorization.weights)
     assert factorization.certificate.holds
@@ -486,6 +495,9 @@ def test_tol_admits_relative_errors_up_to_it(scheme):
     factorization = factorize(analysis, finding, weight, 1e-2)
     assert factorization.certificate.holds
     assert 1e-5 < channel_errors(factorization, spec, weight).max() < 4e-3
+    # as near as any kernel of that rank, all channels weighing the same
+    nearest = np.sqrt((spectra(scheme, weight.numpy(), 2)[:, 1:] ** 2).sum())
+    assert np.linalg.norm(channel_errors(factorization, spec, weight)) <= 1.01 * nearest
     for tol in (None, 1e-5):
         analysis = analyse(spec, weight, [SIZE], tol)
         finding = next(finding for finding in analysis.findings if finding.scheme == scheme)

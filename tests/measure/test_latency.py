@@ -154,6 +154,7 @@ def test_ten_percent_are_found(ratio: float) -> None:
         ((0.99, 1.10), (0.97, 0.98), False),  # includes 1
         ((1.05, 1.10), (0.95, 1.06), False),  # the original differs as much from itself
         ((1.01, 1.03), (1.02, 1.02), False),
+        ((0.81, 0.99), (1.13, 1.35), False),  # noise is noise either way round
     ],
 )
 def test_significance(ci95: tuple[float, float], noise_floor: tuple[float, float], significant: bool) -> None:

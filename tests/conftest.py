@@ -1,0 +1,64 @@
+import numpy as np
+import pytest
+import torch
+from strategies import plant
+from torch import nn
+
+from sepconvert.factorize.exact import analyse, factorize
+from sepconvert.rewrite import Replacement, graph_obstacle, rewrite
+from sepconvert.trace import private_copy, trace
+
+
+@pytest.fixture(scope="session")
+def planted():
+    """A convolution whose kernel is a sum of `rank` vertical-then-horizontal pairs, made by numpy."""
+
+    def conv(in_channels, out_channels, kernel_size=3, *, rank=2, seed=0, groups=1, **options):
+        module = nn.Conv2d(in_channels, out_channels, kernel_size, groups=groups, **options)
+        axes = {
+            "g": groups,
+            "o": out_channels // groups,
+            "c": in_channels // groups,
+            "i": kernel_size,
+            "j": kernel_size,
+        }
+        weight = plant("spatial-vh", axes, rank, np.random.default_rng(seed))
+        module.weight.data = torch.from_numpy(weight / np.sqrt(weight[0].size)).float()
+        return module
+
+    return conv
+
+
+@pytest.fixture(scope="session")
+def binomial():
+    """The 5×5 kernel of Gauss's filter with integers: rank 1. `channels` × 1 × 5 × 5."""
+    line = torch.tensor([1.0, 4.0, 6.0, 4.0, 1.0]) / 16
+    return lambda channels: torch.outer(line, line).repeat(channels, 1, 1, 1)
+
+
+@pytest.fixture(scope="session")
+def separated():
+    """Converts all that separates and can be rewritten, without export. Returns model, names, obstacles."""
+
+    def convert(model, *inputs):
+        private = private_copy(model)
+        sites = trace(private, inputs)
+        replacements, obstacles = {}, {}
+        for site in sites:
+            if site.obstacle is not None:
+                obstacles[site.name] = site.obstacle
+                continue
+            analysis = analyse(site.conv.spec, site.conv.weight, site.sizes)
+            if not analysis.holding():
+                continue
+            obstacle = graph_obstacle(private, site)
+            if obstacle is not None:
+                obstacles[site.name] = obstacle
+                continue
+            found = factorize(analysis, analysis.holding()[0], site.conv.weight)
+            replacements[site.name] = Replacement(
+                found.scheme, found.rank, found.border, found.weights, site.conv.bias
+            )
+        return rewrite(model, sites, replacements), set(replacements), obstacles
+
+    return convert

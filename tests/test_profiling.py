@@ -1,0 +1,71 @@
+import json
+import math
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import sepconvert
+from sepconvert.errors import SepconvertError
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 7)
+    ).train()
+
+
+@pytest.fixture(scope="module")
+def measured(model):
+    x, y = torch.randn(40, 3, 8, 8), torch.arange(40) % 7
+    loader = DataLoader(TensorDataset(x, y), batch_size=16)
+    return sepconvert.profile(model, torch.randn(2, 3, 8, 8), data=loader, runs=5, threads=1), x, y
+
+
+def test_costs_are_of_one_sample(model, measured):
+    profile, _, _ = measured
+    pooling = profile.macs - (64 * 8 * 27 + 8 * 7)  # fvcore counts the elements that it pools
+    assert pooling in (0, 8, 8 * 64)
+    assert profile.flops == 2 * profile.macs
+    assert profile.params == 8 * 27 + 8 + 8 * 7 + 7
+    assert profile.onnx_bytes > 4 * profile.params
+    assert model.training
+
+
+def test_accuracy_is_that_of_the_model_in_eval_mode(model, measured):
+    profile, x, y = measured
+    with torch.no_grad():
+        correct = int((model.eval()(x).argmax(1) == y).sum())
+    model.train()
+    assert profile.accuracy.n == 40
+    assert math.isclose(profile.accuracy.top1, correct / 40)
+
+
+def test_json(measured):
+    document = json.loads(json.dumps(measured[0].to_json(), allow_nan=False))
+    assert set(document) >= {
+        "params", "macs", "flops", "onnx_bytes", "latency_ms", "accuracy", "uncounted_ops",
+    }  # fmt: skip
+    assert set(document["latency_ms"]) >= {"median", "ci95", "p90", "runs", "threads", "batch"}
+    assert (document["latency_ms"]["runs"], document["latency_ms"]["batch"]) == (5, 2)
+    low, high = document["latency_ms"]["ci95"]
+    assert 0 < low <= document["latency_ms"]["median"] <= high
+
+
+def test_comparison_prints_ratios_against_the_first(model, measured):
+    other = sepconvert.profile(nn.Sequential(nn.Conv2d(3, 8, 1)), torch.randn(1, 3, 8, 8), runs=0)
+    assert (other.latency, other.accuracy) == (None, None)
+    text = str(sepconvert.compare(measured[0], other))
+    lines = {line.split("  ")[0]: line for line in text.splitlines()}
+    assert f"{other.macs:,} ({measured[0].macs / other.macs:.2f}×)" in lines["MACs"]
+    assert f"{other.params:,} ({measured[0].params / other.params:.2f}×)" in lines["parameters"]
+    assert "% of 40" in lines["top-1"]
+    assert lines["top-1"].rstrip().endswith("-")
+
+
+def test_inputs_that_do_not_fit(model):
+    with pytest.raises(SepconvertError):
+        sepconvert.profile(model, torch.randn(1, 4, 8, 8), runs=0)
