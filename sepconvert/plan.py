@@ -98,15 +98,15 @@ def read_plan(source: Path | Mapping[str, Any]) -> ConversionPlan:
 def _read(hint: Any, value: Any, key: str = "plan") -> Any:
     """What `asdict` and JSON made of a value of type `hint`, turned back."""
     origin, options = get_origin(hint), get_args(hint)
-    if dataclasses.is_dataclass(hint) and isinstance(value, Mapping):
-        hints = get_type_hints(hint)
-        if set(value) != set(hints):
-            raise ValueError(f"{key}: expected {', '.join(hints)}, got {', '.join(map(str, value))}")
-        return hint(**{name: _read(hints[name], value[name], f"{key}.{name}") for name in hints})
+    if isinstance(hint, type) and dataclasses.is_dataclass(hint) and isinstance(value, Mapping):
+        fields = get_type_hints(hint)
+        if set(value) != set(fields):
+            raise ValueError(f"{key}: expected {', '.join(fields)}, got {', '.join(map(str, value))}")
+        return hint(**{name: _read(each, value[name], f"{key}.{name}") for name, each in fields.items()})
     if origin is tuple and isinstance(value, list):
-        hints = options[:1] * len(value) if options[-1] is Ellipsis else options
-        if len(hints) == len(value):
-            return tuple(_read(each, item, key) for each, item in zip(hints, value, strict=True))
+        items = options[:1] * len(value) if options[-1] is Ellipsis else options
+        if len(items) == len(value):
+            return tuple(_read(each, item, key) for each, item in zip(items, value, strict=True))
     if origin is Literal and value in options:
         return value
     if NoneType in options:

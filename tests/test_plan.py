@@ -188,7 +188,7 @@ def test_globs(include, exclude, chosen):
 
 def test_gates(planted):
     """A rank at which the weights are fewer and the MACs are more: the first factor runs at full size."""
-    [site] = sites_of(planted(4, 4, stride=4, rank=2, bias=False), size=9)
+    [site] = sites_of(planted(4, 4, stride=4, rank=5, bias=False), size=9)
     kept, _ = decide(site, "macs")
     assert kept.decision == "kept"
     assert kept.macs == (site.macs, site.macs)

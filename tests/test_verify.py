@@ -41,9 +41,11 @@ def layer_of(conv, scheme, rank=None):
     return layer
 
 
-def site_of(conv, inputs):
+def checked(conv, layer, inputs, tolerance=None):
+    """The check of a layer, with the tolerance that 64 roundings leave."""
     bias = None if conv.bias is None else conv.bias.detach()
-    return DenseConv(spec_of(conv), conv.weight.detach(), bias, inputs)
+    site = DenseConv(spec_of(conv), conv.weight.detach(), bias, inputs, conv.weight.device)
+    return check_layer(site, layer, 64 * ROUNDOFF[conv.weight.dtype] if tolerance is None else tolerance)
 
 
 # The dense layer
@@ -66,7 +68,7 @@ def test_the_dense_layer_by_its_definition_is_that_of_torch(geometry):
 def test_right_factors_pass_and_the_numbers_are_those_of_torch(case):
     inputs = case.geometry.inputs()
     layer = layer_of(case.conv, case.scheme)
-    check = check_layer(site_of(case.conv, inputs), layer)
+    check = checked(case.conv, layer, inputs)
     assert check.holds
     expected = run(copy.deepcopy(case.conv).double(), inputs.double())
     difference = run(copy.deepcopy(layer).double(), inputs.double()) - expected
@@ -145,17 +147,40 @@ def test_broken_layers_are_caught(name, dtype):
     options, breakage = BREAKAGES[name]
     conv = conv_with(dtype=dtype, **options)
     layer = layer_of(conv, "spatial-vh")
-    site = site_of(conv, INPUTS.to(dtype))
-    assert check_layer(site, layer).holds
+    assert checked(conv, layer, INPUTS.to(dtype)).holds
     breakage(layer)
-    assert not check_layer(site, layer).holds
+    check = checked(conv, layer, INPUTS.to(dtype))
+    assert not check.holds
+    # none of these is in the kernel: only running the layer shows them
+    assert check.kernel_error <= check.kernel_tolerance
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16], ids=str)
+def test_kernels_that_differ_by_more_than_permitted_are_caught(dtype):
+    """Where the outputs differ by what the kernels do, the kernels themselves are judged."""
+    conv = conv_with(dtype=dtype)
+    layer = layer_of(conv, "spatial-vh")
+    inputs = INPUTS.to(dtype)
+    composed = copy.deepcopy(layer).double().weight.detach()
+    errors = (composed - conv.weight.double()).flatten(1).norm(dim=1)
+    errors /= conv.weight.double().flatten(1).norm(dim=1)
+    worst = float(errors.max())
+    assert checked(conv, layer, inputs).kernel_error == pytest.approx(worst, rel=1e-6)
+    assert checked(conv, layer, inputs, 1.01 * worst).holds
+    assert not checked(conv, layer, inputs, 0.99 * worst).holds
+    with torch.no_grad():
+        layer.convolutions[1].weight[3] *= 1 + 256 * ROUNDOFF[dtype]
+    check = checked(conv, layer, inputs)
+    assert not check.holds
+    assert check.kernel_error == pytest.approx(256 * ROUNDOFF[dtype], rel=0.02)
+    assert check.max_abs_diff_float64 <= check.bound_float64
 
 
 def test_a_bias_before_the_second_factor_is_caught_at_the_border_alone():
     conv = conv_with(rank=10, kernel_size=(3, 3))
     # full rank, so that the first factor can carry any bias
     layer = layer_of(conv, "spatial-vh", rank=18)
-    assert check_layer(site_of(conv, INPUTS), layer).holds
+    assert checked(conv, layer, INPUTS).holds
     with torch.no_grad():
         first, second = layer.convolutions
         kernel = second.weight.sum(dim=(2, 3))
@@ -166,10 +191,10 @@ def test_a_bias_before_the_second_factor_is_caught_at_the_border_alone():
         torch.testing.assert_close(
             layer(INPUTS)[..., inner, inner], conv(INPUTS)[..., inner, inner], rtol=1e-3, atol=1e-3
         )
-    assert not check_layer(site_of(conv, INPUTS), layer).holds
+    assert not checked(conv, layer, INPUTS).holds
     # without padding there is no border, and nothing is wrong but the rounding of the bias
     bare = conv_with(rank=10, padding=0)
-    assert check_layer(site_of(bare, INPUTS), layer_of(bare, "spatial-vh", rank=18)).holds
+    assert checked(bare, layer_of(bare, "spatial-vh", rank=18), INPUTS).holds
 
 
 @pytest.mark.parametrize("scale", [1e-6, 1.0, 1e6])
@@ -179,13 +204,16 @@ def test_a_bias_much_larger_than_the_rest_is_no_error(scale):
     conv.bias.mul_(scale)
     layer = layer_of(conv, "output-subspace")
     for inputs in (INPUTS * 1e-3, torch.zeros_like(INPUTS)):
-        assert check_layer(site_of(conv, inputs), layer).holds
+        assert checked(conv, layer, inputs).holds
 
 
-def test_a_layer_check_compares_with_its_bound():
-    assert LayerCheck(1.0, 5.0, 5.0, 1.0).holds
-    assert not LayerCheck(1.1, 0.0, 0.0, 1.0).holds
-    assert not LayerCheck(float("nan"), 0.0, 0.0, 1.0).holds
+def test_a_layer_check_compares_both_with_their_bounds():
+    check = LayerCheck(1.0, 5.0, 5.0, 1.0, 2.0, 2.0)
+    assert check.holds
+    assert not replace(check, max_abs_diff_float64=1.1).holds
+    assert not replace(check, kernel_error=2.1).holds
+    assert not replace(check, max_abs_diff_float64=np.nan).holds
+    assert not replace(check, kernel_error=np.nan).holds
 
 
 # The whole model

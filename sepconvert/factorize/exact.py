@@ -289,8 +289,14 @@ def _truncated_svd(
     else:
         left, values, right_h = torch.linalg.svd(matrices, full_matrices=False)
         right = right_h.mT
-    root = values[:, None, :rank].sqrt()
-    first, second = structure.kernels(spec, left[..., :rank] * root, (right[..., :rank] * root).mT)
+    left, right, root = left[..., :rank], right[..., :rank], values[:, None, :rank].sqrt()
+    rows, columns = left * root, right * root
+    # One sweep of alternating least squares: the SVD's own rounding, some hundred units in the last
+    # place, is more than a float64 kernel allows.
+    inverse = torch.where(root > 0, 1 / root, torch.zeros_like(root))
+    columns = columns + (matrices - rows @ columns.mT).mT @ left * inverse
+    rows = rows + (matrices - rows @ columns.mT) @ right * inverse
+    first, second = structure.kernels(spec, rows, columns.mT)
     # Output channels are the first axis of the second kernel in every structure.
     return first, second * scale
 

@@ -46,10 +46,10 @@ def test_a_kernel_of_zeros_keeps_one_tap():
 
 
 def test_allowance_is_what_each_channel_may_lose_in_all():
-    weight = torch.zeros(2, 1, 3, 3, dtype=torch.float64)
-    weight[:, 0, 1, 1] = 1
-    weight[0, 0, 0, 1] = weight[0, 0, 2, 1] = 3e-4
-    both = 3e-4 * 2**0.5
+    weight = torch.zeros(2, 4, 3, 3, dtype=torch.float64)
+    weight[:, :, 1, 1] = 1
+    weight[0, :, 0, 1] = weight[0, :, 2, 1] = 3e-4
+    both = 3e-4 * 8**0.5
     cases = (([1.0, 0.0], (1, 1)), ([both * 1.01, 0], (1, 1)), ([both * 0.99, 0], (1, 0)), ([0, 1.0], (0, 0)))
     for allowance, (top, bottom) in cases:
         assert zero_border(weight, torch.tensor(allowance)) == Border(top, bottom, 1, 1)

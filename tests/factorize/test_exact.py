@@ -93,9 +93,9 @@ def assert_found(case):
     u = ROUNDOFF[weight.dtype]
     errors = channel_errors(factorization, spec, weight)
     # Rounding of two factors and of their product's terms, some of which cancel.
-    assert errors.max() <= 32 * u
+    assert errors.max() <= 8 * u
     assert certificate.worst_channel_error <= errors.max() * (1 + 1e-6) + 4 * ROUNDOFF[torch.float64]
-    assert certificate.channel_tolerance <= 64 * u
+    assert errors.max() <= certificate.channel_tolerance <= 64 * u
     composed = compose(spec, factorization.scheme, factorization.border, factorization.weights)
     assert composed.dtype == weight.dtype
     assert composed.shape == weight.shape
@@ -284,6 +284,20 @@ def test_kernels_built_in_float32_are_found_at_their_rank(scheme, rank):
     assert errors.max() < 1e-6
 
 
+@pytest.mark.parametrize("scheme", ["spatial-vh", "input-subspace", "output-subspace"])
+@pytest.mark.parametrize("rank", [17, 32])
+def test_float64_asks_for_more_than_an_svd_gives(scheme, rank):
+    """Of 48 × 2400 the singular vectors alone are a hundred roundings off."""
+    weight = torch.from_numpy(
+        plant(scheme, {"g": 1, "o": 96, "c": 48, "i": 5, "j": 5}, rank, np.random.default_rng(0))
+    )
+    analysis, findings = analysed(weight)
+    assert findings[scheme].rank == rank
+    factorization = factorize(analysis, findings[scheme], weight)
+    assert factorization.certificate.holds
+    assert channel_errors(factorization, dense(weight), weight).max() < 16 * ROUNDOFF[torch.float64]
+
+
 # Small, empty and extreme
 
 
@@ -386,6 +400,18 @@ def test_channels_of_very_different_scale(name):
     assert analysed(random)[0].holding() == []
 
 
+@pytest.mark.parametrize("factor", [1e-170, 1e170, 1e300])
+def test_float64_whose_squares_leave_its_range(factor):
+    weight = F.pad(rank_four(24, torch.float64) * factor, (0, 1))
+    analysis, findings = analysed(weight)
+    assert analysis.border == Border(right=1)
+    assert findings["spatial-vh"].rank == 4
+    certificate = factorize(analysis, findings["spatial-vh"], weight).certificate
+    assert certificate.holds
+    assert certificate.relative_error < 16 * ROUNDOFF[torch.float64]
+    assert 0 < certificate.operator_norm < 1e-12 * factor
+
+
 @pytest.mark.parametrize("rank", [4, 17])
 @pytest.mark.parametrize("factor", [3e-6, 6e4])
 def test_float16_at_either_end_of_its_range(factor, rank):
@@ -428,7 +454,7 @@ def test_every_structure_at_full_rank_is_the_kernel(geometry):
     analysis = analyse(spec, weight, [geometry.size])
     for finding in analysis.findings:
         factorization = factorize(analysis, replace(finding, rank=finding.full_rank), weight)
-        assert channel_errors(factorization, spec, weight).max() < 128 * ROUNDOFF[weight.dtype]
+        assert channel_errors(factorization, spec, weight).max() < 16 * ROUNDOFF[weight.dtype]
         assert factorization.certificate.holds
 
 
