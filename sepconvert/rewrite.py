@@ -25,14 +25,16 @@ class Replacement:
     bias: Tensor | None
 
 
-def graph_obstacle(model: nn.Module, site: ConvSite) -> str | None:
-    """Why a functional convolution cannot be rewritten; None for modules and where it can be."""
-    if site.index is None:
+def graph_obstacle(model: nn.Module, sites: Sequence[ConvSite], owner: str) -> str | None:
+    """Why the functional convolutions of the module at `owner` cannot be rewritten; None where they can."""
+    calls = [site for site in sites if site.owner == owner and site.index is not None]
+    if not calls:
         return None
     try:
-        call_graph(model.get_submodule(site.owner), site.owner_inputs, site.index + 1)
+        last = max(site.index or 0 for site in calls)
+        call_graph(model.get_submodule(owner), calls[0].owner_inputs, last + 1)
     except UntraceableError as error:
-        return f"the forward of {site.owner or 'the model'} cannot be traced: {error}"
+        return f"the forward of {owner or 'the model'} cannot be traced: {error}"
     return None
 
 

@@ -51,7 +51,7 @@ def separated():
             analysis = analyse(site.conv.spec, site.conv.weight, site.sizes)
             if not analysis.holding():
                 continue
-            obstacle = graph_obstacle(private, site)
+            obstacle = graph_obstacle(private, sites, site.owner)
             if obstacle is not None:
                 obstacles[site.name] = obstacle
                 continue

@@ -291,11 +291,10 @@ def _truncated_svd(
         right = right_h.mT
     left, right, root = left[..., :rank], right[..., :rank], values[:, None, :rank].sqrt()
     rows, columns = left * root, right * root
-    # One sweep of alternating least squares: the SVD's own rounding, some hundred units in the last
-    # place, is more than a float64 kernel allows.
+    # Refined once by least squares: the SVD's own rounding, some hundred units in the last place, is
+    # more than a float64 kernel allows.
     inverse = torch.where(root > 0, 1 / root, torch.zeros_like(root))
     columns = columns + (matrices - rows @ columns.mT).mT @ left * inverse
-    rows = rows + (matrices - rows @ columns.mT) @ right * inverse
     first, second = structure.kernels(spec, rows, columns.mT)
     # Output channels are the first axis of the second kernel in every structure.
     return first, second * scale
