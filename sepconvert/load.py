@@ -197,7 +197,7 @@ def _zip_format(path: Path, expected: str) -> str:
         return "torch.save"
     if "serialized_exported_program.json" in members:
         raise SepconvertError(
-            f"{path}: written by torch.export of torch < 2.8; export it again with torch >= 2.9"
+            f"{path}: written by torch.export of torch < 2.8; export it again with a newer torch"
         )
     raise SepconvertError(f"{path}: a zip file that is no model (it holds {_some(members)}); {expected}")
 

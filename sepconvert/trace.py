@@ -46,7 +46,10 @@ class ConvSite:
     kind: str  # class name, or "functional conv2d"
     owner: str  # path of the module to replace or to rewrite
     index: int | None  # position among the owner's own calls; None where the owner is the convolution
-    sizes: tuple[Pair, ...]  # height and width of the input, per sample and call
+    calls: int  # in one forward pass
+    sizes: tuple[
+        Pair, ...
+    ]  # height and width of the input, for each image that the calls convolve for a sample
     macs: int  # of one sample
     params: int  # 0 for fixed filters, which are buffers or constants
     frozen: bool  # parameters, but none that requires a gradient
@@ -369,6 +372,7 @@ def _site(
         kind=type(module).__name__ if is_module else f"functional {first.function}",
         owner=owner,
         index=None if is_module else first.index,
+        calls=len(calls),
         sizes=tuple(size for call in calls for size in _sizes(call, spec, batch)),
         macs=sum(_macs(call) for call in calls) // batch,
         params=sum(value.numel() for value in trained if isinstance(value, nn.Parameter)),
@@ -379,7 +383,7 @@ def _site(
             spec,
             weight.detach().cpu(),
             None if bias is None else bias.detach().cpu(),
-            first.arguments["input"].detach().cpu(),
+            _layer_input(first, spec).detach().cpu(),
             weight.device,
         ),
         owner_inputs=None if is_module else first.module_inputs,
@@ -403,6 +407,7 @@ def _unseen(module: nn.Module, names: list[str], kind: str, obstacle: str) -> Co
         kind=kind,
         owner=names[0],
         index=None,
+        calls=0,
         sizes=(),
         macs=0,
         params=params,
@@ -467,18 +472,22 @@ def _pair(value: Any) -> Pair:
     return int(values[0]), int(values[-1])
 
 
+def _layer_input(record: _Record, spec: ConvSpec) -> Tensor:
+    """The input of the layer: a padding mode other than zeros pads before it calls the convolution."""
+    called: Tensor = record.arguments["input"]
+    if spec.padding_mode == "zeros":
+        return called
+    (top, bottom), (left, right) = spec.padding
+    return called[..., top : called.shape[-2] - bottom, left : called.shape[-1] - right]
+
+
 def _sizes(record: _Record, spec: ConvSpec | None, batch: int) -> tuple[Pair, ...]:
     """Input size of one sample, once per image that the call convolves for it."""
     if spec is None:
         return ()
-    inputs: Tensor = record.arguments["input"]
-    module = record.module
-    if isinstance(module, nn.Conv2d) and _plain(module) and module.padding_mode != "zeros":
-        size = (inputs.shape[-2] - sum(spec.padding[0]), inputs.shape[-1] - sum(spec.padding[1]))
-    else:
-        size = (inputs.shape[-2], inputs.shape[-1])
+    inputs = _layer_input(record, spec)
     images = inputs.shape[0] if inputs.ndim == 4 else 1
-    return (size,) * max(images // batch, 1)
+    return ((inputs.shape[-2], inputs.shape[-1]),) * max(images // batch, 1)
 
 
 def _macs(record: _Record) -> int:

@@ -40,7 +40,7 @@ class LayerReport:
             "aliases": list(self.site.aliases),
             "kind": plan.kind,
             "kernel": None if conv is None else asdict(conv.spec),
-            "calls": len(self.site.sizes),
+            "calls": self.site.calls,
             "decision": plan.decision,
             "reason": plan.reason,
             "scheme": plan.scheme,
