@@ -163,14 +163,13 @@ def demo(**options: Any) -> None:
 def main() -> None:
     """Run the command line; the process ends with the exit code of the contract."""
     debug = "--debug" in sys.argv
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _interrupt)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # Latin-1 has no →
     try:
         sys.exit(cli.main(prog_name="sepconvert", standalone_mode=False))
     except (click.Abort, KeyboardInterrupt):
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, signal.SIG_IGN)  # impatience must not interrupt the end
         sys.exit(_fail("interrupted", _INTERRUPTED))
     except click.ClickException as error:
         sys.exit(_fail(f"{error.format_message().rstrip('.')}; see --help", 2))
@@ -183,6 +182,13 @@ def main() -> None:
             raise
         name = type(error).__name__
         sys.exit(_fail(f"unexpected {name}: {first_line(error)}; run again with --debug and report it", 2))
+
+
+def _interrupt(number: int, frame: object) -> None:
+    """End the work once; impatience must not interrupt the cleaning up."""
+    for each in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(each, signal.SIG_IGN)
+    raise KeyboardInterrupt
 
 
 def _fail(message: str, code: int) -> int:

@@ -90,7 +90,7 @@ def save_onnx(model: nn.Module, inputs: Inputs, path: Path, *, dynamic_batch: bo
         SepconvertError: torch cannot export the model, or the file cannot be written.
     """
     dtype = runtime_dtype(model)
-    program, note = _program(private_copy(model).to(dtype), cast(inputs, dtype), dynamic_batch)
+    program, note = _program(private_copy(model, dtype), cast(inputs, dtype), dynamic_batch)
     with _quiet(), writing(path):
         try:
             torch.onnx.export(
@@ -185,9 +185,11 @@ def writing(path: Path) -> Iterator[None]:
     except SepconvertError:
         raise
     except OSError as error:
-        raise SepconvertError(f"{path}: cannot be written: {error.strerror or error}") from error
+        reason = error.strerror or first_line(error)
+        raise SepconvertError(f"{path.name} cannot be written: {reason}; pass another --out") from error
     except Exception as error:  # torch and safetensors have errors of their own for a full disk
-        raise SepconvertError(f"{path}: cannot be written: {first_line(error)}") from error
+        reason = first_line(error)
+        raise SepconvertError(f"{path.name} cannot be written: {reason}; pass another --out") from error
 
 
 @contextlib.contextmanager

@@ -300,6 +300,9 @@ def _analyse(
     if tol is not None and not 0 <= tol < 1:
         raise SepconvertError(f"tol: expected a relative error in [0, 1), got {tol}")
     sites = trace(model, inputs)
+    for pattern in (*include, *exclude):
+        if not any(selected(site.name, [pattern], ()) for site in sites):
+            raise SepconvertError(f"{pattern}: matches none of the {len(sites)} convolutions; see inspect")
     eligible = [site for site in sites if site.obstacle is None and selected(site.name, include, exclude)]
     analyses = {
         site.name: analyse(site.conv.spec, site.conv.weight, site.sizes, tol)

@@ -213,7 +213,7 @@ def _convert(site: ConvSite, analysis: Analysis, finding: Finding, factorization
         name=site.name,
         kind=site.kind,
         decision="converted",
-        reason=f"rank {rank}{trimmed}",
+        reason=f"rank {rank}{trimmed}{'' if factorization.certificate.exact else ', within --tol only'}",
         spec=None if site.conv is None else site.conv.spec,
         scheme=factorization.scheme,
         rank=factorization.rank,

@@ -48,12 +48,7 @@ def rewrite(
     """
     converted = duplicate(model)
     chosen = [site for site in sites if site.name in replacements]
-    for site in chosen:
-        if site.index is None:
-            dense = converted.get_submodule(site.owner)
-            layer = _layer(site, replacements[site.name])
-            _keep_mode_and_hooks(dense, layer)
-            converted = _put(converted, site, layer)
+    # Forwards first: they are traced as they were, and may read the weight of a layer that is replaced.
     owners = {site.owner: site for site in chosen if site.index is not None}
     for owner in owners:
         calls = {site.index: site for site in chosen if site.owner == owner and site.index is not None}
@@ -62,6 +57,12 @@ def rewrite(
         layers = {index: _layer(site, replacements[site.name]) for index, site in calls.items()}
         names = {index: site.name.rpartition(".")[2] for index, site in calls.items()}
         replace_calls(dense, module, layers, names)
+    for site in chosen:
+        if site.index is None:
+            dense = converted.get_submodule(site.owner)
+            layer = _layer(site, replacements[site.name])
+            _keep_mode_and_hooks(dense, layer)
+            converted = _put(converted, site, layer)
     return converted
 
 

@@ -212,8 +212,8 @@ def duplicate(model: M, memo: dict[int, Any] | None = None) -> M:
     return copy.deepcopy(model, memo)
 
 
-def private_copy(model: M) -> M:
-    """A copy in eval mode, on which a forward pass may do what it likes.
+def private_copy(model: M, dtype: torch.dtype | None = None) -> M:
+    """A copy in eval mode, on which a forward pass may do what it likes; in another `dtype` if one is given.
 
     Its parameters are new objects on the old memory, since large models come in many copies here and
     no forward pass in eval mode writes to parameters; changing their dtype leaves the original alone.
@@ -226,7 +226,16 @@ def private_copy(model: M) -> M:
     copied = duplicate(model, aliases)
     for module in copied.modules():  # not .eval(): modules from torch.export refuse it
         module.training = False
-    return copied
+    return copied if dtype is None else _in_dtype(copied, dtype)
+
+
+def _in_dtype(model: M, dtype: torch.dtype) -> M:
+    """`model.to(dtype)`, in place, and with it the tensors that modules hold as plain attributes."""
+    for module in model.modules():
+        for name, value in vars(module).items():
+            if isinstance(value, Tensor) and value.is_floating_point():
+                setattr(module, name, value.to(dtype))
+    return model.to(dtype)
 
 
 def trace(model: nn.Module, inputs: Inputs) -> tuple[ConvSite, ...]:
@@ -252,7 +261,12 @@ def trace(model: nn.Module, inputs: Inputs) -> tuple[ConvSite, ...]:
     grouped: dict[tuple[int, int], list[_Record]] = {}
     for record in records:
         grouped.setdefault((id(record.module), record.index), []).append(record)
-    sites = [_site(calls, names, max(batch, 1), variable) for calls in grouped.values()]
+    sites = _without_ties(
+        [
+            (_site(calls, names, max(batch, 1), variable), calls[0].arguments["weight"])
+            for calls in grouped.values()
+        ]
+    )
     for module, count in hidden.items():
         sites.append(
             _unseen(
@@ -389,6 +403,20 @@ def _site(
         owner_inputs=None if is_module else first.module_inputs,
         obstacle=obstacle,
     )
+
+
+def _without_ties(sites: list[tuple[ConvSite, Tensor]]) -> list[ConvSite]:
+    """Keep convolutions that share a parameter: factors of their own would untie them in training."""
+    untied = []
+    for site, weight in sites:
+        others = [other.name for other, tensor in sites if tensor is weight and other is not site]
+        if others and isinstance(weight, nn.Parameter) and site.obstacle is None:
+            reason = (
+                f"its kernel is a parameter shared with {', '.join(others)}, which conversion would untie"
+            )
+            site = replace(site, obstacle=reason)
+        untied.append(site)
+    return untied
 
 
 def _call_name(record: _Record) -> str:

@@ -70,7 +70,7 @@ def check_layer(conv: DenseConv, layer: FactorizedConv2d, tolerance: float) -> L
 
     `tolerance` is the relative error that each output channel's kernel may have (its certificate's).
     """
-    spec, double = conv.spec, private_copy(layer).cpu().double()
+    spec, double = conv.spec, private_copy(layer, torch.float64).cpu()
     inputs, weight = conv.inputs.double(), conv.weight.double()
     bias = None if conv.bias is None else conv.bias.double()
     with torch.no_grad():
@@ -166,7 +166,7 @@ def _reference(
     seed: int,
     dtype: torch.dtype,
 ) -> Reference:
-    precise, runtime = private_copy(model).to(dtype), private_copy(model).to(runtime_dtype(model))
+    precise, runtime = private_copy(model, dtype), private_copy(model, runtime_dtype(model))
     exact: list[Outputs] = []
     moved: list[list[float]] = []
     noise: list[list[float]] = []
@@ -177,11 +177,11 @@ def _reference(
         exact.append(plain)
         moved.append(
             [
-                _SAFETY * _max_abs([p - e]) + 100 * torch.finfo(dtype).eps * _max_abs([e])
+                _SAFETY * _difference(p, e) + 100 * torch.finfo(dtype).eps * _magnitude(e)
                 for p, e in zip(perturbed, plain, strict=True)
             ]
         )
-        noise.append([_max_abs([r - e]) for r, e in zip(rounded, plain, strict=True)])
+        noise.append([_difference(r, e) for r, e in zip(rounded, plain, strict=True)])
     return Reference(inputs, tuple(exact), tuple(moved), tuple(noise), dtype)
 
 
@@ -215,9 +215,9 @@ def _perturbed(
 
 def compare_with(expected: Reference, converted: nn.Module) -> Comparison:
     """Whole-model check of the converted model against the original's reference."""
-    precise = private_copy(converted).to(expected.dtype)
+    precise = private_copy(converted, expected.dtype)
     pairs = [
-        (_max_abs([a - e]), tolerance)
+        (_difference(a, e), tolerance)
         for value, outs, tolerances in zip(
             expected.inputs, expected.outputs, expected.tolerances, strict=True
         )
@@ -243,9 +243,9 @@ def compare_runs(
         expected.outputs, expected.tolerances, expected.noise, original, converted, strict=True
     ):
         for exact, tolerance, seen, a, b in zip(outs, tolerances, noise, ours, theirs, strict=True):
-            rounding = _RUNTIME_NOISE * (seen + torch.finfo(dtype).eps * _max_abs([exact]))
-            exports.append((_max_abs([a - exact]), rounding))
-            runs.append((_max_abs([b - a]), tolerance + 2 * rounding))
+            rounding = _RUNTIME_NOISE * (seen + torch.finfo(dtype).eps * _magnitude(exact))
+            exports.append((_difference(a, exact), rounding))
+            runs.append((_difference(b, a), tolerance + 2 * rounding))
     name = str(dtype).removeprefix("torch.")
     return _worst(exports, name), _worst(runs, name)
 
@@ -257,6 +257,17 @@ def _worst(pairs: Sequence[tuple[float, float]], dtype: str) -> Comparison:
         pairs, key=lambda pair: math.inf if not pair[0] <= pair[1] else pair[0] / (pair[1] or 1.0)
     )
     return Comparison(difference, tolerance, dtype)
+
+
+def _magnitude(values: Tensor) -> float:
+    """Largest finite absolute value."""
+    return _max_abs([values[values.isfinite()]])
+
+
+def _difference(a: Tensor, b: Tensor) -> float:
+    """max |a − b|, equal infinities and NaN in both being no difference."""
+    same = (a == b) | (a.isnan() & b.isnan())
+    return _max_abs([torch.where(same, 0.0, a - b)])
 
 
 def _max_abs(tensors: Sequence[Tensor]) -> float:

@@ -639,3 +639,75 @@ def test_blur_pools_of_timm(name, tmp_path):
     outputs = [run(tmp_path / f"{each}.onnx", images)[0] for each in ("original", "converted")]
     assert np.allclose(*outputs, atol=1e-4 * np.abs(outputs[0]).max())
     assert np.allclose(outputs[0], model(images).detach().numpy(), atol=1e-4 * np.abs(outputs[0]).max())
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_kernels_that_are_not_finite_are_kept_and_the_others_converted(planted, x, value):
+    model = nn.Sequential(planted(3, 8), nn.Conv2d(8, 4, 3))
+    model[1].weight.data[0, 0, 0, 0] = value
+    result = convert(model, x)
+    assert decisions(result.report) == {"0": "converted", "1": "kept"}
+    assert "NaN or Inf" in result.report["layers"][1]["reason"]
+    assert result.report["verification"]["passed"]
+
+
+class ReadsAWeight(nn.Module):
+    """A functional convolution, beside a look at the kernel of a layer that is replaced."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+        line = torch.tensor([1.0, 4.0, 6.0, 4.0, 1.0]) / 16
+        self.register_buffer("blur", torch.outer(line, line).repeat(8, 1, 1, 1))
+
+    def forward(self, x):
+        return F.conv2d(self.layer(x), self.blur, groups=8) + self.layer.weight.mean()
+
+
+def test_a_forward_may_read_the_weight_of_a_replaced_layer(planted, x):
+    model = ReadsAWeight(planted(3, 8, 5))
+    result = convert(model, x)
+    assert decisions(result.report) == {"layer": "converted", "conv2d_0": "converted"}
+    assert close(result.model(x), model(x))
+
+
+def test_a_kernel_shared_by_two_layers_stays_shared(planted, x):
+    model = nn.Sequential(planted(3, 3, 5, rank=1, padding=2), nn.ReLU(), nn.Conv2d(3, 3, 5))
+    model[2].weight = model[0].weight
+    result = convert(model, x)
+    assert decisions(result.report) == {"0": "kept", "2": "kept"}
+    assert all("shared with" in layer["reason"] for layer in result.report["layers"])
+    assert result.model[2].weight is result.model[0].weight
+
+
+def test_what_is_within_tol_only_is_not_called_exact(x):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 16, 5))
+    (layer,) = convert(model, x, tol=0.5).report["layers"]
+    assert layer["decision"] == "converted"
+    assert not layer["exact"]
+    assert "within --tol only" in layer["reason"]
+    assert layer["weight_error"] > 1e-3
+
+
+def test_a_glob_that_matches_nothing_is_an_error(planted, x):
+    with pytest.raises(SepconvertError, match="nosuch: matches none of the 1 convolutions"):
+        convert(planted(3, 8), x, include=["nosuch"])
+
+
+class HoldsATensor(nn.Module):
+    """A kernel that is neither parameter nor buffer, and so does not follow `.double()`."""
+
+    def __init__(self):
+        super().__init__()
+        line = torch.tensor([1.0, 4.0, 6.0, 4.0, 1.0]) / 16
+        self.kernel = torch.outer(line, line)[None, None].repeat(3, 1, 1, 1)
+
+    def forward(self, x):
+        return F.conv2d(x, self.kernel, groups=3)
+
+
+def test_plain_tensors_follow_to_float64(x):
+    result = convert(HoldsATensor(), x)
+    assert decisions(result.report) == {"conv2d_0": "converted"}
+    assert result.report["verification"]["torch_dtype"] == "float64"

@@ -36,9 +36,9 @@ _OVERSAMPLING = 8
 class Finding:
     """What one structure has to say about one kernel.
 
-    Singular values and errors are those of the kernel with every output channel scaled to unit
-    norm: rank does not depend on that scale, but a threshold does, and the layers that follow
-    (BatchNorm above all) undo it.
+    Rank, tolerance and singular values are those of the kernel with every output channel scaled to
+    unit norm: rank does not depend on that scale, but a threshold does, and the layers that follow
+    (BatchNorm above all) undo it. `best_error` is that of the kernel itself.
     """
 
     scheme: str
@@ -47,7 +47,7 @@ class Finding:
     holds: bool  # rank is so low that the factors have fewer weights than the kernel
     macs: int  # of the factors at this rank, over all calls of one forward pass
     paying_rank: int  # largest inner dimension with fewer MACs than the dense layer
-    best_error: float  # smallest relative Frobenius error at max(paying_rank, 1)
+    best_error: float  # smallest ‖ΔW‖_F / ‖W‖_F at inner dimension max(paying_rank, 1)
     tolerance: float  # relative Frobenius error that still counts as exact
     spectrum: tuple[float, ...]  # root sum of squares over the matrices, the whole having norm 1
 
@@ -76,6 +76,7 @@ class Certificate:
     worst_channel_error: float  # max over output channels o of ‖ΔW_o‖ / ‖W_o‖ (see `_channel_scale`)
     channel_tolerance: float  # what rounding of the kernel and of its factors explains, same measure
     operator_norm: float  # ‖Δy‖₂ ≤ operator_norm · ‖x‖₂ for every (padded) input x
+    exact: bool  # no channel is off by more than rounding explains, whatever tolerance was asked for
     bitwise: bool  # ΔW = 0
     kept: tuple[float, ...]  # singular values just above the cut (see `Finding.spectrum`)
     dropped: tuple[float, ...]  # and just below it
@@ -114,6 +115,8 @@ def analyse(spec: ConvSpec, weight: Tensor, sizes: Sequence[Pair], tol: float | 
     trimmed_spec = border.trim_spec(spec)
     dense_macs = _macs((spec,), sizes)
     scaled = border.trim(scaled)
+    largest = float(weight.abs().max()) or 1.0  # squares of the largest float64 would overflow
+    dense = border.trim(weight.double() / largest)
     findings = (
         [_border_finding(spec, weight, border, sizes, dense_macs, noise)] if max(spec.kernel_size) > 1 else []
     )
@@ -121,7 +124,9 @@ def analyse(spec: ConvSpec, weight: Tensor, sizes: Sequence[Pair], tol: float | 
         if structure.applies(trimmed_spec):
             terms = structure.full_rank(trimmed_spec)
             trimmed_noise = border.trim(_noise(weight, terms, tol) / scale)
-            findings.append(_finding(structure, trimmed_spec, scaled, trimmed_noise, sizes, dense_macs))
+            findings.append(
+                _finding(structure, trimmed_spec, dense, scaled, trimmed_noise, sizes, dense_macs)
+            )
     return Analysis(spec, border, dense_macs, tuple(findings))
 
 
@@ -215,6 +220,7 @@ def _singular_values(matrices: Tensor) -> Tensor:
 def _finding(
     structure: Structure,
     spec: ConvSpec,
+    dense: Tensor,
     scaled: Tensor,
     noise: Tensor,
     sizes: Sequence[Pair],
@@ -222,10 +228,7 @@ def _finding(
 ) -> Finding:
     matrices = structure.unfold(spec, scaled)
     values = _singular_values(matrices)
-    full_rank = values.shape[-1]
-    # tails[b, r]: Frobenius distance of matrix b to the nearest matrix of rank r (Eckart–Young–Mirsky).
-    tails = torch.zeros(values.shape[0], full_rank + 1, dtype=torch.float64)
-    tails[:, :-1] = values.square().flip(-1).cumsum(-1).flip(-1).sqrt()
+    full_rank, tails = values.shape[-1], _tails(values)
     svd_roundoff = torch.finfo(torch.float64).eps * max(matrices.shape[-2:]) * values[:, 0]
     tolerances = torch.linalg.vector_norm(structure.unfold(spec, noise), dim=(-2, -1)) + svd_roundoff
     rank = int((tails > tolerances[:, None]).sum(-1).max())
@@ -234,6 +237,12 @@ def _finding(
     unit_macs = _macs(unit, sizes)
     unit_params = chain_params(unit) - spec.bias * spec.out_channels
     paying_rank = min(full_rank, (dense_macs - 1) // unit_macs)
+    # Where the structure is exact at this rank, what is left is rounding on either scale.
+    reached = max(paying_rank, 1) >= rank
+    errors = tails if reached else _tails(_singular_values(structure.unfold(spec, dense)))
+    best = torch.linalg.vector_norm(errors[:, max(paying_rank, 1)]) / (
+        torch.linalg.vector_norm(errors[:, 0]) or 1.0
+    )
     return Finding(
         scheme=structure.name,
         rank=rank,
@@ -241,10 +250,19 @@ def _finding(
         holds=max(rank, 1) * unit_params < math.prod(spec.weight_shape),
         macs=max(rank, 1) * unit_macs,
         paying_rank=paying_rank,
-        best_error=float(torch.linalg.vector_norm(tails[:, min(max(paying_rank, 1), full_rank)])) / norm,
+        best_error=float(best),
         tolerance=float(torch.linalg.vector_norm(tolerances)) / norm,
         spectrum=tuple((torch.linalg.vector_norm(values, dim=0) / norm).tolist()),
     )
+
+
+def _tails(values: Tensor) -> Tensor:
+    """B × k singular values → B × (k+1): Frobenius distance to the nearest matrix of rank 0, 1, … k.
+
+    (Eckart–Young–Mirsky.)
+    """
+    squares = values.square().flip(-1).cumsum(-1).flip(-1)
+    return torch.cat([squares.sqrt(), squares.new_zeros(len(values), 1)], dim=1)
 
 
 def _border_finding(
@@ -252,16 +270,15 @@ def _border_finding(
 ) -> Finding:
     kept = border.trim_spec(spec)
     taps, all_taps = math.prod(kept.kernel_size), math.prod(spec.kernel_size)
-    scaled = weight.double() / _channel_scale(weight)
-    norm = float(torch.linalg.vector_norm(scaled)) or 1.0
+    scale = _channel_scale(weight)
+    norm = float(torch.linalg.vector_norm(weight.double() / scale)) or 1.0
+    dense = weight.double() / (float(weight.abs().max()) or 1.0)
     lines = [
         Border(**{side: 1})
         for side, axis in (("top", 0), ("bottom", 0), ("left", 1), ("right", 1))
         if spec.kernel_size[axis] > 1
     ]
-    errors = [
-        float(torch.linalg.vector_norm(scaled - line.restore(line.trim(scaled)))) / norm for line in lines
-    ]
+    errors = [float(torch.linalg.vector_norm(dense - line.restore(line.trim(dense)))) for line in lines]
     taps_without = [math.prod(line.trim_spec(spec).kernel_size) for line in lines]
     return Finding(
         scheme=ZERO_BORDER,
@@ -270,8 +287,8 @@ def _border_finding(
         holds=bool(border),
         macs=_macs((kept,), sizes),
         paying_rank=max(taps_without),
-        best_error=min(errors),
-        tolerance=float(torch.linalg.vector_norm(noise / _channel_scale(weight))) / norm,
+        best_error=min(errors) / (float(torch.linalg.vector_norm(dense)) or 1.0),
+        tolerance=float(torch.linalg.vector_norm(noise / scale)) / norm,
         spectrum=(),
     )
 
@@ -351,8 +368,11 @@ def _certify(
 ) -> Certificate:
     dense = weight.double()
     difference = composed.double() - dense
-    noise, scale = _noise(weight, finding.full_rank, tol), _channel_scale(weight)
-    explained = (_CHANNEL_SHARE * _channel_norms(noise) + _channel_norms(casting)) / scale
+    scale, terms = _channel_scale(weight), finding.full_rank
+    explained, by_rounding = (
+        (_CHANNEL_SHARE * _channel_norms(noise) + _channel_norms(casting)) / scale
+        for noise in (_noise(weight, terms, tol), rounding_noise(weight, terms))
+    )
     errors = channel_errors(composed, weight)
     worst = int((errors - explained).argmax())
     largest = float(dense.abs().max()) or 1.0  # squares of the largest float64 would overflow
@@ -365,6 +385,7 @@ def _certify(
         worst_channel_error=float(errors.flatten()[worst]),
         channel_tolerance=float(explained.flatten()[worst]),
         operator_norm=_operator_norm(difference),
+        exact=bool((errors <= by_rounding).all()),
         bitwise=not bool(difference.any()),
         kept=finding.spectrum[max(cut - 3, 0) : cut],
         dropped=finding.spectrum[cut : cut + 3],

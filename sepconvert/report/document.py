@@ -45,7 +45,7 @@ class LayerReport:
             "reason": plan.reason,
             "scheme": plan.scheme,
             "rank": plan.rank,
-            "exact": plan.decision == "converted",
+            "exact": self.certificate is not None and self.certificate.exact,
             "macs": list(plan.macs),
             "params": list(plan.params),
             "weight_error": None if self.certificate is None else self.certificate.relative_error,

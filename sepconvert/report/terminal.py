@@ -82,7 +82,13 @@ def sentences(document: Document) -> list[str]:
     """What the numbers mean, in words."""
     layers, check, delta = document["layers"], document["verification"], document["delta"]
     converted = [layer for layer in layers if layer["decision"] == "converted"]
-    lines = [f"{len(converted)} of {len(layers)} convolutions converted."]
+    exact = sum(layer["exact"] for layer in converted)
+    inexact = (
+        ""
+        if exact == len(converted)
+        else f", {len(converted) - exact} of them within --tol only, not exactly"
+    )
+    lines = [f"{len(converted)} of {len(layers)} convolutions converted{inexact}."]
     lines.append(
         f"Verified: PyTorch {check['torch_dtype']} outputs differ by {check['torch_max_abs_diff']:.1e} "
         f"(tolerance {check['torch_tolerance']:.1e})"
