@@ -137,6 +137,40 @@ def inspect(**options: Any) -> None:
 
 
 @cli.command()
+@_model_options
+@_data_options
+@click.option("--out", type=click.Path(path_type=Path), help="Write the profile to this JSON file.")
+@_timing_options
+@_run_options
+def profile(**options: Any) -> None:
+    """Measure MODEL: MACs, parameters, ONNX size, latency, and accuracy where --data is given."""
+    from sepconvert import commands
+
+    commands.profile(**options)
+
+
+@cli.command()
+@click.argument("models", nargs=-1, required=True, type=click.Path(path_type=Path))
+@_loading_options
+@_data_options
+@click.option(
+    "--format",
+    "style",
+    type=click.Choice(["table", "json"]),
+    default="table",
+    show_default=True,
+    help="Output.",
+)
+@_timing_options
+@_run_options
+def compare(**options: Any) -> None:
+    """Put profiles (JSON) or MODELS side by side; the first is the base."""
+    from sepconvert import commands
+
+    commands.compare(**options)
+
+
+@cli.command()
 @click.argument("model", type=click.Path(path_type=Path))
 @click.argument("plan", type=click.Path(path_type=Path))
 @_loading_options

@@ -15,8 +15,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from sepconvert.data import Batch, Preprocess, check_against_model, load_data, sample_shape
+from sepconvert.environment import available_cores, environment
 from sepconvert.errors import SepconvertError, first_line
-from sepconvert.export import cast, model_dtype
+from sepconvert.export import cast, model_dtype, writing
 from sepconvert.load import LoadedModel, load_model, parse_input_shape
 from sepconvert.output import result_directory
 from sepconvert.pipeline import ConversionResult
@@ -24,6 +25,10 @@ from sepconvert.pipeline import apply_plan as run_apply
 from sepconvert.pipeline import convert as run_convert
 from sepconvert.pipeline import inspect as run_inspect
 from sepconvert.plan import read_plan
+from sepconvert.profiling import SCHEMA as PROFILE_SCHEMA
+from sepconvert.profiling import Profile, read_profile
+from sepconvert.profiling import compare as run_compare
+from sepconvert.profiling import profile as run_profile
 from sepconvert.report.files import write_documents
 from sepconvert.report.terminal import layer_table, structure_table, summary
 from sepconvert.trace import Inputs
@@ -87,6 +92,52 @@ def apply(**options: Any) -> None:
     _print(options, {"out": str(out), "converted": len(plan.converted), "verification": verified},
            f"{len(plan.converted)} convolutions replaced as planned; written to {out}/",
            _verdict(verified))  # fmt: skip
+
+
+def profile(**options: Any) -> None:
+    """`sepconvert profile MODEL`."""
+    with _quietly():
+        loaded, found = _profile(options)
+    document = {
+        "schema": PROFILE_SCHEMA,
+        "model": {"path": str(loaded.path), "sha256": loaded.sha256},
+        "environment": environment(options["threads"] or available_cores()),
+        **found.to_json(),
+    }
+    if options["out"] is not None:
+        with writing(options["out"]):
+            options["out"].write_text(
+                json.dumps(document, indent=2, allow_nan=False) + "\n", encoding="utf-8"
+            )
+    _print(options, document, str(run_compare(found)))
+
+
+def compare(**options: Any) -> None:
+    """`sepconvert compare A B …`."""
+    with _quietly():
+        found = run_compare(
+            *(
+                read_profile(path) if path.suffix == ".json" else _profile({**options, "model": path})[1]
+                for path in options["models"]
+            )
+        )
+    json_wanted = {**options, "as_json": options["as_json"] or options["style"] == "json"}
+    note = "Measured apart: differences of latency are not tested for significance."
+    _print(json_wanted, found.to_json(), str(found), "", note)
+
+
+def _profile(options: Options) -> tuple[LoadedModel, Profile]:
+    loaded = _load(options)
+    data, inputs = _data_and_inputs(options, loaded)
+    found = run_profile(
+        loaded.model,
+        inputs,
+        data=data,
+        runs=options["runs"],
+        threads=options["threads"],
+        seed=options["seed"],
+    )
+    return loaded, found
 
 
 def demo(**options: Any) -> None:

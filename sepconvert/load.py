@@ -169,7 +169,7 @@ def _format(path: Path) -> str:
     elif head.startswith(b"\x80"):
         got = "is a pickle that torch.save did not write"
     elif path.suffix == ".onnx":
-        got = "is an ONNX model, which can be profiled and compared but not converted"
+        got = "is an ONNX model, not a PyTorch one"
     elif head.isascii():
         got = f"is a text file that begins {head[:20].decode()!r}"
     else:

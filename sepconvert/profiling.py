@@ -1,5 +1,6 @@
 """What one model costs and how well it does, as a value that can be stored and compared."""
 
+import json
 import tempfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -10,11 +11,15 @@ from tabulate import tabulate
 from torch import Tensor, nn
 
 from sepconvert.environment import available_cores
+from sepconvert.errors import SepconvertError, first_line
 from sepconvert.export import cast, onnx_feed, runtime_dtype, save_onnx
 from sepconvert.measure.accuracy import Accuracy, evaluate
 from sepconvert.measure.cost import count
 from sepconvert.measure.latency import Latency, measure_single
+from sepconvert.measure.statistics import Interval
 from sepconvert.trace import Inputs, private_copy
+
+SCHEMA = "sepconvert.profile/1"
 
 
 @dataclass(frozen=True)
@@ -50,6 +55,40 @@ class Profile:
         }
 
 
+def read_profile(path: Path) -> Profile:
+    """Read a profile that `sepconvert profile` wrote.
+
+    Raises:
+        SepconvertError: no such file, no profile, or of another version, with the key at fault.
+    """
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+        if document["schema"] != SCHEMA:
+            raise SepconvertError(f"{path}: expected schema {SCHEMA!r}, got {document['schema']!r}")
+        latency, accuracy = document["latency_ms"], document["accuracy"]
+        return Profile(
+            params=int(document["params"]),
+            macs=int(document["macs"]),
+            onnx_bytes=document["onnx_bytes"],
+            latency=None
+            if latency is None
+            else Latency(
+                float(latency["median"]), Interval(*map(float, latency["ci95"])), float(latency["p90"]),
+                int(latency["runs"]), int(latency["threads"]), int(latency["batch"]),
+            ),
+            accuracy=None
+            if accuracy is None
+            else Accuracy(float(accuracy["top1"]), accuracy["top5"], int(accuracy["n"])),
+            uncounted_ops=dict(document["uncounted_ops"]),
+        )  # fmt: skip
+    except OSError as error:
+        raise SepconvertError(f"{path}: cannot be read: {error.strerror}; check the path") from error
+    except (ValueError, TypeError, KeyError) as error:
+        raise SepconvertError(
+            f"{path}: not a profile that `sepconvert profile` wrote ({first_line(error)}); make it anew"
+        ) from error
+
+
 @dataclass(frozen=True)
 class Comparison:
     """Profiles side by side; `print` it. The first is the base of the ratios."""
@@ -62,6 +101,26 @@ class Comparison:
         rows = [[name, *(column[name] for column in columns)] for name in columns[0]]
         headers = ["", "base", *(f"#{index}" for index in range(2, len(columns) + 1))]
         return tabulate(rows, headers=headers, disable_numparse=True)
+
+    def to_json(self) -> dict[str, Any]:
+        """`{"profiles": […], "deltas": […]}`, each delta against the first profile.
+
+        Separate runs are not paired: they allow no statement about speed-up or agreement.
+        """
+        base = self.profiles[0]
+        return {
+            "profiles": [profile.to_json() for profile in self.profiles],
+            "deltas": [
+                {
+                    "params_ratio": base.params / profile.params if profile.params else None,
+                    "macs_ratio": base.macs / profile.macs if profile.macs else None,
+                    "latency_speedup": None,
+                    "accuracy_drop_pp": None,
+                    "agreement": None,
+                }
+                for profile in self.profiles[1:]
+            ],
+        }
 
 
 def profile(

@@ -39,7 +39,7 @@ from torch import nn
 
 from sepconvert import cli, commands
 
-COMMANDS = ["convert", "inspect", "apply", "demo"]
+COMMANDS = ["convert", "inspect", "profile", "compare", "apply", "demo"]
 RESULTS = [
     "converted.onnx", "converted.pt2", "converted.safetensors",
     "original.onnx", "plan.json", "report.html", "report.json",
@@ -776,3 +776,47 @@ def test_a_full_disk(here, tiny_disk, pages, file):
     assert (process.returncode, out) == (2, b""), err
     assert re.fullmatch(rf"sepconvert: .*{file}: cannot be written: .*\n", err.decode())
     assert listing(tiny_disk) == ["ballast"]
+
+
+# Profile and compare -------------------------------------------------------------------------------
+
+
+def test_a_profile_is_written_and_compared(here, run):
+    outcome = run("profile", "net.pt", *SHAPE, "--runs", "3", "--out", "net.json", "--json")
+    assert outcome.code == 0
+    document = json.loads(outcome.out)
+    assert document == json.loads((here / "net.json").read_text())
+    assert document["schema"] == "sepconvert.profile/1"
+    assert document["flops"] == 2 * document["macs"] > 0
+    assert document["latency_ms"]["runs"] == 3
+
+    table = run("compare", "net.json", "net.pt", *SHAPE, "--runs", "3")
+    assert table.code == 0
+    assert "(1.00×)" in table.out
+    assert "not tested for significance" in table.out
+    compared = json.loads(run("compare", "net.json", "net.json", "--format", "json").out)
+    assert [profile["macs"] for profile in compared["profiles"]] == [document["macs"]] * 2
+    assert compared["deltas"] == [
+        {
+            "params_ratio": 1,
+            "macs_ratio": 1,
+            "latency_speedup": None,
+            "accuracy_drop_pp": None,
+            "agreement": None,
+        }
+    ]
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"schema": "sepconvert.profile/2"}', "null"])
+def test_what_is_no_profile_is_one_line(here, run, text):
+    (here / "odd.json").write_text(text)
+    outcome = run("compare", "odd.json", "odd.json")
+    assert (outcome.code, outcome.out) == (2, "")
+    assert outcome.err.startswith("sepconvert: odd.json: ")
+    assert outcome.err.count("\n") == 1
+
+
+def test_a_profile_of_a_missing_file_leaves_nothing(here, run):
+    before = listing(here)
+    assert run("profile", "absent.pt", *SHAPE, "--out", "absent.json").code == 2
+    assert listing(here) == before
