@@ -11,6 +11,7 @@ import click
 
 from sepconvert import __version__
 from sepconvert.errors import SepconvertError, first_line
+from sepconvert.output import ignore_signal
 
 Command = Callable[..., Any]
 
@@ -221,7 +222,7 @@ def main() -> None:
 def _interrupt(number: int, frame: object) -> None:
     """End the work once; impatience must not interrupt the cleaning up."""
     for each in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(each, signal.SIG_IGN)
+        signal.signal(each, ignore_signal)
     raise KeyboardInterrupt
 
 

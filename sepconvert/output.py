@@ -79,11 +79,15 @@ def _not_writable(out: Path, error: Exception) -> SepconvertError:
     return SepconvertError(f"{out}: cannot be written: {cause}; pass another --out")
 
 
+def ignore_signal(number: int, frame: object) -> None:
+    """A handler that does nothing: with SIG_IGN Python complains of a signal that came just before."""
+
+
 @contextlib.contextmanager
 def _uninterrupted() -> Iterator[None]:
     """Let neither Ctrl-C nor termination stop what must not be left half done."""
     numbers = signal.SIGINT, signal.SIGTERM
-    handlers = [signal.signal(number, signal.SIG_IGN) for number in numbers]
+    handlers = [signal.signal(number, ignore_signal) for number in numbers]
     try:
         yield
     finally:
