@@ -125,3 +125,10 @@ def test_structure_table(document):
 
 def test_the_text_needs_no_more_than_the_json(document):
     assert summary(json.loads(json.dumps(document))) == summary(document)
+
+
+def test_conversions_within_tol_only_are_not_passed_off_as_exact(document):
+    assert "within --tol" not in summary(document)
+    converted = next(layer for layer in document["layers"] if layer["decision"] == "converted")
+    converted["exact"] = False
+    assert "1 of them within --tol only, not exactly" in summary(document)
