@@ -186,10 +186,10 @@ def writing(path: Path) -> Iterator[None]:
         raise
     except OSError as error:
         reason = error.strerror or first_line(error)
-        raise SepconvertError(f"{path.name} cannot be written: {reason}; pass another --out") from error
+        raise SepconvertError(f"{path.name}: cannot be written: {reason}; pass another --out") from error
     except Exception as error:  # torch and safetensors have errors of their own for a full disk
         reason = first_line(error)
-        raise SepconvertError(f"{path.name} cannot be written: {reason}; pass another --out") from error
+        raise SepconvertError(f"{path.name}: cannot be written: {reason}; pass another --out") from error
 
 
 @contextlib.contextmanager
