@@ -2,10 +2,11 @@
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor, nn
 
 from sepconvert.factorize.border import Border
-from sepconvert.factorize.exact import compose, split
+from sepconvert.factorize.exact import branches, compose
 from sepconvert.spec import ConvSpec, PaddingMode
 
 _PADS: dict[PaddingMode, type[nn.Module]] = {
@@ -16,12 +17,12 @@ _PADS: dict[PaddingMode, type[nn.Module]] = {
 }
 
 
-class FactorizedConv2d(nn.Sequential):
-    """Convolutions, applied one after another, that stand where a dense `nn.Conv2d` stood.
+class FactorizedConv2d(nn.Module):
+    """Small convolutions that stand where a dense `nn.Conv2d` stood.
 
-    Input N×C×H×W or C×H×W, output as the dense layer's. All parts are plain torch modules. The
-    attributes of `nn.Conv2d` that real models read answer for the dense layer; `weight` is composed
-    from the factors on each access, differentiable and read-only.
+    Input N×C×H×W or C×H×W, output as the dense layer's: the sum of `branches`, each a chain of plain
+    torch modules. The attributes of `nn.Conv2d` that real models read answer for the dense layer;
+    `weight` is composed from the factors on each access, differentiable and read-only.
     """
 
     transposed = False
@@ -33,42 +34,67 @@ class FactorizedConv2d(nn.Sequential):
         self.scheme = scheme
         self.rank = rank
         self.border = border
-        for factor in split(spec, scheme, rank, border):
-            pads = _pads(factor)
-            self.extend(pads)
-            self.append(_convolution(factor, padded=bool(pads)))
+        self.branches = nn.ModuleList(
+            nn.Sequential(*(module for factor in chain for module in _modules(factor)))
+            for chain in branches(spec, scheme, rank, border)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The sum of what the branches make of `x`."""
+        first, *others = self.branches
+        output: Tensor = first(x)
+        for branch in others:
+            output = output + branch(x)
+        return output
 
     @property
     def convolutions(self) -> list[nn.Conv2d]:
-        """The factors, in order of application."""
-        return [module for module in self if isinstance(module, nn.Conv2d)]
+        """The factors, branch by branch in order of application."""
+        return [module for branch in self.branches for module in _convolutions(branch)]
+
+    @property
+    def factors(self) -> tuple[Tensor, ...]:
+        """The kernels of all branches joined, as the structure's table has them."""
+        kernels = [[convolution.weight for convolution in _convolutions(branch)] for branch in self.branches]
+        # The inner dimension, over which branches are summed, is the last part of the first kernel's
+        # output channels and of the second's input channels.
+        return tuple(
+            torch.stack(parts, 1 + position).flatten(position, 1 + position)
+            for position, parts in enumerate(zip(*kernels, strict=True))
+        )
 
     def set_factors(
         self, weights: Sequence[Tensor], bias: Tensor | None, *, fixed: bool = False, frozen: bool = False
     ) -> None:
-        """Copy the factors' kernels, and the bias of the last.
+        """Copy the factors' kernels (`factors`), and the bias of the last convolution.
 
         `fixed` filters become buffers, as the dense kernel was none of the model's parameters;
         `frozen` ones parameters without gradient.
         """
 
         def set_tensor(convolution: nn.Conv2d, name: str, value: Tensor) -> None:
+            value = value.clone(memory_format=torch.contiguous_format)
             delattr(convolution, name)
             if fixed:
-                convolution.register_buffer(name, value.clone())
+                convolution.register_buffer(name, value)
             else:
-                setattr(convolution, name, nn.Parameter(value.clone(), requires_grad=not frozen))
+                setattr(convolution, name, nn.Parameter(value, requires_grad=not frozen))
 
-        for convolution, weight in zip(self.convolutions, weights, strict=True):
-            set_tensor(convolution, "weight", weight)
+        count = len(self.branches)
+        for index, branch in enumerate(self.branches):
+            parts = (
+                weight[(slice(None),) * position + (slice(index, None, count),)]
+                for position, weight in enumerate(weights)
+            )
+            for convolution, weight in zip(_convolutions(branch), parts, strict=True):
+                set_tensor(convolution, "weight", weight)
         if bias is not None:
             set_tensor(self.convolutions[-1], "bias", bias)
 
     @property
     def weight(self) -> Tensor:
         """The dense kernel O × C/groups × kh × kw that the factors amount to."""
-        weights = [convolution.weight for convolution in self.convolutions]
-        return compose(self.spec, self.scheme, self.border, weights)
+        return compose(self.spec, self.scheme, self.border, self.factors)
 
     @property
     def bias(self) -> Tensor | None:
@@ -119,6 +145,15 @@ class FactorizedConv2d(nn.Sequential):
     def extra_repr(self) -> str:
         """Name of the structure."""
         return f"{self.scheme}, rank={self.rank}"
+
+
+def _convolutions(branch: nn.Module) -> list[nn.Conv2d]:
+    return [module for module in branch.children() if isinstance(module, nn.Conv2d)]
+
+
+def _modules(spec: ConvSpec) -> list[nn.Module]:
+    pads = _pads(spec)
+    return [*pads, _convolution(spec, padded=bool(pads))]
 
 
 def _pads(spec: ConvSpec) -> list[nn.Module]:

@@ -190,12 +190,12 @@ INPUTS = torch.randn(2, 6, 12, 11, generator=torch.Generator().manual_seed(0))
 
 
 def test_parts_are_plain_torch_modules(layer):
-    assert [type(part) for part in layer] == [nn.Conv2d, nn.Conv2d]
-    assert layer[0].bias is None
-    assert layer[1].bias is layer.bias
+    assert [type(part) for part in layer.branches[0]] == [nn.Conv2d, nn.Conv2d]
+    assert layer.branches[0][0].bias is None
+    assert layer.branches[0][1].bias is layer.bias
     assert "spatial-vh, rank=2" in repr(layer)
     even = factorized(planted_conv("spatial-hv", kernel_size=(4, 4), padding="same"), "spatial-hv")[0]
-    assert [type(part) for part in even] == [nn.ZeroPad2d, nn.Conv2d, nn.ZeroPad2d, nn.Conv2d]
+    assert [type(part) for part in even.branches[0]] == [nn.ZeroPad2d, nn.Conv2d, nn.ZeroPad2d, nn.Conv2d]
 
 
 def test_the_same_gradient_reaches_the_input_and_the_factors_learn(conv, layer):
@@ -203,7 +203,11 @@ def test_the_same_gradient_reaches_the_input_and_the_factors_learn(conv, layer):
     conv(dense_inputs).square().sum().backward()
     layer(inputs).square().sum().backward()
     torch.testing.assert_close(inputs.grad, dense_inputs.grad, rtol=1e-4, atol=1e-3)
-    assert {name for name, _ in layer.named_parameters()} == {"0.weight", "1.weight", "1.bias"}
+    assert {name for name, _ in layer.named_parameters()} == {
+        "branches.0.0.weight",
+        "branches.0.1.weight",
+        "branches.0.1.bias",
+    }
     for parameter in layer.parameters():
         assert parameter.requires_grad
         assert parameter.grad.abs().max() > 0
@@ -211,6 +215,21 @@ def test_the_same_gradient_reaches_the_input_and_the_factors_learn(conv, layer):
     before = layer(INPUTS).square().sum().item()
     optimizer.step()
     assert layer(INPUTS).square().sum().item() < before
+
+
+@pytest.mark.parametrize("scheme", ["depthwise-pointwise", "pointwise-depthwise"])
+@pytest.mark.parametrize("groups", [1, 2])
+def test_a_multiplier_is_laid_out_as_a_sum_of_branches(scheme, groups):
+    conv = planted_conv(scheme, padding=1, groups=groups, dtype=torch.float32)
+    layer, finding = factorized(conv, scheme)
+    assert finding.rank == len(layer.branches) == 2
+    depthwise = [part for part in layer.convolutions if part.kernel_size == (3, 3)]
+    # Multiplier 1: as many kernels of one input channel as channels.
+    assert all(part.in_channels == part.out_channels == part.groups for part in depthwise)
+    assert [part.bias is not None for part in layer.convolutions] == [False, False, False, True]
+    outputs = [branch(INPUTS) for branch in layer.branches]
+    assert all(output.abs().max() > 1e-3 for output in outputs)
+    torch.testing.assert_close(sum(outputs), conv(INPUTS), rtol=1e-5, atol=1e-4)
 
 
 def test_weight_is_differentiable(layer):
@@ -261,7 +280,9 @@ def test_state_dict_round_trip(bias, fixed):
     conv = planted_conv("spatial-vh", padding=1, dtype=torch.float32, bias=bias)
     layer, _ = factorized(conv, "spatial-vh", fixed=fixed)
     state = layer.state_dict()
-    assert set(state) == {"0.weight", "1.weight"} | ({"1.bias"} if bias else set())
+    assert set(state) == {"branches.0.0.weight", "branches.0.1.weight"} | (
+        {"branches.0.1.bias"} if bias else set()
+    )
     other, _ = factorized(
         planted_conv("spatial-vh", padding=1, dtype=torch.float32, bias=bias, seed=1), "spatial-vh"
     )
@@ -284,7 +305,11 @@ def test_other_dtypes(layer, dtype):
 def test_fixed_filters_are_buffers_and_frozen_ones_want_no_gradient(conv):
     fixed, _ = factorized(conv, "spatial-vh", fixed=True)
     assert list(fixed.parameters()) == []
-    assert {name for name, _ in fixed.named_buffers()} == {"0.weight", "1.weight", "1.bias"}
+    assert {name for name, _ in fixed.named_buffers()} == {
+        "branches.0.0.weight",
+        "branches.0.1.weight",
+        "branches.0.1.bias",
+    }
     frozen, _ = factorized(conv, "spatial-vh", frozen=True)
     assert len(list(frozen.parameters())) == 3
     assert not any(parameter.requires_grad for parameter in frozen.parameters())
@@ -318,12 +343,12 @@ def test_an_empty_layer_lies_on_the_meta_device_and_has_its_geometry(scheme):
     assert output.shape == (2, 10, 9, 8)
     assert layer.weight.shape == (10, 3, 4, 3)
     with pytest.raises(ValueError, match=r"zip\(\)"):
-        layer.set_factors([torch.zeros(1)] * 3, None)
+        layer.set_factors([*layer.factors, layer.factors[0]], None)
 
 
 def test_training_flag_and_hooks_work_as_on_any_module(layer):
     assert not layer.eval().training
-    assert not layer[0].training
+    assert not layer.branches[0][0].training
     seen = []
     layer.register_forward_hook(lambda module, inputs, output: seen.append(output.shape))
     layer(INPUTS)

@@ -297,7 +297,8 @@ def rehash(folder):
 
 
 @pytest.mark.parametrize(
-    ("tensor", "layer"), [("body.0.0.weight", "body.0"), ("conv2d_0.1.weight", "conv2d_0")]
+    ("tensor", "layer"),
+    [("body.0.branches.0.0.weight", "body.0"), ("conv2d_0.branches.0.1.weight", "conv2d_0")],
 )
 def test_tampered_weights(replayable, tensor, layer):
     model, folder = replayable
@@ -641,13 +642,15 @@ def test_blur_pools_of_timm(name, tmp_path):
     assert np.allclose(outputs[0], model(images).detach().numpy(), atol=1e-4 * np.abs(outputs[0]).max())
 
 
+@pytest.mark.parametrize("broken", [0, 1])
 @pytest.mark.parametrize("value", [np.nan, np.inf])
-def test_kernels_that_are_not_finite_are_kept_and_the_others_converted(planted, x, value):
-    model = nn.Sequential(planted(3, 8), nn.Conv2d(8, 4, 3))
-    model[1].weight.data[0, 0, 0, 0] = value
+def test_kernels_that_are_not_finite_are_kept_and_the_others_converted(planted, x, value, broken):
+    layers = [planted(3, 8), planted(8, 4)]
+    model = nn.Sequential(*layers)
+    model[broken].weight.data[0, 0, 0, 0] = value
     result = convert(model, x)
-    assert decisions(result.report) == {"0": "converted", "1": "kept"}
-    assert "NaN or Inf" in result.report["layers"][1]["reason"]
+    assert decisions(result.report) == {str(broken): "kept", str(1 - broken): "converted"}
+    assert "NaN or Inf" in result.report["layers"][broken]["reason"]
     assert result.report["verification"]["passed"]
 
 

@@ -41,7 +41,7 @@ def test_weights_that_are_computed(wrap, training, planted, separated, x):
     model.train(training)
     converted, names, _ = separated(model, x)
     assert names == {"0"}
-    assert converted.training == converted[0].training == converted[0][0].training == training
+    assert converted.training == converted[0].training == converted[0].branches[0][0].training == training
     again = pickle.loads(pickle.dumps(copy.deepcopy(converted)))  # noqa: S301
     assert close(again.eval()(x), model.eval()(x))
 

@@ -114,7 +114,7 @@ def other_dilation(layer):
 
 
 def other_end(layer):
-    layer[0] = nn.ZeroPad2d((0, 0, 2, 1))
+    layer.branches[0][0] = nn.ZeroPad2d((0, 0, 2, 1))
 
 
 class Times(nn.Module):
@@ -131,11 +131,11 @@ class Times(nn.Module):
 
 
 def one_output(layer):
-    layer.append(Times(1.001))
+    layer.branches[0].append(Times(1.001))
 
 
 def nan(layer):
-    layer.append(Times(np.nan))
+    layer.branches[0].append(Times(np.nan))
 
 
 BREAKAGES = {

@@ -5,7 +5,7 @@ Everything is decided in float64; the factors are cast once, to the dtype of the
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -175,6 +175,14 @@ def split(spec: ConvSpec, scheme: str, rank: int, border: Border) -> tuple[ConvS
     """Geometry of the convolutions that replace a dense one."""
     trimmed = border.trim_spec(spec)
     return (trimmed,) if scheme == ZERO_BORDER else BY_NAME[scheme].split(trimmed, rank)
+
+
+def branches(spec: ConvSpec, scheme: str, rank: int, border: Border) -> tuple[tuple[ConvSpec, ...], ...]:
+    """Geometry of the convolutions as they are laid out: chains, the outputs of which are summed."""
+    if scheme == ZERO_BORDER or not BY_NAME[scheme].parallel:
+        return (split(spec, scheme, rank, border),)
+    unbiased = split(replace(spec, bias=False), scheme, 1, border)
+    return (unbiased,) * (rank - 1) + (split(spec, scheme, 1, border),)
 
 
 def channel_errors(composed: Tensor, weight: Tensor) -> Tensor:

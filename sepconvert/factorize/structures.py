@@ -31,6 +31,8 @@ class Structure:
     first: str  # batch × rows × r → kernel of the first convolution
     second: str  # batch × r × columns → kernel of the second convolution
     applies: Callable[[ConvSpec], bool]
+    # A rank above 1 is a sum of branches of rank 1: a runtime's depthwise kernels serve multiplier 1 alone.
+    parallel: bool = False
 
     def unfold(self, spec: ConvSpec, weight: Tensor) -> Tensor:
         """Kernel O × C/g × kh × kw → matrices B × m × n, whose common rank decides."""
@@ -178,6 +180,7 @@ STRUCTURES: tuple[Structure, ...] = (
         first="(g c) (i j) r -> (g c r) 1 i j",
         second="(g c) r o -> (g o) (c r) 1 1",
         applies=lambda spec: _extended(spec) and _mixes(spec),
+        parallel=True,
     ),
     # W[o,c,i,j] = Σ_m D[(o,m),i,j] P[(o,m),c]
     Structure(
@@ -186,6 +189,7 @@ STRUCTURES: tuple[Structure, ...] = (
         first="(g o) c r -> (g o r) c 1 1",
         second="(g o) r (i j) -> (g o) r i j",
         applies=lambda spec: _extended(spec) and _mixes(spec),
+        parallel=True,
     ),
     # W[o,c,i,j] = Σ_r K[o,r,i,j] P[r,c]
     Structure(

@@ -1,0 +1,311 @@
+"""Approximate factors in the metric of the data: least output error over depthwise-separable kernels.
+
+With x the input patches of a layer in the network as converted so far, y its outputs in the original,
+and e = y − (W x + b) what the original kernel would miss there, the kernel Ŵ minimises
+
+    E‖y − ŷ‖² + ρ ‖W − Ŵ‖²  =  tr(Δ (S + ρI) Δᵀ) + 2 tr(Δ Eᵀ) + const,   Δ = W − Ŵ,
+
+in centred moments S = Cov(x), E = Cov(e, x), means being the bias's business. Its unconstrained
+minimum, W + E(S + ρI)⁻¹, is the ridge regression of y on x towards W. Everything is float64.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from sepconvert.factorize.structures import BY_NAME
+from sepconvert.spec import ConvSpec
+
+DEPTHWISE_POINTWISE = "depthwise-pointwise"
+POINTWISE_DEPTHWISE = "pointwise-depthwise"
+
+# ρ, as a share of the mean of S's diagonal: dead channels and fewer samples than unknowns leave S singular.
+_RIDGE = 1e-3
+_SWEEPS = 60
+_ENOUGH = 5e-4  # stop when a sweep lowers the error by less than this share of it
+_CG_STEPS = 12
+_CG_ENOUGH = 1e-16  # share of the preconditioned residual's square
+_FEW_CG_STEPS = 6  # where each costs a product with all of S
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Centred second moments of a layer's data, for each of its g groups (C and O per group, K = kh·kw).
+
+    x are input patches, y the original's outputs, e = y − (W x + b).
+    """
+
+    count: int  # patches seen
+    covariance: Tensor  # g × C·K × C·K, Cov(x)
+    cross: Tensor  # g × O × C·K, Cov(e, x)
+    mean: Tensor  # g × C·K, of x
+    missed: Tensor  # g·O, mean of e
+    missed_power: float  # E‖e − E e‖²
+    power: float  # E‖y − E y‖²
+
+    @classmethod
+    def of_weights(cls, spec: ConvSpec, weight: Tensor) -> "Moments":
+        """Those of white noise, with which output error is weight error: for want of data."""
+        o, c = spec.out_channels // spec.groups, spec.in_channels // spec.groups
+        size = c * spec.kernel_size[0] * spec.kernel_size[1]
+        zeros = torch.zeros(spec.groups, o, size, dtype=torch.float64)
+        return cls(
+            count=0,
+            covariance=torch.eye(size, dtype=torch.float64).expand(spec.groups, -1, -1),
+            cross=zeros,
+            mean=zeros[:, 0],
+            missed=zeros[..., 0].flatten(),
+            missed_power=0.0,
+            power=float(weight.double().square().sum()),
+        )
+
+
+@dataclass(frozen=True)
+class Approximation:
+    """Factors of a kernel, and how near they come."""
+
+    scheme: str
+    rank: int
+    weights: tuple[Tensor, Tensor]  # float64, as the structure's table has them
+    kernel: Tensor  # O × C × kh × kw, float64: what the factors amount to
+    bias_shift: Tensor  # O: what the bias must be raised by
+    weight_error: float  # ‖W − Ŵ‖ / ‖W‖
+    output_error: float  # √(E‖y − ŷ‖² / E‖y − E y‖²)
+    objective: tuple[float, ...]  # after each sweep, as a share of E‖y − E y‖²
+
+
+def approximate(
+    spec: ConvSpec, weight: Tensor, moments: Moments, scheme: str, rank: int, sweeps: int = _SWEEPS
+) -> Approximation:
+    """Fit factors of `rank` by alternating least squares; no sweep raises the objective.
+
+    Args:
+        spec: geometry of the dense layer.
+        weight: O × C/g × kh × kw.
+        moments: of the layer's data.
+        scheme: "depthwise-pointwise" or "pointwise-depthwise".
+        rank: M, from 1 to `full_rank`, at which the original kernel is reproduced.
+        sweeps: at most so many.
+    """
+    dense = rearrange(weight.double(), "(g o) c i j -> g o c (i j)", g=spec.groups)
+    # A scale common to all patches changes nothing but the range of the numbers.
+    scale = float(moments.covariance.diagonal(dim1=-2, dim2=-1).mean()) or 1.0
+    silent = not moments.covariance.any()
+    metric = moments.covariance / scale
+    metric = metric + (1.0 if silent else _RIDGE) * torch.eye(metric.shape[-1], dtype=torch.float64)
+    fit = _SOLVERS[scheme]
+    left, right, objective = fit(
+        dense, metric, moments.cross / scale, moments.missed_power / scale, rank, sweeps
+    )
+    structure = BY_NAME[scheme]
+    weights = structure.kernels(spec, left, right)
+    kernel = structure.compose(spec, *weights)
+    difference = rearrange(weight.double() - kernel, "(g o) c i j -> g o (c i j)", g=spec.groups)
+    error = (
+        (difference @ moments.covariance * difference).sum()
+        + 2 * (difference * moments.cross).sum()
+        + moments.missed_power
+    )
+    norm = float(dense.square().sum()) or 1.0
+    power = moments.power or 1.0
+    return Approximation(
+        scheme=scheme,
+        rank=rank,
+        weights=weights,
+        kernel=kernel,
+        bias_shift=moments.missed + (difference @ moments.mean[..., None]).flatten(),
+        weight_error=float(difference.square().sum() / norm) ** 0.5,
+        output_error=max(float(error) / power, 0.0) ** 0.5,
+        objective=tuple(value * scale / power for value in objective),
+    )
+
+
+# W[o,c,k] = Σ_m P[o,c,m] D[c,m,k], for each group: D acts on every channel by itself.
+
+
+def _fit_depthwise_pointwise(
+    dense: Tensor, metric: Tensor, cross: Tensor, constant: float, rank: int, sweeps: int
+) -> tuple[Tensor, Tensor, list[float]]:
+    groups, _, channels, taps = dense.shape
+    cross = cross.view(dense.shape)
+    by_channel = metric.view(groups * channels, taps, channels * taps)
+    diagonal = (
+        metric.view(groups, channels, taps, channels, taps).diagonal(dim1=1, dim2=3).permute(0, 3, 1, 2)
+    )
+    target = _product(dense, metric) + cross
+    start = float((dense * (target + cross)).sum()) + constant
+    depthwise = _leading_rows(dense.transpose(1, 2), diagonal, rank)
+    objective: list[float] = []
+
+    def filtered(depthwise: Tensor) -> Tensor:
+        """B(D) S as g × C × M × C × K."""
+        rows = depthwise.reshape(groups * channels, rank, taps) @ by_channel
+        return rows.view(groups, channels, rank, channels, taps)
+
+    while True:
+        # P by its normal equations, as a correction of the projection of W: at full rank, of nothing.
+        rows = filtered(depthwise)
+        gram = torch.einsum("gbmak,gank->gbman", rows, depthwise).reshape(groups, channels * rank, -1)
+        projected = torch.einsum("gock,gcmk->gocm", dense, depthwise)
+        rest = dense - torch.einsum("gocm,gcmk->gock", projected, depthwise)
+        missing = rest.flatten(2) @ rows.flatten(3).flatten(1, 2).mT
+        missing = missing + torch.einsum("gock,gcmk->gocm", cross, depthwise).flatten(2)
+        pointwise = projected + _solve(gram, missing.mT).mT.view(projected.shape)
+        onto = torch.einsum("gock,gcmk->gocm", target, depthwise)
+        objective.append(start - float((pointwise * onto).sum()))
+        if len(objective) >= sweeps or rank == taps or _settled(objective):
+            break
+        # D by conjugate gradients on its own.
+        by_pairs = (pointwise.flatten(2).mT @ pointwise.flatten(2)).view(
+            groups, channels, rank, channels, rank
+        )
+        wanted = torch.einsum("gocm,gock->gcmk", pointwise, target)
+
+        def hessian(step: Tensor, by_pairs: Tensor = by_pairs) -> Tensor:
+            return torch.einsum("gcmbn,gbnck->gcmk", by_pairs, filtered(step))
+
+        blocks = by_pairs.diagonal(dim1=1, dim2=3).permute(0, 3, 1, 2)
+        solution = _conjugate_gradients(
+            hessian, _kronecker_inverse(blocks, diagonal), wanted, depthwise, (1, 2, 3), _CG_STEPS
+        )
+        depthwise = torch.linalg.qr(solution.mT).Q.mT
+    left = depthwise.mT.flatten(0, 1)
+    return left, rearrange(pointwise, "g o c m -> (g c) m o"), objective
+
+
+# W[o,c,k] = Σ_m P[o,c,m] D[o,m,k]: every output channel by itself, under one metric.
+
+
+def _fit_pointwise_depthwise(
+    dense: Tensor, metric: Tensor, cross: Tensor, constant: float, rank: int, sweeps: int
+) -> tuple[Tensor, Tensor, list[float]]:
+    groups, outputs, channels, taps = dense.shape
+    target = _product(dense, metric) + cross.view(dense.shape)
+    start = float((dense * (target + cross.view(dense.shape))).sum()) + constant
+    by_tap = metric.view(groups, channels, taps, channels, taps)
+    over_channels = torch.einsum("gckcl->gkl", by_tap)[:, None] / channels
+    over_taps = torch.einsum("gakbk->gab", by_tap)[:, None] / taps
+    ones = torch.eye(rank, dtype=torch.float64).expand(groups, outputs, -1, -1)
+    depthwise = _leading_rows(dense, over_channels, rank)
+    pointwise = dense @ depthwise.mT
+    precondition = _kronecker_inverse(over_taps, ones)
+    objective: list[float] = []
+    while True:
+
+        def hessian(step: Tensor, depthwise: Tensor = depthwise) -> Tensor:
+            return _product(step @ depthwise, metric) @ depthwise.mT
+
+        # P by conjugate gradients: its C·M normal equations differ from output to output.
+        rest = _product(dense - pointwise @ depthwise, metric) + cross.view(dense.shape)
+        correction = _conjugate_gradients(
+            hessian, precondition, rest @ depthwise.mT, torch.zeros_like(pointwise), (2, 3), _FEW_CG_STEPS
+        )
+        pointwise = pointwise + correction
+        kernel = pointwise @ depthwise
+        objective.append(start - float((kernel * (2 * target - _product(kernel, metric))).sum()))
+        if len(objective) >= sweeps or rank == min(taps, channels) or _settled(objective):
+            break
+        # D by its M·K normal equations.
+        rows = rearrange(pointwise, "g o c m -> g (o m) c") @ rearrange(by_tap, "g a k b l -> g b (k a l)")
+        gram = torch.einsum(
+            "gomkal,goan->gomlnk", rows.view(groups, outputs, rank, taps, channels, taps), pointwise
+        ).reshape(groups, outputs, rank * taps, rank * taps)
+        wanted = pointwise.mT @ target
+        solution = _solve(gram, wanted.flatten(2)[..., None]).view(depthwise.shape)
+        rows_of, mixing = torch.linalg.qr(solution.mT)
+        depthwise, pointwise = rows_of.mT, pointwise @ mixing.mT
+    return pointwise.flatten(0, 1), depthwise.flatten(0, 1), objective
+
+
+_SOLVERS: dict[str, Callable[..., tuple[Tensor, Tensor, list[float]]]] = {
+    DEPTHWISE_POINTWISE: _fit_depthwise_pointwise,
+    POINTWISE_DEPTHWISE: _fit_pointwise_depthwise,
+}
+
+
+def _product(dense: Tensor, metric: Tensor) -> Tensor:
+    """W S, in the shape of W."""
+    return (dense.flatten(2) @ metric).view(dense.shape)
+
+
+def _leading_rows(matrices: Tensor, metric: Tensor, rank: int) -> Tensor:
+    """… × m × K → … × rank × K, orthonormal: rows that span the best approximation under a metric K × K."""
+    factor = torch.linalg.cholesky(metric)
+    weighted = matrices @ factor
+    rows = torch.linalg.svd(weighted, full_matrices=weighted.shape[-2] < rank).Vh[..., :rank, :]
+    spanning = torch.linalg.solve_triangular(factor, rows.contiguous(), upper=False, left=False)
+    basis: Tensor = torch.linalg.qr(spanning.mT).Q
+    return basis.mT
+
+
+def _settled(objective: list[float]) -> bool:
+    return len(objective) > 1 and objective[-2] - objective[-1] <= _ENOUGH * abs(objective[-1])
+
+
+def _solve(gram: Tensor, right: Tensor) -> Tensor:
+    """The symmetric positive semidefinite system; where it is singular, some solution."""
+    gram = (gram + gram.mT) / 2
+    ridge = torch.finfo(gram.dtype).eps * gram.shape[-1] * gram.diagonal(dim1=-2, dim2=-1).mean(-1)
+    ridge = torch.where(ridge > 0, ridge, 1.0)
+    gram = gram + ridge[..., None, None] * torch.eye(gram.shape[-1], dtype=gram.dtype)
+    solution: Tensor = torch.cholesky_solve(right, torch.linalg.cholesky(gram))
+    return solution
+
+
+def _kronecker_inverse(left: Tensor, right: Tensor) -> Callable[[Tensor], Tensor]:
+    """X ↦ the pseudo-inverse of (left ⊗ right) on X, of … × m × k: both are symmetric."""
+    left_values, left_vectors = _eigen(left)
+    right_values, right_vectors = _eigen(right)
+    values = left_values.clamp(min=0)[..., :, None] * right_values.clamp(min=0)[..., None, :]
+    threshold = 1e-12 * values.amax((-2, -1), keepdim=True)
+    inverse = torch.where(values > threshold, 1 / values, torch.zeros_like(values))
+
+    def apply(x: Tensor) -> Tensor:
+        rotated = left_vectors.mT @ x @ right_vectors
+        return left_vectors @ (rotated * inverse) @ right_vectors.mT
+
+    return apply
+
+
+def _eigen(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    values, vectors = torch.linalg.eigh(matrix)
+    return values, vectors
+
+
+def _conjugate_gradients(
+    hessian: Callable[[Tensor], Tensor],
+    precondition: Callable[[Tensor], Tensor],
+    right: Tensor,
+    start: Tensor,
+    dims: tuple[int, ...],
+    steps: int,
+) -> Tensor:
+    """Some steps towards hessian(X) = right from `start`; each lowers the quadratic objective.
+
+    `dims` are those of the unknowns of one system; the others count systems.
+    """
+
+    def inner(a: Tensor, b: Tensor) -> Tensor:
+        return (a * b).sum(dims, keepdim=True)
+
+    def ratio(a: Tensor, b: Tensor) -> Tensor:
+        return torch.where((a > 0) & (b > 0), a / b, torch.zeros_like(a))
+
+    solution, residual = start, right - hessian(start)
+    direction = precondition(residual)
+    size = first = inner(residual, direction)
+    for _ in range(steps):
+        size = torch.where(size > _CG_ENOUGH * first, size, torch.zeros_like(size))
+        if not size.any():
+            break
+        image = hessian(direction)
+        length = ratio(size, inner(direction, image))
+        solution = solution + length * direction
+        residual = residual - length * image
+        step = precondition(residual)
+        previous, size = size, inner(residual, step)
+        direction = step + ratio(size, previous) * direction
+    return solution
