@@ -1,4 +1,5 @@
-"""Replace the convolutions of a trained CNN by separable ones, exactly where the kernel allows it.
+"""Replace the convolutions of a trained CNN by separable ones, exactly where the kernel allows it,
+and by depthwise and pointwise ones, fitted to the data, where it does not.
 
 The public names are resolved on first use, so that `sepconvert --help` answers without loading torch.
 """
@@ -13,9 +14,11 @@ _PUBLIC = {
     "DemandNotMetError": "errors",
     "FactorizedConv2d": "layers",
     "Profile": "profiling",
+    "FinetuneResult": "finetune",
     "SepconvertError": "errors",
     "compare": "profiling",
     "convert": "pipeline",
+    "finetune": "finetune",
     "inspect": "pipeline",
     "profile": "profiling",
 }
@@ -25,6 +28,8 @@ __all__ = ["__version__", *sorted(_PUBLIC)]
 if TYPE_CHECKING:
     from sepconvert.errors import DemandNotMetError as DemandNotMetError
     from sepconvert.errors import SepconvertError as SepconvertError
+    from sepconvert.finetune import FinetuneResult as FinetuneResult
+    from sepconvert.finetune import finetune as finetune
     from sepconvert.layers import FactorizedConv2d as FactorizedConv2d
     from sepconvert.pipeline import ConversionResult as ConversionResult
     from sepconvert.pipeline import convert as convert

@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from sepconvert import __version__
-from sepconvert.errors import SepconvertError, first_line
+from sepconvert.errors import DemandNotMetError, SepconvertError, first_line
 from sepconvert.output import ignore_signal
 
 Command = Callable[..., Any]
@@ -69,6 +69,23 @@ _selection_options = _options(
         help="Relative kernel error that counts as exact [default: rounding of its dtype].",
     ),
 )
+_approx_options = _options(
+    click.option("--calib", metavar="PATH", help="Images to fit to, in the forms of --data "
+                 "[default: a part of --data, which is then not scored]."),
+    click.option("--calib-images", default=1024, show_default=True, type=click.IntRange(1),
+                 help="How many; a quarter is held out to judge plans by."),
+    click.option("--rank", type=click.IntRange(1), help="Depthwise multiplier of all layers, no search."),
+    click.option("--target-macs", type=float, metavar="F", help="Most MACs, as a share of the original's."),
+    click.option("--min-speedup", type=float, metavar="X", help="Least measured latency ratio."),
+    click.option("--max-drop", type=float, metavar="PP",
+                 help="Largest drop of top-1 on --data [default: 1, if nothing else is demanded]."),
+    click.option("--finetune", default=0, metavar="EPOCHS", type=click.IntRange(0),
+                 help="Distil from the original afterwards, on --train or --calib."),
+    click.option("--train", metavar="PATH", help="Images to fine-tune on; their labels are used if there."),
+    click.option("--checkpoint", type=click.Path(path_type=Path), metavar="FILE",
+                 help="Keep fine-tuning in this file while it runs [default: beside --out]."),
+    click.option("--resume", is_flag=True, help="Go on from the checkpoint of a run that was interrupted."),
+)  # fmt: skip
 _run_options = _options(
     click.option(
         "--batch", default=1, show_default=True, type=click.IntRange(1), help="Batch that is run and timed."
@@ -108,12 +125,14 @@ def cli() -> None:
 
 @cli.command()
 @_model_options
-@click.option("--mode", type=click.Choice(["exact"]), default="exact", show_default=True,
-              help="exact: only replacements that preserve the function.")  # fmt: skip
+@click.option("--mode", type=click.Choice(["exact", "approx"]), default="exact", show_default=True,
+              help="exact: only replacements that preserve the function; approx: depthwise and pointwise "
+                   "convolutions, fitted to the data.")  # fmt: skip
 @click.option("--gate", type=click.Choice(["macs", "latency", "none"]), default="macs", show_default=True,
               help="Convert only what costs less: counted, or measured in ONNX Runtime.")  # fmt: skip
 @_selection_options
 @_data_options
+@_approx_options
 @_output_options
 @_timing_options
 @click.option("--dry-run", is_flag=True, help="Show what would be converted; write nothing.")
@@ -211,6 +230,8 @@ def main() -> None:
     except SepconvertError as error:
         if debug:
             raise
+        if isinstance(error, DemandNotMetError) and error.details:
+            click.echo(error.details, err=True)
         sys.exit(_fail(str(error), error.exit_code))
     except Exception as error:
         if debug:

@@ -5,19 +5,21 @@ import json
 import logging
 import sys
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
 import click
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from sepconvert.data import Batch, Preprocess, check_against_model, load_data, sample_shape
+from sepconvert.data import Batch, Preprocess, check_against_model, has_labels, load_data, sample_shape
 from sepconvert.environment import available_cores, environment
 from sepconvert.errors import SepconvertError, first_line
 from sepconvert.export import cast, model_dtype, writing
+from sepconvert.finetune import Step
 from sepconvert.load import LoadedModel, load_model, parse_input_shape
 from sepconvert.output import result_directory
 from sepconvert.pipeline import ConversionResult
@@ -51,6 +53,7 @@ def convert(**options: Any) -> None:
             inputs,
             options["mode"],
             data=data,
+            **_approximate(options, out),
             gate=options["gate"],
             dynamic_batch=options["dynamic_batch"],
             runs=options["runs"],
@@ -142,7 +145,7 @@ def _profile(options: Options) -> tuple[LoadedModel, Profile]:
 
 def demo(**options: Any) -> None:
     """`sepconvert demo`."""
-    from torch.utils.data import DataLoader, TensorDataset
+    from torch.utils.data import TensorDataset
 
     from sepconvert.demo.images import evaluation_data
     from sepconvert.demo.net import load, to_input
@@ -164,6 +167,35 @@ def demo(**options: Any) -> None:
         )
         write_documents(result.report, result.plan, folder)
     _show(options, result, out)
+
+
+def _approximate(options: Options, out: Path) -> dict[str, Any]:
+    """The options of approximate mode."""
+    names = ("calib_images", "rank", "target_macs", "min_speedup", "max_drop", "finetune", "resume")
+    checkpoint = options["checkpoint"] or out.with_name(f"{out.name}.checkpoint")
+    if options["resume"] and not options["finetune"]:
+        raise SepconvertError("--resume: goes on with fine-tuning; pass --finetune too")
+    return {
+        **{name: options[name] for name in names},
+        "calib": _images(options, "calib"),
+        "train": _images(options, "train"),
+        "checkpoint": checkpoint if options["finetune"] else None,
+        "on_step": _training_bar(options),
+    }
+
+
+def _images(options: Options, name: str) -> DataLoader[Batch] | None:
+    """Images of --calib or --train, with labels where there are any."""
+    spec = options[name]
+    if spec is None:
+        return None
+    return load_data(spec, _preprocess(options), labelled=has_labels(spec), option=f"--{name}")
+
+
+def _preprocess(options: Options) -> Preprocess:
+    return Preprocess(
+        _numbers(options["mean"], "--mean"), _numbers(options["std"], "--std"), _size(options["resize"])
+    )
 
 
 def _dry_run(options: Options) -> None:
@@ -215,13 +247,14 @@ def _data_and_inputs(options: Options, loaded: LoadedModel) -> tuple[Iterable[Ba
     data = None
     batch = options["batch"]
     unused = [f"--{name}" for name in ("mean", "std", "resize") if options[name] is not None]
-    if unused and options["data"] is None:
+    images = next((name for name in ("data", "calib", "train") if options.get(name) is not None), None)
+    if unused and images is None:
         raise SepconvertError(f"{', '.join(unused)}: for the images of --data, which is not given; pass both")
+    if options["data"] is None and images is not None and not options["input_shape"]:
+        found = _images(options, images)
+        options = {**options, "input_shape": "x".join(map(str, sample_shape(found)))} if found else options
     if options["data"] is not None:
-        preprocess = Preprocess(
-            _numbers(options["mean"], "--mean"), _numbers(options["std"], "--std"), _size(options["resize"])
-        )
-        data = load_data(options["data"], preprocess)
+        data = load_data(options["data"], _preprocess(options))
         shape = parse_input_shape(options["input_shape"]) if options["input_shape"] else sample_shape(data)
         check_against_model(data, shape, None)
         images = next(iter(data))[0]
@@ -279,6 +312,21 @@ def _progress(options: Options) -> Any:
         return bar
 
     return progress
+
+
+def _training_bar(options: Options) -> Callable[[Step], None]:
+    """Steps, loss and time left of fine-tuning."""
+    bar: tqdm[Any] | None = None
+
+    def show(step: Step) -> None:
+        nonlocal bar
+        if bar is None:
+            hidden = options["quiet"] or sys.stderr is None or not sys.stderr.isatty()
+            bar = tqdm(None, "fine-tuning", step.steps, file=sys.stderr, disable=hidden, leave=False, nrows=2)
+        bar.set_postfix(epoch=step.epoch, loss=f"{step.loss:.3f}", refresh=False)
+        bar.update(step.step - bar.n)
+
+    return show
 
 
 def _show(options: Options, result: ConversionResult, out: Path) -> None:

@@ -14,12 +14,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, Dataset, RandomSampler
+from torch.utils.data import DataLoader, Dataset, IterableDataset, RandomSampler, Subset
 
 from sepconvert.errors import SepconvertError
 from sepconvert.load import resolve_callable
 
-__all__ = ["Batch", "Preprocess", "check_against_model", "load_data", "sample_shape"]
+__all__ = ["Batch", "Preprocess", "check_against_model", "has_labels", "load_data", "sample_shape", "split"]
 
 Batch = tuple[Tensor, Tensor]
 
@@ -104,6 +104,17 @@ def load_data(
     )
 
 
+def has_labels(spec: str) -> bool:
+    """Are there labels: a `y` in an .npz file, class folders in a folder? A callable's loader has them."""
+    if Path(spec).is_dir():
+        return any(child.is_dir() for child in Path(spec).iterdir())
+    try:
+        with np.load(spec, allow_pickle=False) as archive:
+            return "y" in archive
+    except Exception:  # no archive, or a damaged one, of which `load_data` says so
+        return True
+
+
 def sample_shape(loader: DataLoader[Batch]) -> tuple[int, ...]:
     """The shape of one sample, without the batch dimension: (C, H, W) for images."""
     if isinstance(loader.dataset, _Samples):
@@ -131,6 +142,35 @@ def check_against_model(
             f"data: holds the label {int(labels.max())}, the model has {num_classes} outputs, labels 0 to "
             f"{num_classes - 1}; use the data that this model was trained for"
         )
+
+
+def split(loader: DataLoader[Batch], counts: Sequence[int], seed: int) -> list[DataLoader[Batch]]:
+    """Disjoint random parts of so many samples, and the rest as the last; each in the loader's order.
+
+    Raises `SepconvertError` if the data cannot be indexed or are too few.
+    """
+    dataset = loader.dataset
+    if isinstance(dataset, IterableDataset):
+        raise SepconvertError(
+            "data: expected a map-style dataset, of which parts can be taken, got an IterableDataset; "
+            "wrap it in one that has __getitem__ and __len__"
+        )
+    size = len(dataset)  # type: ignore[arg-type]  # map-style datasets have one
+    if sum(counts) > size:
+        raise SepconvertError(
+            f"data: expected at least {sum(counts)} samples, got {size}; pass more or ask for fewer"
+        )
+    order = torch.randperm(size, generator=torch.Generator().manual_seed(seed))
+    parts = torch.split(order, [*counts, size - sum(counts)])
+    return [
+        DataLoader(
+            Subset(dataset, sorted(part.tolist())),
+            batch_size=loader.batch_size or 1,
+            collate_fn=loader.collate_fn,
+            num_workers=loader.num_workers,
+        )
+        for part in parts
+    ]
 
 
 class _Samples(Dataset[Batch]):

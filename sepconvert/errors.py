@@ -8,9 +8,16 @@ class SepconvertError(Exception):
 
 
 class DemandNotMetError(SepconvertError):
-    """A demanded budget or the verification of the result was not met."""
+    """A demanded budget or the verification of the result was not met.
+
+    `details` are what to look at then, several lines, or nothing.
+    """
 
     exit_code = 3
+
+    def __init__(self, message: str, details: str = "") -> None:
+        super().__init__(message)
+        self.details = details
 
 
 def first_line(error: BaseException) -> str:

@@ -1,69 +1,51 @@
-"""The conversion, stage by stage: trace → analyse → plan → rewrite → verify → export → measure → report."""
+"""The conversion, stage by stage: trace → convert in a mode → export → verify → measure → report."""
 
 import contextlib
-import functools
 import hashlib
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from functools import partial
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
 from safetensors.torch import load_model, save_model
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
+from sepconvert.approx import Finetuning, convert_approximately, split_data
+from sepconvert.data import Batch
 from sepconvert.environment import available_cores
 from sepconvert.errors import DemandNotMetError, SepconvertError, first_line
+from sepconvert.exact import analyse_model, convert_exactly, plan_model, verify_model
 from sepconvert.export import (
     ExportNote,
     cast,
     model_dtype,
-    onnx_bytes,
     onnx_feed,
     runtime_dtype,
     save_archive,
     save_onnx,
     writing,
 )
-from sepconvert.factorize.border import Border
-from sepconvert.factorize.exact import ZERO_BORDER, Analysis, Factorization, analyse, split
-from sepconvert.layers import FactorizedConv2d
-from sepconvert.measure.accuracy import Predictions, evaluate
+from sepconvert.factorize.exact import split
+from sepconvert.finetune import Step
+from sepconvert.measure.accuracy import AccuracyDelta, Predictions, evaluate
 from sepconvert.measure.accuracy import compare as compare_predictions
-from sepconvert.measure.cost import count
-from sepconvert.measure.latency import Latency, Speedup, measure_pair, session
-from sepconvert.plan import GATES, ConversionPlan, LayerPlan, plan_layer, selected
-from sepconvert.profiling import Profile, as_inputs, batch_size
+from sepconvert.measure.cost import Cost, count
+from sepconvert.measure.latency import Latency, session
+from sepconvert.plan import GATES, ConversionPlan, LayerPlan, selected
+from sepconvert.profiling import Profile, as_inputs
+from sepconvert.progress import Progress, silent
 from sepconvert.report.document import LayerReport, Report, Verification, report_document
-from sepconvert.rewrite import Replacement, graph_obstacle, rewrite
+from sepconvert.rewrite import Replacement, rewrite
+from sepconvert.search import Budget
+from sepconvert.timing import time_files, time_layers
 from sepconvert.trace import ConvSite, Inputs, private_copy, trace
-from sepconvert.verify import (
-    Comparison,
-    LayerCheck,
-    Outputs,
-    Reference,
-    check_layer,
-    compare_runs,
-    compare_with,
-    reference,
-)
+from sepconvert.verify import Comparison, Outputs, Reference, compare_export, compare_runs
 
-T = TypeVar("T")
-
-
-class Progress(Protocol):
-    """Wraps a loop whose progress may be shown."""
-
-    def __call__(self, items: Iterable[T], description: str, /) -> Iterable[T]:
-        """Yield the items."""
-        ...
-
-
-def _silent(items: Iterable[T], description: str, /) -> Iterable[T]:
-    return items
+MODES = ("exact", "approx")
 
 
 @dataclass(frozen=True)
@@ -79,14 +61,6 @@ class ConversionResult:
     report: dict[str, Any]
 
 
-@dataclass(frozen=True)
-class Analysed:
-    """A model's convolutions, and what is known of each kernel."""
-
-    sites: tuple[ConvSite, ...]
-    analyses: dict[str, Analysis]
-
-
 def inspect(
     model: nn.Module,
     example_inputs: Tensor | Inputs,
@@ -95,24 +69,25 @@ def inspect(
     tol: float | None = None,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
-    progress: Progress = _silent,
+    progress: Progress = silent,
 ) -> dict[str, Any]:
     """Which convolutions separate, how exactly, and why not: `{"layers": […]}`, nothing converted.
 
     Arguments as those of `convert`. Each layer holds, for every structure, its rank, the best relative
     error at a rank that would pay, and the singular values around the cut.
     """
-    private = private_copy(model)
-    analysed = _analyse(private, as_inputs(example_inputs), tol, include, exclude, progress)
-    layers, factorizations = _plan(private, analysed, gate, tol, 30, available_cores(), 0, progress)
+    inputs = as_inputs(example_inputs)
+    sites = _traced(model, inputs, tol, include, exclude)
+    analyses = analyse_model(sites, tol, include, exclude, progress)
+    layers, factorizations = plan_model(model, sites, analyses, gate, tol, 30, available_cores(), 0, progress)
     reports = [
         LayerReport(
             layer,
             site,
-            analysed.analyses.get(site.name),
+            analyses.get(site.name),
             factorizations[site.name].certificate if site.name in factorizations else None,
         )
-        for layer, site in zip(layers, analysed.sites, strict=True)
+        for layer, site in zip(layers, sites, strict=True)
     ]
     return {"layers": [report.to_json() for report in reports]}
 
@@ -126,93 +101,138 @@ def convert(
     tol: float | None = None,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
-    data: Iterable[tuple[Tensor, Tensor]] | None = None,
+    data: Iterable[Batch] | None = None,
+    calib: DataLoader[Batch] | None = None,
+    calib_images: int = 1024,
+    rank: int | None = None,
+    target_macs: float | None = None,
+    min_speedup: float | None = None,
+    max_drop: float | None = None,
+    finetune: int = 0,
+    train: DataLoader[Batch] | None = None,
+    checkpoint: Path | None = None,
+    resume: bool = False,
+    on_step: Callable[[Step], None] | None = None,
     dynamic_batch: bool = True,
     runs: int = 50,
     threads: int | None = None,
     seed: int = 0,
     source: dict[str, Any] | None = None,
     out: Path | None = None,
-    progress: Progress = _silent,
+    progress: Progress = silent,
 ) -> ConversionResult:
-    """Replace every convolution that has an exact structure and passes the gate, and prove it.
+    """Replace convolutions by separable ones: exactly, with proof, or approximately, within a budget.
 
     Args:
         model: any module; it is left as it is.
         example_inputs: N × C × H × W tensor, or a tuple of positional arguments. They are run, verified on
             and timed; MACs are counted for one sample.
-        mode: "exact".
+        mode: "exact", or "approx": depthwise and pointwise factors in the metric of the data.
         gate: "macs" converts what has fewer MACs, "latency" what is measured to be faster in ONNX
-            Runtime, "none" all that has a structure.
-        tol: relative error of a kernel that counts as exact; by default what rounding to the dtype in
-            which it is stored explains.
+            Runtime, "none" all that has a structure, or all that can be approximated.
+        tol: exact mode: relative error of a kernel that counts as exact; by default what rounding to the
+            dtype in which it is stored explains.
         include, exclude: globs of layer names.
         data: labelled batches (x, y), on which accuracy is reported; read once for each model.
+        calib: approximate mode: images to fit to; labels are not looked at. Without it a part of `data`
+            is split off, and not scored; without either, the metric of the weights is used.
+        calib_images: how many of them, a quarter being held out from the fit to judge plans by.
+        rank: the channel multiplier M of all layers, instead of a search.
+        target_macs: most MACs, as a share of the original's.
+        min_speedup: least measured latency ratio.
+        max_drop: largest drop of top-1 accuracy on `data`, in percentage points; 1 if nothing else is
+            demanded.
+        finetune: epochs of distillation afterwards, on `train`, or on what `calib` holds.
+        train: batches (x, y) with a map-style dataset; labels other than -1 are used.
+        checkpoint: file that fine-tuning is kept in while it runs.
+        resume: go on from `checkpoint`, if it exists.
+        on_step: called after each step of fine-tuning.
         dynamic_batch: export with a dynamic batch dimension where the model allows it.
         runs: timed runs of each model; 0 to measure no latency.
         threads: of the runtime; all cores if None.
-        seed: of random inputs and of the order of runs.
+        seed: of random inputs, of splits and positions, of training, and of the order of runs.
         source: `{"path": …, "sha256": …}` of the model file, for the report.
         out: an existing empty directory to leave all files in; by default they are temporary.
         progress: shows the progress of loops.
 
     Raises:
         SepconvertError: bad arguments, or a model that cannot be run or exported.
-        DemandNotMetError: the converted model is not the original; the message names the layer.
+        DemandNotMetError: an exactly converted model is not the original (the message names the layer), or
+            no plan meets the budget (`details` show the nearest).
     """
-    if mode != "exact":
-        raise SepconvertError(f"mode: expected 'exact', got {mode!r}")
+    if mode not in MODES:
+        raise SepconvertError(f"mode: expected {' or '.join(MODES)}, got {mode!r}")
     if gate not in GATES:
         raise SepconvertError(f"gate: expected one of {', '.join(GATES)}, got {gate!r}")
     inputs, threads = as_inputs(example_inputs), threads or available_cores()
-    private = private_copy(model)
-    analysed = _analyse(private, inputs, tol, include, exclude, progress)
+    budget = Budget(rank, target_macs, min_speedup, max_drop)
+    if mode == "exact" and (budget != Budget() or finetune or calib is not None):
+        raise SepconvertError("mode: budgets, calibration and fine-tuning are for mode 'approx'; pass it")
+    sites = _traced(model, inputs, tol, include, exclude)
+    parts = None
+    if mode == "approx":
+        parts = split_data(data, calib, train, calib_images, finetune, seed)
+        data = parts.scored
     # Before the long work, as this is where data that do not suit the model are found out.
-    predictions = None if data is None else _predict("original", private, data, progress)
-    layers, factorizations = _plan(private, analysed, gate, tol, runs, threads, seed, progress)
-    del private
-    replacements = {name: _replacement(f, analysed.sites, name) for name, f in factorizations.items()}
-    converted = rewrite(model, analysed.sites, replacements)
-    certificates = {name: factorization.certificate for name, factorization in factorizations.items()}
-    tolerances = {name: certificate.channel_tolerance for name, certificate in certificates.items()}
-    checks, expected, torch_check = verify_model(
-        model, converted, inputs, analysed.sites, tolerances, seed, progress
-    )
+    predictions = None if data is None else _predict("original", private_copy(model), data, progress)
+    original_cost = count(private_copy(model), inputs)
+    if parts is None:
+        conversion = convert_exactly(
+            model, inputs, sites, gate=gate, tol=tol, include=include, exclude=exclude,
+            runs=runs, threads=threads, seed=seed, progress=progress,
+        )  # fmt: skip
+    else:
+
+        def accuracy(converted: nn.Module) -> AccuracyDelta:
+            assert predictions is not None and data is not None  # noqa: S101, PT018
+            found = _predict("plan", private_copy(converted), data, progress)
+            return compare_predictions(predictions, found)
+
+        conversion = convert_approximately(
+            model, inputs, sites, gate=gate, include=include, exclude=exclude,
+            budget=budget.or_default(labelled=predictions is not None),
+            calibration=parts.calibration,
+            finetuning=Finetuning(
+                finetune, parts.train, parts.heldout, parts.labelled, checkpoint, resume, on_step
+            )
+            if finetune and parts.train and parts.heldout
+            else None,
+            accuracy=None if predictions is None else accuracy,
+            total_macs=original_cost.macs, runs=runs, threads=threads, seed=seed, progress=progress,
+        )  # fmt: skip
+    converted = conversion.model
     plan = ConversionPlan(
         mode=mode, gate=gate, tol=tol, seed=seed,
         model_sha256=None if source is None else source["sha256"],
         weights_sha256=None,
         input_shapes=tuple(tuple(value.shape) for value in inputs if isinstance(value, Tensor)),
-        layers=tuple(layers),
+        layers=conversion.layers,
     )  # fmt: skip
     with _folder(out) as folder:
         note = write_models(model, converted, inputs, folder, dynamic_batch, progress)
         paths = folder / "original.onnx", folder / "converted.onnx"
-        onnx_check, onnx_reason = check_onnx(model, expected, paths, threads)
-        verification = Verification(torch_check, onnx_check, onnx_reason, checks)
+        onnx_check, onnx_reason = check_onnx(model, conversion.expected, paths, threads)
+        verification = Verification(conversion.torch_check, onnx_check, onnx_reason, conversion.checks)
         _demand(verification)
-        latencies = (
-            _latencies(model, paths, inputs, runs, threads, seed, progress) if onnx_check and runs else None
+        timing = (
+            time_files(model, paths, inputs, runs, threads, seed, progress) if onnx_check and runs else None
         )
         sizes = [path.stat().st_size for path in paths]
         converted_predictions = (
             None if data is None else _predict("converted", private_copy(converted), data, progress)
         )
-        before = _profile(model, inputs, predictions, latencies and latencies[0], sizes[0])
-        after = _profile(converted, inputs, converted_predictions, latencies and latencies[1], sizes[1])
-        layer_speed = (
-            _time_layers(analysed.sites, factorizations, runs, threads, seed, progress) if latencies else {}
+        delta = (
+            compare_predictions(predictions, converted_predictions)
+            if predictions and converted_predictions
+            else None
         )
-        reports = tuple(
-            LayerReport(
-                layer,
-                site,
-                analysed.analyses.get(site.name),
-                certificates.get(site.name),
-                checks.get(site.name),
-                layer_speed.get(site.name),
+        if delta is not None and max_drop is not None and delta.drop_pp > max_drop:
+            raise DemandNotMetError(
+                f"--max-drop {max_drop:g}: the fine-tuned model loses {delta.drop_pp:.2f} pp; "
+                "fine-tune for longer or relax a demand"
             )
-            for layer, site in zip(layers, analysed.sites, strict=True)
+        layer_timings = (
+            time_layers(sites, conversion.replacements, runs, threads, seed, progress) if timing else {}
         )
         report = Report(
             mode=mode,
@@ -220,15 +240,18 @@ def convert(
             threads=threads,
             seed=seed,
             dtype=str(model_dtype(model)).removeprefix("torch."),
-            original=before,
-            converted=after,
-            speedup=latencies[2] if latencies else None,
-            accuracy=compare_predictions(predictions, converted_predictions)
-            if predictions and converted_predictions
-            else None,
-            layers=reports,
+            original=_profile(original_cost, predictions, timing and timing[0], sizes[0]),
+            converted=_profile(
+                count(private_copy(converted), inputs), converted_predictions, timing and timing[1], sizes[1]
+            ),
+            speedup=timing[2] if timing else None,
+            accuracy=delta,
+            layers=tuple(
+                replace(each, latency=layer_timings.get(each.site.name)) for each in conversion.reports
+            ),
             verification=verification,
             export=note,
+            approximation=conversion.approximation,
         )
     return ConversionResult(converted, plan.to_json(), report_document(report))
 
@@ -241,13 +264,13 @@ def apply_plan(
     *,
     model_sha256: str | None,
     dynamic_batch: bool = True,
-    progress: Progress = _silent,
+    progress: Progress = silent,
 ) -> dict[str, Any] | None:
     """Replay a plan and its weights on a fresh model, and write the converted one to `out`.
 
     Returns:
-        The comparison of outputs, if `model` comes from the very file that the plan was made of;
-        else None: weights are the plan's, and there is nothing to compare with.
+        The comparison of outputs, if the plan is exact and `model` comes from the very file that it was
+        made of; else None: weights are the plan's, and there is nothing to compare with.
 
     Raises:
         SepconvertError: plan, weights and model do not belong together.
@@ -279,7 +302,7 @@ def apply_plan(
     converted = rewrite(model, sites, replacements)
     _load_weights(converted, weights, plan.weights_sha256)
     verified = None
-    if plan.model_sha256 is not None and plan.model_sha256 == model_sha256:
+    if plan.mode == "exact" and plan.model_sha256 is not None and plan.model_sha256 == model_sha256:
         tolerances = {layer.name: layer.tolerance for layer in plan.converted if layer.tolerance is not None}
         checks, _, comparison = verify_model(model, converted, inputs, sites, tolerances, plan.seed, progress)
         _demand(Verification(comparison, None, None, checks))
@@ -289,56 +312,17 @@ def apply_plan(
     return verified
 
 
-def _analyse(
-    model: nn.Module,
-    inputs: Inputs,
-    tol: float | None,
-    include: Sequence[str],
-    exclude: Sequence[str],
-    progress: Progress,
-) -> Analysed:
+def _traced(
+    model: nn.Module, inputs: Inputs, tol: float | None, include: Sequence[str], exclude: Sequence[str]
+) -> tuple[ConvSite, ...]:
+    """Every convolution, the options that select some of them having been checked."""
     if tol is not None and not 0 <= tol < 1:
         raise SepconvertError(f"tol: expected a relative error in [0, 1), got {tol}")
-    sites = trace(model, inputs)
+    sites = trace(private_copy(model), inputs)
     for pattern in (*include, *exclude):
         if not any(selected(site.name, [pattern], ()) for site in sites):
             raise SepconvertError(f"{pattern}: matches none of the {len(sites)} convolutions; see inspect")
-    eligible = [site for site in sites if site.obstacle is None and selected(site.name, include, exclude)]
-    analyses = {
-        site.name: analyse(site.conv.spec, site.conv.weight, site.sizes, tol)
-        for site in progress(eligible, "analysing kernels")
-        if site.conv is not None
-    }
-    return Analysed(sites, analyses)
-
-
-def _plan(
-    model: nn.Module,
-    analysed: Analysed,
-    gate: str,
-    tol: float | None,
-    runs: int,
-    threads: int,
-    seed: int,
-    progress: Progress,
-) -> tuple[list[LayerPlan], dict[str, Factorization]]:
-    layers: list[LayerPlan] = []
-    factorizations: dict[str, Factorization] = {}
-    # Tracing a forward is slow, and asked for by each of its convolutions.
-    obstacle = functools.cache(partial(graph_obstacle, model, analysed.sites))
-    for site in progress(analysed.sites, "planning"):
-        layer, factorization = plan_layer(
-            site,
-            analysed.analyses.get(site.name),
-            partial(obstacle, site.owner),
-            gate,
-            tol,
-            partial(_not_faster, site, runs, threads, seed),
-        )
-        layers.append(layer)
-        if factorization is not None:
-            factorizations[site.name] = factorization
-    return layers, factorizations
+    return sites
 
 
 def _planned_replacement(layer: LayerPlan, site: ConvSite) -> Replacement:
@@ -348,7 +332,8 @@ def _planned_replacement(layer: LayerPlan, site: ConvSite) -> Replacement:
     assert site.conv is not None  # noqa: S101  (`apply_plan` compared it)
     specs = split(site.conv.spec, layer.scheme, layer.rank, layer.border)
     empty = tuple(site.conv.weight.new_zeros(spec.weight_shape) for spec in specs)
-    return Replacement(layer.scheme, layer.rank, layer.border, empty, site.conv.bias)
+    bias = site.conv.weight.new_zeros(site.conv.spec.out_channels) if layer.bias else None
+    return Replacement(layer.scheme, layer.rank, layer.border, empty, bias)
 
 
 def _load_weights(model: nn.Module, path: Path, sha256: str | None) -> None:
@@ -368,35 +353,6 @@ def _load_weights(model: nn.Module, path: Path, sha256: str | None) -> None:
         raise SepconvertError(
             f"{path}: does not fit the model: {first_line(error)}; use the plan's model"
         ) from error
-
-
-def _replacement(factorization: Factorization, sites: Sequence[ConvSite], name: str) -> Replacement:
-    bias = next(site.conv.bias for site in sites if site.name == name and site.conv is not None)
-    return Replacement(
-        factorization.scheme, factorization.rank, factorization.border, factorization.weights, bias
-    )
-
-
-def verify_model(
-    model: nn.Module,
-    converted: nn.Module,
-    inputs: Inputs,
-    sites: Sequence[ConvSite],
-    tolerances: Mapping[str, float],
-    seed: int,
-    progress: Progress = _silent,
-) -> tuple[dict[str, LayerCheck], Reference, Comparison]:
-    """Every replaced layer on the input it had, and the whole model in float64 on given and random inputs.
-
-    `tolerances` hold the relative error that each replaced kernel may have.
-    """
-    checks: dict[str, LayerCheck] = {}
-    for site in progress([site for site in sites if site.name in tolerances], "verifying layers"):
-        layer = converted.get_submodule(site.name)
-        if site.conv is not None and isinstance(layer, FactorizedConv2d):
-            checks[site.name] = check_layer(site.conv, layer, tolerances[site.name])
-    expected = reference(model, inputs, sites, tolerances, seed)
-    return checks, expected, compare_with(expected, converted)
 
 
 def write_models(
@@ -420,25 +376,30 @@ def write_models(
 
 
 def check_onnx(
-    model: nn.Module, expected: Reference, paths: tuple[Path, Path], threads: int
+    model: nn.Module, expected: tuple[Reference, Reference | None], paths: tuple[Path, Path], threads: int
 ) -> tuple[Comparison | None, str | None]:
     """Both ONNX files in the runtime on the inputs of `expected`; or None and why it cannot run them.
+
+    The converted file is held against the original's, or, if there is a reference of its own, against that.
 
     Raises:
         DemandNotMetError: the original's file computes something else than the original.
     """
     dtype = runtime_dtype(model)
+    reference, own = expected
     try:
-        original, converted = (_run_onnx(path, expected.inputs, dtype, threads) for path in paths)
+        original, converted = (_run_onnx(path, reference.inputs, dtype, threads) for path in paths)
     except SepconvertError as error:
         return None, str(error)
-    export, runs = compare_runs(expected, original, converted, dtype)
+    export = compare_export(reference, original, dtype)
     if not export.holds:
         raise DemandNotMetError(
             f"verification failed: original.onnx is off the PyTorch model by {export.max_abs_diff:.3g}, "
             f"tolerance {export.tolerance:.3g}; torch's exporter does not translate this model rightly"
         )
-    return runs, None
+    if own is None:
+        return compare_runs(reference, original, converted, dtype), None
+    return compare_export(own, converted, dtype), None
 
 
 def _run_onnx(path: Path, inputs: Sequence[Inputs], dtype: torch.dtype, threads: int) -> list[Outputs]:
@@ -463,81 +424,15 @@ def _demand(verification: Verification) -> None:
     )
 
 
-def _latencies(
-    model: nn.Module,
-    paths: tuple[Path, Path],
-    inputs: Inputs,
-    runs: int,
-    threads: int,
-    seed: int,
-    progress: Progress,
-) -> tuple[Latency, Latency, Speedup]:
-    feed = onnx_feed(cast(inputs, runtime_dtype(model)))
-    return measure_pair(
-        *paths, feed, runs=runs, threads=threads, batch=batch_size(inputs), seed=seed,
-        progress=lambda items: progress(items, "timing"),
-    )  # fmt: skip
-
-
 def _predict(
     name: str, model: nn.Module, data: Iterable[tuple[Tensor, Tensor]], progress: Progress
 ) -> Predictions:
     return evaluate(model, data, lambda batches: progress(batches, f"accuracy, {name}"))
 
 
-def _profile(
-    model: nn.Module, inputs: Inputs, predictions: Predictions | None, latency: Latency | None, size: int
-) -> Profile:
-    cost = count(private_copy(model), inputs)
+def _profile(cost: Cost, predictions: Predictions | None, latency: Latency | None, size: int) -> Profile:
     accuracy = None if predictions is None else predictions.accuracy()
     return Profile(cost.params, cost.macs, size, latency, accuracy, cost.uncounted_ops)
-
-
-def _time_layers(
-    sites: Sequence[ConvSite],
-    factorizations: Mapping[str, Factorization],
-    runs: int,
-    threads: int,
-    seed: int,
-    progress: Progress,
-) -> dict[str, tuple[Latency, Latency, Speedup]]:
-    """Dense layer against factors for each converted one; layers of the same shape share one measurement."""
-    measured: dict[Any, tuple[Latency, Latency, Speedup]] = {}
-    latencies = {}
-    converted = [site for site in sites if site.name in factorizations]
-    for site in progress(converted, "timing layers"):
-        assert site.conv is not None  # noqa: S101  (only such sites are converted)
-        factorization = factorizations[site.name]
-        shape = (site.conv.spec, site.conv.inputs.shape, factorization.specs)
-        if shape not in measured:
-            measured[shape] = _layer_latencies(site, factorization, runs, threads, seed)
-        latencies[site.name] = measured[shape]
-    return latencies
-
-
-def _layer_latencies(
-    site: ConvSite, factorization: Factorization, runs: int, threads: int, seed: int
-) -> tuple[Latency, Latency, Speedup]:
-    """The dense layer and its factors, each alone in the runtime, on the input it has in the model."""
-    conv = site.conv
-    assert conv is not None  # noqa: S101  (only such sites are planned)
-    dense = FactorizedConv2d(conv.spec, ZERO_BORDER, 0, Border())
-    dense.set_factors([conv.weight], conv.bias)
-    factored = FactorizedConv2d(conv.spec, factorization.scheme, factorization.rank, factorization.border)
-    factored.set_factors(factorization.weights, conv.bias)
-    inputs = cast((conv.inputs,), torch.float32)
-    before, after = (onnx_bytes(module.float().eval(), inputs) for module in (dense, factored))
-    feed = onnx_feed(inputs)
-    return measure_pair(before, after, feed, runs=runs, threads=threads, batch=batch_size(inputs), seed=seed)
-
-
-def _not_faster(
-    site: ConvSite, runs: int, threads: int, seed: int, factorization: Factorization
-) -> str | None:
-    _, _, speedup = _layer_latencies(site, factorization, max(runs, 1), threads, seed)
-    if speedup.significant and speedup.median > 1:
-        return None
-    return f"is measured {speedup.median:.2f}× as fast [{speedup.ci95.lo:.2f}, {speedup.ci95.hi:.2f}]"
 
 
 @contextlib.contextmanager

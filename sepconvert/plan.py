@@ -34,6 +34,7 @@ class LayerPlan:
     scheme: str | None  # the rest only if converted
     rank: int | None
     border: Border
+    bias: bool  # of the replacement
     macs: tuple[int, int]  # before, after
     params: tuple[int, int]
     tolerance: float | None  # relative error of an output channel's kernel that its certificate permits
@@ -159,10 +160,10 @@ def plan_layer(
         is_faster: under the gate "latency", why a factorisation does not pay in the runtime, or None.
     """
     if analysis is None or site.conv is None:
-        return _keep(site, site.obstacle or "not selected"), None
+        return kept(site, site.obstacle or "not selected"), None
     held = analysis.holding()
     if not held:
-        return _keep(site, _how_near(analysis)), None
+        return kept(site, _how_near(analysis)), None
     reasons = []
     for finding in held:
         if gate == "macs" and finding.macs >= analysis.dense_macs:
@@ -173,7 +174,7 @@ def plan_layer(
             break  # the others cost more
         reason = obstacle()
         if reason is not None:
-            return _keep(site, f"{finding.scheme} of rank {finding.rank} holds, but {reason}"), None
+            return kept(site, f"{finding.scheme} of rank {finding.rank} holds, but {reason}"), None
         factorization = factorize(analysis, finding, site.conv.weight, tol)
         certificate = factorization.certificate
         if not certificate.holds:
@@ -185,10 +186,11 @@ def plan_layer(
             reasons.append(f"{finding.scheme} of rank {finding.rank} holds but {slower}")
             continue
         return _convert(site, analysis, finding, factorization), factorization
-    return _keep(site, "; ".join(reasons)), None
+    return kept(site, "; ".join(reasons)), None
 
 
-def _keep(site: ConvSite, reason: str) -> LayerPlan:
+def kept(site: ConvSite, reason: str) -> LayerPlan:
+    """The plan of a convolution that stays as it is."""
     return LayerPlan(
         name=site.name,
         kind=site.kind,
@@ -198,6 +200,7 @@ def _keep(site: ConvSite, reason: str) -> LayerPlan:
         scheme=None,
         rank=None,
         border=Border(),
+        bias=site.conv is not None and site.conv.spec.bias,
         macs=(site.macs, site.macs),
         params=(site.params, site.params),
         tolerance=None,
@@ -218,6 +221,7 @@ def _convert(site: ConvSite, analysis: Analysis, finding: Finding, factorization
         scheme=factorization.scheme,
         rank=factorization.rank,
         border=factorization.border,
+        bias=site.conv is not None and site.conv.spec.bias,
         macs=(site.macs, finding.macs),
         # Fixed filters are no parameters, nor are their factors.
         params=(site.params, chain_params(factorization.specs) if site.params else 0),

@@ -122,11 +122,14 @@ class ConvolutionInterceptor(TorchFunctionMode):
     """Sees each convolution that `model` calls, with the module whose forward calls it.
 
     `on_call` gets the module, the position among the convolutions of that forward, the function's
-    name, its arguments by name, and the output; what it returns takes the output's place.
+    name, its arguments by name, and the call itself, which takes other arguments by name; what it
+    returns takes the output's place.
     """
 
     def __init__(
-        self, model: nn.Module, on_call: Callable[[nn.Module, int, str, dict[str, Any], Tensor], Tensor]
+        self,
+        model: nn.Module,
+        on_call: Callable[[nn.Module, int, str, dict[str, Any], Callable[..., Tensor]], Tensor],
     ) -> None:
         super().__init__()
         self._model = model
@@ -141,14 +144,21 @@ class ConvolutionInterceptor(TorchFunctionMode):
         name = convolution_name(func)
         if name is None or not self.frames or self.depth:
             return func(*args, **(kwargs or {}))
-        self.depth += 1
-        try:
-            output = func(*args, **(kwargs or {}))
-        finally:
-            self.depth -= 1
+        arguments = bind_arguments(name, args, kwargs or {})
+
+        def call(**changes: Any) -> Tensor:
+            self.depth += 1
+            try:
+                output: Tensor = (
+                    func(**{**arguments, **changes}) if changes else func(*args, **(kwargs or {}))
+                )
+                return output
+            finally:
+                self.depth -= 1
+
         frame = self.frames[-1]
         index, frame.calls = frame.calls, frame.calls + 1
-        return self._on_call(frame.module, index, name, bind_arguments(name, args, kwargs or {}), output)
+        return self._on_call(frame.module, index, name, arguments, call)
 
     @contextmanager
     def watching(self, on_return: Callable[[_Frame, Any], None] | None = None) -> Iterator[None]:
@@ -287,8 +297,9 @@ def _run(model: nn.Module, inputs: Inputs) -> tuple[list[_Record], dict[nn.Modul
     records: list[_Record] = []
 
     def on_call(
-        module: nn.Module, index: int, function: str, arguments: dict[str, Any], output: Tensor
+        module: nn.Module, index: int, function: str, arguments: dict[str, Any], call: Callable[..., Tensor]
     ) -> Tensor:
+        output = call()
         frame = interceptor.frames[-1]
         reads = any(arguments.get("input") is value for value in frame.inputs)
         module_inputs = None if frame.kwargs else frame.inputs

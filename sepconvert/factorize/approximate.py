@@ -9,6 +9,7 @@ in centred moments S = Cov(x), E = Cov(e, x), means being the bias's business. I
 minimum, W + E(S + ρI)⁻¹, is the ridge regression of y on x towards W. Everything is float64.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -104,13 +105,7 @@ def approximate(
     weights = structure.kernels(spec, left, right)
     kernel = structure.compose(spec, *weights)
     difference = rearrange(weight.double() - kernel, "(g o) c i j -> g o (c i j)", g=spec.groups)
-    error = (
-        (difference @ moments.covariance * difference).sum()
-        + 2 * (difference * moments.cross).sum()
-        + moments.missed_power
-    )
     norm = float(dense.square().sum()) or 1.0
-    power = moments.power or 1.0
     return Approximation(
         scheme=scheme,
         rank=rank,
@@ -118,9 +113,21 @@ def approximate(
         kernel=kernel,
         bias_shift=moments.missed + (difference @ moments.mean[..., None]).flatten(),
         weight_error=float(difference.square().sum() / norm) ** 0.5,
-        output_error=max(float(error) / power, 0.0) ** 0.5,
-        objective=tuple(value * scale / power for value in objective),
+        output_error=output_error(spec, weight, kernel, moments),
+        objective=tuple(value * scale / (moments.power or 1.0) for value in objective),
     )
+
+
+def output_error(spec: ConvSpec, weight: Tensor, kernel: Tensor, moments: Moments) -> float:
+    """√(E‖y − ŷ‖² / E‖y − E y‖²) of another kernel in the place of `weight`, the bias being refitted."""
+    difference = rearrange(weight.double() - kernel.double(), "(g o) c i j -> g o (c i j)", g=spec.groups)
+    error = (
+        (difference @ moments.covariance * difference).sum()
+        + 2 * (difference * moments.cross).sum()
+        + moments.missed_power
+    )
+    relative = float(error) / (moments.power or 1.0)
+    return math.sqrt(max(relative, 0.0))
 
 
 # W[o,c,k] = Σ_m P[o,c,m] D[c,m,k], for each group: D acts on every channel by itself.

@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -22,6 +23,21 @@ _AROUND = 3
 
 
 @dataclass(frozen=True)
+class LayerApproximation:
+    """How near depthwise and pointwise factors come to a layer, as calibration saw it.
+
+    Output errors are √(E‖y − ŷ‖² / E‖y − E y‖²), y being the original's output.
+    """
+
+    weight_error: float
+    output_error: float  # on the inputs from the converted network, as delivered
+    output_error_of_weight_fit: float  # fitted to the weights, on the original's inputs
+    output_error_alone: float  # fitted to the outputs, on the original's inputs
+    sensitivity: float | None  # divergence of the model's output over squared output error, replaced alone
+    sweeps: int
+
+
+@dataclass(frozen=True)
 class LayerReport:
     """Everything known of one convolution."""
 
@@ -31,6 +47,21 @@ class LayerReport:
     certificate: Certificate | None = None
     check: LayerCheck | None = None
     latency: tuple[Latency, Latency, Speedup] | None = None
+    approximation: LayerApproximation | None = None
+
+    @property
+    def weight_error(self) -> float | None:
+        """‖ΔW‖ / ‖W‖ of a converted layer."""
+        if self.approximation is not None:
+            return self.approximation.weight_error
+        return None if self.certificate is None else self.certificate.relative_error
+
+    @property
+    def output_error(self) -> float | None:
+        """‖Δy‖ / ‖y‖ of a converted layer."""
+        if self.approximation is not None:
+            return self.approximation.output_error
+        return None if self.check is None else self.check.output_error
 
     def to_json(self) -> dict[str, Any]:
         """One entry of `layers`."""
@@ -48,8 +79,9 @@ class LayerReport:
             "exact": self.certificate is not None and self.certificate.exact,
             "macs": list(plan.macs),
             "params": list(plan.params),
-            "weight_error": None if self.certificate is None else self.certificate.relative_error,
-            "output_error": None if self.check is None else self.check.output_error,
+            "weight_error": self.weight_error,
+            "output_error": self.output_error,
+            "approximation": None if self.approximation is None else asdict(self.approximation),
             "latency_ms": None if self.latency is None else [each.median_ms for each in self.latency[:2]],
             "latency_speedup": None if self.latency is None else self.latency[2].to_dict(),
             "certificate": None
@@ -67,7 +99,7 @@ class Verification:
     torch: Comparison
     onnx: Comparison | None
     onnx_reason: str | None  # why the runtime could not be asked
-    layers: dict[str, LayerCheck]
+    layers: Mapping[str, LayerCheck]
 
     @property
     def holds(self) -> bool:
@@ -86,8 +118,8 @@ class Verification:
                 return f"the output of {name} moved by {moved:.3g} where {explained:.3g} is explained"
         for where, comparison in (("PyTorch", self.torch), ("ONNX Runtime", self.onnx)):
             if comparison is not None and not comparison.holds:
-                difference, tolerance = comparison.max_abs_diff, comparison.tolerance
-                return f"{where} outputs differ by {difference:.3g}, tolerance {tolerance:.3g}"
+                difference = comparison.max_abs_diff
+                return f"{where} outputs differ by {difference:.3g}, tolerance {comparison.tolerance:.3g}"
         return None
 
     @property
@@ -129,6 +161,7 @@ class Report:
     layers: tuple[LayerReport, ...]
     verification: Verification
     export: ExportNote
+    approximation: Mapping[str, Any] | None = None
 
 
 def report_document(report: Report) -> dict[str, Any]:
@@ -156,6 +189,7 @@ def report_document(report: Report) -> dict[str, Any]:
         "layers": [layer.to_json() for layer in report.layers],
         "verification": report.verification.to_json(),
         "export": asdict(report.export),
+        "approximation": report.approximation,
     }
     plain: dict[str, Any] = json.loads(json.dumps(document, allow_nan=False))
     return plain

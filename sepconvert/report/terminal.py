@@ -85,20 +85,13 @@ def sentences(document: Document) -> list[str]:
     exact = sum(layer["exact"] for layer in converted)
     inexact = (
         ""
-        if exact == len(converted)
+        if exact == len(converted) or document["approximation"] is not None
         else f", {len(converted) - exact} of them within --tol only, not exactly"
     )
     lines = [f"{len(converted)} of {len(layers)} convolutions converted{inexact}."]
-    lines.append(
-        f"Verified: PyTorch {check['torch_dtype']} outputs differ by {check['torch_max_abs_diff']:.1e} "
-        f"(tolerance {check['torch_tolerance']:.1e})"
-        + (
-            f", ONNX Runtime {check['onnx_dtype']} outputs by {check['onnx_max_abs_diff']:.1e} "
-            f"(tolerance {check['onnx_tolerance']:.1e})."
-            if check["onnx_max_abs_diff"] is not None
-            else f"; ONNX Runtime could not be asked: {check['onnx_reason']}."
-        )
-    )
+    lines.append(_verification(check))
+    if document["approximation"] is not None:
+        lines.extend(_approximation_sentences(document["approximation"]))
     if document["export"]["onnx_dtype"] != document["dtype"]:
         lines.append(
             f"The ONNX files are {document['export']['onnx_dtype']}, ONNX Runtime having no "
@@ -115,6 +108,77 @@ def sentences(document: Document) -> list[str]:
         names = ", ".join(name.removeprefix("aten::") for name in sorted(uncounted))
         lines.append(f"Not counted in MACs: {names}.")
     return lines
+
+
+def _verification(check: Document) -> str:
+    runtime = (
+        f"ONNX Runtime could not be asked: {check['onnx_reason']}"
+        if check["onnx_max_abs_diff"] is None
+        else f"{check['onnx_max_abs_diff']:.1e} (tolerance {check['onnx_tolerance']:.1e})"
+    )
+    moved = f"{check['torch_max_abs_diff']:.1e}"
+    if check["torch_tolerance"] is None:
+        return (
+            f"Approximate: outputs differ from the original's by up to {moved}. Verified: converted.onnx "
+            f"in ONNX Runtime against the converted model in PyTorch: {runtime}."
+        )
+    asked = (
+        "; " if check["onnx_max_abs_diff"] is None else f", ONNX Runtime {check['onnx_dtype']} outputs by "
+    )
+    return (
+        f"Verified: PyTorch {check['torch_dtype']} outputs differ by {moved} "
+        f"(tolerance {check['torch_tolerance']:.1e}){asked}{runtime}."
+    )
+
+
+def _approximation_sentences(found: Document) -> list[str]:
+    calibration = found["calibration"]
+    if calibration is None:
+        return [
+            "Warning: without calibration images, factors were fitted to the weights alone, which as a rule "
+            "destroys a trained network; pass --calib or --data."
+        ]
+    lines = [
+        f"Calibrated on {calibration['images']:,} images ({calibration['origin']}), "
+        f"{calibration['positions']} positions each; plans judged on {calibration['heldout']:,} others."
+    ]
+    if found["steps"]:
+        rows = [
+            [
+                step["name"] + ("" if step["kept"] else " (not kept)" if "BatchNorm" in step["name"] else ""),
+                f"{step['divergence']:.4f}",
+                "-" if step["agreement"] is None else f"{100 * step['agreement']:.1f}",
+            ]
+            for step in found["steps"]
+        ]
+        headers = ["step", "divergence", "agreement, %"]
+        lines += ["", "On the images held out:", tabulate(rows, headers=headers, disable_numparse=True), ""]
+    if len(found["curve"]) > 1:
+        measured = found["plans_measured_on_data"]
+        lines += [curve_table(found["curve"]), f"{measured} plans were measured on --data.", ""]
+    return lines
+
+
+def curve_table(curve: Sequence[Document]) -> str:
+    """Accuracy against cost: one row for every plan that was looked at."""
+    rows = []
+    for point in curve:
+        heldout, drop, speedup = point["heldout"], point["accuracy_drop_pp"], point["latency_speedup"]
+        rows.append(
+            [
+                _times(point["macs_ratio"]),
+                point["converted"],
+                "-" if heldout is None else f"{heldout['divergence']:.4f}",
+                "-"
+                if drop is None
+                else f"{drop['value']:.2f} [{drop['ci95'][0]:.2f}, {drop['ci95'][1]:.2f}]",
+                "-" if speedup is None else _speedup(speedup),
+                "delivered" if point["delivered"] else "",
+            ]
+        )
+    headers = ["fewer MACs", "layers", "divergence", "drop, pp", "speed-up", ""]
+    table: str = tabulate(rows, headers=headers, disable_numparse=True)
+    return table
 
 
 def _latency_sentences(document: Document, converted: Sequence[Document]) -> list[str]:
@@ -177,6 +241,8 @@ def _short(number: float) -> str:
 
 
 def _error(layer: Document) -> str:
+    if layer["approximation"] is not None:
+        return f"{layer['output_error']:.2f} out"
     if layer["weight_error"] is not None:
         return f"{layer['weight_error']:.1e}" if layer["weight_error"] else "0"
     errors = [structure["best_relative_error"] for structure in layer["structures"]]

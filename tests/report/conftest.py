@@ -19,7 +19,7 @@ def layer(name: str, **others: Any) -> dict[str, Any]:
     return {
         "name": name, "kind": "Conv2d", "kernel": kernel, "decision": "kept", "reason": "no exact structure",
         "scheme": None, "rank": None, "macs": [12_345, 12_345], "params": [100, 100], "weight_error": None,
-        "latency_ms": None, "latency_speedup": None, "structures": [structure("spatial-vh", 24, 24, 0.125)],
+        "output_error": None, "approximation": None, "latency_ms": None, "latency_speedup": None, "structures": [structure("spatial-vh", 24, 24, 0.125)],
         "exact": others.get("decision") == "converted",
         **others,
     }  # fmt: skip
@@ -66,6 +66,7 @@ def document() -> dict[str, Any]:
             "onnx_max_abs_diff": 6.5e-8, "onnx_tolerance": 5.5e-6, "onnx_dtype": "float32",
             "onnx_reason": None, "passed": True, "worst_layer": "large.conv",
         },
+        "approximation": None,
         "export": {"dynamic_batch": True, "onnx_dtype": "float32", "reason": None},
     }  # fmt: skip
 
@@ -79,4 +80,45 @@ def bare(document: dict[str, Any]) -> dict[str, Any]:
     document["layers"][1].update(latency_ms=None, latency_speedup=None)
     document["model"] = None
     document["verification"].update(onnx_max_abs_diff=None, onnx_tolerance=None, onnx_reason="no kernel")
+    return document
+
+
+@pytest.fixture
+def approximate(document: dict[str, Any]) -> dict[str, Any]:
+    """The same as an approximate conversion, on a curve of two plans."""
+    errors = {
+        "weight_error": 1.25, "output_error": 0.375, "output_error_of_weight_fit": 0.875,
+        "output_error_alone": 0.5, "sensitivity": 2.5, "sweeps": 7,
+    }  # fmt: skip
+    document["layers"][1].update(
+        scheme="depthwise-pointwise", rank=1, exact=False, approximation=errors, output_error=0.375,
+    )  # fmt: skip
+    document["verification"]["torch_tolerance"] = None
+    curve = [
+        {
+            "macs": macs, "macs_ratio": ratio, "converted": count, "expected_divergence": 0.5,
+            "heldout": {"divergence": 0.0625 * count, "agreement": 0.9}, "batchnorm_reestimated": False,
+            "accuracy_drop_pp": drop, "latency_speedup": None, "delivered": count == 1, "ranks": {},
+        }
+        for macs, ratio, count, drop in (
+            (2_012_345, 1.0, 0, None), (1_006_172, 2.0, 1, {"value": 0.25, "ci95": [-0.05, 0.55]}),
+        )
+    ]  # fmt: skip
+    document.update(
+        mode="approx",
+        approximation={
+            "metric": "data",
+            "calibration": {"origin": "--calib", "images": 768, "heldout": 256, "positions": 64},
+            "budget": {"rank": None, "target_macs": None, "min_speedup": None, "max_drop": 1.0},
+            "curve": curve,
+            "plans_measured_on_data": 1,
+            "steps": [
+                {"name": "fit the weights", "divergence": 9.5, "agreement": 0.15, "kept": False},
+                {"name": "follow the drift, correct the bias", "divergence": 0.0625, "agreement": 0.9,
+                 "kept": True},
+                {"name": "re-estimate BatchNorm", "divergence": 0.75, "agreement": 0.5, "kept": False},
+            ],
+            "finetune": None,
+        },
+    )  # fmt: skip
     return document

@@ -132,3 +132,22 @@ def test_conversions_within_tol_only_are_not_passed_off_as_exact(document):
     converted = next(layer for layer in document["layers"] if layer["decision"] == "converted")
     converted["exact"] = False
     assert "1 of them within --tol only, not exactly" in summary(document)
+
+
+def test_an_approximate_conversion(approximate):
+    text = summary(approximate)
+    assert "Approximate: outputs differ from the original's by up to 3.5e-08." in text
+    assert "against the converted model in PyTorch: 6.5e-08 (tolerance 5.5e-06)" in text
+    assert "Calibrated on 768 images (--calib), 64 positions each; plans judged on 256 others." in text
+    assert "within --tol only" not in text
+    rows = [" ".join(line.split()) for line in text.splitlines()]
+    assert "fit the weights 9.5000 15.0" in rows
+    assert "re-estimate BatchNorm (not kept) 0.7500 50.0" in rows
+    assert "2.00× 1 0.0625 0.25 [-0.05, 0.55] - delivered" in rows
+    assert "1 plans were measured on --data." in rows
+    assert "0.38 out" in layer_table(approximate["layers"])
+
+
+def test_conversion_without_calibration_is_warned_of(approximate):
+    approximate["approximation"].update(calibration=None, steps=[], metric="weights")
+    assert "Warning: without calibration images" in summary(approximate)

@@ -1,0 +1,447 @@
+"""Calibration: the original and the network converted so far, in step from convolution to convolution.
+
+Every batch runs through both networks once. Each forward pass stops at a convolution that is to be
+replaced until all have come there; the moments of that layer are gathered, the layer is fitted, and the
+passes go on, the converted ones with the new kernel. Time grows linearly with images and with depth;
+memory holds the live activations of all images in both networks, and the moments of one layer.
+"""
+
+import hashlib
+import threading
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from queue import SimpleQueue
+from typing import Any
+from weakref import finalize
+
+import psutil
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from sepconvert.errors import SepconvertError, first_line
+from sepconvert.factorize.approximate import Moments
+from sepconvert.trace import ConvolutionInterceptor, ConvSite, private_copy, resolve_padding
+
+POSITIONS = 64
+"""Output positions that are looked at in each image, at most."""
+
+Kernel = tuple[Tensor, Tensor]
+"""O × C/g × kh × kw and O: weight and bias of a converted layer."""
+
+_Key = tuple[str, int]
+
+
+def calibrate(
+    model: nn.Module, batches: Mapping[int, Tensor], sites: Sequence[ConvSite], *, seed: int
+) -> Generator[tuple[ConvSite, Moments], Kernel | None, None]:
+    """The moments of each layer, in order of execution; send back the kernel that takes its place, or None.
+
+    A module that is called several times comes first: it is met with what the original presents to it
+    in all its calls, since its factors must be known at the first one.
+
+    Args:
+        model: the original; left as it is.
+        batches: of images N × C × H × W by number; this process's share of them.
+        sites: convolutions to look at, as `trace` found them; those without a `conv` are passed over.
+        seed: of the positions.
+
+    Raises:
+        SepconvertError: the model cannot run on the images, treats images differently, or memory would
+            not suffice.
+    """
+    sites = [site for site in sites if site.conv is not None]
+    if not sites:
+        return
+    check_memory(model, batches, sites)
+    places = {(site.owner, site.index or 0): site for site in sites}
+    kernels: dict[_Key, Kernel | None] = {}
+    shared = {key: site for key, site in places.items() if site.calls > 1}
+    if shared:
+        for key, moments in _moments_of_all_calls(model, batches, shared, seed).items():
+            kernels[key] = yield places[key], moments
+    stops = places.keys() - shared.keys()
+    with _passes(model, batches, stops, kernels) as passes:
+        while True:
+            arrived = {each.advance() for pair in passes.values() for each in pair}
+            if arrived == {None}:
+                return
+            if len(arrived) > 1:
+                raise SepconvertError(
+                    "calibration: the images do not take the same way through the model; it branches on "
+                    f"their values at {', '.join(sorted(str(key and key[0]) for key in arrived))}; "
+                    "leave these layers out with --exclude"
+                )
+            key = next(each for each in arrived if each is not None)
+            site = places[key]
+            accumulator = _Accumulator(site)
+            for number, (original, converted) in passes.items():
+                accumulator.add(original.seen, converted.seen, _generator(seed, site, number))
+            kernels[key] = yield site, accumulator.moments()
+
+
+def check_memory(model: nn.Module, batches: Mapping[int, Tensor], sites: Sequence[ConvSite]) -> None:
+    """Compare what calibration will hold with the memory that is free.
+
+    Raises:
+        SepconvertError: with both numbers, and how many images would fit.
+    """
+    images = sum(map(len, batches.values()))
+    needed_each = 2 * _peak_of_activations(model, next(iter(batches.values()))[:1])
+    fixed = max(_bytes_of_moments(site) for site in sites)
+    needed, free = images * needed_each + fixed, psutil.virtual_memory().available
+    if needed > free:
+        fits = max(int((free - fixed) / needed_each), 0)
+        raise SepconvertError(
+            f"calibration: {images} images need about {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free; "
+            f"pass --calib-images {fits}"
+            if fits
+            else f"calibration: one layer needs {fixed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free"
+        )
+
+
+def reestimate_batchnorm(model: nn.Module, batches: Iterable[Tensor]) -> int:
+    """Let every BatchNorm take mean and variance of its own inputs on `batches`; returns how many there are.
+
+    In place. Layers that follow see the statistics of the batch, as in training; running ones become the
+    mean over batches.
+    """
+    norms = [
+        m
+        for m in model.modules()
+        if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.running_mean is not None
+    ]
+    before = [(norm.momentum, norm.training) for norm in norms]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # a cumulative average
+        norm.training = True
+    with torch.no_grad():
+        for batch in batches:
+            model(batch)
+    for norm, (momentum, training) in zip(norms, before, strict=True):
+        norm.momentum, norm.training = momentum, training
+    return len(norms)
+
+
+def substitute(model: nn.Module, kernels: Mapping[_Key, Kernel]) -> ConvolutionInterceptor:
+    """Lets `model` run with other kernels: `with substitute(model, kernels).watching(): model(x)`."""
+    names = _names(model)
+
+    def on_call(
+        module: nn.Module, index: int, function: str, arguments: dict[str, Any], call: Callable[..., Tensor]
+    ) -> Tensor:
+        kernel = kernels.get((names[module], index))
+        return call() if kernel is None else _call_with(kernel, arguments, call)
+
+    return ConvolutionInterceptor(model, on_call)
+
+
+def _names(model: nn.Module) -> dict[nn.Module, str]:
+    return {module: name for name, module in model.named_modules()}
+
+
+def _call_with(kernel: Kernel, arguments: Mapping[str, Any], call: Callable[..., Tensor]) -> Tensor:
+    weight, bias = (each.to(arguments["weight"]) for each in kernel)
+    return call(weight=weight, bias=bias)
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """A convolution's call in one pass."""
+
+    arguments: dict[str, Any]
+    output: Tensor  # of the original kernel
+
+
+class _CancelledError(BaseException):
+    """Unwinds a pass that is not wanted any more; no `except Exception` of the user's stops it."""
+
+
+class _Pass(threading.Thread):
+    """One batch through one network, in a thread of its own that runs only while `advance` waits for it."""
+
+    def __init__(
+        self, model: nn.Module, batch: Tensor, stops: Iterable[_Key], kernels: Mapping[_Key, Kernel | None]
+    ) -> None:
+        super().__init__(daemon=True)
+        self._model, self._batch, self._stops, self._kernels = private_copy(model), batch, set(stops), kernels
+        self._go: SimpleQueue[bool] = SimpleQueue()
+        self._came: SimpleQueue[_Key | None] = SimpleQueue()
+        self._error: BaseException | None = None
+        self._names = _names(self._model)
+        self.seen: _Seen
+
+    def advance(self) -> _Key | None:
+        """Go on to the next convolution to stop at; None at the end."""
+        if not self.is_alive():
+            self.start()
+        else:
+            self._go.put(True)
+        key = self._came.get()
+        if self._error is not None:
+            raise self._error
+        return key
+
+    def cancel(self) -> None:
+        """Unwind, if it has begun and not ended."""
+        if self.is_alive():
+            self._go.put(False)
+            self.join()
+
+    def run(self) -> None:
+        """The forward pass."""
+        interceptor = ConvolutionInterceptor(self._model, self._on_call)
+        try:
+            with torch.no_grad(), interceptor.watching():
+                self._model(self._batch)
+        except _CancelledError:
+            pass
+        except Exception as error:  # the user's code
+            self._error = SepconvertError(
+                f"calibration: the model fails on images of shape {tuple(self._batch.shape[1:])}: "
+                f"{first_line(error)}; use data of the shape that it takes"
+            )
+            self._error.__cause__ = error
+        finally:
+            self._came.put(None)
+
+    def _on_call(
+        self,
+        module: nn.Module,
+        index: int,
+        function: str,
+        arguments: dict[str, Any],
+        call: Callable[..., Tensor],
+    ) -> Tensor:
+        key = self._names[module], index
+        if key in self._stops:
+            output = call()
+            self.seen = _Seen(arguments, output)
+            self._came.put(key)
+            if not self._go.get():
+                raise _CancelledError
+            del self.seen
+            if self._kernels.get(key) is None:
+                return output
+        kernel = self._kernels.get(key)
+        return call() if kernel is None else _call_with(kernel, arguments, call)
+
+
+@contextmanager
+def _passes(
+    model: nn.Module,
+    batches: Mapping[int, Tensor],
+    stops: Iterable[_Key],
+    kernels: Mapping[_Key, Kernel | None],
+) -> Iterator[dict[int, tuple[_Pass, _Pass]]]:
+    passes = {
+        number: (_Pass(model, batch, stops, {}), _Pass(model, batch, stops, kernels))
+        for number, batch in batches.items()
+    }
+    try:
+        yield passes
+    finally:
+        for pair in passes.values():
+            for each in pair:
+                each.cancel()
+
+
+def _moments_of_all_calls(
+    model: nn.Module, batches: Mapping[int, Tensor], sites: Mapping[_Key, ConvSite], seed: int
+) -> dict[_Key, Moments]:
+    model = private_copy(model)
+    names, accumulators = _names(model), {key: _Accumulator(site) for key, site in sites.items()}
+
+    def on_call(
+        module: nn.Module, index: int, function: str, arguments: dict[str, Any], call: Callable[..., Tensor]
+    ) -> Tensor:
+        output, key = call(), (names[module], index)
+        if key in accumulators:
+            seen = _Seen(arguments, output)
+            accumulators[key].add(seen, seen, _generator(seed, sites[key], number))
+        return output
+
+    with torch.no_grad(), ConvolutionInterceptor(model, on_call).watching():
+        for number, batch in batches.items():  # noqa: B007  (`on_call` reads it)
+            model(batch)
+    return {key: accumulator.moments() for key, accumulator in accumulators.items()}
+
+
+def _generator(seed: int, site: ConvSite, batch: int) -> torch.Generator:
+    """Positions depend on layer and batch alone, not on what ran before or on which process."""
+    digest = hashlib.sha256(f"{seed}/{site.name}/{batch}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+
+
+@dataclass
+class _Accumulator:
+    """Moments over batches, each centred by itself and then merged, so that large means cancel nothing.
+
+    (Chan, Golub, LeVeque, "Updating formulae and a pairwise algorithm for computing sample variances",
+    1979.)
+    """
+
+    site: ConvSite
+    count: int = 0
+    sums: dict[str, Tensor] = field(default_factory=dict)
+    means: dict[str, Tensor] = field(default_factory=dict)
+
+    def add(self, original: _Seen, converted: _Seen, generator: torch.Generator) -> None:
+        """Take a sample of positions of one batch: y from the original, x and W x + b from the converted."""
+        assert self.site.conv is not None  # noqa: S101  (`calibrate` passed over the others)
+        groups = self.site.conv.spec.groups
+        y, dense = (_batched(seen.output) for seen in (original, converted))
+        rows, columns = _positions(y.shape, generator)
+        patches = _patches(converted.arguments, rows, columns).double().cpu()
+        x = rearrange(patches, "n p (g c) i j -> g (n p) (c i j)", g=groups)
+        images = torch.arange(len(y))[:, None]
+        outputs = y[images, :, rows, columns].flatten(0, 1).double().cpu()
+        missed = outputs - dense[images, :, rows, columns].flatten(0, 1).double().cpu()
+        if not (x.isfinite().all() and outputs.isfinite().all()):
+            raise SepconvertError(
+                f"calibration: NaN or Inf reaches the layer {self.site.name}; check the images and the model"
+            )
+        self._merge(x, missed, outputs)
+
+    def _merge(self, x: Tensor, missed: Tensor, outputs: Tensor) -> None:
+        means = {"x": x.mean(1), "missed": missed.mean(0), "outputs": outputs.mean(0)}
+        x, missed, outputs = x - means["x"][:, None], missed - means["missed"], outputs - means["outputs"]
+        by_group = rearrange(missed, "m (g o) -> g o m", g=len(x))
+        sums = {
+            "covariance": x.mT @ x,
+            "cross": by_group @ x,
+            "missed_power": missed.square().sum(),
+            "power": outputs.square().sum(),
+        }
+        self._combine(x.shape[1], sums, means)
+
+    def _combine(self, count: int, sums: Mapping[str, Tensor], means: Mapping[str, Tensor]) -> None:
+        if not self.count:
+            self.count, self.sums, self.means = count, dict(sums), dict(means)
+            return
+        total = self.count + count
+        share = self.count * count / total
+        moved = {name: means[name] - self.means[name] for name in means}
+        x, missed = moved["x"], moved["missed"].view(len(moved["x"]), -1)
+        between = {
+            "covariance": x[:, :, None] * x[:, None, :],
+            "cross": missed[:, :, None] * x[:, None, :],
+            "missed_power": missed.square().sum(),
+            "power": moved["outputs"].square().sum(),
+        }
+        for name, value in sums.items():
+            self.sums[name] = self.sums[name] + value + share * between[name]
+        for name, value in moved.items():
+            self.means[name] = self.means[name] + count / total * value
+        self.count = total
+
+    def moments(self) -> Moments:
+        """Of all that was added, in all processes."""
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            self._gather()
+        return Moments(
+            count=self.count,
+            covariance=self.sums["covariance"] / self.count,
+            cross=self.sums["cross"] / self.count,
+            mean=self.means["x"],
+            missed=self.means["missed"],
+            missed_power=float(self.sums["missed_power"]) / self.count,
+            power=float(self.sums["power"]) / self.count,
+        )
+
+    def _gather(self) -> None:
+        mine = (self.count, self.sums, self.means)
+        everyone: list[Any] = [None] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(everyone, mine)
+        self.count = 0
+        for count, sums, means in everyone:  # in the order of ranks, the same on each
+            if count:
+                self._combine(count, sums, means)
+
+
+def _batched(value: Tensor) -> Tensor:
+    return value if value.ndim == 4 else value[None]
+
+
+def _positions(shape: torch.Size, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """N × P rows and columns of the output, drawn without replacement for every image."""
+    images, _, height, width = shape
+    chosen = torch.rand(images, height * width, generator=generator).argsort(1)[:, :POSITIONS]
+    return chosen // width, chosen % width
+
+
+def _patches(arguments: Mapping[str, Any], rows: Tensor, columns: Tensor) -> Tensor:
+    """What the convolution reads for these output positions: N × P × C × kh × kw."""
+    inputs, weight = _batched(arguments["input"]), arguments["weight"]
+    stride, dilation = (_pair(arguments.get(name, 1)) for name in ("stride", "dilation"))
+    size = tuple(weight.shape[2:])
+    (top, bottom), (left, right) = resolve_padding(arguments.get("padding", 0), size, dilation)
+    padded = F.pad(inputs, (left, right, top, bottom))
+    down = rows[..., None] * stride[0] + torch.arange(size[0]) * dilation[0]
+    across = columns[..., None] * stride[1] + torch.arange(size[1]) * dilation[1]
+    images = torch.arange(len(inputs))[:, None, None, None]
+    # Advanced indices on both sides of the channels come first: N × P × kh × kw × C.
+    found = padded[images, :, down[..., :, None], across[..., None, :]]
+    return found.movedim(-1, 2)
+
+
+def _pair(value: Any) -> tuple[int, int]:
+    values = [value] if isinstance(value, int) else list(value)
+    return int(values[0]), int(values[-1])
+
+
+def _bytes_of_moments(site: ConvSite) -> int:
+    """S, its working copies in the fit, and a batch of patches."""
+    assert site.conv is not None  # noqa: S101
+    spec = site.conv.spec
+    unknowns = spec.in_channels // spec.groups * spec.kernel_size[0] * spec.kernel_size[1]
+    return 8 * spec.groups * unknowns * (5 * unknowns + 4 * spec.out_channels // spec.groups)
+
+
+class _LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's own
+    """The most bytes of tensors made in here that were alive at once."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._known: set[int] = set()
+        self._live = 0
+        self.peak = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        given = {
+            value.untyped_storage()._cdata for value in pytree.tree_leaves(args) if isinstance(value, Tensor)
+        }
+        for value in pytree.tree_leaves(result):
+            if isinstance(value, Tensor):
+                storage = value.untyped_storage()
+                if storage._cdata not in given and storage._cdata not in self._known:
+                    self._known.add(storage._cdata)
+                    self._live += storage.nbytes()
+                    finalize(storage, self._free, storage._cdata, storage.nbytes())
+        self.peak = max(self.peak, self._live)
+        return result
+
+    def _free(self, key: int, size: int) -> None:
+        self._known.discard(key)
+        self._live -= size
+
+
+def _peak_of_activations(model: nn.Module, image: Tensor) -> int:
+    counter = _LiveBytes()
+    with torch.no_grad(), counter:
+        try:
+            private_copy(model)(image)
+        except Exception as error:  # the user's code
+            raise SepconvertError(
+                f"calibration: the model fails on images of shape {tuple(image.shape[1:])}: "
+                f"{first_line(error)}; use data of the shape that it takes"
+            ) from error
+    return counter.peak + image.numel() * image.element_size()

@@ -1,0 +1,383 @@
+"""Distillation of small networks; two networks that differ by noise stand for a conversion."""
+
+import copy
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from finetune_worker import STEPS_PER_EPOCH, disturbed, loader, network, tuned
+from torch import nn
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
+
+from sepconvert.demo import images, net
+from sepconvert.errors import SepconvertError
+from sepconvert.factorize.border import Border
+from sepconvert.finetune import finetune
+from sepconvert.layers import FactorizedConv2d
+from sepconvert.measure.accuracy import evaluate
+from sepconvert.measure.divergence import mean_divergence
+from sepconvert.spec import ConvSpec
+
+WORKER = Path(__file__).with_name("finetune_worker.py")
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Sums in the same order as in the worker's processes."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def assert_same(a, b):
+    a, b = (model if isinstance(model, dict) else model.state_dict() for model in (a, b))
+    assert a.keys() == b.keys()
+    for name, tensor in a.items():
+        assert torch.equal(tensor, b[name]), name
+
+
+def same(a, b):
+    return all(
+        torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True)
+    )
+
+
+def untimed(history):
+    return [replace(epoch, seconds=0) for epoch in history]
+
+
+# Results -------------------------------------------------------------------------------------------
+
+
+def test_the_demo_network_recovers():
+    teacher = net.load()
+    student = copy.deepcopy(teacher)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for layer in (student.head.conv, student.narrow.conv, student.widen.conv):
+            layer.weight *= 1 + 1.5 * torch.randn(layer.weight.shape, generator=generator)
+
+    def drawn(n, seed):
+        drawing = images.draw(n, seed)
+        return DataLoader(TensorDataset(net.to_input(drawing.x), torch.from_numpy(drawing.y)), 32)
+
+    result = finetune(student, teacher, drawn(320, 5000), drawn(64, 5001), epochs=1, labelled=False)
+    unseen = drawn(128, images.EVALUATION_SEED)
+    before, after = (mean_divergence(teacher, model, unseen) for model in (student, result.model))
+    assert after < before / 2
+    assert evaluate(result.model, unseen).accuracy().top1 > evaluate(student, unseen).accuracy().top1 + 0.1
+
+
+def test_what_is_delivered_is_what_the_history_says():
+    result = tuned()
+    teacher, heldout = network(), loader(21, seed=1)
+    assert [epoch.step for epoch in result.history] == [0, *(STEPS_PER_EPOCH * n for n in (1, 2, 3))]
+    assert result.delivered == min(result.history, key=lambda epoch: epoch.divergence)
+    assert result.delivered.divergence < result.history[0].divergence
+    measured = mean_divergence(teacher, result.model, heldout)
+    assert measured == pytest.approx(result.delivered.divergence, rel=1e-4)
+    accuracy = evaluate(result.model, heldout).accuracy().top1
+    assert accuracy == pytest.approx(result.delivered.accuracy)
+    assert result.stopped is None
+    assert result.to_dict()["delivered"]["divergence"] == result.delivered.divergence
+
+
+def test_never_worse_than_the_start():
+    result = tuned(learning_rate=30.0)  # leads far away
+    assert all(epoch.divergence > result.history[0].divergence for epoch in result.history[1:])
+    assert result.delivered == result.history[0]
+    assert_same(result.model, disturbed(network()))
+
+
+def test_inputs_are_left_alone_and_the_result_is_like_the_student():
+    teacher, student = network().train(), disturbed(network())
+    student[2].train()  # a mixture of modes
+    calls = []
+    student[3].register_forward_hook(lambda *_: calls.append(1))
+    students, teachers = copy.deepcopy(student.state_dict()), copy.deepcopy(teacher.state_dict())
+    random = torch.get_rng_state()
+    result = finetune(student, teacher, loader(), loader(), epochs=1, labelled=True, learning_rate=1e-2)
+    assert_same(student, students)
+    assert_same(teacher, teachers)
+    assert torch.equal(torch.get_rng_state(), random)
+    assert all(parameter.grad is None for model in (student, teacher) for parameter in model.parameters())
+    assert [m.training for m in student.modules()] == [m.training for m in result.model.modules()]
+    assert [m.training for m in student.modules()] == [False, False, False, True, *[False] * 4]
+    assert all(module.training for module in teacher.modules())
+    assert not same(result.model, student)
+    calls.clear()
+    result.model(torch.zeros(1, 3, 8, 8))
+    assert calls == [1]
+    strides = [tensor.stride() for tensor in student.state_dict().values()]
+    assert [tensor.stride() for tensor in result.model.state_dict().values()] == strides
+
+
+def test_frozen_parameters_stay_as_they_are():
+    teacher, student = network(), disturbed(network())
+    student[0].requires_grad_(False)
+    student[1].requires_grad_(False)
+    result = finetune(student, teacher, loader(), loader(), epochs=1, labelled=False, learning_rate=1e-2)
+    for index in (0, 1):  # the statistics of a frozen BatchNorm too
+        assert_same(result.model[index], student[index])
+        assert not any(parameter.requires_grad for parameter in result.model[index].parameters())
+    assert not same(result.model[3], student[3])
+
+
+def test_the_seed_decides():
+    a, b, other = tuned(seed=3), tuned(seed=3), tuned(seed=4)
+    assert_same(a.model, b.model)
+    assert untimed(a.history) == untimed(b.history)
+    assert not same(a.model, other.model)
+
+
+def test_dropout_is_off():
+    teacher, student = (nn.Sequential(*model, nn.Dropout(0.9)) for model in (network(), disturbed(network())))
+    a, b = (finetune(student, teacher, loader(), loader(), epochs=1, labelled=False) for _ in range(2))
+    assert_same(a.model, b.model)
+
+
+def test_labels_are_used_where_there_are_any():
+    unlabelled = tuned(labelled=False)
+    assert unlabelled.delivered.accuracy is None
+    assert not same(tuned(labelled=True).model, unlabelled.model)
+    teacher = network()
+    without = loader(labels=False)
+    heldout = loader(21, seed=1)
+    options = {"epochs": 3, "learning_rate": 1e-2}
+    a = finetune(disturbed(teacher), teacher, without, heldout, labelled=True, **options)
+    assert_same(a.model, unlabelled.model)
+    assert a.delivered.accuracy is not None
+
+
+def test_half_precision_models_stay_what_they_are():
+    teacher, student = network().bfloat16(), disturbed(network()).bfloat16()
+    result = finetune(student, teacher, loader(), loader(), epochs=2, labelled=False, learning_rate=1e-2)
+    assert {parameter.dtype for parameter in result.model.parameters()} == {torch.bfloat16}
+    assert result.delivered.divergence < result.history[0].divergence
+
+
+class Several(nn.Module):
+    """Logits of each pixel, or a mapping of two outputs that are no logits."""
+
+    def __init__(self, body, mapping):
+        super().__init__()
+        self.body = body
+        self.mapping = mapping
+
+    def forward(self, x):
+        y = self.body(x)
+        return (
+            {"picture": y, "sizes": (y.mean(dim=(1, 2, 3)), torch.zeros(3, dtype=torch.int64))}
+            if self.mapping
+            else y
+        )
+
+
+@pytest.mark.parametrize("mapping", [False, True])
+def test_outputs_other_than_a_row_of_logits(mapping):
+    teacher, student = (Several(model[:4], mapping).eval() for model in (network(), disturbed(network())))
+    result = finetune(student, teacher, loader(), loader(), epochs=2, labelled=False, learning_rate=1e-2)
+    assert result.delivered.divergence < result.history[0].divergence / 2
+
+
+def test_features_of_replaced_layers_are_followed():
+    teacher = network()
+    spec = ConvSpec(6, 6, (3, 3), (1, 1), ((1, 1), (1, 1)), (1, 1), 1, "zeros", True)
+    layer = FactorizedConv2d(spec, "output-subspace", 2, Border())
+    generator = torch.Generator().manual_seed(0)
+    weights = [torch.randn(c.weight.shape, generator=generator) / 4 for c in layer.convolutions]
+    layer.set_factors(weights, teacher[3].bias.detach())
+    student = copy.deepcopy(teacher)
+    student[3] = layer
+
+    @torch.no_grad()
+    def error(model):
+        (x, _) = loader().dataset.tensors
+        return float((model[:4](x) - teacher[:4](x)).square().mean())
+
+    plain, followed = (
+        finetune(student, teacher, loader(), loader(), epochs=3, labelled=False, feature_weight=weight,
+                 learning_rate=1e-2)
+        for weight in (0.0, 100.0)
+    )  # fmt: skip
+    assert error(followed.model) < 0.9 * error(plain.model)
+    with pytest.raises(SepconvertError, match="feature_weight: expected replaced layers"):
+        finetune(teacher, teacher, loader(), loader(), epochs=1, labelled=False, feature_weight=1)
+
+
+def test_progress_counts_every_step():
+    steps = []
+    tuned(progress=steps.append)
+    assert [step.step for step in steps] == list(range(1, 3 * STEPS_PER_EPOCH + 1))
+    assert {step.steps for step in steps} == {3 * STEPS_PER_EPOCH}
+    assert [step.epoch for step in steps] == [epoch for epoch in (1, 2, 3) for _ in range(STEPS_PER_EPOCH)]
+    assert steps[-1].seconds_left == 0 < steps[0].seconds_left
+
+
+# Failures ------------------------------------------------------------------------------------------
+
+
+def test_a_loss_that_is_not_finite_ends_training():
+    heldout = loader(21, seed=1)
+    bad = loader()
+    bad.dataset.tensors[0][5] = float("nan")
+    teacher, student = network(), disturbed(network())
+    result = finetune(student, teacher, bad, heldout, epochs=1, labelled=False)
+    assert result.stopped.startswith("the loss was nan at step ")
+    assert_same(result.model, student)
+    with pytest.raises(SepconvertError, match="expected finite outputs on held-out data"):
+        finetune(student, teacher, heldout, bad, epochs=1, labelled=False)
+
+
+def of(n, channels=3, label=0, dtype=torch.int64):
+    return DataLoader(TensorDataset(torch.zeros(n, channels, 8, 8), torch.full((n,), label, dtype=dtype)), 8)
+
+
+class Stream(IterableDataset):
+    def __iter__(self):
+        return iter(loader().dataset)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"epochs": 0}, "epochs: expected at least 1, got 0"),
+        ({"learning_rate": -1.0}, "learning_rate: expected a number above 0"),
+        ({"temperature": float("nan")}, "temperature: expected"),
+        ({"feature_weight": -1.0}, "feature_weight: expected"),
+        ({"checkpoint_every": 0}, "checkpoint_every: expected"),
+        ({"resume": True}, "resume: expected a checkpoint"),
+        ({"precision": "fp8000"}, "precision: expected one that this machine"),
+        ({"data": of(0)}, "data: expected a sample"),
+        ({"data": DataLoader(Stream())}, "data: expected a DataLoader that makes batches from a map-style"),
+        ({"data": DataLoader(torch.zeros(4, 3, 8, 8))}, r"data: expected batches of two tensors \(x, y\)"),
+        ({"data": of(8, channels=1)}, "data: expected inputs that the model takes"),
+        ({"data": of(8, dtype=torch.float32)}, "data: expected 8 integer labels"),
+        ({"data": of(8, label=9)}, "labels: expected"),
+        ({"heldout": loader(labels=False)}, "held-out data: expected labels"),
+        ({"teacher": nn.Sequential(*network(), nn.Linear(4, 5))}, "outputs: expected"),
+        ({"student": network().requires_grad_(False)}, "student: expected parameters"),
+    ],
+)  # fmt: skip
+def test_bad_input_is_named(options, message):
+    arguments = {
+        "student": disturbed(network()),
+        "teacher": network(),
+        "data": loader(),
+        "heldout": loader(),
+        "epochs": 1,
+        "labelled": True,
+    } | options
+    with pytest.raises(SepconvertError, match=message) as caught:
+        finetune(**arguments)
+    assert "\n" not in str(caught.value)
+
+
+# Checkpoints ---------------------------------------------------------------------------------------
+
+
+def run_worker(*arguments, launcher=(), **environment):
+    return subprocess.run(  # noqa: S603  (our own script)
+        [sys.executable, *launcher, WORKER, *map(str, arguments)],
+        env=os.environ | {"OMP_NUM_THREADS": "1"} | environment,
+        capture_output=True,
+        timeout=120,
+        check=False,
+    )
+
+
+def test_a_killed_run_resumes_to_the_same_weights(tmp_path):
+    checkpoint = tmp_path / "deep" / "checkpoint"
+    for step, kept in ((11, 8), (39, 36)):  # in the middle of epochs
+        killed = run_worker(tmp_path / "result", checkpoint, step)
+        assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
+        assert torch.load(checkpoint, weights_only=True)["step"] == kept
+    steps = []
+    resumed = tuned(checkpoint=checkpoint, resume=True, progress=steps.append)
+    assert steps[0].step == 37
+    uninterrupted = tuned(checkpoint=tmp_path / "whole")
+    assert_same(resumed.model, uninterrupted.model)
+    a, b = (torch.load(path, weights_only=True) for path in (checkpoint, tmp_path / "whole"))
+    for weights in ("student", "average"):
+        assert_same(a[weights], b[weights])
+    assert not torch.equal(a["student"]["0.weight"], a["average"]["0.weight"])
+    assert untimed(resumed.history) == untimed(uninterrupted.history)
+    assert list(checkpoint.parent.iterdir()) == [checkpoint]
+    # Of the finished run nothing is left to do.
+    again = tuned(checkpoint=checkpoint, resume=True, progress=steps.clear)
+    assert_same(again.model, uninterrupted.model)
+    assert steps
+
+
+def test_an_unfinished_checkpoint_does_no_harm(tmp_path):
+    checkpoint = tmp_path / "checkpoint"
+    (tmp_path / "checkpoint.unfinished").write_bytes(b"half")
+    assert_same(tuned(checkpoint=checkpoint, resume=True).model, tuned().model)
+    assert list(tmp_path.iterdir()) == [checkpoint]
+
+
+def test_checkpoints_of_other_runs_are_refused(tmp_path):
+    checkpoint = tmp_path / "checkpoint"
+    tuned(checkpoint=checkpoint)
+    with pytest.raises(SepconvertError, match="expected no file, got the checkpoint of an earlier run"):
+        tuned(checkpoint=checkpoint)
+    with pytest.raises(SepconvertError, match=r"with other options .*seed=0.*not .*seed=1"):
+        tuned(checkpoint=checkpoint, resume=True, seed=1)
+    options = {"epochs": 3, "labelled": True, "learning_rate": 1e-2, "checkpoint": checkpoint, "resume": True}
+    teacher, student, heldout = network(), disturbed(network()), loader(21, seed=1)
+    for part, models, data in (
+        ("student", (disturbed(teacher, seed=9), teacher), (loader(), heldout)),
+        ("teacher", (student, student), (loader(), heldout)),
+        ("data", (student, teacher), (loader(seed=5), heldout)),
+        ("held-out data", (student, teacher), (loader(), loader(20, seed=1))),
+    ):
+        with pytest.raises(SepconvertError, match=f"got one with other {part} "):
+            finetune(*models, *data, **options)
+
+
+@pytest.mark.parametrize("cut", [0, 100, 5000])
+def test_a_damaged_checkpoint_is_named(tmp_path, cut):
+    checkpoint = tmp_path / "checkpoint"
+    tuned(checkpoint=checkpoint)
+    checkpoint.write_bytes(checkpoint.read_bytes()[:cut])
+    with pytest.raises(SepconvertError, match="damaged or foreign file"):
+        tuned(checkpoint=checkpoint, resume=True)
+
+
+def test_a_place_that_cannot_be_written_is_named(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(SepconvertError, match="expected a place to write to"):
+        tuned(checkpoint=tmp_path / "file" / "checkpoint")
+
+
+# Processes -----------------------------------------------------------------------------------------
+
+
+def test_two_processes_train_what_one_does(tmp_path):
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    done = run_worker(tmp_path / "result", launcher=launcher)
+    assert done.returncode == 0, done.stderr.decode()
+    state, loss, accuracy, _ = torch.load(tmp_path / "result", weights_only=True)
+    alone = tuned(norm=False)
+    assert loss == pytest.approx(alone.history[-1].loss, rel=1e-4)
+    assert accuracy == pytest.approx(alone.history[-1].accuracy)
+    for name, tensor in alone.model.state_dict().items():
+        torch.testing.assert_close(state[name], tensor, rtol=1e-3, atol=1e-4)
+
+
+def test_mixed_precision(tmp_path):
+    # In a process of its own: Accelerate knows one precision for each.
+    done = run_worker(tmp_path / "result", ACCELERATE_MIXED_PRECISION="bf16")
+    assert done.returncode == 0, done.stderr.decode()
+    _, loss, _, divergences = torch.load(tmp_path / "result", weights_only=True)
+    alone = tuned(norm=False)
+    assert divergences[0] == alone.history[0].divergence
+    assert min(divergences) < divergences[0]
+    assert loss != alone.history[-1].loss
+    assert loss == pytest.approx(alone.history[-1].loss, rel=0.02)
