@@ -14,11 +14,11 @@ _PUBLIC = {
     "DemandNotMetError": "errors",
     "FactorizedConv2d": "layers",
     "Profile": "profiling",
-    "FinetuneResult": "finetune",
+    "FinetuneResult": "distillation",
     "SepconvertError": "errors",
     "compare": "profiling",
     "convert": "pipeline",
-    "finetune": "finetune",
+    "finetune": "distillation",
     "inspect": "pipeline",
     "profile": "profiling",
 }
@@ -28,8 +28,8 @@ __all__ = ["__version__", *sorted(_PUBLIC)]
 if TYPE_CHECKING:
     from sepconvert.errors import DemandNotMetError as DemandNotMetError
     from sepconvert.errors import SepconvertError as SepconvertError
-    from sepconvert.finetune import FinetuneResult as FinetuneResult
-    from sepconvert.finetune import finetune as finetune
+    from sepconvert.distillation import FinetuneResult as FinetuneResult
+    from sepconvert.distillation import finetune as finetune
     from sepconvert.layers import FactorizedConv2d as FactorizedConv2d
     from sepconvert.pipeline import ConversionResult as ConversionResult
     from sepconvert.pipeline import convert as convert

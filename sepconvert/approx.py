@@ -24,13 +24,15 @@ from sepconvert.approximation import (
 from sepconvert.calibrate import POSITIONS
 from sepconvert.conversion import Conversion
 from sepconvert.data import Batch, split
+from sepconvert.distributed import once
 from sepconvert.errors import SepconvertError
 from sepconvert.factorize.approximate import Approximation
 from sepconvert.factorize.border import Border
 from sepconvert.factorize.structures import BY_NAME
-from sepconvert.finetune import Step as TrainingStep
-from sepconvert.finetune import finetune
+from sepconvert.distillation import Step as TrainingStep
+from sepconvert.distillation import finetune
 from sepconvert.measure.accuracy import AccuracyDelta
+from sepconvert.measure.latency import Speedup
 from sepconvert.plan import LayerPlan, kept, selected
 from sepconvert.progress import Progress
 from sepconvert.report.document import LayerApproximation, LayerReport
@@ -143,11 +145,11 @@ def convert_approximately(
     heldout = Heldout(model, calibration.heldout) if calibration and calibration.heldout else None
     surveyed = survey(
         model, layers, calibration, heldout, budget.rank,
-        functools.cache(functools.partial(_allowed, gate, runs, threads, seed)), seed, progress,
+        _Gate(gate, runs, threads, seed), seed, progress,
     )  # fmt: skip
 
-    def speedup(converted: nn.Module) -> Any:
-        return time_models(model, converted, inputs, runs, threads, seed, progress)[2]
+    def speedup(converted: nn.Module) -> Speedup:
+        return once(lambda: time_models(model, converted, inputs, runs, threads, seed, progress)[2])
 
     search = Search(
         surveyed,
@@ -202,20 +204,33 @@ def _obstacles(
     return reasons
 
 
-def _allowed(gate: str, runs: int, threads: int, seed: int, site: ConvSite, scheme: str, rank: int) -> bool:
-    conv = site.conv
-    if gate == "none" or conv is None:
-        return True
-    chain = BY_NAME[scheme].split(conv.spec, rank)
-    if sum(chain_macs(chain, size) for size in site.sizes) >= site.macs:
-        return False
-    if gate == "macs":
-        return True
-    generator = torch.Generator().manual_seed(seed)
-    weights = tuple(torch.randn(spec.weight_shape, generator=generator).to(conv.weight) for spec in chain)
-    return (
-        not_faster(site, Replacement(scheme, rank, Border(), weights, conv.bias), runs, threads, seed) is None
-    )
+class _Gate:
+    """Whether a form of a layer passes; under the gate "latency" each shape is timed once."""
+
+    def __init__(self, gate: str, runs: int, threads: int, seed: int) -> None:
+        self._gate, self._runs, self._threads, self._seed = gate, runs, threads, seed
+        self._timed: dict[Any, bool] = {}
+
+    def __call__(self, site: ConvSite, scheme: str, rank: int) -> bool:
+        conv = site.conv
+        if self._gate == "none" or conv is None:
+            return True
+        chain = BY_NAME[scheme].split(conv.spec, rank)
+        if sum(chain_macs(chain, size) for size in site.sizes) >= site.macs:
+            return False
+        if self._gate == "macs":
+            return True
+        key = (conv.spec, conv.inputs.shape, scheme, rank)
+        if key not in self._timed:
+            generator = torch.Generator().manual_seed(self._seed)
+            weights = tuple(
+                torch.randn(spec.weight_shape, generator=generator).to(conv.weight) for spec in chain
+            )
+            factors = Replacement(scheme, rank, Border(), weights, conv.bias)
+            self._timed[key] = once(
+                lambda: not_faster(site, factors, self._runs, self._threads, self._seed) is None
+            )
+        return self._timed[key]
 
 
 def _finetune(

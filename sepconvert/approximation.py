@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from sepconvert.allocate import Candidate, Choice, plans
 from sepconvert.calibrate import Kernel, calibrate, reestimate_batchnorm, substitute
+from sepconvert.distributed import once, processes, rank
 from sepconvert.errors import SepconvertError
 from sepconvert.factorize.approximate import (
     DEPTHWISE_POINTWISE,
@@ -108,6 +109,9 @@ class Heldout:
 
     def measure(self, model: nn.Module, most: int | None = None) -> Divergence:
         """Of `model`, in eval mode, on the first `most` images."""
+        return once(lambda: self._measure(model, most))
+
+    def _measure(self, model: nn.Module, most: int | None) -> Divergence:
         total, equal, count, classified = 0.0, 0, 0, True
         with torch.no_grad(), evaluation_mode(model):
             for batch, expected in zip(self.batches, self.expected, strict=True):
@@ -133,10 +137,7 @@ class Calibration:
     @property
     def share(self) -> dict[int, Tensor]:
         """This process's batches to fit to, by number."""
-        distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-        rank = torch.distributed.get_rank() if distributed else 0
-        size = torch.distributed.get_world_size() if distributed else 1
-        return {number: batch for number, batch in enumerate(self.fit) if number % size == rank}
+        return {n: batch for n, batch in enumerate(self.fit) if n % processes() == rank()}
 
 
 def obstacle(site: ConvSite, named: bool) -> str | None:
@@ -167,7 +168,7 @@ def survey(
     sites: Sequence[ConvSite],
     calibration: Calibration | None,
     heldout: Heldout | None,
-    rank: int | None,
+    multiplier: int | None,
     allowed: Callable[[ConvSite, str, int], bool],
     seed: int,
     progress: Progress,
@@ -179,7 +180,7 @@ def survey(
         sites: the layers.
         calibration: None to fit in the metric of the weights.
         heldout: for sensitivities.
-        rank: None for all ranks that may pay.
+        multiplier: the rank of all layers; None for all ranks that may pay.
         allowed: whether the gate lets a scheme of some rank take a layer's place; layers of which none may
             are left out.
         seed: of positions.
@@ -194,7 +195,11 @@ def survey(
         best: dict[int, Approximation] = {}
         for scheme in _schemes(conv.spec):
             largest = BY_NAME[scheme].full_rank(conv.spec)
-            ranks = range(1, min(largest, _LARGEST_RANK) + 1) if rank is None else [min(rank, largest)]
+            ranks = (
+                range(1, min(largest, _LARGEST_RANK) + 1)
+                if multiplier is None
+                else [min(multiplier, largest)]
+            )
             for each in ranks:
                 if not allowed(site, scheme, each):
                     continue
@@ -202,7 +207,7 @@ def survey(
                 cost = _macs(site, scheme, each)
                 if cost not in best or fitted.output_error < best[cost].output_error:
                     best[cost] = fitted
-        if rank is not None and best:  # of one rank, the cheaper form
+        if multiplier is not None and best:  # of one rank, the cheaper form
             best = {min(best): best[min(best)]}
         if not best:
             return

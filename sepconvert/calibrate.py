@@ -23,6 +23,7 @@ from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from sepconvert.distributed import gather
 from sepconvert.errors import SepconvertError, first_line
 from sepconvert.factorize.approximate import Moments
 from sepconvert.trace import ConvolutionInterceptor, ConvSite, private_copy, resolve_padding
@@ -342,8 +343,11 @@ class _Accumulator:
 
     def moments(self) -> Moments:
         """Of all that was added, in all processes."""
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            self._gather()
+        everyone = gather((self.count, self.sums, self.means))
+        self.count = 0
+        for count, sums, means in everyone:
+            if count:
+                self._combine(count, sums, means)
         return Moments(
             count=self.count,
             covariance=self.sums["covariance"] / self.count,
@@ -353,15 +357,6 @@ class _Accumulator:
             missed_power=float(self.sums["missed_power"]) / self.count,
             power=float(self.sums["power"]) / self.count,
         )
-
-    def _gather(self) -> None:
-        mine = (self.count, self.sums, self.means)
-        everyone: list[Any] = [None] * torch.distributed.get_world_size()
-        torch.distributed.all_gather_object(everyone, mine)
-        self.count = 0
-        for count, sums, means in everyone:  # in the order of ranks, the same on each
-            if count:
-                self._combine(count, sums, means)
 
 
 def _batched(value: Tensor) -> Tensor:

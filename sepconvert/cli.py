@@ -1,6 +1,7 @@
 """The command line: options, progress and exit codes. Torch is loaded when a command runs, not before."""
 
 import io
+import os
 import signal
 import sys
 from collections.abc import Callable
@@ -217,6 +218,8 @@ def demo(**options: Any) -> None:
 def main() -> None:
     """Run the command line; the process ends with the exit code of the contract."""
     debug = "--debug" in sys.argv
+    # Read by torch when it is loaded: large tensors on huge pages, which are quicker to come by.
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _interrupt)
     if isinstance(sys.stdout, io.TextIOWrapper):

@@ -16,10 +16,11 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from sepconvert.data import Batch, Preprocess, check_against_model, has_labels, load_data, sample_shape
+from sepconvert.distributed import join, rank
 from sepconvert.environment import available_cores, environment
 from sepconvert.errors import SepconvertError, first_line
 from sepconvert.export import cast, model_dtype, writing
-from sepconvert.finetune import Step
+from sepconvert.distillation import Step
 from sepconvert.load import LoadedModel, load_model, parse_input_shape
 from sepconvert.output import result_directory
 from sepconvert.pipeline import ConversionResult
@@ -44,8 +45,10 @@ def convert(**options: Any) -> None:
     if options["dry_run"]:
         _dry_run(options)
         return
-    out = _out(options)
-    with _quietly(), _result_directory(options, out) as folder:
+    join()
+    main, out = rank() == 0, _out(options)
+    place = _result_directory(options, out) if main else contextlib.nullcontext()
+    with _quietly(), place as folder:
         loaded = _load(options)
         data, inputs = _data_and_inputs(options, loaded)
         result = run_convert(
@@ -62,8 +65,12 @@ def convert(**options: Any) -> None:
             out=folder,
             **_common(options),
         )
-        write_documents(result.report, result.plan, folder)
-    _show(options, result, out)
+        if folder is not None:
+            write_documents(result.report, result.plan, folder)
+    if main:
+        if (checkpoint := _checkpoint(options, out)) is not None:
+            checkpoint.unlink(missing_ok=True)
+        _show(options, result, out)
 
 
 def inspect(**options: Any) -> None:
@@ -172,16 +179,27 @@ def demo(**options: Any) -> None:
 def _approximate(options: Options, out: Path) -> dict[str, Any]:
     """The options of approximate mode."""
     names = ("calib_images", "rank", "target_macs", "min_speedup", "max_drop", "finetune", "resume")
-    checkpoint = options["checkpoint"] or out.with_name(f"{out.name}.checkpoint")
-    if options["resume"] and not options["finetune"]:
+    checkpoint = _checkpoint(options, out)
+    if options["resume"] and checkpoint is None:
         raise SepconvertError("--resume: goes on with fine-tuning; pass --finetune too")
+    if checkpoint is not None and checkpoint.exists() and not options["resume"]:
+        raise SepconvertError(
+            f"{checkpoint}: a run that was interrupted left it; pass --resume to go on, or remove it"
+        )
     return {
         **{name: options[name] for name in names},
         "calib": _images(options, "calib"),
         "train": _images(options, "train"),
-        "checkpoint": checkpoint if options["finetune"] else None,
+        "checkpoint": checkpoint,
         "on_step": _training_bar(options),
     }
+
+
+def _checkpoint(options: Options, out: Path) -> Path | None:
+    if not options["finetune"]:
+        return None
+    given: Path | None = options["checkpoint"]
+    return given or out.with_name(f"{out.name}.checkpoint")
 
 
 def _images(options: Options, name: str) -> DataLoader[Batch] | None:

@@ -16,6 +16,8 @@ from torch.utils.data import DataLoader
 
 from sepconvert.approx import Finetuning, convert_approximately, split_data
 from sepconvert.data import Batch
+from sepconvert.distributed import once
+from sepconvert.distributed import rank as rank_of_process
 from sepconvert.environment import available_cores
 from sepconvert.errors import DemandNotMetError, SepconvertError, first_line
 from sepconvert.exact import analyse_model, convert_exactly, plan_model, verify_model
@@ -30,7 +32,7 @@ from sepconvert.export import (
     writing,
 )
 from sepconvert.factorize.exact import split
-from sepconvert.finetune import Step
+from sepconvert.distillation import Step
 from sepconvert.measure.accuracy import AccuracyDelta, Predictions, evaluate
 from sepconvert.measure.accuracy import compare as compare_predictions
 from sepconvert.measure.cost import Cost, count
@@ -155,6 +157,9 @@ def convert(
         out: an existing empty directory to leave all files in; by default they are temporary.
         progress: shows the progress of loops.
 
+    Of several processes (`accelerate launch`), the main one exports, measures and reports; in the others the
+    report is empty.
+
     Raises:
         SepconvertError: bad arguments, or a model that cannot be run or exported.
         DemandNotMetError: an exactly converted model is not the original (the message names the layer), or
@@ -185,7 +190,7 @@ def convert(
 
         def accuracy(converted: nn.Module) -> AccuracyDelta:
             assert predictions is not None and data is not None  # noqa: S101, PT018
-            found = _predict("plan", private_copy(converted), data, progress)
+            found = once(lambda: _predict("plan", private_copy(converted), data, progress))
             return compare_predictions(predictions, found)
 
         conversion = convert_approximately(
@@ -208,6 +213,8 @@ def convert(
         input_shapes=tuple(tuple(value.shape) for value in inputs if isinstance(value, Tensor)),
         layers=conversion.layers,
     )  # fmt: skip
+    if rank_of_process() != 0:
+        return ConversionResult(converted, plan.to_json(), {})
     with _folder(out) as folder:
         note = write_models(model, converted, inputs, folder, dynamic_batch, progress)
         paths = folder / "original.onnx", folder / "converted.onnx"

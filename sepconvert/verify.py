@@ -82,7 +82,10 @@ def check_layer(conv: DenseConv, layer: FactorizedConv2d, tolerance: float) -> L
         factored: Tensor = double.forward(inputs)
         own = dense_convolution(spec, seen, conv.weight, conv.bias)
         own_factored = private_copy(layer).cpu().forward(seen)
-        patch_norms = dense_convolution(spec, inputs.square(), torch.ones_like(weight), None).sqrt()
+        # All outputs of a group see the same patch.
+        shared = spec.out_channels // spec.groups
+        patches = dense_convolution(spec, inputs.square(), torch.ones_like(weight[::shared]), None)
+        patch_norms = patches.sqrt().repeat_interleave(shared, -3)
         magnitude = dense_convolution(spec, inputs.abs(), weight.abs(), None if bias is None else bias.abs())
         kernel_error = torch.linalg.vector_norm(double.weight - weight, dim=(1, 2, 3))[:, None, None]
     # Float64 rounding of both ways to compute the sum: n·eps times the sum of magnitudes.

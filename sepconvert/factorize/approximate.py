@@ -92,15 +92,15 @@ def approximate(
         sweeps: at most so many.
     """
     dense = rearrange(weight.double(), "(g o) c i j -> g o c (i j)", g=spec.groups)
-    # A scale common to all patches changes nothing but the range of the numbers.
-    scale = float(moments.covariance.diagonal(dim1=-2, dim2=-1).mean()) or 1.0
-    silent = not moments.covariance.any()
-    metric = moments.covariance / scale
-    metric = metric + (1.0 if silent else _RIDGE) * torch.eye(metric.shape[-1], dtype=torch.float64)
+    scale = float(moments.covariance.diagonal(dim1=-2, dim2=-1).mean())
+    metric, cross = torch.eye(moments.covariance.shape[-1], dtype=torch.float64), moments.cross
+    if scale <= torch.finfo(torch.float32).eps ** 2 * float(moments.mean.square().mean()):
+        # Images that are all alike vary by rounding alone, of which there is nothing to learn.
+        scale, metric, cross = 1.0, metric.repeat(spec.groups, 1, 1), torch.zeros_like(cross)
+    else:
+        metric = moments.covariance / scale + _RIDGE * metric
     fit = _SOLVERS[scheme]
-    left, right, objective = fit(
-        dense, metric, moments.cross / scale, moments.missed_power / scale, rank, sweeps
-    )
+    left, right, objective = fit(dense, metric, cross / scale, moments.missed_power / scale, rank, sweeps)
     structure = BY_NAME[scheme]
     weights = structure.kernels(spec, left, right)
     kernel = structure.compose(spec, *weights)
@@ -213,7 +213,7 @@ def _fit_pointwise_depthwise(
         pointwise = pointwise + correction
         kernel = pointwise @ depthwise
         objective.append(start - float((kernel * (2 * target - _product(kernel, metric))).sum()))
-        if len(objective) >= sweeps or rank == min(taps, channels) or _settled(objective):
+        if len(objective) >= sweeps or _settled(objective):
             break
         # D by its M·K normal equations.
         rows = rearrange(pointwise, "g o c m -> g (o m) c") @ rearrange(by_tap, "g a k b l -> g b (k a l)")

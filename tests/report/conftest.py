@@ -19,7 +19,8 @@ def layer(name: str, **others: Any) -> dict[str, Any]:
     return {
         "name": name, "kind": "Conv2d", "kernel": kernel, "decision": "kept", "reason": "no exact structure",
         "scheme": None, "rank": None, "macs": [12_345, 12_345], "params": [100, 100], "weight_error": None,
-        "output_error": None, "approximation": None, "latency_ms": None, "latency_speedup": None, "structures": [structure("spatial-vh", 24, 24, 0.125)],
+        "output_error": None, "approximation": None, "latency_ms": None, "latency_speedup": None,
+        "structures": [structure("spatial-vh", 24, 24, 0.125)],
         "exact": others.get("decision") == "converted",
         **others,
     }  # fmt: skip

@@ -106,3 +106,17 @@ def test_names_are_text(document, name):
 def test_bars_keep_to_their_cell(document):
     document["layers"][1]["macs"] = [1_000_000, 4_000_000]  # --gate none converts what does not pay
     assert widths(Page(render_html(document))) == pytest.approx([0.3, 25, 100])
+
+
+def test_an_approximate_conversion(approximate):
+    text = Page(render_html(approximate)).text
+    assert "On 256 images that nothing was fitted to." in text
+    assert "re-estimate BatchNorm (not kept)" in text
+    assert "0.25 [-0.05, 0.55]" in text
+    assert "0.88 fitted to weights, 0.50 alone; sensitivity 2.5" in text
+    assert "Fine-tuning" not in text
+    epoch = {"epoch": 1, "weights": "average", "loss": 0.5, "divergence": 0.03125, "accuracy": 0.875}
+    approximate["approximation"]["finetune"] = {"history": [epoch], "delivered": epoch, "stopped": None}
+    text = Page(render_html(approximate)).text
+    assert "average, delivered" in text
+    assert "87.5 %" in text

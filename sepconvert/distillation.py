@@ -193,8 +193,10 @@ def _check(
 def _accelerator(precision: Precision | None) -> Accelerator:
     # Buffers are averaged before they are looked at; auxiliary heads are unused in eval mode.
     options = DistributedDataParallelKwargs(broadcast_buffers=False, find_unused_parameters=True)
+    # Unless it is told, Accelerate takes several processes without GPUs for strangers that each train alone.
+    cpu = not torch.accelerator.is_available()
     try:
-        return Accelerator(mixed_precision=precision, kwargs_handlers=[options])
+        return Accelerator(cpu=cpu, mixed_precision=precision, kwargs_handlers=[options])
     except ValueError as error:  # fp16 without a GPU; another precision than before in this process
         raise SepconvertError(
             f"precision: expected one that this machine and process allow, got {precision}:"

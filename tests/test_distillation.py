@@ -10,20 +10,20 @@ from pathlib import Path
 
 import pytest
 import torch
-from finetune_worker import STEPS_PER_EPOCH, disturbed, loader, network, tuned
+from distillation_worker import STEPS_PER_EPOCH, disturbed, loader, network, tuned
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from sepconvert.demo import images, net
+from sepconvert.distillation import finetune
 from sepconvert.errors import SepconvertError
 from sepconvert.factorize.border import Border
-from sepconvert.finetune import finetune
 from sepconvert.layers import FactorizedConv2d
 from sepconvert.measure.accuracy import evaluate
 from sepconvert.measure.divergence import mean_divergence
 from sepconvert.spec import ConvSpec
 
-WORKER = Path(__file__).with_name("finetune_worker.py")
+WORKER = Path(__file__).with_name("distillation_worker.py")
 
 
 @pytest.fixture(autouse=True)
@@ -74,10 +74,14 @@ def test_the_demo_network_recovers():
     assert evaluate(result.model, unseen).accuracy().top1 > evaluate(student, unseen).accuracy().top1 + 0.1
 
 
-def test_what_is_delivered_is_what_the_history_says():
-    result = tuned()
+@pytest.mark.parametrize(("learning_rate", "weights"), [(1e-2, "trained"), (0.2, "average")])
+def test_what_is_delivered_is_what_the_history_says(learning_rate, weights):
+    result = tuned(epochs=4, learning_rate=learning_rate)
+    assert result.delivered.weights == weights
+    # With the larger steps the best is not the last.
+    assert (result.delivered == result.history[-1]) == (weights == "trained")
     teacher, heldout = network(), loader(21, seed=1)
-    assert [epoch.step for epoch in result.history] == [0, *(STEPS_PER_EPOCH * n for n in (1, 2, 3))]
+    assert [epoch.step for epoch in result.history] == [0, *(STEPS_PER_EPOCH * n for n in range(1, 5))]
     assert result.delivered == min(result.history, key=lambda epoch: epoch.divergence)
     assert result.delivered.divergence < result.history[0].divergence
     measured = mean_divergence(teacher, result.model, heldout)
@@ -363,7 +367,8 @@ def test_two_processes_train_what_one_does(tmp_path):
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
     done = run_worker(tmp_path / "result", launcher=launcher)
     assert done.returncode == 0, done.stderr.decode()
-    state, loss, accuracy, _ = torch.load(tmp_path / "result", weights_only=True)
+    state, loss, accuracy, _, processes = torch.load(tmp_path / "result", weights_only=True)
+    assert processes == 2
     alone = tuned(norm=False)
     assert loss == pytest.approx(alone.history[-1].loss, rel=1e-4)
     assert accuracy == pytest.approx(alone.history[-1].accuracy)
@@ -375,7 +380,7 @@ def test_mixed_precision(tmp_path):
     # In a process of its own: Accelerate knows one precision for each.
     done = run_worker(tmp_path / "result", ACCELERATE_MIXED_PRECISION="bf16")
     assert done.returncode == 0, done.stderr.decode()
-    _, loss, _, divergences = torch.load(tmp_path / "result", weights_only=True)
+    _, loss, _, divergences, _ = torch.load(tmp_path / "result", weights_only=True)
     alone = tuned(norm=False)
     assert divergences[0] == alone.history[0].divergence
     assert min(divergences) < divergences[0]

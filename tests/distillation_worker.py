@@ -1,4 +1,4 @@
-"""Fine-tunes a small network in a process of its own: `finetune_worker.py RESULT [CHECKPOINT [KILL_AT]]`.
+"""Fine-tunes a small network in a process of its own: `distillation_worker.py RESULT [CHECKPOINT [KILL_AT]]`.
 
 With KILL_AT the process kills itself after that step, as a machine that is taken away does.
 """
@@ -9,10 +9,10 @@ import sys
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import distributed, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from sepconvert.finetune import finetune
+from sepconvert.distillation import finetune
 
 STEPS_PER_EPOCH = 15
 
@@ -65,7 +65,8 @@ def main(result, checkpoint=None, kill_at=None):
     done = tuned(norm=path is not None, checkpoint=path, resume=path is not None, progress=kill)
     if int(os.environ.get("RANK", "0")) == 0:
         last, divergences = done.history[-1], [epoch.divergence for epoch in done.history]
-        torch.save([done.model.state_dict(), last.loss, last.accuracy, divergences], result)
+        processes = distributed.get_world_size() if distributed.is_initialized() else 1
+        torch.save([done.model.state_dict(), last.loss, last.accuracy, divergences, processes], result)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,323 @@
+"""Approximate mode from beginning to end, on the small trained network of the demonstration."""
+
+import hashlib
+import json
+
+import onnx
+import pytest
+import torch
+from hypothesis import given
+from strategies import geometries, numbered
+from torch import nn
+from torch.utils.data import DataLoader, Dataset, TensorDataset
+
+from sepconvert import DemandNotMetError, SepconvertError, convert
+from sepconvert.approx import split_data
+from sepconvert.approximation import Calibration, Heldout, carry_out, hull, survey
+from sepconvert.demo.images import evaluation_data
+from sepconvert.demo.net import load, to_input
+from sepconvert.layers import FactorizedConv2d
+from sepconvert.pipeline import apply_plan
+from sepconvert.plan import read_plan
+from sepconvert.progress import silent
+from sepconvert.search import Budget
+from sepconvert.trace import private_copy, trace
+
+
+@pytest.fixture(scope="module")
+def samples():
+    images = evaluation_data()
+    return to_input(images.x), torch.from_numpy(images.y)
+
+
+@pytest.fixture(scope="module")
+def calib(samples):
+    return DataLoader(TensorDataset(samples[0][:200], samples[1][:200]), batch_size=64)
+
+
+@pytest.fixture(scope="module")
+def data(samples):
+    return DataLoader(TensorDataset(samples[0][200:600], samples[1][200:600]), batch_size=200)
+
+
+def approx(samples, **options):
+    return convert(load(), samples[0][:2], mode="approx", **{"runs": 0, "calib_images": 200, **options})
+
+
+@pytest.fixture(scope="module")
+def fixed(samples, calib, data, tmp_path_factory):
+    """Rank 2 everywhere, with its files."""
+    folder = tmp_path_factory.mktemp("fixed")
+    model = load()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    result = convert(
+        model,
+        samples[0][:2],
+        mode="approx",
+        rank=2,
+        calib=calib,
+        data=data,
+        calib_images=200,
+        runs=0,
+        out=folder,
+    )
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    return result, folder
+
+
+def converted(report):
+    return [layer for layer in report["layers"] if layer["decision"] == "converted"]
+
+
+def test_report(fixed):
+    result, _ = fixed
+    json.dumps(result.report, allow_nan=False)
+    found = result.report["approximation"]
+    assert found["metric"] == "data"
+    assert found["calibration"] == {"origin": "--calib", "images": 150, "heldout": 50, "positions": 64}
+    names = [step["name"] for step in found["steps"]]
+    assert names[:3] == ["fit the weights", "fit the outputs", "follow the drift, correct the bias"]
+    by_name = {step["name"]: step["divergence"] for step in found["steps"]}
+    assert by_name["follow the drift, correct the bias"] < by_name["fit the weights"]
+    assert converted(result.report)
+    for layer in converted(result.report):
+        assert layer["rank"] == 2
+        assert layer["macs"][1] < layer["macs"][0]
+        assert not layer["exact"]
+        errors = layer["approximation"]
+        assert errors["output_error_alone"] <= errors["output_error_of_weight_fit"] * 1.01
+        assert errors["sensitivity"] >= 0
+    kept = [layer for layer in result.report["layers"] if layer["decision"] == "kept"]
+    assert all(layer["reason"] for layer in kept)
+    dense = result.report["original"]["macs"] - sum(layer["macs"][0] for layer in result.report["layers"])
+    assert result.report["converted"]["macs"] == dense + sum(
+        layer["macs"][1] for layer in result.report["layers"]
+    )
+    assert result.report["verification"]["passed"]
+    assert result.report["converted"]["accuracy"]["n"] == 400
+
+
+def test_multipliers_become_branches_in_onnx_too(fixed):
+    result, folder = fixed
+    layer = next(module for module in result.model.modules() if isinstance(module, FactorizedConv2d))
+    assert len(layer.branches) == 2
+    counts, multiplied = {}, {}
+    for name in ("original", "converted"):
+        graph = onnx.load(folder / f"{name}.onnx").graph
+        weights = {each.name: tuple(each.dims) for each in graph.initializer}
+        nodes = [node for node in graph.node if node.op_type == "Conv"]
+        groups = [next((a.i for a in node.attribute if a.name == "group"), 1) for node in nodes]
+        shapes = [weights[node.input[1]] for node in nodes]
+        counts[name] = len(nodes)
+        multiplied[name] = {s for s, g in zip(shapes, groups, strict=True) if s[1] == 1 and s[0] != g > 1}
+    # Two branches of two for each layer, and no depthwise convolution with a multiplier of ours.
+    assert counts["converted"] == counts["original"] + 3 * len(converted(result.report))
+    assert multiplied["converted"] <= multiplied["original"]
+
+
+def test_a_plan_can_be_replayed(fixed, tmp_path):
+    result, folder = fixed
+    weights = folder / "converted.safetensors"
+    plan = read_plan({**result.plan, "weights_sha256": hashlib.sha256(weights.read_bytes()).hexdigest()})
+    assert apply_plan(load(), plan, weights, tmp_path, model_sha256=None) is None
+    assert (tmp_path / "converted.onnx").read_bytes() == (folder / "converted.onnx").read_bytes()
+
+
+def test_the_same_command_gives_the_same_weights(small):
+    first, second = (convert_small(small, rank=2) for _ in range(2))
+    expected = first.model.state_dict()
+    assert all(torch.equal(value, expected[name]) for name, value in second.model.state_dict().items())
+    assert first.plan == second.plan
+
+
+@pytest.fixture(scope="module")
+def small():
+    """An untrained network, images, and for labels what it says of them."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(),
+        nn.Conv2d(16, 24, 3, stride=2), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(24, 5),
+    ).eval()  # fmt: skip
+    x = torch.randn(300, 3, 14, 14) + torch.randn(300, 3, 1, 1)
+    with torch.no_grad():
+        return model, DataLoader(TensorDataset(x, model(x).argmax(1)), batch_size=100)
+
+
+def convert_small(small, **options):
+    model, loader = small
+    images = torch.cat([x for x, _ in loader])
+    return convert(model, images[:2], mode="approx", runs=0, calib=loader, calib_images=64, **options)
+
+
+def test_budgets(small):
+    result = convert_small(small, target_macs=0.6, data=small[1])
+    assert result.report["delta"]["macs_ratio"] >= 1 / 0.6
+    result = convert_small(small, max_drop=5.0, data=small[1])
+    found = result.report["approximation"]
+    assert result.report["delta"]["accuracy_drop_pp"]["value"] <= 5.0
+    assert len(found["curve"]) >= 3
+    assert (
+        found["plans_measured_on_data"] == sum(p["accuracy_drop_pp"] is not None for p in found["curve"]) > 0
+    )
+    (delivered,) = [point for point in found["curve"] if point["delivered"]]
+    assert delivered["macs"] == result.report["converted"]["macs"]
+    # Nothing measured to be good enough is cheaper.
+    for point in found["curve"]:
+        if point["accuracy_drop_pp"] and point["accuracy_drop_pp"]["value"] <= 5.0:
+            assert point["macs"] >= delivered["macs"]
+    with pytest.raises(DemandNotMetError, match=r"no plan meets --target-macs 0.01") as caught:
+        convert_small(small, target_macs=0.01)
+    assert "fewer MACs" in caught.value.details
+    with pytest.raises(DemandNotMetError, match=r"--rank 1 and --max-drop 0 .*smallest drop"):
+        convert_small(small, rank=1, max_drop=0, data=small[1])
+
+
+def test_a_demanded_speed_is_measured(small):
+    model, loader = small
+    options = {"mode": "approx", "calib": loader, "calib_images": 64, "runs": 5}
+    with pytest.raises(DemandNotMetError, match=r"--min-speedup 50 .*largest speed-up") as caught:
+        convert(model, torch.randn(1, 3, 14, 14), min_speedup=50, **options)
+    assert "×" in caught.value.details
+    report = convert(model, torch.randn(1, 3, 14, 14), min_speedup=0.01, **options).report
+    assert any(point["latency_speedup"] for point in report["approximation"]["curve"])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"rank": 0}, "--rank 0: expected"),
+        ({"target_macs": 1.5}, "--target-macs 1.5: expected"),
+        ({"min_speedup": -1}, "--min-speedup -1: expected"),
+        ({"max_drop": float("nan")}, "--max-drop nan: expected"),
+        ({"rank": 1, "target_macs": 0.5}, "pass one of them"),
+        ({}, "needs a budget"),
+        ({"rank": 1, "finetune": 2}, "--finetune: needs images to train on"),
+        ({"max_drop": 1.0}, "--max-drop: needs labelled data"),
+        ({"rank": 1, "calib_images": 0}, "--calib-images 0"),
+    ],
+)
+def test_bad_demands(samples, options, message):
+    with pytest.raises(SepconvertError, match=message):
+        approx(samples, **options)
+    with pytest.raises(SepconvertError, match="are for mode 'approx'"):
+        convert(load(), samples[0][:2], rank=1)
+
+
+def test_without_images_the_weights_are_fitted_and_the_report_says_so(samples):
+    result = approx(samples, rank=2)
+    assert result.report["approximation"]["metric"] == "weights"
+    assert result.report["approximation"]["steps"] == []
+    assert converted(result.report)
+
+
+class Recorded(Dataset):
+    """Remembers which samples were asked for."""
+
+    def __init__(self, x, y):
+        self.x, self.y, self.asked = x, y, []
+
+    def __len__(self):
+        return len(self.x)
+
+    def __getitem__(self, index):
+        self.asked.append(index)
+        return self.x[index], self.y[index]
+
+
+def test_what_is_calibrated_on_is_not_scored(samples):
+    dataset = Recorded(samples[0][:300], samples[1][:300])
+    parts = split_data(DataLoader(dataset, batch_size=32), None, None, 100, 0, seed=0)
+    calibrated = set(dataset.asked)
+    assert len(calibrated) == 100
+    assert parts.calibration.origin == "split off --data, and not scored"
+    dataset.asked.clear()
+    assert sum(len(x) for x, _ in parts.scored) == 200
+    assert calibrated.isdisjoint(dataset.asked)
+    # What is held out is not trained on either.
+    parts = split_data(None, DataLoader(dataset, batch_size=32), None, 100, 3, seed=0)
+    dataset.asked.clear()
+    heldout = [x for x, _ in parts.heldout] and set(dataset.asked)
+    dataset.asked.clear()
+    assert sum(len(x) for x, _ in parts.train) == 275
+    assert heldout.isdisjoint(dataset.asked)
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_few_images_and_dark_ones(small, count):
+    model, loader = small
+    x, y = next(iter(loader))
+    for images in (x[:count], torch.zeros_like(x[:count])):
+        few = DataLoader(TensorDataset(images, y[:count]))
+        result = convert(model, x[:1], mode="approx", rank=2, calib=few, runs=0)
+        assert all(value.isfinite().all() for value in result.model.state_dict().values())
+        assert result.report["approximation"]["calibration"]["heldout"] == 0
+
+
+def test_bad_images(samples):
+    def loader(images):
+        return DataLoader(TensorDataset(images, samples[1][: len(images)]))
+
+    broken = samples[0][:8].clone()
+    broken[3, 0, 0, 0] = float("inf")
+    with pytest.raises(SepconvertError, match="NaN or Inf"):
+        approx(samples, rank=1, calib=loader(broken))
+    with pytest.raises(SepconvertError, match="the model fails on images of shape"):
+        approx(samples, rank=1, calib=loader(torch.randn(8, 5, 32, 32)))
+
+
+def test_few_channels_are_kept_unless_they_are_named(calib):
+    model = nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 8, 1), nn.Conv2d(8, 8, 3, groups=8))
+    x = torch.randn(8, 3, 12, 12)
+    loader = DataLoader(TensorDataset(x, torch.zeros(8).long()))
+    report = convert(model, x[:1], mode="approx", rank=1, calib=loader, runs=0).report
+    reasons = [layer["reason"] for layer in report["layers"]]
+    assert "--include 0 converts it nonetheless" in reasons[0]
+    assert reasons[1:] == [
+        "a 1×1 convolution is pointwise already",
+        "it does not mix channels: it is depthwise already",
+    ]
+    report = convert(model, x[:1], mode="approx", rank=1, calib=loader, include=["0"], runs=0).report
+    assert [layer["name"] for layer in converted(report)] == ["0"]
+    report = convert(model, x[:1], mode="approx", rank=9, calib=loader, include=["0"], runs=0).report
+    assert "no rank passes the gate" in report["layers"][0]["reason"]
+
+
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
+@numbered(500)
+@given(geometries())
+def test_full_rank_is_the_original_on_every_kind_of_layer(geometry):
+    conv = geometry.conv()
+    dtype = conv.weight.dtype
+    if dtype not in (torch.float32, torch.float64):
+        conv, dtype = conv.float(), torch.float32
+    model = nn.Sequential(conv).eval()
+    images = geometry.inputs().to(dtype)
+    images = images if images.ndim == 4 else images[None]
+    sites = [
+        site
+        for site in trace(private_copy(model), (images,))
+        if site.conv is not None and min(site.conv.spec.weight_shape[0] // site.conv.spec.groups, 2) > 1
+        and site.conv.spec.weight_shape[1] > 1 and max(site.conv.spec.kernel_size) > 1
+    ]  # fmt: skip
+    if not sites:
+        return
+    full = conv.weight[0, 0].numel()
+    calibration = Calibration((images,), (images,), "test")
+    heldout = Heldout(model, calibration.heldout)
+    found = survey(model, sites, calibration, heldout, full, lambda *_: True, 0, silent)
+    choice = {name: each.candidates()[0] for name, each in found.items()}
+    fitted = carry_out(model, sites, choice, found, calibration, heldout, 0, silent)
+    with torch.no_grad():
+        expected, actual = model(images), fitted.model(images)
+        magnitude = nn.functional.conv2d(
+            torch.ones_like(images[:1, :, :1, :1]).expand(-1, -1, *conv.kernel_size) * images.abs().max(),
+            conv.weight.abs(), groups=conv.groups,
+        ).max()  # fmt: skip
+    # Sums of products of factors that are rounded: about the magnitude of the terms times eps·κ.
+    assert (actual - expected).abs().max() <= 1e3 * torch.finfo(dtype).eps * (magnitude + 1)
+
+
+def test_budget_defaults():
+    assert Budget().or_default(labelled=True) == Budget(max_drop=1.0)
+    assert Budget(rank=2).or_default(labelled=False) == Budget(rank=2)
+    assert hull({}) == [{}]

@@ -1,0 +1,224 @@
+"""Calibration in step, against `F.unfold` over all positions."""
+
+import threading
+from collections import namedtuple
+
+import psutil
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from sepconvert.calibrate import calibrate, reestimate_batchnorm
+from sepconvert.errors import SepconvertError
+from sepconvert.trace import private_copy, trace
+
+IMAGES = torch.randn(6, 4, 8, 7, generator=torch.Generator().manual_seed(0)) + 3
+
+
+def sites_of(model, images=IMAGES):
+    return trace(private_copy(model), (images[:1],))
+
+
+def drive(model, batches, kernels=None, sites=None):
+    """The moments by name, the kernels given being sent back."""
+    stream, send, found = (
+        calibrate(model, dict(enumerate(batches)), sites or sites_of(model), seed=0),
+        None,
+        {},
+    )
+    try:
+        while True:
+            site, moments = stream.send(send)
+            found[site.name] = moments
+            send = (kernels or {}).get(site.name)
+    except StopIteration:
+        return found
+
+
+def conv(inputs=4, outputs=6, **options):
+    torch.manual_seed(1)
+    return nn.Conv2d(inputs, outputs, **{"kernel_size": 3, **options})
+
+
+def patches_of(layer, x):
+    """g × M × C·K in float64, the padding done by hand."""
+    left, right, top, bottom = layer._reversed_padding_repeated_twice
+    mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
+    padded = F.pad(x.double(), (left, right, top, bottom), mode=mode)
+    columns = F.unfold(padded, layer.kernel_size, layer.dilation, 0, layer.stride)
+    rows = columns.transpose(1, 2).flatten(0, 1)
+    return rows.reshape(len(rows), layer.groups, -1).transpose(0, 1)
+
+
+def outputs_of(y):
+    return y.double().flatten(2).transpose(1, 2).flatten(0, 1)
+
+
+def covariance(a, b):
+    return (a - a.mean(-2, keepdim=True)).mT @ (b - b.mean(-2, keepdim=True)) / a.shape[-2]
+
+
+GEOMETRIES = {
+    "plain": {},
+    "padded": {"padding": 1},
+    "strided": {"stride": 2, "padding": (1, 2), "dilation": (2, 1)},
+    "grouped": {"groups": 2, "padding": 1},
+    "not square": {"kernel_size": (1, 5), "padding": (0, 2), "bias": False},
+    "same": {"kernel_size": (2, 4), "padding": "same"},
+    "reflect": {"padding": 1, "padding_mode": "reflect"},
+    "circular": {"padding": (1, 1), "padding_mode": "circular", "groups": 2},
+    "replicate": {"padding": 1, "padding_mode": "replicate"},
+}
+
+
+@pytest.mark.parametrize("options", GEOMETRIES.values(), ids=GEOMETRIES)
+@pytest.mark.parametrize("batch", [6, 4, 1])
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
+def test_moments_of_one_layer(options, batch):
+    layer = conv(**options)
+    moments = drive(nn.Sequential(layer), IMAGES.split(batch))["0"]
+    x, y = patches_of(layer, IMAGES), outputs_of(layer(IMAGES).detach())
+    assert moments.count == x.shape[1]
+    torch.testing.assert_close(moments.covariance, covariance(x, x), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(moments.mean, x.mean(1), rtol=1e-9, atol=1e-9)
+    assert moments.power == pytest.approx(float(y.var(0, correction=0).sum()), rel=1e-5)
+    # Both networks are one as yet.
+    assert moments.missed_power == 0
+    assert not moments.cross.any()
+    assert not moments.missed.any()
+
+
+def test_inputs_come_from_the_converted_network_and_targets_from_the_original():
+    model = nn.Sequential(conv(padding=1), nn.ReLU(), conv(6, 5, padding=1, groups=1))
+    weight, bias = torch.randn(6, 4, 3, 3).double(), torch.randn(6).double()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    moments = drive(model, IMAGES.split(4), {"0": (weight, bias)})["2"]
+    with torch.no_grad():
+        x = F.relu(F.conv2d(IMAGES, weight.float(), bias.float(), padding=1))
+        missed = outputs_of(model(IMAGES)) - outputs_of(model[2](x))
+        patches = patches_of(model[2], x)
+    torch.testing.assert_close(moments.covariance, covariance(patches, patches), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(moments.cross, covariance(missed[None], patches), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(moments.missed, missed.mean(0), rtol=1e-4, atol=1e-5)
+    assert moments.missed_power == pytest.approx(float(missed.var(0, correction=0).sum()), rel=1e-4)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+class Twice(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.shared, self.last = conv(4, 4, padding=1), conv(4, 3)
+
+    def forward(self, x):
+        return self.last(self.shared(F.relu(self.shared(x))))
+
+
+def test_a_module_called_twice_is_met_first_with_all_that_it_gets():
+    model = Twice()
+    found = drive(model, IMAGES.split(3))
+    assert list(found) == ["shared", "last"]
+    with torch.no_grad():
+        x = torch.cat(
+            [patches_of(model.shared, IMAGES), patches_of(model.shared, F.relu(model.shared(IMAGES)))], 1
+        )
+    assert found["shared"].count == x.shape[1]
+    torch.testing.assert_close(found["shared"].covariance, covariance(x, x), rtol=1e-5, atol=1e-5)
+    kernel = torch.zeros(4, 4, 3, 3).double(), torch.ones(4).double()
+    inputs = drive(model, IMAGES.split(3), {"shared": kernel})["last"]
+    assert torch.allclose(inputs.mean, torch.ones_like(inputs.mean))
+
+
+class Functional(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.kernel = nn.Parameter(torch.randn(5, 4, 3, 3))
+
+    def forward(self, x):
+        return F.conv2d(F.conv2d(x, self.kernel, stride=(1, 2)), self.kernel[:, :1].repeat(1, 5, 1, 1))
+
+
+def test_functional_convolutions():
+    model = Functional()
+    found = drive(model, IMAGES.split(6))
+    columns = F.unfold(IMAGES.double(), 3, stride=(1, 2)).transpose(1, 2).flatten(0, 1)[None]
+    torch.testing.assert_close(
+        found["conv2d_0"].covariance, covariance(columns, columns), rtol=1e-9, atol=1e-9
+    )
+
+
+def test_positions_are_a_seeded_sample_that_batches_alone_decide():
+    images = torch.randn(4, 4, 40, 40)
+    layer = nn.Sequential(conv())
+    sites = sites_of(layer, images)
+    found = drive(layer, images.split(2), sites=sites)["0"]
+    assert found.count == 4 * 64
+    again = drive(layer, images.split(2), sites=sites)["0"]
+    assert torch.equal(found.covariance, again.covariance)
+    backwards = next(calibrate(layer, {1: images[2:], 0: images[:2]}, sites, seed=0))[1]
+    torch.testing.assert_close(backwards.covariance, found.covariance, rtol=1e-12, atol=1e-12)
+    other = next(calibrate(layer, {0: images}, sites, seed=1))[1]
+    assert not torch.allclose(other.covariance, found.covariance)
+
+
+def test_large_means_cancel_nothing():
+    images = (torch.randn(6, 4, 8, 7, dtype=torch.float64) + 1e7).split(2)
+    layer = nn.Sequential(conv().double())
+    moments = drive(layer, images, sites=sites_of(layer, images[0]))["0"]
+    x = patches_of(layer[0], torch.cat(images) - 1e7)
+    torch.testing.assert_close(moments.covariance, covariance(x, x), rtol=1e-6, atol=1e-7)
+
+
+class Branching(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.left, self.right = conv(), conv()
+
+    def forward(self, x):
+        return self.left(x) if x.mean() > 0 else self.right(x)
+
+
+def test_errors_leave_no_thread_behind():
+    before = threading.active_count()
+    model = Branching()
+    sites = (*sites_of(model)[:1], *sites_of(model, -IMAGES)[:1])
+    with pytest.raises(SepconvertError, match=r"do not take the same way .*left.*--exclude"):
+        drive(model, [IMAGES[:2], -IMAGES[:2]], sites=sites)
+    layer = nn.Sequential(conv(), conv(6, 4))
+    with pytest.raises(SepconvertError, match="the model fails on images of shape"):
+        drive(layer, [IMAGES[:, :3]], sites=sites_of(layer))
+    broken = IMAGES.clone()
+    broken[4, 0, 0, 0] = float("nan")
+    with pytest.raises(SepconvertError, match="NaN or Inf reaches the layer 0"):
+        drive(layer, [broken])
+    stream = calibrate(layer, {0: IMAGES}, sites_of(layer), seed=0)
+    next(stream)
+    assert threading.active_count() > before
+    stream.close()
+    assert threading.active_count() == before
+
+
+def test_memory_is_estimated_first(monkeypatch):
+    memory = namedtuple("memory", "available")
+    layer = nn.Sequential(conv(), nn.ReLU(), conv(6, 4))
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: memory(150_000))
+    with pytest.raises(
+        SepconvertError, match=r"200 images need about .* GB are free; pass --calib-images \d+"
+    ):
+        drive(layer, [IMAGES[:1].repeat(200, 1, 1, 1)])
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: memory(100))
+    with pytest.raises(SepconvertError, match="one layer needs"):
+        drive(layer, [IMAGES])
+
+
+def test_batchnorm_takes_the_statistics_of_its_own_inputs():
+    model = nn.Sequential(
+        conv(), nn.BatchNorm2d(6), nn.Dropout(0.5), nn.BatchNorm2d(6, track_running_stats=False)
+    )
+    model.eval()
+    assert reestimate_batchnorm(model, IMAGES.split(3)) == 1
+    with torch.no_grad():
+        y = [model[0](batch) for batch in IMAGES.split(3)]
+    torch.testing.assert_close(model[1].running_mean, torch.stack([b.mean((0, 2, 3)) for b in y]).mean(0))
+    torch.testing.assert_close(model[1].running_var, torch.stack([b.var((0, 2, 3)) for b in y]).mean(0))
+    assert (model[1].momentum, model[1].training) == (0.1, False)
