@@ -26,10 +26,10 @@ _PUBLIC = {
 __all__ = ["__version__", *sorted(_PUBLIC)]
 
 if TYPE_CHECKING:
-    from sepconvert.errors import DemandNotMetError as DemandNotMetError
-    from sepconvert.errors import SepconvertError as SepconvertError
     from sepconvert.distillation import FinetuneResult as FinetuneResult
     from sepconvert.distillation import finetune as finetune
+    from sepconvert.errors import DemandNotMetError as DemandNotMetError
+    from sepconvert.errors import SepconvertError as SepconvertError
     from sepconvert.layers import FactorizedConv2d as FactorizedConv2d
     from sepconvert.pipeline import ConversionResult as ConversionResult
     from sepconvert.pipeline import convert as convert

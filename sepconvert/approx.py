@@ -24,13 +24,13 @@ from sepconvert.approximation import (
 from sepconvert.calibrate import POSITIONS
 from sepconvert.conversion import Conversion
 from sepconvert.data import Batch, split
+from sepconvert.distillation import Step as TrainingStep
+from sepconvert.distillation import finetune
 from sepconvert.distributed import once
 from sepconvert.errors import SepconvertError
 from sepconvert.factorize.approximate import Approximation
 from sepconvert.factorize.border import Border
 from sepconvert.factorize.structures import BY_NAME
-from sepconvert.distillation import Step as TrainingStep
-from sepconvert.distillation import finetune
 from sepconvert.measure.accuracy import AccuracyDelta
 from sepconvert.measure.latency import Speedup
 from sepconvert.plan import LayerPlan, kept, selected

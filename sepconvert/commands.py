@@ -16,11 +16,11 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from sepconvert.data import Batch, Preprocess, check_against_model, has_labels, load_data, sample_shape
+from sepconvert.distillation import Step
 from sepconvert.distributed import join, rank
 from sepconvert.environment import available_cores, environment
 from sepconvert.errors import SepconvertError, first_line
 from sepconvert.export import cast, model_dtype, writing
-from sepconvert.distillation import Step
 from sepconvert.load import LoadedModel, load_model, parse_input_shape
 from sepconvert.output import result_directory
 from sepconvert.pipeline import ConversionResult

@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader
 
 from sepconvert.approx import Finetuning, convert_approximately, split_data
 from sepconvert.data import Batch
+from sepconvert.distillation import Step
 from sepconvert.distributed import once
 from sepconvert.distributed import rank as rank_of_process
 from sepconvert.environment import available_cores
@@ -32,7 +33,6 @@ from sepconvert.export import (
     writing,
 )
 from sepconvert.factorize.exact import split
-from sepconvert.distillation import Step
 from sepconvert.measure.accuracy import AccuracyDelta, Predictions, evaluate
 from sepconvert.measure.accuracy import compare as compare_predictions
 from sepconvert.measure.cost import Cost, count

@@ -1,6 +1,6 @@
 """Fits in the metric of the data, against numpy's least squares and SVD on explicit samples."""
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
 
@@ -26,16 +26,19 @@ from sepconvert.spec import ConvSpec
 SCHEMES = (DEPTHWISE_POINTWISE, POINTWISE_DEPTHWISE)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Case:
     """A layer and samples of its data: `patches` g × n × C·K, `outputs` n × g·O, all numpy float64."""
 
     spec: ConvSpec
-    weight: np.ndarray = field(repr=False)  # O × C × kh × kw
-    bias: np.ndarray = field(repr=False)
-    patches: np.ndarray = field(repr=False)
-    outputs: np.ndarray = field(repr=False)
+    weight: np.ndarray  # O × C × kh × kw
+    bias: np.ndarray
+    patches: np.ndarray
+    outputs: np.ndarray
     made: str = ""  # how, for a falsifying example
+
+    def __repr__(self):
+        return f"make({self.spec}, {self.made})"
 
     @property
     def count(self):
@@ -156,6 +159,14 @@ def composed(case, scheme, weights):
         return np.einsum("gocm,gcmij->gocij", p, d).reshape(spec.weight_shape)
     p, d = first.reshape(g, o, -1, c), second.reshape(g, o, -1, kh, kw)
     return np.einsum("gomc,gomij->gocij", p, d).reshape(spec.weight_shape)
+
+
+def folded(scheme, spec, matrices):
+    """The kernel of which `unfolded` makes these matrices."""
+    if scheme == POINTWISE_DEPTHWISE:
+        return matrices.reshape(spec.weight_shape)
+    parts = matrices.reshape(spec.groups, *spec.weight_shape[1:2], -1, *spec.kernel_size)
+    return parts.transpose(0, 2, 1, 3, 4).reshape(spec.weight_shape)
 
 
 # What is reported
@@ -347,7 +358,7 @@ def test_never_worse_on_the_data_than_the_svd_of_the_kernel(scheme, case, data):
     matrices = BY_NAME[scheme].unfold(case.spec, torch.from_numpy(case.weight)).numpy()
     left, values, right = np.linalg.svd(matrices, full_matrices=False)
     truncated = (left[..., :rank] * values[:, None, :rank]) @ right[:, :rank]
-    kernel = BY_NAME[scheme].fold(case.spec, torch.from_numpy(truncated)).numpy()
+    kernel = folded(scheme, case.spec, truncated)
     bias = (case.outputs - case.answers(kernel, 0)).mean(0)
     found = case.fit(scheme, rank)
     # The ridge is what may stand against the data.
