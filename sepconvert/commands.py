@@ -207,7 +207,8 @@ def _images(options: Options, name: str) -> DataLoader[Batch] | None:
     spec = options[name]
     if spec is None:
         return None
-    return load_data(spec, _preprocess(options), labelled=has_labels(spec), option=f"--{name}")
+    labelled = has_labels(spec)
+    return load_data(spec, _preprocess(options), batch_size=128, labelled=labelled, option=f"--{name}")
 
 
 def _preprocess(options: Options) -> Preprocess:
