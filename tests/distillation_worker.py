@@ -9,7 +9,8 @@ import sys
 from pathlib import Path
 
 import torch
-from torch import distributed, nn
+from accelerate import PartialState
+from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from sepconvert.distillation import finetune
@@ -65,7 +66,8 @@ def main(result, checkpoint=None, kill_at=None):
     done = tuned(norm=path is not None, checkpoint=path, resume=path is not None, progress=kill)
     if int(os.environ.get("RANK", "0")) == 0:
         last, divergences = done.history[-1], [epoch.divergence for epoch in done.history]
-        processes = distributed.get_world_size() if distributed.is_initialized() else 1
+        # Not torch's count, which is of processes that Accelerate may leave to train alone.
+        processes = PartialState().num_processes
         torch.save([done.model.state_dict(), last.loss, last.accuracy, divergences, processes], result)
 
 

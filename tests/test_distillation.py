@@ -78,8 +78,7 @@ def test_the_demo_network_recovers():
 def test_what_is_delivered_is_what_the_history_says(learning_rate, weights):
     result = tuned(epochs=4, learning_rate=learning_rate)
     assert result.delivered.weights == weights
-    # With the larger steps the best is not the last.
-    assert (result.delivered == result.history[-1]) == (weights == "trained")
+    assert result.delivered != result.history[-1]  # else later epochs could not have spoilt it
     teacher, heldout = network(), loader(21, seed=1)
     assert [epoch.step for epoch in result.history] == [0, *(STEPS_PER_EPOCH * n for n in range(1, 5))]
     assert result.delivered == min(result.history, key=lambda epoch: epoch.divergence)
@@ -367,11 +366,12 @@ def test_two_processes_train_what_one_does(tmp_path):
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
     done = run_worker(tmp_path / "result", launcher=launcher)
     assert done.returncode == 0, done.stderr.decode()
-    state, loss, accuracy, _, processes = torch.load(tmp_path / "result", weights_only=True)
+    state, loss, accuracy, divergences, processes = torch.load(tmp_path / "result", weights_only=True)
     assert processes == 2
     alone = tuned(norm=False)
     assert loss == pytest.approx(alone.history[-1].loss, rel=1e-4)
     assert accuracy == pytest.approx(alone.history[-1].accuracy)
+    assert divergences == pytest.approx([epoch.divergence for epoch in alone.history], rel=1e-3)
     for name, tensor in alone.model.state_dict().items():
         torch.testing.assert_close(state[name], tensor, rtol=1e-3, atol=1e-4)
 
