@@ -85,6 +85,8 @@ def spread(found: Sequence[Choice], costs: Sequence[int], count: int) -> list[in
     """Indices of `count` plans at about even ratios of cost, the first and the last among them."""
     first, last = costs[0], costs[-1]
     picked = {0, len(found) - 1}
+    if not last:  # a model that is nothing but what is replaced, or has no MACs at all
+        return sorted(picked)
     for step in range(1, count - 1):
         wanted = first * (last / first) ** (step / (count - 1))
         picked.add(min(range(len(found)), key=lambda index: abs(costs[index] - wanted)))

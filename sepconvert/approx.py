@@ -96,13 +96,16 @@ def split_data(
     if source is None:
         return Parts(scored, None, None, None, False)
     images = min(images, _size(source))
+    if not images:
+        raise SepconvertError(f"calibration: no image is left to fit to ({origin}); pass more images")
     heldout, fit, _ = split(source, [images // 4, images - images // 4], seed)
     if train is None or source is train:
         train = split(source, [images // 4], seed)[1]  # all but those held out
     if epochs and images < 4:
         raise SepconvertError(f"--finetune: needs images to judge by too, got {images}; pass more")
     batches = [tuple(_images(loader)) for loader in (fit, heldout)]
-    labelled = bool((next(iter(train))[1] >= 0).any())
+    _, *labels = next(iter(train))
+    labelled = bool(labels) and bool((labels[0] >= 0).any())
     return Parts(scored, Calibration(batches[0], batches[1], origin), train, heldout, labelled)
 
 

@@ -105,7 +105,10 @@ class Heldout:
     def expected(self) -> list[list[Tensor]]:
         """One list of outputs for every batch."""
         with torch.no_grad():
-            return [outputs(self._original, batch) for batch in self.batches]
+            found = [outputs(self._original, batch) for batch in self.batches]
+        if not all(output.isfinite().all() for batch in found for output in batch):
+            raise SepconvertError("calibration: the model answers NaN or Inf to images; check both")
+        return found
 
     def measure(self, model: nn.Module, most: int | None = None) -> Divergence:
         """Of `model`, in eval mode, on the first `most` images."""
@@ -137,6 +140,10 @@ class Calibration:
     @property
     def share(self) -> dict[int, Tensor]:
         """This process's batches to fit to, by number."""
+        if len(self.fit) < processes():
+            raise SepconvertError(
+                f"calibration: {len(self.fit)} batches for {processes()} processes; pass more images"
+            )
         return {n: batch for n, batch in enumerate(self.fit) if n % processes() == rank()}
 
 

@@ -58,6 +58,10 @@ def calibrate(
     sites = [site for site in sites if site.conv is not None]
     if not sites:
         return
+    if not batches:
+        raise SepconvertError(
+            "calibration: there are fewer batches of images than processes; pass more images"
+        )
     check_memory(model, batches, sites)
     places = {(site.owner, site.index or 0): site for site in sites}
     kernels: dict[_Key, Kernel | None] = {}
@@ -109,7 +113,7 @@ def reestimate_batchnorm(model: nn.Module, batches: Iterable[Tensor]) -> int:
     """Let every BatchNorm take mean and variance of its own inputs on `batches`; returns how many there are.
 
     In place. Layers that follow see the statistics of the batch, as in training; running ones become the
-    mean over batches.
+    mean over batches. Returns 0 too where a batch of one image has no variance: the model is of no use then.
     """
     norms = [
         m
@@ -123,7 +127,10 @@ def reestimate_batchnorm(model: nn.Module, batches: Iterable[Tensor]) -> int:
         norm.training = True
     with torch.no_grad():
         for batch in batches:
-            model(batch)
+            try:
+                model(batch)
+            except ValueError:  # a batch of one has no variance behind a pooling
+                return 0
     for norm, (momentum, training) in zip(norms, before, strict=True):
         norm.momentum, norm.training = momentum, training
     return len(norms)
@@ -174,6 +181,7 @@ class _Pass(threading.Thread):
         self._go: SimpleQueue[bool] = SimpleQueue()
         self._came: SimpleQueue[_Key | None] = SimpleQueue()
         self._error: BaseException | None = None
+        self._cancelled = False
         self._names = _names(self._model)
         self.seen: _Seen
 
@@ -191,6 +199,7 @@ class _Pass(threading.Thread):
     def cancel(self) -> None:
         """Unwind, if it has begun and not ended."""
         if self.is_alive():
+            self._cancelled = True
             self._go.put(False)
             self.join()
 
@@ -223,8 +232,10 @@ class _Pass(threading.Thread):
         if key in self._stops:
             output = call()
             self.seen = _Seen(arguments, output)
-            self._came.put(key)
-            if not self._go.get():
+            # A forward that catches everything may come here again.
+            if not self._cancelled:
+                self._came.put(key)
+            if self._cancelled or not self._go.get():
                 raise _CancelledError
             del self.seen
             if self._kernels.get(key) is None:
@@ -270,7 +281,7 @@ def _moments_of_all_calls(
     with torch.no_grad(), ConvolutionInterceptor(model, on_call).watching():
         for number, batch in batches.items():  # noqa: B007  (`on_call` reads it)
             model(batch)
-    return {key: accumulator.moments() for key, accumulator in accumulators.items()}
+    return {key: found.moments() for key, found in accumulators.items() if found.count}
 
 
 def _generator(seed: int, site: ConvSite, batch: int) -> torch.Generator:

@@ -321,3 +321,43 @@ def test_budget_defaults():
     assert Budget().or_default(labelled=True) == Budget(max_drop=1.0)
     assert Budget(rank=2).or_default(labelled=False) == Budget(rank=2)
     assert hull({}) == [{}]
+
+
+# Data at the edge
+
+
+@pytest.mark.parametrize(("count", "role"), [(1, "data"), (0, "data"), (0, "calib")])
+def test_too_few_images_to_split(samples, count, role):
+    loader = DataLoader(TensorDataset(samples[0][:count], samples[1][:count]))
+    parts = {"data": None, "calib": None, role: loader}
+    with pytest.raises(SepconvertError):
+        split_data(parts["data"], parts["calib"], None, 8, 0, seed=0)
+
+
+def test_images_need_no_labels(samples):
+    loader = DataLoader(TensorDataset(samples[0][:8]), batch_size=4)
+    parts = split_data(None, loader, None, 8, 0, seed=0)
+    assert sum(map(len, parts.calibration.fit)) == 6
+    assert not parts.labelled
+
+
+class Logarithm(nn.Module):
+    """Of some images the original itself says NaN."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(8, 8, 3)
+
+    def forward(self, x):
+        return self.conv(x).mean((2, 3)).log()
+
+
+def test_an_original_that_answers_nan():
+    torch.manual_seed(0)
+    x = torch.randn(16, 8, 6, 6)
+    loader = DataLoader(TensorDataset(x, torch.zeros(16).long()), batch_size=8)
+    try:
+        report = convert(Logarithm(), x[:2], mode="approx", rank=1, calib=loader, runs=0).report
+    except SepconvertError:
+        return
+    json.dumps(report, allow_nan=False)

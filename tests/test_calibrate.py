@@ -1,18 +1,28 @@
 """Calibration in step, against `F.unfold` over all positions."""
 
+import os
+import socket
+import subprocess
+import sys
 import threading
 from collections import namedtuple
+from pathlib import Path
 
 import psutil
 import pytest
 import torch
+from calibrate_worker import fitted
+from hypothesis import assume, given
+from hypothesis import strategies as st
+from strategies import geometries, numbered
 from torch import nn
 from torch.nn import functional as F
 
-from sepconvert.calibrate import calibrate, reestimate_batchnorm
+from sepconvert.calibrate import POSITIONS, calibrate, reestimate_batchnorm
 from sepconvert.errors import SepconvertError
 from sepconvert.trace import private_copy, trace
 
+WORKER = Path(__file__).with_name("calibrate_worker.py")
 IMAGES = torch.randn(6, 4, 8, 7, generator=torch.Generator().manual_seed(0)) + 3
 
 
@@ -222,3 +232,160 @@ def test_batchnorm_takes_the_statistics_of_its_own_inputs():
     torch.testing.assert_close(model[1].running_mean, torch.stack([b.mean((0, 2, 3)) for b in y]).mean(0))
     torch.testing.assert_close(model[1].running_var, torch.stack([b.var((0, 2, 3)) for b in y]).mean(0))
     assert (model[1].momentum, model[1].training) == (0.1, False)
+
+
+# Of any geometry, behind a layer that is replaced
+
+
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
+@numbered(150)
+@given(geometries(dtypes=(torch.float64,)), st.sampled_from((1, 2, 5)))
+def test_moments_of_any_layer_behind_a_replaced_one(geometry, batch):
+    layer, channels = geometry.conv(), geometry.in_channels
+    model = nn.Sequential(nn.Conv2d(channels, channels, 1).double(), layer).requires_grad_(False)
+    images = torch.randn(5, channels, *geometry.size, dtype=torch.float64)
+    height, width = model(images).shape[2:]
+    assume(height * width <= POSITIONS)
+    kernel = torch.randn(channels, channels, 1, 1).double(), torch.randn(channels).double()
+    moments = drive(model, images.split(batch), {"0": kernel}, sites_of(model, images))["1"]
+    x = F.conv2d(images, *kernel)
+    patches, wanted = patches_of(layer, x), outputs_of(model(images))
+    missed = wanted - outputs_of(layer(x))
+    by_group = missed.reshape(len(missed), geometry.groups, -1).transpose(0, 1)
+    close = {"rtol": 1e-9, "atol": 1e-9}
+    assert moments.count == len(wanted)
+    torch.testing.assert_close(moments.covariance, covariance(patches, patches), **close)
+    torch.testing.assert_close(moments.cross, covariance(by_group, patches), **close)
+    torch.testing.assert_close(moments.mean, patches.mean(1), **close)
+    torch.testing.assert_close(moments.missed, missed.mean(0), **close)
+    assert moments.missed_power == pytest.approx(float(missed.var(0, correction=0).sum()), abs=1e-9)
+    assert moments.power == pytest.approx(float(wanted.var(0, correction=0).sum()), abs=1e-9)
+
+
+def test_no_position_is_drawn_twice():
+    images = torch.rand(1, 1, 5, 13, dtype=torch.float64)
+    assert images[0].numel() == POSITIONS + 1
+    model = nn.Sequential(nn.Conv2d(1, 1, 1).double())
+    found = {seed: next(calibrate(model, {0: images}, sites_of(model, images), seed=seed)) for seed in (0, 1)}
+    left_out = [images.sum() - POSITIONS * moments.mean.item() for _, moments in found.values()]
+    assert all((images - value).abs().min() < 1e-9 for value in left_out)
+    assert left_out[0] != pytest.approx(left_out[1])
+
+
+# Models that run otherwise on the images than on the example
+
+
+class Loop(nn.Module):
+    """Calls a layer once more for bright images."""
+
+    def __init__(self):
+        super().__init__()
+        self.repeated, self.last = conv(4, 4, padding=1), conv(4, 3)
+
+    def forward(self, x):
+        for _ in range(2 if x.mean() > 0 else 1):
+            x = self.repeated(x)
+        return self.last(x)
+
+
+class Rarely(nn.Module):
+    """Calls a layer twice, but for dark images alone."""
+
+    def __init__(self):
+        super().__init__()
+        self.shared, self.last = conv(4, 4, padding=1), conv(4, 3)
+
+    def forward(self, x):
+        return self.last(self.shared(self.shared(x)) if x.mean() < 0 else x)
+
+
+def test_a_shared_layer_that_no_image_reaches_is_passed_over():
+    model = Rarely()
+    assert list(drive(model, [IMAGES], sites=sites_of(model, -IMAGES))) == ["last"]
+
+
+class Persistent(nn.Module):
+    """Tries again, whatever happens."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = conv()
+
+    def forward(self, x):
+        for _ in range(2):
+            try:
+                return self.layer(x)
+            except BaseException:  # noqa: S112
+                continue
+        return x
+
+
+def test_a_model_that_swallows_every_error_can_be_stopped():
+    model, before = Persistent(), threading.active_count()
+    stream = calibrate(model, {0: IMAGES}, sites_of(model), seed=0)
+    next(stream)
+    closing = threading.Thread(target=stream.close, daemon=True)
+    closing.start()
+    closing.join(5)
+    assert not closing.is_alive()
+    assert threading.active_count() == before
+
+
+def test_no_thread_outlives_an_error_of_the_caller():
+    before = threading.active_count()
+
+    def fit():
+        for _ in calibrate(model, {0: IMAGES, 1: IMAGES}, sites_of(model), seed=0):
+            raise ValueError("no fit")
+
+    model = nn.Sequential(conv(), conv(6, 4))
+    with pytest.raises(ValueError, match="no fit"):
+        fit()
+    assert threading.active_count() == before
+
+
+def test_a_process_without_a_share_of_the_images_says_so():
+    """Fewer batches than processes."""
+    model = nn.Sequential(conv())
+    with pytest.raises(SepconvertError):
+        drive(model, [], sites=sites_of(model))
+
+
+def test_batchnorm_of_a_batch_of_one():
+    """The last batch may hold a single image, of which a BatchNorm behind pooling has no variance."""
+    model = nn.Sequential(conv(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.BatchNorm1d(6)).eval()
+    reestimate_batchnorm(model, IMAGES.split(5))
+    assert all(value.isfinite().all() for value in model.state_dict().values())
+
+
+@pytest.fixture(scope="module")
+def two_processes(tmp_path_factory):
+    """A folder with what each of two processes found, and what they said."""
+    folder = tmp_path_factory.mktemp("processes")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    workers = [
+        subprocess.Popen(  # noqa: S603
+            [sys.executable, WORKER, str(rank), "2", str(port), folder],
+            stderr=subprocess.PIPE,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
+        for rank in range(2)
+    ]
+    errors = [worker.communicate(timeout=60)[1].decode() for worker in workers]
+    return folder, "\n".join(errors)
+
+
+@pytest.mark.parametrize("batches", [3])
+def test_two_processes_find_what_one_does(two_processes, batches):
+    folder, errors = two_processes
+    alone = fitted(batches)
+    for rank in range(2):
+        path = folder / f"{batches}-{rank}.pt"
+        assert path.is_file(), errors
+        for name, values in torch.load(path).items():
+            for found, expected in zip(values, alone[name], strict=True):
+                torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
+    both = [torch.load(folder / f"{batches}-{rank}.pt") for rank in range(2)]
+    assert all(torch.equal(a, b) for name in alone for a, b in zip(both[0][name], both[1][name], strict=True))

@@ -172,7 +172,7 @@ def folded(scheme, spec, matrices):
 # What is reported
 
 
-@numbered(150)
+@numbered(80)
 @given(forms())
 def test_errors_are_those_measured_on_the_samples(form):
     case, scheme, rank = form
@@ -278,7 +278,7 @@ def test_kernels_with_zeros(scheme, zero, data):
 # How good it is
 
 
-@numbered(150)
+@numbered(80)
 @given(forms())
 def test_no_sweep_raises_the_objective(form):
     case, scheme, rank = form
