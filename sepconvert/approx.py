@@ -1,6 +1,7 @@
 """Approximate conversion: survey → search → fine-tune, and what the report says of each layer."""
 
 import functools
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -24,8 +25,8 @@ from sepconvert.approximation import (
 from sepconvert.calibrate import POSITIONS
 from sepconvert.conversion import Conversion
 from sepconvert.data import Batch, split
+from sepconvert.distillation import Precision, finetune
 from sepconvert.distillation import Step as TrainingStep
-from sepconvert.distillation import finetune
 from sepconvert.distributed import once
 from sepconvert.errors import SepconvertError
 from sepconvert.factorize.approximate import Approximation
@@ -54,6 +55,7 @@ class Finetuning:
     data: DataLoader[Batch]
     heldout: DataLoader[Batch]
     labelled: bool
+    precision: Precision | None = None
     checkpoint: Path | None = None
     resume: bool = False
     on_step: Callable[[TrainingStep], None] | None = None
@@ -115,10 +117,20 @@ def _size(loader: DataLoader[Batch]) -> int:
 
 def _images(loader: DataLoader[Batch]) -> Iterator[Tensor]:
     """In batches of few: a pass is suspended with each of them."""
-    for x, *_ in loader:
-        if not x.isfinite().all():
-            raise SepconvertError("calibration: the images hold NaN or Inf; check the data")
-        yield from x.split(_BATCH)
+    images = [x for x, *_ in loader]
+    if not all(x.isfinite().all() for x in images):
+        raise SepconvertError("calibration: the images hold NaN or Inf; check the data")
+    if images and all(_flat(x) for x in images):
+        raise SepconvertError(
+            "calibration: every image is of one colour, which says nothing of the data that the model meets; "
+            "check the path and the preprocessing"
+        )
+    for _, alike in itertools.groupby(images, lambda x: x.shape[1:]):
+        yield from torch.cat(list(alike)).split(_BATCH)
+
+
+def _flat(x: Tensor) -> bool:
+    return x.shape[2:].numel() > 1 and bool((x.amin((-2, -1)) == x.amax((-2, -1))).all())
 
 
 def convert_approximately(
@@ -250,6 +262,7 @@ def _finetune(
         finetuning.heldout,
         epochs=finetuning.epochs,
         labelled=finetuning.labelled,
+        precision=finetuning.precision,
         checkpoint=finetuning.checkpoint,
         resume=finetuning.resume,
         seed=seed,

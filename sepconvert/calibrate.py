@@ -8,7 +8,7 @@ memory holds the live activations of all images in both networks, and the moment
 
 import hashlib
 import threading
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from queue import SimpleQueue
@@ -43,7 +43,8 @@ def calibrate(
     """The moments of each layer, in order of execution; send back the kernel that takes its place, or None.
 
     A module that is called several times comes first: it is met with what the original presents to it
-    in all its calls, since its factors must be known at the first one.
+    in all its calls, since its factors must be known at the first one. One that only these images call
+    again is met once, with its first call.
 
     Args:
         model: the original; left as it is.
@@ -69,7 +70,7 @@ def calibrate(
     if shared:
         for key, moments in _moments_of_all_calls(model, batches, shared, seed).items():
             kernels[key] = yield places[key], moments
-    stops = places.keys() - shared.keys()
+    stops = set(places) - set(shared)
     with _passes(model, batches, stops, kernels) as passes:
         while True:
             arrived = {each.advance() for pair in passes.values() for each in pair}
@@ -86,6 +87,7 @@ def calibrate(
             accumulator = _Accumulator(site)
             for number, (original, converted) in passes.items():
                 accumulator.add(original.seen, converted.seen, _generator(seed, site, number))
+            stops.discard(key)
             kernels[key] = yield site, accumulator.moments()
 
 
@@ -174,10 +176,10 @@ class _Pass(threading.Thread):
     """One batch through one network, in a thread of its own that runs only while `advance` waits for it."""
 
     def __init__(
-        self, model: nn.Module, batch: Tensor, stops: Iterable[_Key], kernels: Mapping[_Key, Kernel | None]
+        self, model: nn.Module, batch: Tensor, stops: Set[_Key], kernels: Mapping[_Key, Kernel | None]
     ) -> None:
         super().__init__(daemon=True)
-        self._model, self._batch, self._stops, self._kernels = private_copy(model), batch, set(stops), kernels
+        self._model, self._batch, self._stops, self._kernels = private_copy(model), batch, stops, kernels
         self._go: SimpleQueue[bool] = SimpleQueue()
         self._came: SimpleQueue[_Key | None] = SimpleQueue()
         self._error: BaseException | None = None
@@ -248,7 +250,7 @@ class _Pass(threading.Thread):
 def _passes(
     model: nn.Module,
     batches: Mapping[int, Tensor],
-    stops: Iterable[_Key],
+    stops: Set[_Key],
     kernels: Mapping[_Key, Kernel | None],
 ) -> Iterator[dict[int, tuple[_Pass, _Pass]]]:
     passes = {

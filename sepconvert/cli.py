@@ -83,6 +83,8 @@ _approx_options = _options(
     click.option("--finetune", default=0, metavar="EPOCHS", type=click.IntRange(0),
                  help="Distil from the original afterwards, on --train or --calib."),
     click.option("--train", metavar="PATH", help="Images to fine-tune on; their labels are used if there."),
+    click.option("--precision", type=click.Choice(["no", "bf16", "fp16"]),
+                 help="Mixed precision of fine-tuning [default: bf16 where the processor multiplies it]."),
     click.option("--checkpoint", type=click.Path(path_type=Path), metavar="FILE",
                  help="Keep fine-tuning in this file while it runs [default: beside --out]."),
     click.option("--resume", is_flag=True, help="Go on from the checkpoint of a run that was interrupted."),

@@ -178,7 +178,9 @@ def demo(**options: Any) -> None:
 
 def _approximate(options: Options, out: Path) -> dict[str, Any]:
     """The options of approximate mode."""
-    names = ("calib_images", "rank", "target_macs", "min_speedup", "max_drop", "finetune", "resume")
+    names = (
+        "calib_images", "rank", "target_macs", "min_speedup", "max_drop", "finetune", "precision", "resume"
+    )  # fmt: skip
     checkpoint = _checkpoint(options, out)
     if options["resume"] and checkpoint is None:
         raise SepconvertError("--resume: goes on with fine-tuning; pass --finetune too")
@@ -232,7 +234,7 @@ def _out(options: Options) -> Path:
 
 def _result_directory(options: Options, out: Path) -> contextlib.AbstractContextManager[Path]:
     """Where results go, which must not replace what they are made from."""
-    inputs = [Path(options[name]) for name in ("model", "plan", "data") if options.get(name) is not None]
+    inputs = [Path(options[name]) for name in ("model", "plan", "data", "calib", "train") if options.get(name) is not None]
     return result_directory(out, force=options["force"], inputs=inputs)
 
 

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 
 from sepconvert.approx import Finetuning, convert_approximately, split_data
 from sepconvert.data import Batch
-from sepconvert.distillation import Step
+from sepconvert.distillation import Precision, Step
 from sepconvert.distributed import once
 from sepconvert.distributed import rank as rank_of_process
 from sepconvert.environment import available_cores
@@ -112,6 +112,7 @@ def convert(
     max_drop: float | None = None,
     finetune: int = 0,
     train: DataLoader[Batch] | None = None,
+    precision: Precision | None = None,
     checkpoint: Path | None = None,
     resume: bool = False,
     on_step: Callable[[Step], None] | None = None,
@@ -146,6 +147,7 @@ def convert(
             demanded.
         finetune: epochs of distillation afterwards, on `train`, or on what `calib` holds.
         train: batches (x, y) with a map-style dataset; labels other than -1 are used.
+        precision: mixed precision of fine-tuning; by default bfloat16 where the processor multiplies it.
         checkpoint: file that fine-tuning is kept in while it runs.
         resume: go on from `checkpoint`, if it exists.
         on_step: called after each step of fine-tuning.
@@ -198,7 +200,7 @@ def convert(
             budget=budget.or_default(labelled=predictions is not None),
             calibration=parts.calibration,
             finetuning=Finetuning(
-                finetune, parts.train, parts.heldout, parts.labelled, checkpoint, resume, on_step
+                finetune, parts.train, parts.heldout, parts.labelled, precision, checkpoint, resume, on_step
             )
             if finetune and parts.train and parts.heldout
             else None,

@@ -139,6 +139,33 @@ def test_a_module_called_twice_is_met_first_with_all_that_it_gets():
     assert torch.allclose(inputs.mean, torch.ones_like(inputs.mean))
 
 
+class Repeats(nn.Module):
+    """Calls a layer again and again on large inputs."""
+
+    def __init__(self):
+        super().__init__()
+        self.again, self.last = conv(4, 4, padding=1), conv(4, 3)
+
+    def forward(self, x):
+        for _ in range(3 if x.abs().max() > 1 else 1):
+            x = self.again(x)
+        return self.last(x)
+
+
+def test_a_layer_that_images_call_more_often_than_the_example():
+    model = Repeats()
+    sites = trace(private_copy(model), (IMAGES[:1] / 100,))
+    found = []
+    stream = calibrate(model, {0: IMAGES}, sites, seed=0)
+    for site, moments in stream:
+        found.append(site.name)
+        inputs = moments
+    assert found == ["again", "last"]
+    with torch.no_grad():
+        x = patches_of(model.last, model.again(model.again(model.again(IMAGES))))
+    torch.testing.assert_close(inputs.covariance, covariance(x, x), rtol=1e-5, atol=1e-5)
+
+
 class Functional(nn.Module):
     def __init__(self):
         super().__init__()
