@@ -126,7 +126,8 @@ def _images(loader: DataLoader[Batch]) -> Iterator[Tensor]:
             "check the path and the preprocessing"
         )
     for _, alike in itertools.groupby(images, lambda x: x.shape[1:]):
-        yield from torch.cat(list(alike)).split(_BATCH)
+        joined = torch.cat(list(alike))
+        yield from (joined[i : i + _BATCH] for i in range(0, len(joined), _BATCH))
 
 
 def _flat(x: Tensor) -> bool:

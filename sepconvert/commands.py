@@ -234,7 +234,8 @@ def _out(options: Options) -> Path:
 
 def _result_directory(options: Options, out: Path) -> contextlib.AbstractContextManager[Path]:
     """Where results go, which must not replace what they are made from."""
-    inputs = [Path(options[name]) for name in ("model", "plan", "data", "calib", "train") if options.get(name) is not None]
+    names = ("model", "plan", "data", "calib", "train")
+    inputs = [Path(options[name]) for name in names if options.get(name) is not None]
     return result_directory(out, force=options["force"], inputs=inputs)
 
 

@@ -212,7 +212,7 @@ def _accelerator(precision: Precision | None) -> Accelerator:
 def _multiplies_bf16() -> bool:
     """Whether there are matrix units for bfloat16: a ResNet-9 trains three times as fast on them."""
     if torch.cuda.is_available():
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     return bool(torch.cpu.get_capabilities().get("amx_bf16", False))
 
 
