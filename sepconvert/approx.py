@@ -14,10 +14,15 @@ from torch.utils.data import DataLoader
 from sepconvert.approximation import (
     Calibration,
     Fitted,
+    Form,
     Heldout,
     LayerSurvey,
     Step,
+    all_forms,
     carry_out,
+    depthwise_forms,
+    depthwise_obstacle,
+    macs_of,
     obstacle,
     replacement,
     survey,
@@ -29,7 +34,6 @@ from sepconvert.distillation import Precision, finetune
 from sepconvert.distillation import Step as TrainingStep
 from sepconvert.distributed import once
 from sepconvert.errors import SepconvertError
-from sepconvert.factorize.approximate import Approximation
 from sepconvert.factorize.border import Border
 from sepconvert.factorize.structures import BY_NAME
 from sepconvert.measure.accuracy import AccuracyDelta
@@ -37,10 +41,10 @@ from sepconvert.measure.latency import Speedup
 from sepconvert.plan import LayerPlan, kept, selected
 from sepconvert.progress import Progress
 from sepconvert.report.document import LayerApproximation, LayerReport
-from sepconvert.rewrite import Replacement, graph_obstacle
+from sepconvert.rewrite import graph_obstacle
 from sepconvert.search import Budget, Point, Search
 from sepconvert.spec import chain_macs, chain_params
-from sepconvert.timing import not_faster, time_models
+from sepconvert.timing import FormClock, time_models
 from sepconvert.trace import ConvSite, Inputs, private_copy
 from sepconvert.verify import compare_with, reference
 
@@ -139,7 +143,10 @@ def convert_approximately(
     inputs: Inputs,
     sites: tuple[ConvSite, ...],
     *,
+    mode: str,
     gate: str,
+    cache: Path | None,
+    measure_seconds: float,
     include: Sequence[str],
     exclude: Sequence[str],
     budget: Budget,
@@ -152,17 +159,30 @@ def convert_approximately(
     seed: int,
     progress: Progress,
 ) -> Conversion:
-    """Replace convolutions by depthwise and pointwise ones under a budget; see `pipeline.convert`.
+    """Replace convolutions by factors, depthwise and pointwise ones or all kinds, under a budget.
+
+    See `pipeline.convert`.
 
     `accuracy` compares a model with the original on the evaluation data, `total_macs` are the original's.
     """
-    reasons = _obstacles(model, sites, include, exclude)
+    reasons = _obstacles(model, sites, mode, include, exclude)
     layers = [site for site in sites if site.name not in reasons]
     heldout = Heldout(model, calibration.heldout) if calibration and calibration.heldout else None
-    surveyed = survey(
-        model, layers, calibration, heldout, budget.rank,
-        _Gate(gate, runs, threads, seed), seed, progress,
-    )  # fmt: skip
+
+    def forms(site: ConvSite) -> list[Form]:
+        assert site.conv is not None  # noqa: S101  (the others have an obstacle)
+        spec = site.conv.spec
+        found = all_forms(spec) if mode == "auto" else depthwise_forms(spec, budget.rank)
+        if budget.rank is not None:
+            cheapest = min((macs_of(site, form) for form in found), default=0)
+            found = [form for form in found if macs_of(site, form) == cheapest]
+        return [form for form in found if gate == "none" or macs_of(site, form) < site.macs]
+
+    surveyed = survey(model, layers, calibration, heldout, forms, seed, progress)
+    if gate == "latency":
+        clock = FormClock(max(runs, 1), threads, seed, cache, measure_seconds)
+        surveyed, slow = once(lambda: price(surveyed, layers, clock, progress))
+        reasons |= slow
 
     def speedup(converted: nn.Module) -> Speedup:
         return once(lambda: time_models(model, converted, inputs, runs, threads, seed, progress)[2])
@@ -205,7 +225,7 @@ def convert_approximately(
 
 
 def _obstacles(
-    model: nn.Module, sites: Sequence[ConvSite], include: Sequence[str], exclude: Sequence[str]
+    model: nn.Module, sites: Sequence[ConvSite], mode: str, include: Sequence[str], exclude: Sequence[str]
 ) -> dict[str, str]:
     """Why layers are kept, whatever the budget."""
     in_graph = functools.cache(functools.partial(graph_obstacle, private_copy(model), sites))
@@ -214,39 +234,13 @@ def _obstacles(
         if not selected(site.name, include, exclude):
             reason: str | None = "not selected"
         else:
-            reason = obstacle(site, named=bool(include)) or in_graph(site.owner)
+            reason = obstacle(site)
+            if reason is None and mode == "approx":
+                reason = depthwise_obstacle(site, named=bool(include))
+            reason = reason or in_graph(site.owner)
         if reason is not None:
             reasons[site.name] = reason
     return reasons
-
-
-class _Gate:
-    """Whether a form of a layer passes; under the gate "latency" each shape is timed once."""
-
-    def __init__(self, gate: str, runs: int, threads: int, seed: int) -> None:
-        self._gate, self._runs, self._threads, self._seed = gate, runs, threads, seed
-        self._timed: dict[Any, bool] = {}
-
-    def __call__(self, site: ConvSite, scheme: str, rank: int) -> bool:
-        conv = site.conv
-        if self._gate == "none" or conv is None:
-            return True
-        chain = BY_NAME[scheme].split(conv.spec, rank)
-        if sum(chain_macs(chain, size) for size in site.sizes) >= site.macs:
-            return False
-        if self._gate == "macs":
-            return True
-        key = (conv.spec, conv.inputs.shape, scheme, rank)
-        if key not in self._timed:
-            generator = torch.Generator().manual_seed(self._seed)
-            weights = tuple(
-                torch.randn(spec.weight_shape, generator=generator).to(conv.weight) for spec in chain
-            )
-            factors = Replacement(scheme, rank, Border(), weights, conv.bias)
-            self._timed[key] = once(
-                lambda: not_faster(site, factors, self._runs, self._threads, self._seed) is None
-            )
-        return self._timed[key]
 
 
 def _finetune(
@@ -275,6 +269,35 @@ def _finetune(
     return trained.model, steps, trained.to_dict()
 
 
+def price(
+    surveyed: Mapping[str, LayerSurvey], sites: Sequence[ConvSite], clock: FormClock, progress: Progress
+) -> tuple[dict[str, LayerSurvey], dict[str, str]]:
+    """The survey with times for costs, and why layers are no longer in it; the largest come first."""
+    priced, reasons = {}, {}
+    largest = sorted((site for site in sites if site.name in surveyed), key=lambda site: -site.macs)
+    for site in progress(largest, "timing forms"):
+        each = surveyed[site.name]
+        times = clock.time(site, [(found.scheme, found.rank) for found in each.offered])
+        if times is None:
+            reasons[site.name] = "was not timed within --measure-seconds"
+            continue
+        kept = [i for i, faster in enumerate(times.faster) if faster]
+        if not kept:
+            reasons[site.name] = (
+                f"no form is measured to be faster in ONNX Runtime (best {times.best_ratio:.2f}×)"
+            )
+            continue
+        priced[site.name] = replace(
+            each,
+            offered=tuple(each.offered[i] for i in kept),
+            macs=tuple(each.macs[i] for i in kept),
+            separate_errors=tuple(each.separate_errors[i] for i in kept),
+            milliseconds=tuple(times.milliseconds[i] for i in kept),
+            dense_milliseconds=times.dense_milliseconds,
+        )
+    return {name: priced[name] for name in surveyed if name in priced}, reasons
+
+
 def _layer_plan(
     site: ConvSite, reasons: Mapping[str, str], surveyed: Mapping[str, LayerSurvey], fitted: Fitted
 ) -> LayerPlan:
@@ -286,7 +309,7 @@ def _layer_plan(
             site,
             "kept by the budget"
             if site.name in surveyed
-            else "no rank passes the gate (--gate none converts it)",
+            else "no form passes the gate (--gate none converts it)",
         )
     chain = BY_NAME[found.scheme].split(site.conv.spec, found.rank)
     macs = sum(chain_macs(chain, size) for size in site.sizes)
@@ -310,7 +333,7 @@ def _layer_report(surveyed: LayerSurvey | None, fitted: Fitted, name: str) -> La
     found, candidate = fitted.layers.get(name), fitted.choice.get(name)
     if surveyed is None or found is None or candidate is None:
         return None
-    index = next(i for i, a in enumerate(surveyed.offered) if _form(a) == _form(found))
+    index = surveyed.index(found.scheme, found.rank)
     return LayerApproximation(
         weight_error=found.weight_error,
         output_error=found.output_error,
@@ -319,10 +342,6 @@ def _layer_report(surveyed: LayerSurvey | None, fitted: Fitted, name: str) -> La
         sensitivity=surveyed.sensitivity,
         sweeps=len(found.objective),
     )
-
-
-def _form(fitted: Approximation) -> tuple[str, int]:
-    return fitted.scheme, fitted.rank
 
 
 def _document(

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from sepconvert.allocate import Candidate, Choice, plans
+from sepconvert.allocate import Candidate, Choice
 from sepconvert.calibrate import Kernel, calibrate, reestimate_batchnorm, substitute
 from sepconvert.distributed import once, processes, rank
 from sepconvert.errors import SepconvertError
@@ -20,12 +20,12 @@ from sepconvert.factorize.approximate import (
     output_error,
 )
 from sepconvert.factorize.border import Border
-from sepconvert.factorize.structures import BY_NAME
+from sepconvert.factorize.structures import BY_NAME, STRUCTURES
 from sepconvert.measure.accuracy import evaluation_mode
 from sepconvert.measure.divergence import divergence, is_logits, outputs, placed
 from sepconvert.progress import Progress
 from sepconvert.rewrite import Replacement, rewrite
-from sepconvert.spec import ConvSpec, chain_macs
+from sepconvert.spec import ConvSpec, chain_macs, chain_params
 from sepconvert.trace import ConvSite, duplicate, private_copy
 
 # Below this a depthwise layer has fewer channels than the smallest block of the runtime's kernels, and the
@@ -40,6 +40,15 @@ _SENSITIVITY_IMAGES = 128
 # Pointwise-depthwise fits multiply all of W by all of S again and again; beyond this many multiply-adds
 # (256 to 512 channels, 3×3) that takes minutes, and the form is left out.
 _QUICK_PRODUCT = 4e9
+
+_FAR_FEWER = 0.75
+
+# Inner channels of pairs, as shares of full rank: of a 3×3 pair C → C with full rank 3 C, C/8 to C.
+_RANK_SHARES = (1 / 24, 1 / 12, 1 / 8, 1 / 6, 1 / 4, 1 / 3, 1 / 2)
+_BLOCK = 8
+
+Form = tuple[str, int]
+"""Scheme and rank."""
 
 
 @dataclass(frozen=True)
@@ -64,18 +73,43 @@ class LayerSurvey:
     """What can be had of one layer, replaced alone in the original."""
 
     dense_macs: int
-    offered: tuple[Approximation, ...]  # one for each cost, by rank; the better form of two at one cost
+    offered: tuple[Approximation, ...]  # by cost, none of them with another that costs less and errs less
     macs: tuple[int, ...]  # of `offered`
     separate_errors: tuple[float, ...]  # output errors of the same forms, fitted to the weights alone
-    sensitivity: float | None  # divergence over squared output error, replaced alone at the smallest rank
+    sensitivity: float | None  # divergence over squared output error, replaced alone in the cheapest form
+    milliseconds: tuple[float, ...] | None = None  # of `offered`, as they run in a graph, ...
+    dense_milliseconds: float | None = None  # ... and of the layer; where they are the cost
+
+    @property
+    def dense_cost(self) -> float:
+        """Of the layer as it is."""
+        return self.dense_macs if self.dense_milliseconds is None else self.dense_milliseconds
+
+    @property
+    def costs(self) -> Sequence[float]:
+        """Of `offered`."""
+        return self.macs if self.milliseconds is None else self.milliseconds
+
+    @property
+    def least_cost(self) -> float:
+        """Of the cheapest there is."""
+        return min(self.dense_cost, *self.costs)
 
     def candidates(self) -> list[Candidate]:
         """With the divergence expected of each."""
         weight = 1.0 if self.sensitivity is None else self.sensitivity
         return [
-            Candidate(each.scheme, each.rank, macs, weight * each.output_error**2)
-            for each, macs in zip(self.offered, self.macs, strict=True)
+            Candidate(each.scheme, each.rank, cost, weight * each.output_error**2)
+            for each, cost in zip(self.offered, self.costs, strict=True)
         ]
+
+    def index(self, scheme: str, rank: int) -> int:
+        """Of a form among those offered."""
+        return [(each.scheme, each.rank) for each in self.offered].index((scheme, rank))
+
+    def macs_saved(self, candidate: Candidate) -> int:
+        """By one of `candidates`."""
+        return self.dense_macs - self.macs[self.index(candidate.scheme, candidate.rank)]
 
 
 @dataclass(frozen=True)
@@ -147,20 +181,27 @@ class Calibration:
         return {n: batch for n, batch in enumerate(self.fit) if n % processes() == rank()}
 
 
-def obstacle(site: ConvSite, named: bool) -> str | None:
+def obstacle(site: ConvSite) -> str | None:
+    """Why no form can take the place of a convolution."""
+    if site.obstacle is not None or site.conv is None:
+        return site.obstacle
+    if site.params == 0:
+        return "its filters are fixed, which --mode exact is for"
+    return None
+
+
+def depthwise_obstacle(site: ConvSite, named: bool) -> str | None:
     """Why depthwise and pointwise factors cannot, or should not, take the place of a convolution.
 
     `named` ones, by --include, are replaced even where that gains nothing.
     """
-    if site.obstacle is not None or site.conv is None:
+    if site.conv is None:
         return site.obstacle
     spec = site.conv.spec
     if max(spec.kernel_size) == 1:
         return "a 1×1 convolution is pointwise already"
     if not BY_NAME[DEPTHWISE_POINTWISE].applies(spec):
         return "it does not mix channels: it is depthwise already"
-    if site.params == 0:
-        return "its filters are fixed, which --mode exact is for"
     channels = spec.in_channels // spec.groups
     if channels < FEWEST_CHANNELS and not named:
         return (
@@ -175,21 +216,18 @@ def survey(
     sites: Sequence[ConvSite],
     calibration: Calibration | None,
     heldout: Heldout | None,
-    multiplier: int | None,
-    allowed: Callable[[ConvSite, str, int], bool],
+    forms: Callable[[ConvSite], Sequence[Form]],
     seed: int,
     progress: Progress,
 ) -> dict[str, LayerSurvey]:
-    """Fit each layer by itself at every rank, with the original before and behind it.
+    """Fit each layer by itself in every form, with the original before and behind it.
 
     Args:
         model: the original.
         sites: the layers.
         calibration: None to fit in the metric of the weights.
         heldout: for sensitivities.
-        multiplier: the rank of all layers; None for all ranks that may pay.
-        allowed: whether the gate lets a scheme of some rank take a layer's place; layers of which none may
-            are left out.
+        forms: what may take a layer's place; layers of which nothing may are left out.
         seed: of positions.
         progress: shows it.
     """
@@ -199,32 +237,23 @@ def survey(
         conv = site.conv
         if conv is None:
             return
-        best: dict[int, Approximation] = {}
-        for scheme in _schemes(conv.spec):
-            largest = BY_NAME[scheme].full_rank(conv.spec)
-            ranks = (
-                range(1, min(largest, _LARGEST_RANK) + 1)
-                if multiplier is None
-                else [min(multiplier, largest)]
+        fits = [
+            (
+                macs_of(site, form),
+                _trimmed(approximate(conv.spec, conv.weight, moments, *form, _SURVEY_SWEEPS)),
             )
-            for each in ranks:
-                if not allowed(site, scheme, each):
-                    continue
-                fitted = _trimmed(approximate(conv.spec, conv.weight, moments, scheme, each, _SURVEY_SWEEPS))
-                cost = _macs(site, scheme, each)
-                if cost not in best or fitted.output_error < best[cost].output_error:
-                    best[cost] = fitted
-        if multiplier is not None and best:  # of one rank, the cheaper form
-            best = {min(best): best[min(best)]}
-        if not best:
+            for form in forms(site)
+        ]
+        fits.sort(key=lambda each: (each[0], each[1].output_error))
+        if not (worth := [each for each in fits if not any(_beats(other, each) for other in fits)]):
             return
         found[site.name] = LayerSurvey(
             dense_macs=site.macs,
-            offered=tuple(best.values()),
-            macs=tuple(best),
+            offered=tuple(each for _, each in worth),
+            macs=tuple(macs for macs, _ in worth),
             separate_errors=tuple(
                 output_error(conv.spec, conv.weight, _fit_to_weights(site, each).kernel, moments)
-                for each in best.values()
+                for _, each in worth
             ),
             sensitivity=None,
         )
@@ -237,6 +266,13 @@ def survey(
         name: _with_sensitivity(model, by_name[name], each, heldout)
         for name, each in progress(list(found.items()), "sensitivities")
     }
+
+
+def _beats(one: tuple[int, Approximation], other: tuple[int, Approximation]) -> bool:
+    """Errs less at far fewer MACs, or less at the same: a runtime will not make up for that."""
+    if one[0] == other[0]:
+        return one[1].output_error < other[1].output_error
+    return one[0] <= _FAR_FEWER * other[0] and one[1].output_error <= other[1].output_error
 
 
 def carry_out(
@@ -284,12 +320,6 @@ def carry_out(
     return Fitted(choice, candidate if kept else converted, fits, kept, tuple(steps))
 
 
-def hull(surveyed: Mapping[str, LayerSurvey]) -> list[Choice]:
-    """All plans that are optimal by the survey, from nothing replaced to the cheapest."""
-    dense = {name: each.dense_macs for name, each in surveyed.items()}
-    return plans(dense, {name: each.candidates() for name, each in surveyed.items()})
-
-
 def _each(
     model: nn.Module,
     sites: Sequence[ConvSite],
@@ -335,7 +365,7 @@ def _earlier_kernels(
     for site in sites:
         each = surveyed[site.name]
         candidate = choice[site.name]
-        fitted = next(a for a in each.offered if (a.scheme, a.rank) == (candidate.scheme, candidate.rank))
+        fitted = each.offered[each.index(candidate.scheme, candidate.rank)]
         weights[_place(site)] = _kernel(site, _fit_to_weights(site, fitted))
         data[_place(site)] = _kernel(site, fitted)
     return {"fit the weights": weights, "fit the outputs": data}
@@ -363,16 +393,53 @@ def _place(site: ConvSite) -> tuple[str, int]:
     return site.owner, site.index or 0
 
 
-def _schemes(spec: ConvSpec) -> tuple[str, ...]:
-    unknowns = spec.weight_shape[1] * spec.kernel_size[0] * spec.kernel_size[1]
-    quick = spec.out_channels * unknowns**2 <= _QUICK_PRODUCT
-    return (DEPTHWISE_POINTWISE, POINTWISE_DEPTHWISE) if quick else (DEPTHWISE_POINTWISE,)
+def depthwise_forms(spec: ConvSpec, rank: int | None) -> list[Form]:
+    """Depthwise and pointwise factors of `rank`, or of all that may pay."""
+    found = []
+    for scheme in (DEPTHWISE_POINTWISE, POINTWISE_DEPTHWISE):
+        if scheme == POINTWISE_DEPTHWISE and not _quick(spec):
+            continue
+        full = BY_NAME[scheme].full_rank(spec)
+        ranks = range(1, min(full, _LARGEST_RANK) + 1) if rank is None else [min(rank, full)]
+        found += [(scheme, each) for each in ranks]
+    return found
 
 
-def _macs(site: ConvSite, scheme: str, rank: int) -> int:
+def all_forms(spec: ConvSpec) -> list[Form]:
+    """Every structure that applies, in some ranks at which it has fewer weights than the layer.
+
+    Inner channels come in multiples of what a runtime's kernels take at once.
+    """
+    mixes = min(spec.weight_shape[0] // spec.groups, spec.weight_shape[1]) > 1
+    found = depthwise_forms(spec, None) if mixes and max(spec.kernel_size) > 1 else []
+    for structure in STRUCTURES:
+        if structure.parallel or not structure.applies(spec):
+            continue
+        full = structure.full_rank(spec)
+        if spec.weight_shape[1] == 1:
+            ranks = set(range(1, full))
+        else:
+            ranks = {round(share * full / _BLOCK) * _BLOCK for share in _RANK_SHARES}
+        dense = chain_params((spec,))
+        found += [
+            (structure.name, rank)
+            for rank in sorted(ranks)
+            if 0 < rank < full and chain_params(structure.split(spec, rank)) < dense
+        ]
+    return found
+
+
+def macs_of(site: ConvSite, form: Form) -> int:
+    """Of a layer in a form, over all its calls."""
     assert site.conv is not None  # noqa: S101  (only such layers are surveyed)
+    scheme, rank = form
     chain = BY_NAME[scheme].split(site.conv.spec, rank)
     return sum(chain_macs(chain, size) for size in site.sizes)
+
+
+def _quick(spec: ConvSpec) -> bool:
+    unknowns = spec.weight_shape[1] * spec.kernel_size[0] * spec.kernel_size[1]
+    return spec.out_channels * unknowns**2 <= _QUICK_PRODUCT
 
 
 def _kernel(site: ConvSite, fitted: Approximation) -> Kernel:

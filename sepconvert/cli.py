@@ -84,7 +84,7 @@ _approx_options = _options(
                  help="Distil from the original afterwards, on --train or --calib."),
     click.option("--train", metavar="PATH", help="Images to fine-tune on; their labels are used if there."),
     click.option("--precision", type=click.Choice(["no", "bf16", "fp16"]),
-                 help="Mixed precision of fine-tuning [default: bf16 where the processor multiplies it]."),
+                 help="Mixed precision of fine-tuning [default: that of accelerate launch]."),
     click.option("--checkpoint", type=click.Path(path_type=Path), metavar="FILE",
                  help="Keep fine-tuning in this file while it runs [default: beside --out]."),
     click.option("--resume", is_flag=True, help="Go on from the checkpoint of a run that was interrupted."),
@@ -128,11 +128,16 @@ def cli() -> None:
 
 @cli.command()
 @_model_options
-@click.option("--mode", type=click.Choice(["exact", "approx"]), default="exact", show_default=True,
+@click.option("--mode", type=click.Choice(["exact", "approx", "auto"]), default="exact", show_default=True,
               help="exact: only replacements that preserve the function; approx: depthwise and pointwise "
-                   "convolutions, fitted to the data.")  # fmt: skip
-@click.option("--gate", type=click.Choice(["macs", "latency", "none"]), default="macs", show_default=True,
-              help="Convert only what costs less: counted, or measured in ONNX Runtime.")  # fmt: skip
+                   "convolutions, fitted to the data; auto: for each layer the best of all.")  # fmt: skip
+@click.option("--gate", type=click.Choice(["macs", "latency", "none"]),
+              help="Convert only what costs less: counted, or measured in ONNX Runtime "
+                   "[default: macs; latency in auto mode].")  # fmt: skip
+@click.option("--measure-seconds", default=300.0, show_default=True, type=click.FloatRange(0), metavar="S",
+              help="Time for timing layers, of all but exact mode.")  # fmt: skip
+@click.option("--cache", type=click.Path(path_type=Path), metavar="DIR",
+              help="Where such times are kept [default: sepconvert in the user's cache].")  # fmt: skip
 @_selection_options
 @_data_options
 @_approx_options

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 import click
 import torch
+from platformdirs import user_cache_path
 from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
@@ -58,6 +59,8 @@ def convert(**options: Any) -> None:
             data=data,
             **_approximate(options, out),
             gate=options["gate"],
+            measure_seconds=options["measure_seconds"],
+            cache=options["cache"] or user_cache_path("sepconvert") / "latency",
             dynamic_batch=options["dynamic_batch"],
             runs=options["runs"],
             threads=options["threads"],
@@ -224,7 +227,7 @@ def _dry_run(options: Options) -> None:
         loaded = _load(options)
         _, inputs = _data_and_inputs(options, loaded)
         keywords = {k: v for k, v in _common(options).items() if k != "seed"}
-        found = run_inspect(loaded.model, inputs, gate=options["gate"], **keywords)
+        found = run_inspect(loaded.model, inputs, gate=options["gate"] or "macs", **keywords)
     _print(options, found, layer_table(found["layers"]), "", "Dry run: nothing was written.")
 
 

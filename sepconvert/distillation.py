@@ -141,8 +141,7 @@ def finetune(
         data: batches `(x, y)` with a map-style dataset; every sample that it yields is used once an epoch, in
             an order of its own. Its batch size is the size of a step over all processes.
         heldout: the same, for the choice of weights; nothing is trained on it.
-        precision: Accelerate's mixed precision. None leaves it to `accelerate launch`; where that says
-            nothing, it is "bf16" on processors with matrix units for it, else "no".
+        precision: Accelerate's mixed precision; None leaves it to `accelerate launch`.
         checkpoint: file in which the run is kept every `checkpoint_every` steps and at the end of each epoch.
         resume: go on from `checkpoint`, or start if there is none yet. On one CPU the result is, bit by bit,
             that of a run that was not interrupted.
@@ -198,8 +197,6 @@ def _accelerator(precision: Precision | None) -> Accelerator:
     options = DistributedDataParallelKwargs(broadcast_buffers=False, find_unused_parameters=True)
     # Unless it is told, Accelerate takes several processes without GPUs for strangers that each train alone.
     cpu = not torch.accelerator.is_available()
-    if precision is None and "ACCELERATE_MIXED_PRECISION" not in os.environ:
-        precision = "bf16" if _multiplies_bf16() else "no"
     try:
         return Accelerator(cpu=cpu, mixed_precision=precision, kwargs_handlers=[options])
     except ValueError as error:  # fp16 without a GPU; another precision than before in this process
@@ -207,13 +204,6 @@ def _accelerator(precision: Precision | None) -> Accelerator:
             f"precision: expected one that this machine and process allow, got {precision}:"
             f" {first_line(error)}; leave it out, or start another process"
         ) from error
-
-
-def _multiplies_bf16() -> bool:
-    """Whether there are matrix units for bfloat16: a ResNet-9 trains three times as fast on them."""
-    if torch.cuda.is_available():
-        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    return bool(torch.cpu.get_capabilities().get("amx_bf16", False))
 
 
 # Samples -------------------------------------------------------------------------------------------

@@ -47,7 +47,7 @@ from sepconvert.timing import time_files, time_layers
 from sepconvert.trace import ConvSite, Inputs, private_copy, trace
 from sepconvert.verify import Comparison, Outputs, Reference, compare_export, compare_runs
 
-MODES = ("exact", "approx")
+MODES = ("exact", "approx", "auto")
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ def convert(
     example_inputs: Tensor | Inputs,
     mode: str = "exact",
     *,
-    gate: str = "macs",
+    gate: str | None = None,
     tol: float | None = None,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
@@ -116,6 +116,8 @@ def convert(
     checkpoint: Path | None = None,
     resume: bool = False,
     on_step: Callable[[Step], None] | None = None,
+    measure_seconds: float = 300.0,
+    cache: Path | None = None,
     dynamic_batch: bool = True,
     runs: int = 50,
     threads: int | None = None,
@@ -130,9 +132,11 @@ def convert(
         model: any module; it is left as it is.
         example_inputs: N × C × H × W tensor, or a tuple of positional arguments. They are run, verified on
             and timed; MACs are counted for one sample.
-        mode: "exact", or "approx": depthwise and pointwise factors in the metric of the data.
+        mode: "exact"; or in the metric of the data, "approx": depthwise and pointwise factors, or "auto":
+            for each layer the best of all structures under the budget.
         gate: "macs" converts what has fewer MACs, "latency" what is measured to be faster in ONNX
-            Runtime, "none" all that has a structure, or all that can be approximated.
+            Runtime, "none" all that has a structure, or all that can be approximated. By default "latency"
+            in auto mode, else "macs".
         tol: exact mode: relative error of a kernel that counts as exact; by default what rounding to the
             dtype in which it is stored explains.
         include, exclude: globs of layer names.
@@ -147,10 +151,12 @@ def convert(
             demanded.
         finetune: epochs of distillation afterwards, on `train`, or on what `calib` holds.
         train: batches (x, y) with a map-style dataset; labels other than -1 are used.
-        precision: mixed precision of fine-tuning; by default bfloat16 where the processor multiplies it.
+        precision: mixed precision of fine-tuning; by default that of `accelerate launch`.
         checkpoint: file that fine-tuning is kept in while it runs.
         resume: go on from `checkpoint`, if it exists.
         on_step: called after each step of fine-tuning.
+        measure_seconds: for timing layers under the gate "latency", of all but exact mode.
+        cache: folder in which such times are kept for the next run; None to keep none.
         dynamic_batch: export with a dynamic batch dimension where the model allows it.
         runs: timed runs of each model; 0 to measure no latency.
         threads: of the runtime; all cores if None.
@@ -169,15 +175,20 @@ def convert(
     """
     if mode not in MODES:
         raise SepconvertError(f"mode: expected {' or '.join(MODES)}, got {mode!r}")
+    gate = gate or ("latency" if mode == "auto" else "macs")
     if gate not in GATES:
         raise SepconvertError(f"gate: expected one of {', '.join(GATES)}, got {gate!r}")
     inputs, threads = as_inputs(example_inputs), threads or available_cores()
     budget = Budget(rank, target_macs, min_speedup, max_drop)
     if mode == "exact" and (budget != Budget() or finetune or calib is not None):
-        raise SepconvertError("mode: budgets, calibration and fine-tuning are for mode 'approx'; pass it")
+        raise SepconvertError(
+            "mode: budgets, calibration and fine-tuning are for the modes approx and auto; pass one of them"
+        )
+    if mode == "auto" and rank is not None:
+        raise SepconvertError("--rank: fixes the multiplier of mode approx; in auto mode pass another budget")
     sites = _traced(model, inputs, tol, include, exclude)
     parts = None
-    if mode == "approx":
+    if mode != "exact":
         parts = split_data(data, calib, train, calib_images, finetune, seed)
         data = parts.scored
     # Before the long work, as this is where data that do not suit the model are found out.
@@ -196,7 +207,8 @@ def convert(
             return compare_predictions(predictions, found)
 
         conversion = convert_approximately(
-            model, inputs, sites, gate=gate, include=include, exclude=exclude,
+            model, inputs, sites, mode=mode, gate=gate, cache=cache, measure_seconds=measure_seconds,
+            include=include, exclude=exclude,
             budget=budget.or_default(labelled=predictions is not None),
             calibration=parts.calibration,
             finetuning=Finetuning(

@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import nn
 
-from sepconvert.allocate import Choice, macs_of, spread
-from sepconvert.approximation import Fitted, LayerSurvey, hull
+from sepconvert.allocate import Choice, allocate, cost_of
+from sepconvert.approximation import Fitted, LayerSurvey
 from sepconvert.errors import DemandNotMetError, SepconvertError
 from sepconvert.measure.accuracy import AccuracyDelta
 from sepconvert.measure.latency import Speedup
@@ -51,7 +51,7 @@ class Budget:
             return self
         if not labelled:
             raise SepconvertError(
-                "mode approx: needs a budget; pass --rank, --target-macs or --min-speedup, "
+                "mode: approx and auto need a budget; pass --rank, --target-macs or --min-speedup, "
                 "or --data to hold accuracy"
             )
         return Budget(max_drop=1.0)
@@ -63,7 +63,9 @@ class Point:
 
     choice: Choice
     macs: int
+    cost: float  # of all layers in the survey, in its unit
     expected: float  # divergence, if errors of layers added up
+    bound: float  # what no plan of this cost can go below, if they did
     fitted: Fitted | None = None
     accuracy: AccuracyDelta | None = None
     speedup: Speedup | None = None
@@ -76,6 +78,7 @@ class Point:
             "macs_ratio": total_macs / self.macs if self.macs else None,
             "converted": len(self.choice),
             "expected_divergence": self.expected,
+            "lower_bound": self.bound,
             "heldout": None if heldout is None else asdict(heldout),
             "batchnorm_reestimated": self.fitted is not None and self.fitted.batchnorm,
             "accuracy_drop_pp": None
@@ -105,22 +108,21 @@ class Search:
         Raises:
             DemandNotMetError: with the curve.
         """
-        dense = {name: each.dense_macs for name, each in self.surveyed.items()}
         if budget.rank is not None:
-            choice = {name: each.candidates()[0] for name, each in self.surveyed.items()}
-            found: list[Choice] = [choice]
+            self.points = [self._point({n: each.candidates()[0] for n, each in self.surveyed.items()}, 0.0)]
+            last = self.points[0]
+            point = last if self._accurate_enough(last, budget) else None
+        elif budget.target_macs is not None:
+            self.points = self._curve()
+            point = self._of_macs(budget)
         else:
-            found = hull(self.surveyed)
-        costs = [macs_of(self.total_macs, dense, choice) for choice in found]
-        plans = [
-            Point(choice, cost, sum(each.error for each in choice.values()))
-            for choice, cost in zip(found, costs, strict=True)
-        ]
-        if budget.rank is not None:
-            self.points = plans
-        else:
-            self.points = [plans[index] for index in spread(found, costs, _POINTS)]
-        point = self._within(budget, plans)
+            self.points = self._curve()
+            for each in self.progress(self.points, "trade-off curve"):
+                self._carried_out(each)
+            if budget.max_drop is not None:
+                point = self._last(lambda each: self._accurate_enough(each, budget))
+            else:
+                point = self._first(lambda each: self._fast_enough(each, budget))
         if point is None or not self._fast_enough(point, budget):
             raise DemandNotMetError(_shortfall(budget, self.points), curve_table(self.to_json(None)))
         self._carried_out(point)
@@ -130,23 +132,48 @@ class Search:
         """The curve, for the report."""
         return [point.to_json(self.total_macs, point is delivered) for point in self.points]
 
-    def _within(self, budget: Budget, plans: Sequence[Point]) -> Point | None:
-        if budget.rank is not None:
-            return plans[0] if self._accurate_enough(plans[0], budget) else None
-        if budget.target_macs is not None:
-            limit = budget.target_macs * self.total_macs
-            fits = next((point for point in plans if point.macs <= limit), None)
-            if fits is not None and fits not in self.points:
-                self.points = sorted([*self.points, fits], key=lambda point: -point.macs)
-            return fits if fits is not None and self._accurate_enough(fits, budget) else None
-        for point in self.progress(self.points, "trade-off curve"):
-            self._carried_out(point)
-        if budget.max_drop is not None:
-            return self._last(lambda point: self._accurate_enough(point, budget), plans)
-        # The least divergence that is fast enough: the plan before the first one of the cheaper that is.
-        return self._first(lambda point: self._fast_enough(point, budget), plans)
+    @property
+    def _dense(self) -> dict[str, float]:
+        return {name: each.dense_cost for name, each in self.surveyed.items()}
 
-    def _last(self, good: Callable[[Point], bool], plans: Sequence[Point]) -> Point | None:
+    def _best(self, cost: float) -> Point | None:
+        """The plan of least expected divergence within a cost of the layers."""
+        offered = {name: each.candidates() for name, each in self.surveyed.items()}
+        found = allocate(self._dense, offered, cost)
+        return None if found is None else self._point(found.choice, found.bound)
+
+    def _point(self, choice: Choice, bound: float) -> Point:
+        saved = sum(self.surveyed[name].macs_saved(each) for name, each in choice.items())
+        return Point(
+            choice,
+            self.total_macs - saved,
+            cost_of(self._dense, choice),
+            sum(each.error for each in choice.values()),
+            bound,
+        )
+
+    def _curve(self) -> list[Point]:
+        """Plans at about even ratios of cost, from nothing replaced to the cheapest."""
+        first = sum(self._dense.values())
+        last = sum(each.least_cost for each in self.surveyed.values())
+        ratio = last / first if first else 1.0
+        found = [self._best(first * ratio ** (step / (_POINTS - 1))) for step in range(_POINTS - 1)]
+        points = [point for point in (*found, self._best(last)) if point is not None]
+        return [point for i, point in enumerate(points) if not i or point.choice != points[i - 1].choice]
+
+    def _of_macs(self, budget: Budget) -> Point | None:
+        """The best plan within a share of the MACs, which joins the curve."""
+        limit = (budget.target_macs or 0) * self.total_macs
+        point = self._best(limit - self.total_macs + sum(self._dense.values()))
+        if point is None or point.macs > limit:
+            return None
+        same = next((each for each in self.points if each.choice == point.choice), None)
+        if same is None:
+            self.points = sorted([*self.points, point], key=lambda each: -each.cost)
+        point = same or point
+        return point if self._accurate_enough(point, budget) else None
+
+    def _last(self, good: Callable[[Point], bool]) -> Point:
         """The cheapest plan that is good, if the cheaper is the worse; nothing replaced is good."""
         low, high = 0, len(self.points)
         while high - low > 1:
@@ -154,31 +181,40 @@ class Search:
             low, high = (middle, high) if good(self.points[middle]) else (low, middle)
         best = self.points[low]
         for _ in range(_REFINEMENTS):
-            between = self._between(best, plans)
+            between = self._between(best)
             if between is None:
                 break
             if good(between):
                 best = between
         return best
 
-    def _first(self, good: Callable[[Point], bool], plans: Sequence[Point]) -> Point | None:
+    def _first(self, good: Callable[[Point], bool]) -> Point | None:
+        """The dearest plan that is good, if the cheaper is the better."""
         low, high = -1, len(self.points) - 1
         if not good(self.points[high]):
             return None
         while high - low > 1:
             middle = (low + high) // 2
             low, high = (low, middle) if good(self.points[middle]) else (middle, high)
-        return self.points[high]
+        best = self.points[high]
+        for _ in range(_REFINEMENTS):
+            index = self.points.index(best)
+            between = self._between(self.points[index - 1]) if index else None
+            if between is None:
+                break
+            if good(between):
+                best = between
+        return best
 
-    def _between(self, point: Point, plans: Sequence[Point]) -> Point | None:
-        """A plan halfway to the next cheaper point of the curve, which it joins."""
+    def _between(self, point: Point) -> Point | None:
+        """A plan of a cost halfway to the next cheaper point of the curve, which it joins."""
         index = self.points.index(point)
         if index + 1 == len(self.points):
             return None
-        first, last = plans.index(point), plans.index(self.points[index + 1])
-        if last - first < 2:
+        cheaper = self.points[index + 1]
+        middle = self._best((point.cost + cheaper.cost) / 2)
+        if middle is None or middle.choice in (point.choice, cheaper.choice):
             return None
-        middle = plans[(first + last) // 2]
         self.points.insert(index + 1, middle)
         return middle
 

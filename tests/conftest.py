@@ -1,3 +1,9 @@
+import os
+
+# Before torch is loaded. On processors with AMX, oneDNN's bfloat16 convolutions of a stride larger than the
+# kernel are wrong (oneDNN pull request 5568).
+os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE")
+
 import numpy as np
 import pytest
 import torch

@@ -1,12 +1,14 @@
-"""Plans on the hull, against all combinations."""
+"""Plans on the hull and within a budget, against all combinations."""
 
 from itertools import pairwise, product
 
+import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from strategies import numbered
 
-from sepconvert.allocate import Candidate, macs_of, plans, spread
+from sepconvert.allocate import Candidate, allocate, cost_of, plans
 
 errors = st.integers(0, 40).map(lambda n: n / 8)
 costs = st.integers(1, 60)
@@ -26,13 +28,12 @@ def instances(draw):
 
 def combinations(dense, candidates):
     """(cost, error) of every way to choose, keeping a layer included."""
-    choices = [[(dense[name], 0.0), *((c.macs, c.error) for c in candidates[name])] for name in dense]
+    choices = [[(dense[name], 0.0), *((c.cost, c.error) for c in candidates[name])] for name in dense]
     return [tuple(map(sum, zip(*chosen, strict=True))) for chosen in product(*choices)]
 
 
 def totals(dense, plan):
-    cost = sum(plan[name].macs if name in plan else dense[name] for name in dense)
-    return cost, sum(candidate.error for candidate in plan.values())
+    return cost_of(dense, plan), sum(candidate.error for candidate in plan.values())
 
 
 @numbered(300)
@@ -59,22 +60,55 @@ def test_every_plan_is_on_the_hull(instance):
         assert all(e >= error + slope * (cost - c) - 1e-9 for c, e in combinations(dense, candidates))
 
 
-def test_what_costs_as_much_or_more_is_never_chosen():
-    dense = {"a": 10, "b": 10}
+def test_ties_go_to_the_first_layer_and_to_the_lower_cost():
+    dense = {"a": 20, "b": 20}
     offered = {
-        "a": [Candidate("depthwise-pointwise", 1, 10, 0.0)],
+        "a": [Candidate("depthwise-pointwise", 1, 20, 0.0)],
         "b": [Candidate("depthwise-pointwise", 1, 11, 0.0), Candidate("depthwise-pointwise", 2, 4, 1.0)],
     }
-    assert [sorted(plan) for plan in plans(dense, offered)] == [[], ["b"]]
-    assert plans(dense, offered)[1]["b"].rank == 2
-    assert macs_of(100, dense, plans(dense, offered)[1]) == 94
+    assert [sorted(plan) for plan in plans(dense, offered)] == [[], ["b"], ["b"]]
+    assert [plan["b"].rank for plan in plans(dense, offered)[1:]] == [1, 2]
 
 
-def test_points_are_spread_over_ratios_of_cost():
-    found = [{}] * 101
-    costs = [1000 - 9 * index for index in range(101)]
-    picked = spread(found, costs, 3)
-    assert picked[0] == 0
-    assert picked[-1] == 100
-    assert abs(costs[picked[1]] / 1000 - (100 / 1000) ** 0.5) < 0.01
-    assert spread([{}], [7], 8) == [0]
+@pytest.mark.parametrize("unit", [1, 1 / 3, 1e-4])
+@numbered(200)
+@given(instances(), st.integers(1, 220))
+def test_the_best_plan_within_a_budget(unit, instance, budget):
+    """MACs are whole numbers, milliseconds are not."""
+    whole, offered = instance
+    dense = {name: cost * unit for name, cost in whole.items()}
+    candidates = {
+        name: [Candidate(c.scheme, c.rank, c.cost * unit, c.error) for c in each]
+        for name, each in offered.items()
+    }
+    within = [error for cost, error in combinations(whole, offered) if cost <= budget]
+    found = allocate(dense, candidates, budget * unit)
+    assert (found is None) == (not within)
+    if found is None:
+        return
+    cost, error = totals(dense, found.choice)
+    assert error == min(within) == pytest.approx(found.error)
+    assert cost <= budget * unit * (1 + 1e-9)
+    assert found.cost == pytest.approx(cost)
+    assert found.bound <= error + 1e-9
+
+
+def test_fifty_layers_between_the_plans_of_the_hull():
+    rng = np.random.default_rng(0)
+    dense = {str(i): float(rng.uniform(1, 9)) for i in range(50)}
+    candidates = {
+        name: [
+            Candidate(
+                "spatial-vh", rank, cost * share, float(rng.uniform(0.5, 1.5)) * (1 - share) ** 2 * cost
+            )
+            for rank, share in enumerate(rng.uniform(0.1, 1, 8), start=1)
+        ]
+        for name, cost in dense.items()
+    }
+    for share in (0.35, 0.5, 0.7):
+        budget = share * sum(dense.values())
+        found = allocate(dense, candidates, budget)
+        hull = [totals(dense, plan) for plan in plans(dense, candidates)]
+        assert cost_of(dense, found.choice) <= budget * (1 + 1e-9)
+        assert found.error <= min(error for cost, error in hull if cost <= budget)
+        assert found.bound <= found.error <= found.bound * 1.02

@@ -1,4 +1,4 @@
-"""Approximate factors in the metric of the data: least output error over depthwise-separable kernels.
+"""Approximate factors in the metric of the data: least output error over kernels of a structure.
 
 With x the input patches of a layer in the network as converted so far, y its outputs in the original,
 and e = y − (W x + b) what the original kernel would miss there, the kernel Ŵ minimises
@@ -9,6 +9,7 @@ in centred moments S = Cov(x), E = Cov(e, x), means being the bias's business. I
 minimum, W + E(S + ρI)⁻¹, is the ridge regression of y on x towards W. Everything is float64.
 """
 
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from sepconvert.factorize.structures import BY_NAME
+from sepconvert.factorize.structures import BY_NAME, Structure
 from sepconvert.spec import ConvSpec
 
 DEPTHWISE_POINTWISE = "depthwise-pointwise"
@@ -87,8 +88,8 @@ def approximate(
         spec: geometry of the dense layer.
         weight: O × C/g × kh × kw.
         moments: of the layer's data.
-        scheme: "depthwise-pointwise" or "pointwise-depthwise".
-        rank: M, from 1 to `full_rank`, at which the original kernel is reproduced.
+        scheme: name of a structure that applies to `spec`.
+        rank: from 1 to `full_rank`, at which every kernel has the form.
         sweeps: at most so many.
     """
     dense = rearrange(weight.double(), "(g o) c i j -> g o c (i j)", g=spec.groups)
@@ -99,9 +100,9 @@ def approximate(
         scale, metric, cross = 1.0, metric.repeat(spec.groups, 1, 1), torch.zeros_like(cross)
     else:
         metric = moments.covariance / scale + _RIDGE * metric
-    fit = _SOLVERS[scheme]
-    left, right, objective = fit(dense, metric, cross / scale, moments.missed_power / scale, rank, sweeps)
     structure = BY_NAME[scheme]
+    fit = _SOLVERS.get(scheme, functools.partial(_fit_pair, structure, spec))
+    left, right, objective = fit(dense, metric, cross / scale, moments.missed_power / scale, rank, sweeps)
     weights = structure.kernels(spec, left, right)
     kernel = structure.compose(spec, *weights)
     difference = rearrange(weight.double() - kernel, "(g o) c i j -> g o (c i j)", g=spec.groups)
@@ -225,6 +226,90 @@ def _fit_pointwise_depthwise(
         rows_of, mixing = torch.linalg.qr(solution.mT)
         depthwise, pointwise = rows_of.mT, pointwise @ mixing.mT
     return pointwise.flatten(0, 1), depthwise.flatten(0, 1), objective
+
+
+# W[o,a,b] = Σ_r H[o,r,b] V[r,a]: the first factor acts on some axes of a patch, the second on the others.
+# Spatial pairs (a = c i, b = j, or a = c j, b = i), channel subspaces (a = c, b = i j, or a = c i j, no b).
+
+
+def _fit_pair(
+    structure: Structure,
+    spec: ConvSpec,
+    dense: Tensor,
+    metric: Tensor,
+    cross: Tensor,
+    constant: float,
+    rank: int,
+    sweeps: int,
+) -> tuple[Tensor, Tensor, list[float]]:
+    batch, rows, columns = structure.axes
+    sizes = {"g": spec.groups, "c": dense.shape[2], "i": spec.kernel_size[0], "j": spec.kernel_size[1]}
+    first, second = " ".join(rows), " ".join(axis for axis in columns if axis != "o")
+    outputs = "(g o) 1" if "o" in batch else "g o"
+    dense, cross = (
+        rearrange(
+            each.view(spec.groups, -1, *spec.weight_shape[1:]),
+            f"g o c i j -> {outputs} ({first}) ({second})",
+        )
+        for each in (dense, cross)
+    )
+    other = {"c": "d", "i": "k", "j": "l"}
+    primed = [" ".join(other[axis] for axis in axes.split()) for axes in (first, second)]
+    by_axes = rearrange(
+        metric, f"g (c i j) (d k l) -> g ({first}) ({second}) ({primed[0]}) ({primed[1]})",
+        **sizes, **{other[axis]: sizes[axis] for axis in "cij"},
+    )  # fmt: skip
+    if "o" in batch:
+        by_axes = by_axes.repeat_interleave(spec.out_channels // spec.groups, 0)
+    v, h, objective = _alternate_pair(dense, by_axes, cross, constant, rank, sweeps)
+    return v.mT, rearrange(h, "g o r b -> g r (o b)"), objective
+
+
+def _alternate_pair(
+    dense: Tensor, metric: Tensor, cross: Tensor, constant: float, rank: int, sweeps: int
+) -> tuple[Tensor, Tensor, list[float]]:
+    """V, g × R × A, and H, g × O × R × B, for W, g × O × A × B, under S, g × A × B × A × B."""
+    groups, outputs, rows, columns = dense.shape
+    flat = metric.reshape(groups, rows * columns, -1)
+    target = _product(dense, flat) + cross
+    start = float((dense * (target + cross)).sum()) + constant
+    over_rows = torch.einsum("gabcb->gac", metric) / columns
+    by_row = metric.reshape(groups, rows, -1)
+    best = dense + _solve(flat, cross.flatten(2).mT).mT.view(dense.shape)  # the kernel without a structure
+    v = _leading_rows(rearrange(best, "g o a b -> g (o b) a"), over_rows, rank)
+    objective: list[float] = []
+
+    def filtered(v: Tensor) -> Tensor:
+        """V S as g × R·B × A × B."""
+        return (v @ by_row).view(groups, -1, rows, columns)
+
+    while True:
+        # H by its normal equations, as a correction of the projection of W: at full rank, of nothing.
+        seen = filtered(v)
+        gram = torch.einsum("gmcd,gsc->gmsd", seen, v).flatten(2)
+        projected = torch.einsum("goab,gra->gorb", dense, v)
+        rest = dense - torch.einsum("gorb,gra->goab", projected, v)
+        missing = rest.flatten(2) @ seen.flatten(2).mT
+        missing = missing + torch.einsum("goab,gra->gorb", cross, v).flatten(2)
+        h = projected + _solve(gram, missing.mT).mT.view(projected.shape)
+        onto = torch.einsum("goab,gra->gorb", target, v)
+        objective.append(start - float((h * onto).sum()))
+        if len(objective) >= sweeps or rank == min(rows, outputs * columns) or _settled(objective):
+            break
+        # V by conjugate gradients.
+        by_pairs = h.flatten(2).mT @ h.flatten(2)
+        wanted = torch.einsum("gorb,goab->gra", h, target)
+        pairs = by_pairs.view(groups, rank, columns, rank * columns)
+
+        def hessian(step: Tensor, pairs: Tensor = pairs) -> Tensor:
+            return torch.einsum("grbm,gmab->gra", pairs, filtered(step))
+
+        between = by_pairs.view(groups, rank, columns, rank, columns).diagonal(dim1=2, dim2=4).sum(-1)
+        solution = _conjugate_gradients(
+            hessian, _kronecker_inverse(between, over_rows), wanted, v, (1, 2), _FEW_CG_STEPS
+        )
+        v = torch.linalg.qr(solution.mT).Q.mT
+    return v, h, objective
 
 
 _SOLVERS: dict[str, Callable[..., tuple[Tensor, Tensor, list[float]]]] = {

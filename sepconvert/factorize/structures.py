@@ -72,9 +72,15 @@ class Structure:
             ),
         )
 
+    @property
+    def axes(self) -> tuple[list[str], list[str], list[str]]:
+        """The kernel's axes that the unfolding makes batches, rows and columns of."""
+        batch, rows, columns = _output_groups(self.unfolding)
+        return batch, rows, columns
+
     def full_rank(self, spec: ConvSpec) -> int:
         """The rank at which every kernel has this form."""
-        rows, columns = _output_groups(self.unfolding)[1:]
+        _, rows, columns = self.axes
         sizes = _axis_sizes(spec)
         return min(prod(sizes[axis] for axis in rows), prod(sizes[axis] for axis in columns))
 

@@ -140,14 +140,27 @@ def measure_pair(
 
     Raises `SepconvertError` if a model cannot be loaded or run on `feeds`, or `runs` or `threads` is below 1.
     """
-    sessions = [session(model, threads) for model in (original, original, converted)]
-    samples = interleave([_runner(each, feeds) for each in sessions], runs=runs, seed=seed, progress=progress)
-    first, again, other = samples
+    models = (original, original, converted)
+    first, again, other = time_all(models, feeds, runs=runs, threads=threads, seed=seed, progress=progress)
     return (
         _latency(first, threads, batch),
         _latency(other, threads, batch),
         speedup(first, again, other),
     )
+
+
+def time_all(
+    models: Sequence[Path | bytes],
+    feeds: Mapping[str, npt.NDArray[Any]],
+    *,
+    runs: int,
+    threads: int,
+    seed: int,
+    progress: Progress | None = None,
+) -> npt.NDArray[np.float64]:
+    """Milliseconds of every model in every round, `models × runs`; see `interleave`, and `measure_pair`."""
+    sessions = [session(model, threads) for model in models]
+    return interleave([_runner(each, feeds) for each in sessions], runs=runs, seed=seed, progress=progress)
 
 
 def speedup(
