@@ -39,7 +39,7 @@ from sepconvert.distillation import Step as TrainingStep
 from sepconvert.distributed import once
 from sepconvert.errors import SepconvertError
 from sepconvert.factorize.border import Border
-from sepconvert.factorize.exact import analyse
+from sepconvert.factorize.exact import analyse, may_separate
 from sepconvert.factorize.structures import FORMS, Form
 from sepconvert.importance import fisher_information
 from sepconvert.measure.accuracy import AccuracyDelta
@@ -291,8 +291,10 @@ def _forms(site: ConvSite, mode: str, rank: int | None) -> list[Form]:
     if mode == "approx":
         return depthwise_forms(spec, rank)
     # Ranks at which it has a form exactly are as good as any that are on the grid.
-    held = analyse(spec, site.conv.weight, site.sizes).holding()
-    exact = [(each.scheme, each.rank) for each in held if each.scheme in FORMS and each.rank]
+    exact: list[Form] = []
+    if may_separate(spec, site.conv.weight):
+        held = analyse(spec, site.conv.weight, site.sizes).holding()
+        exact = [(each.scheme, each.rank) for each in held if each.scheme in FORMS and each.rank]
     return list(dict.fromkeys([*all_forms(spec), *exact]))
 
 
