@@ -131,7 +131,7 @@ def analyse(spec: ConvSpec, weight: Tensor, sizes: Sequence[Pair], tol: float | 
 
 
 def may_separate(spec: ConvSpec, weight: Tensor) -> bool:
-    """Whether any unfolding has singular values that nearly vanish, as all have that `analyse` finds.
+    """Whether any unfolding has so many singular values that nearly vanish as those that `analyse` finds.
 
     By Gram matrices, which is many times faster, and loses half of the digits.
     """
@@ -140,8 +140,9 @@ def may_separate(spec: ConvSpec, weight: Tensor) -> bool:
         if structure.applies(spec):
             matrices = structure.unfold(spec, weight.double())
             short = matrices if matrices.shape[-2] <= matrices.shape[-1] else matrices.mT
-            values = torch.linalg.eigvalsh(short @ short.mT)
-            if (values[..., 0] <= nothing**2 * values[..., -1]).all():
+            values = torch.linalg.eigvalsh(short @ short.mT).flip(-1)
+            most = (math.prod(spec.weight_shape) - 1) // _unit_params(structure, spec)
+            if most >= values.shape[-1] or (values[..., most] <= nothing**2 * values[..., 0]).all():
                 return True
     return False
 
@@ -258,7 +259,6 @@ def _finding(
     norm = float(torch.linalg.vector_norm(values)) or 1.0
     unit = structure.split(spec, 1)
     unit_macs = _macs(unit, sizes)
-    unit_params = chain_params(unit) - spec.bias * spec.out_channels
     paying_rank = min(full_rank, (dense_macs - 1) // unit_macs)
     # Where the structure is exact at this rank, what is left is rounding on either scale.
     reached = max(paying_rank, 1) >= rank
@@ -270,13 +270,18 @@ def _finding(
         scheme=structure.name,
         rank=rank,
         full_rank=full_rank,
-        holds=max(rank, 1) * unit_params < math.prod(spec.weight_shape),
+        holds=max(rank, 1) * _unit_params(structure, spec) < math.prod(spec.weight_shape),
         macs=max(rank, 1) * unit_macs,
         paying_rank=paying_rank,
         best_error=float(best),
         tolerance=float(torch.linalg.vector_norm(tolerances)) / norm,
         spectrum=tuple((torch.linalg.vector_norm(values, dim=0) / norm).tolist()),
     )
+
+
+def _unit_params(structure: Structure, spec: ConvSpec) -> int:
+    """Weights of the factors for each unit of rank."""
+    return chain_params(structure.split(spec, 1)) - spec.bias * spec.out_channels
 
 
 def _tails(values: Tensor) -> Tensor:
