@@ -457,9 +457,10 @@ class _Run:
         if expected[0].ndim != 2 or len(expected[0]) != samples:
             return None
         shape = self.views, len(self.data.indices), expected[0].shape[1]
-        if math.prod(shape) * expected[0].element_size() > MOST_KEPT:
+        dtype = torch.promote_types(expected[0].dtype, torch.float32)  # which every backend adds up
+        if math.prod(shape) * dtype.itemsize > MOST_KEPT:
             return None
-        return expected[0].new_zeros(shape)
+        return expected[0].new_zeros(shape, dtype=dtype)
 
     def _agree_on_answers(self, epoch: int) -> None:
         """After an epoch of answers, let each process know those that the others were given."""
