@@ -446,7 +446,7 @@ class _Run:
         if not epoch and self.answers is None:
             self.answers = self._room(expected, len(share.x))
         if self.answers is not None:
-            self.answers[view, share.positions] = expected[0]
+            self.answers[view, share.positions] = expected[0].to(self.answers.dtype)
         return expected
 
     def _room(self, expected: Sequence[Tensor], samples: int) -> Tensor | None:
