@@ -14,6 +14,7 @@ from distillation_worker import STEPS_PER_EPOCH, disturbed, loader, network, tun
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
+from sepconvert import distillation
 from sepconvert.demo import images, net
 from sepconvert.distillation import finetune
 from sepconvert.errors import SepconvertError
@@ -74,7 +75,7 @@ def test_the_demo_network_recovers():
     assert evaluate(result.model, unseen).accuracy().top1 > evaluate(student, unseen).accuracy().top1 + 0.1
 
 
-@pytest.mark.parametrize(("learning_rate", "weights"), [(1e-2, "trained"), (0.2, "average")])
+@pytest.mark.parametrize(("learning_rate", "weights"), [(0.1, "trained"), (3e-2, "average")])
 def test_what_is_delivered_is_what_the_history_says(learning_rate, weights):
     result = tuned(epochs=4, learning_rate=learning_rate)
     assert result.delivered.weights == weights
@@ -158,6 +159,57 @@ def test_labels_are_used_where_there_are_any():
     assert a.delivered.accuracy is not None
 
 
+class BrighterHalf(nn.Module):
+    """Two logits: how bright the left and the right half are; or the brighter and the darker one, as pictures
+    and their mirror images have them alike."""
+
+    def __init__(self, alike):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(2))
+        self.alike = alike
+
+    def forward(self, x):
+        halves = torch.stack([half.mean(dim=(1, 2, 3)) for half in x.chunk(2, dim=3)], 1)
+        return self.scale * (halves.sort(1).values if self.alike else halves)
+
+
+@pytest.mark.parametrize("alike", [True, False])
+def test_mirrored_pictures_keep_the_labels_that_the_teacher_gives_them(monkeypatch, alike):
+    teacher = BrighterHalf(alike)
+    x = torch.zeros(40, 3, 8, 8)
+    x[:20, ..., :4] = x[20:, ..., 4:] = 1
+    data = DataLoader(TensorDataset(x, teacher(x).argmax(1)), 8)
+    targets = []
+    cross_entropy = distillation.F.cross_entropy
+
+    def watched(logits, target, **options):
+        targets.append(target)
+        return cross_entropy(logits, target, **options)
+
+    monkeypatch.setattr(distillation.F, "cross_entropy", watched)
+    finetune(BrighterHalf(alike), teacher, data, data, epochs=1, labelled=True)
+    without = int((torch.cat(targets) == -1).sum())
+    assert without == 0 if alike else 8 < without < 32
+
+
+def asked(epochs, **options):
+    """How often the teacher answered a batch, evaluations aside."""
+    teacher, calls = network(), []
+    teacher.register_forward_hook(lambda *_: calls.append(1))
+    student = disturbed(network())
+    finetune(student, teacher, loader(), loader(4), epochs=epochs, labelled=True, **options)
+    return len(calls) - (epochs + 1)
+
+
+def test_the_teacher_is_asked_once_for_several_epochs(monkeypatch):
+    assert asked(1) == STEPS_PER_EPOCH
+    assert asked(3) == STEPS_PER_EPOCH
+    assert asked(4) == 2 * STEPS_PER_EPOCH
+    # A byte less than what 58 samples of 4 classes take.
+    monkeypatch.setattr(distillation, "MOST_KEPT", 58 * 4 * 4 - 1)
+    assert asked(3) == 3 * STEPS_PER_EPOCH
+
+
 def test_half_precision_models_stay_what_they_are():
     teacher, student = network().bfloat16(), disturbed(network()).bfloat16()
     result = finetune(student, teacher, loader(), loader(), epochs=2, labelled=False, learning_rate=1e-2)
@@ -185,7 +237,7 @@ class Several(nn.Module):
 @pytest.mark.parametrize("mapping", [False, True])
 def test_outputs_other_than_a_row_of_logits(mapping):
     teacher, student = (Several(model[:4], mapping).eval() for model in (network(), disturbed(network())))
-    result = finetune(student, teacher, loader(), loader(), epochs=2, labelled=False, learning_rate=1e-2)
+    result = finetune(student, teacher, loader(), loader(), epochs=2, labelled=False, learning_rate=5e-2)
     assert result.delivered.divergence < result.history[0].divergence / 2
 
 
@@ -316,6 +368,21 @@ def test_a_killed_run_resumes_to_the_same_weights(tmp_path):
     again = tuned(checkpoint=checkpoint, resume=True, progress=steps.clear)
     assert_same(again.model, uninterrupted.model)
     assert steps
+
+
+def test_answers_of_several_views_are_recalled(tmp_path):
+    uninterrupted = tuned(epochs=4)
+    for interrupted in (20, 50):  # while the second view is new, and when the first is met again
+
+        def interrupt(step, at=interrupted):
+            if step.step == at:
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            tuned(epochs=4, checkpoint=tmp_path / "checkpoint", resume=True, progress=interrupt)
+    resumed = tuned(epochs=4, checkpoint=tmp_path / "checkpoint", resume=True)
+    assert_same(resumed.model, uninterrupted.model)
+    assert untimed(resumed.history) == untimed(uninterrupted.history)
 
 
 def test_an_unfinished_checkpoint_does_no_harm(tmp_path):
