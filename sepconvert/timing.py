@@ -172,7 +172,7 @@ class FormClock:
         assert conv is not None  # noqa: S101
         inputs = cast((conv.inputs,), torch.float32)
         layers = [_filled(conv.spec, ZERO_BORDER, 0), *(_filled(conv.spec, *form) for form in forms)]
-        models = [onnx_bytes(_surrounded(layer), inputs) for layer in layers]
+        models = [onnx_bytes(surrounded(layer), inputs) for layer in layers]
         samples = time_all(
             [models[0], *models], onnx_feed(inputs), runs=self._runs, threads=self._threads, seed=self._seed
         )
@@ -234,7 +234,8 @@ def _filled(spec: ConvSpec, scheme: str, rank: int) -> FactorizedConv2d:
     return layer
 
 
-def _surrounded(layer: nn.Module) -> nn.Module:
+def surrounded(layer: nn.Module) -> nn.Module:
+    """A layer as it is timed; see `FormClock`."""
     return nn.Sequential(nn.MaxPool2d(1), layer, nn.ReLU(), nn.MaxPool2d(1)).eval()
 
 
