@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -16,11 +17,11 @@ from torch.utils import _pytree as pytree
 
 from sepconvert.distributed import once
 from sepconvert.errors import SepconvertError, first_line
-from sepconvert.export import cast, onnx_bytes, onnx_feed
+from sepconvert.export import layer_onnx
 from sepconvert.measure.latency import Speedup, speedup, time_all
 from sepconvert.progress import Progress, silent
 from sepconvert.spec import ConvSpec, Pair, chain_macs
-from sepconvert.timing import surrounded
+from sepconvert.timing import FORM_RUNS
 from sepconvert.trace import ConvSite, DenseConv, Inputs, duplicate, private_copy, resolve_padding
 from sepconvert.verify import Reference, compare_with, reference
 
@@ -180,7 +181,6 @@ def merge_pairs(
     pairs: Sequence[LinearPair],
     *,
     gate: str,
-    runs: int,
     threads: int,
     seconds: float,
     seed: int,
@@ -188,8 +188,8 @@ def merge_pairs(
 ) -> tuple[nn.Module, tuple[Merge, ...]]:
     """Merge the pairs whose dense form pays, and say of each what became of it.
 
-    Under the gate "latency" that is a form measured to be faster in ONNX Runtime, surrounded as by
-    `FormClock`; under "macs" and "none" one without more MACs. Where pairs continue one another, the dense
+    Under the gate "latency" that is a form measured to be faster in ONNX Runtime, as forms of layers are
+    (`layer_onnx`); under "macs" and "none" one without more MACs. Where pairs continue one another, the dense
     form of one is the first convolution of the next.
 
     The model with each further pair merged is held against the original in float64, on given and on random
@@ -200,7 +200,6 @@ def merge_pairs(
         inputs: positional arguments of its forward.
         pairs: `linear_pairs` of both.
         gate: "macs", "latency" or "none".
-        runs: timed runs.
         threads: of the runtime.
         seconds: for measurements; pairs whose turn comes later are kept.
         seed: of the order of runs, and of random inputs.
@@ -212,7 +211,7 @@ def merge_pairs(
     """
     sites = {site.name: site for pair in pairs for site in (pair.first, pair.second)}
     convs = {name: site.conv for name, site in sites.items() if site.conv is not None}
-    clock = _Clock(max(runs, 1), threads, seed, time.monotonic() + seconds)
+    clock = _Clock(threads, seed, time.monotonic() + seconds)
     places: dict[str, str] = {}  # of each second convolution that was merged, the first
     decisions = []
 
@@ -236,7 +235,7 @@ def merge_pairs(
         )
         ratio = None
         if gate == "latency":
-            ratio = once(lambda: clock.time(convs[name], convs[second], dense))  # noqa: B023  (called at once)
+            ratio = once(lambda: clock.time(*specs, dense.spec, dense.inputs))  # noqa: B023  (called at once)
             pays = ratio is not None and ratio.significant and ratio.median > 1
             reason = (
                 "was not timed within --measure-seconds"
@@ -314,23 +313,22 @@ def _failure(
 class _Clock:
     """Times dense forms against pairs, each shape once."""
 
-    runs: int
     threads: int
     seed: int
     deadline: float
-    known: dict[tuple[ConvSpec, ConvSpec, torch.Size], Speedup] = field(default_factory=dict)
+    known: dict[tuple[ConvSpec, ConvSpec, tuple[int, ...]], Speedup] = field(default_factory=dict)
 
-    def time(self, first: DenseConv, second: DenseConv, dense: DenseConv) -> Speedup | None:
-        """Of the dense form over the pair; None if time is up."""
-        key = first.spec, second.spec, first.inputs.shape
+    def time(self, first: ConvSpec, second: ConvSpec, dense: ConvSpec, inputs: Tensor) -> Speedup | None:
+        """Of the dense form over the pair on `inputs`, whose shape alone matters; None if time is up."""
+        shape = (len(inputs) if inputs.ndim == 4 else 1, *inputs.shape[-3:])
+        key = first, second, shape
         if key not in self.known:
             if time.monotonic() > self.deadline:
                 return None
-            inputs = cast((first.inputs,), torch.float32)
-            pair = nn.Sequential(_layer(first), _layer(second))
-            models = [onnx_bytes(surrounded(each).float(), inputs) for each in (pair, _layer(dense))]
+            models = [layer_onnx([chain], shape) for chain in ((first, second), (dense,))]
+            feed = {"input": np.random.default_rng(self.seed).standard_normal(shape, np.float32)}
             before, again, after = time_all(
-                [models[0], *models], onnx_feed(inputs), runs=self.runs, threads=self.threads, seed=self.seed
+                [models[0], *models], feed, runs=FORM_RUNS, threads=self.threads, seed=self.seed
             )
             self.known[key] = speedup(before, again, after)
         return self.known[key]

@@ -54,7 +54,7 @@ def found(model, *inputs):
 
 def decided(model, *inputs, gate="none", **options):
     pairs = linear_pairs(model, inputs, traced(model, *inputs))
-    options = {"runs": 10, "threads": 1, "seconds": 60.0, "seed": 0} | options
+    options = {"threads": 1, "seconds": 60.0, "seed": 0} | options
     return merge_pairs(model, inputs, pairs, gate=gate, **options)
 
 
@@ -492,7 +492,6 @@ def timed_as(monkeypatch):
 
     def set_ratio(ratio):
         calls = []
-        monkeypatch.setattr(sepconvert.merge, "onnx_bytes", lambda model, inputs: b"")
         monkeypatch.setattr(
             sepconvert.merge, "time_all", lambda models, feeds, **options: calls.append(models) or models
         )
@@ -511,7 +510,7 @@ UNCERTAIN = Speedup(1.03, Interval(1.01, 1.06), Interval(0.95, 1.05))
 def test_what_is_measured_decides(ratio, decision, timed_as):
     timed_as(ratio)
     model, x = Net(), image(4)
-    merged, decisions = decided(model, x, gate="latency", runs=1)
+    merged, decisions = decided(model, x, gate="latency")
     assert [each.decision for each in decisions] == [decision] * 2
     assert all(each.speedup is ratio for each in decisions)
     low, high = ratio.ci95.to_list()
@@ -527,7 +526,7 @@ def test_a_real_measurement_and_the_decision_agree():
         conv(8, 8, (5, 1), padding=(2, 0), bias=False), conv(8, 8, (1, 5), padding=(0, 2))
     ).float()
     x = image(8, 16, 16, batch=1).float()
-    merged, (decision,) = decided(small, x, gate="latency", runs=20)
+    merged, (decision,) = decided(small, x, gate="latency")
     ratio = decision.speedup
     assert decision.macs == (2 * 320 * 256, 1600 * 256)
     assert (decision.decision == "merged") == (ratio.significant and ratio.median > 1)
@@ -562,7 +561,7 @@ def test_a_pair_that_is_none_is_noticed(monkeypatch):
     model, x = Functional(residual, conv(4, 4, 1), conv(4, 4, 1)), image(4)
     sites = traced(model, x)
     pairs = (LinearPair(sites[0], sites[1]),)
-    options = {"gate": "none", "runs": 1, "threads": 1, "seconds": 1.0, "seed": 0}
+    options = {"gate": "none", "threads": 1, "seconds": 1.0, "seed": 0}
     merged, (decision,) = merge_pairs(model, (x,), pairs, **options)
     assert merged is model
     assert decision.reason.startswith("merged, the outputs of the model move by ")
