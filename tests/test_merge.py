@@ -12,12 +12,18 @@ from strategies import numbered, run, spec_of
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrizations, prune
+from torch.utils.data import DataLoader, TensorDataset
 
 import sepconvert.merge
+from sepconvert import convert
 from sepconvert.errors import SepconvertError
 from sepconvert.measure.latency import Speedup
 from sepconvert.measure.statistics import Interval
 from sepconvert.merge import LinearPair, compose, dense_spec, linear_pairs, merge, merge_pairs, obstacle
+from sepconvert.pipeline import apply_plan
+from sepconvert.plan import read_plan
+from sepconvert.report.files import write_documents
+from sepconvert.report.terminal import layer_table, summary
 from sepconvert.trace import private_copy, trace
 from sepconvert.verify import dense_convolution
 
@@ -596,3 +602,94 @@ def test_names_that_a_model_lacks():
     for names in ([("depthwise", "nowhere")], [("depthwise", "pointwise"), ("pointwise", "head.1")]):
         with pytest.raises(SepconvertError, match="the model has no two plain convolutions of these names"):
             merge(model, sites if names[0][1] == "pointwise" else traced(model, x), names)
+
+
+class Factored(nn.Module):
+    """Two pairs that cost more than what they amount to, and one that costs less."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.stem = nn.Sequential(nn.Conv2d(3, 32, 1), nn.Conv2d(32, 8, 3, stride=2))
+        self.body = nn.Sequential(
+            nn.Conv2d(8, 64, (3, 1), padding=(1, 0), bias=False), nn.Conv2d(64, 16, (1, 3), padding=(0, 1))
+        )
+        self.light = nn.Sequential(nn.Conv2d(16, 16, 3, padding=1, groups=16), nn.Conv2d(16, 16, 1))
+        self.head = nn.Linear(16, 5)
+
+    def forward(self, x):
+        for each in (self.stem, self.body, self.light):
+            x = each(x).relu()
+        return self.head(x.mean((2, 3)))
+
+
+@pytest.fixture(scope="module")
+def automatic(tmp_path_factory):
+    """A conversion in auto mode, its model and its folder."""
+    model, folder = Factored().eval(), tmp_path_factory.mktemp("auto")
+    x = torch.randn(64, 3, 13, 13, generator=torch.Generator().manual_seed(0))
+    images = DataLoader(TensorDataset(x, model(x).argmax(1)), batch_size=32)
+    # The dense forms alone take 0.26 of the MACs.
+    options = {"calib": images, "data": images, "target_macs": 0.2, "runs": 0, "out": folder}
+    result = convert(model, x[:2], "auto", gate="macs", **options)
+    write_documents(result.report, result.plan, folder)
+    return model, result, folder
+
+
+def test_auto_mode_merges_and_goes_on(automatic):
+    model, result, _ = automatic
+    layers = {layer["name"]: layer for layer in result.report["layers"]}
+    assert list(layers) == ["stem.0", "stem.1", "body.0", "body.1", "light.0", "light.1"]
+    for first in ("stem", "body"):
+        second = layers[f"{first}.1"]
+        assert (second["decision"], second["scheme"], second["exact"]) == ("converted", "merged", True)
+        assert second["reason"] == f"merged into {first}.0"
+        assert second["macs"][1] == second["params"][1] == 0
+        assert layers[f"{first}.0"]["decision"] == "converted"
+        assert layers[f"{first}.0"]["reason"].startswith(f"takes in {first}.1; ")
+    assert layers["light.1"]["decision"] == "kept"
+    schemes = {layers[f"{first}.0"]["scheme"] for first in ("stem", "body")}
+    assert schemes - {"merged"}  # a dense form found factors
+    # What the layers say adds up to what is counted.
+    for key in ("macs", "params"):
+        before, after = (sum(layer[key][i] for layer in layers.values()) for i in (0, 1))
+        total, converted = result.report["original"][key], result.report["converted"][key]
+        assert total - before == converted - after
+    assert result.report["converted"]["macs"] <= 0.2 * result.report["original"]["macs"]
+    found = result.report["approximation"]
+    delivered = next(point for point in found["curve"] if point["delivered"])
+    assert delivered["macs"] == result.report["converted"]["macs"]
+    assert [(each["first"], each["second"], each["decision"]) for each in found["merges"]] == [
+        ("stem.0", "stem.1", "merged"), ("body.0", "body.1", "merged"), ("light.0", "light.1", "kept")
+    ]  # fmt: skip
+    assert result.plan["merges"] == [["stem.0", "stem.1"], ["body.0", "body.1"]]
+    assert isinstance(model.stem[1], nn.Conv2d)
+
+
+def test_the_report_tells_of_merges(automatic):
+    _, result, folder = automatic
+    text = summary(result.report)
+    assert "Merged: stem.1 into stem.0; the dense form has " in text
+    assert "Linear pairs of convolutions kept: 1 of 3; report.json says why." in text
+    assert "None" not in layer_table(result.report["layers"])
+    assert "merged into stem.0" in (folder / "report.html").read_text()
+
+
+def test_a_plan_with_merges_can_be_replayed(automatic, tmp_path):
+    _, _, folder = automatic
+    fresh = Factored().eval()
+    with torch.no_grad():
+        for value in fresh.parameters():
+            value.mul_(-3)  # the plan's weights replace these
+    plan, weights = read_plan(folder / "plan.json"), folder / "converted.safetensors"
+    apply_plan(fresh, plan, weights, tmp_path, model_sha256=None)
+    assert (tmp_path / "converted.onnx").read_bytes() == (folder / "converted.onnx").read_bytes()
+
+
+def test_a_plan_for_another_model_is_refused(automatic, tmp_path):
+    _, _, folder = automatic
+    other = Factored().eval()
+    other.stem[1] = nn.Conv2d(32, 8, 3, stride=2, padding=1)
+    plan, weights = read_plan(folder / "plan.json"), folder / "converted.safetensors"
+    with pytest.raises(SepconvertError, match=r"cannot merge stem\.1 into stem\.0: the second pads"):
+        apply_plan(other, plan, weights, tmp_path, model_sha256=None)
