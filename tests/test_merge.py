@@ -323,7 +323,9 @@ NO_PAIR = {
     "activation": lambda self, x: self.b(self.a(x).relu()),
     "activation in place": lambda self, x: self.b(self.a(x).relu_()),
     "dropout that is on": lambda self, x: self.b(F.dropout(self.a(x), 0.5)),
-    "called twice": twice,
+    "read twice": twice,
+    "the first called again": lambda self, x: self.b(self.a(x)) + self.a(x),
+    "the second called again": lambda self, x: self.b(self.a(x)) + self.b(x),
     "view": view,
     "its own convolution": lambda self, x: self.b(x) + self.a(x),
 }
@@ -346,6 +348,12 @@ PAIR = {
 @pytest.mark.parametrize("training", [False, True])
 def test_a_pair_where_nothing_happens(between, training):
     assert found(Functional(between).train(training), image(4)) == [("a", "b")]
+
+
+def test_no_pair_where_two_convolutions_read():
+    model = Functional(lambda self, x: torch.cat([each(y) for y in [self.a(x)] for each in (self.b, self.c)]))
+    model.c = conv(4, 4, 1)
+    assert found(model, image(4)) == []
 
 
 def test_modules_that_return_their_input_may_lie_between():
@@ -377,6 +385,8 @@ OTHERS = {
     "parametrised": hooked(lambda model: parametrizations.weight_norm(model.b)),
     "pruned": hooked(lambda model: prune.identity(model.a, "weight")),
     "frozen in part": hooked(lambda model: model.a.requires_grad_(False)),
+    "the first under two names": hooked(lambda model: setattr(model, "alias", model.a)),
+    "the second under two names": hooked(lambda model: setattr(model, "alias", model.b)),
     "a forward of its own": hooked(lambda model: setattr(model.b, "forward", model.b.forward)),
 }
 
