@@ -228,14 +228,14 @@ def merge_pairs(
         if reason is not None:
             decisions.append(Merge(name, second, "kept", reason, None, None, None))
             continue
-        dense = compose(convs[name], convs[second])
+        spec = dense_spec(*specs)
         macs = (
             sum(chain_macs(specs, size) for size in sites[name].sizes),
-            sum(dense.spec.macs(size) for size in sites[name].sizes),
+            sum(spec.macs(size) for size in sites[name].sizes),
         )
         ratio = None
         if gate == "latency":
-            ratio = once(lambda: clock.time(*specs, dense.spec, dense.inputs))  # noqa: B023  (called at once)
+            ratio = once(lambda: clock.time(*specs, spec, convs[name].inputs))  # noqa: B023  (called at once)
             pays = ratio is not None and ratio.significant and ratio.median > 1
             reason = (
                 "was not timed within --measure-seconds"
@@ -247,12 +247,12 @@ def merge_pairs(
             pays = macs[1] <= macs[0]
             reason = f"the dense form has {macs[1]:,} MACs instead of {macs[0]:,}"
         if pays:
-            trial = {**convs, name: dense}, {**places, second: name}
+            trial = {**convs, name: compose(convs[name], convs[second])}, {**places, second: name}
             failure = _failure(model, expected(), *trial)
             if failure is None:
                 convs, places = trial
             pays, reason = failure is None, failure or reason
-        decisions.append(Merge(name, second, "merged" if pays else "kept", reason, dense.spec, macs, ratio))
+        decisions.append(Merge(name, second, "merged" if pays else "kept", reason, spec, macs, ratio))
     merged = _rewritten(duplicate(model), convs, places) if places else model
     return merged, tuple(decisions)
 
