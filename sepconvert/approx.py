@@ -39,7 +39,7 @@ from sepconvert.distillation import Step as TrainingStep
 from sepconvert.distributed import once
 from sepconvert.errors import SepconvertError
 from sepconvert.factorize.border import Border
-from sepconvert.factorize.exact import analyse
+from sepconvert.factorize.exact import analyse, may_separate
 from sepconvert.factorize.structures import FORMS, Form
 from sepconvert.importance import fisher_information
 from sepconvert.measure.accuracy import AccuracyDelta
@@ -51,7 +51,7 @@ from sepconvert.report.document import LayerApproximation, LayerReport
 from sepconvert.rewrite import graph_obstacle
 from sepconvert.search import Budget, Point, Search
 from sepconvert.spec import chain_macs, chain_params
-from sepconvert.timing import FORM_RUNS, FormClock, time_models
+from sepconvert.timing import FORM_RUNS, Clock
 from sepconvert.trace import ConvSite, Inputs, private_copy
 from sepconvert.verify import compare_with, reference
 
@@ -180,10 +180,10 @@ def convert_approximately(
     reasons = _obstacles(model, sites, mode, include, exclude)
     layers = [site for site in sites if site.name not in reasons]
     heldout = Heldout(model, calibration.heldout) if calibration and calibration.heldout else None
+    clock = Clock(threads, seed, cache, measure_seconds)
     unit = "params" if budget.target_params else "macs"
     prices = {site.name: _counted(site, _forms(site, mode, budget.rank), gate, unit) for site in layers}
     if gate == "latency":
-        clock = FormClock(threads, seed, cache, measure_seconds)
         times, slow = once(lambda: _measured(layers, prices, clock, progress))
         reasons |= slow
         if budget.share is None:
@@ -197,7 +197,7 @@ def convert_approximately(
     surveyed = survey(model, layers, calibration, heldout, prices, seed, progress)
 
     def timed(models: Sequence[nn.Module]) -> tuple[float, list[Speedup]]:
-        return once(lambda: time_models(original, models, inputs, runs or FORM_RUNS, threads, seed, progress))
+        return once(lambda: clock.plans(original, models, inputs, runs or FORM_RUNS, progress))
 
     by_time = unit == "milliseconds"
     total: float = total_params if unit == "params" else total_macs
@@ -248,7 +248,7 @@ def convert_approximately(
         ),
         expected=(expected, reference(converted, inputs, (), {}, seed)),
         torch_check=replace(compare_with(expected, converted), tolerance=None),
-        approximation=_document(calibration, budget, search, point, steps, training, accuracy),
+        approximation=_document(calibration, budget, unit, search, point, steps, training, accuracy),
     )
 
 
@@ -302,8 +302,10 @@ def _forms(site: ConvSite, mode: str, rank: int | None) -> list[Form]:
     if mode == "approx":
         return depthwise_forms(spec, rank)
     # Ranks at which it has a form exactly are as good as any that are on the grid.
-    held = analyse(spec, site.conv.weight, site.sizes).holding()
-    exact = [(each.scheme, each.rank) for each in held if each.scheme in FORMS and each.rank]
+    exact: list[Form] = []
+    if may_separate(spec, site.conv.weight):
+        held = analyse(spec, site.conv.weight, site.sizes).holding()
+        exact = [(each.scheme, each.rank) for each in held if each.scheme in FORMS and each.rank]
     return list(dict.fromkeys([*all_forms(spec), *exact]))
 
 
@@ -317,14 +319,14 @@ def _counted(site: ConvSite, forms: Sequence[Form], gate: str, unit: str) -> Pri
 
 
 def _measured(
-    sites: Sequence[ConvSite], counted: Mapping[str, Prices], clock: FormClock, progress: Progress
+    sites: Sequence[ConvSite], counted: Mapping[str, Prices], clock: Clock, progress: Progress
 ) -> tuple[dict[str, Prices], dict[str, str]]:
     """Prices in milliseconds, and why layers are no longer there; those with the most MACs come first."""
     prices, reasons = {}, {}
     for site in progress(sorted(sites, key=lambda site: -site.macs), "timing forms"):
         if not counted[site.name].forms:
             continue
-        times = clock.time(site, list(counted[site.name].forms))
+        times = clock.forms(site, list(counted[site.name].forms))
         if times is None:
             reasons[site.name] = "was not timed within --measure-seconds"
             continue
@@ -398,6 +400,7 @@ def _layer_report(
 def _document(
     calibration: Calibration | None,
     budget: Budget,
+    unit: str,
     search: Search,
     point: Point,
     steps: Sequence[Step],
@@ -418,6 +421,7 @@ def _document(
             "positions": POSITIONS,
         },
         "budget": asdict(budget),
+        "unit": unit,
         "curve": search.to_json(point),
         "plans_measured_on_data": sum(each.accuracy is not None for each in search.points)
         if accuracy is not None

@@ -168,7 +168,7 @@ def layer_onnx(branches: Sequence[Sequence[ConvSpec]], shape: Sequence[int]) -> 
         nodes,
         "layer",
         [onnx.helper.make_tensor_value_info("input", onnx.TensorProto.FLOAT, shape)],
-        [onnx.helper.make_tensor_value_info(nodes[-1].output[0], onnx.TensorProto.FLOAT, None)],
+        [onnx.helper.make_tensor_value_info(nodes[-1].output[0], onnx.TensorProto.FLOAT, list("nchw"))],
         constants,
     )
     opsets = [onnx.helper.make_opsetid("", _OPSET)]

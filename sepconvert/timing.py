@@ -7,7 +7,7 @@ import math
 import os
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from sepconvert.factorize.exact import ZERO_BORDER, branches
 from sepconvert.factorize.structures import Form
 from sepconvert.layers import FactorizedConv2d
 from sepconvert.measure.latency import Latency, Speedup, measure_pair, speedup, time_all
+from sepconvert.measure.statistics import Interval
 from sepconvert.profiling import batch_size
 from sepconvert.progress import Progress
 from sepconvert.rewrite import Replacement
@@ -35,7 +36,7 @@ FORM_RUNS = 20
 """Interleaved runs of each form of a layer."""
 
 LAYOUT = 1
-"""Of the layers that `FormClock` times: another one makes what it remembers worthless."""
+"""Of the layers that `Clock` times: another one makes what it remembers worthless."""
 
 
 def time_files(
@@ -53,28 +54,6 @@ def time_files(
         *paths, feed, runs=runs, threads=threads, batch=batch_size(inputs), seed=seed,
         progress=lambda items: progress(items, "timing"),
     )  # fmt: skip
-
-
-def time_models(
-    original: nn.Module,
-    converted: Sequence[nn.Module],
-    inputs: Inputs,
-    runs: int,
-    threads: int,
-    seed: int,
-    progress: Progress,
-) -> tuple[float, list[Speedup]]:
-    """Milliseconds of a model, and how much faster others are, all exported and timed together."""
-    feed = onnx_feed(cast(inputs, runtime_dtype(original)))
-    with tempfile.TemporaryDirectory() as folder:
-        paths = [Path(folder) / f"{index}.onnx" for index in range(1 + len(converted))]
-        for model, path in progress(list(zip((original, *converted), paths, strict=True)), "exporting plans"):
-            save_onnx(model, inputs, path, dynamic_batch=False)
-        first, again, *others = time_all(
-            [paths[0], *paths], feed, runs=runs, threads=threads, seed=seed,
-            progress=lambda items: progress(items, "timing plans"),
-        )  # fmt: skip
-    return float(np.median(first)), [speedup(first, again, times) for times in others]
 
 
 def time_layers(
@@ -143,33 +122,66 @@ class FormTimes:
         return max((self.dense_milliseconds / each.milliseconds for each in self.forms.values()), default=0.0)
 
 
-class FormClock:
-    """Times forms of layers against the dense layer, each shape once, and remembers it on disk.
+class Clock:
+    """Times forms of layers, and whole plans, against the original, and remembers it on disk.
 
-    Layers are timed as `layer_onnx` surrounds them; what surrounds them is in all times, and cancels in
-    differences.
+    Layers are timed as `layer_onnx` surrounds them, each shape once; what surrounds them is in all times, and
+    cancels in differences. What is remembered is what decisions hang on: the same command then gives the same
+    plan.
     """
 
     def __init__(self, threads: int, seed: int, cache: Path | None, seconds: float) -> None:
-        """`cache`: a folder, made when needed; None to remember nothing. `seconds`: for measurements."""
+        """`cache`: a folder, made when needed; None to keep nothing. `seconds`: for forms of layers."""
         self._threads, self._seed, self._cache = threads, seed, cache
         self._deadline = time.monotonic() + seconds
         self._known: dict[str, dict[str, Any]] = {}
 
-    def time(self, site: ConvSite, forms: Sequence[Form]) -> FormTimes | None:
+    def plans(
+        self,
+        original: nn.Module,
+        converted: Sequence[nn.Module],
+        inputs: Inputs,
+        runs: int,
+        progress: Progress,
+    ) -> tuple[float, list[Speedup]]:
+        """Milliseconds of a model, and how much faster others are, all exported and timed together."""
+        with tempfile.TemporaryDirectory() as folder:
+            paths = [Path(folder) / f"{index}.onnx" for index in range(1 + len(converted))]
+            for model, path in progress(
+                list(zip((original, *converted), paths, strict=True)), "exporting plans"
+            ):
+                save_onnx(model, inputs, path, dynamic_batch=False)
+            files = [hashlib.sha256(path.read_bytes()).hexdigest() for path in paths]
+            keys = [self._key(original=files[0], converted=file, runs=runs) for file in files]
+            missing = [index for index, key in enumerate(keys) if not self._recall(key, _usable_plan)]
+            if missing:
+                first, again, *others = time_all(
+                    [paths[0], paths[0], *(paths[index] for index in missing)],
+                    onnx_feed(cast(inputs, runtime_dtype(original))),
+                    runs=runs, threads=self._threads, seed=self._seed,
+                    progress=lambda items: progress(items, "timing plans"),
+                )  # fmt: skip
+                for index, times in zip(missing, others, strict=True):
+                    found = speedup(first, again, times)
+                    self._keep(
+                        keys[index], {"milliseconds": float(np.median(times)), "speedup": asdict(found)}
+                    )
+        known = [self._known[key] for key in keys]
+        return known[0]["milliseconds"], [_speedup(each["speedup"]) for each in known[1:]]
+
+    def forms(self, site: ConvSite, forms: Sequence[Form]) -> FormTimes | None:
         """Of the layer at `site` in these forms; None if time is up."""
         conv = site.conv
         assert conv is not None  # noqa: S101  (only such sites are surveyed)
         shape = (len(conv.inputs) if conv.inputs.ndim == 4 else 1, *conv.inputs.shape[-3:])
-        key = self._key(conv.spec, shape)
-        known = self._known.get(key) or self._read(key)
+        key = self._key(layout=LAYOUT, spec=asdict(conv.spec), input=list(shape))
+        known = self._recall(key, _usable_forms)
         missing = [form for form in forms if _label(form) not in known.get("forms", {})]
         if missing:
             if time.monotonic() > self._deadline:
                 return None
             known = self._measure(conv.spec, shape, missing, known)
-            self._write(key, known)
-        self._known[key] = known
+            self._keep(key, known)
         # Calls of other sizes are taken to run at the same pace.
         calls = site.macs / (conv.spec.macs((shape[2], shape[3])) or 1)
         dense = known["dense_milliseconds"]
@@ -200,29 +212,23 @@ class FormClock:
             "forms": {**known.get("forms", {}), **found},
         }
 
-    def _key(self, spec: ConvSpec, shape: Sequence[int]) -> str:
-        what = {
-            "layout": LAYOUT,
-            "spec": asdict(spec),
-            "input": list(shape),
-            **{k: v for k, v in environment(self._threads).items() if k in ("cpu", "threads", "onnxruntime")},
-        }
+    def _key(self, **what: Any) -> str:
+        found = environment(self._threads)
+        what |= {name: found[name] for name in ("cpu", "threads", "onnxruntime")}
         return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:32]
 
-    def _read(self, key: str) -> dict[str, Any]:
-        if self._cache is None:
-            return {}
-        try:
-            found = json.loads((self._cache / f"{key}.json").read_text(encoding="utf-8"))
-            dense = float(found["dense_milliseconds"])
-            ratios = [each["ratio"] for each in found["forms"].values() if isinstance(each["faster"], bool)]
-            usable = 0 < dense < math.inf and all(0 < float(ratio) < math.inf for ratio in ratios)
-            return found if usable and len(ratios) == len(found["forms"]) else {}
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):  # none, or not ours: measure anew
-            return {}
+    def _recall(self, key: str, usable: Callable[[Any], bool]) -> dict[str, Any]:
+        """What is known; nothing if that is none, or not ours."""
+        if key not in self._known and self._cache is not None:
+            with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
+                found = json.loads((self._cache / f"{key}.json").read_text(encoding="utf-8"))
+                if usable(found):
+                    self._known[key] = found
+        return self._known.get(key, {})
 
-    def _write(self, key: str, known: Mapping[str, Any]) -> None:
+    def _keep(self, key: str, known: dict[str, Any]) -> None:
         """Whole or not at all, for others may read; where it cannot be kept, the next run measures again."""
+        self._known[key] = known
         if self._cache is None:
             return
         with contextlib.suppress(OSError):
@@ -230,6 +236,25 @@ class FormClock:
             unfinished = self._cache / f"{key}.{os.getpid()}"
             unfinished.write_text(json.dumps(known), encoding="utf-8")
             unfinished.replace(self._cache / f"{key}.json")
+
+
+def _usable_forms(found: Any) -> bool:
+    ratios = [each["ratio"] for each in found["forms"].values() if isinstance(each["faster"], bool)]
+    times = [found["dense_milliseconds"], *ratios]
+    return len(ratios) == len(found["forms"]) and all(0 < float(each) < math.inf for each in times)
+
+
+def _usable_plan(found: Any) -> bool:
+    numbers = [found["milliseconds"], *asdict(_speedup(found["speedup"])).values()]
+    flat = [
+        each for number in numbers for each in (number.values() if isinstance(number, dict) else [number])
+    ]
+    return all(0 < float(each) < math.inf for each in flat)
+
+
+def _speedup(found: Mapping[str, Any]) -> Speedup:
+    intervals = {name: Interval(**found[name]) for name in ("ci95", "noise_floor")}
+    return Speedup(found["median"], **intervals)
 
 
 def _label(form: Form) -> str:

@@ -272,6 +272,7 @@ def _fit_depthwise_pointwise(
     )
     target, start = problem.target, problem.start
     depthwise = _leading_rows(dense.transpose(1, 2), diagonal, rank) if basis is None else basis.double()
+    along = _eigen(diagonal)
     objective: list[float] = []
 
     def filtered(depthwise: Tensor) -> Tensor:
@@ -303,7 +304,7 @@ def _fit_depthwise_pointwise(
 
         blocks = by_pairs.diagonal(dim1=1, dim2=3).permute(0, 3, 1, 2)
         solution = _conjugate_gradients(
-            hessian, _kronecker_inverse(blocks, diagonal), wanted, depthwise, (1, 2, 3), _CG_STEPS
+            hessian, _kronecker_inverse(_eigen(blocks), along), wanted, depthwise, (1, 2, 3), _CG_STEPS
         )
         depthwise = torch.linalg.qr(solution.mT).Q.mT
     right = rearrange(pointwise, "g o c m -> (g c) m o")
@@ -327,7 +328,7 @@ def _fit_pointwise_depthwise(
     ones = torch.eye(rank, dtype=torch.float64).expand(groups, outputs, -1, -1)
     depthwise = _leading_rows(dense, over_channels, rank) if basis is None else basis.double()
     pointwise = dense @ depthwise.mT
-    precondition = _kronecker_inverse(over_taps, ones)
+    precondition = _kronecker_inverse(_eigen(over_taps), _eigen(ones))
     objective: list[float] = []
     while True:
 
@@ -429,6 +430,7 @@ def _alternate_pair(
     groups, outputs, rows, columns = dense.shape
     rank = v.shape[1]
     by_row = metric.reshape(groups, rows, -1)
+    along = _eigen(over_rows)
     objective: list[float] = []
     full = rank == min(rows, outputs * columns) and inner in (None, outputs)
 
@@ -464,7 +466,7 @@ def _alternate_pair(
 
         between = by_pairs.view(groups, rank, columns, rank, columns).diagonal(dim1=2, dim2=4).sum(-1)
         solution = _conjugate_gradients(
-            hessian, _kronecker_inverse(between, over_rows), wanted, v, (1, 2), _FEW_CG_STEPS
+            hessian, _kronecker_inverse(_eigen(between), along), wanted, v, (1, 2), _FEW_CG_STEPS
         )
         v = torch.linalg.qr(solution.mT).Q.mT
     return v, h, objective
@@ -517,10 +519,14 @@ def _solve(gram: Tensor, right: Tensor) -> Tensor:
     return solution
 
 
-def _kronecker_inverse(left: Tensor, right: Tensor) -> Callable[[Tensor], Tensor]:
-    """X ↦ the pseudo-inverse of (left ⊗ right) on X, of … × m × k: both are symmetric."""
-    left_values, left_vectors = _eigen(left)
-    right_values, right_vectors = _eigen(right)
+_Eigen = tuple[Tensor, Tensor]
+"""Eigenvalues and eigenvectors of symmetric matrices."""
+
+
+def _kronecker_inverse(left: _Eigen, right: _Eigen) -> Callable[[Tensor], Tensor]:
+    """X ↦ the pseudo-inverse of (left ⊗ right) on X, of … × m × k."""
+    left_values, left_vectors = left
+    right_values, right_vectors = right
     values = left_values.clamp(min=0)[..., :, None] * right_values.clamp(min=0)[..., None, :]
     threshold = 1e-12 * values.amax((-2, -1), keepdim=True)
     inverse = torch.where(values > threshold, 1 / values, torch.zeros_like(values))
@@ -532,7 +538,7 @@ def _kronecker_inverse(left: Tensor, right: Tensor) -> Callable[[Tensor], Tensor
     return apply
 
 
-def _eigen(matrix: Tensor) -> tuple[Tensor, Tensor]:
+def _eigen(matrix: Tensor) -> _Eigen:
     values, vectors = torch.linalg.eigh(matrix)
     return values, vectors
 

@@ -130,6 +130,22 @@ def analyse(spec: ConvSpec, weight: Tensor, sizes: Sequence[Pair], tol: float | 
     return Analysis(spec, border, dense_macs, tuple(findings))
 
 
+def may_separate(spec: ConvSpec, weight: Tensor) -> bool:
+    """Whether any unfolding has singular values that nearly vanish, as all have that `analyse` finds.
+
+    By Gram matrices, which is many times faster, and loses half of the digits.
+    """
+    nothing = max(1e-3, 8 * unit_roundoff(weight.dtype))
+    for structure in STRUCTURES:
+        if structure.applies(spec):
+            matrices = structure.unfold(spec, weight.double())
+            short = matrices if matrices.shape[-2] <= matrices.shape[-1] else matrices.mT
+            values = torch.linalg.eigvalsh(short @ short.mT)
+            if (values[..., 0] <= nothing**2 * values[..., -1]).all():
+                return True
+    return False
+
+
 def factorize(
     analysis: Analysis, finding: Finding, weight: Tensor, tol: float | None = None
 ) -> Factorization:

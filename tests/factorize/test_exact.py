@@ -24,7 +24,15 @@ from strategies import (
 from torch.nn import functional as F
 
 from sepconvert.factorize.border import Border
-from sepconvert.factorize.exact import ZERO_BORDER, _operator_norm, analyse, compose, factorize, split
+from sepconvert.factorize.exact import (
+    ZERO_BORDER,
+    _operator_norm,
+    analyse,
+    compose,
+    factorize,
+    may_separate,
+    split,
+)
 from sepconvert.spec import ConvSpec, chain_macs
 
 SIZE = (32, 32)
@@ -614,3 +622,19 @@ def test_macs_are_those_of_the_chain():
     assert [finding.macs for finding in analysis.holding()] == sorted(
         f.macs for f in analysis.findings if f.holds
     )
+
+
+@numbered(150)
+@given(planted())
+def test_a_glance_overlooks_nothing(case):
+    spec, weight = spec_of(case.conv), case.conv.weight.detach()
+    found = analyse(spec, weight, [case.geometry.size])
+    if not found.border and any(each.scheme != ZERO_BORDER for each in found.holding()):
+        assert may_separate(spec, weight)
+
+
+def test_a_glance_spares_most_kernels_the_analysis():
+    spec = ConvSpec(16, 16, (3, 3))
+    weight = torch.randn(spec.weight_shape, generator=torch.Generator().manual_seed(0))
+    assert not may_separate(spec, weight)
+    assert may_separate(spec, weight[:, :, :1].expand(-1, -1, 3, -1) * 1.0)
