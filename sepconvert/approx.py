@@ -150,6 +150,7 @@ def convert_approximately(
     inputs: Inputs,
     sites: tuple[ConvSite, ...],
     *,
+    original: nn.Module,
     mode: str,
     gate: str,
     cache: Path | None,
@@ -162,6 +163,8 @@ def convert_approximately(
     accuracy: Callable[[nn.Module], AccuracyDelta] | None,
     total_macs: int,
     total_params: int,
+    saved_macs: int,
+    saved_params: int,
     runs: int,
     threads: int,
     seed: int,
@@ -171,7 +174,8 @@ def convert_approximately(
 
     See `pipeline.convert`.
 
-    `accuracy` compares a model with the original on the evaluation data, totals are the original's.
+    `original` is `model` before pairs were merged, which saved MACs and parameters of the totals. `accuracy`
+    compares a model with it on the evaluation data.
     """
     reasons = _obstacles(model, sites, mode, include, exclude)
     layers = [site for site in sites if site.name not in reasons]
@@ -193,13 +197,18 @@ def convert_approximately(
     surveyed = survey(model, layers, calibration, heldout, prices, seed, progress)
 
     def timed(models: Sequence[nn.Module]) -> tuple[float, list[Speedup]]:
-        return once(lambda: clock.plans(model, models, inputs, runs or FORM_RUNS, progress))
+        return once(lambda: clock.plans(original, models, inputs, runs or FORM_RUNS, progress))
 
     by_time = unit == "milliseconds"
+    total: float = total_params if unit == "params" else total_macs
+    saved: float = saved_params if unit == "params" else saved_macs
+    if by_time:
+        total, merged = timed([] if model is original else [model])
+        saved = sum(total * (1 - 1 / each.median) for each in merged)
     search = Search(
         surveyed,
         total_macs,
-        timed([])[0] if by_time else {"macs": total_macs, "params": total_params}[unit],
+        total,
         carry_out=lambda choice: carry_out(
             model, layers, choice, surveyed, calibration, heldout, seed, progress
         ),
@@ -209,6 +218,8 @@ def convert_approximately(
         speedups=(lambda models: timed(models)[1]) if runs or by_time else None,
         timed=by_time,
         progress=progress,
+        saved_macs=saved_macs,
+        saved=saved,
     )
     # What fine-tuning will win back is demanded of its result.
     fixed = budget.rank or budget.share or budget.min_speedup
@@ -220,7 +231,7 @@ def convert_approximately(
     if finetuning is not None and fitted.choice:
         converted, step, training = _finetune(model, fitted, finetuning, heldout, seed)
         steps = (*steps, *step)
-    expected = reference(model, inputs, sites, {}, seed)
+    expected = reference(original, inputs, (), {}, seed)
     plans = tuple(_layer_plan(site, reasons, surveyed, fitted) for site in sites)
     replacements = {
         site.name: replacement(site, fitted.layers[site.name])

@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import tempfile
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -37,6 +38,7 @@ from sepconvert.measure.accuracy import AccuracyDelta, Predictions, evaluate
 from sepconvert.measure.accuracy import compare as compare_predictions
 from sepconvert.measure.cost import Cost, count
 from sepconvert.measure.latency import Latency, session
+from sepconvert.merge import linear_pairs, merge, merge_pairs
 from sepconvert.plan import GATES, ConversionPlan, LayerPlan, selected
 from sepconvert.profiling import Profile, as_inputs
 from sepconvert.progress import Progress, silent
@@ -196,6 +198,17 @@ def convert(
     # Before the long work, as this is where data that do not suit the model are found out.
     predictions = None if data is None else _predict("original", private_copy(model), data, progress)
     original_cost = count(private_copy(model), inputs)
+    start, start_sites, start_cost = model, sites, original_cost
+    if mode == "auto":
+        began = time.monotonic()
+        start, merges = merge_pairs(
+            model, inputs,
+            linear_pairs(model, inputs, [site for site in sites if selected(site.name, include, exclude)]),
+            gate=gate, threads=threads, seconds=measure_seconds, seed=seed, progress=progress,
+        )  # fmt: skip
+        measure_seconds -= time.monotonic() - began
+    if start is not model:
+        start_sites, start_cost = trace(private_copy(start), inputs), count(private_copy(start), inputs)
     if parts is None:
         conversion = convert_exactly(
             model, inputs, sites, gate=gate, tol=tol, include=include, exclude=exclude,
@@ -209,7 +222,8 @@ def convert(
             return compare_predictions(predictions, found)
 
         conversion = convert_approximately(
-            model, inputs, sites, mode=mode, gate=gate, cache=cache, measure_seconds=measure_seconds,
+            start, inputs, start_sites, original=model, mode=mode, gate=gate, cache=cache,
+            measure_seconds=measure_seconds,
             include=include, exclude=exclude,
             budget=budget.or_default(labelled=predictions is not None),
             calibration=parts.calibration,
@@ -220,8 +234,12 @@ def convert(
             else None,
             accuracy=None if predictions is None else accuracy,
             total_macs=original_cost.macs, total_params=original_cost.params,
+            saved_macs=original_cost.macs - start_cost.macs,
+            saved_params=original_cost.params - start_cost.params,
             runs=runs, threads=threads, seed=seed, progress=progress,
         )  # fmt: skip
+    if mode == "auto":
+        conversion = conversion.with_merges(sites, merges)
     converted = conversion.model
     plan = ConversionPlan(
         mode=mode, gate=gate, tol=tol, seed=seed,
@@ -229,6 +247,7 @@ def convert(
         weights_sha256=None,
         input_shapes=tuple(tuple(value.shape) for value in inputs if isinstance(value, Tensor)),
         layers=conversion.layers,
+        merges=conversion.merges,
     )  # fmt: skip
     if rank_of_process() != 0:
         return ConversionResult(converted, plan.to_json(), {})
@@ -307,9 +326,12 @@ def apply_plan(
         ),
         model_dtype(model),
     )
-    sites = trace(private_copy(model), inputs)
+    sites, start = trace(private_copy(model), inputs), model
+    if plan.merges:
+        start = merge(model, sites, plan.merges)
+        sites = trace(private_copy(start), inputs)
     by_name = {site.name: site for site in sites}
-    for layer in plan.converted:
+    for layer in plan.replaced:
         site = by_name.get(layer.name)
         if site is None or site.conv is None or site.conv.spec != layer.spec:
             found = (
@@ -322,12 +344,12 @@ def apply_plan(
             raise SepconvertError(
                 f"plan: expected a convolution {layer.name}, {layer.spec}; the model has {found}"
             )
-    replacements = {layer.name: _planned_replacement(layer, by_name[layer.name]) for layer in plan.converted}
-    converted = rewrite(model, sites, replacements)
+    replacements = {layer.name: _planned_replacement(layer, by_name[layer.name]) for layer in plan.replaced}
+    converted = rewrite(start, sites, replacements)
     _load_weights(converted, weights, plan.weights_sha256)
     verified = None
     if plan.mode == "exact" and plan.model_sha256 is not None and plan.model_sha256 == model_sha256:
-        tolerances = {layer.name: layer.tolerance for layer in plan.converted if layer.tolerance is not None}
+        tolerances = {layer.name: layer.tolerance for layer in plan.replaced if layer.tolerance is not None}
         checks, _, comparison = verify_model(model, converted, inputs, sites, tolerances, plan.seed, progress)
         _demand(Verification(comparison, None, None, checks))
         verified = asdict(comparison)

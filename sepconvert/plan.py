@@ -21,6 +21,9 @@ SCHEMA = "sepconvert.plan/1"
 Gate = Literal["macs", "latency", "none"]
 GATES: tuple[str, ...] = get_args(Gate)
 
+MERGED = "merged"
+"""The scheme of both convolutions of a pair that became one."""
+
 
 @dataclass(frozen=True)
 class LayerPlan:
@@ -52,11 +55,17 @@ class ConversionPlan:
     weights_sha256: str | None  # of the tensors beside the plan
     input_shapes: tuple[tuple[int, ...], ...]  # with batch dimension
     layers: tuple[LayerPlan, ...]
+    merges: tuple[tuple[str, str], ...] = ()  # before anything is replaced, the second into the first
 
     @property
     def converted(self) -> tuple[LayerPlan, ...]:
-        """The layers to replace."""
+        """The layers that change."""
         return tuple(layer for layer in self.layers if layer.decision == "converted")
+
+    @property
+    def replaced(self) -> tuple[LayerPlan, ...]:
+        """The layers to replace by factors."""
+        return tuple(layer for layer in self.converted if layer.scheme != MERGED)
 
     def to_json(self) -> dict[str, Any]:
         """Plain lists, numbers and strings."""
@@ -87,7 +96,7 @@ def read_plan(source: Path | Mapping[str, Any]) -> ConversionPlan:
         raise SepconvertError(f"{where}: expected schema {SCHEMA!r}, got {found!r}; make the plan anew")
     try:
         plan: ConversionPlan = _read(ConversionPlan, {k: v for k, v in document.items() if k != "schema"})
-        for layer in plan.converted:
+        for layer in plan.replaced:
             _check(layer)
         if not -(2**63) <= plan.seed < 2**63 or not all(n > 0 for shape in plan.input_shapes for n in shape):
             raise ValueError("a seed or an input shape is out of range")

@@ -128,6 +128,8 @@ class Search:
     speedups: Callable[[Sequence[nn.Module]], list[Speedup]] | None  # of models timed together
     timed: bool  # the unit of cost is time
     progress: Progress
+    saved_macs: int = 0  # by what was merged, whatever the plan
+    saved: float = 0.0  # and cost
     points: list[Point] = field(default_factory=list)
 
     def run(self, budget: Budget) -> Point:
@@ -165,6 +167,11 @@ class Search:
         return {name: each.cost for name, each in self.surveyed.items()}
 
     @property
+    def _rest(self) -> float:
+        """Cost of all but the layers in the survey."""
+        return self.total - self.saved - sum(self._dense.values())
+
+    @property
     def _least(self) -> float:
         return sum(each.least_cost for each in self.surveyed.values())
 
@@ -184,11 +191,11 @@ class Search:
         cost = cost_of(self._dense, choice)
         return Point(
             choice,
-            self.total_macs - saved,
+            self.total_macs - self.saved_macs - saved,
             cost,
             sum(each.error for each in choice.values()),
             bound,
-            predicted=self.total / (self.total - sum(self._dense.values()) + cost) if self.timed else None,
+            predicted=self.total / (self._rest + cost) if self.timed else None,
         )
 
     def _curve(self) -> list[Point]:
@@ -235,8 +242,7 @@ class Search:
 
     def _of_share(self, share: float, budget: Budget) -> Point | None:
         """The best plan within a share of the cost, which joins the curve."""
-        limit = share * self.total
-        point = self._best(limit - self.total + sum(self._dense.values()))
+        point = self._best(share * self.total - self._rest)
         if point is None:
             return None
         point = self._join(point)

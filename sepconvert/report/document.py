@@ -11,7 +11,7 @@ from sepconvert.export import ExportNote
 from sepconvert.factorize.exact import Analysis, Certificate, Finding
 from sepconvert.measure.accuracy import AccuracyDelta
 from sepconvert.measure.latency import Latency, Speedup
-from sepconvert.plan import LayerPlan
+from sepconvert.plan import MERGED, LayerPlan
 from sepconvert.profiling import Profile
 from sepconvert.trace import ConvSite
 from sepconvert.verify import Comparison, LayerCheck
@@ -76,7 +76,7 @@ class LayerReport:
             "reason": plan.reason,
             "scheme": plan.scheme,
             "rank": plan.rank,
-            "exact": self.certificate is not None and self.certificate.exact,
+            "exact": plan.scheme == MERGED or (self.certificate is not None and self.certificate.exact),
             "macs": list(plan.macs),
             "params": list(plan.params),
             "weight_error": self.weight_error,

@@ -91,6 +91,7 @@ def sentences(document: Document) -> list[str]:
     lines = [f"{len(converted)} of {len(layers)} convolutions converted{inexact}."]
     lines.append(_verification(check))
     if document["approximation"] is not None:
+        lines.extend(_merge_sentences(document["approximation"].get("merges", [])))
         lines.extend(_approximation_sentences(document["approximation"]))
     if document["export"]["onnx_dtype"] != document["dtype"]:
         lines.append(
@@ -129,6 +130,18 @@ def _verification(check: Document) -> str:
         f"Verified: PyTorch {check['torch_dtype']} outputs differ by {moved} "
         f"(tolerance {check['torch_tolerance']:.1e}){asked}{runtime}."
     )
+
+
+def _merge_sentences(merges: Sequence[Document]) -> list[str]:
+    lines = [
+        f"Merged: {each['second']} into {each['first']}; {each['reason']}."
+        for each in merges
+        if each["decision"] == "merged"
+    ]
+    kept = len(merges) - len(lines)
+    if kept:
+        lines.append(f"Linear pairs of convolutions kept: {kept} of {len(merges)}; report.json says why.")
+    return lines
 
 
 def _approximation_sentences(found: Document) -> list[str]:
@@ -226,7 +239,9 @@ def _kernel(layer: Document) -> str:
 
 
 def _what(layer: Document) -> str:
-    return f"{layer['scheme']} {layer['rank']}" if layer["decision"] == "converted" else "kept"
+    if layer["decision"] == "kept":
+        return "kept"
+    return str(layer["scheme"]) if layer["rank"] is None else f"{layer['scheme']} {layer['rank']}"
 
 
 def _change(before: int, after: int) -> str:
