@@ -374,13 +374,12 @@ def _fit_pair(problem: _Weighted, scheme: str, rank: int, sweeps: int, basis: Te
     }
     first, second = " ".join(rows), " ".join(axis for axis in columns if axis != "o")
     outputs = "(g o) 1" if "o" in batch else "g o"
-    dense, cross, target, unconstrained = (
-        rearrange(
-            each.view(spec.groups, -1, *spec.weight_shape[1:]),
-            f"g o c i j -> {outputs} ({first}) ({second})",
-        )
-        for each in (problem.dense, problem.cross, problem.target, problem.unconstrained)
-    )
+
+    def by_axes(kernel: Tensor) -> Tensor:
+        by_output = kernel.view(spec.groups, -1, *spec.weight_shape[1:])
+        return rearrange(by_output, f"g o c i j -> {outputs} ({first}) ({second})")
+
+    dense, cross, target = (by_axes(each) for each in (problem.dense, problem.cross, problem.target))
     other = {"c": "d", "i": "k", "j": "l"}
     primed = [" ".join(other[axis] for axis in axes.split()) for axes in (first, second)]
     metric = rearrange(
@@ -393,7 +392,7 @@ def _fit_pair(problem: _Weighted, scheme: str, rank: int, sweeps: int, basis: Te
     over_rows = torch.einsum("gabcb->gac", metric) / metric.shape[2]
     if basis is None:
         if structure.name not in problem.bases:
-            matrices = rearrange(unconstrained, "g o a b -> g (o b) a")
+            matrices = rearrange(by_axes(problem.unconstrained), "g o a b -> g (o b) a")
             problem.bases[structure.name] = _leading_rows(matrices, over_rows, structure.full_rank(spec))
         basis = problem.bases[structure.name][:, :rank]
     v, h, objective = _alternate_pair(
