@@ -153,8 +153,7 @@ def convert_approximately(
     original: nn.Module,
     mode: str,
     gate: str,
-    cache: Path | None,
-    measure_seconds: float,
+    clock: Clock,
     include: Sequence[str],
     exclude: Sequence[str],
     budget: Budget,
@@ -180,7 +179,6 @@ def convert_approximately(
     reasons = _obstacles(model, sites, mode, include, exclude)
     layers = [site for site in sites if site.name not in reasons]
     heldout = Heldout(model, calibration.heldout) if calibration and calibration.heldout else None
-    clock = Clock(threads, seed, cache, measure_seconds)
     unit = "params" if budget.target_params else "macs"
     prices = {site.name: _counted(site, _forms(site, mode, budget.rank), gate, unit) for site in layers}
     if gate == "latency":

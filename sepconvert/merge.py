@@ -2,13 +2,11 @@
 
 import functools
 import math
-import time
 import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, TypeVar
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -17,11 +15,10 @@ from torch.utils import _pytree as pytree
 
 from sepconvert.distributed import once
 from sepconvert.errors import SepconvertError, first_line
-from sepconvert.export import layer_onnx
-from sepconvert.measure.latency import Speedup, speedup, time_all
+from sepconvert.measure.latency import Speedup
 from sepconvert.progress import Progress, silent
 from sepconvert.spec import ConvSpec, Pair, chain_macs
-from sepconvert.timing import FORM_RUNS
+from sepconvert.timing import Clock
 from sepconvert.trace import ConvSite, DenseConv, Inputs, duplicate, private_copy, resolve_padding
 from sepconvert.verify import Reference, compare_with, reference
 
@@ -181,15 +178,14 @@ def merge_pairs(
     pairs: Sequence[LinearPair],
     *,
     gate: str,
-    threads: int,
-    seconds: float,
+    clock: Clock,
     seed: int,
     progress: Progress = silent,
 ) -> tuple[nn.Module, tuple[Merge, ...]]:
     """Merge the pairs whose dense form pays, and say of each what became of it.
 
     Under the gate "latency" that is a form measured to be faster in ONNX Runtime, as forms of layers are
-    (`layer_onnx`); under "macs" and "none" one without more MACs. Where pairs continue one another, the dense
+    (`Clock`); under "macs" and "none" one without more MACs. Where pairs continue one another, the dense
     form of one is the first convolution of the next.
 
     The model with each further pair merged is held against the original in float64, on given and on random
@@ -200,9 +196,8 @@ def merge_pairs(
         inputs: positional arguments of its forward.
         pairs: `linear_pairs` of both.
         gate: "macs", "latency" or "none".
-        threads: of the runtime.
-        seconds: for measurements; pairs whose turn comes later are kept.
-        seed: of the order of runs, and of random inputs.
+        clock: measures; when its time is up, pairs are kept.
+        seed: of random inputs.
         progress: shows the progress.
 
     Returns:
@@ -211,7 +206,6 @@ def merge_pairs(
     """
     sites = {site.name: site for pair in pairs for site in (pair.first, pair.second)}
     convs = {name: site.conv for name, site in sites.items() if site.conv is not None}
-    clock = _Clock(threads, seed, time.monotonic() + seconds)
     places: dict[str, str] = {}  # of each second convolution that was merged, the first
     decisions = []
 
@@ -235,7 +229,7 @@ def merge_pairs(
         )
         ratio = None
         if gate == "latency":
-            ratio = once(lambda: clock.time(*specs, spec, convs[name].inputs))  # noqa: B023  (called at once)
+            ratio = once(lambda: clock.pair(specs, spec, convs[name].inputs))  # noqa: B023  (called at once)
             pays = ratio is not None and ratio.significant and ratio.median > 1
             reason = (
                 "was not timed within --measure-seconds"
@@ -307,31 +301,6 @@ def _failure(
         return None
     moved, tolerance = comparison.max_abs_diff, comparison.tolerance
     return f"merged, the outputs of the model move by {moved:.3g}, tolerance {tolerance:.3g}"
-
-
-@dataclass
-class _Clock:
-    """Times dense forms against pairs, each shape once."""
-
-    threads: int
-    seed: int
-    deadline: float
-    known: dict[tuple[ConvSpec, ConvSpec, tuple[int, ...]], Speedup] = field(default_factory=dict)
-
-    def time(self, first: ConvSpec, second: ConvSpec, dense: ConvSpec, inputs: Tensor) -> Speedup | None:
-        """Of the dense form over the pair on `inputs`, whose shape alone matters; None if time is up."""
-        shape = (len(inputs) if inputs.ndim == 4 else 1, *inputs.shape[-3:])
-        key = first, second, shape
-        if key not in self.known:
-            if time.monotonic() > self.deadline:
-                return None
-            models = [layer_onnx([chain], shape) for chain in ((first, second), (dense,))]
-            feed = {"input": np.random.default_rng(self.seed).standard_normal(shape, np.float32)}
-            before, again, after = time_all(
-                [models[0], *models], feed, runs=FORM_RUNS, threads=self.threads, seed=self.seed
-            )
-            self.known[key] = speedup(before, again, after)
-        return self.known[key]
 
 
 @dataclass

@@ -3,7 +3,6 @@
 import contextlib
 import hashlib
 import tempfile
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -45,7 +44,7 @@ from sepconvert.progress import Progress, silent
 from sepconvert.report.document import LayerReport, Report, Verification, report_document
 from sepconvert.rewrite import Replacement, rewrite
 from sepconvert.search import Budget
-from sepconvert.timing import time_files, time_layers
+from sepconvert.timing import Clock, time_files, time_layers
 from sepconvert.trace import ConvSite, Inputs, private_copy, trace
 from sepconvert.verify import Comparison, Outputs, Reference, compare_export, compare_runs
 
@@ -199,14 +198,13 @@ def convert(
     predictions = None if data is None else _predict("original", private_copy(model), data, progress)
     original_cost = count(private_copy(model), inputs)
     start, start_sites, start_cost = model, sites, original_cost
+    clock = Clock(threads, seed, cache, measure_seconds)
     if mode == "auto":
-        began = time.monotonic()
         start, merges = merge_pairs(
             model, inputs,
             linear_pairs(model, inputs, [site for site in sites if selected(site.name, include, exclude)]),
-            gate=gate, threads=threads, seconds=measure_seconds, seed=seed, progress=progress,
+            gate=gate, clock=clock, seed=seed, progress=progress,
         )  # fmt: skip
-        measure_seconds -= time.monotonic() - began
     if start is not model:
         start_sites, start_cost = trace(private_copy(start), inputs), count(private_copy(start), inputs)
     if parts is None:
@@ -222,8 +220,7 @@ def convert(
             return compare_predictions(predictions, found)
 
         conversion = convert_approximately(
-            start, inputs, start_sites, original=model, mode=mode, gate=gate, cache=cache,
-            measure_seconds=measure_seconds,
+            start, inputs, start_sites, original=model, mode=mode, gate=gate, clock=clock,
             include=include, exclude=exclude,
             budget=budget.or_default(labelled=predictions is not None),
             calibration=parts.calibration,

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from sepconvert.environment import environment
 from sepconvert.export import cast, layer_onnx, onnx_bytes, onnx_feed, runtime_dtype, save_onnx
@@ -190,6 +190,22 @@ class Clock:
             dense * calls,
             {form: FormTime(dense / each["ratio"] * calls, each["faster"]) for form, each in entries.items()},
         )
+
+    def pair(self, pair: tuple[ConvSpec, ConvSpec], dense: ConvSpec, inputs: Tensor) -> Speedup | None:
+        """Of one convolution over the two that it may stand for, on such inputs; None if time is up."""
+        shape = (len(inputs) if inputs.ndim == 4 else 1, *inputs.shape[-3:])
+        key = self._key(layout=LAYOUT, pair=[asdict(spec) for spec in pair], input=list(shape))
+        if not self._recall(key, _usable_plan):
+            if time.monotonic() > self._deadline:
+                return None
+            models = [layer_onnx([chain], shape) for chain in (pair, pair, (dense,))]
+            feed = {"input": np.random.default_rng(self._seed).standard_normal(shape, np.float32)}
+            first, again, times = time_all(
+                models, feed, runs=FORM_RUNS, threads=self._threads, seed=self._seed
+            )
+            found = speedup(first, again, times)
+            self._keep(key, {"milliseconds": float(np.median(times)), "speedup": asdict(found)})
+        return _speedup(self._known[key]["speedup"])
 
     def _measure(
         self, spec: ConvSpec, shape: Sequence[int], forms: Sequence[Form], known: Mapping[str, Any]

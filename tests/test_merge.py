@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrizations, prune
 from torch.utils.data import DataLoader, TensorDataset
 
-import sepconvert.merge
+import sepconvert.timing
 from sepconvert import convert
 from sepconvert.errors import SepconvertError
 from sepconvert.measure.latency import Speedup
@@ -24,6 +24,7 @@ from sepconvert.pipeline import apply_plan
 from sepconvert.plan import read_plan
 from sepconvert.report.files import write_documents
 from sepconvert.report.terminal import layer_table, summary
+from sepconvert.timing import Clock
 from sepconvert.trace import private_copy, trace
 from sepconvert.verify import dense_convolution
 
@@ -60,8 +61,8 @@ def found(model, *inputs):
 
 def decided(model, *inputs, gate="none", **options):
     pairs = linear_pairs(model, inputs, traced(model, *inputs))
-    options = {"threads": 1, "seconds": 60.0, "seed": 0} | options
-    return merge_pairs(model, inputs, pairs, gate=gate, **options)
+    clock = Clock(1, 0, options.get("cache"), options.get("seconds", 60.0))
+    return merge_pairs(model, inputs, pairs, gate=gate, clock=clock, seed=0)
 
 
 @st.composite
@@ -509,9 +510,9 @@ def timed_as(monkeypatch):
     def set_ratio(ratio):
         calls = []
         monkeypatch.setattr(
-            sepconvert.merge, "time_all", lambda models, feeds, **options: calls.append(models) or models
+            sepconvert.timing, "time_all", lambda models, feeds, **o: calls.append(models) or [[1.0]] * 3
         )
-        monkeypatch.setattr(sepconvert.merge, "speedup", lambda before, again, after: ratio)
+        monkeypatch.setattr(sepconvert.timing, "speedup", lambda before, again, after: ratio)
         return calls
 
     return set_ratio
@@ -528,7 +529,7 @@ def test_what_is_measured_decides(ratio, decision, timed_as):
     model, x = Net(), image(4)
     merged, decisions = decided(model, x, gate="latency")
     assert [each.decision for each in decisions] == [decision] * 2
-    assert all(each.speedup is ratio for each in decisions)
+    assert all(each.speedup == ratio for each in decisions)
     low, high = ratio.ci95.to_list()
     assert decisions[0].reason == (
         f"the dense form is measured {ratio.median:.2f}× as fast [{low:.2f}, {high:.2f}]"
@@ -561,6 +562,15 @@ def test_pairs_of_one_shape_are_timed_once(timed_as):
     assert (len(decisions), len(calls)) == (2, 1)
 
 
+def test_times_are_remembered(timed_as, tmp_path):
+    timed_as(SLOWER)
+    model, x = Net(), image(4)
+    first = decided(model, x, gate="latency", cache=tmp_path)
+    calls = timed_as(FASTER)
+    assert decided(model, x, gate="latency", cache=tmp_path)[1] == first[1]
+    assert calls == []
+
+
 def reads_the_weight(self, x):
     return self.b(self.a(x)) * self.b.weight.abs().max()
 
@@ -577,8 +587,8 @@ def test_a_pair_that_is_none_is_noticed(monkeypatch):
     model, x = Functional(residual, conv(4, 4, 1), conv(4, 4, 1)), image(4)
     sites = traced(model, x)
     pairs = (LinearPair(sites[0], sites[1]),)
-    options = {"gate": "none", "threads": 1, "seconds": 1.0, "seed": 0}
-    merged, (decision,) = merge_pairs(model, (x,), pairs, **options)
+    clock = Clock(1, 0, None, 1.0)
+    merged, (decision,) = merge_pairs(model, (x,), pairs, gate="none", clock=clock, seed=0)
     assert merged is model
     assert decision.reason.startswith("merged, the outputs of the model move by ")
 
