@@ -141,15 +141,15 @@ class Search:
         if budget.rank is not None:
             point = self._of_rank(budget)
         elif budget.share is not None:
-            self.points = self._curve()
+            self._draw_curve()
             point = self._of_share(budget.share, budget)
         else:
             self._learn_from(self._best(self._middle))
-            self.points = self._curve()
+            self._draw_curve()
             for each in self.progress(self.points, "trade-off curve"):
                 self._carried_out(each)
             if self.timed:
-                self._time(self.points)
+                self._time([each for each in self.points if each.speedup is None])
             point = self._searched(budget)
         if point is None or not self._fast_enough(point, budget):
             raise DemandNotMetError(_shortfall(budget, self.points), curve_table(self.to_json(None)))
@@ -198,13 +198,15 @@ class Search:
             predicted=self.total / (self._rest + cost) if self.timed else None,
         )
 
-    def _curve(self) -> list[Point]:
+    def _draw_curve(self) -> None:
         """Plans at about even ratios of cost, from nothing replaced to the cheapest."""
         first, last = sum(self._dense.values()), self._least
         ratio = last / first if first else 1.0
-        found = [self._best(first * ratio ** (step / (_POINTS - 1))) for step in range(_POINTS - 1)]
-        points = [point for point in (*found, self._best(last)) if point is not None]
-        return [point for i, point in enumerate(points) if not i or point.choice != points[i - 1].choice]
+        costs = [first * ratio ** (step / (_POINTS - 1)) for step in range(_POINTS - 1)]
+        for cost in (*costs, last):
+            found = self._best(cost)
+            if found is not None:
+                self._join(found)
 
     def _join(self, point: Point) -> Point:
         """Put a plan on the curve, by falling cost; of equal plans the one that is there."""

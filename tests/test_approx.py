@@ -20,6 +20,7 @@ from sepconvert.layers import FactorizedConv2d
 from sepconvert.pipeline import apply_plan
 from sepconvert.plan import read_plan
 from sepconvert.progress import silent
+from sepconvert.report.terminal import summary
 from sepconvert.search import Budget
 from sepconvert.trace import private_copy, trace
 
@@ -448,3 +449,19 @@ def test_pointwise_and_depthwise_layers_have_forms_in_auto_mode(planted):
     schemes = {layer["name"]: layer["scheme"] for layer in converted(report)}
     assert schemes["0"] in ("output-subspace", "input-subspace")
     assert schemes["2"].startswith("channelwise-spatial")
+
+
+def test_a_plan_that_fine_tuning_does_not_bring_back_is_given_up(small, monkeypatch):
+    monkeypatch.setattr("sepconvert.approx._WON_BACK", 1000.0)  # the cheapest plan of all
+    report = convert_small(small, max_drop=0.5, data=small[1], finetune=1).report
+    found = report["approximation"]["finetune"]
+    assert found["given_up_at_drop_pp"] > 0.5 >= report["delta"]["accuracy_drop_pp"]["value"]
+    assert "fine-tune" not in [step["name"] for step in report["approximation"]["steps"]]
+    assert "Fine-tuning of a plan that goes further ended" in summary(report)
+
+
+def test_fine_tuning_may_win_back_what_a_plan_loses(small):
+    report = convert_small(small, max_drop=30.0, data=small[1], finetune=1).report
+    assert "given_up_at_drop_pp" not in report["approximation"]["finetune"]
+    assert report["approximation"]["steps"][-1]["name"] == "fine-tune"
+    assert report["delta"]["accuracy_drop_pp"]["value"] <= 30

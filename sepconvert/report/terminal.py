@@ -166,6 +166,11 @@ def _approximation_sentences(found: Document) -> list[str]:
         ]
         headers = ["step", "divergence", "agreement, %"]
         lines += ["", "On the images held out:", tabulate(rows, headers=headers, disable_numparse=True), ""]
+    if found["finetune"] and "given_up_at_drop_pp" in found["finetune"]:
+        lines.append(
+            f"Fine-tuning of a plan that goes further ended at a drop of "
+            f"{found['finetune']['given_up_at_drop_pp']:.2f} pp; this one is within the budget without it."
+        )
     if len(found["curve"]) > 1:
         measured = found["plans_measured_on_data"]
         lines += [curve_table(found["curve"]), f"{measured} plans were measured on --data.", ""]
