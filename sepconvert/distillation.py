@@ -83,15 +83,17 @@ class Step:
 class Epoch:
     """The student on held-out data after an epoch; epoch 0 is before the first.
 
-    `divergence` (see `sepconvert.measure.divergence`) and `accuracy`, a fraction (None without labels), are
-    those of the trained weights or of their moving average, whichever diverges less, as `weights` says.
-    `loss` is the mean over the epoch, `seconds` the time since the start.
+    `heldout_loss` (as in training, but for features), `divergence` (see `sepconvert.measure.divergence`) and
+    `accuracy`, a fraction (None without labels), are those of the trained weights or of their moving average,
+    whichever loses less, as `weights` says. `loss` is the mean over the epoch, `seconds` the time since the
+    start.
     """
 
     epoch: int
     step: int
     loss: float | None
     weights: Literal["start", "trained", "average"]
+    heldout_loss: float
     divergence: float
     accuracy: float | None
     seconds: float
@@ -153,8 +155,8 @@ def finetune(
     shifted and mirrored as before, with the teacher's answer, which has been kept.
 
     After each epoch the trained weights and their exponential moving average are tried on `heldout`. What is
-    delivered diverges least from the teacher there, and is the start if nothing diverges less. That is the
-    criterion with labels too: accuracy on some hundred samples is too coarse to tell epochs apart. If the
+    delivered loses least there by the loss that is trained, and is the start if nothing loses less: accuracy
+    on some hundred samples is too coarse to tell epochs apart, and labels lead away from the teacher. If the
     loss is no longer finite, training ends and the best so far is delivered.
 
     Args:
@@ -505,15 +507,10 @@ class _Run:
             errors = [relative_error(wanted, given) for wanted, given in self.features.values()]
             loss = loss + self.feature_weight * torch.stack(errors).mean()
         if self.labelled:
-            logits = _classes(actual, share.y)
             # A mirrored cat is a cat, a mirrored 3 is no 3: the teacher, which saw it, tells them apart.
             holds = ~share.mirrored | (expected[0].argmax(1) == share.y)
-            loss = loss + LABEL_WEIGHT / len(share.y) * F.cross_entropy(
-                logits.float(),
-                share.y.where(holds, UNLABELLED),
-                ignore_index=UNLABELLED,
-                reduction="sum",
-            )
+            labels = share.y.where(holds, UNLABELLED)
+            loss = loss + _label_loss(actual, labels) / len(labels)
         # Gradients are averaged over processes, whose shares may differ by a sample.
         loss = loss * (len(share.x) * self.accelerator.num_processes / share.whole)
         mean = float(self.accelerator.reduce(loss.detach(), "mean"))
@@ -544,13 +541,13 @@ class _Run:
         candidates = [self.candidate, self.average] if self.step else [self.candidate]
         measured = self._measure(candidates)
         better = min(range(len(candidates)), key=lambda index: measured[index][0])
-        value, accuracy = measured[better]
+        heldout_loss, value, accuracy = measured[better]
         if not self.step and value == math.inf:
             raise SepconvertError(
                 "student: expected finite outputs on held-out data to start from, got NaN or Inf from it"
                 " or from the teacher; check both models and the preprocessing of the inputs"
             )
-        if self.step and value < min(epoch.divergence for epoch in self.history):
+        if self.step and heldout_loss < min(epoch.heldout_loss for epoch in self.history):
             state = candidates[better].state_dict()
             self.best = {name: tensor.cpu().clone() for name, tensor in state.items()}
         self.history.append(
@@ -559,16 +556,18 @@ class _Run:
                 step=self.step,
                 loss=self.losses / self.data.steps if self.step else None,
                 weights=("trained", "average")[better] if self.step else "start",
+                heldout_loss=heldout_loss,
                 divergence=value,
                 accuracy=accuracy,
                 seconds=self.elapsed(),
             )
         )
 
-    def _measure(self, candidates: Sequence[nn.Module]) -> list[tuple[float, float | None]]:
-        """Divergence (Inf where it is NaN) and accuracy of each on all held-out data."""
+    def _measure(self, candidates: Sequence[nn.Module]) -> list[tuple[float, float, float | None]]:
+        """The loss, Inf where it is NaN, divergence and accuracy of each on all held-out data."""
         rank, processes = self.accelerator.process_index, self.accelerator.num_processes
-        divergences, correct, labels = [0.0] * len(candidates), [0.0] * len(candidates), 0.0
+        losses, divergences, correct = ([0.0] * len(candidates) for _ in range(3))
+        labels = 0.0
         for pair in self.heldout.load(self.heldout.ordered()[rank::processes]):
             x, y = _checked(pair)
             x, y = self._input(x), y.to(self.accelerator.device)
@@ -577,17 +576,25 @@ class _Run:
             for index, model in enumerate(candidates):
                 actual = outputs(model, x)
                 divergences[index] += len(x) * float(divergence(expected, actual))
+                losses[index] += len(x) * float(divergence(expected, actual, self.temperature))
                 if self.labelled:
+                    losses[index] += float(_label_loss(actual, y))
                     correct[index] += float((_classes(actual, y).argmax(1) == y).sum())
-        *sums, labels = self._summed([*divergences, *correct, labels])
+        *sums, labels = self._summed([*losses, *divergences, *correct, labels])
         if self.labelled and not labels:
             raise SepconvertError(
                 "held-out data: expected labels, got none; give some, or fine-tune with labelled=False"
             )
-        found = [total / len(self.heldout.indices) for total in sums[: len(candidates)]]
+        count, size = len(candidates), len(self.heldout.indices)
         return [
-            (math.inf if math.isnan(value) else value, hits / labels if self.labelled else None)
-            for value, hits in zip(found, sums[len(candidates) :], strict=True)
+            (
+                math.inf if math.isnan(loss) else loss / size,
+                math.inf if math.isnan(value) else value / size,
+                hits / labels if self.labelled else None,
+            )
+            for loss, value, hits in zip(
+                sums[:count], sums[count : 2 * count], sums[2 * count :], strict=True
+            )
         ]
 
     def _summed(self, values: list[float]) -> list[float]:
@@ -679,7 +686,7 @@ class _Run:
         model = duplicate(student)
         if self.best is not None:
             model.load_state_dict(self.best)
-        delivered = min(self.history, key=lambda epoch: epoch.divergence)
+        delivered = min(self.history, key=lambda epoch: epoch.heldout_loss)
         precision = self.accelerator.mixed_precision
         return FinetuneResult(model, tuple(self.history), delivered, precision, self.stopped)
 
@@ -776,6 +783,12 @@ def _checked(batch: object) -> Batch:
             f" {tuple(y.shape)}; give a class, or -1, for each"
         )
     return x, y.long()
+
+
+def _label_loss(leaves: Sequence[Tensor], labels: Tensor) -> Tensor:
+    """Of all samples that have a label, by its weight."""
+    logits = _classes(leaves, labels).float()
+    return LABEL_WEIGHT * F.cross_entropy(logits, labels, ignore_index=UNLABELLED, reduction="sum")
 
 
 def _classes(leaves: Sequence[Tensor], labels: Tensor) -> Tensor:

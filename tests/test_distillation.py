@@ -82,7 +82,7 @@ def test_what_is_delivered_is_what_the_history_says(learning_rate, weights):
     assert result.delivered != result.history[-1]  # else later epochs could not have spoilt it
     teacher, heldout = network(), loader(21, seed=1)
     assert [epoch.step for epoch in result.history] == [0, *(STEPS_PER_EPOCH * n for n in range(1, 5))]
-    assert result.delivered == min(result.history, key=lambda epoch: epoch.divergence)
+    assert result.delivered == min(result.history, key=lambda epoch: epoch.heldout_loss)
     assert result.delivered.divergence < result.history[0].divergence
     measured = mean_divergence(teacher, result.model, heldout)
     assert measured == pytest.approx(result.delivered.divergence, rel=1e-4)
@@ -94,7 +94,7 @@ def test_what_is_delivered_is_what_the_history_says(learning_rate, weights):
 
 def test_never_worse_than_the_start():
     result = tuned(learning_rate=30.0)  # leads far away
-    assert all(epoch.divergence > result.history[0].divergence for epoch in result.history[1:])
+    assert all(epoch.heldout_loss > result.history[0].heldout_loss for epoch in result.history[1:])
     assert result.delivered == result.history[0]
     assert_same(result.model, disturbed(network()))
 
