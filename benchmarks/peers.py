@@ -200,7 +200,8 @@ FASTERAI = {
 
 
 def tools(epochs: int) -> tuple[Tool, ...]:
-    """sepconvert and its peers, each with its settings; `epochs` are those of the fine-tuned points."""
+    """sepconvert and its peers, each with its settings; fine-tuned points if there are `epochs`."""
+    finetuned = tuple({"min_speedup": each, "finetune": epochs} for each in SPEEDUPS[1::2])
     fasterai = (
         Tool(
             f"fasterai {method.lower()}", settings, partial(by_layer, partial(fasterai_layer, method=method))
@@ -209,7 +210,7 @@ def tools(epochs: int) -> tuple[Tool, ...]:
     )
     return (
         Tool(SEPCONVERT, tuple({"min_speedup": each} for each in SPEEDUPS), convert),
-        Tool(FINETUNED, tuple({"min_speedup": each, "finetune": epochs} for each in SPEEDUPS[1::2]), convert),
+        *([Tool(FINETUNED, finetuned, convert)] if epochs else []),
         Tool("tensorly-torch CP", SHARES, partial(by_layer, tltorch_cp)),
         Tool("tensorly-torch Tucker", SHARES, partial(by_layer, tltorch_tucker)),
         *fasterai,
@@ -266,7 +267,7 @@ def point(net: Net, stem: Path, convert: Callable[[], Converted], judge: Judge) 
 def points(folder: Path) -> list[dict[str, Any]]:
     """All of a folder, with their speed-ups, in the order of the tools and by falling MACs."""
     speedups = read(folder / LATENCY)["speedup"]  # of all that have no error
-    order = [tool.name for tool in tools(0)]
+    order = list(STYLES)
     found = [{**read(path), "speedup": speedups.get(path.stem)} for path in (folder / POINTS).glob("*.json")]
     return sorted(found, key=lambda each: (order.index(each["tool"]), -each.get("macs", 0)))
 
@@ -291,8 +292,8 @@ def _numbers(_: click.Context, __: click.Parameter, text: str) -> tuple[float, .
 @click.option("--data", required=True, help="Labelled images to be judged on.")
 @click.option("--mean", required=True, callback=_numbers)
 @click.option("--std", required=True, callback=_numbers)
-@click.option("--tool", "names", multiple=True, help="Only tools whose names begin so. Repeatable.")
-@click.option("--epochs", default=5, show_default=True, help="Of the fine-tuned points.")
+@click.option("--finetune", default=0, metavar="EPOCHS", help="Make fine-tuned points of sepconvert too.")
+@click.option("--tool", "names", multiple=True, metavar="NAME", help="Only this one. Repeatable.")
 def convert_command(
     folder: Path,
     model: Path,
@@ -301,8 +302,8 @@ def convert_command(
     data: str,
     mean: tuple[float, ...],
     std: tuple[float, ...],
+    finetune: int,
     names: tuple[str, ...],
-    epochs: int,
 ) -> None:
     """Make every tool's models of MODEL in FOLDER; what is there already is kept."""
     (folder / POINTS).mkdir(parents=True, exist_ok=True)
@@ -331,8 +332,8 @@ def convert_command(
         found = evaluate(converted, scored)
         return {"accuracy": found.accuracy().to_dict(), **compare(expected, found).to_dict()}
 
-    for tool in tools(epochs):
-        if names and not tool.name.startswith(names):
+    for tool in tools(finetune):
+        if names and tool.name not in names:
             continue
         for setting in tool.settings:
             stem = folder / POINTS / f"{tool.name} {describe(setting)}".replace(" ", "-").replace(".", "_")
