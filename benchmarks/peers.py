@@ -306,6 +306,9 @@ def convert_command(
     names: tuple[str, ...],
 ) -> None:
     """Make every tool's models of MODEL in FOLDER; what is there already is kept."""
+    chosen = [tool for tool in tools(finetune) if not names or tool.name in names]
+    if not chosen:
+        raise click.UsageError(f"--tool: expected some of {', '.join(tool.name for tool in tools(finetune))}")
     (folder / POINTS).mkdir(parents=True, exist_ok=True)
     preprocess = Preprocess(mean, std)
     scored, images = load_data(data, preprocess), load_data(calib, preprocess, batch_size=128)
@@ -332,9 +335,7 @@ def convert_command(
         found = evaluate(converted, scored)
         return {"accuracy": found.accuracy().to_dict(), **compare(expected, found).to_dict()}
 
-    for tool in tools(finetune):
-        if names and tool.name not in names:
-            continue
+    for tool in chosen:
         for setting in tool.settings:
             stem = folder / POINTS / f"{tool.name} {describe(setting)}".replace(" ", "-").replace(".", "_")
             if not stem.with_suffix(".json").exists():
