@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -14,17 +15,20 @@ from torch.utils.data import DataLoader
 from sepconvert.approximation import (
     Calibration,
     Fitted,
-    Form,
     Heldout,
     LayerSurvey,
+    Prices,
     Step,
     all_forms,
     carry_out,
     depthwise_forms,
     depthwise_obstacle,
+    explain,
     macs_of,
     obstacle,
+    params_of,
     replacement,
+    restored,
     survey,
 )
 from sepconvert.calibrate import POSITIONS
@@ -35,8 +39,11 @@ from sepconvert.distillation import Step as TrainingStep
 from sepconvert.distributed import once
 from sepconvert.errors import SepconvertError
 from sepconvert.factorize.border import Border
-from sepconvert.factorize.structures import BY_NAME
+from sepconvert.factorize.exact import analyse
+from sepconvert.factorize.structures import FORMS, Form
+from sepconvert.importance import fisher_information
 from sepconvert.measure.accuracy import AccuracyDelta
+from sepconvert.measure.divergence import placed
 from sepconvert.measure.latency import Speedup
 from sepconvert.plan import LayerPlan, kept, selected
 from sepconvert.progress import Progress
@@ -44,7 +51,7 @@ from sepconvert.report.document import LayerApproximation, LayerReport
 from sepconvert.rewrite import graph_obstacle
 from sepconvert.search import Budget, Point, Search
 from sepconvert.spec import chain_macs, chain_params
-from sepconvert.timing import FormClock, time_models
+from sepconvert.timing import FORM_RUNS, Clock
 from sepconvert.trace import ConvSite, Inputs, private_copy
 from sepconvert.verify import compare_with, reference
 
@@ -154,6 +161,7 @@ def convert_approximately(
     finetuning: Finetuning | None,
     accuracy: Callable[[nn.Module], AccuracyDelta] | None,
     total_macs: int,
+    total_params: int,
     runs: int,
     threads: int,
     seed: int,
@@ -163,46 +171,55 @@ def convert_approximately(
 
     See `pipeline.convert`.
 
-    `accuracy` compares a model with the original on the evaluation data, `total_macs` are the original's.
+    `accuracy` compares a model with the original on the evaluation data, totals are the original's.
     """
     reasons = _obstacles(model, sites, mode, include, exclude)
     layers = [site for site in sites if site.name not in reasons]
     heldout = Heldout(model, calibration.heldout) if calibration and calibration.heldout else None
-
-    def forms(site: ConvSite) -> list[Form]:
-        assert site.conv is not None  # noqa: S101  (the others have an obstacle)
-        spec = site.conv.spec
-        found = all_forms(spec) if mode == "auto" else depthwise_forms(spec, budget.rank)
-        if budget.rank is not None:
-            cheapest = min((macs_of(site, form) for form in found), default=0)
-            found = [form for form in found if macs_of(site, form) == cheapest]
-        return [form for form in found if gate == "none" or macs_of(site, form) < site.macs]
-
-    surveyed = survey(model, layers, calibration, heldout, forms, seed, progress)
+    clock = Clock(threads, seed, cache, measure_seconds)
+    unit = "params" if budget.target_params else "macs"
+    prices = {site.name: _counted(site, _forms(site, mode, budget.rank), gate, unit) for site in layers}
     if gate == "latency":
-        clock = FormClock(max(runs, 1), threads, seed, cache, measure_seconds)
-        surveyed, slow = once(lambda: price(surveyed, layers, clock, progress))
+        times, slow = once(lambda: _measured(layers, prices, clock, progress))
         reasons |= slow
+        if budget.share is None:
+            unit, prices = "milliseconds", times
+        else:
+            prices = {name: prices[name].of(each.forms) for name, each in times.items()}
+    if calibration is not None:
+        share = {number: placed(batch, model) for number, batch in calibration.share.items()}
+        importance = fisher_information(model, share, layers, seed=seed)
+        calibration = replace(calibration, importance=importance)
+    surveyed = survey(model, layers, calibration, heldout, prices, seed, progress)
 
-    def speedup(converted: nn.Module) -> Speedup:
-        return once(lambda: time_models(model, converted, inputs, runs, threads, seed, progress)[2])
+    def timed(models: Sequence[nn.Module]) -> tuple[float, list[Speedup]]:
+        return once(lambda: clock.plans(model, models, inputs, runs or FORM_RUNS, progress))
 
+    by_time = unit == "milliseconds"
     search = Search(
         surveyed,
         total_macs,
-        lambda choice: carry_out(model, layers, choice, surveyed, calibration, heldout, seed, progress),
-        accuracy,
-        speedup if runs else None,
-        progress,
+        timed([])[0] if by_time else {"macs": total_macs, "params": total_params}[unit],
+        carry_out=lambda choice: carry_out(
+            model, layers, choice, surveyed, calibration, heldout, seed, progress
+        ),
+        restored=lambda fitted, name: restored(model, layers, fitted.layers, name),
+        divergence=None if heldout is None else lambda each: heldout.measure(each).divergence,
+        accuracy=accuracy,
+        speedups=(lambda models: timed(models)[1]) if runs or by_time else None,
+        timed=by_time,
+        progress=progress,
     )
     # What fine-tuning will win back is demanded of its result.
-    fixed = budget.rank or budget.target_macs or budget.min_speedup
+    fixed = budget.rank or budget.share or budget.min_speedup
     point = search.run(replace(budget, max_drop=None) if finetuning and fixed else budget)
     fitted = point.fitted
     assert fitted is not None  # noqa: S101  (`run` carried it out)
-    converted, steps, training = fitted.model, fitted.steps, None
+    converted, training = fitted.model, None
+    steps, errors = explain(model, layers, fitted, surveyed, calibration, heldout, seed, progress)
     if finetuning is not None and fitted.choice:
-        converted, steps, training = _finetune(model, fitted, finetuning, heldout, seed)
+        converted, step, training = _finetune(model, fitted, finetuning, heldout, seed)
+        steps = (*steps, *step)
     expected = reference(model, inputs, sites, {}, seed)
     plans = tuple(_layer_plan(site, reasons, surveyed, fitted) for site in sites)
     replacements = {
@@ -215,12 +232,12 @@ def convert_approximately(
         layers=plans,
         replacements=replacements,
         reports=tuple(
-            LayerReport(plan, site, approximation=_layer_report(surveyed.get(site.name), fitted, site.name))
+            LayerReport(plan, site, approximation=_layer_report(surveyed, fitted, errors, site.name))
             for plan, site in zip(plans, sites, strict=True)
         ),
         expected=(expected, reference(converted, inputs, (), {}, seed)),
         torch_check=replace(compare_with(expected, converted), tolerance=None),
-        approximation=_document(calibration, budget, search, point, steps, training, accuracy),
+        approximation=_document(calibration, budget, unit, search, point, steps, training, accuracy),
     )
 
 
@@ -263,39 +280,61 @@ def _finetune(
         seed=seed,
         progress=finetuning.on_step,
     )
-    steps = fitted.steps
-    if heldout is not None:
-        steps = (*steps, Step("fine-tune", heldout.measure(trained.model), kept=True))
-    return trained.model, steps, trained.to_dict()
+    step = () if heldout is None else (Step("fine-tune", heldout.measure(trained.model), kept=True),)
+    return trained.model, step, trained.to_dict()
 
 
-def price(
-    surveyed: Mapping[str, LayerSurvey], sites: Sequence[ConvSite], clock: FormClock, progress: Progress
-) -> tuple[dict[str, LayerSurvey], dict[str, str]]:
-    """The survey with times for costs, and why layers are no longer in it; the largest come first."""
-    priced, reasons = {}, {}
-    largest = sorted((site for site in sites if site.name in surveyed), key=lambda site: -site.macs)
-    for site in progress(largest, "timing forms"):
-        each = surveyed[site.name]
-        times = clock.time(site, [(found.scheme, found.rank) for found in each.offered])
+def _forms(site: ConvSite, mode: str, rank: int | None) -> list[Form]:
+    """What may take a layer's place, whatever it costs."""
+    assert site.conv is not None  # noqa: S101  (the others have an obstacle)
+    spec = site.conv.spec
+    if mode == "approx":
+        return depthwise_forms(spec, rank)
+    # Ranks at which it has a form exactly are as good as any that are on the grid.
+    held = analyse(spec, site.conv.weight, site.sizes).holding()
+    exact = [(each.scheme, each.rank) for each in held if each.scheme in FORMS and each.rank]
+    return list(dict.fromkeys([*all_forms(spec), *exact]))
+
+
+def _counted(site: ConvSite, forms: Sequence[Form], gate: str, unit: str) -> Prices:
+    """Prices in MACs or parameters, of the forms that pass the gate."""
+    macs = {form: macs_of(site, form) for form in forms}
+    passed = [form for form in forms if gate == "none" or macs[form] < site.macs]
+    if unit == "macs":
+        return Prices(site.macs, {form: macs[form] for form in passed})
+    return Prices(site.params, {form: params_of(site, form) for form in passed})
+
+
+def _measured(
+    sites: Sequence[ConvSite], counted: Mapping[str, Prices], clock: Clock, progress: Progress
+) -> tuple[dict[str, Prices], dict[str, str]]:
+    """Prices in milliseconds, and why layers are no longer there; those with the most MACs come first."""
+    prices, reasons = {}, {}
+    for site in progress(sorted(sites, key=lambda site: -site.macs), "timing forms"):
+        if not counted[site.name].forms:
+            continue
+        times = clock.forms(site, list(counted[site.name].forms))
         if times is None:
             reasons[site.name] = "was not timed within --measure-seconds"
             continue
-        kept = [i for i, faster in enumerate(times.faster) if faster]
-        if not kept:
+        faster = {form: each.milliseconds for form, each in times.forms.items() if each.faster}
+        if not faster:
             reasons[site.name] = (
                 f"no form is measured to be faster in ONNX Runtime (best {times.best_ratio:.2f}×)"
             )
             continue
-        priced[site.name] = replace(
-            each,
-            offered=tuple(each.offered[i] for i in kept),
-            macs=tuple(each.macs[i] for i in kept),
-            separate_errors=tuple(each.separate_errors[i] for i in kept),
-            milliseconds=tuple(times.milliseconds[i] for i in kept),
-            dense_milliseconds=times.dense_milliseconds,
-        )
-    return {name: priced[name] for name in surveyed if name in priced}, reasons
+        prices[site.name] = Prices(times.dense_milliseconds, _worth_fitting(faster))
+    return prices, reasons
+
+
+def _worth_fitting(costs: Mapping[Form, float]) -> dict[Form, float]:
+    """Without forms that a higher rank of the same scheme undercuts: it errs less, whatever the data."""
+    found: dict[Form, float] = {}
+    least: dict[str, float] = {}
+    for (scheme, rank), cost in sorted(costs.items(), key=lambda each: -each[0][1]):
+        if cost < least.get(scheme, math.inf):
+            least[scheme] = found[scheme, rank] = cost
+    return {form: found[form] for form in costs if form in found}
 
 
 def _layer_plan(
@@ -311,13 +350,13 @@ def _layer_plan(
             if site.name in surveyed
             else "no form passes the gate (--gate none converts it)",
         )
-    chain = BY_NAME[found.scheme].split(site.conv.spec, found.rank)
+    chain = FORMS[found.scheme].split(site.conv.spec, found.rank)
     macs = sum(chain_macs(chain, size) for size in site.sizes)
     return LayerPlan(
         name=site.name,
         kind=site.kind,
         decision="converted",
-        reason=f"rank {found.rank} of {BY_NAME[found.scheme].full_rank(site.conv.spec)}",
+        reason=f"rank {found.rank} of {FORMS[found.scheme].full_rank(site.conv.spec)}",
         spec=site.conv.spec,
         scheme=found.scheme,
         rank=found.rank,
@@ -329,17 +368,18 @@ def _layer_plan(
     )
 
 
-def _layer_report(surveyed: LayerSurvey | None, fitted: Fitted, name: str) -> LayerApproximation | None:
-    found, candidate = fitted.layers.get(name), fitted.choice.get(name)
-    if surveyed is None or found is None or candidate is None:
+def _layer_report(
+    surveyed: Mapping[str, LayerSurvey], fitted: Fitted, errors: Mapping[str, float], name: str
+) -> LayerApproximation | None:
+    if name not in fitted.layers:
         return None
-    index = surveyed.index(found.scheme, found.rank)
+    found, survey_of = fitted.layers[name], surveyed[name]
     return LayerApproximation(
         weight_error=found.weight_error,
         output_error=found.output_error,
-        output_error_of_weight_fit=surveyed.separate_errors[index],
-        output_error_alone=surveyed.offered[index].output_error,
-        sensitivity=surveyed.sensitivity,
+        output_error_of_weight_fit=errors[name],
+        output_error_alone=survey_of.offer(fitted.choice[name]).fitted.output_error,
+        sensitivity=survey_of.sensitivity,
         sweeps=len(found.objective),
     )
 
@@ -347,6 +387,7 @@ def _layer_report(surveyed: LayerSurvey | None, fitted: Fitted, name: str) -> La
 def _document(
     calibration: Calibration | None,
     budget: Budget,
+    unit: str,
     search: Search,
     point: Point,
     steps: Sequence[Step],
@@ -367,6 +408,7 @@ def _document(
             "positions": POSITIONS,
         },
         "budget": asdict(budget),
+        "unit": unit,
         "curve": search.to_json(point),
         "plans_measured_on_data": sum(each.accuracy is not None for each in search.points)
         if accuracy is not None

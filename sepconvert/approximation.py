@@ -1,8 +1,8 @@
 """Approximate conversion: survey the layers, then carry out a plan and keep the steps that help."""
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -16,11 +16,12 @@ from sepconvert.factorize.approximate import (
     POINTWISE_DEPTHWISE,
     Approximation,
     Moments,
+    Problem,
     approximate,
     output_error,
 )
 from sepconvert.factorize.border import Border
-from sepconvert.factorize.structures import BY_NAME, STRUCTURES
+from sepconvert.factorize.structures import BY_NAME, FORMS, Form
 from sepconvert.measure.accuracy import evaluation_mode
 from sepconvert.measure.divergence import divergence, is_logits, outputs, placed
 from sepconvert.progress import Progress
@@ -34,21 +35,18 @@ FEWEST_CHANNELS = 8
 
 # To order candidates; the fit of a plan goes on until it settles.
 _SURVEY_SWEEPS = 4
+_HOPE = 1.3
 _LARGEST_RANK = 6
 _SENSITIVITY_IMAGES = 128
+_MODERATE = 0.15  # output error, of 1
 
 # Pointwise-depthwise fits multiply all of W by all of S again and again; beyond this many multiply-adds
 # (256 to 512 channels, 3×3) that takes minutes, and the form is left out.
 _QUICK_PRODUCT = 4e9
 
-_FAR_FEWER = 0.75
-
 # Inner channels of pairs, as shares of full rank: of a 3×3 pair C → C with full rank 3 C, C/8 to C.
-_RANK_SHARES = (1 / 24, 1 / 12, 1 / 8, 1 / 6, 1 / 4, 1 / 3, 1 / 2)
+_RANK_SHARES = (1 / 24, 1 / 16, 1 / 12, 1 / 9, 1 / 8, 1 / 6, 1 / 5, 1 / 4, 1 / 3, 2 / 5, 1 / 2, 2 / 3)
 _BLOCK = 8
-
-Form = tuple[str, int]
-"""Scheme and rank."""
 
 
 @dataclass(frozen=True)
@@ -69,47 +67,54 @@ class Step:
 
 
 @dataclass(frozen=True)
+class Offer:
+    """A form, fitted with the original before and behind it."""
+
+    fitted: Approximation
+    macs: int  # over all calls of one forward pass of one sample
+    cost: float  # in the unit of the plan: MACs, or milliseconds
+
+    @property
+    def error(self) -> float:
+        """Divergence of the model, to second order; a squared output error where that is not known."""
+        weighted = self.fitted.weighted_error
+        return self.fitted.output_error**2 if weighted is None else weighted / 2
+
+
+@dataclass(frozen=True)
 class LayerSurvey:
     """What can be had of one layer, replaced alone in the original."""
 
-    dense_macs: int
-    offered: tuple[Approximation, ...]  # by cost, none of them with another that costs less and errs less
-    macs: tuple[int, ...]  # of `offered`
-    separate_errors: tuple[float, ...]  # output errors of the same forms, fitted to the weights alone
-    sensitivity: float | None  # divergence over squared output error, replaced alone in the cheapest form
-    milliseconds: tuple[float, ...] | None = None  # of `offered`, as they run in a graph, ...
-    dense_milliseconds: float | None = None  # ... and of the layer; where they are the cost
-
-    @property
-    def dense_cost(self) -> float:
-        """Of the layer as it is."""
-        return self.dense_macs if self.dense_milliseconds is None else self.dense_milliseconds
-
-    @property
-    def costs(self) -> Sequence[float]:
-        """Of `offered`."""
-        return self.macs if self.milliseconds is None else self.milliseconds
+    macs: int
+    cost: float
+    offers: tuple[Offer, ...]  # by falling cost, none with another that costs no more and errs no more
+    sensitivity: float  # measured divergence of the model over the `error` of an offer
 
     @property
     def least_cost(self) -> float:
         """Of the cheapest there is."""
-        return min(self.dense_cost, *self.costs)
+        return min(self.cost, self.offers[-1].cost)
 
     def candidates(self) -> list[Candidate]:
         """With the divergence expected of each."""
-        weight = 1.0 if self.sensitivity is None else self.sensitivity
-        return [
-            Candidate(each.scheme, each.rank, cost, weight * each.output_error**2)
-            for each, cost in zip(self.offered, self.costs, strict=True)
-        ]
+        return [Candidate(*_form(offer), offer.cost, self.sensitivity * offer.error) for offer in self.offers]
 
-    def index(self, scheme: str, rank: int) -> int:
-        """Of a form among those offered."""
-        return [(each.scheme, each.rank) for each in self.offered].index((scheme, rank))
+    def offer(self, candidate: Candidate) -> Offer:
+        """That one of `candidates` stands for."""
+        form = candidate.scheme, candidate.rank
+        return next(each for each in self.offers if _form(each) == form)
 
-    def macs_saved(self, candidate: Candidate) -> int:
-        """By one of `candidates`."""
-        return self.dense_macs - self.macs[self.index(candidate.scheme, candidate.rank)]
+
+@dataclass(frozen=True)
+class Prices:
+    """Costs of a layer and of the forms that may take its place."""
+
+    dense: float
+    forms: Mapping[Form, float]
+
+    def of(self, forms: Iterable[Form]) -> "Prices":
+        """Only some of the forms."""
+        return Prices(self.dense, {form: self.forms[form] for form in forms})
 
 
 @dataclass(frozen=True)
@@ -170,6 +175,7 @@ class Calibration:
     fit: tuple[Tensor, ...]
     heldout: tuple[Tensor, ...]
     origin: str
+    importance: Mapping[str, Tensor] = field(default_factory=dict)  # of layers' outputs; see `importance`
 
     @property
     def share(self) -> dict[int, Tensor]:
@@ -216,7 +222,7 @@ def survey(
     sites: Sequence[ConvSite],
     calibration: Calibration | None,
     heldout: Heldout | None,
-    forms: Callable[[ConvSite], Sequence[Form]],
+    prices: Mapping[str, Prices],
     seed: int,
     progress: Progress,
 ) -> dict[str, LayerSurvey]:
@@ -227,52 +233,62 @@ def survey(
         sites: the layers.
         calibration: None to fit in the metric of the weights.
         heldout: for sensitivities.
-        forms: what may take a layer's place; layers of which nothing may are left out.
+        prices: what may take a layer's place; layers of which nothing may are left out.
         seed: of positions.
         progress: shows it.
     """
     found: dict[str, LayerSurvey] = {}
 
     def fit(site: ConvSite, moments: Moments) -> None:
-        conv = site.conv
-        if conv is None:
-            return
-        fits = [
-            (
-                macs_of(site, form),
-                _trimmed(approximate(conv.spec, conv.weight, moments, *form, _SURVEY_SWEEPS)),
-            )
-            for form in forms(site)
+        costs = prices[site.name].forms
+        problem = _problem(site, moments, calibration)
+        first = [_offer(site, problem.fit(*form, 1), costs[form]) for form in costs]
+        # What one sweep leaves far from the best at its cost does not get there in some more.
+        promising = [each for each in first if each.error <= _HOPE * _least_error(first, each.cost)]
+        offers = [
+            _offer(site, problem.fit(*_form(each), _SURVEY_SWEEPS, each.fitted.basis.double()), each.cost)
+            for each in promising
         ]
-        fits.sort(key=lambda each: (each[0], each[1].output_error))
-        if not (worth := [each for each in fits if not any(_beats(other, each) for other in fits)]):
-            return
-        found[site.name] = LayerSurvey(
-            dense_macs=site.macs,
-            offered=tuple(each for _, each in worth),
-            macs=tuple(macs for macs, _ in worth),
-            separate_errors=tuple(
-                output_error(conv.spec, conv.weight, _fit_to_weights(site, each).kernel, moments)
-                for _, each in worth
-            ),
-            sensitivity=None,
-        )
+        if offers := _undominated(offers):
+            found[site.name] = LayerSurvey(site.macs, prices[site.name].dense, tuple(offers), 1.0)
 
-    _each(model, sites, calibration, fit, seed, progress, "surveying layers")
+    wanted = [site for site in sites if site.name in prices and prices[site.name].forms]
+    _each(model, wanted, calibration, fit, seed, progress, "surveying layers")
     if heldout is None:
         return found
     by_name = {site.name: site for site in sites}
     return {
-        name: _with_sensitivity(model, by_name[name], each, heldout)
+        name: replace(each, sensitivity=_sensitivity(model, by_name[name], each, heldout))
         for name, each in progress(list(found.items()), "sensitivities")
     }
 
 
-def _beats(one: tuple[int, Approximation], other: tuple[int, Approximation]) -> bool:
-    """Errs less at far fewer MACs, or less at the same: a runtime will not make up for that."""
-    if one[0] == other[0]:
-        return one[1].output_error < other[1].output_error
-    return one[0] <= _FAR_FEWER * other[0] and one[1].output_error <= other[1].output_error
+def _problem(site: ConvSite, moments: Moments, calibration: Calibration | None) -> Problem:
+    assert site.conv is not None  # noqa: S101  (only such layers are surveyed)
+    importance = None if calibration is None else calibration.importance.get(site.name)
+    return Problem(site.conv.spec, site.conv.weight, moments, importance)
+
+
+def _offer(site: ConvSite, fitted: Approximation, cost: float) -> Offer:
+    return Offer(_trimmed(fitted), macs_of(site, (fitted.scheme, fitted.rank)), cost)
+
+
+def _form(offer: Offer) -> Form:
+    return offer.fitted.scheme, offer.fitted.rank
+
+
+def _least_error(offers: Sequence[Offer], cost: float) -> float:
+    """Of those that cost no more."""
+    return min(offer.error for offer in offers if offer.cost <= cost)
+
+
+def _undominated(offers: Sequence[Offer]) -> list[Offer]:
+    """By falling cost, each erring more than the one before; of equals the one that errs less."""
+    kept: list[Offer] = []
+    for offer in sorted(offers, key=lambda each: (each.cost, each.error)):
+        if not kept or offer.error < kept[-1].error:
+            kept.append(offer)
+    return kept[::-1]
 
 
 def carry_out(
@@ -289,26 +305,23 @@ def carry_out(
     chosen = [site for site in sites if site.name in choice]
     fits: dict[str, Approximation] = {}
 
-    def fit(site: ConvSite, moments: Moments) -> Kernel | None:
-        conv, candidate = site.conv, choice[site.name]
-        if conv is None:
-            return None
-        fits[site.name] = approximate(conv.spec, conv.weight, moments, candidate.scheme, candidate.rank)
-        return fits[site.name].kernel, _bias(site, fits[site.name])
+    def fit(site: ConvSite, moments: Moments) -> Kernel:
+        before = surveyed[site.name].offer(choice[site.name]).fitted
+        problem = _problem(site, moments, calibration)
+        found = problem.fit(before.scheme, before.rank, basis=before.basis.double())
+        # Plans are many: what follows from the factors is not kept.
+        fits[site.name] = replace(found, kernel=torch.empty(0), basis=torch.empty(0))
+        return found.kernel, _bias(site, found)
 
     _each(model, chosen, calibration, fit, seed, progress, "fitting layers")
     if missing := choice.keys() - fits.keys():
         raise SepconvertError(
             f"calibration: the images do not reach {', '.join(sorted(missing))}; leave it out with --exclude"
         )
-    converted = rewrite(model, sites, {site.name: replacement(site, fits[site.name]) for site in chosen})
+    converted = restored(model, sites, fits)
     if heldout is None or calibration is None:
         return Fitted(choice, converted, fits, False)
-    steps = [
-        Step(name, _substituted(model, kernels, heldout), kept=False)
-        for name, kernels in _earlier_kernels(chosen, choice, surveyed).items()
-    ]
-    steps.append(Step("follow the drift, correct the bias", heldout.measure(converted), kept=True))
+    steps = [Step("follow the drift, correct the bias", heldout.measure(converted), kept=True)]
     candidate = duplicate(converted)
     with evaluation_mode(candidate):
         count = reestimate_batchnorm(candidate, [placed(batch, candidate) for batch in calibration.fit])
@@ -318,6 +331,52 @@ def carry_out(
     kept = reached.divergence < steps[-1].reached.divergence
     steps.append(Step("re-estimate BatchNorm", reached, kept))
     return Fitted(choice, candidate if kept else converted, fits, kept, tuple(steps))
+
+
+def restored(
+    model: nn.Module,
+    sites: Sequence[ConvSite],
+    fits: Mapping[str, Approximation],
+    left_out: str | None = None,
+) -> nn.Module:
+    """The model with layers replaced as they were fitted, but for one; BatchNorms are as they were."""
+    chosen = [site for site in sites if site.name in fits and site.name != left_out]
+    return rewrite(model, sites, {site.name: replacement(site, fits[site.name]) for site in chosen})
+
+
+def explain(
+    model: nn.Module,
+    sites: Sequence[ConvSite],
+    fitted: Fitted,
+    surveyed: Mapping[str, LayerSurvey],
+    calibration: Calibration | None,
+    heldout: Heldout | None,
+    seed: int,
+    progress: Progress,
+) -> tuple[tuple[Step, ...], dict[str, float]]:
+    """What led to a plan's result: the steps before, and layers' output errors if fitted to the weights."""
+    chosen = [site for site in sites if site.name in fitted.choice]
+    errors: dict[str, float] = {}
+    by_weights: dict[tuple[str, int], Kernel] = {}
+    by_outputs: dict[tuple[str, int], Kernel] = {}
+
+    def look(site: ConvSite, moments: Moments) -> Kernel:
+        assert site.conv is not None  # noqa: S101  (only such layers are surveyed)
+        spec, weight, done = site.conv.spec, site.conv.weight, fitted.layers[site.name]
+        alone = approximate(spec, weight, Moments.of_weights(spec, weight), done.scheme, done.rank, 1)
+        errors[site.name] = output_error(spec, weight, alone.kernel, moments)
+        by_weights[_place(site)] = alone.kernel, _bias(site, alone)
+        by_outputs[_place(site)] = _kernel(site, surveyed[site.name].offer(fitted.choice[site.name]).fitted)
+        return _kernel(site, done)
+
+    _each(model, chosen, calibration, look, seed, progress, "explaining")
+    if heldout is None:
+        return fitted.steps, errors
+    steps = [
+        Step(name, _substituted(model, kernels, heldout), kept=False)
+        for name, kernels in (("fit the weights", by_weights), ("fit the outputs", by_outputs))
+    ]
+    return (*steps, *fitted.steps), errors
 
 
 def _each(
@@ -348,27 +407,11 @@ def _each(
     stream.close()
 
 
-def _with_sensitivity(
-    model: nn.Module, site: ConvSite, surveyed: LayerSurvey, heldout: Heldout
-) -> LayerSurvey:
-    smallest = surveyed.offered[surveyed.macs.index(min(surveyed.macs))]
-    moved = _substituted(model, {_place(site): _kernel(site, smallest)}, heldout, _SENSITIVITY_IMAGES)
-    squared = smallest.output_error**2
-    return replace(surveyed, sensitivity=max(moved.divergence, 0.0) / squared if squared else 0.0)
-
-
-def _earlier_kernels(
-    sites: Sequence[ConvSite], choice: Choice, surveyed: Mapping[str, LayerSurvey]
-) -> dict[str, dict[tuple[str, int], Kernel]]:
-    """Kernels of the steps that led here: each layer's own SVD, and its own fit to the original's data."""
-    weights, data = {}, {}
-    for site in sites:
-        each = surveyed[site.name]
-        candidate = choice[site.name]
-        fitted = each.offered[each.index(candidate.scheme, candidate.rank)]
-        weights[_place(site)] = _kernel(site, _fit_to_weights(site, fitted))
-        data[_place(site)] = _kernel(site, fitted)
-    return {"fit the weights": weights, "fit the outputs": data}
+def _sensitivity(model: nn.Module, site: ConvSite, surveyed: LayerSurvey, heldout: Heldout) -> float:
+    """By the form of a moderate error: one that is neither lost in rounding nor past all bounds."""
+    offer = min(surveyed.offers, key=lambda each: abs(each.fitted.output_error - _MODERATE))
+    moved = _substituted(model, {_place(site): _kernel(site, offer.fitted)}, heldout, _SENSITIVITY_IMAGES)
+    return max(moved.divergence, 0.0) / offer.error if offer.error else 0.0
 
 
 def _substituted(
@@ -380,13 +423,6 @@ def _substituted(
     private = private_copy(model)
     with substitute(private, kernels).watching():
         return heldout.measure(private, most)
-
-
-def _fit_to_weights(site: ConvSite, form: Approximation) -> Approximation:
-    """The same form by the kernel's own SVD."""
-    assert site.conv is not None  # noqa: S101  (only such layers are surveyed)
-    spec, weight = site.conv.spec, site.conv.weight
-    return approximate(spec, weight, Moments.of_weights(spec, weight), form.scheme, form.rank, 1)
 
 
 def _place(site: ConvSite) -> tuple[str, int]:
@@ -412,7 +448,7 @@ def all_forms(spec: ConvSpec) -> list[Form]:
     """
     mixes = min(spec.weight_shape[0] // spec.groups, spec.weight_shape[1]) > 1
     found = depthwise_forms(spec, None) if mixes and max(spec.kernel_size) > 1 else []
-    for structure in STRUCTURES:
+    for structure in FORMS.values():
         if structure.parallel or not structure.applies(spec):
             continue
         full = structure.full_rank(spec)
@@ -433,8 +469,15 @@ def macs_of(site: ConvSite, form: Form) -> int:
     """Of a layer in a form, over all its calls."""
     assert site.conv is not None  # noqa: S101  (only such layers are surveyed)
     scheme, rank = form
-    chain = BY_NAME[scheme].split(site.conv.spec, rank)
+    chain = FORMS[scheme].split(site.conv.spec, rank)
     return sum(chain_macs(chain, size) for size in site.sizes)
+
+
+def params_of(site: ConvSite, form: Form) -> int:
+    """Of a layer in a form, with the bias that it then has."""
+    assert site.conv is not None  # noqa: S101  (only such layers are surveyed)
+    spec = site.conv.spec
+    return chain_params(FORMS[form[0]].split(spec, form[1])) + (not spec.bias) * spec.out_channels
 
 
 def _quick(spec: ConvSpec) -> bool:
@@ -444,8 +487,8 @@ def _quick(spec: ConvSpec) -> bool:
 
 def _kernel(site: ConvSite, fitted: Approximation) -> Kernel:
     assert site.conv is not None  # noqa: S101
-    first, second = (weight.double() for weight in fitted.weights)
-    return BY_NAME[fitted.scheme].compose(site.conv.spec, first, second), _bias(site, fitted)
+    weights = (weight.double() for weight in fitted.weights)
+    return FORMS[fitted.scheme].compose(site.conv.spec, *weights), _bias(site, fitted)
 
 
 def _bias(site: ConvSite, fitted: Approximation) -> Tensor:
@@ -463,5 +506,5 @@ def replacement(site: ConvSite, fitted: Approximation) -> Replacement:
 
 def _trimmed(fitted: Approximation) -> Approximation:
     """Without the dense kernel, and with factors in single precision: many of them are kept."""
-    first, second = (weight.float() for weight in fitted.weights)
-    return replace(fitted, weights=(first, second), kernel=torch.empty(0))
+    weights = tuple(weight.float() for weight in fitted.weights)
+    return replace(fitted, weights=weights, kernel=torch.empty(0), basis=fitted.basis.float())

@@ -15,9 +15,11 @@ from queue import SimpleQueue
 from typing import Any
 from weakref import finalize
 
+import numpy as np
 import psutil
 import torch
 from einops import rearrange
+from scipy.linalg.blas import dsyrk
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils import _pytree as pytree
@@ -325,12 +327,12 @@ class _Accumulator:
     def _merge(self, x: Tensor, missed: Tensor, outputs: Tensor) -> None:
         means = {"x": x.mean(1), "missed": missed.mean(0), "outputs": outputs.mean(0)}
         x, missed, outputs = x - means["x"][:, None], missed - means["missed"], outputs - means["outputs"]
-        by_group = rearrange(missed, "m (g o) -> g o m", g=len(x))
+        by_group, of_outputs = (rearrange(each, "m (g o) -> g o m", g=len(x)) for each in (missed, outputs))
         sums = {
-            "covariance": x.mT @ x,
+            "covariance": _gram(x),
             "cross": by_group @ x,
-            "missed_power": missed.square().sum(),
-            "power": outputs.square().sum(),
+            "missed": by_group @ by_group.mT,
+            "outputs": of_outputs @ of_outputs.mT,
         }
         self._combine(x.shape[1], sums, means)
 
@@ -341,12 +343,12 @@ class _Accumulator:
         total = self.count + count
         share = self.count * count / total
         moved = {name: means[name] - self.means[name] for name in means}
-        x, missed = moved["x"], moved["missed"].view(len(moved["x"]), -1)
+        x, missed, outputs = moved["x"], *(moved[n].view(len(moved["x"]), -1) for n in ("missed", "outputs"))
         between = {
             "covariance": x[:, :, None] * x[:, None, :],
             "cross": missed[:, :, None] * x[:, None, :],
-            "missed_power": missed.square().sum(),
-            "power": moved["outputs"].square().sum(),
+            "missed": missed[:, :, None] * missed[:, None, :],
+            "outputs": outputs[:, :, None] * outputs[:, None, :],
         }
         for name, value in sums.items():
             self.sums[name] = self.sums[name] + value + share * between[name]
@@ -367,9 +369,17 @@ class _Accumulator:
             cross=self.sums["cross"] / self.count,
             mean=self.means["x"],
             missed=self.means["missed"],
-            missed_power=float(self.sums["missed_power"]) / self.count,
-            power=float(self.sums["power"]) / self.count,
+            missed_covariance=self.sums["missed"] / self.count,
+            output_covariance=self.sums["outputs"] / self.count,
         )
+
+
+def _gram(x: Tensor) -> Tensor:
+    """XᵀX for each of g × n × k: where that is the bulk of the work, of one triangle alone."""
+    if len(x) > 1:
+        return x.mT @ x
+    upper = np.triu(dsyrk(1.0, x[0].contiguous().numpy().T))
+    return torch.from_numpy(upper + np.triu(upper, 1).T)[None]
 
 
 def _batched(value: Tensor) -> Tensor:

@@ -77,6 +77,7 @@ _approx_options = _options(
                  help="How many; a quarter is held out to judge plans by."),
     click.option("--rank", type=click.IntRange(1), help="Depthwise multiplier of all layers, no search."),
     click.option("--target-macs", type=float, metavar="F", help="Most MACs, as a share of the original's."),
+    click.option("--target-params", type=float, metavar="F", help="Most parameters, likewise."),
     click.option("--min-speedup", type=float, metavar="X", help="Least measured latency ratio."),
     click.option("--max-drop", type=float, metavar="PP",
                  help="Largest drop of top-1 on --data [default: 1, if nothing else is demanded]."),

@@ -182,7 +182,8 @@ def demo(**options: Any) -> None:
 def _approximate(options: Options, out: Path) -> dict[str, Any]:
     """The options of approximate mode."""
     names = (
-        "calib_images", "rank", "target_macs", "min_speedup", "max_drop", "finetune", "precision", "resume"
+        "calib_images", "rank", "target_macs", "target_params", "min_speedup", "max_drop",
+        "finetune", "precision", "resume",
     )  # fmt: skip
     checkpoint = _checkpoint(options, out)
     if options["resume"] and checkpoint is None:

@@ -108,6 +108,7 @@ def convert(
     calib_images: int = 1024,
     rank: int | None = None,
     target_macs: float | None = None,
+    target_params: float | None = None,
     min_speedup: float | None = None,
     max_drop: float | None = None,
     finetune: int = 0,
@@ -146,6 +147,7 @@ def convert(
         calib_images: how many of them, a quarter being held out from the fit to judge plans by.
         rank: the channel multiplier M of all layers, instead of a search.
         target_macs: most MACs, as a share of the original's.
+        target_params: most parameters, likewise.
         min_speedup: least measured latency ratio.
         max_drop: largest drop of top-1 accuracy on `data`, in percentage points; 1 if nothing else is
             demanded.
@@ -179,7 +181,7 @@ def convert(
     if gate not in GATES:
         raise SepconvertError(f"gate: expected one of {', '.join(GATES)}, got {gate!r}")
     inputs, threads = as_inputs(example_inputs), threads or available_cores()
-    budget = Budget(rank, target_macs, min_speedup, max_drop)
+    budget = Budget(rank, target_macs, target_params, min_speedup, max_drop)
     if mode == "exact" and (budget != Budget() or finetune or calib is not None):
         raise SepconvertError(
             "mode: budgets, calibration and fine-tuning are for the modes approx and auto; pass one of them"
@@ -217,7 +219,8 @@ def convert(
             if finetune and parts.train and parts.heldout
             else None,
             accuracy=None if predictions is None else accuracy,
-            total_macs=original_cost.macs, runs=runs, threads=threads, seed=seed, progress=progress,
+            total_macs=original_cost.macs, total_params=original_cost.params,
+            runs=runs, threads=threads, seed=seed, progress=progress,
         )  # fmt: skip
     converted = conversion.model
     plan = ConversionPlan(

@@ -12,7 +12,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 from sepconvert.errors import SepconvertError
 from sepconvert.factorize.border import Border
 from sepconvert.factorize.exact import ZERO_BORDER, Analysis, Factorization, Finding, factorize
-from sepconvert.factorize.structures import BY_NAME
+from sepconvert.factorize.structures import FORMS
 from sepconvert.spec import ConvSpec, chain_params
 from sepconvert.trace import ConvSite
 
@@ -128,7 +128,7 @@ def _check(layer: LayerPlan) -> None:
     if min(sizes) < 1 or min(dataclasses.astuple(layer.border)) < 0:
         raise ValueError(f"layer {layer.name} has no such kernel: {layer.spec}, {layer.border}")
     if layer.scheme != ZERO_BORDER:
-        structure = BY_NAME.get(layer.scheme)
+        structure = FORMS.get(layer.scheme)
         if structure is None or not structure.applies(trimmed):
             raise ValueError(f"layer {layer.name} cannot have the structure {layer.scheme!r}")
         if not 1 <= layer.rank <= structure.full_rank(trimmed):

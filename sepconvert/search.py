@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from torch import nn
@@ -16,7 +16,9 @@ from sepconvert.progress import Progress
 from sepconvert.report.terminal import curve_table
 
 _POINTS = 8
-_REFINEMENTS = 2
+_REFINEMENTS = 3
+_POLISHES = 2
+_DOUBTFUL = 4
 
 
 @dataclass(frozen=True)
@@ -25,6 +27,7 @@ class Budget:
 
     rank: int | None = None
     target_macs: float | None = None  # most MACs, as a share of the original's
+    target_params: float | None = None  # most parameters, likewise
     min_speedup: float | None = None  # least measured latency ratio
     max_drop: float | None = None  # largest measured drop of top-1 accuracy, in percentage points
 
@@ -33,13 +36,31 @@ class Budget:
         for name, value, low, high, expected in (
             ("--rank", self.rank, 1, math.inf, "a channel multiplier of 1 or more"),
             ("--target-macs", self.target_macs, 1e-9, 1, "a share of the MACs, above 0 and up to 1"),
+            (
+                "--target-params",
+                self.target_params,
+                1e-9,
+                1,
+                "a share of the parameters, above 0 and up to 1",
+            ),
             ("--min-speedup", self.min_speedup, 1e-9, math.inf, "a ratio above 0"),
             ("--max-drop", self.max_drop, 0, 100, "percentage points, 0 to 100"),
         ):
             if value is not None and not low <= value <= high:
                 raise SepconvertError(f"{name} {value:g}: expected {expected}")
-        if self.rank is not None and self.target_macs is not None:
-            raise SepconvertError("--rank and --target-macs: each fixes the plan by itself; pass one of them")
+        fixing = {
+            "--rank": self.rank,
+            "--target-macs": self.target_macs,
+            "--target-params": self.target_params,
+        }
+        given = [name for name, value in fixing.items() if value is not None]
+        if len(given) > 1:
+            raise SepconvertError(f"{' and '.join(given)}: each fixes the plan by itself; pass one of them")
+
+    @property
+    def share(self) -> float | None:
+        """Of the original's cost that a plan may have."""
+        return self.target_params if self.target_macs is None else self.target_macs
 
     def or_default(self, *, labelled: bool) -> "Budget":
         """With a drop of one point where nothing is demanded.
@@ -51,13 +72,13 @@ class Budget:
             return self
         if not labelled:
             raise SepconvertError(
-                "mode: approx and auto need a budget; pass --rank, --target-macs or --min-speedup, "
-                "or --data to hold accuracy"
+                "mode: approx and auto need a budget; pass --rank, --target-macs, --target-params or "
+                "--min-speedup, or --data to hold accuracy"
             )
         return Budget(max_drop=1.0)
 
 
-@dataclass
+@dataclass(eq=False)
 class Point:
     """One plan on the trade-off curve, and what was found out about it so far."""
 
@@ -69,6 +90,7 @@ class Point:
     fitted: Fitted | None = None
     accuracy: AccuracyDelta | None = None
     speedup: Speedup | None = None
+    predicted: float | None = None  # speed-up, if times of layers added up
 
     def to_json(self, total_macs: int, delivered: bool) -> dict[str, Any]:
         """One entry of the curve in the report."""
@@ -77,6 +99,7 @@ class Point:
             "macs": self.macs,
             "macs_ratio": total_macs / self.macs if self.macs else None,
             "converted": len(self.choice),
+            "cost": self.cost,
             "expected_divergence": self.expected,
             "lower_bound": self.bound,
             "heldout": None if heldout is None else asdict(heldout),
@@ -84,6 +107,7 @@ class Point:
             "accuracy_drop_pp": None
             if self.accuracy is None
             else self.accuracy.to_dict()["accuracy_drop_pp"],
+            "predicted_speedup": self.predicted,
             "latency_speedup": None if self.speedup is None else self.speedup.to_dict(),
             "delivered": delivered,
             "ranks": {name: [each.scheme, each.rank] for name, each in self.choice.items()},
@@ -96,9 +120,13 @@ class Search:
 
     surveyed: Mapping[str, LayerSurvey]
     total_macs: int
+    total: float  # cost of the original, in the unit of the survey
     carry_out: Callable[[Choice], Fitted]
+    restored: Callable[[Fitted, str | None], nn.Module]  # a plan's model, with one layer as it was
+    divergence: Callable[[nn.Module], float] | None  # from the original on images held out
     accuracy: Callable[[nn.Module], AccuracyDelta] | None  # of a model on the evaluation data
-    speedup: Callable[[nn.Module], Speedup] | None
+    speedups: Callable[[Sequence[nn.Module]], list[Speedup]] | None  # of models timed together
+    timed: bool  # the unit of cost is time
     progress: Progress
     points: list[Point] = field(default_factory=list)
 
@@ -109,32 +137,40 @@ class Search:
             DemandNotMetError: with the curve.
         """
         if budget.rank is not None:
-            self.points = [self._point({n: each.candidates()[0] for n, each in self.surveyed.items()}, 0.0)]
-            last = self.points[0]
-            point = last if self._accurate_enough(last, budget) else None
-        elif budget.target_macs is not None:
+            point = self._of_rank(budget)
+        elif budget.share is not None:
             self.points = self._curve()
-            point = self._of_macs(budget)
+            point = self._of_share(budget.share, budget)
         else:
+            self._learn_from(self._best(self._middle))
             self.points = self._curve()
             for each in self.progress(self.points, "trade-off curve"):
                 self._carried_out(each)
-            if budget.max_drop is not None:
-                point = self._last(lambda each: self._accurate_enough(each, budget))
-            else:
-                point = self._first(lambda each: self._fast_enough(each, budget))
+            if self.timed:
+                self._time(self.points)
+            point = self._searched(budget)
         if point is None or not self._fast_enough(point, budget):
             raise DemandNotMetError(_shortfall(budget, self.points), curve_table(self.to_json(None)))
         self._carried_out(point)
-        return point
+        return self._paying(point, budget) if self.timed else point
 
     def to_json(self, delivered: Point | None) -> list[dict[str, Any]]:
         """The curve, for the report."""
         return [point.to_json(self.total_macs, point is delivered) for point in self.points]
 
+    # Plans
+
     @property
     def _dense(self) -> dict[str, float]:
-        return {name: each.dense_cost for name, each in self.surveyed.items()}
+        return {name: each.cost for name, each in self.surveyed.items()}
+
+    @property
+    def _least(self) -> float:
+        return sum(each.least_cost for each in self.surveyed.values())
+
+    @property
+    def _middle(self) -> float:
+        return math.sqrt(sum(self._dense.values()) * self._least)
 
     def _best(self, cost: float) -> Point | None:
         """The plan of least expected divergence within a cost of the layers."""
@@ -143,35 +179,97 @@ class Search:
         return None if found is None else self._point(found.choice, found.bound)
 
     def _point(self, choice: Choice, bound: float) -> Point:
-        saved = sum(self.surveyed[name].macs_saved(each) for name, each in choice.items())
+        layers = ((self.surveyed[name], each) for name, each in choice.items())
+        saved = sum(layer.macs - layer.offer(each).macs for layer, each in layers)
+        cost = cost_of(self._dense, choice)
         return Point(
             choice,
             self.total_macs - saved,
-            cost_of(self._dense, choice),
+            cost,
             sum(each.error for each in choice.values()),
             bound,
+            predicted=self.total / (self.total - sum(self._dense.values()) + cost) if self.timed else None,
         )
 
     def _curve(self) -> list[Point]:
         """Plans at about even ratios of cost, from nothing replaced to the cheapest."""
-        first = sum(self._dense.values())
-        last = sum(each.least_cost for each in self.surveyed.values())
+        first, last = sum(self._dense.values()), self._least
         ratio = last / first if first else 1.0
         found = [self._best(first * ratio ** (step / (_POINTS - 1))) for step in range(_POINTS - 1)]
         points = [point for point in (*found, self._best(last)) if point is not None]
         return [point for i, point in enumerate(points) if not i or point.choice != points[i - 1].choice]
 
-    def _of_macs(self, budget: Budget) -> Point | None:
-        """The best plan within a share of the MACs, which joins the curve."""
-        limit = (budget.target_macs or 0) * self.total_macs
-        point = self._best(limit - self.total_macs + sum(self._dense.values()))
-        if point is None or point.macs > limit:
-            return None
+    def _join(self, point: Point) -> Point:
+        """Put a plan on the curve, by falling cost; of equal plans the one that is there."""
         same = next((each for each in self.points if each.choice == point.choice), None)
         if same is None:
             self.points = sorted([*self.points, point], key=lambda each: -each.cost)
-        point = same or point
+        return same or point
+
+    def _learn_from(self, point: Point | None) -> None:
+        """Correct the sensitivities by what each layer's errors do where all the others are replaced too.
+
+        Errors do not add up, and inputs of a layer are other than in the original.
+        """
+        if point is None or self.divergence is None or not point.choice:
+            return
+        fitted = self._carried_out(point)
+        reached = self.divergence(self.restored(fitted, None))
+        corrected = dict(self.surveyed)
+        for name in self.progress(list(point.choice), "sensitivities among replaced layers"):
+            brought = reached - self.divergence(self.restored(fitted, name))
+            error = self.surveyed[name].offer(point.choice[name]).error
+            if error > 0 and brought > 0:
+                # What is measured here is as noisy as what was: their geometric mean.
+                before = self.surveyed[name].sensitivity
+                sensitivity = math.sqrt(before * brought / error) if before else brought / error
+                corrected[name] = replace(self.surveyed[name], sensitivity=sensitivity)
+        self.surveyed = corrected
+
+    # Choice
+
+    def _of_rank(self, budget: Budget) -> Point | None:
+        self.points = [self._point({n: each.candidates()[0] for n, each in self.surveyed.items()}, 0.0)]
+        point = self.points[0]
         return point if self._accurate_enough(point, budget) else None
+
+    def _of_share(self, share: float, budget: Budget) -> Point | None:
+        """The best plan within a share of the cost, which joins the curve."""
+        limit = share * self.total
+        point = self._best(limit - self.total + sum(self._dense.values()))
+        if point is None:
+            return None
+        point = self._join(point)
+        return point if self._accurate_enough(point, budget) else None
+
+    def _searched(self, budget: Budget) -> Point | None:
+        """The plan that meets the budget and goes furthest, or errs least where speed alone is demanded."""
+        if budget.max_drop is None:
+            return self._first(lambda each: self._fast_enough(each, budget))
+
+        def good(point: Point) -> bool:
+            return self._accurate_enough(point, budget)
+
+        best = self._last(good)
+        for _ in range(_POLISHES):
+            self._learn_from(best)
+            better = self._beyond(best, good)
+            if better is best:
+                break
+            best = better
+        return best
+
+    def _beyond(self, best: Point, good: Callable[[Point], bool]) -> Point:
+        """A cheaper plan that is good too, by what was learnt."""
+        for share in (0.97, 0.93, 0.88):
+            found = self._best(best.cost * share)
+            if found is None:
+                break
+            point = self._join(found)
+            if not good(point):
+                break
+            best = point
+        return best
 
     def _last(self, good: Callable[[Point], bool]) -> Point:
         """The cheapest plan that is good, if the cheaper is the worse; nothing replaced is good."""
@@ -218,10 +316,38 @@ class Search:
         self.points.insert(index + 1, middle)
         return middle
 
+    def _paying(self, point: Point, budget: Budget) -> Point:
+        """The plan without layers that, timed in the whole model, bring nothing."""
+        assert self.speedups is not None  # noqa: S101  (plans are timed)
+        fitted = self._carried_out(point)
+        if not point.choice:
+            return point
+        saved = {name: self.surveyed[name].cost - each.cost for name, each in point.choice.items()}
+        doubtful = sorted(saved, key=saved.__getitem__)[:_DOUBTFUL]
+        whole, *others = self.speedups([self.restored(fitted, name) for name in (None, *doubtful)])
+        idle = [name for name, each in zip(doubtful, others, strict=True) if each.median >= whole.median]
+        if not idle:
+            return point
+        kept = {name: each for name, each in point.choice.items() if name not in idle}
+        found = self._join(self._point(kept, 0.0))
+        self._carried_out(found)
+        if found.speedup is None:
+            self._time([found])
+        enough = self._accurate_enough(found, budget) and self._fast_enough(found, budget)
+        return found if enough else point
+
+    # Measurements
+
     def _carried_out(self, point: Point) -> Fitted:
         if point.fitted is None:
             point.fitted = self.carry_out(point.choice)
         return point.fitted
+
+    def _time(self, points: Sequence[Point]) -> None:
+        assert self.speedups is not None  # noqa: S101  (plans are timed)
+        found = self.speedups([self._carried_out(point).model for point in points])
+        for point, speedup in zip(points, found, strict=True):
+            point.speedup = speedup
 
     def _accurate_enough(self, point: Point, budget: Budget) -> bool:
         if budget.max_drop is None:
@@ -235,10 +361,11 @@ class Search:
     def _fast_enough(self, point: Point, budget: Budget) -> bool:
         if budget.min_speedup is None:
             return True
-        if self.speedup is None:
+        if self.speedups is None:
             raise SepconvertError("--min-speedup: needs timed runs; leave out --runs 0")
         if point.speedup is None:
-            point.speedup = self.speedup(self._carried_out(point).model)
+            self._time([point])
+        assert point.speedup is not None  # noqa: S101
         return point.speedup.median >= budget.min_speedup
 
 

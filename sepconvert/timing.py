@@ -7,22 +7,23 @@ import math
 import os
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from sepconvert.environment import environment
-from sepconvert.export import cast, onnx_bytes, onnx_feed, runtime_dtype, save_onnx
+from sepconvert.export import cast, layer_onnx, onnx_bytes, onnx_feed, runtime_dtype, save_onnx
 from sepconvert.factorize.border import Border
-from sepconvert.factorize.exact import ZERO_BORDER
-from sepconvert.factorize.structures import BY_NAME
+from sepconvert.factorize.exact import ZERO_BORDER, branches
+from sepconvert.factorize.structures import Form
 from sepconvert.layers import FactorizedConv2d
 from sepconvert.measure.latency import Latency, Speedup, measure_pair, speedup, time_all
+from sepconvert.measure.statistics import Interval
 from sepconvert.profiling import batch_size
 from sepconvert.progress import Progress
 from sepconvert.rewrite import Replacement
@@ -31,8 +32,11 @@ from sepconvert.trace import ConvSite, Inputs
 
 Timing = tuple[Latency, Latency, Speedup]
 
+FORM_RUNS = 20
+"""Interleaved runs of each form of a layer."""
+
 LAYOUT = 1
-"""Of the layers that `FormClock` times: another one makes what it remembers worthless."""
+"""Of the layers that `Clock` times: another one makes what it remembers worthless."""
 
 
 def time_files(
@@ -50,23 +54,6 @@ def time_files(
         *paths, feed, runs=runs, threads=threads, batch=batch_size(inputs), seed=seed,
         progress=lambda items: progress(items, "timing"),
     )  # fmt: skip
-
-
-def time_models(
-    original: nn.Module,
-    converted: nn.Module,
-    inputs: Inputs,
-    runs: int,
-    threads: int,
-    seed: int,
-    progress: Progress,
-) -> Timing:
-    """Two models, exported for the occasion."""
-    with tempfile.TemporaryDirectory() as folder:
-        paths = Path(folder) / "original.onnx", Path(folder) / "converted.onnx"
-        for model, path in zip((original, converted), paths, strict=True):
-            save_onnx(model, inputs, path, dynamic_batch=False)
-        return time_files(original, paths, inputs, runs, threads, seed, progress)
 
 
 def time_layers(
@@ -115,104 +102,133 @@ def not_faster(site: ConvSite, replacement: Replacement, runs: int, threads: int
 
 
 @dataclass(frozen=True)
+class FormTime:
+    """A form of a layer as it runs in a graph."""
+
+    milliseconds: float  # over all calls of one forward pass
+    faster: bool  # than the layer, beyond noise
+
+
+@dataclass(frozen=True)
 class FormTimes:
-    """A layer and its forms as they run in a graph, over all calls of one forward pass."""
+    """A layer and its forms."""
 
     dense_milliseconds: float
-    milliseconds: tuple[float, ...]
-    faster: tuple[bool, ...]  # measured, beyond noise
+    forms: Mapping[Form, FormTime]
 
     @property
     def best_ratio(self) -> float:
         """Of the layer's time to that of its fastest form."""
-        return max((self.dense_milliseconds / each for each in self.milliseconds), default=0.0)
+        return max((self.dense_milliseconds / each.milliseconds for each in self.forms.values()), default=0.0)
 
 
-class FormClock:
-    """Times forms of layers against the dense layer, each shape once, and remembers it on disk.
+class Clock:
+    """Times forms of layers, and whole plans, against the original, and remembers it on disk.
 
-    A layer is timed between two poolings of one pixel, followed by a ReLU: the runtime then keeps its blocked
-    layout around the layer, as in a network, and fuses what it fuses there; a form that cannot be run in
-    that layout pays for leaving it. What surrounds the layer is in all times, and cancels in differences.
+    Layers are timed as `layer_onnx` surrounds them, each shape once; what surrounds them is in all times, and
+    cancels in differences. What is remembered is what decisions hang on: the same command then gives the same
+    plan.
     """
 
-    def __init__(self, runs: int, threads: int, seed: int, cache: Path | None, seconds: float) -> None:
-        """`cache`: a folder, made when needed; None to remember nothing. `seconds`: for measurements."""
-        self._runs, self._threads, self._seed, self._cache = runs, threads, seed, cache
+    def __init__(self, threads: int, seed: int, cache: Path | None, seconds: float) -> None:
+        """`cache`: a folder, made when needed; None to keep nothing. `seconds`: for forms of layers."""
+        self._threads, self._seed, self._cache = threads, seed, cache
         self._deadline = time.monotonic() + seconds
         self._known: dict[str, dict[str, Any]] = {}
 
-    def time(self, site: ConvSite, forms: Sequence[tuple[str, int]]) -> FormTimes | None:
+    def plans(
+        self,
+        original: nn.Module,
+        converted: Sequence[nn.Module],
+        inputs: Inputs,
+        runs: int,
+        progress: Progress,
+    ) -> tuple[float, list[Speedup]]:
+        """Milliseconds of a model, and how much faster others are, all exported and timed together."""
+        with tempfile.TemporaryDirectory() as folder:
+            paths = [Path(folder) / f"{index}.onnx" for index in range(1 + len(converted))]
+            for model, path in progress(
+                list(zip((original, *converted), paths, strict=True)), "exporting plans"
+            ):
+                save_onnx(model, inputs, path, dynamic_batch=False)
+            files = [hashlib.sha256(path.read_bytes()).hexdigest() for path in paths]
+            keys = [self._key(original=files[0], converted=file, runs=runs) for file in files]
+            missing = [index for index, key in enumerate(keys) if not self._recall(key, _usable_plan)]
+            if missing:
+                first, again, *others = time_all(
+                    [paths[0], paths[0], *(paths[index] for index in missing)],
+                    onnx_feed(cast(inputs, runtime_dtype(original))),
+                    runs=runs, threads=self._threads, seed=self._seed,
+                    progress=lambda items: progress(items, "timing plans"),
+                )  # fmt: skip
+                for index, times in zip(missing, others, strict=True):
+                    found = speedup(first, again, times)
+                    self._keep(
+                        keys[index], {"milliseconds": float(np.median(times)), "speedup": asdict(found)}
+                    )
+        known = [self._known[key] for key in keys]
+        return known[0]["milliseconds"], [_speedup(each["speedup"]) for each in known[1:]]
+
+    def forms(self, site: ConvSite, forms: Sequence[Form]) -> FormTimes | None:
         """Of the layer at `site` in these forms; None if time is up."""
         conv = site.conv
         assert conv is not None  # noqa: S101  (only such sites are surveyed)
-        key = self._key(conv.spec, tuple(conv.inputs.shape))
-        known = self._known.get(key) or self._read(key)
+        shape = (len(conv.inputs) if conv.inputs.ndim == 4 else 1, *conv.inputs.shape[-3:])
+        key = self._key(layout=LAYOUT, spec=asdict(conv.spec), input=list(shape))
+        known = self._recall(key, _usable_forms)
         missing = [form for form in forms if _label(form) not in known.get("forms", {})]
         if missing:
             if time.monotonic() > self._deadline:
                 return None
-            known = self._measure(site, missing, known)
-            self._write(key, known)
-        self._known[key] = known
+            known = self._measure(conv.spec, shape, missing, known)
+            self._keep(key, known)
         # Calls of other sizes are taken to run at the same pace.
-        calls = site.macs / (conv.spec.macs(_size(conv.inputs)) or 1)
+        calls = site.macs / (conv.spec.macs((shape[2], shape[3])) or 1)
         dense = known["dense_milliseconds"]
-        entries = [known["forms"][_label(form)] for form in forms]
+        entries = {form: known["forms"][_label(form)] for form in forms}
         return FormTimes(
             dense * calls,
-            tuple(dense / each["ratio"] * calls for each in entries),
-            tuple(each["faster"] for each in entries),
+            {form: FormTime(dense / each["ratio"] * calls, each["faster"]) for form, each in entries.items()},
         )
 
     def _measure(
-        self, site: ConvSite, forms: Sequence[tuple[str, int]], known: Mapping[str, Any]
+        self, spec: ConvSpec, shape: Sequence[int], forms: Sequence[Form], known: Mapping[str, Any]
     ) -> dict[str, Any]:
-        conv = site.conv
-        assert conv is not None  # noqa: S101
-        inputs = cast((conv.inputs,), torch.float32)
-        layers = [_filled(conv.spec, ZERO_BORDER, 0), *(_filled(conv.spec, *form) for form in forms)]
-        models = [onnx_bytes(_surrounded(layer), inputs) for layer in layers]
-        samples = time_all(
-            [models[0], *models], onnx_feed(inputs), runs=self._runs, threads=self._threads, seed=self._seed
+        layouts = [branches(spec, *form, Border()) for form in ((ZERO_BORDER, 0), *forms)]
+        dense, *others = [layer_onnx(each, shape) for each in layouts]
+        feed = {"input": np.random.default_rng(self._seed).standard_normal(shape, np.float32)}
+        first, again, *samples = time_all(
+            [dense, dense, *others], feed, runs=FORM_RUNS, threads=self._threads, seed=self._seed
         )
-        dense, again, *others = samples
         found = {}
-        for form, times in zip(forms, others, strict=True):
-            ratio = speedup(dense, again, times)
+        for form, times in zip(forms, samples, strict=True):
+            ratio = speedup(first, again, times)
             found[_label(form)] = {
                 "ratio": ratio.median,
                 "faster": ratio.significant and ratio.median > 1,
             }
         return {
-            "dense_milliseconds": known.get("dense_milliseconds", float(np.median(dense))),
+            "dense_milliseconds": known.get("dense_milliseconds", float(np.median(first))),
             "forms": {**known.get("forms", {}), **found},
         }
 
-    def _key(self, spec: ConvSpec, shape: tuple[int, ...]) -> str:
-        what = {
-            "layout": LAYOUT,
-            "spec": asdict(spec),
-            "input": shape,
-            "runs": self._runs,
-            **{k: v for k, v in environment(self._threads).items() if k in ("cpu", "threads", "onnxruntime")},
-        }
+    def _key(self, **what: Any) -> str:
+        found = environment(self._threads)
+        what |= {name: found[name] for name in ("cpu", "threads", "onnxruntime")}
         return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:32]
 
-    def _read(self, key: str) -> dict[str, Any]:
-        if self._cache is None:
-            return {}
-        try:
-            found = json.loads((self._cache / f"{key}.json").read_text(encoding="utf-8"))
-            dense = float(found["dense_milliseconds"])
-            ratios = [each["ratio"] for each in found["forms"].values() if isinstance(each["faster"], bool)]
-            usable = 0 < dense < math.inf and all(0 < float(ratio) < math.inf for ratio in ratios)
-            return found if usable and len(ratios) == len(found["forms"]) else {}
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):  # none, or not ours: measure anew
-            return {}
+    def _recall(self, key: str, usable: Callable[[Any], bool]) -> dict[str, Any]:
+        """What is known; nothing if that is none, or not ours."""
+        if key not in self._known and self._cache is not None:
+            with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
+                found = json.loads((self._cache / f"{key}.json").read_text(encoding="utf-8"))
+                if usable(found):
+                    self._known[key] = found
+        return self._known.get(key, {})
 
-    def _write(self, key: str, known: Mapping[str, Any]) -> None:
+    def _keep(self, key: str, known: dict[str, Any]) -> None:
         """Whole or not at all, for others may read; where it cannot be kept, the next run measures again."""
+        self._known[key] = known
         if self._cache is None:
             return
         with contextlib.suppress(OSError):
@@ -222,25 +238,24 @@ class FormClock:
             unfinished.replace(self._cache / f"{key}.json")
 
 
-def _filled(spec: ConvSpec, scheme: str, rank: int) -> FactorizedConv2d:
-    """With random factors, which take as long as others."""
-    generator = torch.Generator().manual_seed(0)
-    layer = FactorizedConv2d(spec, scheme, rank, Border())
-    chain = (spec,) if scheme == ZERO_BORDER else BY_NAME[scheme].split(spec, rank)
-    layer.set_factors(
-        [torch.randn(each.weight_shape, generator=generator) for each in chain],
-        torch.randn(spec.out_channels, generator=generator),
-    )
-    return layer
+def _usable_forms(found: Any) -> bool:
+    ratios = [each["ratio"] for each in found["forms"].values() if isinstance(each["faster"], bool)]
+    times = [found["dense_milliseconds"], *ratios]
+    return len(ratios) == len(found["forms"]) and all(0 < float(each) < math.inf for each in times)
 
 
-def _surrounded(layer: nn.Module) -> nn.Module:
-    return nn.Sequential(nn.MaxPool2d(1), layer, nn.ReLU(), nn.MaxPool2d(1)).eval()
+def _usable_plan(found: Any) -> bool:
+    numbers = [found["milliseconds"], *asdict(_speedup(found["speedup"])).values()]
+    flat = [
+        each for number in numbers for each in (number.values() if isinstance(number, dict) else [number])
+    ]
+    return all(0 < float(each) < math.inf for each in flat)
 
 
-def _label(form: tuple[str, int]) -> str:
+def _speedup(found: Mapping[str, Any]) -> Speedup:
+    intervals = {name: Interval(**found[name]) for name in ("ci95", "noise_floor")}
+    return Speedup(found["median"], **intervals)
+
+
+def _label(form: Form) -> str:
     return f"{form[0]} {form[1]}"
-
-
-def _size(inputs: Tensor) -> tuple[int, int]:
-    return int(inputs.shape[-2]), int(inputs.shape[-1])

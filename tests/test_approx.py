@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from sepconvert import DemandNotMetError, SepconvertError, convert
 from sepconvert.approx import split_data
-from sepconvert.approximation import Calibration, Heldout, carry_out, hull, survey
+from sepconvert.approximation import Calibration, Heldout, Prices, carry_out, depthwise_forms, survey
 from sepconvert.demo.images import evaluation_data
 from sepconvert.demo.net import load, to_input
 from sepconvert.layers import FactorizedConv2d
@@ -146,7 +146,8 @@ def small():
 def convert_small(small, **options):
     model, loader = small
     images = torch.cat([x for x, _ in loader])
-    return convert(model, images[:2], mode="approx", runs=0, calib=loader, calib_images=64, **options)
+    options = {"mode": "approx", "runs": 0, "calib": loader, "calib_images": 64, **options}
+    return convert(model, images[:2], **options)
 
 
 def test_budgets(small):
@@ -190,7 +191,7 @@ def test_a_demanded_speed_is_measured(small):
         ({"min_speedup": -1}, "--min-speedup -1: expected"),
         ({"max_drop": float("nan")}, "--max-drop nan: expected"),
         ({"rank": 1, "target_macs": 0.5}, "pass one of them"),
-        ({}, "needs a budget"),
+        ({}, "need a budget"),
         ({"rank": 1, "finetune": 2}, "--finetune: needs images to train on"),
         ({"max_drop": 1.0}, "--max-drop: needs labelled data"),
         ({"rank": 1, "calib_images": 0}, "--calib-images 0"),
@@ -312,9 +313,10 @@ def test_full_rank_is_the_original_on_every_kind_of_layer(geometry):
     ]  # fmt: skip
     assume(sites)
     full = conv.weight[0, 0].numel()
+    prices = {site.name: Prices(1, dict.fromkeys(depthwise_forms(site.conv.spec, full), 1)) for site in sites}
     calibration = Calibration((images,), (images,), "test")
     heldout = Heldout(model, calibration.heldout)
-    found = survey(model, sites, calibration, heldout, full, lambda *_: True, 0, silent)
+    found = survey(model, sites, calibration, heldout, prices, 0, silent)
     choice = {name: each.candidates()[0] for name, each in found.items()}
     fitted = carry_out(model, sites, choice, found, calibration, heldout, 0, silent)
     with torch.no_grad():
@@ -330,7 +332,6 @@ def test_full_rank_is_the_original_on_every_kind_of_layer(geometry):
 def test_budget_defaults():
     assert Budget().or_default(labelled=True) == Budget(max_drop=1.0)
     assert Budget(rank=2).or_default(labelled=False) == Budget(rank=2)
-    assert hull({}) == [{}]
 
 
 # Data at the edge
@@ -371,3 +372,79 @@ def test_an_original_that_answers_nan():
     except SepconvertError:
         return
     json.dumps(report, allow_nan=False)
+
+
+# Every scheme, at measured cost
+
+
+@pytest.fixture(scope="module")
+def timed(small, tmp_path_factory):
+    """Auto mode twice, with what the first has measured for the second."""
+    cache = tmp_path_factory.mktemp("cache")
+    options = {"mode": "auto", "max_drop": 5.0, "data": small[1], "threads": 1, "runs": 10, "cache": cache}
+    return [convert_small(small, **options) for _ in range(2)]
+
+
+def test_auto_mode(timed):
+    report = timed[0].report
+    json.dumps(report, allow_nan=False)
+    found = report["approximation"]
+    assert report["delta"]["accuracy_drop_pp"]["value"] <= 5.0
+    assert len(found["curve"]) >= 6
+    assert all(point["latency_speedup"] for point in found["curve"] if point["heldout"])
+    assert found["unit"] == "milliseconds"
+    for point in found["curve"]:
+        assert point["lower_bound"] <= point["expected_divergence"] + 1e-12
+    for layer in report["layers"]:
+        assert layer["decision"] == "converted" or layer["reason"]
+    (delivered,) = [point for point in found["curve"] if point["delivered"]]
+    assert {name: tuple(form) for name, form in delivered["ranks"].items()} == {
+        layer["name"]: (layer["scheme"], layer["rank"]) for layer in converted(report)
+    }
+
+
+def test_the_same_times_give_the_same_offers(timed):
+    first, second = (
+        {(p["cost"], p["expected_divergence"]) for p in result.report["approximation"]["curve"][:3]}
+        for result in timed
+    )
+    assert first == second
+
+
+def test_shares_of_parameters(small):
+    report = convert_small(small, mode="auto", gate="macs", target_params=0.7).report
+    assert report["delta"]["params_ratio"] >= 1 / 0.7
+    assert report["approximation"]["unit"] == "params"
+    with pytest.raises(DemandNotMetError, match=r"--target-params 0\.01"):
+        convert_small(small, mode="auto", gate="macs", target_params=0.01)
+
+
+def test_exact_forms_are_among_those_of_auto_mode(planted):
+    """A kernel of rank 3, which is on no grid, is found, and costs the network nothing."""
+    torch.manual_seed(0)
+    conv = planted(16, 16, 3, rank=3, padding=1)
+    model = nn.Sequential(conv, nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 5)).eval()
+    x = torch.randn(64, 16, 10, 10)
+    loader = DataLoader(TensorDataset(x, torch.zeros(64, dtype=torch.long)), batch_size=32)
+    report = convert(
+        model, x[:1], mode="auto", gate="macs", target_macs=0.25, calib=loader, calib_images=64, runs=0
+    ).report
+    (layer,) = converted(report)
+    assert (layer["scheme"], layer["rank"]) == ("spatial-vh", 3)
+    assert layer["output_error"] < 1e-3
+
+
+def test_pointwise_and_depthwise_layers_have_forms_in_auto_mode(planted):
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(32, 64, 1), nn.ReLU(), nn.Conv2d(64, 64, 5, padding=2, groups=64), nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 5),
+    ).eval()  # fmt: skip
+    x = torch.randn(64, 32, 12, 12)
+    loader = DataLoader(TensorDataset(x, torch.zeros(64, dtype=torch.long)), batch_size=32)
+    report = convert(
+        model, x[:1], mode="auto", gate="macs", target_macs=0.5, calib=loader, calib_images=64, runs=0
+    ).report
+    schemes = {layer["name"]: layer["scheme"] for layer in converted(report)}
+    assert schemes["0"] in ("output-subspace", "input-subspace")
+    assert schemes["2"].startswith("channelwise-spatial")

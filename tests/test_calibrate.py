@@ -94,7 +94,7 @@ def test_moments_of_one_layer(options, batch):
     torch.testing.assert_close(moments.mean, x.mean(1), rtol=1e-9, atol=1e-9)
     assert moments.power == pytest.approx(float(y.var(0, correction=0).sum()), rel=1e-5)
     # Both networks are one as yet.
-    assert moments.missed_power == 0
+    assert not moments.missed_covariance.any()
     assert not moments.cross.any()
     assert not moments.missed.any()
 
@@ -111,7 +111,9 @@ def test_inputs_come_from_the_converted_network_and_targets_from_the_original():
     torch.testing.assert_close(moments.covariance, covariance(patches, patches), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(moments.cross, covariance(missed[None], patches), rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(moments.missed, missed.mean(0), rtol=1e-4, atol=1e-5)
-    assert moments.missed_power == pytest.approx(float(missed.var(0, correction=0).sum()), rel=1e-4)
+    torch.testing.assert_close(
+        moments.missed_covariance, covariance(missed[None], missed[None]), rtol=1e-4, atol=1e-4
+    )
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
@@ -285,7 +287,11 @@ def test_moments_of_any_layer_behind_a_replaced_one(geometry, batch):
     torch.testing.assert_close(moments.cross, covariance(by_group, patches), **close)
     torch.testing.assert_close(moments.mean, patches.mean(1), **close)
     torch.testing.assert_close(moments.missed, missed.mean(0), **close)
-    assert moments.missed_power == pytest.approx(float(missed.var(0, correction=0).sum()), abs=1e-9)
+    torch.testing.assert_close(moments.missed_covariance, covariance(by_group, by_group), **close)
+    outputs_by_group = wanted.reshape(len(wanted), geometry.groups, -1).transpose(0, 1)
+    torch.testing.assert_close(
+        moments.output_covariance, covariance(outputs_by_group, outputs_by_group), **close
+    )
     assert moments.power == pytest.approx(float(wanted.var(0, correction=0).sum()), abs=1e-9)
 
 

@@ -7,6 +7,11 @@ and e = y − (W x + b) what the original kernel would miss there, the kernel Ŵ
 
 in centred moments S = Cov(x), E = Cov(e, x), means being the bias's business. Its unconstrained
 minimum, W + E(S + ρI)⁻¹, is the ridge regression of y on x towards W. Everything is float64.
+
+Where it is known how much each output matters to the network's answers, as a matrix G = LLᵀ, it is Lᵀ(y − ŷ)
+that is made small: all structures but one mix outputs freely, so that W = L⁻ᵀ(LᵀW) carries the factors of LᵀW
+over to W. With the Fisher information for G this is the Kronecker-factored metric of Martens and Grosse
+(arXiv:1503.05671).
 """
 
 import functools
@@ -18,7 +23,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from sepconvert.factorize.structures import BY_NAME, Structure
+from sepconvert.factorize.structures import BY_NAME, FORMS, Nested, Structure
 from sepconvert.spec import ConvSpec
 
 DEPTHWISE_POINTWISE = "depthwise-pointwise"
@@ -26,6 +31,8 @@ POINTWISE_DEPTHWISE = "pointwise-depthwise"
 
 # ρ, as a share of the mean of S's diagonal: dead channels and fewer samples than unknowns leave S singular.
 _RIDGE = 1e-3
+# What is added to G, as a share of the mean of its diagonal: it is estimated, and second order alone.
+_LEAST_IMPORTANCE = 0.5
 _SWEEPS = 60
 _ENOUGH = 5e-4  # stop when a sweep lowers the error by less than this share of it
 _CG_STEPS = 12
@@ -45,14 +52,15 @@ class Moments:
     cross: Tensor  # g × O × C·K, Cov(e, x)
     mean: Tensor  # g × C·K, of x
     missed: Tensor  # g·O, mean of e
-    missed_power: float  # E‖e − E e‖²
-    power: float  # E‖y − E y‖²
+    missed_covariance: Tensor  # g × O × O, Cov(e)
+    output_covariance: Tensor  # g × O × O, Cov(y)
 
     @classmethod
     def of_weights(cls, spec: ConvSpec, weight: Tensor) -> "Moments":
         """Those of white noise, with which output error is weight error: for want of data."""
         o, c = spec.out_channels // spec.groups, spec.in_channels // spec.groups
         size = c * spec.kernel_size[0] * spec.kernel_size[1]
+        by_group = _by_group(spec, weight.double())
         zeros = torch.zeros(spec.groups, o, size, dtype=torch.float64)
         return cls(
             count=0,
@@ -60,9 +68,20 @@ class Moments:
             cross=zeros,
             mean=zeros[:, 0],
             missed=zeros[..., 0].flatten(),
-            missed_power=0.0,
-            power=float(weight.double().square().sum()),
+            missed_covariance=torch.zeros(spec.groups, o, o, dtype=torch.float64),
+            output_covariance=by_group @ by_group.mT,
         )
+
+    @property
+    def power(self) -> float:
+        """E‖y − E y‖²."""
+        return _trace(self.output_covariance)
+
+    def error_covariance(self, spec: ConvSpec, weight: Tensor, kernel: Tensor) -> Tensor:
+        """Cov(y − ŷ), g × O × O, of another kernel in the place of `weight`."""
+        difference = _by_group(spec, weight.double() - kernel.double())
+        shared = difference @ self.cross.mT
+        return difference @ self.covariance @ difference.mT + shared + shared.mT + self.missed_covariance
 
 
 @dataclass(frozen=True)
@@ -71,81 +90,189 @@ class Approximation:
 
     scheme: str
     rank: int
-    weights: tuple[Tensor, Tensor]  # float64, as the structure's table has them
+    weights: tuple[Tensor, ...]  # float64, as the structure's table has them
     kernel: Tensor  # O × C × kh × kw, float64: what the factors amount to
     bias_shift: Tensor  # O: what the bias must be raised by
+    basis: Tensor  # orthonormal rows, from which the fit can be taken up again
     weight_error: float  # ‖W − Ŵ‖ / ‖W‖
     output_error: float  # √(E‖y − ŷ‖² / E‖y − E y‖²)
-    objective: tuple[float, ...]  # after each sweep, as a share of E‖y − E y‖²
+    weighted_error: float | None  # E tr(G (y − ŷ)(y − ŷ)ᵀ), where G is known
+    objective: tuple[float, ...]  # after each sweep, as a share of E‖Lᵀ(y − E y)‖²
 
 
-def approximate(
-    spec: ConvSpec, weight: Tensor, moments: Moments, scheme: str, rank: int, sweeps: int = _SWEEPS
-) -> Approximation:
-    """Fit factors of `rank` by alternating least squares; no sweep raises the objective.
+@dataclass(frozen=True)
+class Problem:
+    """One layer, to be fitted in several forms.
 
     Args:
         spec: geometry of the dense layer.
         weight: O × C/g × kh × kw.
         moments: of the layer's data.
-        scheme: name of a structure that applies to `spec`.
-        rank: from 1 to `full_rank`, at which every kernel has the form.
-        sweeps: at most so many.
+        importance: G of the outputs, g × O/g × O/g, positive semidefinite; None where all matter alike.
     """
-    dense = rearrange(weight.double(), "(g o) c i j -> g o c (i j)", g=spec.groups)
-    scale = float(moments.covariance.diagonal(dim1=-2, dim2=-1).mean())
-    metric, cross = torch.eye(moments.covariance.shape[-1], dtype=torch.float64), moments.cross
-    if scale <= torch.finfo(torch.float32).eps ** 2 * float(moments.mean.square().mean()):
-        # Images that are all alike vary by rounding alone, of which there is nothing to learn.
-        scale, metric, cross = 1.0, metric.repeat(spec.groups, 1, 1), torch.zeros_like(cross)
-    else:
-        metric = moments.covariance / scale + _RIDGE * metric
-    structure = BY_NAME[scheme]
-    fit = _SOLVERS.get(scheme, functools.partial(_fit_pair, structure, spec))
-    left, right, objective = fit(dense, metric, cross / scale, moments.missed_power / scale, rank, sweeps)
-    weights = structure.kernels(spec, left, right)
-    kernel = structure.compose(spec, *weights)
-    difference = rearrange(weight.double() - kernel, "(g o) c i j -> g o (c i j)", g=spec.groups)
-    norm = float(dense.square().sum()) or 1.0
-    return Approximation(
-        scheme=scheme,
-        rank=rank,
-        weights=weights,
-        kernel=kernel,
-        bias_shift=moments.missed + (difference @ moments.mean[..., None]).flatten(),
-        weight_error=float(difference.square().sum() / norm) ** 0.5,
-        output_error=output_error(spec, weight, kernel, moments),
-        objective=tuple(value * scale / (moments.power or 1.0) for value in objective),
-    )
+
+    spec: ConvSpec
+    weight: Tensor
+    moments: Moments
+    importance: Tensor | None = None
+
+    def fit(
+        self, scheme: str, rank: int, sweeps: int = _SWEEPS, basis: Tensor | None = None
+    ) -> Approximation:
+        """Factors of `rank` by alternating least squares; no sweep raises the objective.
+
+        Args:
+            scheme: name of a structure that applies to the layer.
+            rank: from 1 to `full_rank`, at which every kernel has the form.
+            sweeps: at most so many.
+            basis: that of an earlier fit in the same form to start from.
+        """
+        spec, moments = self.spec, self.moments
+        form = FORMS[scheme]
+        # Which factors are given anew for each output cannot take up a mixture of outputs.
+        separate = isinstance(form, Structure) and "o" in form.axes[0]
+        problem = self._separate if separate else self._mixed
+        solve = _SOLVERS.get(scheme, _fit_pair)
+        weights, basis, objective = solve(problem, scheme, rank, sweeps, basis)
+        *others, last = weights
+        by_group = last.reshape(*problem.half.shape[:2], -1)
+        last = torch.linalg.solve_triangular(problem.half.mT, by_group, upper=True).reshape(last.shape)
+        kernel = form.compose(spec, *others, last)
+        difference = _by_group(spec, self.weight.double() - kernel)
+        covariance = moments.error_covariance(spec, self.weight, kernel)
+        norm = float(self.weight.double().square().sum()) or 1.0
+        return Approximation(
+            scheme=scheme,
+            rank=rank,
+            weights=(*others, last),
+            kernel=kernel,
+            bias_shift=moments.missed + (difference @ moments.mean[..., None]).flatten(),
+            basis=basis,
+            weight_error=float(difference.square().sum() / norm) ** 0.5,
+            output_error=math.sqrt(max(_trace(covariance), 0.0) / (moments.power or 1.0)),
+            weighted_error=None
+            if self.importance is None
+            else max(_trace(self.importance @ covariance), 0.0),
+            objective=tuple(value * problem.scale / (problem.power or 1.0) for value in objective),
+        )
+
+    @functools.cached_property
+    def _mixed(self) -> "_Weighted":
+        return self._weighted(_half(self.spec, self.importance))
+
+    @functools.cached_property
+    def _separate(self) -> "_Weighted":
+        half = _half(self.spec, self.importance)
+        return self._weighted(half.square().sum(-1).sqrt().diag_embed())
+
+    def _weighted(self, half: Tensor) -> "_Weighted":
+        spec, moments = self.spec, self.moments
+        scale = float(moments.covariance.diagonal(dim1=-2, dim2=-1).mean())
+        metric, cross = torch.eye(moments.covariance.shape[-1], dtype=torch.float64), moments.cross
+        if scale <= torch.finfo(torch.float32).eps ** 2 * float(moments.mean.square().mean()):
+            # Images that are all alike vary by rounding alone, of which there is nothing to learn.
+            scale, metric, cross = 1.0, metric.repeat(spec.groups, 1, 1), torch.zeros_like(cross)
+        else:
+            metric = moments.covariance / scale + _RIDGE * metric
+        dense = half.mT @ _by_group(spec, self.weight.double())
+        return _Weighted(
+            spec=spec,
+            half=half,
+            scale=scale,
+            power=_trace(half.mT @ moments.output_covariance @ half),
+            dense=dense.view(spec.groups, *dense.shape[1:2], spec.weight_shape[1], -1),
+            metric=metric,
+            cross=half.mT @ cross / scale,
+            constant=_trace(half.mT @ moments.missed_covariance @ half) / scale,
+        )
+
+
+def approximate(
+    spec: ConvSpec, weight: Tensor, moments: Moments, scheme: str, rank: int, sweeps: int = _SWEEPS
+) -> Approximation:
+    """Fit a layer in one form; see `Problem`."""
+    return Problem(spec, weight, moments).fit(scheme, rank, sweeps)
 
 
 def output_error(spec: ConvSpec, weight: Tensor, kernel: Tensor, moments: Moments) -> float:
     """√(E‖y − ŷ‖² / E‖y − E y‖²) of another kernel in the place of `weight`, the bias being refitted."""
-    difference = rearrange(weight.double() - kernel.double(), "(g o) c i j -> g o (c i j)", g=spec.groups)
-    error = (
-        (difference @ moments.covariance * difference).sum()
-        + 2 * (difference * moments.cross).sum()
-        + moments.missed_power
-    )
-    relative = float(error) / (moments.power or 1.0)
-    return math.sqrt(max(relative, 0.0))
+    error = _trace(moments.error_covariance(spec, weight, kernel))
+    return math.sqrt(max(error, 0.0) / (moments.power or 1.0))
+
+
+def _half(spec: ConvSpec, importance: Tensor | None) -> Tensor:
+    """L, lower triangular, g × O × O, of an importance LLᵀ; the identity where there is none."""
+    ones = torch.eye(spec.out_channels // spec.groups, dtype=torch.float64).expand(spec.groups, -1, -1)
+    mean = 0.0 if importance is None else float(importance.diagonal(dim1=-2, dim2=-1).mean())
+    if importance is None or not 0 < mean < math.inf:
+        return ones
+    half: Tensor = torch.linalg.cholesky(importance / mean + _LEAST_IMPORTANCE * ones)
+    return half
+
+
+def _by_group(spec: ConvSpec, weight: Tensor) -> Tensor:
+    """A kernel as g × O × C·K."""
+    return rearrange(weight, "(g o) c i j -> g o (c i j)", g=spec.groups)
+
+
+def _trace(matrices: Tensor) -> float:
+    return float(matrices.diagonal(dim1=-2, dim2=-1).sum())
+
+
+@dataclass(frozen=True)
+class _Weighted:
+    """What to fit to, outputs weighted by Lᵀ, and all moments divided by one scale."""
+
+    spec: ConvSpec
+    half: Tensor  # L, g × O × O
+    scale: float
+    power: float  # E‖Lᵀ(y − E y)‖², not scaled
+    dense: Tensor  # LᵀW, g × O × C × K
+    metric: Tensor  # S + ρI, g × C·K × C·K
+    cross: Tensor  # LᵀE, g × O × C·K
+    constant: float  # E‖Lᵀ(e − E e)‖²
+
+    @functools.cached_property
+    def target(self) -> Tensor:
+        """W(S + ρI) + E, in the shape of W."""
+        return _product(self.dense, self.metric) + self.cross.view(self.dense.shape)
+
+    @functools.cached_property
+    def start(self) -> float:
+        """The objective without any kernel."""
+        return float((self.dense * (self.target + self.cross.view(self.dense.shape))).sum()) + self.constant
+
+    @functools.cached_property
+    def unconstrained(self) -> Tensor:
+        """The best kernel of all, in the shape of W."""
+        return self.dense + _solve(self.metric, self.cross.mT).mT.view(self.dense.shape)
+
+    @functools.cached_property
+    def bases(self) -> dict[str, Tensor]:
+        """Of full rank, for each structure that has been begun with: those of lower rank begin them."""
+        return {}
+
+
+_Solution = tuple[tuple[Tensor, ...], Tensor, list[float]]
+"""Kernels of the convolutions, the basis, and the objective after each sweep."""
 
 
 # W[o,c,k] = Σ_m P[o,c,m] D[c,m,k], for each group: D acts on every channel by itself.
 
 
 def _fit_depthwise_pointwise(
-    dense: Tensor, metric: Tensor, cross: Tensor, constant: float, rank: int, sweeps: int
-) -> tuple[Tensor, Tensor, list[float]]:
+    problem: _Weighted, scheme: str, rank: int, sweeps: int, basis: Tensor | None
+) -> _Solution:
+    dense, metric = problem.dense, problem.metric
     groups, _, channels, taps = dense.shape
-    cross = cross.view(dense.shape)
+    cross = problem.cross.view(dense.shape)
     by_channel = metric.view(groups * channels, taps, channels * taps)
     diagonal = (
         metric.view(groups, channels, taps, channels, taps).diagonal(dim1=1, dim2=3).permute(0, 3, 1, 2)
     )
-    target = _product(dense, metric) + cross
-    start = float((dense * (target + cross)).sum()) + constant
-    depthwise = _leading_rows(dense.transpose(1, 2), diagonal, rank)
+    target, start = problem.target, problem.start
+    depthwise = _leading_rows(dense.transpose(1, 2), diagonal, rank) if basis is None else basis.double()
+    along = _eigen(diagonal)
     objective: list[float] = []
 
     def filtered(depthwise: Tensor) -> Tensor:
@@ -177,29 +304,31 @@ def _fit_depthwise_pointwise(
 
         blocks = by_pairs.diagonal(dim1=1, dim2=3).permute(0, 3, 1, 2)
         solution = _conjugate_gradients(
-            hessian, _kronecker_inverse(blocks, diagonal), wanted, depthwise, (1, 2, 3), _CG_STEPS
+            hessian, _kronecker_inverse(_eigen(blocks), along), wanted, depthwise, (1, 2, 3), _CG_STEPS
         )
         depthwise = torch.linalg.qr(solution.mT).Q.mT
-    left = depthwise.mT.flatten(0, 1)
-    return left, rearrange(pointwise, "g o c m -> (g c) m o"), objective
+    right = rearrange(pointwise, "g o c m -> (g c) m o")
+    return BY_NAME[scheme].kernels(problem.spec, depthwise.mT.flatten(0, 1), right), depthwise, objective
 
 
 # W[o,c,k] = Σ_m P[o,c,m] D[o,m,k]: every output channel by itself, under one metric.
 
 
 def _fit_pointwise_depthwise(
-    dense: Tensor, metric: Tensor, cross: Tensor, constant: float, rank: int, sweeps: int
-) -> tuple[Tensor, Tensor, list[float]]:
+    problem: _Weighted, scheme: str, rank: int, sweeps: int, basis: Tensor | None
+) -> _Solution:
+    dense, metric = problem.dense, problem.metric
     groups, outputs, channels, taps = dense.shape
-    target = _product(dense, metric) + cross.view(dense.shape)
-    start = float((dense * (target + cross.view(dense.shape))).sum()) + constant
+    cross = problem.cross.view(dense.shape)
+    target = _product(dense, metric) + cross
+    start = float((dense * (target + cross)).sum()) + problem.constant
     by_tap = metric.view(groups, channels, taps, channels, taps)
     over_channels = torch.einsum("gckcl->gkl", by_tap)[:, None] / channels
     over_taps = torch.einsum("gakbk->gab", by_tap)[:, None] / taps
     ones = torch.eye(rank, dtype=torch.float64).expand(groups, outputs, -1, -1)
-    depthwise = _leading_rows(dense, over_channels, rank)
+    depthwise = _leading_rows(dense, over_channels, rank) if basis is None else basis.double()
     pointwise = dense @ depthwise.mT
-    precondition = _kronecker_inverse(over_taps, ones)
+    precondition = _kronecker_inverse(_eigen(over_taps), _eigen(ones))
     objective: list[float] = []
     while True:
 
@@ -207,7 +336,7 @@ def _fit_pointwise_depthwise(
             return _product(step @ depthwise, metric) @ depthwise.mT
 
         # P by conjugate gradients: its C·M normal equations differ from output to output.
-        rest = _product(dense - pointwise @ depthwise, metric) + cross.view(dense.shape)
+        rest = _product(dense - pointwise @ depthwise, metric) + cross
         correction = _conjugate_gradients(
             hessian, precondition, rest @ depthwise.mT, torch.zeros_like(pointwise), (2, 3), _FEW_CG_STEPS
         )
@@ -225,59 +354,85 @@ def _fit_pointwise_depthwise(
         solution = _solve(gram, wanted.flatten(2)[..., None]).view(depthwise.shape)
         rows_of, mixing = torch.linalg.qr(solution.mT)
         depthwise, pointwise = rows_of.mT, pointwise @ mixing.mT
-    return pointwise.flatten(0, 1), depthwise.flatten(0, 1), objective
+    kernels = BY_NAME[scheme].kernels(problem.spec, pointwise.flatten(0, 1), depthwise.flatten(0, 1))
+    return kernels, depthwise, objective
 
 
 # W[o,a,b] = Σ_r H[o,r,b] V[r,a]: the first factor acts on some axes of a patch, the second on the others.
 # Spatial pairs (a = c i, b = j, or a = c j, b = i), channel subspaces (a = c, b = i j, or a = c i j, no b).
 
 
-def _fit_pair(
-    structure: Structure,
-    spec: ConvSpec,
-    dense: Tensor,
-    metric: Tensor,
-    cross: Tensor,
-    constant: float,
-    rank: int,
-    sweeps: int,
-) -> tuple[Tensor, Tensor, list[float]]:
+def _fit_pair(problem: _Weighted, scheme: str, rank: int, sweeps: int, basis: Tensor | None) -> _Solution:
+    spec, form = problem.spec, FORMS[scheme]
+    structure = form.outer if isinstance(form, Nested) else form
     batch, rows, columns = structure.axes
-    sizes = {"g": spec.groups, "c": dense.shape[2], "i": spec.kernel_size[0], "j": spec.kernel_size[1]}
+    sizes = {
+        "g": spec.groups,
+        "c": problem.dense.shape[2],
+        "i": spec.kernel_size[0],
+        "j": spec.kernel_size[1],
+    }
     first, second = " ".join(rows), " ".join(axis for axis in columns if axis != "o")
     outputs = "(g o) 1" if "o" in batch else "g o"
-    dense, cross = (
+    dense, cross, target, unconstrained = (
         rearrange(
             each.view(spec.groups, -1, *spec.weight_shape[1:]),
             f"g o c i j -> {outputs} ({first}) ({second})",
         )
-        for each in (dense, cross)
+        for each in (problem.dense, problem.cross, problem.target, problem.unconstrained)
     )
     other = {"c": "d", "i": "k", "j": "l"}
     primed = [" ".join(other[axis] for axis in axes.split()) for axes in (first, second)]
-    by_axes = rearrange(
-        metric, f"g (c i j) (d k l) -> g ({first}) ({second}) ({primed[0]}) ({primed[1]})",
+    metric = rearrange(
+        problem.metric, f"g (c i j) (d k l) -> g ({first}) ({second}) ({primed[0]}) ({primed[1]})",
         **sizes, **{other[axis]: sizes[axis] for axis in "cij"},
     )  # fmt: skip
     if "o" in batch:
-        by_axes = by_axes.repeat_interleave(spec.out_channels // spec.groups, 0)
-    v, h, objective = _alternate_pair(dense, by_axes, cross, constant, rank, sweeps)
-    return v.mT, rearrange(h, "g o r b -> g r (o b)"), objective
+        metric = metric.repeat_interleave(spec.out_channels // spec.groups, 0)
+    inner = form.inner_rank(spec, rank) if isinstance(form, Nested) else None
+    over_rows = torch.einsum("gabcb->gac", metric) / metric.shape[2]
+    if basis is None:
+        if structure.name not in problem.bases:
+            matrices = rearrange(unconstrained, "g o a b -> g (o b) a")
+            problem.bases[structure.name] = _leading_rows(matrices, over_rows, structure.full_rank(spec))
+        basis = problem.bases[structure.name][:, :rank]
+    v, h, objective = _alternate_pair(
+        dense, metric, cross, target, problem.start, over_rows, basis.double(), inner, sweeps
+    )
+    kernels: tuple[Tensor, ...] = structure.kernels(spec, v.mT, rearrange(h, "g o r b -> g r (o b)"))
+    if isinstance(form, Nested):
+        _, within = structure.split(spec, rank)
+        # H has rank `inner` over outputs, so that nothing is cut off here.
+        columns_of, values, rows_of = torch.linalg.svd(
+            form.inner.unfold(within, kernels[1]), full_matrices=False
+        )
+        left = columns_of[..., :inner] * values[..., None, :inner]
+        kernels = (kernels[0], *form.inner.kernels(within, left, rows_of[..., :inner, :]))
+    return kernels, v, objective
 
 
 def _alternate_pair(
-    dense: Tensor, metric: Tensor, cross: Tensor, constant: float, rank: int, sweeps: int
+    dense: Tensor,
+    metric: Tensor,
+    cross: Tensor,
+    target: Tensor,
+    start: float,
+    over_rows: Tensor,
+    v: Tensor,
+    inner: int | None,
+    sweeps: int,
 ) -> tuple[Tensor, Tensor, list[float]]:
-    """V, g × R × A, and H, g × O × R × B, for W, g × O × A × B, under S, g × A × B × A × B."""
+    """V, g × R × A, and H, g × O × R × B, for W, g × O × A × B, under S, g × A × B × A × B.
+
+    With `inner`, H maps to a subspace of so many dimensions of the outputs. `over_rows` is S as far as it
+    concerns A alone, which conditions the search for V.
+    """
     groups, outputs, rows, columns = dense.shape
-    flat = metric.reshape(groups, rows * columns, -1)
-    target = _product(dense, flat) + cross
-    start = float((dense * (target + cross)).sum()) + constant
-    over_rows = torch.einsum("gabcb->gac", metric) / columns
+    rank = v.shape[1]
     by_row = metric.reshape(groups, rows, -1)
-    best = dense + _solve(flat, cross.flatten(2).mT).mT.view(dense.shape)  # the kernel without a structure
-    v = _leading_rows(rearrange(best, "g o a b -> g (o b) a"), over_rows, rank)
+    along = _eigen(over_rows)
     objective: list[float] = []
+    full = rank == min(rows, outputs * columns) and inner in (None, outputs)
 
     def filtered(v: Tensor) -> Tensor:
         """V S as g × R·B × A × B."""
@@ -293,8 +448,13 @@ def _alternate_pair(
         missing = missing + torch.einsum("goab,gra->gorb", cross, v).flatten(2)
         h = projected + _solve(gram, missing.mT).mT.view(projected.shape)
         onto = torch.einsum("goab,gra->gorb", target, v)
-        objective.append(start - float((h * onto).sum()))
-        if len(objective) >= sweeps or rank == min(rows, outputs * columns) or _settled(objective):
+        if inner is None or inner >= outputs:
+            objective.append(start - float((h * onto).sum()))
+        else:
+            h = _reduced(h.flatten(2), gram, inner).view(h.shape)
+            quadratic = (h.flatten(2) @ gram * h.flatten(2)).sum()
+            objective.append(start - float(2 * (h * onto).sum() - quadratic))
+        if len(objective) >= sweeps or full or _settled(objective):
             break
         # V by conjugate gradients.
         by_pairs = h.flatten(2).mT @ h.flatten(2)
@@ -306,13 +466,25 @@ def _alternate_pair(
 
         between = by_pairs.view(groups, rank, columns, rank, columns).diagonal(dim1=2, dim2=4).sum(-1)
         solution = _conjugate_gradients(
-            hessian, _kronecker_inverse(between, over_rows), wanted, v, (1, 2), _FEW_CG_STEPS
+            hessian, _kronecker_inverse(_eigen(between), along), wanted, v, (1, 2), _FEW_CG_STEPS
         )
         v = torch.linalg.qr(solution.mT).Q.mT
     return v, h, objective
 
 
-_SOLVERS: dict[str, Callable[..., tuple[Tensor, Tensor, list[float]]]] = {
+def _reduced(h: Tensor, gram: Tensor, rank: int) -> Tensor:
+    """The nearest to H, g × O × M, of a rank under a metric M × M: reduced-rank regression.
+
+    (A. J. Izenman, "Reduced-rank regression for the multivariate linear model", J. Multivariate Analysis 5,
+    1975.)
+    """
+    by_output = h @ gram @ h.mT
+    vectors = torch.linalg.eigh((by_output + by_output.mT) / 2).eigenvectors[..., -rank:]
+    reduced: Tensor = vectors @ (vectors.mT @ h)
+    return reduced
+
+
+_SOLVERS: dict[str, Callable[[_Weighted, str, int, int, Tensor | None], _Solution]] = {
     DEPTHWISE_POINTWISE: _fit_depthwise_pointwise,
     POINTWISE_DEPTHWISE: _fit_pointwise_depthwise,
 }
@@ -347,10 +519,14 @@ def _solve(gram: Tensor, right: Tensor) -> Tensor:
     return solution
 
 
-def _kronecker_inverse(left: Tensor, right: Tensor) -> Callable[[Tensor], Tensor]:
-    """X ↦ the pseudo-inverse of (left ⊗ right) on X, of … × m × k: both are symmetric."""
-    left_values, left_vectors = _eigen(left)
-    right_values, right_vectors = _eigen(right)
+_Eigen = tuple[Tensor, Tensor]
+"""Eigenvalues and eigenvectors of symmetric matrices."""
+
+
+def _kronecker_inverse(left: _Eigen, right: _Eigen) -> Callable[[Tensor], Tensor]:
+    """X ↦ the pseudo-inverse of (left ⊗ right) on X, of … × m × k."""
+    left_values, left_vectors = left
+    right_values, right_vectors = right
     values = left_values.clamp(min=0)[..., :, None] * right_values.clamp(min=0)[..., None, :]
     threshold = 1e-12 * values.amax((-2, -1), keepdim=True)
     inverse = torch.where(values > threshold, 1 / values, torch.zeros_like(values))
@@ -362,7 +538,7 @@ def _kronecker_inverse(left: Tensor, right: Tensor) -> Callable[[Tensor], Tensor
     return apply
 
 
-def _eigen(matrix: Tensor) -> tuple[Tensor, Tensor]:
+def _eigen(matrix: Tensor) -> _Eigen:
     values, vectors = torch.linalg.eigh(matrix)
     return values, vectors
 

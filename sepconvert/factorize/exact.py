@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sepconvert.factorize.border import Border, zero_border
 from sepconvert.factorize.rounding import rounding_noise, unit_roundoff
-from sepconvert.factorize.structures import BY_NAME, STRUCTURES, Structure
+from sepconvert.factorize.structures import BY_NAME, FORMS, STRUCTURES, Structure
 from sepconvert.spec import ConvSpec, Pair, chain_macs, chain_params
 
 ZERO_BORDER = "zero-border"
@@ -167,19 +167,18 @@ def compose(spec: ConvSpec, scheme: str, border: Border, weights: Sequence[Tenso
     """The dense kernel O × C/g × kh × kw that the factors of a layer of geometry `spec` amount to."""
     if scheme == ZERO_BORDER:
         return border.restore(weights[0])
-    first, second = weights
-    return border.restore(BY_NAME[scheme].compose(border.trim_spec(spec), first, second))
+    return border.restore(FORMS[scheme].compose(border.trim_spec(spec), *weights))
 
 
 def split(spec: ConvSpec, scheme: str, rank: int, border: Border) -> tuple[ConvSpec, ...]:
     """Geometry of the convolutions that replace a dense one."""
     trimmed = border.trim_spec(spec)
-    return (trimmed,) if scheme == ZERO_BORDER else BY_NAME[scheme].split(trimmed, rank)
+    return (trimmed,) if scheme == ZERO_BORDER else FORMS[scheme].split(trimmed, rank)
 
 
 def branches(spec: ConvSpec, scheme: str, rank: int, border: Border) -> tuple[tuple[ConvSpec, ...], ...]:
     """Geometry of the convolutions as they are laid out: chains, the outputs of which are summed."""
-    if scheme == ZERO_BORDER or not BY_NAME[scheme].parallel:
+    if scheme == ZERO_BORDER or not FORMS[scheme].parallel:
         return (split(spec, scheme, rank, border),)
     unbiased = split(replace(spec, bias=False), scheme, 1, border)
     return (unbiased,) * (rank - 1) + (split(spec, scheme, 1, border),)

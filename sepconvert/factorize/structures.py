@@ -10,12 +10,15 @@ All patterns are invertible, so composing the two convolutions is the same table
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from math import prod
+from math import ceil, prod
 
 from einops import rearrange
 from torch import Tensor
 
 from sepconvert.spec import ConvSpec
+
+Form = tuple[str, int]
+"""Name of a structure, and rank."""
 
 
 @dataclass(frozen=True)
@@ -48,11 +51,15 @@ class Structure:
         first = rearrange(left, self.first, **_sizes(self.first, spec))
         return first, rearrange(right, self.second, **_sizes(self.second, spec))
 
-    def compose(self, spec: ConvSpec, first: Tensor, second: Tensor) -> Tensor:
-        """The dense kernel O × C/g × kh × kw that the two convolutions amount to."""
+    def factors(self, spec: ConvSpec, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
+        """Inverse of `kernels`."""
         to_left, to_right = _reverse(self.first), _reverse(self.second)
         left = rearrange(first, to_left, **_sizes(to_left, spec))
-        right = rearrange(second, to_right, **_sizes(to_right, spec))
+        return left, rearrange(second, to_right, **_sizes(to_right, spec))
+
+    def compose(self, spec: ConvSpec, *kernels: Tensor) -> Tensor:
+        """The dense kernel O × C/g × kh × kw that the two convolutions amount to."""
+        left, right = self.factors(spec, *kernels)
         return self.fold(spec, left @ right)
 
     def split(self, spec: ConvSpec, rank: int) -> tuple[ConvSpec, ConvSpec]:
@@ -215,4 +222,51 @@ STRUCTURES: tuple[Structure, ...] = (
     ),
 )
 
+
+@dataclass(frozen=True)
+class Nested:
+    """One structure within another: the second convolution of `outer` is written as two of `inner`.
+
+    Its rank is that of `outer`; `inner` has as many channels for each output as that has for each input,
+    rounded up to `block`.
+    """
+
+    name: str
+    outer: Structure
+    inner: Structure
+    block: int
+    parallel = False
+
+    def applies(self, spec: ConvSpec) -> bool:
+        """To kernels that both apply to."""
+        return self.outer.applies(spec) and self.inner.applies(spec)
+
+    def inner_rank(self, spec: ConvSpec, rank: int) -> int:
+        """Of `inner`, at a rank of `outer`."""
+        share = rank * _out_per_group(spec) / _in_per_group(spec)
+        _, second = self.outer.split(spec, rank)
+        return min(ceil(share / self.block) * self.block, self.inner.full_rank(second))
+
+    def split(self, spec: ConvSpec, rank: int) -> tuple[ConvSpec, ...]:
+        """Geometry of the three convolutions."""
+        first, second = self.outer.split(spec, rank)
+        return first, *self.inner.split(second, self.inner_rank(spec, rank))
+
+    def compose(self, spec: ConvSpec, *kernels: Tensor) -> Tensor:
+        """The dense kernel O × C/g × kh × kw that the three convolutions amount to."""
+        first, *others = kernels
+        _, second = self.outer.split(spec, len(first) // spec.groups)
+        return self.outer.compose(spec, first, self.inner.compose(second, *others))
+
+    def full_rank(self, spec: ConvSpec) -> int:
+        """The rank at which every kernel has this form."""
+        return self.outer.full_rank(spec)
+
+
 BY_NAME = {structure.name: structure for structure in STRUCTURES}
+
+# W[o,c,i,j] = Σ_s Q[o,s] Σ_r K[s,r,i,j] P[r,c]  (Tucker's decomposition over the channels)
+CHANNEL_SUBSPACE = Nested("channel-subspace", BY_NAME["input-subspace"], BY_NAME["output-subspace"], block=8)
+
+FORMS: dict[str, Structure | Nested] = {**BY_NAME, CHANNEL_SUBSPACE.name: CHANNEL_SUBSPACE}
+"""All that a layer can be replaced by; a nested one is never found exact, as both of its parts are."""

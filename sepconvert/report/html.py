@@ -4,7 +4,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
 
+from sepconvert.report.plots import trade_off
 from sepconvert.report.terminal import sentences
 
 
@@ -17,6 +19,11 @@ def render_html(document: Mapping[str, Any]) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    approximation = document["approximation"]
+    curve = () if approximation is None else approximation["curve"]
+    carried_out = sum(point["heldout"] is not None for point in curve)
     return environment.get_template("report.html.jinja").render(
-        report=document, sentences=sentences(document)
+        report=document,
+        sentences=sentences(document),
+        picture=Markup(trade_off(curve)) if carried_out > 2 else None,  # noqa: S704  (matplotlib's own SVG)
     )

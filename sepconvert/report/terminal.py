@@ -172,11 +172,12 @@ def curve_table(curve: Sequence[Document]) -> str:
                 "-"
                 if drop is None
                 else f"{drop['value']:.2f} [{drop['ci95'][0]:.2f}, {drop['ci95'][1]:.2f}]",
+                _times(point["predicted_speedup"]) or "-",
                 "-" if speedup is None else _speedup(speedup),
                 "delivered" if point["delivered"] else "",
             ]
         )
-    headers = ["fewer MACs", "layers", "divergence", "drop, pp", "speed-up", ""]
+    headers = ["fewer MACs", "layers", "divergence", "drop, pp", "predicted", "speed-up", ""]
     table: str = tabulate(rows, headers=headers, disable_numparse=True)
     return table
 

@@ -97,7 +97,8 @@ def approximate(document: dict[str, Any]) -> dict[str, Any]:
     document["verification"]["torch_tolerance"] = None
     curve = [
         {
-            "macs": macs, "macs_ratio": ratio, "converted": count, "expected_divergence": 0.5,
+            "macs": macs, "macs_ratio": ratio, "converted": count, "cost": macs,
+            "expected_divergence": 0.5, "lower_bound": 0.25, "predicted_speedup": None,
             "heldout": {"divergence": 0.0625 * count, "agreement": 0.9}, "batchnorm_reestimated": False,
             "accuracy_drop_pp": drop, "latency_speedup": None, "delivered": count == 1, "ranks": {},
         }

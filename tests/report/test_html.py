@@ -120,3 +120,47 @@ def test_an_approximate_conversion(approximate):
     text = Page(render_html(approximate)).text
     assert "average, delivered" in text
     assert "87.5 %" in text
+
+
+def with_times(document, drops):
+    """A curve of plans that were carried out and timed, the last delivered."""
+    curve = document["approximation"]["curve"]
+    curve[1:] = [
+        {
+            **curve[1],
+            "converted": number + 1,
+            "heldout": {"divergence": 0.01 * 2**number, "agreement": 0.9},
+            "accuracy_drop_pp": None if drop is None else {"value": drop, "ci95": [drop - 0.5, drop + 0.5]},
+            "predicted_speedup": 1.5 + number,
+            "latency_speedup": {"median": 1.25 + number, "ci95": [1.2, 1.3], "significant": True},
+            "delivered": drop == drops[-1],
+        }
+        for number, drop in enumerate(drops)
+    ]
+    return curve
+
+
+def test_the_curve_is_drawn(approximate):
+    with_times(approximate, [None, 0.25, 0.75])
+    page = Page(render_html(approximate))
+    assert page.elements.count("svg") == 1
+    for expected in ("-0.25 pp", "-0.75 pp, delivered", "measured speed-up, ×"):
+        assert expected in page.text
+    for predicted, measured in (("1.50×", "1.25×"), ("3.50×", "3.25×")):
+        assert predicted in page.text
+        assert measured in page.text
+    # Nothing is fetched, and the same document gives the same page.
+    assert not [value for name, value in page.attributes if name in ("src", "href") and "//" in (value or "")]
+    assert render_html(approximate) == render_html(approximate)
+
+
+def test_a_curve_without_times_is_drawn_over_macs(approximate):
+    for point in with_times(approximate, [0.25, 0.75]):
+        point["latency_speedup"] = None
+    page = Page(render_html(approximate))
+    assert "fewer MACs, ×" in page.text
+    assert "measured speed-up, ×" not in page.text
+
+
+def test_two_points_are_no_curve(approximate):
+    assert "svg" not in Page(render_html(approximate)).elements

@@ -143,7 +143,7 @@ def test_an_approximate_conversion(approximate):
     rows = [" ".join(line.split()) for line in text.splitlines()]
     assert "fit the weights 9.5000 15.0" in rows
     assert "re-estimate BatchNorm (not kept) 0.7500 50.0" in rows
-    assert "2.00× 1 0.0625 0.25 [-0.05, 0.55] - delivered" in rows
+    assert "2.00× 1 0.0625 0.25 [-0.05, 0.55] - - delivered" in rows
     assert "1 plans were measured on --data." in rows
     assert "0.38 out" in layer_table(approximate["layers"])
 
