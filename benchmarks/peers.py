@@ -21,6 +21,7 @@ from typing import Any
 import click
 import numpy as np
 import torch
+from matplotlib.figure import Figure
 from tabulate import tabulate
 from torch import Tensor, nn
 
@@ -470,14 +471,8 @@ STYLES = {
 
 def plot(nets: Mapping[str, Mapping[str, Any]], path: Path) -> None:
     """One panel a net: accuracy lost, downwards, against measured speed-up; one line a tool."""
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, axes = plt.subplots(
-        1, len(nets), figsize=(5.2 * len(nets), 5.4), squeeze=False, sharey=True, layout="constrained"
-    )
+    figure = Figure(figsize=(5.2 * len(nets), 5.4), layout="constrained")
+    axes = figure.subplots(1, len(nets), squeeze=False, sharey=True)
     for axis, (name, net) in zip(axes[0], nets.items(), strict=True):
         for tool, speeds, drops in curves(net["points"]):
             style = {"markersize": 6, "linewidth": 1.3, "alpha": 0.9, **STYLES[tool]}
@@ -501,7 +496,6 @@ def plot(nets: Mapping[str, Mapping[str, Any]], path: Path) -> None:
     }
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=5, frameon=False)
     figure.savefig(path, dpi=150)
-    plt.close(figure)
 
 
 def curves(points: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, list[float], list[float]]]:

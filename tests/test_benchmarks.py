@@ -73,7 +73,6 @@ def test_every_tool_has_a_style():
 
 
 def test_a_plot_has_a_panel_for_each_net(net, tmp_path):
-    pytest.importorskip("matplotlib", reason="the extra bench")
     peers.plot({"one": net, "two": net}, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
 
