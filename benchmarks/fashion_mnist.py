@@ -93,7 +93,7 @@ def train(model: nn.Module, x: Tensor, y: Tensor, epochs: int) -> None:
 @click.command(help=__doc__)
 @click.argument("source", type=click.Path(exists=True, file_okay=False, path_type=Path))
 @click.argument("out", type=click.Path(file_okay=False, path_type=Path))
-@click.option("--epochs", default=6, show_default=True)
+@click.option("--epochs", default=5, show_default=True)
 @click.option("--seed", default=0, show_default=True)
 def main(source: Path, out: Path, epochs: int, seed: int) -> None:
     out.mkdir(parents=True, exist_ok=True)
