@@ -246,7 +246,7 @@ def survey(
         # What one sweep leaves far from the best at its cost does not get there in some more.
         promising = [each for each in first if each.error <= _HOPE * _least_error(first, each.cost)]
         offers = [
-            _offer(site, problem.fit(*_form(each), _SURVEY_SWEEPS, each.fitted.basis.double()), each.cost)
+            _offer(site, problem.fit(*_form(each), _SURVEY_SWEEPS, each.fitted.basis), each.cost)
             for each in promising
         ]
         if offers := _undominated(offers):
@@ -270,7 +270,8 @@ def _problem(site: ConvSite, moments: Moments, calibration: Calibration | None) 
 
 
 def _offer(site: ConvSite, fitted: Approximation, cost: float) -> Offer:
-    return Offer(_trimmed(fitted), macs_of(site, (fitted.scheme, fitted.rank)), cost)
+    assert site.conv is not None  # noqa: S101  (only such layers are surveyed)
+    return Offer(_trimmed(fitted, site.conv.weight.dtype), macs_of(site, (fitted.scheme, fitted.rank)), cost)
 
 
 def _form(offer: Offer) -> Form:
@@ -308,7 +309,7 @@ def carry_out(
     def fit(site: ConvSite, moments: Moments) -> Kernel:
         before = surveyed[site.name].offer(choice[site.name]).fitted
         problem = _problem(site, moments, calibration)
-        found = problem.fit(before.scheme, before.rank, basis=before.basis.double())
+        found = problem.fit(before.scheme, before.rank, basis=before.basis)
         # Plans are many: what follows from the factors is not kept.
         fits[site.name] = replace(found, kernel=torch.empty(0), basis=torch.empty(0))
         return found.kernel, _bias(site, found)
@@ -504,7 +505,8 @@ def replacement(site: ConvSite, fitted: Approximation) -> Replacement:
     return Replacement(fitted.scheme, fitted.rank, Border(), weights, _bias(site, fitted).to(dtype))
 
 
-def _trimmed(fitted: Approximation) -> Approximation:
-    """Without the dense kernel, and with factors in single precision: many of them are kept."""
-    weights = tuple(weight.float() for weight in fitted.weights)
-    return replace(fitted, weights=weights, kernel=torch.empty(0), basis=fitted.basis.float())
+def _trimmed(fitted: Approximation, dtype: torch.dtype) -> Approximation:
+    """Without the dense kernel, and with factors in single precision, or the model's: many are kept."""
+    dtype = torch.promote_types(dtype, torch.float32)
+    weights = tuple(weight.to(dtype) for weight in fitted.weights)
+    return replace(fitted, weights=weights, kernel=torch.empty(0), basis=fitted.basis.to(dtype))

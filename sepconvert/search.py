@@ -383,6 +383,7 @@ def _shortfall(budget: Budget, points: Sequence[Point]) -> str:
         for option, value in (
             ("--rank", budget.rank),
             ("--target-macs", budget.target_macs),
+            ("--target-params", budget.target_params),
             ("--max-drop", budget.max_drop),
             ("--min-speedup", budget.min_speedup),
         )

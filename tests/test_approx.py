@@ -201,7 +201,7 @@ def test_a_demanded_speed_is_measured(small):
 def test_bad_demands(samples, options, message):
     with pytest.raises(SepconvertError, match=message):
         approx(samples, **options)
-    with pytest.raises(SepconvertError, match="are for mode 'approx'"):
+    with pytest.raises(SepconvertError, match="are for the modes approx and auto"):
         convert(load(), samples[0][:2], rank=1)
 
 
@@ -292,7 +292,7 @@ def test_few_channels_are_kept_unless_they_are_named(calib):
     report = convert(model, x[:1], mode="approx", rank=1, calib=loader, include=["0"], runs=0).report
     assert [layer["name"] for layer in converted(report)] == ["0"]
     report = convert(model, x[:1], mode="approx", rank=9, calib=loader, include=["0"], runs=0).report
-    assert "no rank passes the gate" in report["layers"][0]["reason"]
+    assert "no form passes the gate" in report["layers"][0]["reason"]
 
 
 @pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
@@ -391,7 +391,7 @@ def test_auto_mode(timed):
     json.dumps(report, allow_nan=False)
     found = report["approximation"]
     assert report["delta"]["accuracy_drop_pp"]["value"] <= 5.0
-    assert len(found["curve"]) >= 6
+    assert len(found["curve"]) >= 4
     assert all(point["latency_speedup"] for point in found["curve"] if point["heldout"])
     assert found["unit"] == "milliseconds"
     for point in found["curve"]:

@@ -75,7 +75,7 @@ def test_the_demo_network_recovers():
     assert evaluate(result.model, unseen).accuracy().top1 > evaluate(student, unseen).accuracy().top1 + 0.1
 
 
-@pytest.mark.parametrize(("learning_rate", "weights"), [(0.1, "trained"), (3e-2, "average")])
+@pytest.mark.parametrize(("learning_rate", "weights"), [(0.1, "trained"), (2.5e-2, "average")])
 def test_what_is_delivered_is_what_the_history_says(learning_rate, weights):
     result = tuned(epochs=4, learning_rate=learning_rate)
     assert result.delivered.weights == weights
@@ -155,7 +155,8 @@ def test_labels_are_used_where_there_are_any():
     heldout = loader(21, seed=1)
     options = {"epochs": 3, "learning_rate": 1e-2}
     a = finetune(disturbed(teacher), teacher, without, heldout, labelled=True, **options)
-    assert_same(a.model, unlabelled.model)
+    # The same steps, of which labels may choose others.
+    assert [epoch.loss for epoch in a.history] == [epoch.loss for epoch in unlabelled.history]
     assert a.delivered.accuracy is not None
 
 

@@ -35,6 +35,7 @@ _RIDGE = 1e-3
 _LEAST_IMPORTANCE = 0.5
 _SWEEPS = 60
 _ENOUGH = 5e-4  # stop when a sweep lowers the error by less than this share of it
+_ROUNDING = 1e-15
 _CG_STEPS = 12
 _CG_ENOUGH = 1e-16  # share of the preconditioned residual's square
 _FEW_CG_STEPS = 6  # where each costs a product with all of S
@@ -133,6 +134,8 @@ class Problem:
         separate = isinstance(form, Structure) and "o" in form.axes[0]
         problem = self._separate if separate else self._mixed
         solve = _SOLVERS.get(scheme, _fit_pair)
+        if basis is not None:  # it may have been kept in single precision
+            basis = torch.linalg.qr(basis.double().mT).Q.mT
         weights, basis, objective = solve(problem, scheme, rank, sweeps, basis)
         *others, last = weights
         by_group = last.reshape(*problem.half.shape[:2], -1)
@@ -271,7 +274,7 @@ def _fit_depthwise_pointwise(
         metric.view(groups, channels, taps, channels, taps).diagonal(dim1=1, dim2=3).permute(0, 3, 1, 2)
     )
     target, start = problem.target, problem.start
-    depthwise = _leading_rows(dense.transpose(1, 2), diagonal, rank) if basis is None else basis.double()
+    depthwise = _leading_rows(dense.transpose(1, 2), diagonal, rank) if basis is None else basis
     along = _eigen(diagonal)
     objective: list[float] = []
 
@@ -291,7 +294,7 @@ def _fit_depthwise_pointwise(
         pointwise = projected + _solve(gram, missing.mT).mT.view(projected.shape)
         onto = torch.einsum("gock,gcmk->gocm", target, depthwise)
         objective.append(start - float((pointwise * onto).sum()))
-        if len(objective) >= sweeps or rank == taps or _settled(objective):
+        if len(objective) >= sweeps or rank == taps or _settled(objective, start):
             break
         # D by conjugate gradients on its own.
         by_pairs = (pointwise.flatten(2).mT @ pointwise.flatten(2)).view(
@@ -326,7 +329,7 @@ def _fit_pointwise_depthwise(
     over_channels = torch.einsum("gckcl->gkl", by_tap)[:, None] / channels
     over_taps = torch.einsum("gakbk->gab", by_tap)[:, None] / taps
     ones = torch.eye(rank, dtype=torch.float64).expand(groups, outputs, -1, -1)
-    depthwise = _leading_rows(dense, over_channels, rank) if basis is None else basis.double()
+    depthwise = _leading_rows(dense, over_channels, rank) if basis is None else basis
     pointwise = dense @ depthwise.mT
     precondition = _kronecker_inverse(_eigen(over_taps), _eigen(ones))
     objective: list[float] = []
@@ -343,7 +346,7 @@ def _fit_pointwise_depthwise(
         pointwise = pointwise + correction
         kernel = pointwise @ depthwise
         objective.append(start - float((kernel * (2 * target - _product(kernel, metric))).sum()))
-        if len(objective) >= sweeps or _settled(objective):
+        if len(objective) >= sweeps or _settled(objective, start):
             break
         # D by its M·K normal equations.
         rows = rearrange(pointwise, "g o c m -> g (o m) c") @ rearrange(by_tap, "g a k b l -> g b (k a l)")
@@ -396,7 +399,7 @@ def _fit_pair(problem: _Weighted, scheme: str, rank: int, sweeps: int, basis: Te
             problem.bases[structure.name] = _leading_rows(matrices, over_rows, structure.full_rank(spec))
         basis = problem.bases[structure.name][:, :rank]
     v, h, objective = _alternate_pair(
-        dense, metric, cross, target, problem.start, over_rows, basis.double(), inner, sweeps
+        dense, metric, cross, target, problem.start, over_rows, basis, inner, sweeps
     )
     kernels: tuple[Tensor, ...] = structure.kernels(spec, v.mT, rearrange(h, "g o r b -> g r (o b)"))
     if isinstance(form, Nested):
@@ -453,7 +456,7 @@ def _alternate_pair(
             h = _reduced(h.flatten(2), gram, inner).view(h.shape)
             quadratic = (h.flatten(2) @ gram * h.flatten(2)).sum()
             objective.append(start - float(2 * (h * onto).sum() - quadratic))
-        if len(objective) >= sweeps or full or _settled(objective):
+        if len(objective) >= sweeps or full or _settled(objective, start):
             break
         # V by conjugate gradients.
         by_pairs = h.flatten(2).mT @ h.flatten(2)
@@ -504,7 +507,9 @@ def _leading_rows(matrices: Tensor, metric: Tensor, rank: int) -> Tensor:
     return basis.mT
 
 
-def _settled(objective: list[float]) -> bool:
+def _settled(objective: list[float], start: float) -> bool:
+    if objective[-1] <= _ROUNDING * start:  # what is fitted is the rounding of a perfect fit
+        return True
     return len(objective) > 1 and objective[-2] - objective[-1] <= _ENOUGH * abs(objective[-1])
 
 
