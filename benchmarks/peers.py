@@ -498,7 +498,13 @@ def plot(nets: Mapping[str, Mapping[str, Any]], path: Path) -> None:
     handles = {
         label: line for axis in axes[0] for line, label in zip(*axis.get_legend_handles_labels(), strict=True)
     }
-    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=5, frameon=False)
+    figure.legend(
+        handles.values(),
+        handles.keys(),
+        loc="outside lower center",
+        ncols=min(2 * len(nets), 5),
+        frameon=False,
+    )
     figure.savefig(path, dpi=150)
 
 
