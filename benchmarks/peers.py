@@ -405,15 +405,19 @@ def table(name: str, net: Mapping[str, Any]) -> str:
     """A net's points as Markdown, and which of the peers' lie beyond those of sepconvert."""
     original, latency = net[ORIGINAL], net["latency"]
     low, high = latency["noise_floor"]
+    rows = [_row(each, original) for each in net["points"]]
     beyond = [f"{each['tool']} {each['setting']}" for each in beyond_ours(net["points"])]
+    verdict = f"Peers faster and more accurate than a point of {SEPCONVERT}: {'; '.join(beyond) or 'none'}."
+    if not any(each["tool"] == SEPCONVERT for each in measured(net["points"])):
+        verdict = f"No point of {SEPCONVERT} is here to compare with."
     return "\n\n".join(
         (
             f"### {name}",
             f"Original: {100 * original['accuracy']['top1']:.2f} % of {original['accuracy']['n']} images, "
             f"{original['macs'] / 1e6:.1f} M MACs, {latency['original_milliseconds']['median']:.3f} ms; "
             f"against itself {low:.3f} to {high:.3f} times as fast.",
-            tabulate([_row(each, original) for each in net["points"]], headers="keys", tablefmt="github"),
-            f"Peers faster and more accurate than a point of {SEPCONVERT}: {'; '.join(beyond) or 'none'}.",
+            tabulate(rows, headers="keys", tablefmt="github", disable_numparse=True),
+            verdict,
         )
     )
 
@@ -494,7 +498,13 @@ def plot(nets: Mapping[str, Mapping[str, Any]], path: Path) -> None:
     handles = {
         label: line for axis in axes[0] for line, label in zip(*axis.get_legend_handles_labels(), strict=True)
     }
-    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=5, frameon=False)
+    figure.legend(
+        handles.values(),
+        handles.keys(),
+        loc="outside lower center",
+        ncols=min(2 * len(nets), 5),
+        frameon=False,
+    )
     figure.savefig(path, dpi=150)
 
 

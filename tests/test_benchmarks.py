@@ -53,6 +53,11 @@ def test_a_table_shows_every_point_and_the_errors(net):
     assert text.endswith("than a point of sepconvert: none.")
 
 
+def test_without_points_of_ours_a_table_claims_nothing(net):
+    text = peers.table("net", {**net, "points": net["points"][2:]})
+    assert text.endswith("No point of sepconvert is here to compare with.")
+
+
 @pytest.mark.parametrize(
     ("speed", "drop", "beyond"), [(1.6, 0.1, True), (1.6, 1.1, False), (1.4, 0.1, False)]
 )
