@@ -15,9 +15,9 @@ from sepconvert.measure.latency import Speedup
 from sepconvert.progress import Progress
 from sepconvert.report.terminal import curve_table
 
-_POINTS = 8
-_REFINEMENTS = 3
-_POLISHES = 2
+_POINTS = 7
+_REFINEMENTS = 2
+_POLISHES = 1
 _DOUBTFUL = 4
 
 

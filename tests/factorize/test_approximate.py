@@ -190,7 +190,7 @@ def composed(case, scheme, weights):
 # What is reported
 
 
-@numbered(80)
+@numbered(50)
 @given(forms())
 def test_errors_are_those_measured_on_the_samples(form):
     case, scheme, rank = form
@@ -213,7 +213,7 @@ def test_errors_are_those_measured_on_the_samples(form):
     assert np.abs(residual).max() <= 1e-9 * max(np.abs(case.outputs).max(), np.abs(case.patches).max())
 
 
-@numbered(60)
+@numbered(40)
 @given(cases(), st.integers(0, 2**20))
 def test_output_error_of_any_kernel(case, seed):
     kernel = case.weight + np.random.default_rng(seed).standard_normal(case.weight.shape)
@@ -228,7 +228,7 @@ def test_output_error_of_any_kernel(case, seed):
 
 
 @pytest.mark.parametrize("scheme", [*SCHEMES, *PAIRS])
-@numbered(80)
+@numbered(50)
 @given(case=cases(drift=False))
 def test_full_rank_is_the_kernel_itself(scheme, case):
     assume(FORMS[scheme].applies(case.spec))
@@ -258,7 +258,7 @@ def test_full_rank_without_data(scheme, groups, kernel_size):
 
 
 @pytest.mark.parametrize("scheme", [*SCHEMES, *PAIRS[:4]])
-@numbered(50)
+@numbered(30)
 @given(data=st.data(), case=cases())
 def test_of_white_noise_it_is_the_truncated_svd(scheme, data, case):
     spec = case.spec
@@ -300,7 +300,7 @@ def test_kernels_with_zeros(scheme, zero, data):
 # How good it is
 
 
-@numbered(80)
+@numbered(50)
 @given(forms())
 def test_no_sweep_raises_the_objective(form):
     case, scheme, rank = form
@@ -340,7 +340,7 @@ def best_pointwise(case, scheme, rank, weights):
     return rows.reshape(spec.weight_shape)
 
 
-@numbered(80)
+@numbered(50)
 @given(cases(), st.data())
 def test_pointwise_factors_are_the_best_for_the_depthwise_ones(case, data):
     scheme = DEPTHWISE_POINTWISE
@@ -350,7 +350,7 @@ def test_pointwise_factors_are_the_best_for_the_depthwise_ones(case, data):
     np.testing.assert_allclose(found.kernel.numpy(), best, rtol=0, atol=1e-6)
 
 
-@numbered(60)
+@numbered(40)
 @given(cases(), st.data())
 def test_pointwise_factors_are_nearly_the_best_where_they_come_first(case, data):
     """Here they are found by few steps of conjugate gradients in each sweep."""
@@ -374,7 +374,7 @@ def test_a_higher_rank_is_never_worse(scheme, case):
 
 
 @pytest.mark.parametrize("scheme", [*SCHEMES, *PAIRS[:4]])
-@numbered(60)
+@numbered(40)
 @given(case=cases(), data=st.data())
 def test_never_worse_on_the_data_than_the_svd_of_the_kernel(scheme, case, data):
     assume(FORMS[scheme].applies(case.spec))
@@ -459,7 +459,7 @@ def importance_of(case, seed=0):
     return half @ half.transpose(0, 2, 1)
 
 
-@numbered(60)
+@numbered(40)
 @given(forms(schemes=(*SCHEMES, *PAIRS)), st.integers(0, 99))
 def test_the_weighted_error_is_that_measured_on_the_samples(form, seed):
     case, scheme, rank = form
