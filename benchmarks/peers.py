@@ -359,9 +359,8 @@ def time_command(folders: Sequence[Path], runs: int) -> None:
         ]
         shape = session(original, 1).get_inputs()[0].shape
         image = np.random.default_rng(0).standard_normal(shape, dtype=np.float32)
-        first, again, *times = time_all(
-            [original, original, *others], {"input": image}, runs=runs, threads=1, seed=0
-        )
+        models = [(path, {"input": image}) for path in (original, original, *others)]
+        first, again, *times = time_all(models, runs=runs, threads=1, seed=0)
         median, ci95 = median_interval(first)
         write(
             folder / LATENCY,

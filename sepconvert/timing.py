@@ -35,7 +35,12 @@ Timing = tuple[Latency, Latency, Speedup]
 FORM_RUNS = 20
 """Interleaved runs of each form of a layer."""
 
-LAYOUT = 1
+# Layers and plans are timed at different moments, when the machine may be more or less busy: each against a
+# layer that is always the same.
+_YARDSTICK = ConvSpec(64, 64, (3, 3), padding=((1, 1), (1, 1)), bias=True)
+_YARDSTICK_SHAPE = (1, 64, 24, 24)
+
+LAYOUT = 2
 """Of the layers that `Clock` times: another one makes what it remembers worthless."""
 
 
@@ -155,19 +160,16 @@ class Clock:
             keys = [self._key(original=files[0], converted=file, runs=runs) for file in files]
             missing = [index for index, key in enumerate(keys) if not self._recall(key, _usable_plan)]
             if missing:
-                first, again, *others = time_all(
-                    [paths[0], paths[0], *(paths[index] for index in missing)],
-                    onnx_feed(cast(inputs, runtime_dtype(original))),
-                    runs=runs, threads=self._threads, seed=self._seed,
-                    progress=lambda items: progress(items, "timing plans"),
+                feed = onnx_feed(cast(inputs, runtime_dtype(original)))
+                first, again, *others = self._samples(
+                    [(path, feed) for path in (paths[0], paths[0], *(paths[index] for index in missing))],
+                    runs, lambda items: progress(items, "timing plans"),
                 )  # fmt: skip
                 for index, times in zip(missing, others, strict=True):
                     found = speedup(first, again, times)
-                    self._keep(
-                        keys[index], {"milliseconds": float(np.median(times)), "speedup": asdict(found)}
-                    )
+                    self._keep(keys[index], {"yardsticks": float(np.median(times)), "speedup": asdict(found)})
         known = [self._known[key] for key in keys]
-        return known[0]["milliseconds"], [_speedup(each["speedup"]) for each in known[1:]]
+        return known[0]["yardsticks"] * self._milliseconds, [_speedup(each["speedup"]) for each in known[1:]]
 
     def forms(self, site: ConvSite, forms: Sequence[Form]) -> FormTimes | None:
         """Of the layer at `site` in these forms; None if time is up."""
@@ -184,7 +186,7 @@ class Clock:
             self._keep(key, known)
         # Calls of other sizes are taken to run at the same pace.
         calls = site.macs / (conv.spec.macs((shape[2], shape[3])) or 1)
-        dense = known["dense_milliseconds"]
+        dense = known["dense_yardsticks"] * self._milliseconds
         entries = {form: known["forms"][_label(form)] for form in forms}
         return FormTimes(
             dense * calls,
@@ -199,23 +201,17 @@ class Clock:
             if time.monotonic() > self._deadline:
                 return None
             models = [layer_onnx([chain], shape) for chain in (pair, pair, (dense,))]
-            feed = {"input": np.random.default_rng(self._seed).standard_normal(shape, np.float32)}
-            first, again, times = time_all(
-                models, feed, runs=FORM_RUNS, threads=self._threads, seed=self._seed
-            )
+            first, again, times = self._samples([(model, self._feed(shape)) for model in models])
             found = speedup(first, again, times)
-            self._keep(key, {"milliseconds": float(np.median(times)), "speedup": asdict(found)})
+            self._keep(key, {"yardsticks": float(np.median(times)), "speedup": asdict(found)})
         return _speedup(self._known[key]["speedup"])
 
     def _measure(
         self, spec: ConvSpec, shape: Sequence[int], forms: Sequence[Form], known: Mapping[str, Any]
     ) -> dict[str, Any]:
         layouts = [branches(spec, *form, Border()) for form in ((ZERO_BORDER, 0), *forms)]
-        dense, *others = [layer_onnx(each, shape) for each in layouts]
-        feed = {"input": np.random.default_rng(self._seed).standard_normal(shape, np.float32)}
-        first, again, *samples = time_all(
-            [dense, dense, *others], feed, runs=FORM_RUNS, threads=self._threads, seed=self._seed
-        )
+        dense, *others = [(layer_onnx(each, shape), self._feed(shape)) for each in layouts]
+        first, again, *samples = self._samples([dense, dense, *others])
         found = {}
         for form, times in zip(forms, samples, strict=True):
             ratio = speedup(first, again, times)
@@ -224,9 +220,36 @@ class Clock:
                 "faster": ratio.significant and ratio.median > 1,
             }
         return {
-            "dense_milliseconds": known.get("dense_milliseconds", float(np.median(first))),
+            "dense_yardsticks": known.get("dense_yardsticks", float(np.median(first))),
             "forms": {**known.get("forms", {}), **found},
         }
+
+    def _feed(self, shape: Sequence[int]) -> dict[str, Any]:
+        return {"input": np.random.default_rng(self._seed).standard_normal(shape, np.float32)}
+
+    def _samples(
+        self,
+        models: Sequence[tuple[Path | bytes, Mapping[str, Any]]],
+        runs: int = FORM_RUNS,
+        progress: Any = None,
+    ) -> Any:
+        """Times of models in units of the yardstick of the same round, models × runs."""
+        yardstick = layer_onnx([[_YARDSTICK]], _YARDSTICK_SHAPE), self._feed(_YARDSTICK_SHAPE)
+        *samples, unit = time_all(
+            [*models, yardstick], runs=runs, threads=self._threads, seed=self._seed, progress=progress
+        )
+        key = self._key(yardstick=asdict(_YARDSTICK), layout=LAYOUT)
+        if not self._recall(key, _usable_yardstick):
+            self._keep(key, {"milliseconds": float(np.median(unit))})
+        return np.asarray(samples) / unit
+
+    @property
+    def _milliseconds(self) -> float:
+        """Of the yardstick."""
+        key = self._key(yardstick=asdict(_YARDSTICK), layout=LAYOUT)
+        if not self._recall(key, _usable_yardstick):
+            self._samples([])
+        return float(self._known[key]["milliseconds"])
 
     def _key(self, **what: Any) -> str:
         found = environment(self._threads)
@@ -254,14 +277,18 @@ class Clock:
             unfinished.replace(self._cache / f"{key}.json")
 
 
+def _usable_yardstick(found: Any) -> bool:
+    return 0 < float(found["milliseconds"]) < math.inf
+
+
 def _usable_forms(found: Any) -> bool:
     ratios = [each["ratio"] for each in found["forms"].values() if isinstance(each["faster"], bool)]
-    times = [found["dense_milliseconds"], *ratios]
+    times = [found["dense_yardsticks"], *ratios]
     return len(ratios) == len(found["forms"]) and all(0 < float(each) < math.inf for each in times)
 
 
 def _usable_plan(found: Any) -> bool:
-    numbers = [found["milliseconds"], *asdict(_speedup(found["speedup"])).values()]
+    numbers = [found["yardsticks"], *asdict(_speedup(found["speedup"])).values()]
     flat = [
         each for number in numbers for each in (number.values() if isinstance(number, dict) else [number])
     ]

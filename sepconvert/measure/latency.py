@@ -140,8 +140,8 @@ def measure_pair(
 
     Raises `SepconvertError` if a model cannot be loaded or run on `feeds`, or `runs` or `threads` is below 1.
     """
-    models = (original, original, converted)
-    first, again, other = time_all(models, feeds, runs=runs, threads=threads, seed=seed, progress=progress)
+    models = [(each, feeds) for each in (original, original, converted)]
+    first, again, other = time_all(models, runs=runs, threads=threads, seed=seed, progress=progress)
     return (
         _latency(first, threads, batch),
         _latency(other, threads, batch),
@@ -150,17 +150,16 @@ def measure_pair(
 
 
 def time_all(
-    models: Sequence[Path | bytes],
-    feeds: Mapping[str, npt.NDArray[Any]],
+    models: Sequence[tuple[Path | bytes, Mapping[str, npt.NDArray[Any]]]],
     *,
     runs: int,
     threads: int,
     seed: int,
     progress: Progress | None = None,
 ) -> npt.NDArray[np.float64]:
-    """Milliseconds of every model in every round, `models × runs`; see `interleave`, and `measure_pair`."""
-    sessions = [session(model, threads) for model in models]
-    return interleave([_runner(each, feeds) for each in sessions], runs=runs, seed=seed, progress=progress)
+    """Milliseconds of every model, on its feeds, in every round: `models × runs`; see `measure_pair`."""
+    tasks = [_runner(session(model, threads), feeds) for model, feeds in models]
+    return interleave(tasks, runs=runs, seed=seed, progress=progress)
 
 
 def speedup(
