@@ -34,8 +34,8 @@ from sepconvert.trace import ConvSite, duplicate, private_copy
 FEWEST_CHANNELS = 8
 
 # To order candidates; the fit of a plan goes on until it settles.
-_SURVEY_SWEEPS = 4
-_HOPE = 1.3
+_SURVEY_SWEEPS = 3
+_HOPE = 1.2
 _LARGEST_RANK = 6
 _SENSITIVITY_IMAGES = 128
 _MODERATE = 0.15  # output error, of 1
