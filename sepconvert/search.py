@@ -238,7 +238,8 @@ class Search:
     # Choice
 
     def _of_rank(self, budget: Budget) -> Point | None:
-        self.points = [self._point({n: each.candidates()[0] for n, each in self.surveyed.items()}, 0.0)]
+        # Of the orders of the two factors the one that costs less.
+        self.points = [self._point({n: each.candidates()[-1] for n, each in self.surveyed.items()}, 0.0)]
         point = self.points[0]
         return point if self._accurate_enough(point, budget) else None
 

@@ -199,6 +199,12 @@ def test_one_rank_everywhere():
         bench.search.run(Budget(rank=2, max_drop=2.0))
 
 
+def test_of_two_forms_of_one_rank_the_cheaper_is_taken():
+    surveyed = {"a": layer(400, 1.0, (3, 2))}
+    point = Bench(surveyed).search.run(Budget(rank=2))
+    assert point.macs == REST + 200
+
+
 def test_demands_are_met_together():
     surveyed = {name: layer(400, 1.0) for name in "abc"}
     total = Bench(surveyed).total
