@@ -50,7 +50,6 @@ from sepconvert.progress import Progress
 from sepconvert.report.document import LayerApproximation, LayerReport
 from sepconvert.rewrite import graph_obstacle
 from sepconvert.search import Budget, Point, Search
-from sepconvert.spec import chain_macs, chain_params
 from sepconvert.timing import FORM_RUNS, Clock
 from sepconvert.trace import ConvSite, Inputs, private_copy
 from sepconvert.verify import compare_with, reference
@@ -392,8 +391,7 @@ def _layer_plan(
             if site.name in surveyed
             else "no form passes the gate (--gate none converts it)",
         )
-    chain = FORMS[found.scheme].split(site.conv.spec, found.rank)
-    macs = sum(chain_macs(chain, size) for size in site.sizes)
+    form = found.scheme, found.rank
     return LayerPlan(
         name=site.name,
         kind=site.kind,
@@ -404,8 +402,8 @@ def _layer_plan(
         rank=found.rank,
         border=Border(),
         bias=True,
-        macs=(site.macs, macs),
-        params=(site.params, chain_params(chain) + (not site.conv.spec.bias) * site.conv.spec.out_channels),
+        macs=(site.macs, macs_of(site, form)),
+        params=(site.params, params_of(site, form)),
         tolerance=None,
     )
 
