@@ -30,7 +30,7 @@ from sepconvert.approx import split_data
 from sepconvert.approximation import FEWEST_CHANNELS, Calibration, Heldout
 from sepconvert.calibrate import reestimate_batchnorm
 from sepconvert.data import Preprocess, load_data
-from sepconvert.environment import environment
+from sepconvert.environment import Runtime, environment
 from sepconvert.errors import first_line
 from sepconvert.export import onnx_feed, save_onnx
 from sepconvert.load import load_model
@@ -251,7 +251,7 @@ def point(net: Net, stem: Path, convert: Callable[[], Converted], judge: Judge) 
         found = convert()
         seconds = time.perf_counter() - start
         save_onnx(found.model, net.inputs, stem.with_suffix(".onnx"), dynamic_batch=False)
-        session(stem.with_suffix(".onnx"), 1).run(None, onnx_feed(net.inputs))
+        session(stem.with_suffix(".onnx"), Runtime(1)).run(None, onnx_feed(net.inputs))
         cost = count(found.model, net.inputs)
         return {
             "seconds": seconds,
@@ -357,15 +357,15 @@ def time_command(folders: Sequence[Path], runs: int) -> None:
             for path in sorted((folder / POINTS).glob("*.json"))
             if "error" not in read(path)
         ]
-        shape = session(original, 1).get_inputs()[0].shape
+        shape = session(original, Runtime(1)).get_inputs()[0].shape
         image = np.random.default_rng(0).standard_normal(shape, dtype=np.float32)
         models = [(path, {"input": image}) for path in (original, original, *others)]
-        first, again, *times = time_all(models, runs=runs, threads=1, seed=0)
+        first, again, *times = time_all(models, runs=runs, runtime=Runtime(1), seed=0)
         median, ci95 = median_interval(first)
         write(
             folder / LATENCY,
             {
-                "environment": environment(threads=1),
+                "environment": environment(Runtime(1)),
                 "peers": {name: version(name) for name in ("tensorly", "tensorly-torch", "fasterai")},
                 "runs": runs,
                 "original_milliseconds": {"median": median, "ci95": ci95.to_list()},

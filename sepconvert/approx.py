@@ -31,7 +31,7 @@ from sepconvert.approximation import (
     restored,
     survey,
 )
-from sepconvert.calibrate import POSITIONS
+from sepconvert.calibrate import positions_for, record
 from sepconvert.conversion import Conversion
 from sepconvert.data import Batch, split
 from sepconvert.distillation import Precision, finetune
@@ -43,7 +43,6 @@ from sepconvert.factorize.exact import analyse, may_separate
 from sepconvert.factorize.structures import FORMS, Form
 from sepconvert.importance import fisher_information
 from sepconvert.measure.accuracy import AccuracyDelta
-from sepconvert.measure.divergence import placed
 from sepconvert.measure.latency import Speedup
 from sepconvert.plan import LayerPlan, kept, selected
 from sepconvert.progress import Progress
@@ -51,10 +50,11 @@ from sepconvert.report.document import LayerApproximation, LayerReport
 from sepconvert.rewrite import graph_obstacle
 from sepconvert.search import Budget, Point, Search
 from sepconvert.timing import FORM_RUNS, Clock
-from sepconvert.trace import ConvSite, Inputs, private_copy
+from sepconvert.trace import ConvSite, Inputs, placed, private_copy
 from sepconvert.verify import compare_with, reference
 
 _BATCH = 64
+_MOST_HELD_OUT = 256
 
 # Ratio between costs of ranks that are worth telling apart: fits are what the survey spends its time on.
 _COST_STEP = 1.15
@@ -116,9 +116,10 @@ def split_data(
     images = min(images, _size(source))
     if not images:
         raise SepconvertError(f"calibration: no image is left to fit to ({origin}); pass more images")
-    heldout, fit, _ = split(source, [images // 4, images - images // 4], seed)
+    judges = min(images // 4, _MOST_HELD_OUT)
+    heldout, fit, _ = split(source, [judges, images - judges], seed)
     if train is None or source is train:
-        train = split(source, [images // 4], seed)[1]  # all but those held out
+        train = split(source, [judges], seed)[1]  # all but those held out
     if epochs and images < 4:
         raise SepconvertError(f"--finetune: needs images to judge by too, got {images}; pass more")
     batches = [tuple(_images(loader)) for loader in (fit, heldout)]
@@ -170,7 +171,6 @@ def convert_approximately(
     saved_macs: int,
     saved_params: int,
     runs: int,
-    threads: int,
     seed: int,
     progress: Progress,
 ) -> Conversion:
@@ -195,9 +195,14 @@ def convert_approximately(
             prices = {name: prices[name].of(each.forms) for name, each in times.items()}
     if calibration is not None:
         share = {number: placed(batch, model) for number, batch in calibration.share.items()}
-        importance = fisher_information(model, share, layers, seed=seed)
-        calibration = replace(calibration, importance=importance)
-    surveyed = survey(model, layers, calibration, heldout, prices, seed, progress)
+        calibration = replace(
+            calibration,
+            answers=record(
+                model, share, layers, positions=positions_for(sum(map(len, calibration.fit))), seed=seed
+            ),
+            importance=fisher_information(model, share, layers, seed=seed),
+        )
+    surveyed = survey(model, layers, calibration, heldout, prices, progress)
 
     def timed(models: Sequence[nn.Module]) -> tuple[float, list[Speedup]]:
         return once(lambda: clock.plans(original, models, inputs, runs or FORM_RUNS, progress))
@@ -212,9 +217,7 @@ def convert_approximately(
         surveyed,
         total_macs,
         total,
-        carry_out=lambda choice: carry_out(
-            model, layers, choice, surveyed, calibration, heldout, seed, progress
-        ),
+        carry_out=lambda choice: carry_out(model, layers, choice, surveyed, calibration, heldout, progress),
         restored=lambda fitted, name: restored(model, layers, fitted.layers, name),
         divergence=None if heldout is None else lambda each: heldout.measure(each).divergence,
         accuracy=accuracy,
@@ -237,7 +240,7 @@ def convert_approximately(
                 point = search.run(budget)
                 converted, steps = _carried_out(point).model, ()
     fitted = _carried_out(point)
-    earlier, errors = explain(model, layers, fitted, surveyed, calibration, heldout, seed, progress)
+    earlier, errors = explain(model, layers, fitted, surveyed, calibration, heldout, progress)
     steps = (*earlier, *steps)
     expected = reference(original, inputs, (), {}, seed)
     plans = tuple(_layer_plan(site, reasons, surveyed, fitted) for site in sites)
@@ -445,7 +448,7 @@ def _document(
             "origin": calibration.origin,
             "images": count(calibration.fit),
             "heldout": count(calibration.heldout),
-            "positions": POSITIONS,
+            "positions": positions_for(count(calibration.fit)),
         },
         "budget": asdict(budget),
         "unit": unit,

@@ -1,5 +1,6 @@
 """Approximate conversion: survey the layers, then carry out a plan and keep the steps that help."""
 
+import contextlib
 import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -8,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from sepconvert.allocate import Candidate, Choice
-from sepconvert.calibrate import Kernel, calibrate, reestimate_batchnorm, substitute
+from sepconvert.calibrate import Answers, Kernel, calibrate, reestimate_batchnorm, substitute
 from sepconvert.distributed import once, processes, rank
 from sepconvert.errors import SepconvertError
 from sepconvert.factorize.approximate import (
@@ -22,12 +23,11 @@ from sepconvert.factorize.approximate import (
 )
 from sepconvert.factorize.border import Border
 from sepconvert.factorize.structures import BY_NAME, FORMS, Form
-from sepconvert.measure.accuracy import evaluation_mode
-from sepconvert.measure.divergence import divergence, is_logits, outputs, placed
+from sepconvert.measure.divergence import divergence, is_logits, outputs
 from sepconvert.progress import Progress
 from sepconvert.rewrite import Replacement, rewrite
 from sepconvert.spec import ConvSpec, chain_macs, chain_params
-from sepconvert.trace import ConvSite, duplicate, private_copy
+from sepconvert.trace import ConvSite, duplicate, placed, quick_copy
 
 # Below this a depthwise layer has fewer channels than the smallest block of the runtime's kernels, and the
 # stem, which is such a layer as a rule, is where an error is carried furthest.
@@ -137,7 +137,7 @@ class Heldout:
     """The original's answers on images that nothing is fitted to."""
 
     def __init__(self, original: nn.Module, batches: Sequence[Tensor]) -> None:
-        self._original = private_copy(original)
+        self._original = quick_copy(original, batches[0])
         self.batches = [placed(batch, self._original) for batch in batches]
 
     @functools.cached_property
@@ -149,15 +149,23 @@ class Heldout:
             raise SepconvertError("calibration: the model answers NaN or Inf to images; check both")
         return found
 
-    def measure(self, model: nn.Module, most: int | None = None) -> Divergence:
-        """Of `model`, in eval mode, on the first `most` images."""
-        return once(lambda: self._measure(model, most))
+    def measure(
+        self,
+        model: nn.Module,
+        kernels: Mapping[tuple[str, int], Kernel] | None = None,
+        most: int | None = None,
+    ) -> Divergence:
+        """Of `model`, in eval mode and with some kernels replaced, on the first `most` images."""
+        return once(lambda: self._measure(quick_copy(model, self.batches[0]), kernels or {}, most))
 
-    def _measure(self, model: nn.Module, most: int | None) -> Divergence:
+    def _measure(
+        self, private: nn.Module, kernels: Mapping[tuple[str, int], Kernel], most: int | None
+    ) -> Divergence:
         total, equal, count, classified = 0.0, 0, 0, True
-        with torch.no_grad(), evaluation_mode(model):
+        watching = substitute(private, kernels).watching() if kernels else contextlib.nullcontext()
+        with torch.no_grad(), watching:
             for batch, expected in zip(self.batches, self.expected, strict=True):
-                actual = outputs(model, batch)
+                actual = outputs(private, batch)
                 total += len(batch) * float(divergence(expected, actual))
                 classified = len(expected) == 1 and expected[0].ndim == 2 and is_logits(expected[0])
                 if classified:
@@ -175,6 +183,7 @@ class Calibration:
     fit: tuple[Tensor, ...]
     heldout: tuple[Tensor, ...]
     origin: str
+    answers: Answers | None = None  # of the original; see `calibrate.record`
     importance: Mapping[str, Tensor] = field(default_factory=dict)  # of layers' outputs; see `importance`
 
     @property
@@ -223,7 +232,6 @@ def survey(
     calibration: Calibration | None,
     heldout: Heldout | None,
     prices: Mapping[str, Prices],
-    seed: int,
     progress: Progress,
 ) -> dict[str, LayerSurvey]:
     """Fit each layer by itself in every form, with the original before and behind it.
@@ -234,7 +242,6 @@ def survey(
         calibration: None to fit in the metric of the weights.
         heldout: for sensitivities.
         prices: what may take a layer's place; layers of which nothing may are left out.
-        seed: of positions.
         progress: shows it.
     """
     found: dict[str, LayerSurvey] = {}
@@ -253,7 +260,7 @@ def survey(
             found[site.name] = LayerSurvey(site.macs, prices[site.name].dense, tuple(offers), 1.0)
 
     wanted = [site for site in sites if site.name in prices and prices[site.name].forms]
-    _each(model, wanted, calibration, fit, seed, progress, "surveying layers")
+    _each(model, wanted, calibration, fit, progress, "surveying layers")
     if heldout is None:
         return found
     by_name = {site.name: site for site in sites}
@@ -299,7 +306,6 @@ def carry_out(
     surveyed: Mapping[str, LayerSurvey],
     calibration: Calibration | None,
     heldout: Heldout | None,
-    seed: int,
     progress: Progress,
 ) -> Fitted:
     """Fit the layers chosen in step, rewrite the model, and re-estimate BatchNorms if that helps."""
@@ -314,7 +320,7 @@ def carry_out(
         fits[site.name] = replace(found, kernel=torch.empty(0), basis=torch.empty(0))
         return found.kernel, _bias(site, found)
 
-    _each(model, chosen, calibration, fit, seed, progress, "fitting layers")
+    _each(model, chosen, calibration, fit, progress, "fitting layers")
     if missing := choice.keys() - fits.keys():
         raise SepconvertError(
             f"calibration: the images do not reach {', '.join(sorted(missing))}; leave it out with --exclude"
@@ -324,8 +330,10 @@ def carry_out(
         return Fitted(choice, converted, fits, False)
     steps = [Step("follow the drift, correct the bias", heldout.measure(converted), kept=True)]
     candidate = duplicate(converted)
-    with evaluation_mode(candidate):
-        count = reestimate_batchnorm(candidate, [placed(batch, candidate) for batch in calibration.fit])
+    running = quick_copy(converted, calibration.fit[0])
+    count = reestimate_batchnorm(running, [placed(batch, running) for batch in calibration.fit])
+    for buffer, found in zip(candidate.buffers(), running.buffers(), strict=True):
+        buffer.copy_(found)
     if not count:
         return Fitted(choice, converted, fits, False, tuple(steps))
     reached = heldout.measure(candidate)
@@ -352,7 +360,6 @@ def explain(
     surveyed: Mapping[str, LayerSurvey],
     calibration: Calibration | None,
     heldout: Heldout | None,
-    seed: int,
     progress: Progress,
 ) -> tuple[tuple[Step, ...], dict[str, float]]:
     """What led to a plan's result: the steps before, and layers' output errors if fitted to the weights."""
@@ -370,11 +377,11 @@ def explain(
         by_outputs[_place(site)] = _kernel(site, surveyed[site.name].offer(fitted.choice[site.name]).fitted)
         return _kernel(site, done)
 
-    _each(model, chosen, calibration, look, seed, progress, "explaining")
+    _each(model, chosen, calibration, look, progress, "explaining")
     if heldout is None:
         return fitted.steps, errors
     steps = [
-        Step(name, _substituted(model, kernels, heldout), kept=False)
+        Step(name, heldout.measure(model, kernels), kept=False)
         for name, kernels in (("fit the weights", by_weights), ("fit the outputs", by_outputs))
     ]
     return (*steps, *fitted.steps), errors
@@ -385,7 +392,6 @@ def _each(
     sites: Sequence[ConvSite],
     calibration: Calibration | None,
     fit: Callable[[ConvSite, Moments], Kernel | None],
-    seed: int,
     progress: Progress,
     description: str,
 ) -> None:
@@ -396,8 +402,9 @@ def _each(
             if site.conv is not None:
                 fit(site, Moments.of_weights(site.conv.spec, site.conv.weight))
         return
+    assert calibration.answers is not None  # noqa: S101  (`convert_approximately` recorded them)
     share = {number: placed(batch, model) for number, batch in calibration.share.items()}
-    stream = calibrate(model, share, layers, seed=seed)
+    stream = calibrate(model, share, layers, calibration.answers)
     kernel: Kernel | None = None
     for _ in progress(layers, description):
         try:
@@ -411,19 +418,8 @@ def _each(
 def _sensitivity(model: nn.Module, site: ConvSite, surveyed: LayerSurvey, heldout: Heldout) -> float:
     """By the form of a moderate error: one that is neither lost in rounding nor past all bounds."""
     offer = min(surveyed.offers, key=lambda each: abs(each.fitted.output_error - _MODERATE))
-    moved = _substituted(model, {_place(site): _kernel(site, offer.fitted)}, heldout, _SENSITIVITY_IMAGES)
+    moved = heldout.measure(model, {_place(site): _kernel(site, offer.fitted)}, _SENSITIVITY_IMAGES)
     return max(moved.divergence, 0.0) / offer.error if offer.error else 0.0
-
-
-def _substituted(
-    model: nn.Module,
-    kernels: Mapping[tuple[str, int], Kernel],
-    heldout: Heldout,
-    most: int | None = None,
-) -> Divergence:
-    private = private_copy(model)
-    with substitute(private, kernels).watching():
-        return heldout.measure(private, most)
 
 
 def _place(site: ConvSite) -> tuple[str, int]:

@@ -1,12 +1,14 @@
-"""Calibration: the original and the network converted so far, in step from convolution to convolution.
+"""Calibration: the network converted so far, from convolution to convolution, and what the original answered.
 
-Every batch runs through both networks once. Each forward pass stops at a convolution that is to be
-replaced until all have come there; the moments of that layer are gathered, the layer is fitted, and the
-passes go on, the converted ones with the new kernel. Time grows linearly with images and with depth;
-memory holds the live activations of all images in both networks, and the moments of one layer.
+The original runs once, and its outputs are kept at the positions that are looked at. Then every batch runs
+through the network that is converted. Each forward pass stops at a convolution that is to be replaced until
+all have come there; the moments of that layer are gathered, the layer is fitted, and the passes go on with
+the new kernel. Time grows linearly with images and with depth; memory holds the live activations of all
+images, the outputs kept, and the moments of one layer.
 """
 
 import hashlib
+import math
 import threading
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
@@ -15,11 +17,11 @@ from queue import SimpleQueue
 from typing import Any
 from weakref import finalize
 
-import numpy as np
 import psutil
 import torch
 from einops import rearrange
 from scipy.linalg.blas import dsyrk
+from threadpoolctl import threadpool_limits
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils import _pytree as pytree
@@ -28,10 +30,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from sepconvert.distributed import gather
 from sepconvert.errors import SepconvertError, first_line
 from sepconvert.factorize.approximate import Moments
-from sepconvert.trace import ConvolutionInterceptor, ConvSite, private_copy, resolve_padding
+from sepconvert.trace import ConvolutionInterceptor, ConvSite, private_copy, quick_copy, resolve_padding
 
-POSITIONS = 64
-"""Output positions that are looked at in each image, at most."""
+PATCHES = 2**15
+"""Output positions of a layer that are looked at, about, in all images: some ten for each unknown."""
+
+FEWEST_POSITIONS = 16
+"""In each image, if it has as many."""
 
 Kernel = tuple[Tensor, Tensor]
 """O × C/g × kh × kw and O: weight and bias of a converted layer."""
@@ -39,8 +44,61 @@ Kernel = tuple[Tensor, Tensor]
 _Key = tuple[str, int]
 
 
+@dataclass(frozen=True)
+class Answers:
+    """The original's outputs at the positions that are looked at in each image."""
+
+    seed: int  # of the positions
+    positions: int  # in each image, at most
+    outputs: Mapping[tuple[_Key, int], Tensor]  # N × P × O, by layer and number of batch
+
+
+def record(
+    model: nn.Module, batches: Mapping[int, Tensor], sites: Sequence[ConvSite], *, positions: int, seed: int
+) -> Answers:
+    """What `calibrate` fits to.
+
+    Args:
+        model: the original; left as it is.
+        batches: of images N × C × H × W by number; this process's share of them.
+        sites: convolutions to look at, as `trace` found them; those without a `conv` are passed over.
+        positions: that are looked at in each image; see `positions_for`.
+        seed: of the positions.
+
+    Raises:
+        SepconvertError: the model cannot run on the images, or memory would not suffice.
+    """
+    places = {_place(site): site for site in sites if site.conv is not None}
+    outputs: dict[tuple[_Key, int], Tensor] = {}
+    if not places or not batches:
+        return Answers(seed, positions, outputs)
+    check_memory(model, batches, list(places.values()), positions)
+    private = quick_copy(model, next(iter(batches.values())))
+    names = _names(private)
+
+    def on_call(
+        module: nn.Module, index: int, function: str, arguments: dict[str, Any], call: Callable[..., Tensor]
+    ) -> Tensor:
+        output, key = call(), (names[module], index)
+        # One that only these images call again counts with its first call.
+        if key in places and (key, number) not in outputs:
+            chosen = _positions(_batched(output).shape, positions, _generator(seed, places[key], number))
+            outputs[key, number] = _at(output, chosen).clone()
+        return output
+
+    with torch.no_grad(), ConvolutionInterceptor(private, on_call).watching():
+        for number, batch in batches.items():  # noqa: B007  (`on_call` reads it)
+            _run(private, batch)
+    return Answers(seed, positions, outputs)
+
+
+def positions_for(images: int) -> int:
+    """In each of so many images."""
+    return max(FEWEST_POSITIONS, math.ceil(PATCHES / images))
+
+
 def calibrate(
-    model: nn.Module, batches: Mapping[int, Tensor], sites: Sequence[ConvSite], *, seed: int
+    model: nn.Module, batches: Mapping[int, Tensor], sites: Sequence[ConvSite], answers: Answers
 ) -> Generator[tuple[ConvSite, Moments], Kernel | None, None]:
     """The moments of each layer, in order of execution; send back the kernel that takes its place, or None.
 
@@ -50,57 +108,65 @@ def calibrate(
 
     Args:
         model: the original; left as it is.
-        batches: of images N × C × H × W by number; this process's share of them.
-        sites: convolutions to look at, as `trace` found them; those without a `conv` are passed over.
-        seed: of the positions.
+        batches: those that were recorded.
+        sites: convolutions to look at, among those recorded.
+        answers: of the original, recorded.
 
     Raises:
-        SepconvertError: the model cannot run on the images, treats images differently, or memory would
-            not suffice.
+        SepconvertError: the model cannot run on the images, or treats images differently.
     """
-    sites = [site for site in sites if site.conv is not None]
-    if not sites:
+    places = {_place(site): site for site in sites if site.conv is not None}
+    if not places:
         return
     if not batches:
         raise SepconvertError(
             "calibration: there are fewer batches of images than processes; pass more images"
         )
-    check_memory(model, batches, sites)
-    places = {(site.owner, site.index or 0): site for site in sites}
     kernels: dict[_Key, Kernel | None] = {}
     shared = {key: site for key, site in places.items() if site.calls > 1}
     if shared:
-        for key, moments in _moments_of_all_calls(model, batches, shared, seed).items():
+        for key, moments in _moments_of_all_calls(model, batches, shared, answers).items():
             kernels[key] = yield places[key], moments
     stops = set(places) - set(shared)
-    with _passes(model, batches, stops, kernels) as passes:
+    quick = quick_copy(model, next(iter(batches.values())))
+    with _passes(quick, batches, stops, kernels) as passes:
         while True:
-            arrived = {each.advance() for pair in passes.values() for each in pair}
+            for each in passes.values():
+                each.go()
+            arrived = {each.come() for each in passes.values()}
             if arrived == {None}:
                 return
-            if len(arrived) > 1:
+            key = next(place for place in arrived if place is not None)
+            if len(arrived) > 1 or any((key, number) not in answers.outputs for number in batches):
                 raise SepconvertError(
                     "calibration: the images do not take the same way through the model; it branches on "
                     f"their values at {', '.join(sorted(str(key and key[0]) for key in arrived))}; "
                     "leave these layers out with --exclude"
                 )
-            key = next(each for each in arrived if each is not None)
             site = places[key]
-            accumulator = _Accumulator(site)
-            for number, (original, converted) in passes.items():
-                accumulator.add(original.seen, converted.seen, _generator(seed, site, number))
+            accumulator = _Accumulator(site, answers.positions)
+            for number, each in passes.items():
+                generator = _generator(answers.seed, site, number)
+                accumulator.add(each.seen, generator, answers.outputs[key, number])
             stops.discard(key)
             kernels[key] = yield site, accumulator.moments()
 
 
-def check_memory(model: nn.Module, batches: Mapping[int, Tensor], sites: Sequence[ConvSite]) -> None:
+def _place(site: ConvSite) -> _Key:
+    return site.owner, site.index or 0
+
+
+def check_memory(
+    model: nn.Module, batches: Mapping[int, Tensor], sites: Sequence[ConvSite], positions: int
+) -> None:
     """Compare what calibration will hold with the memory that is free.
 
     Raises:
         SepconvertError: with both numbers, and how many images would fit.
     """
     images = sum(map(len, batches.values()))
-    needed_each = 2 * _peak_of_activations(model, next(iter(batches.values()))[:1])
+    needed_each = _peak_of_activations(model, next(iter(batches.values()))[:1])
+    needed_each += sum(_bytes_of_answers(site, positions) for site in sites)
     fixed = max(_bytes_of_moments(site) for site in sites)
     needed, free = images * needed_each + fixed, psutil.virtual_memory().available
     if needed > free:
@@ -175,26 +241,40 @@ class _CancelledError(BaseException):
 
 
 class _Pass(threading.Thread):
-    """One batch through one network, in a thread of its own that runs only while `advance` waits for it."""
+    """One batch through the network, in a thread of its own that runs only from `go` until it has `come`.
+
+    As many run at once as there are threads for operators, each of which then has one to itself: a team of
+    workers for every pass would get in each other's way (2 cores, 20 batches: three times as slow).
+    """
 
     def __init__(
-        self, model: nn.Module, batch: Tensor, stops: Set[_Key], kernels: Mapping[_Key, Kernel | None]
+        self,
+        model: nn.Module,
+        batch: Tensor,
+        stops: Set[_Key],
+        kernels: Mapping[_Key, Kernel | None],
+        turns: threading.Semaphore,
+        threads: int,
     ) -> None:
         super().__init__(daemon=True)
+        self._turns, self._threads = turns, threads
         self._model, self._batch, self._stops, self._kernels = private_copy(model), batch, stops, kernels
-        self._go: SimpleQueue[bool] = SimpleQueue()
+        self._go: SimpleQueue[None] = SimpleQueue()
         self._came: SimpleQueue[_Key | None] = SimpleQueue()
         self._error: BaseException | None = None
         self._cancelled = False
         self._names = _names(self._model)
         self.seen: _Seen
 
-    def advance(self) -> _Key | None:
-        """Go on to the next convolution to stop at; None at the end."""
+    def go(self) -> None:
+        """On to the next convolution to stop at."""
         if not self.is_alive():
             self.start()
         else:
-            self._go.put(True)
+            self._go.put(None)
+
+    def come(self) -> _Key | None:
+        """Wait for it; None at the end."""
         key = self._came.get()
         if self._error is not None:
             raise self._error
@@ -204,24 +284,27 @@ class _Pass(threading.Thread):
         """Unwind, if it has begun and not ended."""
         if self.is_alive():
             self._cancelled = True
-            self._go.put(False)
+            self._go.put(None)
             self.join()
 
     def run(self) -> None:
         """The forward pass."""
         interceptor = ConvolutionInterceptor(self._model, self._on_call)
+        self._turns.acquire()
+        torch.get_num_threads()  # the first call in a thread sets their number
         try:
-            with torch.no_grad(), interceptor.watching():
-                self._model(self._batch)
+            with (
+                threadpool_limits(self._threads, "openmp"),
+                torch.no_grad(),
+                interceptor.watching(),
+            ):
+                _run(self._model, self._batch)
         except _CancelledError:
             pass
-        except Exception as error:  # the user's code
-            self._error = SepconvertError(
-                f"calibration: the model fails on images of shape {tuple(self._batch.shape[1:])}: "
-                f"{first_line(error)}; use data of the shape that it takes"
-            )
-            self._error.__cause__ = error
+        except SepconvertError as error:
+            self._error = error
         finally:
+            self._turns.release()
             self._came.put(None)
 
     def _on_call(
@@ -238,8 +321,11 @@ class _Pass(threading.Thread):
             self.seen = _Seen(arguments, output)
             # A forward that catches everything may come here again.
             if not self._cancelled:
+                self._turns.release()
                 self._came.put(key)
-            if self._cancelled or not self._go.get():
+                self._go.get()
+                self._turns.acquire()
+            if self._cancelled:
                 raise _CancelledError
             del self.seen
             if self._kernels.get(key) is None:
@@ -248,38 +334,51 @@ class _Pass(threading.Thread):
         return call() if kernel is None else _call_with(kernel, arguments, call)
 
 
+def _run(model: nn.Module, images: Tensor) -> None:
+    try:
+        model(images)
+    except Exception as error:  # the user's code
+        raise SepconvertError(
+            f"calibration: the model fails on images of shape {tuple(images.shape[1:])}: "
+            f"{first_line(error)}; use data of the shape that it takes"
+        ) from error
+
+
 @contextmanager
 def _passes(
     model: nn.Module,
     batches: Mapping[int, Tensor],
     stops: Set[_Key],
     kernels: Mapping[_Key, Kernel | None],
-) -> Iterator[dict[int, tuple[_Pass, _Pass]]]:
+) -> Iterator[dict[int, _Pass]]:
+    at_once = min(torch.get_num_threads(), len(batches))
+    turns, threads = threading.Semaphore(at_once), torch.get_num_threads() // at_once
     passes = {
-        number: (_Pass(model, batch, stops, {}), _Pass(model, batch, stops, kernels))
-        for number, batch in batches.items()
+        number: _Pass(model, batch, stops, kernels, turns, threads) for number, batch in batches.items()
     }
     try:
         yield passes
     finally:
-        for pair in passes.values():
-            for each in pair:
-                each.cancel()
+        for each in passes.values():
+            each.cancel()
 
 
 def _moments_of_all_calls(
-    model: nn.Module, batches: Mapping[int, Tensor], sites: Mapping[_Key, ConvSite], seed: int
+    model: nn.Module, batches: Mapping[int, Tensor], sites: Mapping[_Key, ConvSite], answers: Answers
 ) -> dict[_Key, Moments]:
     model = private_copy(model)
-    names, accumulators = _names(model), {key: _Accumulator(site) for key, site in sites.items()}
+    names, accumulators = (
+        _names(model),
+        {key: _Accumulator(site, answers.positions) for key, site in sites.items()},
+    )
 
     def on_call(
         module: nn.Module, index: int, function: str, arguments: dict[str, Any], call: Callable[..., Tensor]
     ) -> Tensor:
         output, key = call(), (names[module], index)
         if key in accumulators:
-            seen = _Seen(arguments, output)
-            accumulators[key].add(seen, seen, _generator(seed, sites[key], number))
+            generator = _generator(answers.seed, sites[key], number)
+            accumulators[key].add(_Seen(arguments, output), generator)
         return output
 
     with torch.no_grad(), ConvolutionInterceptor(model, on_call).watching():
@@ -303,34 +402,35 @@ class _Accumulator:
     """
 
     site: ConvSite
+    positions: int  # in each image
     count: int = 0
     sums: dict[str, Tensor] = field(default_factory=dict)
     means: dict[str, Tensor] = field(default_factory=dict)
 
-    def add(self, original: _Seen, converted: _Seen, generator: torch.Generator) -> None:
-        """Take a sample of positions of one batch: y from the original, x and W x + b from the converted."""
+    def add(self, seen: _Seen, generator: torch.Generator, answers: Tensor | None = None) -> None:
+        """Take a sample of positions of one batch: x and W x + b as seen, and y if it is another."""
         assert self.site.conv is not None  # noqa: S101  (`calibrate` passed over the others)
         groups = self.site.conv.spec.groups
-        y, dense = (_batched(seen.output) for seen in (original, converted))
-        rows, columns = _positions(y.shape, generator)
-        patches = _patches(converted.arguments, rows, columns).double().cpu()
-        x = rearrange(patches, "n p (g c) i j -> g (n p) (c i j)", g=groups)
-        images = torch.arange(len(y))[:, None]
-        outputs = y[images, :, rows, columns].flatten(0, 1).double().cpu()
-        missed = outputs - dense[images, :, rows, columns].flatten(0, 1).double().cpu()
-        if not (x.isfinite().all() and outputs.isfinite().all()):
+        positions = _positions(_batched(seen.output).shape, self.positions, generator)
+        patches = _patches(seen.arguments, *positions).double().cpu()
+        x = rearrange(patches, "n p i j (g c) -> g (n p) (i j c)", g=groups)
+        dense = _at(seen.output, positions)
+        outputs = (dense if answers is None else answers).flatten(0, 1).double().cpu()
+        missed = outputs - dense.flatten(0, 1).double().cpu()
+        means = {"x": x.mean(1), "missed": missed.mean(0), "outputs": outputs.mean(0)}
+        if not all(mean.isfinite().all() for mean in means.values()):
             raise SepconvertError(
                 f"calibration: NaN or Inf reaches the layer {self.site.name}; check the images and the model"
             )
-        self._merge(x, missed, outputs)
-
-    def _merge(self, x: Tensor, missed: Tensor, outputs: Tensor) -> None:
-        means = {"x": x.mean(1), "missed": missed.mean(0), "outputs": outputs.mean(0)}
-        x, missed, outputs = x - means["x"][:, None], missed - means["missed"], outputs - means["outputs"]
-        by_group, of_outputs = (rearrange(each, "m (g o) -> g o m", g=len(x)) for each in (missed, outputs))
+        x -= means["x"][:, None]
+        by_group, of_outputs = (
+            rearrange(each - means[name], "m (g o) -> g o m", g=groups)
+            for name, each in (("missed", missed), ("outputs", outputs))
+        )
         sums = {
             "covariance": _gram(x),
-            "cross": by_group @ x,
+            # Before any layer is replaced nothing is missed.
+            "cross": by_group @ x if by_group.any() else x.new_zeros(groups, by_group.shape[1], x.shape[-1]),
             "missed": by_group @ by_group.mT,
             "outputs": of_outputs @ of_outputs.mT,
         }
@@ -341,17 +441,17 @@ class _Accumulator:
             self.count, self.sums, self.means = count, dict(sums), dict(means)
             return
         total = self.count + count
-        share = self.count * count / total
         moved = {name: means[name] - self.means[name] for name in means}
-        x, missed, outputs = moved["x"], *(moved[n].view(len(moved["x"]), -1) for n in ("missed", "outputs"))
-        between = {
-            "covariance": x[:, :, None] * x[:, None, :],
-            "cross": missed[:, :, None] * x[:, None, :],
-            "missed": missed[:, :, None] * missed[:, None, :],
-            "outputs": outputs[:, :, None] * outputs[:, None, :],
-        }
-        for name, value in sums.items():
-            self.sums[name] = self.sums[name] + value + share * between[name]
+        x = moved["x"]
+        missed, outputs = (moved[name].view(len(x), -1) for name in ("missed", "outputs"))
+        for name, left, right in (
+            ("covariance", x, x),
+            ("cross", missed, x),
+            ("missed", missed, missed),
+            ("outputs", outputs, outputs),
+        ):
+            self.sums[name] += sums[name]
+            self.sums[name].baddbmm_(left[:, :, None], right[:, None, :], alpha=self.count * count / total)
         for name, value in moved.items():
             self.means[name] = self.means[name] + count / total * value
         self.count = total
@@ -363,11 +463,19 @@ class _Accumulator:
         for count, sums, means in everyone:
             if count:
                 self._combine(count, sums, means)
+        assert self.site.conv is not None  # noqa: S101  (`calibrate` passed over the others)
+        height, width = self.site.conv.spec.kernel_size
+
+        def channels_first(value: Tensor) -> Tensor:
+            return rearrange(value, "... (i j c) -> ... (c i j)", i=height, j=width)
+
+        lower = self.sums["covariance"].tril() / self.count
+        covariance = channels_first(channels_first(lower + lower.tril(-1).mT).mT)
         return Moments(
             count=self.count,
-            covariance=self.sums["covariance"] / self.count,
-            cross=self.sums["cross"] / self.count,
-            mean=self.means["x"],
+            covariance=covariance,
+            cross=channels_first(self.sums["cross"]) / self.count,
+            mean=channels_first(self.means["x"]),
             missed=self.means["missed"],
             missed_covariance=self.sums["missed"] / self.count,
             output_covariance=self.sums["outputs"] / self.count,
@@ -375,26 +483,29 @@ class _Accumulator:
 
 
 def _gram(x: Tensor) -> Tensor:
-    """XᵀX for each of g × n × k: where that is the bulk of the work, of one triangle alone."""
-    if len(x) > 1:
-        return x.mT @ x
-    upper = np.triu(dsyrk(1.0, x[0].contiguous().numpy().T))
-    return torch.from_numpy(upper + np.triu(upper, 1).T)[None]
+    """The lower triangle of XᵀX for each of g × n × k; where that is the bulk of the work, nothing else."""
+    return x.mT @ x if len(x) > 1 else torch.from_numpy(dsyrk(1.0, x[0].contiguous().numpy().T).T)[None]
 
 
 def _batched(value: Tensor) -> Tensor:
     return value if value.ndim == 4 else value[None]
 
 
-def _positions(shape: torch.Size, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+def _positions(shape: torch.Size, most: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """N × P rows and columns of the output, drawn without replacement for every image."""
     images, _, height, width = shape
-    chosen = torch.rand(images, height * width, generator=generator).argsort(1)[:, :POSITIONS]
+    chosen = torch.rand(images, height * width, generator=generator).argsort(1)[:, :most]
     return chosen // width, chosen % width
 
 
+def _at(output: Tensor, positions: tuple[Tensor, Tensor]) -> Tensor:
+    """N × P × O, of N × O × H × W."""
+    output, (rows, columns) = _batched(output), positions
+    return output[torch.arange(len(output))[:, None], :, rows, columns]
+
+
 def _patches(arguments: Mapping[str, Any], rows: Tensor, columns: Tensor) -> Tensor:
-    """What the convolution reads for these output positions: N × P × C × kh × kw."""
+    """What the convolution reads for these output positions: N × P × kh × kw × C."""
     inputs, weight = _batched(arguments["input"]), arguments["weight"]
     stride, dilation = (_pair(arguments.get(name, 1)) for name in ("stride", "dilation"))
     size = tuple(weight.shape[2:])
@@ -404,8 +515,8 @@ def _patches(arguments: Mapping[str, Any], rows: Tensor, columns: Tensor) -> Ten
     across = columns[..., None] * stride[1] + torch.arange(size[1]) * dilation[1]
     images = torch.arange(len(inputs))[:, None, None, None]
     # Advanced indices on both sides of the channels come first: N × P × kh × kw × C.
-    found = padded[images, :, down[..., :, None], across[..., None, :]]
-    return found.movedim(-1, 2)
+    found: Tensor = padded[images, :, down[..., :, None], across[..., None, :]]
+    return found
 
 
 def _pair(value: Any) -> tuple[int, int]:
@@ -419,6 +530,13 @@ def _bytes_of_moments(site: ConvSite) -> int:
     spec = site.conv.spec
     unknowns = spec.in_channels // spec.groups * spec.kernel_size[0] * spec.kernel_size[1]
     return 8 * spec.groups * unknowns * (5 * unknowns + 4 * spec.out_channels // spec.groups)
+
+
+def _bytes_of_answers(site: ConvSite, positions: int) -> int:
+    """Of one image, at most."""
+    assert site.conv is not None  # noqa: S101
+    spec, size = site.conv.spec, site.sizes[0]
+    return site.conv.inputs.element_size() * spec.out_channels * min(positions, math.prod(size))
 
 
 class _LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's own
@@ -455,11 +573,5 @@ class _LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's
 def _peak_of_activations(model: nn.Module, image: Tensor) -> int:
     counter = _LiveBytes()
     with torch.no_grad(), counter:
-        try:
-            private_copy(model)(image)
-        except Exception as error:  # the user's code
-            raise SepconvertError(
-                f"calibration: the model fails on images of shape {tuple(image.shape[1:])}: "
-                f"{first_line(error)}; use data of the shape that it takes"
-            ) from error
+        _run(private_copy(model), image)
     return counter.peak + image.numel() * image.element_size()

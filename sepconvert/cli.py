@@ -11,6 +11,7 @@ from typing import Any
 import click
 
 from sepconvert import __version__
+from sepconvert.environment import GRAPH_OPTIMIZATIONS
 from sepconvert.errors import DemandNotMetError, SepconvertError, first_line
 from sepconvert.output import ignore_signal
 
@@ -73,8 +74,8 @@ _selection_options = _options(
 _approx_options = _options(
     click.option("--calib", metavar="PATH", help="Images to fit to, in the forms of --data "
                  "[default: a part of --data, which is then not scored]."),
-    click.option("--calib-images", default=1024, show_default=True, type=click.IntRange(1),
-                 help="How many; a quarter is held out to judge plans by."),
+    click.option("--calib-images", default=1536, show_default=True, type=click.IntRange(1),
+                 help="How many; a quarter, or 256, are held out to judge plans by."),
     click.option("--rank", type=click.IntRange(1), help="Depthwise multiplier of all layers, no search."),
     click.option("--target-macs", type=float, metavar="F", help="Most MACs, as a share of the original's."),
     click.option("--target-params", type=float, metavar="F", help="Most parameters, likewise."),
@@ -104,6 +105,13 @@ _run_options = _options(
 )
 _timing_options = _options(
     click.option("--threads", type=click.IntRange(1), help="Threads of ONNX Runtime [default: all cores]."),
+    click.option(
+        "--graph-optimization",
+        type=click.Choice(GRAPH_OPTIMIZATIONS),
+        default="all",
+        show_default=True,
+        help="Of ONNX Runtime, for what is timed: that with which you deploy.",
+    ),
     click.option(
         "--runs", default=50, show_default=True, type=click.IntRange(0), help="Timed runs; 0 for none."
     ),

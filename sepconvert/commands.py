@@ -19,7 +19,7 @@ from tqdm import tqdm
 from sepconvert.data import Batch, Preprocess, check_against_model, has_labels, load_data, sample_shape
 from sepconvert.distillation import Step
 from sepconvert.distributed import join, rank
-from sepconvert.environment import available_cores, environment
+from sepconvert.environment import Runtime, available_cores, environment
 from sepconvert.errors import SepconvertError, first_line
 from sepconvert.export import cast, model_dtype, writing
 from sepconvert.load import LoadedModel, load_model, parse_input_shape
@@ -69,6 +69,7 @@ def convert(**options: Any) -> None:
             dynamic_batch=options["dynamic_batch"],
             runs=options["runs"],
             threads=options["threads"],
+            graph_optimization=options["graph_optimization"],
             source={"path": str(loaded.path), "sha256": loaded.sha256},
             out=folder,
             **_common(options),
@@ -119,7 +120,9 @@ def profile(**options: Any) -> None:
     document = {
         "schema": PROFILE_SCHEMA,
         "model": {"path": str(loaded.path), "sha256": loaded.sha256},
-        "environment": environment(options["threads"] or available_cores()),
+        "environment": environment(
+            Runtime(options["threads"] or available_cores(), options["graph_optimization"])
+        ),
         **found.to_json(),
     }
     if options["out"] is not None:
@@ -153,6 +156,7 @@ def _profile(options: Options) -> tuple[LoadedModel, Profile]:
         data=data,
         runs=options["runs"],
         threads=options["threads"],
+        graph_optimization=options["graph_optimization"],
         seed=options["seed"],
     )
     return loaded, found
@@ -176,6 +180,7 @@ def demo(**options: Any) -> None:
             dynamic_batch=options["dynamic_batch"],
             runs=options["runs"],
             threads=options["threads"],
+            graph_optimization=options["graph_optimization"],
             seed=options["seed"],
             out=folder,
             progress=_progress(options),

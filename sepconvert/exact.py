@@ -7,6 +7,7 @@ from functools import partial
 from torch import nn
 
 from sepconvert.conversion import Conversion
+from sepconvert.environment import Runtime
 from sepconvert.factorize.exact import Analysis, Factorization, analyse
 from sepconvert.layers import FactorizedConv2d
 from sepconvert.plan import LayerPlan, plan_layer, selected
@@ -28,13 +29,13 @@ def convert_exactly(
     include: Sequence[str],
     exclude: Sequence[str],
     runs: int,
-    threads: int,
+    runtime: Runtime,
     seed: int,
     progress: Progress,
 ) -> Conversion:
     """Replace every convolution that has an exact structure and passes the gate; see `pipeline.convert`."""
     analyses = analyse_model(sites, tol, include, exclude, progress)
-    layers, factorizations = plan_model(model, sites, analyses, gate, tol, runs, threads, seed, progress)
+    layers, factorizations = plan_model(model, sites, analyses, gate, tol, runs, runtime, seed, progress)
     by_name = {site.name: site for site in sites}
     replacements = {name: replacement(each, by_name[name]) for name, each in factorizations.items()}
     converted = rewrite(model, sites, replacements)
@@ -71,7 +72,7 @@ def plan_model(
     gate: str,
     tol: float | None,
     runs: int,
-    threads: int,
+    runtime: Runtime,
     seed: int,
     progress: Progress,
 ) -> tuple[list[LayerPlan], dict[str, Factorization]]:
@@ -83,7 +84,7 @@ def plan_model(
     for site in progress(sites, "planning"):
 
         def is_slower(factorization: Factorization, site: ConvSite = site) -> str | None:
-            return not_faster(site, replacement(factorization, site), runs, threads, seed)
+            return not_faster(site, replacement(factorization, site), runs, runtime, seed)
 
         layer, factorization = plan_layer(
             site, analyses.get(site.name), partial(obstacle, site.owner), gate, tol, is_slower

@@ -19,7 +19,7 @@ from sepconvert.data import Batch
 from sepconvert.distillation import Precision, Step
 from sepconvert.distributed import once
 from sepconvert.distributed import rank as rank_of_process
-from sepconvert.environment import available_cores
+from sepconvert.environment import Runtime, available_cores
 from sepconvert.errors import DemandNotMetError, SepconvertError, first_line
 from sepconvert.exact import analyse_model, convert_exactly, plan_model, verify_model
 from sepconvert.export import (
@@ -82,7 +82,8 @@ def inspect(
     inputs = as_inputs(example_inputs)
     sites = _traced(model, inputs, tol, include, exclude)
     analyses = analyse_model(sites, tol, include, exclude, progress)
-    layers, factorizations = plan_model(model, sites, analyses, gate, tol, 30, available_cores(), 0, progress)
+    runtime = Runtime(available_cores())
+    layers, factorizations = plan_model(model, sites, analyses, gate, tol, 30, runtime, 0, progress)
     reports = [
         LayerReport(
             layer,
@@ -106,7 +107,7 @@ def convert(
     exclude: Sequence[str] = (),
     data: Iterable[Batch] | None = None,
     calib: DataLoader[Batch] | None = None,
-    calib_images: int = 1024,
+    calib_images: int = 1536,
     rank: int | None = None,
     target_macs: float | None = None,
     target_params: float | None = None,
@@ -123,6 +124,7 @@ def convert(
     dynamic_batch: bool = True,
     runs: int = 50,
     threads: int | None = None,
+    graph_optimization: str = "all",
     seed: int = 0,
     source: dict[str, Any] | None = None,
     out: Path | None = None,
@@ -145,7 +147,7 @@ def convert(
         data: labelled batches (x, y), on which accuracy is reported; read once for each model.
         calib: approximate mode: images to fit to; labels are not looked at. Without it a part of `data`
             is split off, and not scored; without either, the metric of the weights is used.
-        calib_images: how many of them, a quarter being held out from the fit to judge plans by.
+        calib_images: how many of them; a quarter, or 256, are held out from the fit to judge plans by.
         rank: the channel multiplier M of all layers, instead of a search.
         target_macs: most MACs, as a share of the original's.
         target_params: most parameters, likewise.
@@ -162,7 +164,8 @@ def convert(
         cache: folder in which such times are kept for the next run; None to keep none.
         dynamic_batch: export with a dynamic batch dimension where the model allows it.
         runs: timed runs of each model; 0 to measure no latency.
-        threads: of the runtime; all cores if None.
+        threads: of ONNX Runtime; all cores if None.
+        graph_optimization: of ONNX Runtime: "all" as is its default, "extended", "basic" or "none".
         seed: of random inputs, of splits and positions, of training, and of the order of runs.
         source: `{"path": …, "sha256": …}` of the model file, for the report.
         out: an existing empty directory to leave all files in; by default they are temporary.
@@ -181,7 +184,8 @@ def convert(
     gate = gate or ("latency" if mode == "auto" else "macs")
     if gate not in GATES:
         raise SepconvertError(f"gate: expected one of {', '.join(GATES)}, got {gate!r}")
-    inputs, threads = as_inputs(example_inputs), threads or available_cores()
+    inputs = as_inputs(example_inputs)
+    runtime = Runtime(available_cores() if threads is None else threads, graph_optimization)
     budget = Budget(rank, target_macs, target_params, min_speedup, max_drop)
     if mode == "exact" and (budget != Budget() or finetune or calib is not None):
         raise SepconvertError(
@@ -198,7 +202,7 @@ def convert(
     predictions = None if data is None else _predict("original", private_copy(model), data, progress)
     original_cost = count(private_copy(model), inputs)
     start, start_sites, start_cost = model, sites, original_cost
-    clock = Clock(threads, seed, cache, measure_seconds)
+    clock = Clock(runtime, seed, cache, measure_seconds)
     if mode == "auto":
         start, merges = merge_pairs(
             model, inputs,
@@ -210,7 +214,7 @@ def convert(
     if parts is None:
         conversion = convert_exactly(
             model, inputs, sites, gate=gate, tol=tol, include=include, exclude=exclude,
-            runs=runs, threads=threads, seed=seed, progress=progress,
+            runs=runs, runtime=runtime, seed=seed, progress=progress,
         )  # fmt: skip
     else:
 
@@ -233,7 +237,7 @@ def convert(
             total_macs=original_cost.macs, total_params=original_cost.params,
             saved_macs=original_cost.macs - start_cost.macs,
             saved_params=original_cost.params - start_cost.params,
-            runs=runs, threads=threads, seed=seed, progress=progress,
+            runs=runs, seed=seed, progress=progress,
         )  # fmt: skip
     if mode == "auto":
         conversion = conversion.with_merges(sites, merges)
@@ -251,11 +255,11 @@ def convert(
     with _folder(out) as folder:
         note = write_models(model, converted, inputs, folder, dynamic_batch, progress)
         paths = folder / "original.onnx", folder / "converted.onnx"
-        onnx_check, onnx_reason = check_onnx(model, conversion.expected, paths, threads)
+        onnx_check, onnx_reason = check_onnx(model, conversion.expected, paths, runtime)
         verification = Verification(conversion.torch_check, onnx_check, onnx_reason, conversion.checks)
         _demand(verification)
         timing = (
-            time_files(model, paths, inputs, runs, threads, seed, progress) if onnx_check and runs else None
+            time_files(model, paths, inputs, runs, runtime, seed, progress) if onnx_check and runs else None
         )
         sizes = [path.stat().st_size for path in paths]
         converted_predictions = (
@@ -272,12 +276,12 @@ def convert(
                 "fine-tune for longer or relax a demand"
             )
         layer_timings = (
-            time_layers(sites, conversion.replacements, runs, threads, seed, progress) if timing else {}
+            time_layers(sites, conversion.replacements, runs, runtime, seed, progress) if timing else {}
         )
         report = Report(
             mode=mode,
             source=source,
-            threads=threads,
+            runtime=runtime,
             seed=seed,
             dtype=str(model_dtype(model)).removeprefix("torch."),
             original=_profile(original_cost, predictions, timing and timing[0], sizes[0]),
@@ -419,7 +423,7 @@ def write_models(
 
 
 def check_onnx(
-    model: nn.Module, expected: tuple[Reference, Reference | None], paths: tuple[Path, Path], threads: int
+    model: nn.Module, expected: tuple[Reference, Reference | None], paths: tuple[Path, Path], runtime: Runtime
 ) -> tuple[Comparison | None, str | None]:
     """Both ONNX files in the runtime on the inputs of `expected`; or None and why it cannot run them.
 
@@ -431,7 +435,7 @@ def check_onnx(
     dtype = runtime_dtype(model)
     reference, own = expected
     try:
-        original, converted = (_run_onnx(path, reference.inputs, dtype, threads) for path in paths)
+        original, converted = (_run_onnx(path, reference.inputs, dtype, runtime) for path in paths)
     except SepconvertError as error:
         return None, str(error)
     export = compare_export(reference, original, dtype)
@@ -445,8 +449,8 @@ def check_onnx(
     return compare_export(own, converted, dtype), None
 
 
-def _run_onnx(path: Path, inputs: Sequence[Inputs], dtype: torch.dtype, threads: int) -> list[Outputs]:
-    runner = session(path, threads)
+def _run_onnx(path: Path, inputs: Sequence[Inputs], dtype: torch.dtype, runtime: Runtime) -> list[Outputs]:
+    runner = session(path, runtime)
     results = []
     for value in inputs:
         try:

@@ -10,7 +10,7 @@ from typing import Any
 from tabulate import tabulate
 from torch import Tensor, nn
 
-from sepconvert.environment import available_cores
+from sepconvert.environment import Runtime, available_cores
 from sepconvert.errors import SepconvertError, first_line
 from sepconvert.export import cast, onnx_feed, runtime_dtype, save_onnx
 from sepconvert.measure.accuracy import Accuracy, evaluate
@@ -130,6 +130,7 @@ def profile(
     data: Iterable[tuple[Tensor, Tensor]] | None = None,
     runs: int = 50,
     threads: int | None = None,
+    graph_optimization: str = "all",
     seed: int = 0,
 ) -> Profile:
     """Measure a model: MACs and parameters, ONNX size, latency in ONNX Runtime, accuracy on `data`.
@@ -139,21 +140,22 @@ def profile(
         example_inputs: N × … tensor, or a tuple of positional arguments; N is the batch that is timed.
         data: labelled batches (x, y), for accuracy.
         runs: timed runs; 0 for no latency.
-        threads: of the runtime; all cores if None.
+        threads: of ONNX Runtime; all cores if None.
+        graph_optimization: of ONNX Runtime: "all" as is its default, "extended", "basic" or "none".
         seed: of the order of runs.
 
     Raises:
         SepconvertError: the model does not run on these inputs, or cannot be exported.
     """
     inputs = as_inputs(example_inputs)
-    threads = threads or available_cores()
+    runtime = Runtime(available_cores() if threads is None else threads, graph_optimization)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.onnx"
         save_onnx(model, inputs, path)
         feed = onnx_feed(cast(inputs, runtime_dtype(model)))
         batch = batch_size(inputs)
         latency = (
-            measure_single(path, feed, runs=runs, threads=threads, batch=batch, seed=seed) if runs else None
+            measure_single(path, feed, runs=runs, runtime=runtime, batch=batch, seed=seed) if runs else None
         )
         size = path.stat().st_size
     cost = count(private_copy(model), inputs)

@@ -148,9 +148,9 @@ class Search:
             self._draw_curve()
             for each in self.progress(self.points, "trade-off curve"):
                 self._carried_out(each)
-            if self.timed:
-                self._time([each for each in self.points if each.speedup is None])
+            self._time_carried_out()
             point = self._searched(budget)
+            self._time_carried_out()
         if point is None or not self._fast_enough(point, budget):
             raise DemandNotMetError(_shortfall(budget, self.points), curve_table(self.to_json(None)))
         self._carried_out(point)
@@ -351,6 +351,12 @@ class Search:
         if point.fitted is None:
             point.fitted = self.carry_out(point.choice)
         return point.fitted
+
+    def _time_carried_out(self) -> None:
+        """What is on the curve, if times are what it is about."""
+        waiting = [each for each in self.points if each.fitted is not None and each.speedup is None]
+        if self.timed and waiting:
+            self._time(waiting)
 
     def _time(self, points: Sequence[Point]) -> None:
         assert self.speedups is not None  # noqa: S101  (plans are timed)

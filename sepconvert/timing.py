@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from sepconvert.environment import environment
+from sepconvert.environment import Runtime, environment
 from sepconvert.export import cast, layer_onnx, onnx_bytes, onnx_feed, runtime_dtype, save_onnx
 from sepconvert.factorize.border import Border
 from sepconvert.factorize.exact import ZERO_BORDER, branches
@@ -49,14 +49,14 @@ def time_files(
     paths: tuple[Path, Path],
     inputs: Inputs,
     runs: int,
-    threads: int,
+    runtime: Runtime,
     seed: int,
     progress: Progress,
 ) -> Timing:
     """Two ONNX files of `model` and of what it became, on its inputs."""
     feed = onnx_feed(cast(inputs, runtime_dtype(model)))
     return measure_pair(
-        *paths, feed, runs=runs, threads=threads, batch=batch_size(inputs), seed=seed,
+        *paths, feed, runs=runs, runtime=runtime, batch=batch_size(inputs), seed=seed,
         progress=lambda items: progress(items, "timing"),
     )  # fmt: skip
 
@@ -65,7 +65,7 @@ def time_layers(
     sites: Sequence[ConvSite],
     replacements: Mapping[str, Replacement],
     runs: int,
-    threads: int,
+    runtime: Runtime,
     seed: int,
     progress: Progress,
 ) -> dict[str, Timing]:
@@ -79,12 +79,12 @@ def time_layers(
         shapes = tuple(weight.shape for weight in replacement.weights)
         key = (site.conv.spec, site.conv.inputs.shape, replacement.scheme, shapes)
         if key not in measured:
-            measured[key] = time_layer(site, replacement, runs, threads, seed)
+            measured[key] = time_layer(site, replacement, runs, runtime, seed)
         timings[site.name] = measured[key]
     return timings
 
 
-def time_layer(site: ConvSite, replacement: Replacement, runs: int, threads: int, seed: int) -> Timing:
+def time_layer(site: ConvSite, replacement: Replacement, runs: int, runtime: Runtime, seed: int) -> Timing:
     """The dense layer and its factors, each alone in the runtime, on the input it has in the model."""
     conv = site.conv
     assert conv is not None  # noqa: S101  (only such sites are planned)
@@ -95,12 +95,14 @@ def time_layer(site: ConvSite, replacement: Replacement, runs: int, threads: int
     inputs = cast((conv.inputs,), torch.float32)
     before, after = (onnx_bytes(module.float().eval(), inputs) for module in (dense, factored))
     feed = onnx_feed(inputs)
-    return measure_pair(before, after, feed, runs=runs, threads=threads, batch=batch_size(inputs), seed=seed)
+    return measure_pair(before, after, feed, runs=runs, runtime=runtime, batch=batch_size(inputs), seed=seed)
 
 
-def not_faster(site: ConvSite, replacement: Replacement, runs: int, threads: int, seed: int) -> str | None:
+def not_faster(
+    site: ConvSite, replacement: Replacement, runs: int, runtime: Runtime, seed: int
+) -> str | None:
     """Why a replacement does not pay in the runtime; None if it is measured to be faster."""
-    _, _, speedup = time_layer(site, replacement, max(runs, 1), threads, seed)
+    _, _, speedup = time_layer(site, replacement, max(runs, 1), runtime, seed)
     if speedup.significant and speedup.median > 1:
         return None
     return f"is measured {speedup.median:.2f}× as fast [{speedup.ci95.lo:.2f}, {speedup.ci95.hi:.2f}]"
@@ -135,9 +137,9 @@ class Clock:
     plan.
     """
 
-    def __init__(self, threads: int, seed: int, cache: Path | None, seconds: float) -> None:
+    def __init__(self, runtime: Runtime, seed: int, cache: Path | None, seconds: float) -> None:
         """`cache`: a folder, made when needed; None to keep nothing. `seconds`: for forms of layers."""
-        self._threads, self._seed, self._cache = threads, seed, cache
+        self._runtime, self._seed, self._cache = runtime, seed, cache
         self._deadline = time.monotonic() + seconds
         self._known: dict[str, dict[str, Any]] = {}
 
@@ -236,7 +238,7 @@ class Clock:
         """Times of models in units of the yardstick of the same round, models × runs."""
         yardstick = layer_onnx([[_YARDSTICK]], _YARDSTICK_SHAPE), self._feed(_YARDSTICK_SHAPE)
         *samples, unit = time_all(
-            [*models, yardstick], runs=runs, threads=self._threads, seed=self._seed, progress=progress
+            [*models, yardstick], runs=runs, runtime=self._runtime, seed=self._seed, progress=progress
         )
         key = self._key(yardstick=asdict(_YARDSTICK), layout=LAYOUT)
         if not self._recall(key, _usable_yardstick):
@@ -252,8 +254,8 @@ class Clock:
         return float(self._known[key]["milliseconds"])
 
     def _key(self, **what: Any) -> str:
-        found = environment(self._threads)
-        what |= {name: found[name] for name in ("cpu", "threads", "onnxruntime")}
+        found = environment(self._runtime)
+        what |= {name: found[name] for name in ("cpu", "threads", "graph_optimization", "onnxruntime")}
         return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:32]
 
     def _recall(self, key: str, usable: Callable[[Any], bool]) -> dict[str, Any]:

@@ -5,6 +5,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Any, TypeVar
 
 import torch
@@ -237,6 +238,29 @@ def private_copy(model: M, dtype: torch.dtype | None = None) -> M:
     for module in copied.modules():  # not .eval(): modules from torch.export refuse it
         module.training = False
     return copied if dtype is None else _in_dtype(copied, dtype)
+
+
+def quick_copy(model: M, images: Tensor, dtype: torch.dtype | None = None) -> M:
+    """A `private_copy` with channels last in memory, as convolutions run fastest, if it runs on `images` so.
+
+    A model may look at a tensor through `view`, which takes one layout alone.
+    """
+    copied = private_copy(model, dtype).to(memory_format=torch.channels_last)
+    try:
+        with torch.no_grad():
+            copied(placed(images[:1], copied))
+    except Exception:  # if there is another cause, whoever runs the other copy will say so
+        return private_copy(model, dtype)
+    return copied
+
+
+def placed(x: Tensor, model: nn.Module) -> Tensor:
+    """`x` on the device of the model's first floating-point parameter or buffer, and of its dtype."""
+    floating = (t for t in chain(model.parameters(), model.buffers()) if t.is_floating_point())
+    like = next(floating, None)
+    if like is None:
+        return x
+    return x.to(like.device, like.dtype) if x.is_floating_point() else x.to(like.device)
 
 
 def _in_dtype(model: M, dtype: torch.dtype) -> M:

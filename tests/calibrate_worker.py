@@ -12,7 +12,7 @@ import torch
 from torch import distributed, nn
 
 from sepconvert.approximation import Calibration
-from sepconvert.calibrate import calibrate
+from sepconvert.calibrate import calibrate, record
 from sepconvert.trace import private_copy, trace
 
 
@@ -23,7 +23,8 @@ def fitted(batches):
     images = torch.randn(4 * batches, 4, 20, 20, dtype=torch.float64) + 2
     kernel = torch.randn(6, 2, 3, 3).double(), torch.randn(6).double()
     share = Calibration(images.split(4), (), "test").share
-    stream, found = calibrate(model, share, trace(private_copy(model), (images[:1],)), seed=0), {}
+    sites = trace(private_copy(model), (images[:1],))
+    stream, found = calibrate(model, share, sites, record(model, share, sites, positions=64, seed=0)), {}
     for _ in range(2):
         site, moments = stream.send(kernel if found else None)
         found[site.name] = [torch.as_tensor(value).double() for value in vars(moments).values()]

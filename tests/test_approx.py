@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 from sepconvert import DemandNotMetError, SepconvertError, convert
 from sepconvert.approx import split_data
 from sepconvert.approximation import Calibration, Heldout, Prices, carry_out, depthwise_forms, survey
+from sepconvert.calibrate import record
 from sepconvert.demo.images import evaluation_data
 from sepconvert.demo.net import load, to_input
 from sepconvert.layers import FactorizedConv2d
@@ -75,7 +76,7 @@ def test_report(fixed):
     json.dumps(result.report, allow_nan=False)
     found = result.report["approximation"]
     assert found["metric"] == "data"
-    assert found["calibration"] == {"origin": "--calib", "images": 150, "heldout": 50, "positions": 64}
+    assert found["calibration"] == {"origin": "--calib", "images": 150, "heldout": 50, "positions": 219}
     names = [step["name"] for step in found["steps"]]
     assert names[:3] == ["fit the weights", "fit the outputs", "follow the drift, correct the bias"]
     by_name = {step["name"]: step["divergence"] for step in found["steps"]}
@@ -315,11 +316,12 @@ def test_full_rank_is_the_original_on_every_kind_of_layer(geometry):
     assume(sites)
     full = conv.weight[0, 0].numel()
     prices = {site.name: Prices(1, dict.fromkeys(depthwise_forms(site.conv.spec, full), 1)) for site in sites}
-    calibration = Calibration((images,), (images,), "test")
+    answers = record(model, {0: images}, sites, positions=64, seed=0)
+    calibration = Calibration((images,), (images,), "test", answers)
     heldout = Heldout(model, calibration.heldout)
-    found = survey(model, sites, calibration, heldout, prices, 0, silent)
+    found = survey(model, sites, calibration, heldout, prices, silent)
     choice = {name: each.candidates()[0] for name, each in found.items()}
-    fitted = carry_out(model, sites, choice, found, calibration, heldout, 0, silent)
+    fitted = carry_out(model, sites, choice, found, calibration, heldout, silent)
     with torch.no_grad():
         expected, actual = model(images), fitted.model(images)
         magnitude = nn.functional.conv2d(

@@ -18,7 +18,8 @@ from strategies import geometries, numbered
 from torch import nn
 from torch.nn import functional as F
 
-from sepconvert.calibrate import POSITIONS, calibrate, reestimate_batchnorm
+from sepconvert.calibrate import calibrate as calibrate_with
+from sepconvert.calibrate import record, reestimate_batchnorm
 from sepconvert.errors import SepconvertError
 from sepconvert.trace import private_copy, trace
 
@@ -26,8 +27,17 @@ WORKER = Path(__file__).with_name("calibrate_worker.py")
 IMAGES = torch.randn(6, 4, 8, 7, generator=torch.Generator().manual_seed(0)) + 3
 
 
+POSITIONS = 64
+
+
 def sites_of(model, images=IMAGES):
     return trace(private_copy(model), (images[:1],))
+
+
+def calibrate(model, batches, sites, seed):
+    return calibrate_with(
+        model, batches, sites, record(model, batches, sites, positions=POSITIONS, seed=seed)
+    )
 
 
 def drive(model, batches, kernels=None, sites=None):

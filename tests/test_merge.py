@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import sepconvert.timing
 from sepconvert import convert
+from sepconvert.environment import Runtime
 from sepconvert.errors import SepconvertError
 from sepconvert.measure.latency import Speedup
 from sepconvert.measure.statistics import Interval
@@ -61,7 +62,7 @@ def found(model, *inputs):
 
 def decided(model, *inputs, gate="none", **options):
     pairs = linear_pairs(model, inputs, traced(model, *inputs))
-    clock = Clock(1, 0, options.get("cache"), options.get("seconds", 60.0))
+    clock = Clock(Runtime(1), 0, options.get("cache"), options.get("seconds", 60.0))
     return merge_pairs(model, inputs, pairs, gate=gate, clock=clock, seed=0)
 
 
@@ -587,7 +588,7 @@ def test_a_pair_that_is_none_is_noticed(monkeypatch):
     model, x = Functional(residual, conv(4, 4, 1), conv(4, 4, 1)), image(4)
     sites = traced(model, x)
     pairs = (LinearPair(sites[0], sites[1]),)
-    clock = Clock(1, 0, None, 1.0)
+    clock = Clock(Runtime(1), 0, None, 1.0)
     merged, (decision,) = merge_pairs(model, (x,), pairs, gate="none", clock=clock, seed=0)
     assert merged is model
     assert decision.reason.startswith("merged, the outputs of the model move by ")

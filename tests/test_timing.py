@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from strategies import geometries, numbered, spec_of
 from torch import nn
 
+from sepconvert.environment import Runtime
 from sepconvert.export import layer_onnx
 from sepconvert.factorize.border import Border
 from sepconvert.factorize.exact import ZERO_BORDER, branches
@@ -56,7 +57,7 @@ def site():
 
 def test_times_are_remembered_on_disk(site, tmp_path):
     cache = tmp_path / "cache"
-    first = Clock(1, 0, cache, 60).forms(site, FORMS_TIMED)
+    first = Clock(Runtime(1), 0, cache, 60).forms(site, FORMS_TIMED)
     assert list(first.forms) == FORMS_TIMED
     assert first.dense_milliseconds > 0
     assert all(each.milliseconds > 0 for each in first.forms.values())
@@ -64,19 +65,19 @@ def test_times_are_remembered_on_disk(site, tmp_path):
         first.dense_milliseconds / each.milliseconds for each in first.forms.values()
     )
     # With no time left, what is known is all there is.
-    assert Clock(1, 0, cache, 0).forms(site, FORMS_TIMED) == first
-    assert Clock(1, 0, cache, 0).forms(site, FORMS_TIMED[:1]).forms == {
+    assert Clock(Runtime(1), 0, cache, 0).forms(site, FORMS_TIMED) == first
+    assert Clock(Runtime(1), 0, cache, 0).forms(site, FORMS_TIMED[:1]).forms == {
         FORMS_TIMED[0]: first.forms[FORMS_TIMED[0]]
     }
-    assert Clock(2, 0, cache, 0).forms(site, FORMS_TIMED) is None
-    assert Clock(1, 0, cache, 0).forms(site, [("spatial-hv", 4)]) is None
-    more = Clock(1, 0, cache, 60).forms(site, [*FORMS_TIMED, ("spatial-hv", 4)])
+    assert Clock(Runtime(2), 0, cache, 0).forms(site, FORMS_TIMED) is None
+    assert Clock(Runtime(1), 0, cache, 0).forms(site, [("spatial-hv", 4)]) is None
+    more = Clock(Runtime(1), 0, cache, 60).forms(site, [*FORMS_TIMED, ("spatial-hv", 4)])
     assert {form: more.forms[form] for form in FORMS_TIMED} == dict(first.forms)
 
 
 @pytest.mark.parametrize("damage", ["", "[]", "{}", '{"dense_yardsticks": -1, "forms": {}}', "ratio"])
 def test_a_damaged_memory_is_measured_anew(site, tmp_path, damage):
-    Clock(1, 0, tmp_path, 60).forms(site, FORMS_TIMED[:1])
+    Clock(Runtime(1), 0, tmp_path, 60).forms(site, FORMS_TIMED[:1])
     (path,) = [each for each in tmp_path.iterdir() if "forms" in each.read_text()]
     good = json.loads(path.read_text())
     if damage == "ratio":
@@ -84,15 +85,15 @@ def test_a_damaged_memory_is_measured_anew(site, tmp_path, damage):
         spoiled["forms"]["spatial-vh 4"]["ratio"] = 0
         damage = json.dumps(spoiled)
     path.write_text(damage)
-    assert Clock(1, 0, tmp_path, 0).forms(site, FORMS_TIMED[:1]) is None
-    assert Clock(1, 0, tmp_path, 60).forms(site, FORMS_TIMED[:1]) is not None
+    assert Clock(Runtime(1), 0, tmp_path, 0).forms(site, FORMS_TIMED[:1]) is None
+    assert Clock(Runtime(1), 0, tmp_path, 60).forms(site, FORMS_TIMED[:1]) is not None
     assert json.loads(path.read_text())["forms"].keys() == good["forms"].keys()
 
 
 def test_calls_are_counted(tmp_path):
     shared = nn.Conv2d(16, 16, 3, padding=1)
     (twice,) = trace(nn.Sequential(shared, shared), (torch.randn(1, 16, 12, 12),))
-    clock = Clock(1, 0, None, 60)
+    clock = Clock(Runtime(1), 0, None, 60)
     (once,) = trace(shared, (torch.randn(1, 16, 12, 12),))
     assert clock.forms(twice, FORMS_TIMED).dense_milliseconds == pytest.approx(
         2 * clock.forms(once, FORMS_TIMED).dense_milliseconds
@@ -103,20 +104,20 @@ def test_plans_are_remembered_by_what_they_are(tmp_path):
     torch.manual_seed(0)
     models = [nn.Sequential(nn.Conv2d(16, width, 3), nn.Conv2d(width, 16, 3)).eval() for width in (64, 4, 5)]
     inputs = (torch.randn(1, 16, 24, 24),)
-    milliseconds, found = Clock(1, 0, tmp_path, 0).plans(models[0], models[1:], inputs, 10, silent)
+    milliseconds, found = Clock(Runtime(1), 0, tmp_path, 0).plans(models[0], models[1:], inputs, 10, silent)
     assert milliseconds > 0
     assert len(found) == 2
     assert all(each.ci95.lo <= each.median <= each.ci95.hi for each in found)
-    again = Clock(1, 0, tmp_path, 0).plans(models[0], models[:0:-1], inputs, 10, silent)
+    again = Clock(Runtime(1), 0, tmp_path, 0).plans(models[0], models[:0:-1], inputs, 10, silent)
     assert again == (milliseconds, found[::-1])
     for path in [each for each in tmp_path.iterdir() if "speedup" in each.read_text()]:
         path.write_text('{"yardsticks": 1, "speedup": {"median": "fast"}}')
-    anew = Clock(1, 0, tmp_path, 0).plans(models[0], models[1:], inputs, 10, silent)
+    anew = Clock(Runtime(1), 0, tmp_path, 0).plans(models[0], models[1:], inputs, 10, silent)
     assert all(each.median > 0 for each in anew[1])
 
 
 def test_where_nothing_can_be_kept(site, tmp_path):
     place = tmp_path / "file"
     place.write_text("")
-    assert Clock(1, 0, place / "cache", 60).forms(site, FORMS_TIMED[:1]) is not None
+    assert Clock(Runtime(1), 0, place / "cache", 60).forms(site, FORMS_TIMED[:1]) is not None
     assert FORM_RUNS >= 10

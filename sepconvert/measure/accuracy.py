@@ -3,7 +3,6 @@
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, is_dataclass
-from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 from sepconvert.errors import SepconvertError, first_line
 from sepconvert.measure import Progress
 from sepconvert.measure.statistics import Interval, paired_difference_interval
+from sepconvert.trace import placed, quick_copy
 
 
 @dataclass(frozen=True)
@@ -82,24 +82,23 @@ class AccuracyDelta:
 def evaluate(
     model: nn.Module, loader: Iterable[tuple[Tensor, Tensor]], progress: Progress | None = None
 ) -> Predictions:
-    """Run a classifier over a labelled data set: eval mode, no gradients, on its own device and dtype.
+    """Run a copy of a classifier over a labelled data set: eval mode, no gradients, its device and dtype.
 
     `loader` yields batches `(x, y)`: inputs, and N integer labels. The inputs go to the device and dtype
     of the model's first floating-point parameter (or buffer; a model without any gets them as they are).
     The model answers with logits, N×classes: a tensor, the `logits` of a mapping or object, or else the
-    first tensor in a tuple, list, mapping or dataclass. Its training flags are restored afterwards.
-    `progress` wraps the loader, as `tqdm` does.
+    first tensor in a tuple, list, mapping or dataclass. `progress` wraps the loader, as `tqdm` does.
 
     Raises `SepconvertError` if the loader is empty, a batch is no such pair, the model cannot run on it, the
     output holds no such logits or has NaN, or a label is not a class of the model.
     """
-    floating = (t for t in chain(model.parameters(), model.buffers()) if t.is_floating_point())
-    like = next(floating, None)
     ranked, labels, classes = [], [], 0
-    with evaluation_mode(model), torch.no_grad():
+    running: nn.Module | None = None
+    with torch.no_grad():
         for batch in progress(loader) if progress else loader:
             x, y = _pair(batch)
-            logits = _logits(_run(model, x if like is None else x.to(like.device, like.dtype)), len(y))
+            running = running or quick_copy(model, x)
+            logits = _logits(_run(running, placed(x, running)), len(y))
             classes = logits.shape[1]
             strangers = y[(y < 0) | (y >= classes)]
             if len(strangers):

@@ -1,7 +1,6 @@
 """How far a model's outputs are from its original's: what distillation lowers and calibration compares."""
 
 from collections.abc import Iterable, Sequence
-from itertools import chain
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +9,7 @@ from torch.nn import functional as F
 from sepconvert.errors import SepconvertError, first_line
 from sepconvert.measure import Progress
 from sepconvert.measure.accuracy import evaluation_mode, tensor_leaves
+from sepconvert.trace import placed
 
 
 def divergence(expected: Sequence[Tensor], actual: Sequence[Tensor], temperature: float = 1) -> Tensor:
@@ -95,15 +95,6 @@ def mean_divergence(
     if not samples:
         raise SepconvertError("data: expected at least one sample, got none; check the data path")
     return total / samples
-
-
-def placed(x: Tensor, model: nn.Module) -> Tensor:
-    """`x` on the device of the model's first floating-point parameter or buffer, and of its dtype."""
-    floating = (t for t in chain(model.parameters(), model.buffers()) if t.is_floating_point())
-    like = next(floating, None)
-    if like is None:
-        return x
-    return x.to(like.device, like.dtype) if x.is_floating_point() else x.to(like.device)
 
 
 def _precise(t: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 import onnxruntime as ort
 
+from sepconvert.environment import Runtime
 from sepconvert.errors import SepconvertError, first_line
 from sepconvert.measure import Progress
 from sepconvert.measure.statistics import Interval, median_interval
@@ -26,6 +27,12 @@ _SHORTEST_SAMPLE_NS = 1_000_000
 _WARMUP_BLOCK = 3
 _WARMUP_TOLERANCE = 0.05
 _WARMUP_MOST_BLOCKS = 10
+_LEVELS = {
+    "all": ort.GraphOptimizationLevel.ORT_ENABLE_ALL,
+    "extended": ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED,
+    "basic": ort.GraphOptimizationLevel.ORT_ENABLE_BASIC,
+    "none": ort.GraphOptimizationLevel.ORT_DISABLE_ALL,
+}
 
 
 @dataclass(frozen=True)
@@ -90,8 +97,8 @@ class Speedup:
         }
 
 
-def session(model: Path | bytes, threads: int) -> ort.InferenceSession:
-    """An ONNX Runtime session on the CPU with `threads` intra-op threads, operators one after the other.
+def session(model: Path | bytes, runtime: Runtime) -> ort.InferenceSession:
+    """An ONNX Runtime session on the CPU, operators one after the other.
 
     `model` is the path of an .onnx file, or its bytes. All else is ONNX Runtime's default, as deployed, but
     for one thing: the worker threads do not spin while they wait. The workers of one session would spin on
@@ -99,12 +106,11 @@ def session(model: Path | bytes, threads: int) -> ort.InferenceSession:
     of one 0.56 ms model took 0.6 to 3.6 ms, and with spinning off 0.56 to 0.60 ms, as it does alone. (To stop
     spinning after each run, `session.force_spinning_stop`, does not help: 1.4 to 2.0 ms.)
 
-    Raises `SepconvertError` if `threads` is below 1 or ONNX Runtime cannot load the model.
+    Raises `SepconvertError` if ONNX Runtime cannot load the model.
     """
-    if threads < 1:
-        raise SepconvertError(f"threads: expected at least 1, got {threads}; the number of cores is usual")
     options = ort.SessionOptions()
-    options.intra_op_num_threads = threads
+    options.intra_op_num_threads = runtime.threads
+    options.graph_optimization_level = _LEVELS[runtime.graph_optimization]
     options.inter_op_num_threads = 1
     options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
     options.log_severity_level = 4
@@ -127,7 +133,7 @@ def measure_pair(
     feeds: Mapping[str, npt.NDArray[Any]],
     *,
     runs: int,
-    threads: int,
+    runtime: Runtime,
     batch: int,
     seed: int,
     progress: Progress | None = None,
@@ -138,13 +144,13 @@ def measure_pair(
     times the original, a second session of the original, and the converted model once each (`interleave`).
     `progress` wraps the rounds, as `tqdm` does.
 
-    Raises `SepconvertError` if a model cannot be loaded or run on `feeds`, or `runs` or `threads` is below 1.
+    Raises `SepconvertError` if a model cannot be loaded or run on `feeds`, or `runs` is below 1.
     """
     models = [(each, feeds) for each in (original, original, converted)]
-    first, again, other = time_all(models, runs=runs, threads=threads, seed=seed, progress=progress)
+    first, again, other = time_all(models, runs=runs, runtime=runtime, seed=seed, progress=progress)
     return (
-        _latency(first, threads, batch),
-        _latency(other, threads, batch),
+        _latency(first, runtime.threads, batch),
+        _latency(other, runtime.threads, batch),
         speedup(first, again, other),
     )
 
@@ -153,12 +159,12 @@ def time_all(
     models: Sequence[tuple[Path | bytes, Mapping[str, npt.NDArray[Any]]]],
     *,
     runs: int,
-    threads: int,
+    runtime: Runtime,
     seed: int,
     progress: Progress | None = None,
 ) -> npt.NDArray[np.float64]:
     """Milliseconds of every model, on its feeds, in every round: `models × runs`; see `measure_pair`."""
-    tasks = [_runner(session(model, threads), feeds) for model, feeds in models]
+    tasks = [_runner(session(model, runtime), feeds) for model, feeds in models]
     return interleave(tasks, runs=runs, seed=seed, progress=progress)
 
 
@@ -179,7 +185,7 @@ def measure_single(
     feeds: Mapping[str, npt.NDArray[Any]],
     *,
     runs: int,
-    threads: int,
+    runtime: Runtime,
     batch: int,
     seed: int,
     progress: Progress | None = None,
@@ -188,9 +194,9 @@ def measure_single(
 
     Two latencies measured apart are not comparable to better than the drift of the machine between them.
     """
-    task = _runner(session(model, threads), feeds)
+    task = _runner(session(model, runtime), feeds)
     (samples,) = interleave([task], runs=runs, seed=seed, progress=progress)
-    return _latency(samples, threads, batch)
+    return _latency(samples, runtime.threads, batch)
 
 
 def interleave(

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from sepconvert.environment import environment
+from sepconvert.environment import Runtime, environment
 from sepconvert.export import ExportNote
 from sepconvert.factorize.exact import Analysis, Certificate, Finding
 from sepconvert.measure.accuracy import AccuracyDelta
@@ -151,7 +151,7 @@ class Report:
 
     mode: str
     source: dict[str, Any] | None
-    threads: int
+    runtime: Runtime
     seed: int
     dtype: str
     original: Profile
@@ -175,7 +175,7 @@ def report_document(report: Report) -> dict[str, Any]:
         "schema": SCHEMA,
         "mode": report.mode,
         "model": report.source,
-        "environment": environment(report.threads),
+        "environment": environment(report.runtime),
         "seed": report.seed,
         "dtype": report.dtype,
         "original": report.original.to_json(),

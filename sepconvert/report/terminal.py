@@ -200,6 +200,12 @@ def curve_table(curve: Sequence[Document]) -> str:
     return table
 
 
+def _optimization(document: Document) -> str:
+    """Where it is not the runtime's default."""
+    level = document["environment"].get("graph_optimization", "all")
+    return "" if level == "all" else f", graph optimization {level}"
+
+
 def _latency_sentences(document: Document, converted: Sequence[Document]) -> list[str]:
     speedup = document["delta"]["latency_speedup"]
     if speedup is None:
@@ -208,7 +214,7 @@ def _latency_sentences(document: Document, converted: Sequence[Document]) -> lis
     noise_low, noise_high = speedup["noise_floor"]
     lines = [
         f"Latency: {latency['runs']} interleaved runs, batch {latency['batch']}, "
-        f"{latency['threads']} threads, median and 95 % interval; "
+        f"{latency['threads']} threads{_optimization(document)}, median and 95 % interval; "
         f"the original against itself: [{noise_low:.3f}, {noise_high:.3f}]."
     ]
     fewer_macs = (document["delta"]["macs_ratio"] or 1) > 1

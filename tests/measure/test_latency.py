@@ -6,9 +6,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import onnx
+import onnxruntime as ort
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
+from sepconvert.environment import GRAPH_OPTIMIZATIONS, Runtime
 from sepconvert.errors import SepconvertError
 from sepconvert.measure import latency
 from sepconvert.measure.latency import (
@@ -164,7 +166,9 @@ def test_significance(ci95: tuple[float, float], noise_floor: tuple[float, float
 def test_a_much_smaller_model_is_significantly_faster(tmp_path: Path) -> None:
     original = tmp_path / "original.onnx"
     original.write_bytes(conv_net(40))
-    before, after, ratio = measure_pair(original, conv_net(1), FEEDS, runs=15, threads=1, batch=1, seed=0)
+    before, after, ratio = measure_pair(
+        original, conv_net(1), FEEDS, runs=15, runtime=Runtime(1), batch=1, seed=0
+    )
     assert ratio.significant
     assert ratio.median > 1
     assert before.median_ms > after.median_ms > 0
@@ -179,7 +183,7 @@ def test_reports_are_json() -> None:
     assert value == {"median": 2.0, "ci95": [1.5, 2.5], "p90": 3.0, "runs": 9, "threads": 2, "batch": 4}
     ratio = Speedup(1.2, Interval(1.1, 1.3), Interval(0.9, 1.05)).to_dict()
     assert ratio == {"median": 1.2, "ci95": [1.1, 1.3], "significant": True, "noise_floor": [0.9, 1.05]}
-    measured = measure_pair(conv_net(1), conv_net(1), FEEDS, runs=6, threads=2, batch=1, seed=0)
+    measured = measure_pair(conv_net(1), conv_net(1), FEEDS, runs=6, runtime=Runtime(2), batch=1, seed=0)
     for each in measured:
         assert json.loads(json.dumps(each.to_dict())) == each.to_dict()
 
@@ -193,14 +197,33 @@ def test_measure_single_counts_runs_through_progress() -> None:
             yield each
 
     feeds = {"x": np.ones((3, 16, 16, 16), np.float32)}
-    found = measure_single(conv_net(2), feeds, runs=7, threads=1, batch=3, seed=0, progress=progress)
+    found = measure_single(conv_net(2), feeds, runs=7, runtime=Runtime(1), batch=3, seed=0, progress=progress)
     assert (len(seen), found.runs, found.batch) == (7, 7, 3)
 
 
 def test_session_has_the_threads_asked_for() -> None:
-    options = session(conv_net(1), 2).get_session_options()
+    options = session(conv_net(1), Runtime(2)).get_session_options()
     assert (options.intra_op_num_threads, options.inter_op_num_threads) == (2, 1)
     assert options.get_session_config_entry("session.intra_op.allow_spinning") == "0"
+
+
+@pytest.mark.parametrize("level", GRAPH_OPTIMIZATIONS)
+def test_session_has_the_graph_optimization_asked_for(level: str) -> None:
+    options = session(conv_net(1), Runtime(1, level)).get_session_options()
+    assert (
+        options.graph_optimization_level
+        == {
+            "none": ort.GraphOptimizationLevel.ORT_DISABLE_ALL,
+            "basic": ort.GraphOptimizationLevel.ORT_ENABLE_BASIC,
+            "extended": ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED,
+            "all": ort.GraphOptimizationLevel.ORT_ENABLE_ALL,
+        }[level]
+    )
+
+
+def test_unknown_graph_optimization() -> None:
+    with pytest.raises(SepconvertError, match="expected one of all, extended, basic, none, got 'most'"):
+        Runtime(1, "most")
 
 
 @pytest.mark.parametrize(
@@ -219,7 +242,7 @@ def test_feeds_that_do_not_fit(
     feeds: dict[str, npt.NDArray[Any]], message: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SepconvertError, match=message) as caught:
-        measure_single(conv_net(1), feeds, runs=1, threads=1, batch=1, seed=0)
+        measure_single(conv_net(1), feeds, runs=1, runtime=Runtime(1), batch=1, seed=0)
     assert "\n" not in str(caught.value)
     assert capfd.readouterr().err == ""
 
@@ -229,13 +252,13 @@ def test_models_that_do_not_load(tmp_path: Path, capfd: pytest.CaptureFixture[st
     empty.write_bytes(b"")
     for model in (b"no model at all", empty, tmp_path / "missing.onnx", tmp_path):
         with pytest.raises(SepconvertError, match=r"^onnxruntime cannot load .* a valid ONNX") as caught:
-            session(model, 1)
+            session(model, Runtime(1))
         assert "\n" not in str(caught.value)
     assert capfd.readouterr().err == ""
 
 
 def test_numbers_out_of_range() -> None:
     with pytest.raises(SepconvertError, match="threads: expected at least 1, got 0"):
-        session(conv_net(1), 0)
+        session(conv_net(1), Runtime(0))
     with pytest.raises(SepconvertError, match="runs: expected at least 1, got 0"):
-        measure_single(conv_net(1), FEEDS, runs=0, threads=1, batch=1, seed=0)
+        measure_single(conv_net(1), FEEDS, runs=0, runtime=Runtime(1), batch=1, seed=0)
