@@ -31,7 +31,7 @@ from sepconvert.approximation import (
     restored,
     survey,
 )
-from sepconvert.calibrate import positions_for, record
+from sepconvert.calibrate import PATCHES, record
 from sepconvert.conversion import Conversion
 from sepconvert.data import Batch, split
 from sepconvert.distillation import Precision, finetune
@@ -197,9 +197,7 @@ def convert_approximately(
         share = {number: placed(batch, model) for number, batch in calibration.share.items()}
         calibration = replace(
             calibration,
-            answers=record(
-                model, share, layers, positions=positions_for(sum(map(len, calibration.fit))), seed=seed
-            ),
+            answers=record(model, share, layers, images=sum(map(len, calibration.fit)), seed=seed),
             importance=fisher_information(model, share, layers, seed=seed),
         )
     surveyed = survey(model, layers, calibration, heldout, prices, progress)
@@ -448,7 +446,7 @@ def _document(
             "origin": calibration.origin,
             "images": count(calibration.fit),
             "heldout": count(calibration.heldout),
-            "positions": positions_for(count(calibration.fit)),
+            "patches_per_unknown": PATCHES,
         },
         "budget": asdict(budget),
         "unit": unit,

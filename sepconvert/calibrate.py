@@ -32,8 +32,8 @@ from sepconvert.errors import SepconvertError, first_line
 from sepconvert.factorize.approximate import Moments
 from sepconvert.trace import ConvolutionInterceptor, ConvSite, private_copy, quick_copy, resolve_padding
 
-PATCHES = 2**15
-"""Output positions of a layer that are looked at, about, in all images: some ten for each unknown."""
+PATCHES = 12
+"""For each unknown of an output, that are looked at in all images, or all there are."""
 
 FEWEST_POSITIONS = 16
 """In each image, if it has as many."""
@@ -48,13 +48,13 @@ _Key = tuple[str, int]
 class Answers:
     """The original's outputs at the positions that are looked at in each image."""
 
+    images: int  # of all processes
     seed: int  # of the positions
-    positions: int  # in each image, at most
     outputs: Mapping[tuple[_Key, int], Tensor]  # N × P × O, by layer and number of batch
 
 
 def record(
-    model: nn.Module, batches: Mapping[int, Tensor], sites: Sequence[ConvSite], *, positions: int, seed: int
+    model: nn.Module, batches: Mapping[int, Tensor], sites: Sequence[ConvSite], *, images: int, seed: int
 ) -> Answers:
     """What `calibrate` fits to.
 
@@ -62,7 +62,7 @@ def record(
         model: the original; left as it is.
         batches: of images N × C × H × W by number; this process's share of them.
         sites: convolutions to look at, as `trace` found them; those without a `conv` are passed over.
-        positions: that are looked at in each image; see `positions_for`.
+        images: that all processes have.
         seed: of the positions.
 
     Raises:
@@ -71,8 +71,8 @@ def record(
     places = {_place(site): site for site in sites if site.conv is not None}
     outputs: dict[tuple[_Key, int], Tensor] = {}
     if not places or not batches:
-        return Answers(seed, positions, outputs)
-    check_memory(model, batches, list(places.values()), positions)
+        return Answers(images, seed, outputs)
+    check_memory(model, batches, list(places.values()), images)
     private = quick_copy(model, next(iter(batches.values())))
     names = _names(private)
 
@@ -82,19 +82,22 @@ def record(
         output, key = call(), (names[module], index)
         # One that only these images call again counts with its first call.
         if key in places and (key, number) not in outputs:
-            chosen = _positions(_batched(output).shape, positions, _generator(seed, places[key], number))
+            most = _positions_of(places[key], images)
+            chosen = _positions(_batched(output).shape, most, _generator(seed, places[key], number))
             outputs[key, number] = _at(output, chosen).clone()
         return output
 
     with torch.no_grad(), ConvolutionInterceptor(private, on_call).watching():
         for number, batch in batches.items():  # noqa: B007  (`on_call` reads it)
             _run(private, batch)
-    return Answers(seed, positions, outputs)
+    return Answers(images, seed, outputs)
 
 
-def positions_for(images: int) -> int:
-    """In each of so many images."""
-    return max(FEWEST_POSITIONS, math.ceil(PATCHES / images))
+def _positions_of(site: ConvSite, images: int) -> int:
+    """That are looked at in each of so many images, at most."""
+    assert site.conv is not None  # noqa: S101  (the others are passed over)
+    unknowns = math.prod(site.conv.spec.weight_shape[1:])
+    return max(FEWEST_POSITIONS, math.ceil(PATCHES * unknowns / images))
 
 
 def calibrate(
@@ -144,7 +147,7 @@ def calibrate(
                     "leave these layers out with --exclude"
                 )
             site = places[key]
-            accumulator = _Accumulator(site, answers.positions)
+            accumulator = _Accumulator(site, _positions_of(site, answers.images))
             for number, each in passes.items():
                 generator = _generator(answers.seed, site, number)
                 accumulator.add(each.seen, generator, answers.outputs[key, number])
@@ -157,22 +160,22 @@ def _place(site: ConvSite) -> _Key:
 
 
 def check_memory(
-    model: nn.Module, batches: Mapping[int, Tensor], sites: Sequence[ConvSite], positions: int
+    model: nn.Module, batches: Mapping[int, Tensor], sites: Sequence[ConvSite], images: int
 ) -> None:
     """Compare what calibration will hold with the memory that is free.
 
     Raises:
         SepconvertError: with both numbers, and how many images would fit.
     """
-    images = sum(map(len, batches.values()))
+    share = sum(map(len, batches.values()))
     needed_each = _peak_of_activations(model, next(iter(batches.values()))[:1])
-    needed_each += sum(_bytes_of_answers(site, positions) for site in sites)
+    needed_each += sum(_bytes_of_answers(site, images) for site in sites)
     fixed = max(_bytes_of_moments(site) for site in sites)
-    needed, free = images * needed_each + fixed, psutil.virtual_memory().available
+    needed, free = share * needed_each + fixed, psutil.virtual_memory().available
     if needed > free:
         fits = max(int((free - fixed) / needed_each), 0)
         raise SepconvertError(
-            f"calibration: {images} images need about {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free; "
+            f"calibration: {share} images need about {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free; "
             f"pass --calib-images {fits}"
             if fits
             else f"calibration: one layer needs {fixed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free"
@@ -369,7 +372,7 @@ def _moments_of_all_calls(
     model = private_copy(model)
     names, accumulators = (
         _names(model),
-        {key: _Accumulator(site, answers.positions) for key, site in sites.items()},
+        {key: _Accumulator(site, _positions_of(site, answers.images)) for key, site in sites.items()},
     )
 
     def on_call(
@@ -532,11 +535,15 @@ def _bytes_of_moments(site: ConvSite) -> int:
     return 8 * spec.groups * unknowns * (5 * unknowns + 4 * spec.out_channels // spec.groups)
 
 
-def _bytes_of_answers(site: ConvSite, positions: int) -> int:
+def _bytes_of_answers(site: ConvSite, images: int) -> int:
     """Of one image, at most."""
     assert site.conv is not None  # noqa: S101
     spec, size = site.conv.spec, site.sizes[0]
-    return site.conv.inputs.element_size() * spec.out_channels * min(positions, math.prod(size))
+    return (
+        site.conv.inputs.element_size()
+        * spec.out_channels
+        * min(_positions_of(site, images), math.prod(size))
+    )
 
 
 class _LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's own

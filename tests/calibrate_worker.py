@@ -24,7 +24,10 @@ def fitted(batches):
     kernel = torch.randn(6, 2, 3, 3).double(), torch.randn(6).double()
     share = Calibration(images.split(4), (), "test").share
     sites = trace(private_copy(model), (images[:1],))
-    stream, found = calibrate(model, share, sites, record(model, share, sites, positions=64, seed=0)), {}
+    stream, found = (
+        calibrate(model, share, sites, record(model, share, sites, images=4 * batches, seed=0)),
+        {},
+    )
     for _ in range(2):
         site, moments = stream.send(kernel if found else None)
         found[site.name] = [torch.as_tensor(value).double() for value in vars(moments).values()]

@@ -76,7 +76,12 @@ def test_report(fixed):
     json.dumps(result.report, allow_nan=False)
     found = result.report["approximation"]
     assert found["metric"] == "data"
-    assert found["calibration"] == {"origin": "--calib", "images": 150, "heldout": 50, "positions": 219}
+    assert found["calibration"] == {
+        "origin": "--calib",
+        "images": 150,
+        "heldout": 50,
+        "patches_per_unknown": 12,
+    }
     names = [step["name"] for step in found["steps"]]
     assert names[:3] == ["fit the weights", "fit the outputs", "follow the drift, correct the bias"]
     by_name = {step["name"]: step["divergence"] for step in found["steps"]}
@@ -316,7 +321,7 @@ def test_full_rank_is_the_original_on_every_kind_of_layer(geometry):
     assume(sites)
     full = conv.weight[0, 0].numel()
     prices = {site.name: Prices(1, dict.fromkeys(depthwise_forms(site.conv.spec, full), 1)) for site in sites}
-    answers = record(model, {0: images}, sites, positions=64, seed=0)
+    answers = record(model, {0: images}, sites, images=1, seed=0)
     calibration = Calibration((images,), (images,), "test", answers)
     heldout = Heldout(model, calibration.heldout)
     found = survey(model, sites, calibration, heldout, prices, silent)

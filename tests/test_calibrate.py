@@ -18,8 +18,8 @@ from strategies import geometries, numbered
 from torch import nn
 from torch.nn import functional as F
 
+from sepconvert.calibrate import FEWEST_POSITIONS, PATCHES, record, reestimate_batchnorm
 from sepconvert.calibrate import calibrate as calibrate_with
-from sepconvert.calibrate import record, reestimate_batchnorm
 from sepconvert.errors import SepconvertError
 from sepconvert.trace import private_copy, trace
 
@@ -27,17 +27,13 @@ WORKER = Path(__file__).with_name("calibrate_worker.py")
 IMAGES = torch.randn(6, 4, 8, 7, generator=torch.Generator().manual_seed(0)) + 3
 
 
-POSITIONS = 64
-
-
 def sites_of(model, images=IMAGES):
     return trace(private_copy(model), (images[:1],))
 
 
 def calibrate(model, batches, sites, seed):
-    return calibrate_with(
-        model, batches, sites, record(model, batches, sites, positions=POSITIONS, seed=seed)
-    )
+    # As of one image, in which nearly every position is looked at.
+    return calibrate_with(model, batches, sites, record(model, batches, sites, images=1, seed=seed))
 
 
 def drive(model, batches, kernels=None, sites=None):
@@ -201,7 +197,7 @@ def test_positions_are_a_seeded_sample_that_batches_alone_decide():
     layer = nn.Sequential(conv())
     sites = sites_of(layer, images)
     found = drive(layer, images.split(2), sites=sites)["0"]
-    assert found.count == 4 * 64
+    assert found.count == 4 * PATCHES * layer[0].weight[0].numel()
     again = drive(layer, images.split(2), sites=sites)["0"]
     assert torch.equal(found.covariance, again.covariance)
     backwards = next(calibrate(layer, {1: images[2:], 0: images[:2]}, sites, seed=0))[1]
@@ -284,7 +280,7 @@ def test_moments_of_any_layer_behind_a_replaced_one(geometry, batch):
     model = nn.Sequential(nn.Conv2d(channels, channels, 1).double(), layer).requires_grad_(False)
     images = torch.randn(5, channels, *geometry.size, dtype=torch.float64)
     height, width = model(images).shape[2:]
-    assume(height * width <= POSITIONS)
+    assume(height * width <= max(FEWEST_POSITIONS, PATCHES * layer.weight[0].numel()))
     kernel = torch.randn(channels, channels, 1, 1).double(), torch.randn(channels).double()
     moments = drive(model, images.split(batch), {"0": kernel}, sites_of(model, images))["1"]
     x = F.conv2d(images, *kernel)
@@ -306,11 +302,11 @@ def test_moments_of_any_layer_behind_a_replaced_one(geometry, batch):
 
 
 def test_no_position_is_drawn_twice():
-    images = torch.rand(1, 1, 5, 13, dtype=torch.float64)
-    assert images[0].numel() == POSITIONS + 1
+    images = torch.rand(1, 1, 1, 17, dtype=torch.float64)
+    assert images[0].numel() == FEWEST_POSITIONS + 1
     model = nn.Sequential(nn.Conv2d(1, 1, 1).double())
     found = {seed: next(calibrate(model, {0: images}, sites_of(model, images), seed=seed)) for seed in (0, 1)}
-    left_out = [images.sum() - POSITIONS * moments.mean.item() for _, moments in found.values()]
+    left_out = [images.sum() - FEWEST_POSITIONS * moments.mean.item() for _, moments in found.values()]
     assert all((images - value).abs().min() < 1e-9 for value in left_out)
     assert left_out[0] != pytest.approx(left_out[1])
 

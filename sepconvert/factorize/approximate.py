@@ -222,6 +222,10 @@ def _trace(matrices: Tensor) -> float:
     return float(matrices.diagonal(dim1=-2, dim2=-1).sum())
 
 
+_Eigen = tuple[Tensor, Tensor]
+"""Eigenvalues and eigenvectors of symmetric matrices."""
+
+
 @dataclass(frozen=True)
 class _Weighted:
     """What to fit to, outputs weighted by Lᵀ, and all moments divided by one scale."""
@@ -253,6 +257,11 @@ class _Weighted:
     @functools.cached_property
     def bases(self) -> dict[str, Tensor]:
         """Of full rank, for each structure that has been begun with: those of lower rank begin them."""
+        return {}
+
+    @functools.cached_property
+    def eigen(self) -> dict[str, _Eigen]:
+        """Of S as far as it concerns the rows of a structure, for those that have been needed."""
         return {}
 
 
@@ -398,8 +407,14 @@ def _fit_pair(problem: _Weighted, scheme: str, rank: int, sweeps: int, basis: Te
             matrices = rearrange(by_axes(problem.unconstrained), "g o a b -> g (o b) a")
             problem.bases[structure.name] = _leading_rows(matrices, over_rows, structure.full_rank(spec))
         basis = problem.bases[structure.name][:, :rank]
+
+    def along() -> _Eigen:
+        if structure.name not in problem.eigen:
+            problem.eigen[structure.name] = _eigen(over_rows)
+        return problem.eigen[structure.name]
+
     v, h, objective = _alternate_pair(
-        dense, metric, cross, target, problem.start, over_rows, basis, inner, sweeps
+        dense, metric, cross, target, problem.start, along, basis, inner, sweeps
     )
     kernels: tuple[Tensor, ...] = structure.kernels(spec, v.mT, rearrange(h, "g o r b -> g r (o b)"))
     if isinstance(form, Nested):
@@ -419,20 +434,19 @@ def _alternate_pair(
     cross: Tensor,
     target: Tensor,
     start: float,
-    over_rows: Tensor,
+    along: Callable[[], _Eigen],
     v: Tensor,
     inner: int | None,
     sweeps: int,
 ) -> tuple[Tensor, Tensor, list[float]]:
     """V, g × R × A, and H, g × O × R × B, for W, g × O × A × B, under S, g × A × B × A × B.
 
-    With `inner`, H maps to a subspace of so many dimensions of the outputs. `over_rows` is S as far as it
-    concerns A alone, which conditions the search for V.
+    With `inner`, H maps to a subspace of so many dimensions of the outputs. `along` has the eigenvectors of S
+    as far as it concerns A alone, which conditions the search for V.
     """
     groups, outputs, rows, columns = dense.shape
     rank = v.shape[1]
     by_row = metric.reshape(groups, rows, -1)
-    along = _eigen(over_rows)
     objective: list[float] = []
     full = rank == min(rows, outputs * columns) and inner in (None, outputs)
 
@@ -468,7 +482,7 @@ def _alternate_pair(
 
         between = by_pairs.view(groups, rank, columns, rank, columns).diagonal(dim1=2, dim2=4).sum(-1)
         solution = _conjugate_gradients(
-            hessian, _kronecker_inverse(_eigen(between), along), wanted, v, (1, 2), _FEW_CG_STEPS
+            hessian, _kronecker_inverse(_eigen(between), along()), wanted, v, (1, 2), _FEW_CG_STEPS
         )
         v = torch.linalg.qr(solution.mT).Q.mT
     return v, h, objective
@@ -521,10 +535,6 @@ def _solve(gram: Tensor, right: Tensor) -> Tensor:
     gram = gram + ridge[..., None, None] * torch.eye(gram.shape[-1], dtype=gram.dtype)
     solution: Tensor = torch.cholesky_solve(right, torch.linalg.cholesky(gram))
     return solution
-
-
-_Eigen = tuple[Tensor, Tensor]
-"""Eigenvalues and eigenvectors of symmetric matrices."""
 
 
 def _kronecker_inverse(left: _Eigen, right: _Eigen) -> Callable[[Tensor], Tensor]:

@@ -152,8 +152,8 @@ def _approximation_sentences(found: Document) -> list[str]:
             "destroys a trained network; pass --calib or --data."
         ]
     lines = [
-        f"Calibrated on {calibration['images']:,} images ({calibration['origin']}), "
-        f"{calibration['positions']} positions each; plans judged on {calibration['heldout']:,} others."
+        f"Calibrated on {calibration['images']:,} images ({calibration['origin']}); "
+        f"plans judged on {calibration['heldout']:,} others."
     ]
     if found["steps"]:
         rows = [

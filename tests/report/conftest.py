@@ -110,7 +110,7 @@ def approximate(document: dict[str, Any]) -> dict[str, Any]:
         mode="approx",
         approximation={
             "metric": "data",
-            "calibration": {"origin": "--calib", "images": 768, "heldout": 256, "positions": 64},
+            "calibration": {"origin": "--calib", "images": 768, "heldout": 256, "patches_per_unknown": 12},
             "budget": {"rank": None, "target_macs": None, "min_speedup": None, "max_drop": 1.0},
             "curve": curve,
             "plans_measured_on_data": 1,

@@ -138,7 +138,7 @@ def test_an_approximate_conversion(approximate):
     text = summary(approximate)
     assert "Approximate: outputs differ from the original's by up to 3.5e-08." in text
     assert "against the converted model in PyTorch: 6.5e-08 (tolerance 5.5e-06)" in text
-    assert "Calibrated on 768 images (--calib), 64 positions each; plans judged on 256 others." in text
+    assert "Calibrated on 768 images (--calib); plans judged on 256 others." in text
     assert "within --tol only" not in text
     rows = [" ".join(line.split()) for line in text.splitlines()]
     assert "fit the weights 9.5000 15.0" in rows
