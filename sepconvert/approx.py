@@ -226,18 +226,18 @@ def convert_approximately(
         saved=saved,
     )
     point = search.run(_before_finetuning(budget) if finetuning else budget)
-    converted, training = _carried_out(point).model, None
+    converted, training = search.carried_out(point).model, None
     steps: tuple[Step, ...] = ()
     if finetuning is not None and point.choice:
-        converted, steps, training = _finetune(model, _carried_out(point), finetuning, heldout, seed)
+        converted, steps, training = _finetune(model, search.carried_out(point), finetuning, heldout, seed)
         if budget.max_drop is not None and accuracy is not None:
             drop = accuracy(converted).drop_pp
             if drop > budget.max_drop and not _fixes_plan(budget):
                 # What was to be won back was not: a plan that needs no winning back.
                 training = {**training, "given_up_at_drop_pp": drop}
                 point = search.run(budget)
-                converted, steps = _carried_out(point).model, ()
-    fitted = _carried_out(point)
+                converted, steps = search.carried_out(point).model, ()
+    fitted = search.carried_out(point)
     earlier, errors = explain(model, layers, fitted, surveyed, calibration, heldout, progress)
     steps = (*earlier, *steps)
     expected = reference(original, inputs, (), {}, seed)
@@ -259,11 +259,6 @@ def convert_approximately(
         torch_check=replace(compare_with(expected, converted), tolerance=None),
         approximation=_document(calibration, budget, unit, search, point, steps, training, accuracy),
     )
-
-
-def _carried_out(point: Point) -> Fitted:
-    assert point.fitted is not None  # noqa: S101  (`Search.run` carried it out)
-    return point.fitted
 
 
 def _fixes_plan(budget: Budget) -> bool:
@@ -323,14 +318,13 @@ def _finetune(
 
 def _forms(site: ConvSite, mode: str, rank: int | None) -> list[Form]:
     """What may take a layer's place, whatever it costs."""
-    assert site.conv is not None  # noqa: S101  (the others have an obstacle)
-    spec = site.conv.spec
+    spec = site.dense.spec
     if mode == "approx":
         return depthwise_forms(spec, rank)
     # Ranks at which it has a form exactly are as good as any that are on the grid.
     exact: list[Form] = []
-    if may_separate(spec, site.conv.weight):
-        held = analyse(spec, site.conv.weight, site.sizes).holding()
+    if may_separate(spec, site.dense.weight):
+        held = analyse(spec, site.dense.weight, site.sizes).holding()
         exact = [(each.scheme, each.rank) for each in held if each.scheme in FORMS and each.rank]
     return list(dict.fromkeys([*all_forms(spec), *exact]))
 

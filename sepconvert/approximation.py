@@ -271,14 +271,12 @@ def survey(
 
 
 def _problem(site: ConvSite, moments: Moments, calibration: Calibration | None) -> Problem:
-    assert site.conv is not None  # noqa: S101  (only such layers are surveyed)
     importance = None if calibration is None else calibration.importance.get(site.name)
-    return Problem(site.conv.spec, site.conv.weight, moments, importance)
+    return Problem(site.dense.spec, site.dense.weight, moments, importance)
 
 
 def _offer(site: ConvSite, fitted: Approximation, cost: float) -> Offer:
-    assert site.conv is not None  # noqa: S101  (only such layers are surveyed)
-    return Offer(_trimmed(fitted, site.conv.weight.dtype), macs_of(site, (fitted.scheme, fitted.rank)), cost)
+    return Offer(_trimmed(fitted, site.dense.weight.dtype), macs_of(site, (fitted.scheme, fitted.rank)), cost)
 
 
 def _form(offer: Offer) -> Form:
@@ -329,13 +327,12 @@ def carry_out(
     if heldout is None or calibration is None:
         return Fitted(choice, converted, fits, False)
     steps = [Step("follow the drift, correct the bias", heldout.measure(converted), kept=True)]
-    candidate = duplicate(converted)
     running = quick_copy(converted, calibration.fit[0])
-    count = reestimate_batchnorm(running, [placed(batch, running) for batch in calibration.fit])
+    if not reestimate_batchnorm(running, [placed(batch, running) for batch in calibration.fit]):
+        return Fitted(choice, converted, fits, False, tuple(steps))
+    candidate = duplicate(converted)
     for buffer, found in zip(candidate.buffers(), running.buffers(), strict=True):
         buffer.copy_(found)
-    if not count:
-        return Fitted(choice, converted, fits, False, tuple(steps))
     reached = heldout.measure(candidate)
     kept = reached.divergence < steps[-1].reached.divergence
     steps.append(Step("re-estimate BatchNorm", reached, kept))
@@ -369,12 +366,11 @@ def explain(
     by_outputs: dict[tuple[str, int], Kernel] = {}
 
     def look(site: ConvSite, moments: Moments) -> Kernel:
-        assert site.conv is not None  # noqa: S101  (only such layers are surveyed)
-        spec, weight, done = site.conv.spec, site.conv.weight, fitted.layers[site.name]
+        spec, weight, done = site.dense.spec, site.dense.weight, fitted.layers[site.name]
         alone = approximate(spec, weight, Moments.of_weights(spec, weight), done.scheme, done.rank, 1)
         errors[site.name] = output_error(spec, weight, alone.kernel, moments)
-        by_weights[_place(site)] = alone.kernel, _bias(site, alone)
-        by_outputs[_place(site)] = _kernel(site, surveyed[site.name].offer(fitted.choice[site.name]).fitted)
+        by_weights[site.place] = alone.kernel, _bias(site, alone)
+        by_outputs[site.place] = _kernel(site, surveyed[site.name].offer(fitted.choice[site.name]).fitted)
         return _kernel(site, done)
 
     _each(model, chosen, calibration, look, progress, "explaining")
@@ -418,12 +414,8 @@ def _each(
 def _sensitivity(model: nn.Module, site: ConvSite, surveyed: LayerSurvey, heldout: Heldout) -> float:
     """By the form of a moderate error: one that is neither lost in rounding nor past all bounds."""
     offer = min(surveyed.offers, key=lambda each: abs(each.fitted.output_error - _MODERATE))
-    moved = heldout.measure(model, {_place(site): _kernel(site, offer.fitted)}, _SENSITIVITY_IMAGES)
+    moved = heldout.measure(model, {site.place: _kernel(site, offer.fitted)}, _SENSITIVITY_IMAGES)
     return max(moved.divergence, 0.0) / offer.error if offer.error else 0.0
-
-
-def _place(site: ConvSite) -> tuple[str, int]:
-    return site.owner, site.index or 0
 
 
 def depthwise_forms(spec: ConvSpec, rank: int | None) -> list[Form]:
@@ -464,16 +456,14 @@ def all_forms(spec: ConvSpec) -> list[Form]:
 
 def macs_of(site: ConvSite, form: Form) -> int:
     """Of a layer in a form, over all its calls."""
-    assert site.conv is not None  # noqa: S101  (only such layers are surveyed)
     scheme, rank = form
-    chain = FORMS[scheme].split(site.conv.spec, rank)
+    chain = FORMS[scheme].split(site.dense.spec, rank)
     return sum(chain_macs(chain, size) for size in site.sizes)
 
 
 def params_of(site: ConvSite, form: Form) -> int:
     """Of a layer in a form, with the bias that it then has."""
-    assert site.conv is not None  # noqa: S101  (only such layers are surveyed)
-    spec = site.conv.spec
+    spec = site.dense.spec
     return chain_params(FORMS[form[0]].split(spec, form[1])) + (not spec.bias) * spec.out_channels
 
 
@@ -483,20 +473,17 @@ def _quick(spec: ConvSpec) -> bool:
 
 
 def _kernel(site: ConvSite, fitted: Approximation) -> Kernel:
-    assert site.conv is not None  # noqa: S101
     weights = (weight.double() for weight in fitted.weights)
-    return FORMS[fitted.scheme].compose(site.conv.spec, *weights), _bias(site, fitted)
+    return FORMS[fitted.scheme].compose(site.dense.spec, *weights), _bias(site, fitted)
 
 
 def _bias(site: ConvSite, fitted: Approximation) -> Tensor:
-    assert site.conv is not None  # noqa: S101
-    return fitted.bias_shift if site.conv.bias is None else site.conv.bias.double() + fitted.bias_shift
+    return fitted.bias_shift if site.dense.bias is None else site.dense.bias.double() + fitted.bias_shift
 
 
 def replacement(site: ConvSite, fitted: Approximation) -> Replacement:
     """The factors in the dtype of the layer, and its new bias."""
-    assert site.conv is not None  # noqa: S101
-    dtype = site.conv.weight.dtype
+    dtype = site.dense.weight.dtype
     weights = tuple(weight.to(dtype) for weight in fitted.weights)
     return Replacement(fitted.scheme, fitted.rank, Border(), weights, _bias(site, fitted).to(dtype))
 

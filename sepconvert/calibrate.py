@@ -68,7 +68,7 @@ def record(
     Raises:
         SepconvertError: the model cannot run on the images, or memory would not suffice.
     """
-    places = {_place(site): site for site in sites if site.conv is not None}
+    places = {site.place: site for site in sites if site.conv is not None}
     outputs: dict[tuple[_Key, int], Tensor] = {}
     if not places or not batches:
         return Answers(images, seed, outputs)
@@ -82,7 +82,7 @@ def record(
         output, key = call(), (names[module], index)
         # One that only these images call again counts with its first call.
         if key in places and (key, number) not in outputs:
-            most = _positions_of(places[key], images)
+            most = _most_positions(places[key], images)
             chosen = _positions(_batched(output).shape, most, _generator(seed, places[key], number))
             outputs[key, number] = _at(output, chosen).clone()
         return output
@@ -93,10 +93,9 @@ def record(
     return Answers(images, seed, outputs)
 
 
-def _positions_of(site: ConvSite, images: int) -> int:
+def _most_positions(site: ConvSite, images: int) -> int:
     """That are looked at in each of so many images, at most."""
-    assert site.conv is not None  # noqa: S101  (the others are passed over)
-    unknowns = math.prod(site.conv.spec.weight_shape[1:])
+    unknowns = math.prod(site.dense.spec.weight_shape[1:])
     return max(FEWEST_POSITIONS, math.ceil(PATCHES * unknowns / images))
 
 
@@ -118,7 +117,7 @@ def calibrate(
     Raises:
         SepconvertError: the model cannot run on the images, or treats images differently.
     """
-    places = {_place(site): site for site in sites if site.conv is not None}
+    places = {site.place: site for site in sites if site.conv is not None}
     if not places:
         return
     if not batches:
@@ -147,16 +146,12 @@ def calibrate(
                     "leave these layers out with --exclude"
                 )
             site = places[key]
-            accumulator = _Accumulator(site, _positions_of(site, answers.images))
+            accumulator = _Accumulator(site, _most_positions(site, answers.images))
             for number, each in passes.items():
                 generator = _generator(answers.seed, site, number)
                 accumulator.add(each.seen, generator, answers.outputs[key, number])
             stops.discard(key)
             kernels[key] = yield site, accumulator.moments()
-
-
-def _place(site: ConvSite) -> _Key:
-    return site.owner, site.index or 0
 
 
 def check_memory(
@@ -247,7 +242,7 @@ class _Pass(threading.Thread):
     """One batch through the network, in a thread of its own that runs only from `go` until it has `come`.
 
     As many run at once as there are threads for operators, each of which then has one to itself: a team of
-    workers for every pass would get in each other's way (2 cores, 20 batches: three times as slow).
+    workers for every pass would get in each other's way (2 cores, 20 batches: half as slow again).
     """
 
     def __init__(
@@ -372,7 +367,7 @@ def _moments_of_all_calls(
     model = private_copy(model)
     names, accumulators = (
         _names(model),
-        {key: _Accumulator(site, _positions_of(site, answers.images)) for key, site in sites.items()},
+        {key: _Accumulator(site, _most_positions(site, answers.images)) for key, site in sites.items()},
     )
 
     def on_call(
@@ -412,8 +407,7 @@ class _Accumulator:
 
     def add(self, seen: _Seen, generator: torch.Generator, answers: Tensor | None = None) -> None:
         """Take a sample of positions of one batch: x and W x + b as seen, and y if it is another."""
-        assert self.site.conv is not None  # noqa: S101  (`calibrate` passed over the others)
-        groups = self.site.conv.spec.groups
+        groups = self.site.dense.spec.groups
         positions = _positions(_batched(seen.output).shape, self.positions, generator)
         patches = _patches(seen.arguments, *positions).double().cpu()
         x = rearrange(patches, "n p i j (g c) -> g (n p) (i j c)", g=groups)
@@ -466,8 +460,7 @@ class _Accumulator:
         for count, sums, means in everyone:
             if count:
                 self._combine(count, sums, means)
-        assert self.site.conv is not None  # noqa: S101  (`calibrate` passed over the others)
-        height, width = self.site.conv.spec.kernel_size
+        height, width = self.site.dense.spec.kernel_size
 
         def channels_first(value: Tensor) -> Tensor:
             return rearrange(value, "... (i j c) -> ... (c i j)", i=height, j=width)
@@ -529,20 +522,18 @@ def _pair(value: Any) -> tuple[int, int]:
 
 def _bytes_of_moments(site: ConvSite) -> int:
     """S, its working copies in the fit, and a batch of patches."""
-    assert site.conv is not None  # noqa: S101
-    spec = site.conv.spec
+    spec = site.dense.spec
     unknowns = spec.in_channels // spec.groups * spec.kernel_size[0] * spec.kernel_size[1]
     return 8 * spec.groups * unknowns * (5 * unknowns + 4 * spec.out_channels // spec.groups)
 
 
 def _bytes_of_answers(site: ConvSite, images: int) -> int:
     """Of one image, at most."""
-    assert site.conv is not None  # noqa: S101
-    spec, size = site.conv.spec, site.sizes[0]
+    spec, size = site.dense.spec, site.sizes[0]
     return (
-        site.conv.inputs.element_size()
+        site.dense.inputs.element_size()
         * spec.out_channels
-        * min(_positions_of(site, images), math.prod(size))
+        * min(_most_positions(site, images), math.prod(size))
     )
 
 

@@ -39,7 +39,7 @@ def fisher_information(
     private = private_copy(model)
     for parameter in private.parameters():
         parameter.requires_grad_(parameter.is_floating_point())
-    places = {(site.owner, site.index or 0): site for site in sites}
+    places = {site.place: site for site in sites}
     names = {module: name for name, module in private.named_modules()}
     probes: list[tuple[ConvSite, Tensor]] = []
 
@@ -100,7 +100,6 @@ def _log_likelihood(answers: Sequence[Tensor], generator: torch.Generator) -> Te
 
 
 def _by_group(site: ConvSite, gradient: Tensor) -> Tensor:
-    assert site.conv is not None  # noqa: S101  (only plain convolutions are surveyed)
     batched = gradient if gradient.ndim == 4 else gradient[None]
-    rows = rearrange(batched.double().cpu(), "n (g o) h w -> g o (n h w)", g=site.conv.spec.groups)
+    rows = rearrange(batched.double().cpu(), "n (g o) h w -> g o (n h w)", g=site.dense.spec.groups)
     return rows @ rows.mT

@@ -376,10 +376,9 @@ def _planned_replacement(layer: LayerPlan, site: ConvSite) -> Replacement:
     """Factors of the planned shapes, to be filled from the plan's weights."""
     assert layer.scheme is not None  # noqa: S101  (`read_plan` checked it)
     assert layer.rank is not None  # noqa: S101
-    assert site.conv is not None  # noqa: S101  (`apply_plan` compared it)
-    specs = split(site.conv.spec, layer.scheme, layer.rank, layer.border)
-    empty = tuple(site.conv.weight.new_zeros(spec.weight_shape) for spec in specs)
-    bias = site.conv.weight.new_zeros(site.conv.spec.out_channels) if layer.bias else None
+    specs = split(site.dense.spec, layer.scheme, layer.rank, layer.border)
+    empty = tuple(site.dense.weight.new_zeros(spec.weight_shape) for spec in specs)
+    bias = site.dense.weight.new_zeros(site.dense.spec.out_channels) if layer.bias else None
     return Replacement(layer.scheme, layer.rank, layer.border, empty, bias)
 
 

@@ -67,10 +67,9 @@ def rewrite(
 
 
 def _layer(site: ConvSite, replacement: Replacement) -> FactorizedConv2d:
-    assert site.conv is not None  # noqa: S101  (only such sites are planned)
-    layer = FactorizedConv2d(site.conv.spec, replacement.scheme, replacement.rank, replacement.border)
+    layer = FactorizedConv2d(site.dense.spec, replacement.scheme, replacement.rank, replacement.border)
     layer.set_factors(replacement.weights, replacement.bias, fixed=site.params == 0, frozen=site.frozen)
-    return layer.to(site.conv.device)
+    return layer.to(site.dense.device)
 
 
 def _put(model: nn.Module, site: ConvSite, module: nn.Module) -> nn.Module:

@@ -147,13 +147,13 @@ class Search:
             self._learn_from(self._best(self._middle))
             self._draw_curve()
             for each in self.progress(self.points, "trade-off curve"):
-                self._carried_out(each)
+                self.carried_out(each)
             self._time_carried_out()
             point = self._searched(budget)
             self._time_carried_out()
         if point is None or not self._fast_enough(point, budget):
             raise DemandNotMetError(_shortfall(budget, self.points), curve_table(self.to_json(None)))
-        self._carried_out(point)
+        self.carried_out(point)
         return self._paying(point, budget) if self.timed else point
 
     def to_json(self, delivered: Point | None) -> list[dict[str, Any]]:
@@ -222,7 +222,7 @@ class Search:
         """
         if point is None or self.divergence is None or not point.choice:
             return
-        fitted = self._carried_out(point)
+        fitted = self.carried_out(point)
         reached = self.divergence(self.restored(fitted, None))
         corrected = dict(self.surveyed)
         for name in self.progress(list(point.choice), "sensitivities among replaced layers"):
@@ -328,7 +328,7 @@ class Search:
     def _paying(self, point: Point, budget: Budget) -> Point:
         """The plan without layers that, timed in the whole model, bring nothing."""
         assert self.speedups is not None  # noqa: S101  (plans are timed)
-        fitted = self._carried_out(point)
+        fitted = self.carried_out(point)
         if not point.choice:
             return point
         saved = {name: self.surveyed[name].cost - each.cost for name, each in point.choice.items()}
@@ -339,7 +339,7 @@ class Search:
             return point
         kept = {name: each for name, each in point.choice.items() if name not in idle}
         found = self._join(self._point(kept, 0.0))
-        self._carried_out(found)
+        self.carried_out(found)
         if found.speedup is None:
             self._time([found])
         enough = self._accurate_enough(found, budget) and self._fast_enough(found, budget)
@@ -347,7 +347,8 @@ class Search:
 
     # Measurements
 
-    def _carried_out(self, point: Point) -> Fitted:
+    def carried_out(self, point: Point) -> Fitted:
+        """The plan at a point, fitted once."""
         if point.fitted is None:
             point.fitted = self.carry_out(point.choice)
         return point.fitted
@@ -360,7 +361,7 @@ class Search:
 
     def _time(self, points: Sequence[Point]) -> None:
         assert self.speedups is not None  # noqa: S101  (plans are timed)
-        found = self.speedups([self._carried_out(point).model for point in points])
+        found = self.speedups([self.carried_out(point).model for point in points])
         for point, speedup in zip(points, found, strict=True):
             point.speedup = speedup
 
@@ -370,7 +371,7 @@ class Search:
         if self.accuracy is None:
             raise SepconvertError("--max-drop: needs labelled data to measure the drop on; pass --data")
         if point.accuracy is None:
-            point.accuracy = self.accuracy(self._carried_out(point).model)
+            point.accuracy = self.accuracy(self.carried_out(point).model)
         return point.accuracy.drop_pp <= budget.max_drop
 
     def _fast_enough(self, point: Point, budget: Budget) -> bool:

@@ -74,10 +74,9 @@ def time_layers(
     timings = {}
     converted = [site for site in sites if site.name in replacements]
     for site in progress(converted, "timing layers"):
-        assert site.conv is not None  # noqa: S101  (only such sites are converted)
         replacement = replacements[site.name]
         shapes = tuple(weight.shape for weight in replacement.weights)
-        key = (site.conv.spec, site.conv.inputs.shape, replacement.scheme, shapes)
+        key = (site.dense.spec, site.dense.inputs.shape, replacement.scheme, shapes)
         if key not in measured:
             measured[key] = time_layer(site, replacement, runs, runtime, seed)
         timings[site.name] = measured[key]
@@ -86,8 +85,7 @@ def time_layers(
 
 def time_layer(site: ConvSite, replacement: Replacement, runs: int, runtime: Runtime, seed: int) -> Timing:
     """The dense layer and its factors, each alone in the runtime, on the input it has in the model."""
-    conv = site.conv
-    assert conv is not None  # noqa: S101  (only such sites are planned)
+    conv = site.dense
     dense = FactorizedConv2d(conv.spec, ZERO_BORDER, 0, Border())
     dense.set_factors([conv.weight], conv.bias)
     factored = FactorizedConv2d(conv.spec, replacement.scheme, replacement.rank, replacement.border)
@@ -175,8 +173,7 @@ class Clock:
 
     def forms(self, site: ConvSite, forms: Sequence[Form]) -> FormTimes | None:
         """Of the layer at `site` in these forms; None if time is up."""
-        conv = site.conv
-        assert conv is not None  # noqa: S101  (only such sites are surveyed)
+        conv = site.dense
         shape = (len(conv.inputs) if conv.inputs.ndim == 4 else 1, *conv.inputs.shape[-3:])
         key = self._key(layout=LAYOUT, spec=asdict(conv.spec), input=list(shape))
         known = self._recall(key, _usable_forms)

@@ -58,6 +58,22 @@ class ConvSite:
     owner_inputs: Inputs | None  # positional arguments of the owner's forward; None if it takes others too
     obstacle: str | None  # why it cannot be replaced, whatever its kernel
 
+    @property
+    def place(self) -> tuple[str, int]:
+        """What `ConvolutionInterceptor` knows a call by: path of the owner, position among its calls."""
+        return self.owner, self.index or 0
+
+    @property
+    def dense(self) -> DenseConv:
+        """The plain convolution, where there is one, as in every layer that is replaced.
+
+        Raises:
+            ValueError: it is another kind.
+        """
+        if self.conv is None:
+            raise ValueError(f"{self.name} is no plain two-dimensional convolution")
+        return self.conv
+
 
 @dataclass
 class _Record:

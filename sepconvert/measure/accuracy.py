@@ -97,7 +97,8 @@ def evaluate(
     with torch.no_grad():
         for batch in progress(loader) if progress else loader:
             x, y = _pair(batch)
-            running = running or quick_copy(model, x)
+            if running is None:  # a Sequential of nothing is false
+                running = quick_copy(model, x)
             logits = _logits(_run(running, placed(x, running)), len(y))
             classes = logits.shape[1]
             strangers = y[(y < 0) | (y >= classes)]

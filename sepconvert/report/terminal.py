@@ -202,7 +202,7 @@ def curve_table(curve: Sequence[Document]) -> str:
 
 def _optimization(document: Document) -> str:
     """Where it is not the runtime's default."""
-    level = document["environment"].get("graph_optimization", "all")
+    level = document["environment"]["graph_optimization"]
     return "" if level == "all" else f", graph optimization {level}"
 
 

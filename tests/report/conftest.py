@@ -49,7 +49,7 @@ def document() -> dict[str, Any]:
         "schema": "sepconvert.report/1",
         "mode": "exact",
         "model": {"path": "models/net.pt", "sha256": "0123456789abcdef" * 4},
-        "environment": {"sepconvert": "0.1.0", "torch": "2.9", "threads": 2},
+        "environment": {"sepconvert": "0.1.0", "torch": "2.9", "threads": 2, "graph_optimization": "all"},
         "seed": 0,
         "dtype": "float32",
         "original": profile(4000, 2_012_345, 1.5, 0.9675),
