@@ -56,6 +56,12 @@ AVERAGING = 0.05
 FORMAT = 1
 """Of checkpoints."""
 
+EMBEDDING_WEIGHT = 8.0
+"""Weight of the relative error of what the classifier is given, next to the divergence from the teacher.
+
+It tells more of each picture than the logits do, and costs nothing.
+"""
+
 LABEL_WEIGHT = 1.0
 """Weight of the cross-entropy with labels, next to the divergence from the teacher.
 
@@ -86,10 +92,10 @@ class Step:
 class Epoch:
     """The student on held-out data after an epoch; epoch 0 is before the first.
 
-    `heldout_loss` (as in training, but for features), `divergence` (see `sepconvert.measure.divergence`) and
-    `accuracy`, a fraction (None without labels), are those of the trained weights or of their moving average,
-    whichever loses less, as `weights` says. `loss` is the mean over the epoch, `seconds` the time since the
-    start.
+    `heldout_loss` (as in training, but for embedding and features), `divergence` (see
+    `sepconvert.measure.divergence`) and `accuracy`, a fraction (None without labels), are those of the
+    trained weights or of their moving average, whichever loses less, as `weights` says. `loss` is the mean
+    over the epoch, `seconds` the time since the start.
     """
 
     epoch: int
@@ -146,8 +152,10 @@ def finetune(
 ) -> FinetuneResult:
     """Train a copy of `student` to answer what `teacher` answers; both models are left as they are.
 
-    The loss is `divergence` at `temperature`, plus `feature_weight` times the `relative_error` of the outputs
-    of the replaced layers, plus, with `labelled`, the cross-entropy of those labels that are not -1. Both
+    The loss is `divergence` at `temperature`, plus the `relative_error` of the embedding, which is what the
+    `nn.Linear` at the end is given if there is one (Chen et al., arXiv:2203.14001, follow that alone), plus
+    `feature_weight` times that of the outputs of the replaced layers, plus, with `labelled`, the
+    cross-entropy of those labels that are not -1. Both
     models see the same picture, shifted and mirrored at random (Beyer et al., arXiv:2106.05237); the label of
     a mirrored one counts where the teacher gives it too. AdamW, warm-up then cosine, clipped gradients. Both
     models are in eval mode, without dropout that is, except that the student's BatchNorms train by the
@@ -158,7 +166,7 @@ def finetune(
     again, shifted and mirrored as before, with the teacher's answer, which has been kept.
 
     After each epoch the trained weights and their exponential moving average are tried on `heldout`. What is
-    delivered loses least there by the loss that is trained, and is the start if nothing loses less: accuracy
+    delivered loses least there by divergence and labels, and is the start if nothing loses less: accuracy
     on some hundred samples is too coarse to tell epochs apart, and labels lead away from the teacher. If the
     loss is no longer finite, training ends and the best so far is delivered.
 
@@ -200,7 +208,7 @@ def finetune(
         run.restore(checkpoint, stored)
     else:
         run.evaluate()
-    with run.watched_features():
+    with run.watched():
         run.train(checkpoint, checkpoint_every, progress)
     return run.result(student)
 
@@ -315,6 +323,13 @@ def _augmented(x: Tensor, draws: npt.NDArray[np.float64]) -> tuple[Tensor, Tenso
     return torch.where(mirrored[:, None, None, None], shifted.flip(3), shifted), mirrored
 
 
+class _Answer(NamedTuple):
+    """The floating-point outputs of a model, and the input N×F of its classifier, if it has one."""
+
+    outputs: list[Tensor]
+    embedding: Tensor | None
+
+
 class _Share(NamedTuple):
     """What one process has of a batch of `whole` samples; `mirrored` says which are."""
 
@@ -378,8 +393,11 @@ class _Run:
                     module.momentum = 0.1
         optimizer = torch.optim.AdamW(self.trainable, learning_rate, weight_decay=0)
         self.model, self.optimizer = accelerator.prepare(self.student, optimizer)
-        # The teacher's, views×samples×classes; None unless they are kept.
+        # The teacher's, views×samples×(classes + embedding); None unless they are kept.
         self.answers: Tensor | None = None
+        self.classifier = _classifier(self.teacher, self.student, self._input(example))
+        # What the teacher's and the student's were last given.
+        self.embeddings: list[Tensor | None] = [None, None]
         # Name of a replaced layer → what the teacher's and the student's last answered.
         self.features: dict[str, list[Tensor]] = {}
         if feature_weight:
@@ -458,31 +476,39 @@ class _Run:
         return epoch if self.answers is None else epoch % self.views
 
     @torch.no_grad()
-    def _expected(self, epoch: int, share: _Share) -> list[Tensor]:
+    def _expected(self, epoch: int, share: _Share) -> _Answer:
         """What the teacher answers, or has answered when it first saw this view."""
         view = self._view(epoch)
         if self.answers is not None and view < epoch:
-            return [self.answers[view, share.positions]]
+            return self._unpacked(self.answers[view, share.positions])
         with self.accelerator.autocast():
-            expected = outputs(self.teacher, share.x)
+            expected = _Answer(outputs(self.teacher, share.x), self.embeddings[0])
         if not epoch and self.answers is None:
             self.answers = self._room(expected, len(share.x))
         if self.answers is not None:
-            self.answers[view, share.positions] = expected[0].to(self.answers.dtype)
+            self.answers[view, share.positions] = _packed(expected).to(self.answers.dtype)
         return expected
 
-    def _room(self, expected: Sequence[Tensor], samples: int) -> Tensor | None:
+    def _room(self, expected: _Answer, samples: int) -> Tensor | None:
         """Zeros for answers such as these to the first `samples`, if those to all can be kept."""
         # Features are not kept: they are far larger.
-        if self.features or self.views == self.epochs or len(expected) != 1:
+        if self.features or self.views == self.epochs or len(expected.outputs) != 1:
             return None
-        if expected[0].ndim != 2 or len(expected[0]) != samples:
+        if expected.outputs[0].ndim != 2 or len(expected.outputs[0]) != samples:
             return None
-        shape = self.views, len(self.data.indices), expected[0].shape[1]
-        dtype = torch.promote_types(expected[0].dtype, torch.float32)  # which every backend adds up
+        packed = _packed(expected)
+        shape = self.views, len(self.data.indices), packed.shape[1]
+        dtype = torch.promote_types(packed.dtype, torch.float32)  # which every backend adds up
         if math.prod(shape) * dtype.itemsize > MOST_KEPT:
             return None
-        return expected[0].new_zeros(shape, dtype=dtype)
+        return packed.new_zeros(shape, dtype=dtype)
+
+    def _unpacked(self, kept: Tensor) -> _Answer:
+        """Of what `_packed` made."""
+        if self.classifier is None:
+            return _Answer([kept], None)
+        width = self.teacher.get_submodule(self.classifier).in_features
+        return _Answer([kept[:, width:]], kept[:, :width])
 
     def _agree_on_answers(self, epoch: int) -> None:
         """After an epoch of answers, let each process know those that the others were given."""
@@ -510,13 +536,16 @@ class _Run:
         expected = self._expected(epoch, share)
         with self.accelerator.autocast():
             actual = outputs(self.model, share.x)
-        loss = divergence(expected, actual, self.temperature)
+        loss = divergence(expected.outputs, actual, self.temperature)
+        if expected.embedding is not None and self.embeddings[1] is not None:
+            squares = (self.embeddings[1] - expected.embedding).float().square().mean()
+            loss = loss + EMBEDDING_WEIGHT * squares / self._variance(expected.embedding, share.whole)
         if self.features:
             errors = [relative_error(wanted, given) for wanted, given in self.features.values()]
             loss = loss + self.feature_weight * torch.stack(errors).mean()
         if self.labelled:
             # A mirrored cat is a cat, a mirrored 3 is no 3: the teacher, which saw it, tells them apart.
-            holds = ~share.mirrored | (expected[0].argmax(1) == share.y)
+            holds = ~share.mirrored | (expected.outputs[0].argmax(1) == share.y)
             labels = share.y.where(holds, UNLABELLED)
             loss = loss + _label_loss(actual, labels) / len(labels)
         # Gradients are averaged over processes, whose shares may differ by a sample.
@@ -529,6 +558,14 @@ class _Run:
             self.optimizer.step()
             self._average()
         return mean
+
+    def _variance(self, embedding: Tensor, whole: int) -> Tensor:
+        """Of the elements in all processes' shares of a batch; 1 where they do not vary."""
+        given = embedding.double()
+        sums = self.accelerator.reduce(torch.stack([given.sum(), given.square().sum()]), "sum")
+        mean, square = sums / (whole * given.shape[1])
+        variance = (square - mean.square()).float()
+        return torch.where(variance > 0, variance, 1)
 
     def _average(self) -> None:
         """Move the averaged weights and buffers towards those of the student; sooner at first."""
@@ -633,14 +670,21 @@ class _Run:
         return x.to(self.accelerator.device, dtype)
 
     @contextmanager
-    def watched_features(self) -> Iterator[None]:
-        """Keep what the replaced layers of the student and those of the teacher answer."""
+    def watched(self) -> Iterator[None]:
+        """Keep what the two classifiers are given, and what the replaced layers answer."""
         with ExitStack() as stack:
             for index, model in enumerate((self.teacher, self.student)):
+                if self.classifier is not None:
+                    hook = partial(self._keep_embedding, index)
+                    classifier = model.get_submodule(self.classifier)
+                    stack.callback(classifier.register_forward_pre_hook(hook).remove)
                 for name in self.features:
                     hook = partial(self._keep, name, index)
                     stack.callback(model.get_submodule(name).register_forward_hook(hook).remove)
             yield
+
+    def _keep_embedding(self, index: int, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        self.embeddings[index] = inputs[0]
 
     def _keep(self, name: str, index: int, module: nn.Module, inputs: object, output: Tensor) -> None:
         self.features[name][index] = output
@@ -758,6 +802,32 @@ def _replaced(student: nn.Module, teacher: nn.Module) -> list[str]:
             f" {len(names)}; leave it at 0"
         )
     return shared
+
+
+@torch.no_grad()
+def _classifier(teacher: nn.Module, student: nn.Module, x: Tensor) -> str | None:
+    """Path of the `nn.Linear` that runs last, if both have it and it is given one vector for each sample."""
+    given: list[tuple[str, Tensor]] = []
+
+    def note(name: str, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        given.extend((name, each) for each in inputs)
+
+    with ExitStack() as stack:
+        for name, module in teacher.named_modules():
+            if isinstance(module, nn.Linear):
+                stack.callback(module.register_forward_pre_hook(partial(note, name)).remove)
+        outputs(teacher, x)
+    if not given or given[-1][1].ndim != 2 or len(given[-1][1]) != len(x):
+        return None
+    name, embedding = given[-1]
+    own = dict(student.named_modules()).get(name)
+    return name if isinstance(own, nn.Linear) and own.in_features == embedding.shape[1] else None
+
+
+def _packed(answer: _Answer) -> Tensor:
+    """Side by side: embedding, if any, and the one output."""
+    parts = answer.outputs if answer.embedding is None else [answer.embedding, *answer.outputs]
+    return torch.cat(parts, 1)
 
 
 def _schedule(step: int, steps: int) -> float:
