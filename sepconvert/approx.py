@@ -33,7 +33,7 @@ from sepconvert.approximation import (
 )
 from sepconvert.calibrate import PATCHES, record
 from sepconvert.conversion import Conversion
-from sepconvert.data import Batch, split
+from sepconvert.data import Batch, dimensions, split
 from sepconvert.distillation import Precision, finetune
 from sepconvert.distillation import Step as TrainingStep
 from sepconvert.distributed import once
@@ -126,6 +126,22 @@ def split_data(
     _, *labels = next(iter(train))
     labelled = bool(labels) and bool((labels[0] >= 0).any())
     return Parts(scored, Calibration(batches[0], batches[1], origin), train, heldout, labelled)
+
+
+def check_shapes(parts: Parts, inputs: Inputs) -> None:
+    """Raise `SepconvertError` if no image to fit to or to train on has the shape of the model's input."""
+    expected = [value.shape[1:] for value in inputs if isinstance(value, Tensor)]
+    found = {
+        "to fit to": {x.shape[1:] for x in parts.calibration.fit} if parts.calibration else set(),
+        "to train on": {next(iter(parts.train))[0].shape[1:]} if parts.train else set(),
+    }
+    for purpose, shapes in found.items():
+        if shapes and expected and not shapes & set(expected):
+            raise SepconvertError(
+                f"calibration: images {purpose} are {' or '.join(sorted(map(dimensions, shapes)))}, the model"
+                f" is run on {dimensions(expected[0])} (C×H×W); pass --resize, another --input-shape or other"
+                " images"
+            )
 
 
 def _size(loader: DataLoader[Batch]) -> int:

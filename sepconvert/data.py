@@ -19,7 +19,16 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, RandomSampler
 from sepconvert.errors import SepconvertError
 from sepconvert.load import resolve_callable
 
-__all__ = ["Batch", "Preprocess", "check_against_model", "has_labels", "load_data", "sample_shape", "split"]
+__all__ = [
+    "Batch",
+    "Preprocess",
+    "check_against_model",
+    "dimensions",
+    "has_labels",
+    "load_data",
+    "sample_shape",
+    "split",
+]
 
 Batch = tuple[Tensor, Tensor]
 
@@ -133,7 +142,7 @@ def check_against_model(
     shape = sample_shape(loader)
     if input_shape is not None and shape != tuple(input_shape):
         raise SepconvertError(
-            f"data: samples are {_by(shape)}, the model takes {_by(input_shape)} (C×H×W); "
+            f"data: samples are {dimensions(shape)}, the model takes {dimensions(input_shape)} (C×H×W); "
             "pass --resize, another --input-shape or other data"
         )
     labels = loader.dataset.labels if isinstance(loader.dataset, _Samples) else next(iter(loader))[1]
@@ -288,7 +297,9 @@ def _read_folder(path: Path, preprocess: Preprocess, labelled: bool) -> _Samples
             grey = grey and image.mode in ("1", "L", "LA")
     if len(sizes) > 1 and preprocess.size is None:
         (size, file), (other, odd) = list(sizes.items())[:2]
-        raise SepconvertError(f"{path}: {file} is {_by(size)}, {odd} is {_by(other)} (H×W); pass --resize")
+        raise SepconvertError(
+            f"{path}: {file} is {dimensions(size)}, {odd} is {dimensions(other)} (H×W); pass --resize"
+        )
     _check_channels(preprocess, 1 if grey else 3, path)
 
     def read(index: int) -> Tensor:
@@ -375,5 +386,6 @@ def _check_channels(preprocess: Preprocess, channels: int, path: Path) -> None:
             )
 
 
-def _by(shape: Sequence[int]) -> str:
+def dimensions(shape: Sequence[int]) -> str:
+    """As people write it: 3×224×224."""
     return "×".join(map(str, shape))

@@ -56,7 +56,7 @@ AVERAGING = 0.05
 FORMAT = 1
 """Of checkpoints."""
 
-EMBEDDING_WEIGHT = 8.0
+EMBEDDING_WEIGHT = 32.0
 """Weight of the relative error of what the classifier is given, next to the divergence from the teacher.
 
 It tells more of each picture than the logits do, and costs nothing.

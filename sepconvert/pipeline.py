@@ -14,7 +14,7 @@ from safetensors.torch import load_model, save_model
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from sepconvert.approx import Finetuning, convert_approximately, split_data
+from sepconvert.approx import Finetuning, check_shapes, convert_approximately, split_data
 from sepconvert.data import Batch
 from sepconvert.distillation import Precision, Step
 from sepconvert.distributed import once
@@ -197,6 +197,7 @@ def convert(
     parts = None
     if mode != "exact":
         parts = split_data(data, calib, train, calib_images, finetune, seed)
+        check_shapes(parts, inputs)
         data = parts.scored
     # Before the long work, as this is where data that do not suit the model are found out.
     predictions = None if data is None else _predict("original", private_copy(model), data, progress)

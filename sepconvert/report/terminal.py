@@ -9,6 +9,9 @@ Document = Mapping[str, Any]
 
 _REASON_WIDTH = 44
 
+# Even for a layer of some 64 channels, of which an image of 8×8 shows 64 patches with 576 elements each.
+_FEW_IMAGES = 64
+
 
 def layer_table(layers: Sequence[Document]) -> str:
     """One row for every convolution."""
@@ -155,6 +158,11 @@ def _approximation_sentences(found: Document) -> list[str]:
         f"Calibrated on {calibration['images']:,} images ({calibration['origin']}); "
         f"plans judged on {calibration['heldout']:,} others."
     ]
+    if calibration["images"] < _FEW_IMAGES:
+        lines.append(
+            "Warning: what is fitted to so few images may not hold on others; some hundred are needed "
+            "(--calib, --calib-images)."
+        )
     if found["steps"]:
         rows = [
             [

@@ -151,3 +151,9 @@ def test_an_approximate_conversion(approximate):
 def test_conversion_without_calibration_is_warned_of(approximate):
     approximate["approximation"].update(calibration=None, steps=[], metric="weights")
     assert "Warning: without calibration images" in summary(approximate)
+
+
+def test_few_images_are_warned_of(approximate):
+    assert "Warning" not in summary(approximate)
+    approximate["approximation"]["calibration"].update(images=63)
+    assert "Warning: what is fitted to so few images" in summary(approximate)
