@@ -30,6 +30,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from sepconvert.distributed import gather
 from sepconvert.errors import SepconvertError, first_line
 from sepconvert.factorize.approximate import Moments
+from sepconvert.spec import Pair
 from sepconvert.trace import ConvolutionInterceptor, ConvSite, private_copy, quick_copy, resolve_padding
 
 PATCHES = 12
@@ -147,9 +148,12 @@ def calibrate(
                 )
             site = places[key]
             accumulator = _Accumulator(site, _most_positions(site, answers.images))
+            followed = any(kernel is not None for kernel in kernels.values())
             for number, each in passes.items():
                 generator = _generator(answers.seed, site, number)
-                accumulator.add(each.seen, generator, answers.outputs[key, number])
+                # Before any layer is replaced nothing is missed but rounding.
+                expected = answers.outputs[key, number] if followed else None
+                accumulator.add(each.seen, generator, expected)
             stops.discard(key)
             kernels[key] = yield site, accumulator.moments()
 
@@ -226,14 +230,6 @@ def _call_with(kernel: Kernel, arguments: Mapping[str, Any], call: Callable[...,
     return call(weight=weight, bias=bias)
 
 
-@dataclass(frozen=True)
-class _Seen:
-    """A convolution's call in one pass."""
-
-    arguments: dict[str, Any]
-    output: Tensor  # of the original kernel
-
-
 class _CancelledError(BaseException):
     """Unwinds a pass that is not wanted any more; no `except Exception` of the user's stops it."""
 
@@ -262,7 +258,7 @@ class _Pass(threading.Thread):
         self._error: BaseException | None = None
         self._cancelled = False
         self._names = _names(self._model)
-        self.seen: _Seen
+        self.seen: Mapping[str, Any]  # arguments of the convolution at which it waits
 
     def go(self) -> None:
         """On to the next convolution to stop at."""
@@ -315,8 +311,7 @@ class _Pass(threading.Thread):
     ) -> Tensor:
         key = self._names[module], index
         if key in self._stops:
-            output = call()
-            self.seen = _Seen(arguments, output)
+            self.seen = arguments
             # A forward that catches everything may come here again.
             if not self._cancelled:
                 self._turns.release()
@@ -326,8 +321,6 @@ class _Pass(threading.Thread):
             if self._cancelled:
                 raise _CancelledError
             del self.seen
-            if self._kernels.get(key) is None:
-                return output
         kernel = self._kernels.get(key)
         return call() if kernel is None else _call_with(kernel, arguments, call)
 
@@ -376,7 +369,7 @@ def _moments_of_all_calls(
         output, key = call(), (names[module], index)
         if key in accumulators:
             generator = _generator(answers.seed, sites[key], number)
-            accumulators[key].add(_Seen(arguments, output), generator)
+            accumulators[key].add(arguments, generator)
         return output
 
     with torch.no_grad(), ConvolutionInterceptor(model, on_call).watching():
@@ -405,15 +398,17 @@ class _Accumulator:
     sums: dict[str, Tensor] = field(default_factory=dict)
     means: dict[str, Tensor] = field(default_factory=dict)
 
-    def add(self, seen: _Seen, generator: torch.Generator, answers: Tensor | None = None) -> None:
+    @torch.no_grad()
+    def add(
+        self, arguments: Mapping[str, Any], generator: torch.Generator, answers: Tensor | None = None
+    ) -> None:
         """Take a sample of positions of one batch: x and W x + b as seen, and y if it is another."""
         groups = self.site.dense.spec.groups
-        positions = _positions(_batched(seen.output).shape, self.positions, generator)
-        patches = _patches(seen.arguments, *positions).double().cpu()
-        x = rearrange(patches, "n p i j (g c) -> g (n p) (i j c)", g=groups)
-        dense = _at(seen.output, positions)
-        outputs = (dense if answers is None else answers).flatten(0, 1).double().cpu()
-        missed = outputs - dense.flatten(0, 1).double().cpu()
+        positions = _positions(_output_shape(arguments), self.positions, generator)
+        patches = rearrange(_patches(arguments, *positions), "n p i j (g c) -> g (n p) (i j c)", g=groups)
+        x, dense = patches.double().cpu(), _convolved(patches, arguments).double().cpu()
+        outputs = dense if answers is None else answers.flatten(0, 1).double().cpu()
+        missed = outputs - dense
         means = {"x": x.mean(1), "missed": missed.mean(0), "outputs": outputs.mean(0)}
         if not all(mean.isfinite().all() for mean in means.values()):
             raise SepconvertError(
@@ -426,7 +421,6 @@ class _Accumulator:
         )
         sums = {
             "covariance": _gram(x),
-            # Before any layer is replaced nothing is missed.
             "cross": by_group @ x if by_group.any() else x.new_zeros(groups, by_group.shape[1], x.shape[-1]),
             "missed": by_group @ by_group.mT,
             "outputs": of_outputs @ of_outputs.mT,
@@ -494,6 +488,27 @@ def _positions(shape: torch.Size, most: int, generator: torch.Generator) -> tupl
     return chosen // width, chosen % width
 
 
+def _output_shape(arguments: Mapping[str, Any]) -> torch.Size:
+    """N × O × H × W of what a convolution with these arguments returns."""
+    inputs, weight = _batched(arguments["input"]), arguments["weight"]
+    stride, dilation, padding = _geometry(arguments)
+    height, width = (
+        (size + sum(around) - step * (kernel - 1) - 1) // pace + 1
+        for size, around, step, kernel, pace in zip(
+            inputs.shape[2:], padding, dilation, weight.shape[2:], stride, strict=True
+        )
+    )
+    return torch.Size((len(inputs), len(weight), height, width))
+
+
+def _convolved(patches: Tensor, arguments: Mapping[str, Any]) -> Tensor:
+    """W x + b of patches g × M × (i j c), as M × O."""
+    weight = rearrange(arguments["weight"], "(g o) c i j -> g (i j c) o", g=len(patches))
+    precise = torch.promote_types(weight.dtype, torch.float32)
+    products: Tensor = rearrange(patches.to(precise) @ weight.to(precise), "g m o -> m (g o)")
+    return products if arguments.get("bias") is None else products + arguments["bias"].to(precise)
+
+
 def _at(output: Tensor, positions: tuple[Tensor, Tensor]) -> Tensor:
     """N × P × O, of N × O × H × W."""
     output, (rows, columns) = _batched(output), positions
@@ -503,9 +518,8 @@ def _at(output: Tensor, positions: tuple[Tensor, Tensor]) -> Tensor:
 def _patches(arguments: Mapping[str, Any], rows: Tensor, columns: Tensor) -> Tensor:
     """What the convolution reads for these output positions: N × P × kh × kw × C."""
     inputs, weight = _batched(arguments["input"]), arguments["weight"]
-    stride, dilation = (_pair(arguments.get(name, 1)) for name in ("stride", "dilation"))
     size = tuple(weight.shape[2:])
-    (top, bottom), (left, right) = resolve_padding(arguments.get("padding", 0), size, dilation)
+    stride, dilation, ((top, bottom), (left, right)) = _geometry(arguments)
     padded = F.pad(inputs, (left, right, top, bottom))
     down = rows[..., None] * stride[0] + torch.arange(size[0]) * dilation[0]
     across = columns[..., None] * stride[1] + torch.arange(size[1]) * dilation[1]
@@ -513,6 +527,13 @@ def _patches(arguments: Mapping[str, Any], rows: Tensor, columns: Tensor) -> Ten
     # Advanced indices on both sides of the channels come first: N × P × kh × kw × C.
     found: Tensor = padded[images, :, down[..., :, None], across[..., None, :]]
     return found
+
+
+def _geometry(arguments: Mapping[str, Any]) -> tuple[Pair, Pair, tuple[Pair, Pair]]:
+    """Stride, dilation, and padding before and after, each down and across."""
+    stride, dilation = (_pair(arguments.get(name, 1)) for name in ("stride", "dilation"))
+    size = tuple(arguments["weight"].shape[2:])
+    return stride, dilation, resolve_padding(arguments.get("padding", 0), size, dilation)
 
 
 def _pair(value: Any) -> tuple[int, int]:

@@ -16,6 +16,7 @@ from sepconvert.progress import Progress
 from sepconvert.report.terminal import curve_table
 
 _POINTS = 7
+_CARRIED_OUT = 6  # that the curve shows at least, if it has as many
 _REFINEMENTS = 2
 _POLISHES = 1
 _DOUBTFUL = 4
@@ -146,10 +147,8 @@ class Search:
         else:
             self._learn_from(self._best(self._middle))
             self._draw_curve()
-            for each in self.progress(self.points, "trade-off curve"):
-                self.carried_out(each)
-            self._time_carried_out()
             point = self._searched(budget)
+            self._fill_curve(point)
             self._time_carried_out()
         if point is None or not self._fast_enough(point, budget):
             raise DemandNotMetError(_shortfall(budget, self.points), curve_table(self.to_json(None)))
@@ -207,6 +206,16 @@ class Search:
             found = self._best(cost)
             if found is not None:
                 self._join(found)
+
+    def _fill_curve(self, point: Point | None) -> None:
+        """Carry out more plans, of costs as near as can be to that of the plan that was found."""
+        found = point or self.points[-1]
+        converting = [each for each in self.points if each.choice]
+        waiting = [each for each in converting if each.fitted is None]
+        lacking = max(0, _CARRIED_OUT - (len(converting) - len(waiting)))
+        nearest = sorted(waiting, key=lambda each: abs(each.cost - found.cost))[:lacking]
+        for each in self.progress(nearest, "trade-off curve"):
+            self.carried_out(each)
 
     def _join(self, point: Point) -> Point:
         """Put a plan on the curve, by falling cost; of equal plans the one that is there."""

@@ -417,11 +417,12 @@ def test_auto_mode(timed):
 def test_the_curve_of_auto_mode(small):
     report = convert_small(small, mode="auto", gate="macs", max_drop=5.0, data=small[1]).report
     curve = report["approximation"]["curve"]
-    assert len(curve) >= 6
-    assert all(point["heldout"] and point["lower_bound"] <= point["expected_divergence"] for point in curve)
+    carried_out = [point for point in curve if point["heldout"]]
+    assert len(carried_out) >= 6
+    assert all(point["lower_bound"] <= point["expected_divergence"] for point in curve)
     assert [point["cost"] for point in curve] == sorted((point["cost"] for point in curve), reverse=True)
     # Those far down the curve diverge further.
-    assert curve[-1]["heldout"]["divergence"] > curve[1]["heldout"]["divergence"]
+    assert carried_out[-1]["heldout"]["divergence"] > carried_out[0]["heldout"]["divergence"]
 
 
 def test_the_same_times_give_the_same_offers(timed):

@@ -128,6 +128,8 @@ def test_a_plan_within_the_drop_goes_as_far_as_it_can(surveyed, most):
     assert drop(point.macs) <= most or point.choice == {}
     curve = bench.search.points
     assert [each.cost for each in curve] == sorted((each.cost for each in curve), reverse=True)
+    converting = [each for each in curve if each.choice]
+    assert sum(each.fitted is not None for each in converting) >= min(6, len(converting))
     # None of the plans that were found to be good goes further.
     good = [cost for cost in bench.measured["drop"] if drop(cost) <= most]
     assert point.macs == min(good, default=bench.total)
