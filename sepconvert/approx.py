@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from sepconvert.allocate import Choice
 from sepconvert.approximation import (
     Calibration,
     Fitted,
@@ -221,6 +222,13 @@ def convert_approximately(
     def timed(models: Sequence[nn.Module]) -> tuple[float, list[Speedup]]:
         return once(lambda: clock.plans(original, models, inputs, runs or FORM_RUNS, progress))
 
+    earlier: list[Fitted] = []
+
+    def carried_out(choice: Choice) -> Fitted:
+        found = carry_out(model, layers, choice, surveyed, calibration, heldout, progress, tuple(earlier))
+        earlier.append(found)
+        return found
+
     by_time = unit == "milliseconds"
     total: float = total_params if unit == "params" else total_macs
     saved: float = saved_params if unit == "params" else saved_macs
@@ -231,7 +239,7 @@ def convert_approximately(
         surveyed,
         total_macs,
         total,
-        carry_out=lambda choice: carry_out(model, layers, choice, surveyed, calibration, heldout, progress),
+        carry_out=carried_out,
         restored=lambda fitted, name: restored(model, layers, fitted.layers, name),
         divergence=None if heldout is None else lambda each: heldout.measure(each).divergence,
         accuracy=accuracy,
@@ -254,8 +262,8 @@ def convert_approximately(
                 point = search.run(budget)
                 converted, steps = search.carried_out(point).model, ()
     fitted = search.carried_out(point)
-    earlier, errors = explain(model, layers, fitted, surveyed, calibration, heldout, progress)
-    steps = (*earlier, *steps)
+    before, errors = explain(model, layers, fitted, surveyed, calibration, heldout, progress)
+    steps = (*before, *steps)
     expected = reference(original, inputs, (), {}, seed)
     plans = tuple(_layer_plan(site, reasons, surveyed, fitted) for site in sites)
     replacements = {

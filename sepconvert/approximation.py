@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -305,10 +306,15 @@ def carry_out(
     calibration: Calibration | None,
     heldout: Heldout | None,
     progress: Progress,
+    earlier: Sequence[Fitted] = (),
 ) -> Fitted:
-    """Fit the layers chosen in step, rewrite the model, and re-estimate BatchNorms if that helps."""
+    """Fit the layers chosen in step, rewrite the model, and re-estimate BatchNorms if that helps.
+
+    Layers behind which the same was done in one of the `earlier` plans are as they were fitted there.
+    """
     chosen = [site for site in sites if site.name in choice]
-    fits: dict[str, Approximation] = {}
+    fits = max((_in_common(plan, choice, surveyed) for plan in earlier), key=len, default={})
+    known = {site.name: _kernel(site, fits[site.name]) for site in chosen if site.name in fits}
 
     def fit(site: ConvSite, moments: Moments) -> Kernel:
         before = surveyed[site.name].offer(choice[site.name]).fitted
@@ -318,7 +324,7 @@ def carry_out(
         fits[site.name] = replace(found, kernel=torch.empty(0), basis=torch.empty(0))
         return found.kernel, _bias(site, found)
 
-    _each(model, chosen, calibration, fit, progress, "fitting layers")
+    _each(model, chosen, calibration, fit, progress, "fitting layers", known)
     if missing := choice.keys() - fits.keys():
         raise SepconvertError(
             f"calibration: the images do not reach {', '.join(sorted(missing))}; leave it out with --exclude"
@@ -337,6 +343,16 @@ def carry_out(
     kept = reached.divergence < steps[-1].reached.divergence
     steps.append(Step("re-estimate BatchNorm", reached, kept))
     return Fitted(choice, candidate if kept else converted, fits, kept, tuple(steps))
+
+
+def _in_common(plan: Fitted, choice: Choice, order: Iterable[str]) -> dict[str, Approximation]:
+    """Layers of a plan up to the first, in the `order` of execution, that has another form in `choice`."""
+
+    def form(each: Choice, name: str) -> Form | None:
+        return (each[name].scheme, each[name].rank) if name in each else None
+
+    alike = itertools.takewhile(lambda name: form(plan.choice, name) == form(choice, name), order)
+    return {name: plan.layers[name] for name in alike if name in choice}
 
 
 def restored(
@@ -390,9 +406,14 @@ def _each(
     fit: Callable[[ConvSite, Moments], Kernel | None],
     progress: Progress,
     description: str,
+    known: Mapping[str, Kernel] | None = None,
 ) -> None:
-    """Let `fit` see every layer with its moments: of data in the order of execution, or else of weights."""
-    layers = [site for site in sites if site.conv is not None]
+    """Let `fit` see every layer with its moments: of data in the order of execution, or else of weights.
+
+    Those with a `known` kernel are not seen.
+    """
+    everyone = [site for site in sites if site.conv is not None]
+    layers = [site for site in everyone if not known or site.name not in known]
     if calibration is None:
         for site in progress(layers, description):
             if site.conv is not None:
@@ -400,7 +421,7 @@ def _each(
         return
     assert calibration.answers is not None  # noqa: S101  (`convert_approximately` recorded them)
     share = {number: placed(batch, model) for number, batch in calibration.share.items()}
-    stream = calibrate(model, share, layers, calibration.answers)
+    stream = calibrate(model, share, everyone, calibration.answers, known)
     kernel: Kernel | None = None
     for _ in progress(layers, description):
         try:

@@ -101,7 +101,11 @@ def _most_positions(site: ConvSite, images: int) -> int:
 
 
 def calibrate(
-    model: nn.Module, batches: Mapping[int, Tensor], sites: Sequence[ConvSite], answers: Answers
+    model: nn.Module,
+    batches: Mapping[int, Tensor],
+    sites: Sequence[ConvSite],
+    answers: Answers,
+    known: Mapping[str, Kernel] | None = None,
 ) -> Generator[tuple[ConvSite, Moments], Kernel | None, None]:
     """The moments of each layer, in order of execution; send back the kernel that takes its place, or None.
 
@@ -114,23 +118,26 @@ def calibrate(
         batches: those that were recorded.
         sites: convolutions to look at, among those recorded.
         answers: of the original, recorded.
+        known: kernels of those sites, by name, that have been fitted; they are not met.
 
     Raises:
         SepconvertError: the model cannot run on the images, or treats images differently.
     """
     places = {site.place: site for site in sites if site.conv is not None}
-    if not places:
+    kernels: dict[_Key, Kernel | None] = {
+        place: known[site.name] for place, site in places.items() if known and site.name in known
+    }
+    if places.keys() == kernels.keys():
         return
     if not batches:
         raise SepconvertError(
             "calibration: there are fewer batches of images than processes; pass more images"
         )
-    kernels: dict[_Key, Kernel | None] = {}
-    shared = {key: site for key, site in places.items() if site.calls > 1}
+    shared = {key: site for key, site in places.items() if site.calls > 1 and key not in kernels}
     if shared:
         for key, moments in _moments_of_all_calls(model, batches, shared, answers).items():
             kernels[key] = yield places[key], moments
-    stops = set(places) - set(shared)
+    stops = set(places) - set(kernels)
     quick = quick_copy(model, next(iter(batches.values())))
     with _passes(quick, batches, stops, kernels) as passes:
         while True:

@@ -341,6 +341,51 @@ def test_full_rank_is_the_original_on_every_kind_of_layer(geometry):
     assert (actual - expected).abs().max() <= 1e3 * torch.finfo(dtype).eps * (magnitude + 1)
 
 
+def test_what_plans_have_in_common_is_fitted_once():
+    """Layers before the first that differs are taken over; the result is, bit by bit, the same."""
+    torch.manual_seed(0)
+    twice = nn.Conv2d(8, 8, 3, padding=1)
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU(), twice, nn.ReLU(), twice, nn.ReLU(),
+        nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8),
+    ).eval()  # fmt: skip
+    images = torch.randn(24, 3, 14, 14)
+    sites = [site for site in trace(private_copy(model), (images[:1],)) if site.name != "0"]
+    answers = record(model, {0: images}, sites, images=24, seed=0)
+    calibration = Calibration((images,), (images[:4],), "test", answers)
+    heldout = Heldout(model, calibration.heldout)
+    forms = {site.name: dict.fromkeys([("depthwise-pointwise", r) for r in (1, 2, 3)], 1) for site in sites}
+    prices = {name: Prices(4, {form: form[1] for form in each}) for name, each in forms.items()}
+    found = survey(model, sites, calibration, heldout, prices, silent)
+    fitted = []
+
+    def counted(each, description):
+        fitted.extend([description] * len(each))
+        return each
+
+    def plan(ranks, earlier=()):
+        fitted.clear()
+        offered = {name: {c.rank: c for c in each.candidates()} for name, each in found.items()}
+        choice = {name: offered[name][rank] for name, rank in ranks.items()}
+        return carry_out(model, sites, choice, found, calibration, heldout, counted, earlier)
+
+    first, second = {"2": 1, "4": 2, "8": 1}, {"2": 1, "4": 2, "8": 3}
+    known, alone = (plan(first), plan({"4": 2})), plan(second)
+    assert len(fitted) == 3
+    after = plan(second, known)
+    assert len(fitted) == 1
+    assert list(after.layers) == list(alone.layers)
+    for one, other in zip(after.model.state_dict().values(), alone.model.state_dict().values(), strict=True):
+        assert torch.equal(one, other)
+    # The module that is called twice is the first to be fitted, and here it differs.
+    plan({"2": 1, "4": 1, "8": 1}, known)
+    assert len(fitted) == 3
+    plan({"4": 2, "8": 1}, known)
+    assert len(fitted) == 1
+    assert plan(first, known).layers == known[0].layers
+    assert not fitted
+
+
 def test_budget_defaults():
     assert Budget().or_default(labelled=True) == Budget(max_drop=1.0)
     assert Budget(rank=2).or_default(labelled=False) == Budget(rank=2)
