@@ -16,7 +16,7 @@ _PUBLIC = {
     "Profile": "profiling",
     "FinetuneResult": "distillation",
     "SepconvertError": "errors",
-    "compare": "profiling",
+    "compare": "comparison",
     "convert": "pipeline",
     "finetune": "distillation",
     "inspect": "pipeline",
@@ -26,6 +26,7 @@ _PUBLIC = {
 __all__ = ["__version__", *sorted(_PUBLIC)]
 
 if TYPE_CHECKING:
+    from sepconvert.comparison import compare as compare
     from sepconvert.distillation import FinetuneResult as FinetuneResult
     from sepconvert.distillation import finetune as finetune
     from sepconvert.errors import DemandNotMetError as DemandNotMetError
@@ -35,7 +36,6 @@ if TYPE_CHECKING:
     from sepconvert.pipeline import convert as convert
     from sepconvert.pipeline import inspect as inspect
     from sepconvert.profiling import Profile as Profile
-    from sepconvert.profiling import compare as compare
     from sepconvert.profiling import profile as profile
 
 

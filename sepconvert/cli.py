@@ -198,15 +198,18 @@ def profile(**options: Any) -> None:
 @click.option(
     "--format",
     "style",
-    type=click.Choice(["table", "json"]),
+    type=click.Choice(["table", "markdown", "csv", "json"]),
     default="table",
     show_default=True,
     help="Output.",
 )
+@click.option("--fail-if", multiple=True, metavar="CONDITION",
+              help="End with exit code 3 if this holds of any but the first, e.g. 'latency > +5%' or "
+                   "'drop > 0.5'. Repeatable.")  # fmt: skip
 @_timing_options
 @_run_options
 def compare(**options: Any) -> None:
-    """Put profiles (JSON) or MODELS side by side; the first is the base."""
+    """Measure MODELS and .onnx files against the first, in turns; or put stored profiles beside it."""
     from sepconvert import commands
 
     commands.compare(**options)

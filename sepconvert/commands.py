@@ -4,24 +4,29 @@ import contextlib
 import json
 import logging
 import sys
+import tempfile
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
 import click
+import numpy as np
 import torch
 from platformdirs import user_cache_path
 from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from sepconvert.comparison import Comparison, Demand
 from sepconvert.data import Batch, Preprocess, check_against_model, has_labels, load_data, sample_shape
 from sepconvert.distillation import Step
 from sepconvert.distributed import join, rank
 from sepconvert.environment import Runtime, available_cores, environment
-from sepconvert.errors import SepconvertError, first_line
-from sepconvert.export import cast, model_dtype, writing
+from sepconvert.errors import DemandNotMetError, SepconvertError, first_line
+from sepconvert.export import OnnxFile, cast, model_dtype, read_onnx, writing
+from sepconvert.head_to_head import Subject
+from sepconvert.head_to_head import measure as measure_together
 from sepconvert.load import LoadedModel, load_model, parse_input_shape
 from sepconvert.output import result_directory
 from sepconvert.pipeline import ConversionResult
@@ -31,7 +36,6 @@ from sepconvert.pipeline import inspect as run_inspect
 from sepconvert.plan import read_plan
 from sepconvert.profiling import SCHEMA as PROFILE_SCHEMA
 from sepconvert.profiling import Profile, read_profile
-from sepconvert.profiling import compare as run_compare
 from sepconvert.profiling import profile as run_profile
 from sepconvert.report.files import write_documents
 from sepconvert.report.terminal import layer_table, structure_table, summary
@@ -130,21 +134,78 @@ def profile(**options: Any) -> None:
             options["out"].write_text(
                 json.dumps(document, indent=2, allow_nan=False) + "\n", encoding="utf-8"
             )
-    _print(options, document, str(run_compare(found)))
+    _print(options, document, str(Comparison((found,))))
 
 
 def compare(**options: Any) -> None:
     """`sepconvert compare A B …`."""
-    with _quietly():
-        found = run_compare(
-            *(
-                read_profile(path) if path.suffix == ".json" else _profile({**options, "model": path})[1]
-                for path in options["models"]
-            )
+    demands = [Demand.parse(text) for text in options["fail_if"]]
+    stored = [path for path in options["models"] if path.suffix == ".json"]
+    if stored and any(path.suffix == ".onnx" for path in options["models"]):
+        raise SepconvertError(
+            f"{stored[0]}: is a stored profile, which cannot be measured together with ONNX files; compare"
+            " models"
         )
+    with _quietly():
+        found, note = _stored(options) if stored else _together(options)
     json_wanted = {**options, "as_json": options["as_json"] or options["style"] == "json"}
+    text = "" if options["style"] == "json" else found.text(options["style"])
+    _print(json_wanted, found.to_json(), text, *(("", note) if options["style"] == "table" else ()))
+    failures = [failure for demand in demands for failure in demand.failures(found)]
+    if failures:
+        raise DemandNotMetError(f"--fail-if: {'; '.join(failures)}")
+
+
+def _stored(options: Options) -> tuple[Comparison, str]:
+    """Profiles, and models that are profiled now, one after the other."""
+    profiles = [
+        read_profile(path) if path.suffix == ".json" else _profile({**options, "model": path})[1]
+        for path in options["models"]
+    ]
+    names = tuple(map(str, options["models"]))
     note = "Measured apart: differences of latency are not tested for significance."
-    _print(json_wanted, found.to_json(), str(found), "", note)
+    return Comparison(tuple(profiles), names), note
+
+
+def _together(options: Options) -> tuple[Comparison, str]:
+    """Models and ONNX files, measured in this process."""
+    paths = options["models"]
+    files = {path: read_onnx(path) for path in paths if path.suffix == ".onnx"}
+    loaded = {path: _load({**options, "model": path}) for path in paths if path not in files}
+    examples = [each.example_inputs for each in loaded.values()] + [_example(each) for each in files.values()]
+    example = next((each for each in examples if each is not None), None)
+    data, inputs = _data_and_examples(options, example)
+    with tempfile.TemporaryDirectory() as folder:
+        comparison = measure_together(
+            [
+                Subject.of_file(path, files[path])
+                if path in files
+                else Subject.of_model(str(path), loaded[path].model, inputs, Path(folder) / f"{index}.onnx")
+                for index, path in enumerate(paths)
+            ],
+            [value.numpy() for value in inputs if isinstance(value, Tensor)],
+            data=data,
+            runs=options["runs"],
+            runtime=Runtime(options["threads"] or available_cores(), options["graph_optimization"]),
+            seed=options["seed"],
+            progress=_progress(options),
+        )
+    seen = "of the data" if data is not None else "of the timed batch"
+    rounds = f"{options['runs']} interleaved rounds, batch {options['batch']}.\n" if options["runs"] else ""
+    return comparison, (
+        f"Measured together: {rounds}Medians with 95 % intervals; noise is the base against itself.\n"
+        f"Differences are those {seen}, of the output that differs most."
+    )
+
+
+def _example(file: OnnxFile) -> Inputs | None:
+    """Inputs of the shapes that an ONNX file gives; None if it leaves more open than the batch."""
+    if any(None in shape[1:] for shape in file.shapes):
+        return None
+    return tuple(
+        torch.from_numpy(np.zeros((1, *(size or 1 for size in shape[1:]))[: len(shape)], dtype))
+        for shape, dtype in zip(file.shapes, file.dtypes, strict=True)
+    )
 
 
 def _profile(options: Options) -> tuple[LoadedModel, Profile]:
@@ -280,6 +341,14 @@ def _load(options: Options) -> LoadedModel:
 
 def _data_and_inputs(options: Options, loaded: LoadedModel) -> tuple[Iterable[Batch] | None, Inputs]:
     """Evaluation data if any, and the inputs to trace, verify and time the model on."""
+    data, inputs = _data_and_examples(options, loaded.example_inputs)
+    return data, tuple(value.to(options["device"]) for value in cast(inputs, model_dtype(loaded.model)))
+
+
+def _data_and_examples(
+    options: Options, example_inputs: Inputs | None
+) -> tuple[Iterable[Batch] | None, Inputs]:
+    """The same, in the dtype in which they come; `example_inputs` give a shape where nothing else does."""
     data = None
     batch = options["batch"]
     unused = [f"--{name}" for name in ("mean", "std", "resize") if options[name] is not None]
@@ -303,13 +372,13 @@ def _data_and_inputs(options: Options, loaded: LoadedModel) -> tuple[Iterable[Ba
         shape = parse_input_shape(options["input_shape"])
         generator = torch.Generator().manual_seed(options["seed"])
         inputs = (torch.randn(batch, *shape, generator=generator),)
-    elif loaded.example_inputs is not None:
-        inputs = tuple(_random(value, batch, options["seed"]) for value in loaded.example_inputs)
+    elif example_inputs is not None:
+        inputs = tuple(_random(value, batch, options["seed"]) for value in example_inputs)
     else:
         raise SepconvertError(
             "the input's shape is not known; pass --input-shape, e.g. --input-shape 3x224x224, or --data"
         )
-    return data, tuple(value.to(options["device"]) for value in cast(inputs, model_dtype(loaded.model)))
+    return data, inputs
 
 
 def _random(value: Tensor, batch: int, seed: int) -> Tensor:

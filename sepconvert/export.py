@@ -4,6 +4,7 @@ import contextlib
 import functools
 import io
 import logging
+import math
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -239,6 +240,100 @@ def _export_error(stage: str, error: Exception) -> SepconvertError:
     return SepconvertError(
         f"{stage} cannot export this model: {first_line(error)}; the exporter's own message: --debug"
     )
+
+
+@dataclass(frozen=True)
+class OnnxFile:
+    """What an ONNX file says of itself: inputs, parameters, and MACs of convolutions and matrix products.
+
+    `shapes` has the shape of each input, None for a size that is open. `macs` are of one sample: one fused
+    multiply-add is 1. Operators that are not counted, or whose shapes cannot be inferred, are in
+    `uncounted_ops`.
+    """
+
+    shapes: tuple[tuple[int | None, ...], ...]
+    dtypes: tuple[np.dtype[Any], ...]
+    params: int
+    macs: int
+    uncounted_ops: dict[str, int]
+
+
+def read_onnx(path: Path) -> OnnxFile:
+    """Look into an ONNX file.
+
+    Raises:
+        SepconvertError: no such file, or no ONNX model.
+    """
+    try:
+        model = onnx.load(str(path), load_external_data=False)
+    except OSError as error:
+        raise SepconvertError(f"{path}: cannot be read: {error.strerror}; check the path") from error
+    except Exception as error:  # protobuf's own
+        raise SepconvertError(f"{path}: not an ONNX model ({first_line(error)}); export it anew") from error
+    if not model.graph.node:
+        raise SepconvertError(f"{path}: not an ONNX model (it has no operators); export it anew")
+    known = {tensor.name: tuple(tensor.dims) for tensor in model.graph.initializer}
+    inputs = [value for value in model.graph.input if value.name not in known]
+    shapes = tuple(
+        tuple(
+            size.dim_value if size.HasField("dim_value") else None
+            for size in value.type.tensor_type.shape.dim
+        )
+        for value in inputs
+    )
+    macs, uncounted = _macs_of_graph(model, known, [value.name for value in inputs])
+    floating = {onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.DOUBLE,
+                onnx.TensorProto.BFLOAT16}  # fmt: skip
+    return OnnxFile(
+        shapes,
+        tuple(onnx.helper.tensor_dtype_to_np_dtype(value.type.tensor_type.elem_type) for value in inputs),
+        sum(math.prod(tensor.dims) for tensor in model.graph.initializer if tensor.data_type in floating),
+        macs,
+        uncounted,
+    )
+
+
+def _macs_of_graph(
+    model: onnx.ModelProto, known: dict[str, tuple[int, ...]], inputs: Sequence[str]
+) -> tuple[int, dict[str, int]]:
+    """Of one sample, and the operators left out with their number."""
+    batch = 1
+    for value in model.graph.input:
+        sizes = value.type.tensor_type.shape.dim
+        if value.name in inputs and len(sizes):
+            if not sizes[0].HasField("dim_value"):
+                sizes[0].dim_value = 1
+            batch = max(batch, sizes[0].dim_value)
+    del model.graph.value_info[:]  # it names the batch that has just been fixed
+    with contextlib.suppress(Exception):  # what cannot be inferred is not counted
+        model = onnx.shape_inference.infer_shapes(model, data_prop=True)
+    shapes = dict(known)
+    for value in (*model.graph.value_info, *model.graph.input, *model.graph.output):
+        sizes = value.type.tensor_type.shape.dim
+        if value.type.tensor_type.HasField("shape") and all(size.HasField("dim_value") for size in sizes):
+            shapes.setdefault(value.name, tuple(size.dim_value for size in sizes))
+    total, uncounted = 0, dict[str, int]()
+    for node in model.graph.node:
+        macs = _macs_of_node(node, shapes)
+        if macs is None:
+            uncounted[node.op_type] = uncounted.get(node.op_type, 0) + 1
+        else:
+            total += macs
+    return total // batch, uncounted
+
+
+def _macs_of_node(node: onnx.NodeProto, shapes: dict[str, tuple[int, ...]]) -> int | None:
+    if node.op_type not in ("Conv", "ConvTranspose", "Gemm", "MatMul"):
+        return None
+    left, right, output = (shapes.get(name) for name in (*node.input[:2], node.output[0]))
+    if left is None or right is None or output is None:
+        return None
+    if node.op_type == "Conv":
+        return math.prod(output) * math.prod(right[1:])
+    if node.op_type == "ConvTranspose":
+        return math.prod(left) * math.prod(right[1:])
+    transposed = any(each.name == "transA" and each.i for each in node.attribute)
+    return math.prod(output) * left[0 if transposed else -1]
 
 
 @contextlib.contextmanager

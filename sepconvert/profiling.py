@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tabulate import tabulate
 from torch import Tensor, nn
 
 from sepconvert.environment import Runtime, available_cores
@@ -89,40 +88,6 @@ def read_profile(path: Path) -> Profile:
         ) from error
 
 
-@dataclass(frozen=True)
-class Comparison:
-    """Profiles side by side; `print` it. The first is the base of the ratios."""
-
-    profiles: tuple[Profile, ...]
-
-    def __str__(self) -> str:
-        base = self.profiles[0]
-        columns = [_column(profile, base) for profile in self.profiles]
-        rows = [[name, *(column[name] for column in columns)] for name in columns[0]]
-        headers = ["", "base", *(f"#{index}" for index in range(2, len(columns) + 1))]
-        return tabulate(rows, headers=headers, disable_numparse=True)
-
-    def to_json(self) -> dict[str, Any]:
-        """`{"profiles": […], "deltas": […]}`, each delta against the first profile.
-
-        Separate runs are not paired: they allow no statement about speed-up or agreement.
-        """
-        base = self.profiles[0]
-        return {
-            "profiles": [profile.to_json() for profile in self.profiles],
-            "deltas": [
-                {
-                    "params_ratio": base.params / profile.params if profile.params else None,
-                    "macs_ratio": base.macs / profile.macs if profile.macs else None,
-                    "latency_speedup": None,
-                    "accuracy_drop_pp": None,
-                    "agreement": None,
-                }
-                for profile in self.profiles[1:]
-            ],
-        }
-
-
 def profile(
     model: nn.Module,
     example_inputs: Tensor | Inputs,
@@ -163,11 +128,6 @@ def profile(
     return Profile(cost.params, cost.macs, size, latency, accuracy, cost.uncounted_ops)
 
 
-def compare(*profiles: Profile) -> Comparison:
-    """Put profiles side by side. Latencies of separate runs are shown without a claim of significance."""
-    return Comparison(profiles)
-
-
 def as_inputs(example_inputs: Tensor | Inputs) -> Inputs:
     """A single tensor as the tuple of positional arguments."""
     return example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
@@ -176,19 +136,3 @@ def as_inputs(example_inputs: Tensor | Inputs) -> Inputs:
 def batch_size(inputs: Inputs) -> int:
     """First dimension of the first tensor."""
     return next((int(value.shape[0]) for value in inputs if isinstance(value, Tensor) and value.ndim), 1)
-
-
-def _column(profile: Profile, base: Profile) -> dict[str, str]:
-    def against(value: float, reference: float) -> str:
-        return "" if profile is base or not value else f" ({reference / value:.2f}×)"
-
-    accuracy, latency = profile.accuracy, profile.latency
-    return {
-        "parameters": f"{profile.params:,}{against(profile.params, base.params)}",
-        "MACs": f"{profile.macs:,}{against(profile.macs, base.macs)}",
-        "ONNX bytes": "-" if profile.onnx_bytes is None else f"{profile.onnx_bytes:,}",
-        "latency, ms": "-"
-        if latency is None
-        else f"{latency.median_ms:.3f} [{latency.ci95_ms.lo:.3f}, {latency.ci95_ms.hi:.3f}]",
-        "top-1": "-" if accuracy is None else f"{100 * accuracy.top1:.2f} % of {accuracy.n}",
-    }

@@ -803,8 +803,31 @@ def test_a_profile_is_written_and_compared(here, run):
             "latency_speedup": None,
             "accuracy_drop_pp": None,
             "agreement": None,
+            "outputs": [],
         }
     ]
+
+
+def test_models_and_files_are_compared_in_turns(here, run):
+    assert run("net.pt", "--data", "data.npz", "--runs", "0").code == 0
+    files = "net-sepconvert/original.onnx", "net-sepconvert/converted.onnx"
+    outcome = run("compare", "net.pt", *files, "--data", "data.npz", "--runs", "6", "--fail-if", "drop > 0.5")
+    assert (outcome.code, outcome.err) == (0, "")
+    assert "base: net.pt" in outcome.out
+    assert "Measured together: 6 interleaved rounds" in outcome.out
+    assert all(len(line) <= 80 for line in outcome.out.splitlines())
+    outcome = run("compare", *files, "--runs", "0", "--json", "--fail-if", "macs < -1%")
+    assert outcome.code == 3
+    assert re.fullmatch(r"sepconvert: --fail-if: .*converted.onnx: macs is -\d.*\n", outcome.err)
+    (delta,) = json.loads(outcome.out)["deltas"]
+    assert delta["macs_ratio"] > 1
+    assert delta["outputs"][0]["relative"] < 1e-4
+    outcome = run("compare", *files, "--runs", "0", "--format", "csv")
+    assert outcome.out.splitlines()[0] == f",{files[0]},{files[1]}"
+    assert run("profile", "net.pt", *SHAPE, "--runs", "0", "--out", "net.json").code == 0
+    for arguments in (("net.json", files[0]), (*files, "--fail-if", "speed > 1"), (files[0], "gone.onnx")):
+        outcome = run("compare", *arguments)
+        assert (outcome.code, outcome.out, outcome.err.count("\n")) == (2, "", 1)
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"schema": "sepconvert.profile/2"}', "null"])

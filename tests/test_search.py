@@ -69,7 +69,7 @@ class Bench:
 
     def accuracy(self, model):
         self.measured["drop"].append(model.cost)
-        return AccuracyDelta(self.drop(model.cost), Interval(0.0, 0.0), 1.0)
+        return AccuracyDelta(self.drop(model.cost), Interval(0.0, 0.0), 1.0, 1.0)
 
     def speedups(self, models):
         self.measured["ratio"] += [model.cost for model in models]

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from sepconvert.errors import SepconvertError, first_line
 from sepconvert.measure import Progress
-from sepconvert.measure.statistics import Interval, paired_difference_interval
+from sepconvert.measure.statistics import Interval, mcnemar, paired_difference_interval
 from sepconvert.trace import placed, quick_copy
 
 
@@ -64,17 +64,22 @@ class AccuracyDelta:
 
     `drop_pp` is the top-1 accuracy lost, in percentage points (below 0: gained), and `ci95_pp` its 95 %
     interval (`paired_difference_interval`). `agreement` is the fraction, in [0, 1], of samples on which
-    both predict the same class, right or wrong.
+    both predict the same class, right or wrong. `p_value` is that of `mcnemar`.
     """
 
     drop_pp: float
     ci95_pp: Interval
     agreement: float
+    p_value: float
 
     def to_dict(self) -> dict[str, Any]:
         """The keys `accuracy_drop_pp` and `agreement` of the JSON report."""
         return {
-            "accuracy_drop_pp": {"value": self.drop_pp, "ci95": self.ci95_pp.to_list()},
+            "accuracy_drop_pp": {
+                "value": self.drop_pp,
+                "ci95": self.ci95_pp.to_list(),
+                "mcnemar_p": self.p_value,
+            },
             "agreement": self.agreement,
         }
 
@@ -132,6 +137,7 @@ def compare(original: Predictions, converted: Predictions) -> AccuracyDelta:
         drop_pp=100 * (lost - won) / n,
         ci95_pp=Interval(100 * interval.lo, 100 * interval.hi),
         agreement=float((original.ranked[:, 0] == converted.ranked[:, 0]).mean()),
+        p_value=mcnemar(lost, won),
     )
 
 

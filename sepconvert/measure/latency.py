@@ -149,8 +149,8 @@ def measure_pair(
     models = [(each, feeds) for each in (original, original, converted)]
     first, again, other = time_all(models, runs=runs, runtime=runtime, seed=seed, progress=progress)
     return (
-        _latency(first, runtime.threads, batch),
-        _latency(other, runtime.threads, batch),
+        latency(first, runtime.threads, batch),
+        latency(other, runtime.threads, batch),
         speedup(first, again, other),
     )
 
@@ -196,7 +196,7 @@ def measure_single(
     """
     task = _runner(session(model, runtime), feeds)
     (samples,) = interleave([task], runs=runs, seed=seed, progress=progress)
-    return _latency(samples, runtime.threads, batch)
+    return latency(samples, runtime.threads, batch)
 
 
 def interleave(
@@ -263,7 +263,8 @@ def _runner(model: ort.InferenceSession, feeds: Mapping[str, npt.NDArray[Any]]) 
     return partial(model.run, None, inputs)
 
 
-def _latency(samples_ms: npt.NDArray[np.float64], threads: int, batch: int) -> Latency:
+def latency(samples_ms: npt.NDArray[np.float64], threads: int, batch: int) -> Latency:
+    """Of times of single runs of a batch, in milliseconds."""
     median, ci95 = median_interval(samples_ms)
     p90 = float(np.percentile(samples_ms, 90))
     return Latency(median, ci95, p90, runs=len(samples_ms), threads=threads, batch=batch)

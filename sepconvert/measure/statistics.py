@@ -83,6 +83,22 @@ def paired_difference_interval(
     return Interval(max(-1.0, float(p1 - p2 - half)), min(1.0, float(p1 - p2 + half)))
 
 
+def mcnemar(only_first: int, only_second: int) -> float:
+    """The two-sided p-value of McNemar's exact test: that a subject on which two disagree favours either.
+
+    (McNemar, "Note on the sampling error of the difference between correlated proportions", Psychometrika 12,
+    1947; exact by the binomial distribution.) 1 where no subject is discordant.
+
+    Raises `SepconvertError` if a count is negative.
+    """
+    if min(only_first, only_second) < 0:
+        raise SepconvertError(
+            f"McNemar: expected two counts >= 0, got {only_first} and {only_second}; count the pairs anew"
+        )
+    discordant = only_first + only_second
+    return float(stats.binomtest(only_first, discordant).pvalue) if discordant else 1.0
+
+
 def _check_confidence(confidence: float) -> None:
     if not 0 < confidence < 1:
         raise SepconvertError(

@@ -219,7 +219,11 @@ def test_compare_by_hand() -> None:
     assert found.agreement == pytest.approx(3 / 8)
     # (3 + 1)/10 - (1 + 1)/10 = 0.2, half-width 1.95996 · sqrt((0.6 - 0.04)/10) = 0.46381
     assert found.to_dict() == {
-        "accuracy_drop_pp": {"value": 25.0, "ci95": pytest.approx([-26.381, 66.381], abs=1e-3)},
+        "accuracy_drop_pp": {
+            "value": 25.0,
+            "ci95": pytest.approx([-26.381, 66.381], abs=1e-3),
+            "mcnemar_p": pytest.approx(0.625),  # 2 · (1 + 4) / 16
+        },
         "agreement": 0.375,
     }
 

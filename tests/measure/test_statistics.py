@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sepconvert.errors import SepconvertError
-from sepconvert.measure.statistics import Interval, median_interval, paired_difference_interval
+from sepconvert.measure.statistics import Interval, mcnemar, median_interval, paired_difference_interval
 
 
 # Ranks (from 1) of the 95 % interval of a median, from the tables of textbooks on non-parametric statistics.
@@ -101,3 +101,15 @@ def test_paired_difference_refuses_impossible_counts(a: int, b: int, n: int) -> 
 def test_intervals_overlap(one: tuple[float, float], other: tuple[float, float], shared: bool) -> None:
     assert Interval(*one).overlaps(Interval(*other)) is shared
     assert Interval(*other).overlaps(Interval(*one)) is shared
+
+
+@pytest.mark.parametrize(("lost", "won"), [(0, 0), (5, 0), (30, 12), (200, 260)])
+def test_mcnemar_is_the_exact_binomial_test(lost, won):
+    n = lost + won
+    tail = sum(math.comb(n, k) for k in range(min(lost, won) + 1)) / 2**n
+    assert mcnemar(lost, won) == mcnemar(won, lost) == pytest.approx(min(1.0, 2 * tail))
+
+
+def test_mcnemar_counts():
+    with pytest.raises(SepconvertError, match="two counts >= 0"):
+        mcnemar(-1, 3)

@@ -1,0 +1,273 @@
+"""Models side by side: what was measured of each, and of each against the first; conditions on that."""
+
+import csv
+import io
+import math
+import operator
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from tabulate import tabulate
+
+from sepconvert.errors import SepconvertError
+from sepconvert.measure.accuracy import AccuracyDelta
+from sepconvert.measure.latency import Speedup
+from sepconvert.measure.outputs import OutputDifference
+from sepconvert.profiling import Profile
+
+Style = Literal["table", "markdown", "csv"]
+
+
+@dataclass(frozen=True)
+class Delta:
+    """A model against the first one, on the same inputs in the same rounds; None is what was not measured.
+
+    `outputs` are empty where they were not compared, and None where they differ in number or shape.
+    """
+
+    speedup: Speedup | None = None
+    accuracy: AccuracyDelta | None = None
+    outputs: tuple[OutputDifference, ...] | None = ()
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Profiles side by side; `print` it. The first is the base of the ratios.
+
+    `names` are what the profiles are called. `deltas`, one for each but the first, are empty where profiles
+    were measured apart.
+    """
+
+    profiles: tuple[Profile, ...]
+    names: tuple[str, ...] = ()
+    deltas: tuple[Delta, ...] = ()
+
+    def __str__(self) -> str:
+        return self.text("table")
+
+    def text(self, style: Style) -> str:
+        """As a table for the terminal, in Markdown, or as comma-separated values."""
+        base = self.profiles[0]
+        deltas = (None, *(self.deltas or (Delta(),) * (len(self.profiles) - 1)))
+        columns = [
+            _column(profile, base, delta) for profile, delta in zip(self.profiles, deltas, strict=True)
+        ]
+        wanted = [name for name in columns[0] if any(column[name] != "-" for column in columns)]
+        rows = [[name, *(column[name] for column in columns)] for name in wanted]
+        if any(self.dominated):
+            rows.append(["", *("dominated" if each else "" for each in self.dominated)])
+        headers = ["", "base", *(f"#{index}" for index in range(2, len(columns) + 1))]
+        if style == "csv":
+            lines = io.StringIO()
+            csv.writer(lines, lineterminator="\n").writerows([["", *(self.names or headers[1:])], *rows])
+            return lines.getvalue().rstrip("\n")
+        table = tabulate(
+            rows,
+            headers=headers,
+            disable_numparse=True,
+            tablefmt="github" if style == "markdown" else "simple",
+        )
+        legend = [f"{header}: {name}" for header, name in zip(headers[1:], self.names, strict=False)]
+        return "\n".join([*legend, "", table] if legend else [table])
+
+    def to_json(self) -> dict[str, Any]:
+        """`{"names": […], "profiles": […], "deltas": […]}`, each delta against the first profile.
+
+        Separate runs are not paired: they allow no statement about speed-up or agreement.
+        """
+        base = self.profiles[0]
+        deltas = self.deltas or (Delta(),) * (len(self.profiles) - 1)
+        return {
+            "names": list(self.names),
+            "profiles": [profile.to_json() for profile in self.profiles],
+            "deltas": [
+                {
+                    "params_ratio": base.params / profile.params if profile.params else None,
+                    "macs_ratio": base.macs / profile.macs if profile.macs else None,
+                    "latency_speedup": None if delta.speedup is None else delta.speedup.to_dict(),
+                    **(
+                        {"accuracy_drop_pp": None, "agreement": None}
+                        if delta.accuracy is None
+                        else delta.accuracy.to_dict()
+                    ),
+                    "outputs": None
+                    if delta.outputs is None
+                    else [difference.to_dict() for difference in delta.outputs],
+                }
+                for profile, delta in zip(self.profiles[1:], deltas, strict=True)
+            ],
+            "dominated": list(self.dominated),
+        }
+
+    @property
+    def dominated(self) -> tuple[bool, ...]:
+        """Of more than two with latency and accuracy: whether another is as fast and as accurate, or better.
+
+        That is, no worse in either median, and better in one.
+        """
+        places = [
+            None
+            if each.latency is None or each.accuracy is None
+            else (each.latency.median_ms, -each.accuracy.top1)
+            for each in self.profiles
+        ]
+        if len(places) < 3 or not self.deltas:
+            return (False,) * len(places)
+        return tuple(
+            own is not None
+            and any(
+                other is not None and other != own and all(map(operator.le, other, own)) for other in places
+            )
+            for own in places
+        )
+
+
+def compare(*profiles: Profile) -> Comparison:
+    """Put profiles side by side. Latencies of separate runs are shown without a claim of significance."""
+    return Comparison(profiles)
+
+
+# Demands -------------------------------------------------------------------------------------------
+
+_DEMAND = re.compile(
+    r"\s*(\w+)\s*([<>])\s*([+-]?\d+(?:\.\d+)?(?:e[+-]?\d+)?)\s*(%|pp|x|×|)\s*", re.IGNORECASE
+)
+_UNITS = {
+    "latency": ("%",),
+    "speedup": ("", "x", "×"),
+    "macs": ("%",),
+    "params": ("%",),
+    "bytes": ("%",),
+    "drop": ("", "pp"),
+    "agreement": ("%",),
+    "max_abs": ("",),
+}
+
+
+@dataclass(frozen=True)
+class Demand:
+    """A condition that fails a comparison, such as `latency > +5%`: for use in continuous integration.
+
+    `latency`, `macs`, `params` and `bytes` are changes in per cent of the first model's, `speedup` a ratio,
+    `drop` of top-1 in percentage points, `agreement` of predictions in per cent, `max_abs` the largest
+    difference of any output.
+    """
+
+    text: str
+    metric: str
+    sign: str
+    value: float
+
+    @classmethod
+    def parse(cls, text: str) -> "Demand":
+        """Raises `SepconvertError` for what is no such condition."""
+        match = _DEMAND.fullmatch(text)
+        metric = match[1].lower() if match else ""
+        if match is None or metric not in _UNITS or match[4].lower() not in _UNITS[metric]:
+            raise SepconvertError(
+                f"--fail-if {text!r}: expected one of {', '.join(_UNITS)}, then < or >, then a number, with "
+                "% for changes; e.g. 'latency > +5%' or 'drop > 0.5'"
+            )
+        return cls(text, metric, match[2], float(match[3]))
+
+    def failures(self, comparison: Comparison) -> list[str]:
+        """What it says of each model for which it holds.
+
+        A change of latency within noise is none.
+
+        Raises:
+            SepconvertError: that was not measured.
+        """
+        found = []
+        deltas = comparison.deltas or (Delta(),) * (len(comparison.profiles) - 1)
+        base = comparison.profiles[0]
+        for index, (profile, delta) in enumerate(zip(comparison.profiles[1:], deltas, strict=True), start=1):
+            value = self._value(base, profile, delta)
+            if value > self.value if self.sign == ">" else value < self.value:
+                name = comparison.names[index] if comparison.names else f"#{index + 1}"
+                found.append(f"{name}: {self.metric} is {value:.4g} ({self.text.strip()})")
+        return found
+
+    def _value(self, base: Profile, profile: Profile, delta: Delta) -> float:
+        values: Mapping[str, float | None] = {
+            "latency": None if delta.speedup is None else _change(1, _certain(delta.speedup)),
+            "speedup": None if delta.speedup is None else _certain(delta.speedup),
+            "macs": _change(profile.macs, base.macs),
+            "params": _change(profile.params, base.params),
+            "bytes": _change(profile.onnx_bytes, base.onnx_bytes),
+            "drop": None if delta.accuracy is None else delta.accuracy.drop_pp,
+            "agreement": None if delta.accuracy is None else 100 * delta.accuracy.agreement,
+            # What is not finite is beyond all bounds.
+            "max_abs": math.inf
+            if delta.outputs is None
+            else max(
+                (math.inf if each.max_abs is None else each.max_abs for each in delta.outputs), default=None
+            ),
+        }
+        value = values[self.metric]
+        if value is None:
+            raise SepconvertError(
+                f"--fail-if {self.text!r}: it was not measured; compare models, not stored profiles, with"
+                " --data for accuracy, and without --runs 0 for latency"
+            )
+        return value
+
+
+def _certain(found: Speedup) -> float:
+    return found.median if found.significant else 1.0
+
+
+def _change(value: float | None, base: float | None) -> float | None:
+    return None if value is None or not base else 100 * (value / base - 1)
+
+
+# Text ----------------------------------------------------------------------------------------------
+
+
+def _column(profile: Profile, base: Profile, delta: Delta | None) -> dict[str, str]:
+    def against(value: float | None, reference: float | None) -> str:
+        return "" if profile is base or not value or not reference else f" ({reference / value:.2f}×)"
+
+    accuracy, latency, size = profile.accuracy, profile.latency, profile.onnx_bytes
+    column = {
+        "parameters": f"{profile.params:,}{against(profile.params, base.params)}",
+        "MACs": f"{profile.macs:,}{against(profile.macs, base.macs)}",
+        "ONNX bytes": "-" if size is None else f"{size:,}",
+        "latency, ms": "-"
+        if latency is None
+        else f"{latency.median_ms:.3f} [{latency.ci95_ms.lo:.3f}, {latency.ci95_ms.hi:.3f}]",
+        "top-1": "-" if accuracy is None else f"{100 * accuracy.top1:.2f} % of {accuracy.n}",
+    }
+    return column | _paired(delta or Delta())
+
+
+_NOTHING = OutputDifference(None, None, None, None, None, None)
+
+
+def _paired(delta: Delta) -> dict[str, str]:
+    ratio, accuracy = delta.speedup, delta.accuracy
+    worst = max(delta.outputs or (_NOTHING,), key=lambda each: each.relative or 0)
+    return {
+        "speed-up": "-"
+        if ratio is None
+        else f"{ratio.median:.3f}× [{ratio.ci95.lo:.3f}, {ratio.ci95.hi:.3f}]"
+        if ratio.significant
+        else "~ within noise",
+        "noise": "-" if ratio is None else f"[{ratio.noise_floor.lo:.3f}, {ratio.noise_floor.hi:.3f}]",
+        "drop, pp": "-"
+        if accuracy is None
+        else f"{accuracy.drop_pp:.2f} [{accuracy.ci95_pp.lo:.2f}, {accuracy.ci95_pp.hi:.2f}]",
+        "McNemar p": "-" if accuracy is None else f"{accuracy.p_value:.3g}",
+        "agreement": "-" if accuracy is None else f"{100 * accuracy.agreement:.2f} %",
+        "max |Δ|": "other shapes" if delta.outputs is None else _number(worst.max_abs),
+        "mean |Δ|": _number(worst.mean_abs),
+        "relative Δ": _number(worst.relative),
+        "cosine": _number(worst.cosine, ".6f"),
+        "SNR, dB": _number(worst.snr_db, ".1f"),
+    }
+
+
+def _number(value: float | None, style: str = ".2e") -> str:
+    return "-" if value is None else f"{value:{style}}"

@@ -1,0 +1,238 @@
+"""Models and ONNX files measured in one process; the files are real, and run by ONNX Runtime."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from sepconvert.comparison import Comparison, Delta, Demand
+from sepconvert.environment import Runtime
+from sepconvert.errors import SepconvertError
+from sepconvert.export import read_onnx
+from sepconvert.head_to_head import Subject, measure
+from sepconvert.measure.accuracy import evaluate
+from sepconvert.measure.latency import Latency, Speedup
+from sepconvert.measure.statistics import Interval
+from sepconvert.profiling import Profile
+from sepconvert.progress import silent
+
+
+def network(width=8, seed=0, classes=7):
+    torch.manual_seed(seed)
+    return nn.Sequential(
+        nn.Conv2d(3, width, 3, padding=1, stride=2), nn.ReLU(), nn.ConvTranspose2d(width, 4, 2), nn.ReLU(),
+        nn.Conv2d(4, 8, 3, groups=2), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, classes),
+    ).eval()  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("onnx")
+
+
+def exported(model, folder, name, *, batch=None, dtype=torch.float32):
+    """A file that this package did not make."""
+    path, x = folder / name, torch.randn(batch or 2, 3, 12, 12).to(dtype)
+    model = model.to(dtype)
+    shapes = None if batch else ({0: torch.export.Dim("n")},)
+    torch.onnx.export(model, (x,), path, dynamo=True, verbose=False, dynamic_shapes=shapes)
+    return path
+
+
+@pytest.fixture(scope="module")
+def files(folder):
+    return [
+        exported(network(), folder, "first.onnx"),
+        exported(network(16, seed=1), folder, "wide.onnx"),
+        exported(network(), folder, "four.onnx", batch=4),
+    ]
+
+
+def subjects(paths):
+    return [Subject.of_file(path, read_onnx(path)) for path in paths]
+
+
+def measured(subjects, data=None, runs=0, batch=4):
+    inputs = [np.random.default_rng(0).standard_normal((batch, 3, 12, 12))]
+    return measure(subjects, inputs, data=data, runs=runs, runtime=Runtime(1), seed=0, progress=silent)
+
+
+@pytest.fixture(scope="module")
+def data():
+    x, y = torch.randn(42, 3, 12, 12, generator=torch.Generator().manual_seed(2)), torch.arange(42) % 7
+    return DataLoader(TensorDataset(x, y), batch_size=10)
+
+
+def test_a_file_says_what_it_costs(files):
+    found = read_onnx(files[0])
+    model = network()
+    assert found.params == sum(each.numel() for each in model.parameters())
+    assert found.macs == 36 * 8 * 27 + 36 * 8 * 4 * 4 + 25 * 8 * 18 + 8 * 7
+    assert found.shapes == ((None, 3, 12, 12),)
+    assert "Relu" in found.uncounted_ops
+    assert "Conv" not in found.uncounted_ops
+    assert read_onnx(files[2]).shapes == ((4, 3, 12, 12),)
+    assert read_onnx(files[2]).macs == found.macs
+
+
+def test_accuracy_and_outputs_are_those_of_the_models(files, data):
+    """A file that fixes the batch, and samples of which the last do not fill one, make no difference."""
+    found = measured(subjects(files), data)
+    models = [network(), network(16, seed=1), network()]
+    expected = [evaluate(model, data) for model in models]
+    assert [each.accuracy for each in found.profiles] == [each.accuracy() for each in expected]
+    x = data.dataset.tensors[0]
+    with torch.no_grad():
+        base, other = models[0](x), models[1](x)
+    wide, four = found.deltas
+    assert wide.outputs[0].max_abs == pytest.approx(float((other - base).abs().max()), rel=1e-4)
+    assert wide.outputs[0].relative == pytest.approx(float((other - base).norm() / base.norm()), rel=1e-4)
+    assert wide.accuracy.agreement == pytest.approx(float((base.argmax(1) == other.argmax(1)).float().mean()))
+    assert four.accuracy.drop_pp == 0
+    assert four.accuracy.p_value == 1
+    assert four.outputs[0].relative < 1e-5
+    assert wide.speedup is None
+    assert found.profiles[0].latency is None
+
+
+def test_models_and_files_are_measured_together(files, folder):
+    inputs = (torch.randn(4, 3, 12, 12),)
+    whole = Subject.of_model("whole", network().double(), inputs, folder / "whole.onnx")
+    slow = Subject.of_model("slow", network(width=512), inputs, folder / "slow.onnx")
+    found = measured([whole, *subjects(files[2:]), slow], runs=12)
+    same, slower = found.deltas
+    assert same.outputs[0].relative < 1e-5
+    assert slower.speedup.median < 1
+    assert slower.speedup.significant
+    assert [each.latency.batch for each in found.profiles] == [4, 4, 4]
+    text = str(found)
+    assert "whole" in text
+    assert "slow" in text
+    document = json.loads(json.dumps(found.to_json(), allow_nan=False))
+    assert document["deltas"][1]["latency_speedup"]["significant"]
+    assert len(document["names"]) == len(document["profiles"]) == 3
+
+
+def test_files_in_other_dtypes_are_fed_in_theirs(folder, files):
+    half = exported(network(), folder, "half.onnx", dtype=torch.float16)
+    found = measured(subjects([files[0], half]))
+    assert 1e-6 < found.deltas[0].outputs[0].relative < 1e-2
+
+
+def test_outputs_of_other_shapes_are_not_compared(files, folder):
+    other = exported(network(classes=5), folder, "five.onnx")
+    found = measured(subjects([files[0], other]))
+    assert found.deltas[0].outputs is None
+    assert "other shapes" in str(found)
+    assert Demand.parse("max_abs > 1").failures(found)
+
+
+class Two(nn.Module):
+    def forward(self, a, b):
+        return a + b
+
+
+def test_what_cannot_be_compared_is_named(files, folder, data):
+    with pytest.raises(SepconvertError, match=r"wide.onnx: ONNX Runtime cannot run it: expected .*12, 12"):
+        measure(
+            subjects(files[1:2] * 2), [np.zeros((1, 3, 9, 9), np.float32)],
+            data=None, runs=0, runtime=Runtime(1), seed=0, progress=silent,
+        )  # fmt: skip
+    two = folder / "two.onnx"
+    x = torch.zeros(4, 3, 12, 12)
+    torch.onnx.export(Two().eval(), (x, x), two, dynamo=True, verbose=False)
+    with pytest.raises(SepconvertError, match=r"two.onnx: takes 2 inputs, the others 1"):
+        measured(subjects([files[0], two]))
+    few = exported(network(classes=3), folder, "three.onnx")
+    with pytest.raises(SepconvertError, match=r"three.onnx: answers with 3 classes, .* labels from 0 to 6"):
+        measured(subjects([few, files[0]]), data)
+    headless = exported(network()[:5].eval(), folder, "headless.onnx")
+    with pytest.raises(SepconvertError, match=r"headless.onnx: expected finite logits"):
+        measured(subjects([headless, files[0]]), data)
+
+
+@pytest.mark.parametrize("content", [b"", b"no model at all", b"\x08\x0a"])
+def test_what_is_no_onnx_file(folder, content):
+    path = folder / "odd.onnx"
+    path.write_bytes(content)
+    with pytest.raises(SepconvertError, match=r"odd.onnx: not an ONNX model"):
+        read_onnx(path)
+    with pytest.raises(SepconvertError, match=r"gone.onnx: cannot be read"):
+        read_onnx(folder / "gone.onnx")
+
+
+# Conditions and text
+
+
+def profile(milliseconds, top1=None, macs=1000):
+    from sepconvert.measure.accuracy import Accuracy
+
+    latency = Latency(milliseconds, Interval(0.9 * milliseconds, 1.1 * milliseconds), milliseconds, 9, 1, 1)
+    return Profile(100, macs, 4000, latency, None if top1 is None else Accuracy(top1, None, 50), {})
+
+
+def speedup(ratio, noise=0.02):
+    return Speedup(ratio, Interval(0.99 * ratio, 1.01 * ratio), Interval(1 - noise, 1 + noise))
+
+
+@pytest.mark.parametrize(
+    ("text", "ratio", "fails"),
+    [
+        ("latency > +5%", 1 / 1.06, True),
+        ("latency > +5%", 1 / 1.04, False),
+        ("latency > 1%", 1 / 1.02, False),  # within noise
+        ("latency>-20%", 1.2, True),
+        ("speedup < 2x", 1.9, True),
+        ("speedup < 2", 2.1, False),
+        ("macs > -40%", 1, True),
+        ("MACS > -10 %", 1, False),
+    ],
+)
+def test_conditions(text, ratio, fails):
+    comparison = Comparison((profile(1), profile(1, macs=700)), ("a", "b"), (Delta(speedup(ratio)),))
+    assert bool(Demand.parse(text).failures(comparison)) is fails
+
+
+@pytest.mark.parametrize(
+    "text", ["", "latency", "latency > 5", "size > 5%", "drop > 1%", "drop = 1", "latency > x%", "drop > nan"]
+)
+def test_what_is_no_condition(text):
+    with pytest.raises(SepconvertError, match=r"--fail-if .*: expected one of latency, "):
+        Demand.parse(text)
+
+
+@pytest.mark.parametrize("text", ["latency > 5%", "drop > 1", "agreement < 90%", "max_abs > 1"])
+def test_conditions_on_what_was_not_measured(text):
+    with pytest.raises(SepconvertError, match="it was not measured"):
+        Demand.parse(text).failures(Comparison((profile(1), profile(1))))
+
+
+def test_who_is_dominated():
+    profiles = profile(1, 0.9), profile(2, 0.9), profile(0.5, 0.8), profile(0.5, 0.8), profile(0.7, 0.79)
+    deltas = (Delta(),) * 4
+    assert Comparison(profiles, "abcde", deltas).dominated == (False, True, False, False, True)
+    assert "dominated" in str(Comparison(profiles, "abcde", deltas))
+    # Of two, or of what was measured apart, nothing is said.
+    assert Comparison(profiles[:2], "ab", deltas[:1]).dominated == (False, False)
+    assert not any(Comparison(profiles).dominated)
+    unmeasured = (replace(profiles[0], accuracy=None), *profiles[1:])
+    assert Comparison(unmeasured, "abcde", deltas).dominated == (False, False, False, False, True)
+
+
+def test_differences_within_noise_are_no_speedups():
+    found = str(Comparison((profile(1), profile(0.99)), ("a", "b"), (Delta(speedup(1.01)),)))
+    assert "~ within noise" in found
+    assert "1.010×" not in found
+
+
+def test_other_styles():
+    found = Comparison((profile(1), profile(0.5)), ("a", "b,c"), (Delta(speedup(2)),))
+    assert found.text("markdown").splitlines()[3].startswith("|")
+    header, *rows = found.text("csv").splitlines()
+    assert header == ',a,"b,c"'
+    assert rows[0] == "parameters,100,100 (1.00×)"
+    assert all(len(line) <= 80 for line in str(found).splitlines())
