@@ -34,7 +34,7 @@ from sepconvert.approximation import (
 )
 from sepconvert.calibrate import PATCHES, record
 from sepconvert.conversion import Conversion
-from sepconvert.data import Batch, dimensions, split
+from sepconvert.data import UNLABELLED, Batch, dimensions, split
 from sepconvert.distillation import Precision, finetune
 from sepconvert.distillation import Step as TrainingStep
 from sepconvert.distributed import once
@@ -123,10 +123,13 @@ def split_data(
         train = split(source, [judges], seed)[1]  # all but those held out
     if epochs and images < 4:
         raise SepconvertError(f"--finetune: needs images to judge by too, got {images}; pass more")
-    batches = [tuple(_images(loader)) for loader in (fit, heldout)]
+    batches, judged = ([*_batches(loader)] for loader in (fit, heldout))
     _, *labels = next(iter(train))
     labelled = bool(labels) and bool((labels[0] >= 0).any())
-    return Parts(scored, Calibration(batches[0], batches[1], origin), train, heldout, labelled)
+    calibration = Calibration(
+        tuple(x for x, _ in batches), tuple(x for x, _ in judged), origin, labels=tuple(y for _, y in judged)
+    )
+    return Parts(scored, calibration, train, heldout, labelled)
 
 
 def check_shapes(parts: Parts, inputs: Inputs) -> None:
@@ -149,19 +152,27 @@ def _size(loader: DataLoader[Batch]) -> int:
     return len(loader.dataset) if isinstance(loader.dataset, Sized) else 0
 
 
-def _images(loader: DataLoader[Batch]) -> Iterator[Tensor]:
-    """In batches of few: a pass is suspended with each of them."""
-    images = [x for x, *_ in loader]
-    if not all(x.isfinite().all() for x in images):
+def _batches(loader: DataLoader[Batch]) -> Iterator[tuple[Tensor, Tensor]]:
+    """Images and labels, -1 where there is none, in batches of few: a pass is suspended with each of them."""
+    found = [(x, _labels(x, *rest)) for x, *rest in loader]
+    if not all(x.isfinite().all() for x, _ in found):
         raise SepconvertError("calibration: the images hold NaN or Inf; check the data")
-    if images and all(_flat(x) for x in images):
+    if found and all(_flat(x) for x, _ in found):
         raise SepconvertError(
             "calibration: every image is of one colour, which says nothing of the data that the model meets; "
             "check the path and the preprocessing"
         )
-    for _, alike in itertools.groupby(images, lambda x: x.shape[1:]):
-        joined = torch.cat(list(alike))
-        yield from (joined[i : i + _BATCH] for i in range(0, len(joined), _BATCH))
+    for _, alike in itertools.groupby(found, lambda pair: pair[0].shape[1:]):
+        images, labels = map(torch.cat, zip(*alike, strict=True))
+        yield from zip(torch.split(images, _BATCH), torch.split(labels, _BATCH), strict=True)
+
+
+def _labels(x: Tensor, *rest: Any) -> Tensor:
+    """What comes with a batch of images, if that is a class for each."""
+    for y in rest[:1]:
+        if isinstance(y, Tensor) and y.shape == (len(x),) and not y.is_floating_point():
+            return y.long()
+    return torch.full((len(x),), UNLABELLED)
 
 
 def _flat(x: Tensor) -> bool:
@@ -200,7 +211,11 @@ def convert_approximately(
     """
     reasons = _obstacles(model, sites, mode, include, exclude)
     layers = [site for site in sites if site.name not in reasons]
-    heldout = Heldout(model, calibration.heldout) if calibration and calibration.heldout else None
+    heldout = (
+        Heldout(model, calibration.heldout, calibration.labels)
+        if calibration and calibration.heldout
+        else None
+    )
     unit = "params" if budget.target_params else "macs"
     prices = {site.name: _counted(site, _forms(site, mode, budget.rank), gate, unit) for site in layers}
     if gate == "latency":

@@ -8,9 +8,11 @@ from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from sepconvert.allocate import Candidate, Choice
 from sepconvert.calibrate import Answers, Kernel, calibrate, reestimate_batchnorm, substitute
+from sepconvert.data import UNLABELLED
 from sepconvert.distributed import once, processes, rank
 from sepconvert.errors import SepconvertError
 from sepconvert.factorize.approximate import (
@@ -52,10 +54,20 @@ _BLOCK = 8
 
 @dataclass(frozen=True)
 class Divergence:
-    """How far a model is from the original on the images held out."""
+    """How far a model is from the original on the images held out, and from their labels if they have some.
+
+    All but the divergence are None where the outputs are no logits, and the last two without labels.
+    """
 
     divergence: float  # `sepconvert.measure.divergence`
-    agreement: float | None  # share of equal predictions; None where the outputs are no logits
+    agreement: float | None  # share of equal predictions
+    accuracy: float | None = None  # of top-1, a fraction
+    label_loss: float | None = None  # cross-entropy
+
+    @property
+    def loss(self) -> float:
+        """By which models are ranked: what fine-tuning lowers, at the temperature 1."""
+        return self.divergence + (self.label_loss or 0.0)
 
 
 @dataclass(frozen=True)
@@ -137,9 +149,13 @@ class Fitted:
 class Heldout:
     """The original's answers on images that nothing is fitted to."""
 
-    def __init__(self, original: nn.Module, batches: Sequence[Tensor]) -> None:
+    def __init__(
+        self, original: nn.Module, batches: Sequence[Tensor], labels: Sequence[Tensor] | None = None
+    ) -> None:
+        """`labels`: integers for each batch, -1 where there is none."""
         self._original = quick_copy(original, batches[0])
         self.batches = [placed(batch, self._original) for batch in batches]
+        self._labels = labels or [torch.full((len(batch),), UNLABELLED) for batch in batches]
 
     @functools.cached_property
     def expected(self) -> list[list[Tensor]]:
@@ -163,18 +179,29 @@ class Heldout:
         self, private: nn.Module, kernels: Mapping[tuple[str, int], Kernel], most: int | None
     ) -> Divergence:
         total, equal, count, classified = 0.0, 0, 0, True
+        loss, right, labelled = 0.0, 0, 0
         watching = substitute(private, kernels).watching() if kernels else contextlib.nullcontext()
         with torch.no_grad(), watching:
-            for batch, expected in zip(self.batches, self.expected, strict=True):
+            for batch, labels, expected in zip(self.batches, self._labels, self.expected, strict=True):
                 actual = outputs(private, batch)
                 total += len(batch) * float(divergence(expected, actual))
                 classified = len(expected) == 1 and expected[0].ndim == 2 and is_logits(expected[0])
                 if classified:
                     equal += int((expected[0].argmax(1) == actual[0].argmax(1)).sum())
+                    known = (labels >= 0) & (labels < expected[0].shape[1])
+                    logits, truth = actual[0].cpu().double()[known], labels[known]
+                    loss += float(F.cross_entropy(logits, truth, reduction="sum"))
+                    right += int((logits.argmax(1) == truth).sum())
+                    labelled += len(truth)
                 count += len(batch)
                 if most is not None and count >= most:
                     break
-        return Divergence(total / count, equal / count if classified else None)
+        return Divergence(
+            total / count,
+            equal / count if classified else None,
+            right / labelled if labelled else None,
+            loss / labelled if labelled else None,
+        )
 
 
 @dataclass(frozen=True)
@@ -186,6 +213,7 @@ class Calibration:
     origin: str
     answers: Answers | None = None  # of the original; see `calibrate.record`
     importance: Mapping[str, Tensor] = field(default_factory=dict)  # of layers' outputs; see `importance`
+    labels: tuple[Tensor, ...] = ()  # of those held out, -1 where there is none
 
     @property
     def share(self) -> dict[int, Tensor]:
@@ -340,7 +368,7 @@ def carry_out(
     for buffer, found in zip(candidate.buffers(), running.buffers(), strict=True):
         buffer.copy_(found)
     reached = heldout.measure(candidate)
-    kept = reached.divergence < steps[-1].reached.divergence
+    kept = reached.loss < steps[-1].reached.loss
     steps.append(Step("re-estimate BatchNorm", reached, kept))
     return Fitted(choice, candidate if kept else converted, fits, kept, tuple(steps))
 

@@ -164,15 +164,20 @@ def _approximation_sentences(found: Document) -> list[str]:
             "(--calib, --calib-images)."
         )
     if found["steps"]:
+        names = ["step", "divergence", "agreement, %"]
+        labelled = any(step["accuracy"] is not None for step in found["steps"])
+        headers = [*names, "accuracy, %"] if labelled else names
         rows = [
             [
                 step["name"] + ("" if step["kept"] else " (not kept)" if "BatchNorm" in step["name"] else ""),
                 f"{step['divergence']:.4f}",
-                "-" if step["agreement"] is None else f"{100 * step['agreement']:.1f}",
+                *(
+                    "-" if step[name] is None else f"{100 * step[name]:.1f}"
+                    for name in ("agreement", "accuracy")[: len(headers) - 2]
+                ),
             ]
             for step in found["steps"]
         ]
-        headers = ["step", "divergence", "agreement, %"]
         lines += ["", "On the images held out:", tabulate(rows, headers=headers, disable_numparse=True), ""]
     if found["finetune"] and "given_up_at_drop_pp" in found["finetune"]:
         lines.append(

@@ -113,7 +113,7 @@ def test_an_approximate_conversion(approximate):
     assert "On 256 images that nothing was fitted to." in text
     assert "re-estimate BatchNorm (not kept)" in text
     assert "0.25 [-0.05, 0.55]" in text
-    assert "0.88 fitted to weights, 0.50 alone; sensitivity 2.5" in text
+    assert "0.88 fitted to weights, 0.50 alone; sensitivity 2.5; of weights 1.25" in text
     assert "Fine-tuning" not in text
     epoch = {"epoch": 1, "weights": "average", "loss": 0.5, "divergence": 0.03125, "accuracy": 0.875}
     approximate["approximation"]["finetune"] = {"history": [epoch], "delivered": epoch, "stopped": None}

@@ -141,11 +141,18 @@ def test_an_approximate_conversion(approximate):
     assert "Calibrated on 768 images (--calib); plans judged on 256 others." in text
     assert "within --tol only" not in text
     rows = [" ".join(line.split()) for line in text.splitlines()]
-    assert "fit the weights 9.5000 15.0" in rows
-    assert "re-estimate BatchNorm (not kept) 0.7500 50.0" in rows
+    assert "fit the weights 9.5000 15.0 12.5" in rows
+    assert "re-estimate BatchNorm (not kept) 0.7500 50.0 -" in rows
     assert "2.00× 1 0.0625 0.25 [-0.05, 0.55] - - delivered" in rows
     assert "1 plans were measured on --data." in rows
     assert "0.38 out" in layer_table(approximate["layers"])
+
+
+def test_accuracy_on_images_held_out_takes_labels(approximate):
+    for step in approximate["approximation"]["steps"]:
+        step["accuracy"] = None
+    text = summary(approximate)
+    assert "fit the weights 9.5000 15.0" in [" ".join(line.split()) for line in text.splitlines()]
 
 
 def test_conversion_without_calibration_is_warned_of(approximate):
