@@ -35,7 +35,7 @@ from sepconvert.pipeline import convert as run_convert
 from sepconvert.pipeline import inspect as run_inspect
 from sepconvert.plan import read_plan
 from sepconvert.profiling import SCHEMA as PROFILE_SCHEMA
-from sepconvert.profiling import Profile, read_profile
+from sepconvert.profiling import Profile, StoredProfile, read_profile
 from sepconvert.profiling import profile as run_profile
 from sepconvert.report.files import write_documents
 from sepconvert.report.terminal import layer_table, structure_table, summary
@@ -158,13 +158,23 @@ def compare(**options: Any) -> None:
 
 def _stored(options: Options) -> tuple[Comparison, str]:
     """Profiles, and models that are profiled now, one after the other."""
-    profiles = [
-        read_profile(path) if path.suffix == ".json" else _profile({**options, "model": path})[1]
-        for path in options["models"]
-    ]
+    here = environment(Runtime(options["threads"] or available_cores(), options["graph_optimization"]))
+    found = []
+    for path in options["models"]:
+        if path.suffix == ".json":
+            found.append(read_profile(path))
+        else:
+            loaded, measured = _profile({**options, "model": path})
+            found.append(StoredProfile(measured, str(path), loaded.sha256, here))
+    notes = ["Measured apart: differences of latency are not tested for significance."]
+    for path, each in zip(options["models"][1:], found[1:], strict=True):
+        if differences := found[0].differences(each.environment):
+            notes.append(f"Warning: {path} was measured elsewhere than {options['models'][0]}:")
+            notes += [f"  {difference}" for difference in differences]
+        if each.model == found[0].model and each.sha256 != found[0].sha256:
+            notes.append(f"Warning: {path} is of another file of the name {each.model} (sha256 differs).")
     names = tuple(map(str, options["models"]))
-    note = "Measured apart: differences of latency are not tested for significance."
-    return Comparison(tuple(profiles), names), note
+    return Comparison(tuple(each.profile for each in found), names), "\n".join(notes)
 
 
 def _together(options: Options) -> tuple[Comparison, str]:

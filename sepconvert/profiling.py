@@ -1,6 +1,7 @@
 """What one model costs and how well it does, as a value that can be stored and compared."""
 
 import json
+import math
 import tempfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -54,7 +55,26 @@ class Profile:
         }
 
 
-def read_profile(path: Path) -> Profile:
+@dataclass(frozen=True)
+class StoredProfile:
+    """What `sepconvert profile` wrote: the profile, of which file, and where it was measured."""
+
+    profile: Profile
+    model: str
+    sha256: str | None
+    environment: Mapping[str, Any]
+
+    def differences(self, environment: Mapping[str, Any]) -> list[str]:
+        """In what another environment differs so that latencies are not to be compared."""
+        names = ("cpu", "cores", "threads", "graph_optimization", "onnxruntime", "platform")
+        return [
+            f"{name} ({self.environment.get(name)}, {environment.get(name)})"
+            for name in names
+            if self.environment.get(name) != environment.get(name)
+        ]
+
+
+def read_profile(path: Path) -> StoredProfile:
     """Read a profile that `sepconvert profile` wrote.
 
     Raises:
@@ -63,29 +83,66 @@ def read_profile(path: Path) -> Profile:
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
         if document["schema"] != SCHEMA:
-            raise SepconvertError(f"{path}: expected schema {SCHEMA!r}, got {document['schema']!r}")
-        latency, accuracy = document["latency_ms"], document["accuracy"]
-        return Profile(
-            params=int(document["params"]),
-            macs=int(document["macs"]),
-            onnx_bytes=document["onnx_bytes"],
-            latency=None
-            if latency is None
-            else Latency(
-                float(latency["median"]), Interval(*map(float, latency["ci95"])), float(latency["p90"]),
-                int(latency["runs"]), int(latency["threads"]), int(latency["batch"]),
-            ),
-            accuracy=None
-            if accuracy is None
-            else Accuracy(float(accuracy["top1"]), accuracy["top5"], int(accuracy["n"])),
-            uncounted_ops=dict(document["uncounted_ops"]),
-        )  # fmt: skip
+            raise SepconvertError(
+                f"{path}: expected schema {SCHEMA!r}, got {document['schema']!r}; make it anew with this"
+                " version"
+            )
+        return StoredProfile(
+            _profile(document),
+            str(document["model"]["path"]),
+            document["model"]["sha256"],
+            dict(document["environment"]),
+        )
     except OSError as error:
         raise SepconvertError(f"{path}: cannot be read: {error.strerror}; check the path") from error
-    except (ValueError, TypeError, KeyError) as error:
+    except KeyError as error:
+        raise SepconvertError(
+            f"{path}: lacks the key {error}; make it anew with `sepconvert profile`"
+        ) from error
+    except (ValueError, TypeError, AttributeError) as error:
         raise SepconvertError(
             f"{path}: not a profile that `sepconvert profile` wrote ({first_line(error)}); make it anew"
         ) from error
+
+
+def _profile(document: Mapping[str, Any]) -> Profile:
+    latency, accuracy, size = document["latency_ms"], document["accuracy"], document["onnx_bytes"]
+    return Profile(
+        params=_count(document, "params"),
+        macs=_count(document, "macs"),
+        onnx_bytes=None if size is None else _count(document, "onnx_bytes"),
+        latency=None
+        if latency is None
+        else Latency(
+            _number(latency["median"], "median"),
+            Interval(*(_number(bound, "ci95") for bound in latency["ci95"])),
+            _number(latency["p90"], "p90"),
+            *(_count(latency, name) for name in ("runs", "threads", "batch")),
+        ),
+        accuracy=None
+        if accuracy is None
+        else Accuracy(
+            _number(accuracy["top1"], "top1", 1.0),
+            None if accuracy["top5"] is None else _number(accuracy["top5"], "top5", 1.0),
+            _count(accuracy, "n"),
+        ),
+        uncounted_ops={str(name): int(count) for name, count in document["uncounted_ops"].items()},
+    )
+
+
+def _count(document: Mapping[str, Any], name: str) -> int:
+    value = document[name]
+    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+        raise ValueError(f"{name}: expected a whole number from 0, got {value!r}")
+    return value
+
+
+def _number(value: Any, name: str, most: float = math.inf) -> float:
+    if not isinstance(value, int | float) or not 0 <= value <= most or math.isinf(value):
+        raise ValueError(
+            f"{name}: expected a number from 0{'' if math.isinf(most) else f' to {most:g}'}, got {value!r}"
+        )
+    return float(value)
 
 
 def profile(

@@ -830,6 +830,19 @@ def test_models_and_files_are_compared_in_turns(here, run):
         assert (outcome.code, outcome.out, outcome.err.count("\n")) == (2, "", 1)
 
 
+def test_profiles_from_elsewhere_are_warned_of(here, run):
+    assert run("profile", "net.pt", *SHAPE, "--runs", "0", "--out", "net.json").code == 0
+    assert "Warning" not in run("compare", "net.json", "net.json").out
+    document = json.loads((here / "net.json").read_text())
+    document["environment"]["cpu"] = "an abacus"
+    document["model"]["sha256"] = "0" * 64
+    (here / "other.json").write_text(json.dumps(document))
+    text = run("compare", "net.json", "other.json").out
+    assert "Warning: other.json was measured elsewhere than net.json:" in text
+    assert ", an abacus)" in text
+    assert "Warning: other.json is of another file of the name net.pt" in text
+
+
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"schema": "sepconvert.profile/2"}', "null"])
 def test_what_is_no_profile_is_one_line(here, run, text):
     (here / "odd.json").write_text(text)

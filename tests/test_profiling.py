@@ -8,6 +8,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import sepconvert
 from sepconvert.errors import SepconvertError
+from sepconvert.profiling import read_profile
 
 
 @pytest.fixture(scope="module")
@@ -69,3 +70,62 @@ def test_comparison_prints_ratios_against_the_first(model, measured):
 def test_inputs_that_do_not_fit(model):
     with pytest.raises(SepconvertError):
         sepconvert.profile(model, torch.randn(1, 4, 8, 8), runs=0)
+
+
+# Stored profiles
+
+
+@pytest.fixture
+def stored(measured):
+    return {
+        "schema": "sepconvert.profile/1",
+        "model": {"path": "net.pt", "sha256": "12ab"},
+        "environment": {"cpu": "fast", "threads": 1},
+        **json.loads(json.dumps(measured[0].to_json())),
+    }
+
+
+def test_what_is_stored_is_read(measured, stored, tmp_path):
+    (tmp_path / "net.json").write_text(json.dumps(stored))
+    found = read_profile(tmp_path / "net.json")
+    assert found.profile == measured[0]
+    assert (found.model, found.sha256) == ("net.pt", "12ab")
+    assert found.differences({"cpu": "fast", "threads": 1}) == []
+    assert found.differences({"cpu": "slow", "threads": 1, "python": "4"}) == ["cpu (fast, slow)"]
+
+
+KEYS = ("schema", "model", "environment", "params", "macs", "onnx_bytes", "latency_ms", "accuracy")
+
+
+@pytest.mark.parametrize("key", [*KEYS, "uncounted_ops", "latency_ms.ci95", "latency_ms.runs", "accuracy.n"])
+def test_a_missing_key_is_named(stored, tmp_path, key):
+    *outer, last = key.split(".")
+    inside = stored[outer[0]] if outer else stored
+    del inside[last]
+    (tmp_path / "net.json").write_text(json.dumps(stored))
+    with pytest.raises(SepconvertError, match=rf"net.json: lacks the key '{last}'"):
+        read_profile(tmp_path / "net.json")
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("params", -1), ("params", 1.5), ("macs", True), ("macs", None), ("onnx_bytes", "4"),
+        ("latency_ms", {"median": math.nan}), ("latency_ms", {"p90": math.inf}), ("latency_ms", {"runs": -1}),
+        ("latency_ms", {"ci95": [1.0]}), ("latency_ms", {"ci95": [0.1, "x"]}), ("latency_ms", 3),
+        ("accuracy", {"top1": 1.5}), ("accuracy", {"top1": math.nan}), ("accuracy", {"top5": -0.1}),
+        ("uncounted_ops", 3), ("environment", 3), ("model", []),
+    ],
+)  # fmt: skip
+def test_a_value_out_of_range_is_named(stored, tmp_path, key, value):
+    stored[key] = {**stored[key], **value} if isinstance(value, dict) else value
+    (tmp_path / "net.json").write_text(json.dumps(stored))
+    with pytest.raises(SepconvertError, match=r"net\.json: not a profile"):
+        read_profile(tmp_path / "net.json")
+
+
+def test_another_version_is_named(stored, tmp_path):
+    stored["schema"] = "sepconvert.profile/2"
+    (tmp_path / "net.json").write_text(json.dumps(stored))
+    with pytest.raises(SepconvertError, match=r"expected schema .*1., got .*2."):
+        read_profile(tmp_path / "net.json")
