@@ -185,7 +185,7 @@ def inspect(**options: Any) -> None:
 @_timing_options
 @_run_options
 def profile(**options: Any) -> None:
-    """Measure MODEL: MACs, parameters, ONNX size, latency, and accuracy where --data is given."""
+    """Measure MODEL or an .onnx file: MACs, parameters, size, latency, and accuracy where --data is given."""
     from sepconvert import commands
 
     commands.profile(**options)

@@ -6,7 +6,7 @@ import logging
 import sys
 import tempfile
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -35,7 +35,7 @@ from sepconvert.pipeline import convert as run_convert
 from sepconvert.pipeline import inspect as run_inspect
 from sepconvert.plan import read_plan
 from sepconvert.profiling import SCHEMA as PROFILE_SCHEMA
-from sepconvert.profiling import Profile, StoredProfile, read_profile
+from sepconvert.profiling import StoredProfile, read_profile
 from sepconvert.profiling import profile as run_profile
 from sepconvert.report.files import write_documents
 from sepconvert.report.terminal import layer_table, structure_table, summary
@@ -120,32 +120,25 @@ def apply(**options: Any) -> None:
 def profile(**options: Any) -> None:
     """`sepconvert profile MODEL`."""
     with _quietly():
-        loaded, found = _profile(options)
+        found = _profile(options)
     document = {
         "schema": PROFILE_SCHEMA,
-        "model": {"path": str(loaded.path), "sha256": loaded.sha256},
-        "environment": environment(
-            Runtime(options["threads"] or available_cores(), options["graph_optimization"])
-        ),
-        **found.to_json(),
+        "model": {"path": found.model, "sha256": found.sha256},
+        "environment": found.environment,
+        **found.profile.to_json(),
     }
     if options["out"] is not None:
         with writing(options["out"]):
             options["out"].write_text(
                 json.dumps(document, indent=2, allow_nan=False) + "\n", encoding="utf-8"
             )
-    _print(options, document, str(Comparison((found,))))
+    _print(options, document, str(Comparison((found.profile,))))
 
 
 def compare(**options: Any) -> None:
     """`sepconvert compare A B …`."""
     demands = [Demand.parse(text) for text in options["fail_if"]]
-    stored = [path for path in options["models"] if path.suffix == ".json"]
-    if stored and any(path.suffix == ".onnx" for path in options["models"]):
-        raise SepconvertError(
-            f"{stored[0]}: is a stored profile, which cannot be measured together with ONNX files; compare"
-            " models"
-        )
+    stored = any(path.suffix == ".json" for path in options["models"])
     with _quietly():
         found, note = _stored(options) if stored else _together(options)
     json_wanted = {**options, "as_json": options["as_json"] or options["style"] == "json"}
@@ -158,14 +151,10 @@ def compare(**options: Any) -> None:
 
 def _stored(options: Options) -> tuple[Comparison, str]:
     """Profiles, and models that are profiled now, one after the other."""
-    here = environment(Runtime(options["threads"] or available_cores(), options["graph_optimization"]))
-    found = []
-    for path in options["models"]:
-        if path.suffix == ".json":
-            found.append(read_profile(path))
-        else:
-            loaded, measured = _profile({**options, "model": path})
-            found.append(StoredProfile(measured, str(path), loaded.sha256, here))
+    found = [
+        read_profile(path) if path.suffix == ".json" else _profile({**options, "model": path})
+        for path in options["models"]
+    ]
     notes = ["Measured apart: differences of latency are not tested for significance."]
     for path, each in zip(options["models"][1:], found[1:], strict=True):
         if differences := found[0].differences(each.environment):
@@ -186,20 +175,13 @@ def _together(options: Options) -> tuple[Comparison, str]:
     example = next((each for each in examples if each is not None), None)
     data, inputs = _data_and_examples(options, example)
     with tempfile.TemporaryDirectory() as folder:
-        comparison = measure_together(
-            [
-                Subject.of_file(path, files[path])
-                if path in files
-                else Subject.of_model(str(path), loaded[path].model, inputs, Path(folder) / f"{index}.onnx")
-                for index, path in enumerate(paths)
-            ],
-            [value.numpy() for value in inputs if isinstance(value, Tensor)],
-            data=data,
-            runs=options["runs"],
-            runtime=Runtime(options["threads"] or available_cores(), options["graph_optimization"]),
-            seed=options["seed"],
-            progress=_progress(options),
-        )
+        subjects = [
+            Subject.of_file(path, files[path])
+            if path in files
+            else Subject.of_model(str(path), loaded[path].model, inputs, Path(folder) / f"{index}.onnx")
+            for index, path in enumerate(paths)
+        ]
+        comparison = _measured(subjects, data, inputs, options)
     seen = "of the data" if data is not None else "of the timed batch"
     rounds = f"{options['runs']} interleaved rounds, batch {options['batch']}.\n" if options["runs"] else ""
     return comparison, (
@@ -218,7 +200,14 @@ def _example(file: OnnxFile) -> Inputs | None:
     )
 
 
-def _profile(options: Options) -> tuple[LoadedModel, Profile]:
+def _profile(options: Options) -> StoredProfile:
+    """Of a model or an ONNX file."""
+    path, runtime = options["model"], _runtime(options)
+    if path.suffix == ".onnx":
+        file = read_onnx(path)
+        data, inputs = _data_and_examples(options, _example(file))
+        found = _measured([Subject.of_file(path, file)], data, inputs, options).profiles[0]
+        return StoredProfile(found, str(path), file.sha256, environment(runtime))
     loaded = _load(options)
     data, inputs = _data_and_inputs(options, loaded)
     found = run_profile(
@@ -230,7 +219,25 @@ def _profile(options: Options) -> tuple[LoadedModel, Profile]:
         graph_optimization=options["graph_optimization"],
         seed=options["seed"],
     )
-    return loaded, found
+    return StoredProfile(found, str(loaded.path), loaded.sha256, environment(runtime))
+
+
+def _measured(
+    subjects: Sequence[Subject], data: Iterable[Batch] | None, inputs: Inputs, options: Options
+) -> Comparison:
+    return measure_together(
+        subjects,
+        [value.numpy() for value in inputs if isinstance(value, Tensor)],
+        data=data,
+        runs=options["runs"],
+        runtime=_runtime(options),
+        seed=options["seed"],
+        progress=_progress(options),
+    )
+
+
+def _runtime(options: Options) -> Runtime:
+    return Runtime(options["threads"] or available_cores(), options["graph_optimization"])
 
 
 def demo(**options: Any) -> None:

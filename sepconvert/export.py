@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import hashlib
 import io
 import logging
 import math
@@ -256,6 +257,7 @@ class OnnxFile:
     params: int
     macs: int
     uncounted_ops: dict[str, int]
+    sha256: str
 
 
 def read_onnx(path: Path) -> OnnxFile:
@@ -265,7 +267,8 @@ def read_onnx(path: Path) -> OnnxFile:
         SepconvertError: no such file, or no ONNX model.
     """
     try:
-        model = onnx.load(str(path), load_external_data=False)
+        content = path.read_bytes()
+        model = onnx.load_from_string(content)
     except OSError as error:
         raise SepconvertError(f"{path}: cannot be read: {error.strerror}; check the path") from error
     except Exception as error:  # protobuf's own
@@ -290,6 +293,7 @@ def read_onnx(path: Path) -> OnnxFile:
         sum(math.prod(tensor.dims) for tensor in model.graph.initializer if tensor.data_type in floating),
         macs,
         uncounted,
+        hashlib.sha256(content).hexdigest(),
     )
 
 

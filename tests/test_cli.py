@@ -825,7 +825,14 @@ def test_models_and_files_are_compared_in_turns(here, run):
     outcome = run("compare", *files, "--runs", "0", "--format", "csv")
     assert outcome.out.splitlines()[0] == f",{files[0]},{files[1]}"
     assert run("profile", "net.pt", *SHAPE, "--runs", "0", "--out", "net.json").code == 0
-    for arguments in (("net.json", files[0]), (*files, "--fail-if", "speed > 1"), (files[0], "gone.onnx")):
+    profiled = run("profile", files[1], "--data", "data.npz", "--runs", "3", "--out", "file.json", "--json")
+    document = json.loads(profiled.out)
+    assert document["accuracy"]["n"] == 20
+    assert document["latency_ms"]["runs"] == 3
+    assert document["onnx_bytes"] == (here / files[1]).stat().st_size
+    assert document["model"]["sha256"] == hashlib.sha256((here / files[1]).read_bytes()).hexdigest()
+    assert "Measured apart" in run("compare", "net.json", "file.json", files[0], "--runs", "0").out
+    for arguments in ((*files, "--fail-if", "speed > 1"), (files[0], "gone.onnx")):
         outcome = run("compare", *arguments)
         assert (outcome.code, outcome.out, outcome.err.count("\n")) == (2, "", 1)
 
