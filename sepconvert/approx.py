@@ -119,11 +119,17 @@ def split_data(
         raise SepconvertError(f"calibration: no image is left to fit to ({origin}); pass more images")
     judges = min(images // 4, _MOST_HELD_OUT)
     heldout, fit, _ = split(source, [judges, images - judges], seed)
-    if train is None or source is train:
-        train = split(source, [judges], seed)[1]  # all but those held out
-    if epochs and images < 4:
-        raise SepconvertError(f"--finetune: needs images to judge by too, got {images}; pass more")
     batches, judged = ([*_batches(loader)] for loader in (fit, heldout))
+    # Training is judged by images that it does not see, with labels if those that it sees have some.
+    if train is None:
+        train = source
+    if train is not source:
+        judges = min(_size(train) // 4, _MOST_HELD_OUT)
+    if epochs and not judges:
+        raise SepconvertError(
+            f"--finetune: needs images to judge by too, got {_size(train)} in all; pass more"
+        )
+    heldout, train = split(train, [judges], seed)
     _, *labels = next(iter(train))
     labelled = bool(labels) and bool((labels[0] >= 0).any())
     calibration = Calibration(

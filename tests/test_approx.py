@@ -402,6 +402,23 @@ def test_too_few_images_to_split(samples, count, role):
         split_data(parts["data"], parts["calib"], None, 8, 0, seed=0)
 
 
+def test_training_images_of_their_own_are_held_out_from(samples):
+    """Those to fit to may have no labels where those to train on have some."""
+    calib = DataLoader(TensorDataset(samples[0][:40]), batch_size=8)
+    train = Recorded(samples[0][100:200], samples[1][100:200])
+    parts = split_data(None, calib, DataLoader(train, batch_size=8), 40, 1, seed=0)
+    assert parts.labelled
+    assert all((labels == -1).all() for labels in parts.calibration.labels)
+    train.asked.clear()
+    judged = [y for _, y in parts.heldout] and set(train.asked)
+    train.asked.clear()
+    assert sum(len(x) for x, _ in parts.train) == 75
+    assert len(judged) == 25
+    assert judged.isdisjoint(train.asked)
+    with pytest.raises(SepconvertError, match="needs images to judge by too, got 3 in all"):
+        split_data(None, calib, DataLoader(TensorDataset(samples[0][:3])), 40, 1, seed=0)
+
+
 def test_images_need_no_labels(samples):
     loader = DataLoader(TensorDataset(samples[0][:8]), batch_size=4)
     parts = split_data(None, loader, None, 8, 0, seed=0)
