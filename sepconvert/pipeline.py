@@ -145,9 +145,10 @@ def convert(
             dtype in which it is stored explains.
         include, exclude: globs of layer names.
         data: labelled batches (x, y), on which accuracy is reported; read once for each model.
-        calib: approximate mode: images to fit to; labels are not looked at. Without it a part of `data`
-            is split off, and not scored; without either, the metric of the weights is used.
-        calib_images: how many of them; a quarter, or 256, are held out from the fit to judge plans by.
+        calib: approximate mode: images to fit to. Without it a part of `data` is split off, and not scored;
+            without either, the metric of the weights is used.
+        calib_images: how many of them; a quarter, or 256, are held out from the fit to judge plans by, with
+            their labels if there are any.
         rank: the channel multiplier M of all layers, instead of a search.
         target_macs: most MACs, as a share of the original's.
         target_params: most parameters, likewise.
@@ -155,7 +156,8 @@ def convert(
         max_drop: largest drop of top-1 accuracy on `data`, in percentage points; 1 if nothing else is
             demanded.
         finetune: epochs of distillation afterwards, on `train`, or on what `calib` holds.
-        train: batches (x, y) with a map-style dataset; labels other than -1 are used.
+        train: batches (x, y) with a map-style dataset; labels other than -1 are used. A quarter, or 256, are
+            held out to choose weights by.
         precision: mixed precision of fine-tuning; by default that of `accelerate launch`.
         checkpoint: file that fine-tuning is kept in while it runs.
         resume: go on from `checkpoint`, if it exists.
