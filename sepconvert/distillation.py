@@ -628,7 +628,8 @@ class _Run:
         *sums, labels = self._summed([*losses, *divergences, *correct, labels])
         if self.labelled and not labels:
             raise SepconvertError(
-                "held-out data: expected labels, got none; give some, or fine-tune with labelled=False"
+                "held-out data: expected labels, got none; give some, or leave them out of all data (in"
+                " Python: labelled=False)"
             )
         count, size = len(candidates), len(self.heldout.indices)
         return [
@@ -875,6 +876,6 @@ def _classes(leaves: Sequence[Tensor], labels: Tensor) -> Tensor:
         raise SepconvertError(
             f"labels: expected logits of shape ({len(labels)}, classes) and labels from -1 to classes - 1,"
             f" got shape {tuple(logits.shape)} and labels from {int(labels.min())} to {int(labels.max())};"
-            " fine-tune with labelled=False"
+            " leave the labels out of the data (in Python: labelled=False)"
         )
     return logits
