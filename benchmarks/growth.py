@@ -3,8 +3,8 @@
     python benchmarks/growth.py
 
 A plain network of 3×3 convolutions at 32×32, with BatchNorm and ReLU, is converted with `--rank 1` from
-noise; images, layers and width are doubled in turn. Every run is a process of its own; what an empty one
-takes (imports) is in its time and memory.
+noise; images, layers and width are doubled in turn. Every run is a process of its own;
+what its imports take is in the memory, not in the time.
 """
 
 import multiprocessing
