@@ -561,10 +561,10 @@ class _Run:
 
     def _variance(self, embedding: Tensor, whole: int) -> Tensor:
         """Of the elements in all processes' shares of a batch; 1 where they do not vary."""
-        given = embedding.double()
+        given = embedding.float()  # not every backend has double
         sums = self.accelerator.reduce(torch.stack([given.sum(), given.square().sum()]), "sum")
         mean, square = sums / (whole * given.shape[1])
-        variance = (square - mean.square()).float()
+        variance = square - mean.square()
         return torch.where(variance > 0, variance, 1)
 
     def _average(self) -> None:

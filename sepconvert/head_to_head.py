@@ -76,7 +76,7 @@ def measure(
     """Latency, accuracy and outputs of models against the first one.
 
     Args:
-        subjects: two or more.
+        subjects: one or more.
         inputs: the arrays that every model is given, by position; what is timed, batch first.
         data: labelled batches (x, y) for accuracy, and for outputs too; else those are of `inputs`.
         runs: timed rounds; 0 for no latency.
@@ -99,7 +99,7 @@ def measure(
     speedups: list[Speedup | None] = [None] * (len(subjects) - 1)
     profiles = [subject.profile for subject in subjects]
     if runs:
-        models = [(each.path, session.feed(inputs)) for each, session in zip(subjects, sessions, strict=True)]
+        models = [(each.path, own.feed(inputs)) for each, own in zip(subjects, sessions, strict=True)]
         first, again, *others = time_all(
             [models[0], *models], runs=runs, runtime=runtime, seed=seed,
             progress=lambda items: progress(items, "timing"),

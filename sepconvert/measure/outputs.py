@@ -1,7 +1,7 @@
 """How far the outputs of one model are from another's, gathered batch by batch."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -27,14 +27,7 @@ class OutputDifference:
 
     def to_dict(self) -> dict[str, Any]:
         """An entry of `outputs` in the JSON of a comparison."""
-        return {
-            "max_abs": self.max_abs,
-            "mean_abs": self.mean_abs,
-            "relative": self.relative,
-            "cosine": self.cosine,
-            "snr_db": self.snr_db,
-            "agreement": self.agreement,
-        }
+        return asdict(self)
 
 
 class OutputComparison:
