@@ -283,8 +283,7 @@ def convert_approximately(
                 point = search.run(budget)
                 converted, steps = search.carried_out(point).model, ()
     fitted = search.carried_out(point)
-    before, errors = explain(model, layers, fitted, surveyed, calibration, heldout, progress)
-    steps = (*before, *steps)
+    steps = (*explain(model, layers, fitted, surveyed, heldout), *steps)
     expected = reference(original, inputs, (), {}, seed)
     plans = tuple(_layer_plan(site, reasons, surveyed, fitted) for site in sites)
     replacements = {
@@ -297,7 +296,7 @@ def convert_approximately(
         layers=plans,
         replacements=replacements,
         reports=tuple(
-            LayerReport(plan, site, approximation=_layer_report(surveyed, fitted, errors, site.name))
+            LayerReport(plan, site, approximation=_layer_report(surveyed, fitted, site.name))
             for plan, site in zip(plans, sites, strict=True)
         ),
         expected=(expected, reference(converted, inputs, (), {}, seed)),
@@ -449,7 +448,7 @@ def _layer_plan(
 
 
 def _layer_report(
-    surveyed: Mapping[str, LayerSurvey], fitted: Fitted, errors: Mapping[str, float], name: str
+    surveyed: Mapping[str, LayerSurvey], fitted: Fitted, name: str
 ) -> LayerApproximation | None:
     if name not in fitted.layers:
         return None
@@ -457,7 +456,7 @@ def _layer_report(
     return LayerApproximation(
         weight_error=found.weight_error,
         output_error=found.output_error,
-        output_error_of_weight_fit=errors[name],
+        output_error_of_weight_fit=fitted.by_weights[name],
         output_error_alone=survey_of.offer(fitted.choice[name]).fitted.output_error,
         sensitivity=survey_of.sensitivity,
         sweeps=len(found.objective),

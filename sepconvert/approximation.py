@@ -37,7 +37,7 @@ from sepconvert.trace import ConvSite, duplicate, placed, quick_copy
 FEWEST_CHANNELS = 8
 
 # To order candidates; the fit of a plan goes on until it settles.
-_SURVEY_SWEEPS = 3
+_SURVEY_SWEEPS = 2
 _HOPE = 1.2
 _LARGEST_RANK = 6
 _SENSITIVITY_IMAGES = 128
@@ -137,6 +137,7 @@ class Fitted:
     choice: Choice
     model: nn.Module
     layers: Mapping[str, Approximation]
+    by_weights: Mapping[str, float]  # output errors of the same forms, if fitted to the weights
     batchnorm: bool  # statistics re-estimated, as that brought it nearer to the original
     steps: tuple[Step, ...] = ()  # on the images held out
 
@@ -341,12 +342,16 @@ def carry_out(
     Layers behind which the same was done in one of the `earlier` plans are as they were fitted there.
     """
     chosen = [site for site in sites if site.name in choice]
-    fits = max((_in_common(plan, choice, surveyed) for plan in earlier), key=len, default={})
+    shared = [(_in_common(plan, choice, surveyed), plan.by_weights) for plan in earlier]
+    fits, errors = max(shared, key=lambda each: len(each[0]), default=({}, {}))
+    by_weights = {name: errors[name] for name in fits}
     known = {site.name: _kernel(site, fits[site.name]) for site in chosen if site.name in fits}
 
     def fit(site: ConvSite, moments: Moments) -> Kernel:
         before = surveyed[site.name].offer(choice[site.name]).fitted
         problem = _problem(site, moments, calibration)
+        alone = _fitted_to_weights(site, (before.scheme, before.rank))
+        by_weights[site.name] = output_error(site.dense.spec, site.dense.weight, alone.kernel, moments)
         found = problem.fit(before.scheme, before.rank, basis=before.basis)
         # Plans are many: what follows from the factors is not kept.
         fits[site.name] = replace(found, kernel=torch.empty(0), basis=torch.empty(0))
@@ -359,18 +364,18 @@ def carry_out(
         )
     converted = restored(model, sites, fits)
     if heldout is None or calibration is None:
-        return Fitted(choice, converted, fits, False)
+        return Fitted(choice, converted, fits, by_weights, False)
     steps = [Step("follow the drift, correct the bias", heldout.measure(converted), kept=True)]
     running = quick_copy(converted, calibration.fit[0])
     if not reestimate_batchnorm(running, [placed(batch, running) for batch in calibration.fit]):
-        return Fitted(choice, converted, fits, False, tuple(steps))
+        return Fitted(choice, converted, fits, by_weights, False, tuple(steps))
     candidate = duplicate(converted)
     for buffer, found in zip(candidate.buffers(), running.buffers(), strict=True):
         buffer.copy_(found)
     reached = heldout.measure(candidate)
     kept = reached.loss < steps[-1].reached.loss
     steps.append(Step("re-estimate BatchNorm", reached, kept))
-    return Fitted(choice, candidate if kept else converted, fits, kept, tuple(steps))
+    return Fitted(choice, candidate if kept else converted, fits, by_weights, kept, tuple(steps))
 
 
 def _in_common(plan: Fitted, choice: Choice, order: Iterable[str]) -> dict[str, Approximation]:
@@ -399,32 +404,27 @@ def explain(
     sites: Sequence[ConvSite],
     fitted: Fitted,
     surveyed: Mapping[str, LayerSurvey],
-    calibration: Calibration | None,
     heldout: Heldout | None,
-    progress: Progress,
-) -> tuple[tuple[Step, ...], dict[str, float]]:
-    """What led to a plan's result: the steps before, and layers' output errors if fitted to the weights."""
+) -> tuple[Step, ...]:
+    """The steps of a plan after those that it would have been simpler to take."""
+    if heldout is None:
+        return fitted.steps
     chosen = [site for site in sites if site.name in fitted.choice]
-    errors: dict[str, float] = {}
     by_weights: dict[tuple[str, int], Kernel] = {}
     by_outputs: dict[tuple[str, int], Kernel] = {}
-
-    def look(site: ConvSite, moments: Moments) -> Kernel:
-        spec, weight, done = site.dense.spec, site.dense.weight, fitted.layers[site.name]
-        alone = approximate(spec, weight, Moments.of_weights(spec, weight), done.scheme, done.rank, 1)
-        errors[site.name] = output_error(spec, weight, alone.kernel, moments)
+    for site in chosen:
+        offer = surveyed[site.name].offer(fitted.choice[site.name])
+        alone = _fitted_to_weights(site, _form(offer))
         by_weights[site.place] = alone.kernel, _bias(site, alone)
-        by_outputs[site.place] = _kernel(site, surveyed[site.name].offer(fitted.choice[site.name]).fitted)
-        return _kernel(site, done)
+        by_outputs[site.place] = _kernel(site, offer.fitted)
+    simpler = (("fit the weights", by_weights), ("fit the outputs", by_outputs))
+    steps = [Step(name, heldout.measure(model, kernels), kept=False) for name, kernels in simpler]
+    return (*steps, *fitted.steps)
 
-    _each(model, chosen, calibration, look, progress, "explaining")
-    if heldout is None:
-        return fitted.steps, errors
-    steps = [
-        Step(name, heldout.measure(model, kernels), kept=False)
-        for name, kernels in (("fit the weights", by_weights), ("fit the outputs", by_outputs))
-    ]
-    return (*steps, *fitted.steps), errors
+
+def _fitted_to_weights(site: ConvSite, form: Form) -> Approximation:
+    spec, weight = site.dense.spec, site.dense.weight
+    return approximate(spec, weight, Moments.of_weights(spec, weight), *form, sweeps=1)
 
 
 def _each(

@@ -285,7 +285,7 @@ def _approximate(options: Options, out: Path) -> dict[str, Any]:
         "calib": _images(options, "calib"),
         "train": _images(options, "train"),
         "checkpoint": checkpoint,
-        "on_step": _training_bar(options),
+        "on_step": _training_progress(options),
     }
 
 
@@ -328,7 +328,8 @@ def _result_directory(options: Options, out: Path) -> contextlib.AbstractContext
     """Where results go, which must not replace what they are made from."""
     names = ("model", "plan", "data", "calib", "train")
     inputs = [Path(options[name]) for name in names if options.get(name) is not None]
-    return result_directory(out, force=options["force"], inputs=inputs)
+    resumed = options.get("resume", False)
+    return result_directory(out, force=options["force"], inputs=inputs, resumed=resumed)
 
 
 def _common(options: Options) -> dict[str, Any]:
@@ -436,19 +437,31 @@ def _progress(options: Options) -> Any:
     return progress
 
 
-def _training_bar(options: Options) -> Callable[[Step], None]:
-    """Steps, loss and time left of fine-tuning."""
+def _training_progress(options: Options) -> Callable[[Step], None]:
+    """Steps, loss and time left of fine-tuning: a bar on a terminal, else a line for every tenth of it."""
+    if options["quiet"] or sys.stderr is None:
+        return lambda step: None
+    if not sys.stderr.isatty():
+        return _training_line
     bar: tqdm[Any] | None = None
 
     def show(step: Step) -> None:
         nonlocal bar
         if bar is None:
-            hidden = options["quiet"] or sys.stderr is None or not sys.stderr.isatty()
-            bar = tqdm(None, "fine-tuning", step.steps, file=sys.stderr, disable=hidden, leave=False, nrows=2)
+            bar = tqdm(None, "fine-tuning", step.steps, file=sys.stderr, leave=False, nrows=2)
         bar.set_postfix(epoch=step.epoch, loss=f"{step.loss:.3f}", refresh=False)
         bar.update(step.step - bar.n)
 
     return show
+
+
+def _training_line(step: Step) -> None:
+    if step.step * 10 // step.steps > (step.step - 1) * 10 // step.steps:
+        click.echo(
+            f"fine-tuning: step {step.step} of {step.steps}, epoch {step.epoch}, loss {step.loss:.3f}, "
+            f"{step.seconds_left:.0f} s left",
+            err=True,
+        )
 
 
 def _show(options: Options, result: ConversionResult, out: Path) -> None:

@@ -178,23 +178,6 @@ def layer_onnx(branches: Sequence[Sequence[ConvSpec]], shape: Sequence[int]) -> 
     return bytes(model.SerializeToString())
 
 
-def onnx_bytes(model: nn.Module, inputs: Inputs) -> bytes:
-    """The ONNX model of a small module, for the shape of `inputs` alone."""
-    program, _ = _program(model, inputs, dynamic_batch=False)
-    buffer = io.BytesIO()
-    with _quiet():
-        exported = torch.onnx.export(
-            program,
-            dynamo=True,
-            external_data=False,
-            verbose=False,
-            input_names=onnx_names(inputs),
-        )
-        assert exported is not None  # noqa: S101  (it is None on the non-dynamo path alone)
-        onnx.save_model(exported.model_proto, buffer)
-    return buffer.getvalue()
-
-
 def _program(model: nn.Module, inputs: Inputs, dynamic_batch: bool) -> tuple[ExportedProgram, ExportNote]:
     dtype = str(model_dtype(model)).removeprefix("torch.")
     reason = None

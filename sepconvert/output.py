@@ -1,22 +1,27 @@
 """Result directories that appear whole or not at all."""
 
 import contextlib
+import hashlib
+import os
 import shutil
 import signal
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from sepconvert.errors import SepconvertError
 
 
 @contextlib.contextmanager
-def result_directory(out: Path, *, force: bool, inputs: Sequence[Path] = ()) -> Iterator[Path]:
+def result_directory(
+    out: Path, *, force: bool, inputs: Sequence[Path] = (), resumed: bool = False
+) -> Iterator[Path]:
     """An empty directory to fill; it takes its name when the block ends well, and is removed otherwise.
 
     It is filled in the nearest directory that exists, so that moving it is one step of the file system. With
     `force` it takes the place of a whole directory, but of none that holds one of the `inputs`, or is where
-    the user stands.
+    the user stands. If it is `resumed`, nothing else writes to `out`, and what a run that was killed left
+    beside it is removed.
 
     Raises:
         SepconvertError: `out` exists and may not be replaced, or the place is not writable.
@@ -25,7 +30,10 @@ def result_directory(out: Path, *, force: bool, inputs: Sequence[Path] = ()) -> 
         target = out.resolve()
         _check_replaceable(out, target, force, inputs)
         existing = next(parent for parent in target.parents if parent.exists())
-        workplace = Path(tempfile.mkdtemp(prefix=".sepconvert-", dir=existing))
+        prefix = f".sepconvert-{hashlib.sha256(os.fsencode(target)).hexdigest()[:16]}-"
+        if resumed:
+            _remove(path for path in existing.iterdir() if path.name.startswith(prefix))
+        workplace = Path(tempfile.mkdtemp(prefix=prefix, dir=existing))
     except (OSError, RuntimeError) as error:  # a RuntimeError is a loop of links
         raise _not_writable(out, error) from error
     try:
@@ -42,7 +50,12 @@ def result_directory(out: Path, *, force: bool, inputs: Sequence[Path] = ()) -> 
                 raise _not_writable(out, error) from error
     finally:
         with _uninterrupted():
-            shutil.rmtree(workplace, ignore_errors=True)
+            _remove([workplace])
+
+
+def _remove(folders: Iterable[Path]) -> None:
+    for folder in folders:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _check_replaceable(out: Path, target: Path, force: bool, inputs: Sequence[Path]) -> None:

@@ -1,6 +1,7 @@
 """The conversion, stage by stage: trace → convert in a mode → export → verify → measure → report."""
 
 import contextlib
+import functools
 import hashlib
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -214,6 +215,13 @@ def convert(
         )  # fmt: skip
     if start is not model:
         start_sites, start_cost = trace(private_copy(start), inputs), count(private_copy(start), inputs)
+
+    @functools.cache  # a plan that was measured and then delivered is not run again
+    def predicted(converted: nn.Module) -> Predictions | None:
+        if data is None:
+            return None
+        return once(lambda: _predict("converted", private_copy(converted), data, progress))
+
     if parts is None:
         conversion = convert_exactly(
             model, inputs, sites, gate=gate, tol=tol, include=include, exclude=exclude,
@@ -222,8 +230,8 @@ def convert(
     else:
 
         def accuracy(converted: nn.Module) -> AccuracyDelta:
-            assert predictions is not None and data is not None  # noqa: S101, PT018
-            found = once(lambda: _predict("plan", private_copy(converted), data, progress))
+            found = predicted(converted)
+            assert predictions is not None and found is not None  # noqa: S101, PT018
             return compare_predictions(predictions, found)
 
         conversion = convert_approximately(
@@ -245,6 +253,7 @@ def convert(
     if mode == "auto":
         conversion = conversion.with_merges(sites, merges)
     converted = conversion.model
+    converted_predictions = predicted(converted)
     plan = ConversionPlan(
         mode=mode, gate=gate, tol=tol, seed=seed,
         model_sha256=None if source is None else source["sha256"],
@@ -265,9 +274,6 @@ def convert(
             time_files(model, paths, inputs, runs, runtime, seed, progress) if onnx_check and runs else None
         )
         sizes = [path.stat().st_size for path in paths]
-        converted_predictions = (
-            None if data is None else _predict("converted", private_copy(converted), data, progress)
-        )
         delta = (
             compare_predictions(predictions, converted_predictions)
             if predictions and converted_predictions

@@ -13,15 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 
 from sepconvert.environment import Runtime, environment
-from sepconvert.export import cast, layer_onnx, onnx_bytes, onnx_feed, runtime_dtype, save_onnx
+from sepconvert.export import cast, layer_onnx, onnx_feed, runtime_dtype, save_onnx
 from sepconvert.factorize.border import Border
 from sepconvert.factorize.exact import ZERO_BORDER, branches
 from sepconvert.factorize.structures import Form
-from sepconvert.layers import FactorizedConv2d
 from sepconvert.measure.latency import Latency, Speedup, measure_pair, speedup, time_all
 from sepconvert.measure.statistics import Interval
 from sepconvert.profiling import batch_size
@@ -84,16 +82,13 @@ def time_layers(
 
 
 def time_layer(site: ConvSite, replacement: Replacement, runs: int, runtime: Runtime, seed: int) -> Timing:
-    """The dense layer and its factors, each alone in the runtime, on the input it has in the model."""
-    conv = site.dense
-    dense = FactorizedConv2d(conv.spec, ZERO_BORDER, 0, Border())
-    dense.set_factors([conv.weight], conv.bias)
-    factored = FactorizedConv2d(conv.spec, replacement.scheme, replacement.rank, replacement.border)
-    factored.set_factors(replacement.weights, replacement.bias)
-    inputs = cast((conv.inputs,), torch.float32)
-    before, after = (onnx_bytes(module.float().eval(), inputs) for module in (dense, factored))
-    feed = onnx_feed(inputs)
-    return measure_pair(before, after, feed, runs=runs, runtime=runtime, batch=batch_size(inputs), seed=seed)
+    """The dense layer and its factors as they run within a graph, on inputs as large as there."""
+    spec, shape = site.dense.spec, _batched(site.dense.inputs)
+    forms = (ZERO_BORDER, 0, Border()), (replacement.scheme, replacement.rank, replacement.border)
+    before, after = (layer_onnx(branches(spec, *form), shape) for form in forms)
+    return measure_pair(
+        before, after, _feed(shape, seed), runs=runs, runtime=runtime, batch=shape[0], seed=seed
+    )
 
 
 def not_faster(
@@ -174,7 +169,7 @@ class Clock:
     def forms(self, site: ConvSite, forms: Sequence[Form]) -> FormTimes | None:
         """Of the layer at `site` in these forms; None if time is up."""
         conv = site.dense
-        shape = (len(conv.inputs) if conv.inputs.ndim == 4 else 1, *conv.inputs.shape[-3:])
+        shape = _batched(conv.inputs)
         key = self._key(layout=LAYOUT, spec=asdict(conv.spec), input=list(shape))
         known = self._recall(key, _usable_forms)
         missing = [form for form in forms if _label(form) not in known.get("forms", {})]
@@ -194,13 +189,13 @@ class Clock:
 
     def pair(self, pair: tuple[ConvSpec, ConvSpec], dense: ConvSpec, inputs: Tensor) -> Speedup | None:
         """Of one convolution over the two that it may stand for, on such inputs; None if time is up."""
-        shape = (len(inputs) if inputs.ndim == 4 else 1, *inputs.shape[-3:])
+        shape = _batched(inputs)
         key = self._key(layout=LAYOUT, pair=[asdict(spec) for spec in pair], input=list(shape))
         if not self._recall(key, _usable_plan):
             if time.monotonic() > self._deadline:
                 return None
             models = [layer_onnx([chain], shape) for chain in (pair, pair, (dense,))]
-            first, again, times = self._samples([(model, self._feed(shape)) for model in models])
+            first, again, times = self._samples([(model, _feed(shape, self._seed)) for model in models])
             found = speedup(first, again, times)
             self._keep(key, {"yardsticks": float(np.median(times)), "speedup": asdict(found)})
         return _speedup(self._known[key]["speedup"])
@@ -209,7 +204,7 @@ class Clock:
         self, spec: ConvSpec, shape: Sequence[int], forms: Sequence[Form], known: Mapping[str, Any]
     ) -> dict[str, Any]:
         layouts = [branches(spec, *form, Border()) for form in ((ZERO_BORDER, 0), *forms)]
-        dense, *others = [(layer_onnx(each, shape), self._feed(shape)) for each in layouts]
+        dense, *others = [(layer_onnx(each, shape), _feed(shape, self._seed)) for each in layouts]
         first, again, *samples = self._samples([dense, dense, *others])
         found = {}
         for form, times in zip(forms, samples, strict=True):
@@ -223,9 +218,6 @@ class Clock:
             "forms": {**known.get("forms", {}), **found},
         }
 
-    def _feed(self, shape: Sequence[int]) -> dict[str, Any]:
-        return {"input": np.random.default_rng(self._seed).standard_normal(shape, np.float32)}
-
     def _samples(
         self,
         models: Sequence[tuple[Path | bytes, Mapping[str, Any]]],
@@ -233,7 +225,7 @@ class Clock:
         progress: Any = None,
     ) -> Any:
         """Times of models in units of the yardstick of the same round, models × runs."""
-        yardstick = layer_onnx([[_YARDSTICK]], _YARDSTICK_SHAPE), self._feed(_YARDSTICK_SHAPE)
+        yardstick = layer_onnx([[_YARDSTICK]], _YARDSTICK_SHAPE), _feed(_YARDSTICK_SHAPE, self._seed)
         *samples, unit = time_all(
             [*models, yardstick], runs=runs, runtime=self._runtime, seed=self._seed, progress=progress
         )
@@ -274,6 +266,15 @@ class Clock:
             unfinished = self._cache / f"{key}.{os.getpid()}"
             unfinished.write_text(json.dumps(known), encoding="utf-8")
             unfinished.replace(self._cache / f"{key}.json")
+
+
+def _batched(inputs: Tensor) -> tuple[int, ...]:
+    """N × C × H × W of a convolution's inputs."""
+    return (len(inputs) if inputs.ndim == 4 else 1, *inputs.shape[-3:])
+
+
+def _feed(shape: Sequence[int], seed: int) -> dict[str, Any]:
+    return {"input": np.random.default_rng(seed).standard_normal(shape, np.float32)}
 
 
 def _usable_yardstick(found: Any) -> bool:

@@ -76,6 +76,24 @@ def late_stranger():
 """
 
 
+DEEP = """
+import numpy as np
+import torch
+from torch import nn
+
+def make():
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(8, 16, 3), nn.ReLU(), nn.Conv2d(16, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 5),
+    )
+
+if __name__ == "__main__":
+    torch.save(make().state_dict(), "deep.pth")
+    np.savez("deep.npz", x=np.random.default_rng(0).standard_normal((160, 8, 12, 12)).astype(np.float32))
+"""
+
+
 class Evil:
     def __reduce__(self) -> tuple[Any, ...]:
         return os.system, ("touch pwned",)
@@ -145,6 +163,11 @@ def files(tmp_path_factory) -> Path:
 def listing(folder: Path) -> list[str]:
     """Every path below `folder`, hidden ones too, but for the byte code of the user's modules."""
     return sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if "__pycache__" not in p.parts)
+
+
+def listing_of(out: str) -> list[str]:
+    """Paths that a conversion to `out` leaves."""
+    return [out, *(f"{out}/{name}" for name in RESULTS)]
 
 
 @pytest.fixture
@@ -747,6 +770,38 @@ def test_an_interrupted_conversion_leaves_nothing(here, number):
     assert (process.returncode, out) == (130, b"")
     assert err.strip() == b"sepconvert: interrupted"
     assert listing(here.parent) == before
+
+
+def test_fine_tuning_that_was_killed_is_resumed_to_the_same_weights(here):
+    """It says how far it is on a pipe too, and leaves nothing beside the result in the end."""
+    (here / "deep.py").write_text(DEEP)
+    train = ("--finetune", "30", "--calib", "deep.npz", "--calib-images", "120")
+    arguments = ("deep.pth", "--factory", "deep.py:make", "--mode", "approx", "--rank", "1", "--runs", "0")
+    subprocess.run([sys.executable, "deep.py"], check=True)
+    before = listing(here)
+    process = start(*arguments, *train, "--out", "whole")
+    _, err = process.communicate()
+    assert process.returncode == 0, err
+    lines = [line for line in err.decode().splitlines() if line.startswith("fine-tuning: ")]
+    assert [
+        int(re.search(r"step (\d+) of 60, epoch \d+, loss \d\.\d+, \d+ s left", line)[1]) for line in lines
+    ] == [*range(6, 61, 6)]
+
+    process = start(*arguments, *train, "--out", "resumed")
+    while b"step 12 of 60" not in process.stderr.readline():
+        assert process.poll() is None
+    process.kill()
+    process.communicate()
+    left = set(listing(here)) - set(before) - set(listing_of("whole"))
+    assert "resumed.checkpoint" in left
+    assert any(path.startswith(".sepconvert-") for path in left)
+    outcome = start(*arguments, *train, "--out", "resumed", "--resume")
+    _, err = outcome.communicate()
+    assert outcome.returncode == 0, err
+    assert b"step 12 of 60" not in err
+    weights = [(here / name / "converted.safetensors").read_bytes() for name in ("whole", "resumed")]
+    assert weights[0] == weights[1]
+    assert set(listing(here)) == {*before, *listing_of("whole"), *listing_of("resumed")}
 
 
 @pytest.fixture

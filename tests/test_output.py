@@ -3,6 +3,8 @@
 import os
 import shutil
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -159,6 +161,28 @@ def test_permissions_are_those_of_the_umask(place, umask, mode):
     assert (place / "a" / "out").stat().st_mode & 0o777 == mode
     for file in (place / "a" / "out").iterdir():
         assert file.stat().st_mode & 0o777 == mode & 0o666
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from sepconvert.output import result_directory
+with result_directory(Path(sys.argv[1]), force=False) as folder:
+    (folder / "plan.json").write_text("half")
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.parametrize("out", ["out", "a/b/out", "x" * 250])
+def test_a_resumed_run_removes_what_its_killed_one_left(place, out):
+    for each in (out, "another"):
+        subprocess.run([sys.executable, "-c", KILLED, str(place / each)], check=False)  # noqa: S603
+    assert sorted(tree(place).values()) == ["half", "half"]
+    with result_directory(place / out, force=False, resumed=True) as folder:
+        (folder / "plan.json").write_text("new")
+    found = tree(place)
+    assert found.pop(f"{out}/plan.json") == "new"
+    assert list(found.values()) == ["half"]  # that of the other, which may still be at work
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -62,7 +62,7 @@ class Bench:
     def carry_out(self, choice):
         self.carried.append(choice)
         reached = Step("all", Divergence(0.5, None), kept=True)
-        return Fitted(choice, self.model(choice), {}, False, (reached,))
+        return Fitted(choice, self.model(choice), {}, {}, False, (reached,))
 
     def restored(self, fitted, name):
         return self.model({n: each for n, each in fitted.choice.items() if n != name})
