@@ -20,7 +20,6 @@ from weakref import finalize
 import psutil
 import torch
 from einops import rearrange
-from scipy.linalg.blas import dsyrk
 from threadpoolctl import threadpool_limits
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -38,6 +37,8 @@ PATCHES = 12
 
 FEWEST_POSITIONS = 16
 """In each image, if it has as many."""
+
+_BLOCKS = 4
 
 Kernel = tuple[Tensor, Tensor]
 """O × C/g × kh × kw and O: weight and bias of a converted layer."""
@@ -480,8 +481,16 @@ class _Accumulator:
 
 
 def _gram(x: Tensor) -> Tensor:
-    """The lower triangle of XᵀX for each of g × n × k; where that is the bulk of the work, nothing else."""
-    return x.mT @ x if len(x) > 1 else torch.from_numpy(dsyrk(1.0, x[0].contiguous().numpy().T).T)[None]
+    """The lower triangle of XᵀX for each of g × n × k; most of what is above it is not computed.
+
+    By blocks, since a routine of another library (BLAS's syrk) brings threads that get in the way of torch's.
+    """
+    products = x.new_zeros(len(x), x.shape[2], x.shape[2])
+    for rows in torch.arange(x.shape[2]).tensor_split(_BLOCKS):
+        if len(rows):
+            first, end = int(rows[0]), int(rows[-1]) + 1
+            products[:, first:, first:end] = x[..., first:].mT @ x[..., first:end]
+    return products
 
 
 def _batched(value: Tensor) -> Tensor:

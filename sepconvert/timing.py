@@ -7,10 +7,12 @@ import math
 import os
 import tempfile
 import time
+import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 from torch import Tensor, nn
@@ -135,6 +137,8 @@ class Clock:
         self._runtime, self._seed, self._cache = runtime, seed, cache
         self._deadline = time.monotonic() + seconds
         self._known: dict[str, dict[str, Any]] = {}
+        self._folder = tempfile.TemporaryDirectory()  # removed with the clock
+        self._files: WeakKeyDictionary[nn.Module, Path] = WeakKeyDictionary()  # of models exported before
 
     def plans(
         self,
@@ -145,24 +149,25 @@ class Clock:
         progress: Progress,
     ) -> tuple[float, list[Speedup]]:
         """Milliseconds of a model, and how much faster others are, all exported and timed together."""
-        with tempfile.TemporaryDirectory() as folder:
-            paths = [Path(folder) / f"{index}.onnx" for index in range(1 + len(converted))]
-            for model, path in progress(
-                list(zip((original, *converted), paths, strict=True)), "exporting plans"
-            ):
-                save_onnx(model, inputs, path, dynamic_batch=False)
-            files = [hashlib.sha256(path.read_bytes()).hexdigest() for path in paths]
-            keys = [self._key(original=files[0], converted=file, runs=runs) for file in files]
-            missing = [index for index, key in enumerate(keys) if not self._recall(key, _usable_plan)]
-            if missing:
-                feed = onnx_feed(cast(inputs, runtime_dtype(original)))
-                first, again, *others = self._samples(
-                    [(path, feed) for path in (paths[0], paths[0], *(paths[index] for index in missing))],
-                    runs, lambda items: progress(items, "timing plans"),
-                )  # fmt: skip
-                for index, times in zip(missing, others, strict=True):
-                    found = speedup(first, again, times)
-                    self._keep(keys[index], {"yardsticks": float(np.median(times)), "speedup": asdict(found)})
+        models = [original, *converted]
+        new = [model for model in models if model not in self._files]
+        for model in progress(new, "exporting plans"):
+            path = Path(self._folder.name) / f"{uuid.uuid4()}.onnx"
+            save_onnx(model, inputs, path, dynamic_batch=False)
+            self._files[model] = path
+        paths = [self._files[model] for model in models]
+        files = [hashlib.sha256(path.read_bytes()).hexdigest() for path in paths]
+        keys = [self._key(original=files[0], converted=file, runs=runs) for file in files]
+        missing = [index for index, key in enumerate(keys) if not self._recall(key, _usable_plan)]
+        if missing:
+            feed = onnx_feed(cast(inputs, runtime_dtype(original)))
+            first, again, *others = self._samples(
+                [(path, feed) for path in (paths[0], paths[0], *(paths[index] for index in missing))],
+                runs, lambda items: progress(items, "timing plans"),
+            )  # fmt: skip
+            for index, times in zip(missing, others, strict=True):
+                found = speedup(first, again, times)
+                self._keep(keys[index], {"yardsticks": float(np.median(times)), "speedup": asdict(found)})
         known = [self._known[key] for key in keys]
         return known[0]["yardsticks"] * self._milliseconds, [_speedup(each["speedup"]) for each in known[1:]]
 
