@@ -5,6 +5,7 @@ import hashlib
 import json
 import math
 import os
+import shutil
 import tempfile
 import time
 import uuid
@@ -12,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, finalize
 
 import numpy as np
 from torch import Tensor, nn
@@ -137,7 +138,8 @@ class Clock:
         self._runtime, self._seed, self._cache = runtime, seed, cache
         self._deadline = time.monotonic() + seconds
         self._known: dict[str, dict[str, Any]] = {}
-        self._folder = tempfile.TemporaryDirectory()  # removed with the clock
+        self._folder = Path(tempfile.mkdtemp(prefix="sepconvert-"))
+        finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
         self._files: WeakKeyDictionary[nn.Module, Path] = WeakKeyDictionary()  # of models exported before
 
     def plans(
@@ -152,7 +154,7 @@ class Clock:
         models = [original, *converted]
         new = [model for model in models if model not in self._files]
         for model in progress(new, "exporting plans"):
-            path = Path(self._folder.name) / f"{uuid.uuid4()}.onnx"
+            path = self._folder / f"{uuid.uuid4()}.onnx"
             save_onnx(model, inputs, path, dynamic_batch=False)
             self._files[model] = path
         paths = [self._files[model] for model in models]

@@ -784,11 +784,11 @@ def test_fine_tuning_that_was_killed_is_resumed_to_the_same_weights(here):
     assert process.returncode == 0, err
     lines = [line for line in err.decode().splitlines() if line.startswith("fine-tuning: ")]
     assert [
-        int(re.search(r"step (\d+) of 60, epoch \d+, loss \d\.\d+, \d+ s left", line)[1]) for line in lines
-    ] == [*range(6, 61, 6)]
+        int(re.search(r"step (\d+) of 90, epoch \d+, loss [\d.]+, \d+ s left", line)[1]) for line in lines
+    ] == [*range(9, 91, 9)]
 
     process = start(*arguments, *train, "--out", "resumed")
-    while b"step 12 of 60" not in process.stderr.readline():
+    while b"step 18 of 90" not in process.stderr.readline():
         assert process.poll() is None
     process.kill()
     process.communicate()
@@ -798,7 +798,7 @@ def test_fine_tuning_that_was_killed_is_resumed_to_the_same_weights(here):
     outcome = start(*arguments, *train, "--out", "resumed", "--resume")
     _, err = outcome.communicate()
     assert outcome.returncode == 0, err
-    assert b"step 12 of 60" not in err
+    assert b"step 18 of 90" not in err
     weights = [(here / name / "converted.safetensors").read_bytes() for name in ("whole", "resumed")]
     assert weights[0] == weights[1]
     assert set(listing(here)) == {*before, *listing_of("whole"), *listing_of("resumed")}
