@@ -117,10 +117,12 @@ _timing_options = _options(
         show_default=True,
         help="Of ONNX Runtime, for what is timed: that with which you deploy.",
     ),
+    click.option("--provider", default="cpu", show_default=True, metavar="NAME",
+                 help="Execution provider of ONNX Runtime: cpu, cuda, tensorrt, openvino, coreml, …"),
     click.option(
         "--runs", default=50, show_default=True, type=click.IntRange(0), help="Timed runs; 0 for none."
     ),
-)
+)  # fmt: skip
 _output_options = _options(
     click.option("--out", type=click.Path(path_type=Path), help="Results [default: STEM-sepconvert]."),
     click.option("--force", is_flag=True, help="Replace an existing result directory."),
@@ -182,6 +184,8 @@ def inspect(**options: Any) -> None:
 @_model_options
 @_data_options
 @click.option("--out", type=click.Path(path_type=Path), help="Write the profile to this JSON file.")
+@click.option("--batches", default="8", show_default=True, metavar="N,N…",
+              help="Batches to time besides --batch, if the file leaves it open.")  # fmt: skip
 @_timing_options
 @_run_options
 def profile(**options: Any) -> None:

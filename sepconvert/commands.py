@@ -7,6 +7,7 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -35,10 +36,10 @@ from sepconvert.pipeline import convert as run_convert
 from sepconvert.pipeline import inspect as run_inspect
 from sepconvert.plan import read_plan
 from sepconvert.profiling import SCHEMA as PROFILE_SCHEMA
-from sepconvert.profiling import StoredProfile, read_profile
+from sepconvert.profiling import StoredProfile, anatomy, read_profile
 from sepconvert.profiling import profile as run_profile
 from sepconvert.report.files import write_documents
-from sepconvert.report.terminal import layer_table, structure_table, summary
+from sepconvert.report.terminal import anatomy_text, layer_table, structure_table, summary
 from sepconvert.trace import Inputs
 
 T = TypeVar("T")
@@ -74,6 +75,7 @@ def convert(**options: Any) -> None:
             runs=options["runs"],
             threads=options["threads"],
             graph_optimization=options["graph_optimization"],
+            provider=options["provider"].lower(),
             source={"path": str(loaded.path), "sha256": loaded.sha256},
             out=folder,
             **_common(options),
@@ -132,7 +134,8 @@ def profile(**options: Any) -> None:
             options["out"].write_text(
                 json.dumps(document, indent=2, allow_nan=False) + "\n", encoding="utf-8"
             )
-    _print(options, document, str(Comparison((found.profile,))))
+    details = ("", anatomy_text(document["anatomy"])) if "anatomy" in document else ()
+    _print(options, document, str(Comparison((found.profile,))), *details)
 
 
 def compare(**options: Any) -> None:
@@ -207,6 +210,14 @@ def _profile(options: Options) -> StoredProfile:
         file = read_onnx(path)
         data, inputs = _data_and_examples(options, _example(file))
         found = _measured([Subject.of_file(path, file)], data, inputs, options).profiles[0]
+        batches = _batches(options)
+        if options["runs"] and batches is not None:
+            arrays = [value.numpy() for value in inputs if isinstance(value, Tensor)]
+            detail = anatomy(
+                path, arrays, batches=batches, runs=options["runs"], runtime=runtime, seed=options["seed"],
+                progress=_progress(options),
+            )  # fmt: skip
+            found = replace(found, anatomy=detail)
         return StoredProfile(found, str(path), file.sha256, environment(runtime))
     loaded = _load(options)
     data, inputs = _data_and_inputs(options, loaded)
@@ -217,7 +228,10 @@ def _profile(options: Options) -> StoredProfile:
         runs=options["runs"],
         threads=options["threads"],
         graph_optimization=options["graph_optimization"],
+        provider=options["provider"].lower(),
+        batches=_batches(options),
         seed=options["seed"],
+        progress=_progress(options),
     )
     return StoredProfile(found, str(loaded.path), loaded.sha256, environment(runtime))
 
@@ -237,7 +251,22 @@ def _measured(
 
 
 def _runtime(options: Options) -> Runtime:
-    return Runtime(options["threads"] or available_cores(), options["graph_optimization"])
+    return Runtime(
+        options["threads"] or available_cores(), options["graph_optimization"], options["provider"].lower()
+    )
+
+
+def _batches(options: Options) -> list[int] | None:
+    """Those of --batches; None where nothing is asked but a comparison."""
+    text = options.get("batches")
+    if text is None:
+        return None
+    found = [int(part) for part in text.split(",") if part.strip().isdecimal()]
+    if len(found) != len(text.split(",")) or not all(found):
+        raise SepconvertError(
+            f"--batches {text}: expected whole numbers from 1, joined by commas, e.g. 1,8,32"
+        )
+    return found
 
 
 def demo(**options: Any) -> None:
@@ -259,6 +288,7 @@ def demo(**options: Any) -> None:
             runs=options["runs"],
             threads=options["threads"],
             graph_optimization=options["graph_optimization"],
+            provider=options["provider"].lower(),
             seed=options["seed"],
             out=folder,
             progress=_progress(options),

@@ -23,6 +23,7 @@ class Runtime:
 
     threads: int  # of one operator
     graph_optimization: str = GRAPH_OPTIMIZATIONS[0]
+    provider: str = "cpu"  # of execution, in small letters: cuda, tensorrt, openvino, coreml, …
 
     def __post_init__(self) -> None:
         """Check the ranges."""
@@ -35,6 +36,23 @@ class Runtime:
                 f"graph optimization: expected one of {', '.join(GRAPH_OPTIMIZATIONS)}, "
                 f"got {self.graph_optimization!r}"
             )
+        if self.provider not in _providers():
+            raise SepconvertError(
+                f"provider: expected one that the installed onnxruntime has ({', '.join(_providers())}), "
+                f"got {self.provider!r}; install the onnxruntime package that brings it"
+            )
+
+    @property
+    def execution_provider(self) -> str:
+        """What ONNX Runtime calls the provider."""
+        return _providers()[self.provider]
+
+
+def _providers() -> dict[str, str]:
+    """ONNX Runtime's execution providers by the names that they have here."""
+    import onnxruntime as ort  # not loaded for --help
+
+    return {each.removesuffix("ExecutionProvider").lower(): each for each in ort.get_available_providers()}
 
 
 def environment(runtime: Runtime) -> dict[str, str | int]:

@@ -7,7 +7,7 @@ import io
 import logging
 import math
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -232,7 +232,9 @@ class OnnxFile:
 
     `shapes` has the shape of each input, None for a size that is open. `macs` are of one sample: one fused
     multiply-add is 1. Operators that are not counted, or whose shapes cannot be inferred, are in
-    `uncounted_ops`.
+    `uncounted_ops`. `peak_activation_bytes` are what is alive at once, of one batch (one sample, if the
+    batch is open), when each value lives from the operator that writes it to the last that reads it; None
+    where a shape cannot be inferred.
     """
 
     shapes: tuple[tuple[int | None, ...], ...]
@@ -240,6 +242,7 @@ class OnnxFile:
     params: int
     macs: int
     uncounted_ops: dict[str, int]
+    peak_activation_bytes: int | None
     sha256: str
 
 
@@ -267,23 +270,26 @@ def read_onnx(path: Path) -> OnnxFile:
         )
         for value in inputs
     )
-    macs, uncounted = _macs_of_graph(model, known, [value.name for value in inputs])
+    batch = _fix_batch(model, [value.name for value in inputs])
+    with contextlib.suppress(Exception):  # what cannot be inferred is not counted
+        model = onnx.shape_inference.infer_shapes(model, data_prop=True)
+    types = _types_of_values(model)
+    macs, uncounted = _macs_of_graph(model, {name: shape for name, (shape, _) in types.items()} | known)
     floating = {onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.DOUBLE,
                 onnx.TensorProto.BFLOAT16}  # fmt: skip
     return OnnxFile(
         shapes,
         tuple(onnx.helper.tensor_dtype_to_np_dtype(value.type.tensor_type.elem_type) for value in inputs),
         sum(math.prod(tensor.dims) for tensor in model.graph.initializer if tensor.data_type in floating),
-        macs,
+        macs // batch,
         uncounted,
+        _peak_of_values(model, types),
         hashlib.sha256(content).hexdigest(),
     )
 
 
-def _macs_of_graph(
-    model: onnx.ModelProto, known: dict[str, tuple[int, ...]], inputs: Sequence[str]
-) -> tuple[int, dict[str, int]]:
-    """Of one sample, and the operators left out with their number."""
+def _fix_batch(model: onnx.ModelProto, inputs: Sequence[str]) -> int:
+    """Give an open batch the size 1, and tell the largest there is."""
     batch = 1
     for value in model.graph.input:
         sizes = value.type.tensor_type.shape.dim
@@ -292,13 +298,54 @@ def _macs_of_graph(
                 sizes[0].dim_value = 1
             batch = max(batch, sizes[0].dim_value)
     del model.graph.value_info[:]  # it names the batch that has just been fixed
-    with contextlib.suppress(Exception):  # what cannot be inferred is not counted
-        model = onnx.shape_inference.infer_shapes(model, data_prop=True)
-    shapes = dict(known)
+    return batch
+
+
+def _types_of_values(model: onnx.ModelProto) -> dict[str, tuple[tuple[int, ...], int]]:
+    """Shape and element type of each value of which they are known."""
+    found: dict[str, tuple[tuple[int, ...], int]] = {}
     for value in (*model.graph.value_info, *model.graph.input, *model.graph.output):
-        sizes = value.type.tensor_type.shape.dim
-        if value.type.tensor_type.HasField("shape") and all(size.HasField("dim_value") for size in sizes):
-            shapes.setdefault(value.name, tuple(size.dim_value for size in sizes))
+        kind = value.type.tensor_type
+        if kind.HasField("shape") and all(size.HasField("dim_value") for size in kind.shape.dim):
+            found.setdefault(
+                value.name, (tuple(size.dim_value for size in kind.shape.dim), int(kind.elem_type))
+            )
+    return found
+
+
+def _peak_of_values(model: onnx.ModelProto, types: Mapping[str, tuple[tuple[int, ...], int]]) -> int | None:
+    """Bytes of the values that are alive at once, weights and constants left out."""
+    constants = {tensor.name for tensor in model.graph.initializer}
+    constants |= {output for node in model.graph.node if node.op_type == "Constant" for output in node.output}
+    last_read = {name: index for index, node in enumerate(model.graph.node) for name in node.input}
+    returned = {value.name for value in model.graph.output}
+    sizes: dict[str, int] = {}
+
+    def begin(names: Iterable[str]) -> bool:
+        for name in names:
+            if name and name not in constants:
+                if name not in types:
+                    return False
+                shape, kind = types[name]
+                sizes[name] = math.prod(shape) * onnx.helper.tensor_dtype_to_np_dtype(kind).itemsize
+        return True
+
+    if not begin(value.name for value in model.graph.input):
+        return None
+    peak = 0
+    for index, node in enumerate(model.graph.node):
+        if not begin(node.output):
+            return None
+        peak = max(peak, sum(sizes.values()))
+        for name in [name for name in sizes if last_read.get(name, -1) <= index and name not in returned]:
+            del sizes[name]
+    return peak
+
+
+def _macs_of_graph(
+    model: onnx.ModelProto, shapes: Mapping[str, tuple[int, ...]]
+) -> tuple[int, dict[str, int]]:
+    """Of one batch, and the operators left out with their number."""
     total, uncounted = 0, dict[str, int]()
     for node in model.graph.node:
         macs = _macs_of_node(node, shapes)
@@ -306,10 +353,10 @@ def _macs_of_graph(
             uncounted[node.op_type] = uncounted.get(node.op_type, 0) + 1
         else:
             total += macs
-    return total // batch, uncounted
+    return total, uncounted
 
 
-def _macs_of_node(node: onnx.NodeProto, shapes: dict[str, tuple[int, ...]]) -> int | None:
+def _macs_of_node(node: onnx.NodeProto, shapes: Mapping[str, tuple[int, ...]]) -> int | None:
     if node.op_type not in ("Conv", "ConvTranspose", "Gemm", "MatMul"):
         return None
     left, right, output = (shapes.get(name) for name in (*node.input[:2], node.output[0]))

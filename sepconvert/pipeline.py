@@ -126,6 +126,7 @@ def convert(
     runs: int = 50,
     threads: int | None = None,
     graph_optimization: str = "all",
+    provider: str = "cpu",
     seed: int = 0,
     source: dict[str, Any] | None = None,
     out: Path | None = None,
@@ -169,6 +170,7 @@ def convert(
         runs: timed runs of each model; 0 to measure no latency.
         threads: of ONNX Runtime; all cores if None.
         graph_optimization: of ONNX Runtime: "all" as is its default, "extended", "basic" or "none".
+        provider: of execution, one that the installed ONNX Runtime has: "cpu", "cuda", "openvino", …
         seed: of random inputs, of splits and positions, of training, and of the order of runs.
         source: `{"path": …, "sha256": …}` of the model file, for the report.
         out: an existing empty directory to leave all files in; by default they are temporary.
@@ -188,7 +190,7 @@ def convert(
     if gate not in GATES:
         raise SepconvertError(f"gate: expected one of {', '.join(GATES)}, got {gate!r}")
     inputs = as_inputs(example_inputs)
-    runtime = Runtime(available_cores() if threads is None else threads, graph_optimization)
+    runtime = Runtime(available_cores() if threads is None else threads, graph_optimization, provider)
     budget = Budget(rank, target_macs, target_params, min_speedup, max_drop)
     if mode == "exact" and (budget != Budget() or finetune or calib is not None):
         raise SepconvertError(

@@ -3,23 +3,95 @@
 import json
 import math
 import tempfile
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 from torch import Tensor, nn
 
 from sepconvert.environment import Runtime, available_cores
 from sepconvert.errors import SepconvertError, first_line
-from sepconvert.export import cast, onnx_feed, runtime_dtype, save_onnx
+from sepconvert.export import cast, onnx_feed, read_onnx, runtime_dtype, save_onnx
 from sepconvert.measure.accuracy import Accuracy, evaluate
 from sepconvert.measure.cost import count
-from sepconvert.measure.latency import Latency, measure_single
+from sepconvert.measure.latency import Latency, Startup, measure_grid, measure_single, session, startup
+from sepconvert.measure.operators import OperatorTime, operator_times
 from sepconvert.measure.statistics import Interval
+from sepconvert.progress import Progress, silent
 from sepconvert.trace import Inputs, private_copy
 
 SCHEMA = "sepconvert.profile/1"
+
+_SESSIONS = 5
+
+
+@dataclass(frozen=True)
+class Anatomy:
+    """How an ONNX file runs, looked at in more ways than a comparison needs."""
+
+    peak_activation_bytes: int | None  # see `OnnxFile`
+    startup: Startup
+    latencies: tuple[Latency, ...]  # by threads and batch
+    operators: tuple[OperatorTime, ...]  # of one batch as it is timed, in the order of execution
+
+    def to_json(self) -> dict[str, Any]:
+        """The `anatomy` object of a profile; throughput in samples per second."""
+        return {
+            "peak_activation_bytes": self.peak_activation_bytes,
+            "startup": self.startup.to_dict(),
+            "latencies_ms": [{**each.to_dict(), "per_second": each.per_second} for each in self.latencies],
+            "operators": [each.to_dict() for each in self.operators],
+        }
+
+
+def anatomy(
+    path: Path,
+    inputs: Sequence[npt.NDArray[Any]],
+    *,
+    batches: Sequence[int],
+    runs: int,
+    runtime: Runtime,
+    seed: int,
+    progress: Progress = silent,
+) -> Anatomy:
+    """Start-up, memory, latency by threads and batch, and time by operator, of an ONNX file.
+
+    Args:
+        path: the file. One that fixes the batch is timed in that alone.
+        inputs: arrays by position, batch first; repeated to make up the other batches.
+        batches: sizes to time, besides that of `inputs`.
+        runs: interleaved rounds, in each of which every batch runs with one thread and with all of `runtime`.
+        runtime: of ONNX Runtime.
+        seed: of the order of runs.
+        progress: shows it.
+
+    Raises:
+        SepconvertError: ONNX Runtime cannot load the file or run it on these inputs.
+    """
+    file = read_onnx(path)
+    names = [each.name for each in session(path, runtime).get_inputs()]
+    own = max((len(each) for each in inputs if each.ndim), default=1)
+    fixed = any(shape and shape[0] is not None for shape in file.shapes)
+    feeds = {
+        size: {
+            name: (np.resize(each, (size, *each.shape[1:])) if each.ndim else each).astype(dtype, copy=False)
+            for name, each, dtype in zip(names, inputs, file.dtypes, strict=True)
+        }
+        for size in ([own] if fixed else sorted({own, *batches}))
+    }
+    runtimes = [replace(runtime, threads=threads) for threads in sorted({1, runtime.threads})]
+    return Anatomy(
+        file.peak_activation_bytes,
+        startup(path, feeds[own], sessions=_SESSIONS, runtime=runtime),
+        measure_grid(
+            path, feeds, runtimes, runs=runs, seed=seed,
+            progress=lambda items: progress(items, "timing batches"),
+        ),
+        operator_times(path, feeds[own], runs=runs, runtime=runtime),
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -36,6 +108,7 @@ class Profile:
     latency: Latency | None
     accuracy: Accuracy | None
     uncounted_ops: Mapping[str, int]
+    anatomy: Anatomy | None = None  # where it was asked for
 
     @property
     def flops(self) -> int:
@@ -52,6 +125,7 @@ class Profile:
             "latency_ms": None if self.latency is None else self.latency.to_dict(),
             "accuracy": None if self.accuracy is None else self.accuracy.to_dict(),
             "uncounted_ops": dict(self.uncounted_ops),
+            **({} if self.anatomy is None else {"anatomy": self.anatomy.to_json()}),
         }
 
 
@@ -66,7 +140,15 @@ class StoredProfile:
 
     def differences(self, environment: Mapping[str, Any]) -> list[str]:
         """In what another environment differs so that latencies are not to be compared."""
-        names = ("cpu", "cores", "threads", "graph_optimization", "onnxruntime", "platform")
+        names = (
+            "cpu",
+            "cores",
+            "threads",
+            "graph_optimization",
+            "provider",
+            "onnxruntime",
+            "platform",
+        )
         return [
             f"{name} ({self.environment.get(name)}, {environment.get(name)})"
             for name in names
@@ -153,7 +235,10 @@ def profile(
     runs: int = 50,
     threads: int | None = None,
     graph_optimization: str = "all",
+    provider: str = "cpu",
+    batches: Sequence[int] | None = None,
     seed: int = 0,
+    progress: Progress = silent,
 ) -> Profile:
     """Measure a model: MACs and parameters, ONNX size, latency in ONNX Runtime, accuracy on `data`.
 
@@ -164,13 +249,17 @@ def profile(
         runs: timed runs; 0 for no latency.
         threads: of ONNX Runtime; all cores if None.
         graph_optimization: of ONNX Runtime: "all" as is its default, "extended", "basic" or "none".
+        provider: of execution, one that the installed ONNX Runtime has: "cpu", "cuda", "openvino", …
+        batches: where not None, the profile has an `anatomy`, with latencies of these sizes too.
         seed: of the order of runs.
+        progress: shows it.
 
     Raises:
         SepconvertError: the model does not run on these inputs, or cannot be exported.
     """
     inputs = as_inputs(example_inputs)
-    runtime = Runtime(available_cores() if threads is None else threads, graph_optimization)
+    runtime = Runtime(available_cores() if threads is None else threads, graph_optimization, provider)
+    detail = None
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.onnx"
         save_onnx(model, inputs, path)
@@ -179,10 +268,15 @@ def profile(
         latency = (
             measure_single(path, feed, runs=runs, runtime=runtime, batch=batch, seed=seed) if runs else None
         )
+        if runs and batches is not None:
+            detail = anatomy(
+                path, list(feed.values()), batches=batches, runs=runs, runtime=runtime, seed=seed,
+                progress=progress,
+            )  # fmt: skip
         size = path.stat().st_size
     cost = count(private_copy(model), inputs)
     accuracy = None if data is None else evaluate(private_copy(model), data).accuracy()
-    return Profile(cost.params, cost.macs, size, latency, accuracy, cost.uncounted_ops)
+    return Profile(cost.params, cost.macs, size, latency, accuracy, cost.uncounted_ops, detail)
 
 
 def as_inputs(example_inputs: Tensor | Inputs) -> Inputs:

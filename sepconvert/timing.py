@@ -41,6 +41,9 @@ FORM_RUNS = 20
 _YARDSTICK = ConvSpec(64, 64, (3, 3), padding=((1, 1), (1, 1)), bias=True)
 _YARDSTICK_SHAPE = (1, 64, 24, 24)
 
+# What times hang on, of what `environment` tells.
+_RUNTIME = ("cpu", "threads", "graph_optimization", "provider", "onnxruntime")
+
 LAYOUT = 2
 """Of the layers that `Clock` times: another one makes what it remembers worthless."""
 
@@ -251,7 +254,7 @@ class Clock:
 
     def _key(self, **what: Any) -> str:
         found = environment(self._runtime)
-        what |= {name: found[name] for name in ("cpu", "threads", "graph_optimization", "onnxruntime")}
+        what |= {name: found[name] for name in _RUNTIME}
         return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:32]
 
     def _recall(self, key: str, usable: Callable[[Any], bool]) -> dict[str, Any]:

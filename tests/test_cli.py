@@ -836,6 +836,21 @@ def test_a_full_disk(here, tiny_disk, pages, file):
 # Profile and compare -------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--batches", "2,x"), "--batches 2,x: expected whole numbers from 1, joined by commas, e.g. 1,8,32"),
+        (("--batches", "0"), "--batches 0: expected whole numbers from 1, joined by commas, e.g. 1,8,32"),
+        (("--provider", "npu"), "provider: expected one that the installed onnxruntime has"),
+    ],
+)
+def test_a_profile_of_what_there_is_not(here, run, options, message):
+    outcome = run("profile", "net.pt", *SHAPE, "--runs", "2", *options)
+    assert (outcome.code, outcome.out) == (2, "")
+    assert outcome.err.startswith(f"sepconvert: {message}")
+    assert outcome.err.count("\n") == 1
+
+
 def test_a_profile_is_written_and_compared(here, run):
     outcome = run("profile", "net.pt", *SHAPE, "--runs", "3", "--out", "net.json", "--json")
     assert outcome.code == 0
@@ -844,6 +859,10 @@ def test_a_profile_is_written_and_compared(here, run):
     assert document["schema"] == "sepconvert.profile/1"
     assert document["flops"] == 2 * document["macs"] > 0
     assert document["latency_ms"]["runs"] == 3
+    assert {each["batch"] for each in document["anatomy"]["latencies_ms"]} == {1, 8}
+    shown = run("profile", "net.pt", *SHAPE, "--runs", "3", "--batches", "2,4").out
+    assert "samples/s" in shown
+    assert re.search(r"\bmix +Conv ", shown)
 
     table = run("compare", "net.json", "net.pt", *SHAPE, "--runs", "3")
     assert table.code == 0

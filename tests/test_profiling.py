@@ -7,8 +7,10 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import sepconvert
+from sepconvert.environment import Runtime
 from sepconvert.errors import SepconvertError
-from sepconvert.profiling import read_profile
+from sepconvert.export import save_onnx
+from sepconvert.profiling import anatomy, read_profile
 
 
 @pytest.fixture(scope="module")
@@ -54,6 +56,38 @@ def test_json(measured):
     assert (document["latency_ms"]["runs"], document["latency_ms"]["batch"]) == (5, 2)
     low, high = document["latency_ms"]["ci95"]
     assert 0 < low <= document["latency_ms"]["median"] <= high
+
+
+def test_anatomy(model, measured):
+    assert measured[0].anatomy is None
+    found = sepconvert.profile(model, torch.randn(2, 3, 8, 8), runs=5, threads=2, batches=[4, 1]).anatomy
+    assert [(each.threads, each.batch) for each in found.latencies] == [
+        (threads, batch) for threads in (1, 2) for batch in (1, 2, 4)
+    ]
+    first = found.latencies[0]
+    assert first.per_second == pytest.approx(1000 / first.median_ms)
+    assert found.startup.session_ms > 0
+    assert found.startup.first_run_ms > 0
+    # The convolution's input, its output and, if that is not written in place, ReLU's: of one sample.
+    assert found.peak_activation_bytes == 4 * 64 * (8 + 8)
+    assert {each.layer for each in found.operators} >= {"0", "4"}
+    document = found.to_json()
+    assert set(document) == {"peak_activation_bytes", "startup", "latencies_ms", "operators"}
+    assert json.loads(json.dumps(document, allow_nan=False)) == document
+
+
+def test_a_file_that_fixes_the_batch_is_timed_in_that_alone(model, tmp_path):
+    path = tmp_path / "model.onnx"
+    x = torch.randn(2, 3, 8, 8)
+    save_onnx(model, (x,), path, dynamic_batch=False)
+    found = anatomy(path, [x.numpy()], batches=[1, 8], runs=3, runtime=Runtime(1), seed=0)
+    assert [each.batch for each in found.latencies] == [2]
+    assert found.peak_activation_bytes == 2 * 4 * 64 * (8 + 8)
+
+
+def test_an_unknown_provider(model):
+    with pytest.raises(SepconvertError, match=r"provider: expected one that .* has \(.*cpu.*\), got 'npu'"):
+        sepconvert.profile(model, torch.randn(1, 3, 8, 8), provider="npu")
 
 
 def test_comparison_prints_ratios_against_the_first(model, measured):

@@ -8,7 +8,7 @@ to the first shows what this machine, at this moment, calls "the same speed".
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ _SHORTEST_SAMPLE_NS = 1_000_000
 _WARMUP_BLOCK = 3
 _WARMUP_TOLERANCE = 0.05
 _WARMUP_MOST_BLOCKS = 10
+_CPU = "CPUExecutionProvider"
 _LEVELS = {
     "all": ort.GraphOptimizationLevel.ORT_ENABLE_ALL,
     "extended": ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED,
@@ -49,6 +50,11 @@ class Latency:
     runs: int
     threads: int
     batch: int
+
+    @property
+    def per_second(self) -> float:
+        """Samples in a second, one batch after the other."""
+        return 1000 * self.batch / self.median_ms
 
     def to_dict(self) -> dict[str, Any]:
         """The `latency_ms` object of the JSON profile, in milliseconds."""
@@ -97,17 +103,21 @@ class Speedup:
         }
 
 
-def session(model: Path | bytes, runtime: Runtime) -> ort.InferenceSession:
-    """An ONNX Runtime session on the CPU, operators one after the other.
+def session(model: Path | bytes, runtime: Runtime, profile: Path | None = None) -> ort.InferenceSession:
+    """An ONNX Runtime session on the runtime's provider, operators one after the other.
 
-    `model` is the path of an .onnx file, or its bytes. All else is ONNX Runtime's default, as deployed, but
-    for one thing: the worker threads do not spin while they wait. The workers of one session would spin on
-    the cores of whichever session is timed next: with two threads on two cores, three interleaved sessions
-    of one 0.56 ms model took 0.6 to 3.6 ms, and with spinning off 0.56 to 0.60 ms, as it does alone. (To stop
-    spinning after each run, `session.force_spinning_stop`, does not help: 1.4 to 2.0 ms.)
+    `model` is the path of an .onnx file, or its bytes; with `profile`, what operators take is written to a
+    file of which the name begins so. What the provider has no kernel for runs on the CPU.
 
-    Raises `SepconvertError` if ONNX Runtime cannot load the model.
+    All else is ONNX Runtime's default, as deployed, but for one thing: the worker threads do not spin while
+    they wait. The workers of one session would spin on the cores of whichever session is timed next: with two
+    threads on two cores, three interleaved sessions of one 0.56 ms model took 0.6 to 3.6 ms, and without
+    spinning 0.56 to 0.60 ms, as it does alone. (To stop spinning after each run, as
+    `session.force_spinning_stop` does, does not help: 1.4 to 2.0 ms.)
+
+    Raises `SepconvertError` if ONNX Runtime cannot load the model, or start the provider.
     """
+    provider = runtime.execution_provider
     options = ort.SessionOptions()
     options.intra_op_num_threads = runtime.threads
     options.graph_optimization_level = _LEVELS[runtime.graph_optimization]
@@ -115,9 +125,14 @@ def session(model: Path | bytes, runtime: Runtime) -> ort.InferenceSession:
     options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
     options.log_severity_level = 4
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    if profile is not None:
+        options.enable_profiling = True
+        options.profile_file_prefix = str(profile)
     try:
-        return ort.InferenceSession(
-            str(model) if isinstance(model, Path) else model, options, providers=["CPUExecutionProvider"]
+        found = ort.InferenceSession(
+            str(model) if isinstance(model, Path) else model,
+            options,
+            providers=list(dict.fromkeys((provider, _CPU))),
         )
     except Exception as error:  # ONNX Runtime's errors share no base class
         name = model if isinstance(model, Path) else f"the model of {len(model)} bytes"
@@ -125,6 +140,43 @@ def session(model: Path | bytes, runtime: Runtime) -> ort.InferenceSession:
             f"onnxruntime cannot load {name}: {first_line(error)}; expected a valid ONNX file,"
             " check it with onnx.checker.check_model"
         ) from error
+    if found.get_providers()[0] != provider:  # it falls back to the CPU by itself
+        raise SepconvertError(
+            f"--provider {runtime.provider}: onnxruntime has it but cannot start it; install the drivers and "
+            "libraries that it needs, or pass --provider cpu"
+        )
+    return found
+
+
+@dataclass(frozen=True)
+class Startup:
+    """Milliseconds until a model answers for the first time; medians over new sessions in one process."""
+
+    session_ms: float  # reads, optimises and lays out the model
+    first_run_ms: float  # allocates what later runs use again
+    sessions: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """The `startup` object of a profile."""
+        return asdict(self)
+
+
+def startup(
+    model: Path | bytes, feeds: Mapping[str, npt.NDArray[Any]], *, sessions: int, runtime: Runtime
+) -> Startup:
+    """Begin so many sessions of a model one after the other, and run each once.
+
+    Raises `SepconvertError` if the model cannot be loaded.
+    """
+    times = []
+    for _ in range(sessions):
+        start = time.perf_counter_ns()
+        opened = session(model, runtime)
+        ready = time.perf_counter_ns()
+        opened.run(None, dict(feeds))
+        times.append((ready - start, time.perf_counter_ns() - ready))
+    created, first = np.median(times, axis=0) / 1e6
+    return Startup(float(created), float(first), sessions)
 
 
 def measure_pair(
@@ -197,6 +249,29 @@ def measure_single(
     task = _runner(session(model, runtime), feeds)
     (samples,) = interleave([task], runs=runs, seed=seed, progress=progress)
     return latency(samples, runtime.threads, batch)
+
+
+def measure_grid(
+    model: Path | bytes,
+    feeds: Mapping[int, Mapping[str, npt.NDArray[Any]]],
+    runtimes: Sequence[Runtime],
+    *,
+    runs: int,
+    seed: int,
+    progress: Progress | None = None,
+) -> tuple[Latency, ...]:
+    """One ONNX model in several batches, in several sessions, all interleaved: each session in every batch.
+
+    `feeds` by batch size, as in `measure_pair`. Raises `SepconvertError` as that does.
+    """
+    tasks, places = [], []
+    for runtime in runtimes:
+        opened = session(model, runtime)
+        for batch, arrays in feeds.items():
+            tasks.append(_runner(opened, arrays))
+            places.append((runtime.threads, batch))
+    times = interleave(tasks, runs=runs, seed=seed, progress=progress)
+    return tuple(latency(each, *place) for each, place in zip(times, places, strict=True))
 
 
 def interleave(

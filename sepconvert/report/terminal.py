@@ -8,6 +8,7 @@ from tabulate import tabulate
 Document = Mapping[str, Any]
 
 _REASON_WIDTH = 44
+_SLOWEST = 12  # operators that are shown one by one
 
 # Even for a layer of some 64 channels, of which an image of 8×8 shows 64 patches with 576 elements each.
 _FEW_IMAGES = 64
@@ -29,6 +30,50 @@ def layer_table(layers: Sequence[Document]) -> str:
     headers = ["layer", "kernel", "scheme", "MACs", "error", "reason"]
     widths = [30, None, None, None, None, _REASON_WIDTH]
     return tabulate(rows, headers=headers, maxcolwidths=widths, disable_numparse=True)
+
+
+def anatomy_text(anatomy: Document) -> str:
+    """Start-up, memory, latency by threads and batch, and the layers that take longest."""
+    startup, peak = anatomy["startup"], anatomy["peak_activation_bytes"]
+    lines = [
+        f"A new session takes {startup['session_ms']:.1f} ms, its first run {startup['first_run_ms']:.2f} ms "
+        f"(medians of {startup['sessions']}).",
+        f"Activations: {peak / 2**20:.2f} MiB are alive at once." if peak is not None
+        else "Activations: shapes are not known.",
+    ]  # fmt: skip
+    latencies = [
+        [each["threads"], each["batch"], _median_and_interval(each), f"{each['per_second']:,.0f}"]
+        for each in anatomy["latencies_ms"]
+    ]
+    headers = ["threads", "batch", "latency, ms", "samples/s"]
+    table = tabulate(latencies, headers=headers, disable_numparse=True)
+    return "\n".join([*lines, "", table, "", _operators(anatomy["operators"])])
+
+
+def _median_and_interval(latency: Document) -> str:
+    low, high = latency["ci95"]
+    return f"{latency['median']:.3f} [{low:.3f}, {high:.3f}]"
+
+
+def _operators(operators: Sequence[Document]) -> str:
+    """The slowest, and what the others take together."""
+    total = sum(each["milliseconds"] for each in operators) or 1.0
+    ordered = sorted(operators, key=lambda each: -each["milliseconds"])
+    rows = [
+        [
+            each["layer"] if each["layer"] is not None else each["name"],
+            each["operator"],
+            each["kernel"] or "",
+            f"{each['milliseconds']:.3f}",
+            f"{100 * each['milliseconds'] / total:.1f}",
+        ]
+        for each in ordered[:_SLOWEST]
+    ]
+    if rest := ordered[_SLOWEST:]:
+        others = sum(each["milliseconds"] for each in rest)
+        rows.append([f"{len(rest)} others", "", "", f"{others:.3f}", f"{100 * others / total:.1f}"])
+    headers = ["layer", "operator", "kernel", "ms", "%"]
+    return tabulate(rows, headers=headers, maxcolwidths=[30, None, None, None, None], disable_numparse=True)
 
 
 def structure_table(layers: Sequence[Document]) -> str:

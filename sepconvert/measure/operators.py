@@ -1,0 +1,155 @@
+"""Where the time of an ONNX file goes: operators as ONNX Runtime runs them, and the layers they belong to.
+
+The runtime fuses what follows a convolution into it, and calls the whole after what it returns. Which layer
+that was is found by going back through the file's own graph to the operator that holds the weight.
+"""
+
+import ast
+import contextlib
+import json
+import tempfile
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+
+from sepconvert.environment import Runtime
+from sepconvert.measure.latency import session
+
+_BLOCKED = "_nchwc"  # how names of operators on blocked layouts end
+_TIME = "_kernel_time"
+_SCOPES = "pkg.torch.onnx.name_scopes"
+_CONVOLUTIONS = ("Conv", "FusedConv", "ConvTranspose")
+_WITH_WEIGHTS = (*_CONVOLUTIONS, "Gemm", "FusedGemm", "MatMul", "FusedMatMul")
+_WARMUP_RUNS = 3
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class OperatorTime:
+    """One operator as the runtime runs it.
+
+    `layer` is the module that it stands for, or what its weight is called; None where neither is known.
+    `kernel` is the path that its type, layout and shapes imply. `milliseconds` are those of one run of the
+    model: the median over runs. The profiler slows small operators down: they are shares, not latencies.
+    """
+
+    name: str
+    layer: str | None
+    operator: str
+    kernel: str | None
+    milliseconds: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """One entry of `operators` in a profile."""
+        return asdict(self)
+
+
+def operator_times(
+    path: Path, feeds: Mapping[str, npt.NDArray[Any]], *, runs: int, runtime: Runtime
+) -> tuple[OperatorTime, ...]:
+    """By ONNX Runtime's own profiler, in the order of execution.
+
+    Args:
+        path: the ONNX file.
+        feeds: arrays by input name.
+        runs: that are looked at, after a few that are not.
+        runtime: of ONNX Runtime.
+
+    Raises:
+        SepconvertError: ONNX Runtime cannot load the file.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        profiled = session(path, runtime, profile=Path(folder) / "profile")
+        for _ in range(_WARMUP_RUNS + runs):
+            profiled.run(None, dict(feeds))
+        events = json.loads(Path(profiled.end_profiling()).read_text(encoding="utf-8"))
+    each_run = list(_by_run(events))[_WARMUP_RUNS:]
+    graph = _Graph(onnx.load(str(path), load_external_data=False).graph)
+    found = []
+    for (name, operator, shapes), _ in each_run[-1].items():
+        own = name.removesuffix(_BLOCKED)
+        found.append(
+            OperatorTime(
+                own,
+                graph.layer(own, operator, shapes[1] if len(shapes) > 1 else ()),
+                operator,
+                _kernel(operator, name != own, shapes),
+                float(np.median([run.get((name, operator, shapes), 0.0) for run in each_run])),
+            )
+        )
+    return tuple(found)
+
+
+_Key = tuple[str, str, tuple[Shape, ...]]
+"""Name, type, and shapes of the inputs."""
+
+
+def _by_run(events: Sequence[Mapping[str, Any]]) -> Iterator[dict[_Key, float]]:
+    """Milliseconds of each operator in each run of the model: in a loop it runs several times."""
+    times: dict[_Key, float] = defaultdict(float)
+    for event in events:
+        if event["name"] == "model_run":
+            yield dict(times)
+            times.clear()
+        elif event.get("cat") == "Node" and event["name"].endswith(_TIME):
+            shapes = (tuple(shape) for each in event["args"]["input_type_shape"] for shape in each.values())
+            key = event["name"].removesuffix(_TIME), event["args"]["op_name"], tuple(shapes)
+            times[key] += event["dur"] / 1000
+
+
+def _kernel(operator: str, blocked: bool, shapes: Sequence[Shape]) -> str | None:
+    """What a convolution's type, layout and shapes imply; None for other operators."""
+    if operator not in _CONVOLUTIONS or len(shapes) < 2 or len(shapes[1]) < 3:
+        return None
+    (_, channels, *_), (_, of_each_output, *kernel) = shapes[:2]
+    if max(kernel) == 1 and of_each_output == channels:
+        return "pointwise, blocked layout" if blocked else "GEMM"
+    kind = "depthwise" if of_each_output == 1 else "grouped" if of_each_output < channels else "direct"
+    return f"{kind}, blocked layout" if blocked else f"{kind}, im2col and GEMM"
+
+
+class _Graph:
+    """Looks up which layer an operator of the optimised graph comes from."""
+
+    def __init__(self, graph: onnx.GraphProto) -> None:
+        self._weights = {tensor.name: tuple(tensor.dims) for tensor in graph.initializer}
+        self._by_name = {node.name: node for node in graph.node if node.name}
+        self._producers = {output: node for node in graph.node for output in node.output}
+
+    def layer(self, name: str, operator: str, weight: Shape) -> str | None:
+        """Of the operator called `name` after what it was, or after what it returns."""
+        node = self._by_name.get(name) or self._producers.get(name)
+        if node is None:  # the runtime's own, such as a change of layout
+            return None
+        if operator in _WITH_WEIGHTS:
+            found = list(self._weights_behind(node))
+            # Of several that meet in a fused sum, the one of this shape.
+            matching = [each for each in found if self._weights[each] == weight] or found
+            if matching:
+                return matching[0].removesuffix(".weight")
+        for entry in node.metadata_props:
+            if entry.key == _SCOPES:
+                with contextlib.suppress(ValueError, SyntaxError):
+                    _, *scopes = ast.literal_eval(entry.value)  # of the model itself, …, of the operator
+                    return str(scopes[-2]) if len(scopes) > 1 else None
+        return None
+
+    def _weights_behind(self, node: onnx.NodeProto) -> Iterator[str]:
+        """Weights of the nearest operators that have some, from `node` backwards."""
+        waiting, seen = [node], set[str]()
+        while waiting:
+            now = waiting.pop(0)
+            if now.op_type in _WITH_WEIGHTS:
+                yield from (name for name in now.input[1:2] if name in self._weights)
+                continue
+            for value in now.input:
+                if value in self._producers and value not in seen:
+                    seen.add(value)
+                    waiting.append(self._producers[value])

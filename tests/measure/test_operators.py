@@ -1,0 +1,64 @@
+"""Operators as ONNX Runtime runs them are found in the model that they come from."""
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from sepconvert.environment import Runtime
+from sepconvert.export import save_onnx
+from sepconvert.measure.operators import operator_times
+
+
+class Net(nn.Module):
+    """Convolutions of each kind, a residual sum, and a classifier."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU())
+        self.deep = nn.Conv2d(16, 16, 3, padding=1, groups=16)
+        self.point = nn.Conv2d(16, 16, 1)
+        self.grouped = nn.Conv2d(16, 16, 3, padding=1, groups=2)
+        self.head = nn.Linear(16, 10)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.stem(x)
+        x = torch.relu(x + self.point(torch.relu(self.deep(x))))
+        return self.head(self.grouped(x).mean((2, 3)))
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory):
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("onnx") / "net.onnx"
+    save_onnx(Net().eval(), (torch.randn(1, 3, 16, 16),), path)
+    return path
+
+
+def times(path, level):
+    feeds = {"input": np.zeros((1, 3, 16, 16), np.float32)}
+    return operator_times(path, feeds, runs=5, runtime=Runtime(1, level))
+
+
+KINDS = {"stem.0": "direct", "deep": "depthwise", "point": "pointwise", "grouped": "grouped"}
+
+
+def test_blocked_layouts(path):
+    found = {each.layer: each for each in times(path, "all") if each.operator == "Conv"}
+    if not any("blocked" in each.kernel for each in found.values()):
+        pytest.skip("this processor has no blocked layouts")
+    assert found.keys() == KINDS.keys()
+    for name in ("stem.0", "deep", "point"):  # groups of few channels are not blocked everywhere
+        assert found[name].kernel == f"{KINDS[name]}, blocked layout"
+
+
+def test_without_optimisation_every_operator_is_that_of_the_file(path):
+    found = times(path, "none")
+    kernels = {each.layer: each.kernel for each in found if each.operator == "Conv"}
+    assert kernels == {
+        name: "GEMM" if kind == "pointwise" else f"{kind}, im2col and GEMM" for name, kind in KINDS.items()
+    }
+    assert [each.layer for each in found if each.operator == "Gemm"] == ["head"]
+    assert "stem.2" in [each.layer for each in found if each.operator == "Relu"]
+    assert all(each.milliseconds >= 0 for each in found)
+    assert sum(each.milliseconds for each in found) > 0
