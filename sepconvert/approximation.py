@@ -198,7 +198,7 @@ class Heldout:
                 if most is not None and count >= most:
                     break
         return Divergence(
-            total / count,
+            max(total / count, 0.0),  # which nothing but rounding falls below
             equal / count if classified else None,
             right / labelled if labelled else None,
             loss / labelled if labelled else None,
