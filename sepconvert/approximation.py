@@ -373,7 +373,9 @@ def carry_out(
     for buffer, found in zip(candidate.buffers(), running.buffers(), strict=True):
         buffer.copy_(found)
     reached = heldout.measure(candidate)
-    kept = reached.loss < steps[-1].reached.loss
+    before = steps[-1].reached
+    # Labels may forbid the step, but not make up for answers that are further from the original's.
+    kept = reached.divergence < before.divergence and reached.loss < before.loss
     steps.append(Step("re-estimate BatchNorm", reached, kept))
     return Fitted(choice, candidate if kept else converted, fits, by_weights, kept, tuple(steps))
 

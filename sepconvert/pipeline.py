@@ -206,6 +206,9 @@ def convert(
         data = parts.scored
     # Before the long work, as this is where data that do not suit the model are found out.
     predictions = None if data is None else _predict("original", private_copy(model), data, progress)
+    if parts is not None:
+        by_time = gate == "latency" and budget.share is None
+        budget = budget.or_default(labelled=predictions is not None, timed=runs > 0 or by_time)
     original_cost = count(private_copy(model), inputs)
     start, start_sites, start_cost = model, sites, original_cost
     clock = Clock(runtime, seed, cache, measure_seconds)
@@ -239,7 +242,7 @@ def convert(
         conversion = convert_approximately(
             start, inputs, start_sites, original=model, mode=mode, gate=gate, clock=clock,
             include=include, exclude=exclude,
-            budget=budget.or_default(labelled=predictions is not None),
+            budget=budget,
             calibration=parts.calibration,
             finetuning=Finetuning(
                 finetune, parts.train, parts.heldout, parts.labelled, precision, checkpoint, resume, on_step

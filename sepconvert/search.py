@@ -63,20 +63,24 @@ class Budget:
         """Of the original's cost that a plan may have."""
         return self.target_params if self.target_macs is None else self.target_macs
 
-    def or_default(self, *, labelled: bool) -> "Budget":
+    def or_default(self, *, labelled: bool, timed: bool) -> "Budget":
         """With a drop of one point where nothing is demanded.
 
         Raises:
-            SepconvertError: that needs labelled data.
+            SepconvertError: what is demanded cannot be measured, for want of labelled data or timed runs.
         """
-        if self != Budget():
-            return self
-        if not labelled:
-            raise SepconvertError(
-                "mode: approx and auto need a budget; pass --rank, --target-macs, --target-params or "
-                "--min-speedup, or --data to hold accuracy"
-            )
-        return Budget(max_drop=1.0)
+        if self == Budget():
+            if not labelled:
+                raise SepconvertError(
+                    "mode: approx and auto need a budget; pass --rank, --target-macs, --target-params or "
+                    "--min-speedup, or --data to hold accuracy"
+                )
+            return Budget(max_drop=1.0)
+        if self.max_drop is not None and not labelled:
+            raise SepconvertError("--max-drop: needs labelled data to measure the drop on; pass --data")
+        if self.min_speedup is not None and not timed:
+            raise SepconvertError("--min-speedup: needs timed runs; leave out --runs 0")
+        return self
 
 
 @dataclass(eq=False)
@@ -377,8 +381,7 @@ class Search:
     def _accurate_enough(self, point: Point, budget: Budget) -> bool:
         if budget.max_drop is None:
             return True
-        if self.accuracy is None:
-            raise SepconvertError("--max-drop: needs labelled data to measure the drop on; pass --data")
+        assert self.accuracy is not None  # noqa: S101  (`Budget.or_default` saw to it)
         if point.accuracy is None:
             point.accuracy = self.accuracy(self.carried_out(point).model)
         return point.accuracy.drop_pp <= budget.max_drop
@@ -386,8 +389,6 @@ class Search:
     def _fast_enough(self, point: Point, budget: Budget) -> bool:
         if budget.min_speedup is None:
             return True
-        if self.speedups is None:
-            raise SepconvertError("--min-speedup: needs timed runs; leave out --runs 0")
         if point.speedup is None:
             self._time([point])
         assert point.speedup is not None  # noqa: S101

@@ -341,6 +341,34 @@ def test_full_rank_is_the_original_on_every_kind_of_layer(geometry):
     assert (actual - expected).abs().max() <= 1e3 * torch.finfo(dtype).eps * (magnitude + 1)
 
 
+@pytest.mark.parametrize(
+    "middle",
+    [
+        nn.Conv2d(8, 8, 3, groups=2),
+        nn.Conv2d(8, 8, 3, padding=1, padding_mode="circular"),
+        nn.Conv2d(8, 8, 3),
+    ],
+)
+def test_labels_do_not_make_up_for_answers_that_are_not_the_original_s(middle):
+    """Statistics that no data has seen, and labels at random: re-estimation can please but the labels."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        middle, nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5)
+    ).eval()  # fmt: skip
+    with torch.no_grad():
+        model[1].running_var.fill_(0.01)  # ten times too sure, of what is wrong for most labels
+        model[-1].weight.mul_(3)
+    x, y = torch.randn(96, 8, 10, 10), torch.randint(0, 5, (96,))
+    calib = DataLoader(TensorDataset(x, y), batch_size=32)
+    result = convert(model, x[:4], mode="approx", rank=9, gate="none", calib=calib, runs=0)
+    *_, fitted, renewed = result.report["approximation"]["steps"]
+    assert renewed["name"] == "re-estimate BatchNorm"
+    assert renewed["divergence"] > fitted["divergence"]
+    assert renewed["label_loss"] < fitted["label_loss"]
+    assert not renewed["kept"]
+    torch.testing.assert_close(result.model(x), model(x), rtol=1e-4, atol=1e-4)
+
+
 def test_what_plans_have_in_common_is_fitted_once():
     """Layers before the first that differs are taken over; the result is, bit by bit, the same."""
     torch.manual_seed(0)
@@ -387,8 +415,8 @@ def test_what_plans_have_in_common_is_fitted_once():
 
 
 def test_budget_defaults():
-    assert Budget().or_default(labelled=True) == Budget(max_drop=1.0)
-    assert Budget(rank=2).or_default(labelled=False) == Budget(rank=2)
+    assert Budget().or_default(labelled=True, timed=False) == Budget(max_drop=1.0)
+    assert Budget(rank=2).or_default(labelled=False, timed=False) == Budget(rank=2)
 
 
 # Data at the edge

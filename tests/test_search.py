@@ -223,11 +223,12 @@ def test_demands_are_met_together():
 
 
 def test_what_cannot_be_measured_cannot_be_demanded():
-    surveyed = {"a": layer(400, 1.0)}
     with pytest.raises(SepconvertError, match="needs labelled data"):
-        Bench(surveyed).search.run(Budget(max_drop=1.0))
+        Budget(max_drop=1.0).or_default(labelled=False, timed=True)
     with pytest.raises(SepconvertError, match="needs timed runs"):
-        Bench(surveyed).search.run(Budget(min_speedup=1.0))
+        Budget(min_speedup=1.0).or_default(labelled=True, timed=False)
+    demanded = Budget(max_drop=1.0, min_speedup=1.0)
+    assert demanded.or_default(labelled=True, timed=True) == demanded
 
 
 def test_nothing_to_replace():
@@ -271,7 +272,7 @@ def test_one_option_fixes_the_plan():
 
 
 def test_defaults():
-    assert Budget().or_default(labelled=True) == Budget(max_drop=1.0)
-    assert Budget(target_macs=1.0).or_default(labelled=False) == Budget(target_macs=1.0)
+    assert Budget().or_default(labelled=True, timed=False) == Budget(max_drop=1.0)
+    assert Budget(target_macs=1.0).or_default(labelled=False, timed=False) == Budget(target_macs=1.0)
     with pytest.raises(SepconvertError, match="need a budget"):
-        Budget().or_default(labelled=False)
+        Budget().or_default(labelled=False, timed=False)
