@@ -28,6 +28,7 @@ from sepconvert.trace import Inputs, private_copy
 _RUNTIME_DTYPES = {torch.float64: torch.float32, torch.bfloat16: torch.float32}
 
 _OPSET, _IR_VERSION = 20, 10  # that torch's exporter writes as well
+_STACK_TRACE = "pkg.torch.onnx.stack_trace"  # paths and lines of this machine, which are nobody's business
 _PAD_MODES = {"zeros": "constant", "reflect": "reflect", "replicate": "edge", "circular": "wrap"}
 
 
@@ -100,14 +101,11 @@ def save_onnx(model: nn.Module, inputs: Inputs, path: Path, *, dynamic_batch: bo
     program, note = _program(private_copy(model, dtype), cast(inputs, dtype), dynamic_batch)
     with _quiet(), writing(path):
         try:
-            torch.onnx.export(
-                program,
-                dynamo=True,
-                external_data=False,
-                verbose=False,
-                f=str(path),
-                input_names=onnx_names(inputs),
-            )
+            exported = torch.onnx.export(program, dynamo=True, verbose=False, input_names=onnx_names(inputs))
+            assert exported is not None  # noqa: S101  (it is None on the non-dynamo path alone)
+            for node in exported.model.graph.all_nodes():
+                node.metadata_props.pop(_STACK_TRACE, None)
+            exported.save(str(path), external_data=False)
         except OSError:
             raise
         except Exception as error:  # the exporter raises errors of many kinds

@@ -114,6 +114,14 @@ def test_a_fixed_batch_is_exported_with_the_reason(cls, tmp_path):
     assert torch.equal(torch.export.load(tmp_path / "model.pt2").module()(x), model(x))
 
 
+def test_the_file_tells_nothing_of_the_machine_but_of_the_layers(tmp_path):
+    save_onnx(seeded(small), (torch.randn(1, 3, 8, 8),), tmp_path / "model.onnx")
+    content = (tmp_path / "model.onnx").read_bytes()
+    assert b"/" + bytes(__file__.split("/")[-1], "ascii") not in content
+    assert b'File "' not in content
+    assert b"pkg.torch.onnx.name_scopes" in content
+
+
 def test_a_dynamic_batch_can_be_declined(tmp_path):
     note = save_onnx(seeded(small), (torch.randn(2, 3, 8, 8),), tmp_path / "m.onnx", dynamic_batch=False)
     assert (note.dynamic_batch, note.reason) == (False, None)
