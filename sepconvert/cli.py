@@ -118,6 +118,7 @@ _timing_options = _options(
         help="Of ONNX Runtime, for what is timed: that with which you deploy.",
     ),
     click.option("--provider", default="cpu", show_default=True, metavar="NAME",
+                 callback=lambda context, parameter, name: name.lower(),
                  help="Execution provider of ONNX Runtime: cpu, cuda, tensorrt, openvino, coreml, …"),
     click.option(
         "--runs", default=50, show_default=True, type=click.IntRange(0), help="Timed runs; 0 for none."

@@ -36,7 +36,7 @@ from sepconvert.pipeline import convert as run_convert
 from sepconvert.pipeline import inspect as run_inspect
 from sepconvert.plan import read_plan
 from sepconvert.profiling import SCHEMA as PROFILE_SCHEMA
-from sepconvert.profiling import StoredProfile, anatomy, read_profile
+from sepconvert.profiling import StoredProfile, anatomy, batch_size, read_profile
 from sepconvert.profiling import profile as run_profile
 from sepconvert.report.files import write_documents
 from sepconvert.report.terminal import anatomy_text, layer_table, structure_table, summary
@@ -75,7 +75,7 @@ def convert(**options: Any) -> None:
             runs=options["runs"],
             threads=options["threads"],
             graph_optimization=options["graph_optimization"],
-            provider=options["provider"].lower(),
+            provider=options["provider"],
             source={"path": str(loaded.path), "sha256": loaded.sha256},
             out=folder,
             **_common(options),
@@ -209,15 +209,18 @@ def _profile(options: Options) -> StoredProfile:
     if path.suffix == ".onnx":
         file = read_onnx(path)
         data, inputs = _data_and_examples(options, _example(file))
-        found = _measured([Subject.of_file(path, file)], data, inputs, options).profiles[0]
-        batches = _batches(options)
-        if options["runs"] and batches is not None:
+        batches = _batches(options) if options["runs"] else None
+        # What is timed in detail is not timed before.
+        timing = options if batches is None else {**options, "runs": 0}
+        found = _measured([Subject.of_file(path, file)], data, inputs, timing).profiles[0]
+        if batches is not None:
             arrays = [value.numpy() for value in inputs if isinstance(value, Tensor)]
             detail = anatomy(
                 path, arrays, batches=batches, runs=options["runs"], runtime=runtime, seed=options["seed"],
                 progress=_progress(options),
             )  # fmt: skip
-            found = replace(found, anatomy=detail)
+            latency = detail.latency(runtime.threads, batch_size(inputs))
+            found = replace(found, latency=latency, anatomy=detail)
         return StoredProfile(found, str(path), file.sha256, environment(runtime))
     loaded = _load(options)
     data, inputs = _data_and_inputs(options, loaded)
@@ -228,7 +231,7 @@ def _profile(options: Options) -> StoredProfile:
         runs=options["runs"],
         threads=options["threads"],
         graph_optimization=options["graph_optimization"],
-        provider=options["provider"].lower(),
+        provider=options["provider"],
         batches=_batches(options),
         seed=options["seed"],
         progress=_progress(options),
@@ -252,7 +255,7 @@ def _measured(
 
 def _runtime(options: Options) -> Runtime:
     return Runtime(
-        options["threads"] or available_cores(), options["graph_optimization"], options["provider"].lower()
+        options["threads"] or available_cores(), options["graph_optimization"], options["provider"]
     )
 
 
@@ -288,7 +291,7 @@ def demo(**options: Any) -> None:
             runs=options["runs"],
             threads=options["threads"],
             graph_optimization=options["graph_optimization"],
-            provider=options["provider"].lower(),
+            provider=options["provider"],
             seed=options["seed"],
             out=folder,
             progress=_progress(options),

@@ -37,6 +37,10 @@ class Anatomy:
     latencies: tuple[Latency, ...]  # by threads and batch
     operators: tuple[OperatorTime, ...]  # of one batch as it is timed, in the order of execution
 
+    def latency(self, threads: int, batch: int) -> Latency:
+        """One of `latencies`."""
+        return next(each for each in self.latencies if (each.threads, each.batch) == (threads, batch))
+
     def to_json(self) -> dict[str, Any]:
         """The `anatomy` object of a profile; throughput in samples per second."""
         return {
@@ -259,20 +263,20 @@ def profile(
     """
     inputs = as_inputs(example_inputs)
     runtime = Runtime(available_cores() if threads is None else threads, graph_optimization, provider)
-    detail = None
+    latency, detail = None, None
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.onnx"
         save_onnx(model, inputs, path)
         feed = onnx_feed(cast(inputs, runtime_dtype(model)))
         batch = batch_size(inputs)
-        latency = (
-            measure_single(path, feed, runs=runs, runtime=runtime, batch=batch, seed=seed) if runs else None
-        )
-        if runs and batches is not None:
+        if runs and batches is None:
+            latency = measure_single(path, feed, runs=runs, runtime=runtime, batch=batch, seed=seed)
+        elif runs and batches is not None:
             detail = anatomy(
                 path, list(feed.values()), batches=batches, runs=runs, runtime=runtime, seed=seed,
                 progress=progress,
             )  # fmt: skip
+            latency = detail.latency(runtime.threads, batch)
         size = path.stat().st_size
     cost = count(private_copy(model), inputs)
     accuracy = None if data is None else evaluate(private_copy(model), data).accuracy()

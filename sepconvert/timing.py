@@ -89,7 +89,7 @@ def time_layers(
 
 def time_layer(site: ConvSite, replacement: Replacement, runs: int, runtime: Runtime, seed: int) -> Timing:
     """The dense layer and its factors as they run within a graph, on inputs as large as there."""
-    spec, shape = site.dense.spec, _batched(site.dense.inputs)
+    spec, shape = site.dense.spec, _input_shape(site.dense.inputs)
     forms = (ZERO_BORDER, 0, Border()), (replacement.scheme, replacement.rank, replacement.border)
     before, after = (layer_onnx(branches(spec, *form), shape) for form in forms)
     return measure_pair(
@@ -179,7 +179,7 @@ class Clock:
     def forms(self, site: ConvSite, forms: Sequence[Form]) -> FormTimes | None:
         """Of the layer at `site` in these forms; None if time is up."""
         conv = site.dense
-        shape = _batched(conv.inputs)
+        shape = _input_shape(conv.inputs)
         key = self._key(layout=LAYOUT, spec=asdict(conv.spec), input=list(shape))
         known = self._recall(key, _usable_forms)
         missing = [form for form in forms if _label(form) not in known.get("forms", {})]
@@ -199,7 +199,7 @@ class Clock:
 
     def pair(self, pair: tuple[ConvSpec, ConvSpec], dense: ConvSpec, inputs: Tensor) -> Speedup | None:
         """Of one convolution over the two that it may stand for, on such inputs; None if time is up."""
-        shape = _batched(inputs)
+        shape = _input_shape(inputs)
         key = self._key(layout=LAYOUT, pair=[asdict(spec) for spec in pair], input=list(shape))
         if not self._recall(key, _usable_plan):
             if time.monotonic() > self._deadline:
@@ -278,7 +278,7 @@ class Clock:
             unfinished.replace(self._cache / f"{key}.json")
 
 
-def _batched(inputs: Tensor) -> tuple[int, ...]:
+def _input_shape(inputs: Tensor) -> tuple[int, ...]:
     """N × C × H × W of a convolution's inputs."""
     return (len(inputs) if inputs.ndim == 4 else 1, *inputs.shape[-3:])
 

@@ -33,6 +33,7 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
+import small_net
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -73,24 +74,6 @@ def late_stranger():
     y = torch.zeros(12, dtype=torch.int64)
     y[-1] = 4
     return DataLoader(TensorDataset(torch.zeros(12, 3, 8, 8), y), batch_size=4)
-"""
-
-
-DEEP = """
-import numpy as np
-import torch
-from torch import nn
-
-def make():
-    torch.manual_seed(0)
-    return nn.Sequential(
-        nn.Conv2d(8, 16, 3), nn.ReLU(), nn.Conv2d(16, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(),
-        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 5),
-    )
-
-if __name__ == "__main__":
-    torch.save(make().state_dict(), "deep.pth")
-    np.savez("deep.npz", x=np.random.default_rng(0).standard_normal((160, 8, 12, 12)).astype(np.float32))
 """
 
 
@@ -774,10 +757,9 @@ def test_an_interrupted_conversion_leaves_nothing(here, number):
 
 def test_fine_tuning_that_was_killed_is_resumed_to_the_same_weights(here):
     """It says how far it is on a pipe too, and leaves nothing beside the result in the end."""
-    (here / "deep.py").write_text(DEEP)
-    train = ("--finetune", "30", "--calib", "deep.npz", "--calib-images", "120")
-    arguments = ("deep.pth", "--factory", "deep.py:make", "--mode", "approx", "--rank", "1", "--runs", "0")
-    subprocess.run([sys.executable, "deep.py"], check=True)
+    small_net.write(here)
+    train = ("--finetune", "30", "--calib", "x.npz", "--calib-images", "120")
+    arguments = ("net.pth", "--factory", "net.py:make", "--mode", "approx", "--rank", "1", "--runs", "0")
     before = listing(here)
     process = start(*arguments, *train, "--out", "whole")
     _, err = process.communicate()

@@ -4,23 +4,11 @@ import json
 import subprocess
 import sys
 
-import numpy as np
+import small_net
 import torch
 from safetensors.torch import load_file
 
 from sepconvert.distributed import gather, once, processes, rank
-
-NET = """
-import torch
-from torch import nn
-
-def make():
-    torch.manual_seed(0)
-    return nn.Sequential(
-        nn.Conv2d(8, 16, 3), nn.ReLU(), nn.Conv2d(16, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(),
-        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 5),
-    )
-"""
 
 
 def test_one_process_needs_no_others():
@@ -30,12 +18,7 @@ def test_one_process_needs_no_others():
 
 
 def test_two_processes_fit_what_one_fits_and_train(tmp_path):
-    (tmp_path / "net.py").write_text(NET)
-    namespace = {}
-    exec(NET, namespace)  # noqa: S102
-    torch.save(namespace["make"]().state_dict(), tmp_path / "net.pth")
-    x = np.random.default_rng(0).standard_normal((160, 8, 12, 12)).astype(np.float32)
-    np.savez(tmp_path / "x.npz", x=x)
+    small_net.write(tmp_path)
     common = [
         "-m", "sepconvert", "net.pth", "--factory", "net.py:make", "--mode", "approx", "--rank", "1",
         "--calib", "x.npz", "--calib-images", "120", "--runs", "0", "--quiet",

@@ -42,17 +42,12 @@ def anatomy_text(anatomy: Document) -> str:
         else "Activations: shapes are not known.",
     ]  # fmt: skip
     latencies = [
-        [each["threads"], each["batch"], _median_and_interval(each), f"{each['per_second']:,.0f}"]
+        [each["threads"], each["batch"], _interval(each, 3), f"{each['per_second']:,.0f}"]
         for each in anatomy["latencies_ms"]
     ]
     headers = ["threads", "batch", "latency, ms", "samples/s"]
     table = tabulate(latencies, headers=headers, disable_numparse=True)
     return "\n".join([*lines, "", table, "", _operators(anatomy["operators"])])
-
-
-def _median_and_interval(latency: Document) -> str:
-    low, high = latency["ci95"]
-    return f"{latency['median']:.3f} [{low:.3f}, {high:.3f}]"
 
 
 def _operators(operators: Sequence[Document]) -> str:
