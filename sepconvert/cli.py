@@ -104,7 +104,7 @@ _run_options = _options(
     click.option(
         "--seed", default=0, show_default=True, type=int, help="Of random inputs and of the order of runs."
     ),
-    click.option("--quiet", is_flag=True, help="No progress bars, no tables."),
+    click.option("--quiet", is_flag=True, help="No progress, no tables; warnings remain."),
     click.option("--json", "as_json", is_flag=True, help="Print the JSON document on standard output."),
     click.option("--debug", is_flag=True, help="Show tracebacks."),
 )

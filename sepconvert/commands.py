@@ -5,8 +5,9 @@ import json
 import logging
 import sys
 import tempfile
+import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -38,8 +39,15 @@ from sepconvert.plan import read_plan
 from sepconvert.profiling import SCHEMA as PROFILE_SCHEMA
 from sepconvert.profiling import StoredProfile, anatomy, batch_size, read_profile
 from sepconvert.profiling import profile as run_profile
+from sepconvert.progress import Progress, silent
 from sepconvert.report.files import write_documents
-from sepconvert.report.terminal import anatomy_text, layer_table, structure_table, summary
+from sepconvert.report.terminal import (
+    anatomy_text,
+    layer_table,
+    structure_table,
+    summary,
+    warnings_of,
+)
 from sepconvert.trace import Inputs
 
 T = TypeVar("T")
@@ -49,6 +57,9 @@ _STEP = 64
 """Images to a step of fine-tuning.
 
 Five epochs of a ResNet-9 end at 87.3 %, at 86.6 % with 128 and the learning rate 5e-3 (a run each)."""
+
+
+_LINE_EVERY = 10.0  # seconds between lines that show progress where there is no terminal
 
 
 def convert(**options: Any) -> None:
@@ -459,13 +470,30 @@ def _size(text: str | None) -> int | tuple[int, int] | None:
     return int(parts[0]) if len(parts) == 1 else (int(parts[0]), int(parts[1]))
 
 
-def _progress(options: Options) -> Any:
-    hidden = options["quiet"] or sys.stderr is None or not sys.stderr.isatty()
+def _progress(options: Options) -> Progress:
+    """A bar for each loop on a terminal, else a line from time to time."""
+    if options["quiet"] or sys.stderr is None:
+        return silent
+    return _progress_bar if sys.stderr.isatty() else _progress_lines()
+
+
+def _progress_bar(items: Iterable[T], description: str, /) -> Iterable[T]:
+    # Of a terminal that does not tell its size, tqdm would think that it has no room for a bar.
+    bar: Iterable[T] = tqdm(items, description, file=sys.stderr, leave=False, nrows=2)
+    return bar
+
+
+def _progress_lines() -> Progress:
+    due = time.monotonic() + _LINE_EVERY
 
     def progress(items: Iterable[T], description: str, /) -> Iterable[T]:
-        # Of a terminal that does not tell its size, tqdm would think that it has no room for a bar.
-        bar: Iterable[T] = tqdm(items, description, file=sys.stderr, disable=hidden, leave=False, nrows=2)
-        return bar
+        nonlocal due
+        total = f" of {len(items)}" if isinstance(items, Sized) else ""
+        for number, item in enumerate(items, start=1):
+            if time.monotonic() >= due:
+                click.echo(f"{description}: {number}{total}", err=True)
+                due = time.monotonic() + _LINE_EVERY
+            yield item
 
     return progress
 
@@ -498,6 +526,9 @@ def _training_line(step: Step) -> None:
 
 
 def _show(options: Options, result: ConversionResult, out: Path) -> None:
+    if options["quiet"]:
+        for warning in warnings_of(result.report):
+            click.echo(warning, err=True)
     _print(options, result.report, layer_table(result.report["layers"]), "", summary(result.report), "",
            f"Written to {out}/: original.onnx, converted.onnx, converted.pt2, plan.json, "
            "converted.safetensors, report.json, report.html")  # fmt: skip

@@ -410,8 +410,8 @@ def _shortfall(budget: Budget, points: Sequence[Point]) -> str:
     drops = [point.accuracy.drop_pp for point in points if point.accuracy is not None]
     speeds = [point.speedup.median for point in points if point.speedup is not None]
     reached = [
-        *([f"smallest drop {min(drops):.2f} pp"] if drops else []),
-        *([f"largest speed-up {max(speeds):.2f}×"] if speeds else []),
+        *([f"smallest drop {min(drops):.2f} pp of {len(drops)} measured"] if drops else []),
+        *([f"largest speed-up {max(speeds):.2f}× of {len(speeds)} timed"] if speeds else []),
         f"fewest MACs {min(point.macs for point in points):,}",
     ]
     return (

@@ -354,6 +354,13 @@ def test_quiet_says_nothing_and_user_code_keeps_off_standard_output(here, run):
     assert listing(here / "a b" / "ü →" / "out") == RESULTS
 
 
+def test_quiet_warns_nonetheless(here, run):
+    outcome = run("net.pt", *SHAPE, "--mode", "approx", "--rank", "1", "--runs", "0", "--quiet")
+    assert (outcome.code, outcome.out) == (0, "")
+    assert outcome.err.startswith("Warning: without calibration images")
+    assert outcome.err.count("\n") == 1
+
+
 def test_a_model_without_convolutions_is_fine(here, run):
     outcome = run("linear.pt", *SHAPE, "--runs", "0")
     assert outcome.code == 0
@@ -726,6 +733,14 @@ def test_progress_unless_quiet(here, run, monkeypatch, arguments, expected):
     monkeypatch.setattr(sys, "stderr", stream)
     assert run("inspect", "net.pt", *SHAPE, *arguments).code == 0
     assert ("analysing kernels" in stream.getvalue()) is expected
+
+
+def test_progress_in_lines_where_there_is_no_terminal(here, run, monkeypatch):
+    assert run("inspect", "net.pt", *SHAPE).err == ""  # it is over before the first is due
+    monkeypatch.setattr(commands, "_LINE_EVERY", 0.0)
+    lines = run("inspect", "net.pt", *SHAPE).err.splitlines()
+    assert lines[0].startswith("analysing kernels: 1 of ")
+    assert run("inspect", "net.pt", *SHAPE, "--quiet").err == ""
 
 
 def test_no_standard_streams_at_all(here, run, monkeypatch):

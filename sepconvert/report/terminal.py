@@ -154,6 +154,11 @@ def sentences(document: Document) -> list[str]:
     return lines
 
 
+def warnings_of(document: Document) -> list[str]:
+    """Of the `sentences` those that even somebody who wants no output must see."""
+    return [line for line in sentences(document) if line.startswith(("Warning:", "Attention:"))]
+
+
 def _verification(check: Document) -> str:
     runtime = (
         f"ONNX Runtime could not be asked: {check['onnx_reason']}"

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from sepconvert.report.terminal import layer_table, sentences, structure_table, summary
+from sepconvert.report.terminal import layer_table, sentences, structure_table, summary, warnings_of
 
 
 def cells(table: str) -> dict[str, list[str]]:
@@ -164,3 +164,11 @@ def test_few_images_are_warned_of(approximate):
     assert "Warning" not in summary(approximate)
     approximate["approximation"]["calibration"].update(images=63)
     assert "Warning: what is fitted to so few images" in summary(approximate)
+
+
+def test_warnings_are_for_those_too_who_want_no_output(approximate):
+    assert warnings_of(approximate) == []
+    approximate["approximation"]["calibration"]["images"] = 1
+    (warning,) = warnings_of(approximate)
+    assert "so few images" in warning
+    assert warning in sentences(approximate)
