@@ -39,9 +39,10 @@ from sepconvert.distillation import Precision, finetune
 from sepconvert.distillation import Step as TrainingStep
 from sepconvert.distributed import once
 from sepconvert.errors import SepconvertError
+from sepconvert.factorize.approximate import DEPTHWISE_POINTWISE, POINTWISE_DEPTHWISE
 from sepconvert.factorize.border import Border
-from sepconvert.factorize.exact import analyse, may_separate
-from sepconvert.factorize.structures import FORMS, Form
+from sepconvert.factorize.exact import Spectrum, analyse, may_separate, spectrum
+from sepconvert.factorize.structures import BY_NAME, FORMS, Form
 from sepconvert.importance import fisher_information
 from sepconvert.measure.accuracy import AccuracyDelta
 from sepconvert.measure.latency import Speedup
@@ -296,7 +297,12 @@ def convert_approximately(
         layers=plans,
         replacements=replacements,
         reports=tuple(
-            LayerReport(plan, site, approximation=_layer_report(surveyed, fitted, site.name))
+            LayerReport(
+                plan,
+                site,
+                approximation=_layer_report(surveyed, fitted, site.name),
+                spectrum=_spectrum(plan, site, mode),
+            )
             for plan, site in zip(plans, sites, strict=True)
         ),
         expected=(expected, reference(converted, inputs, (), {}, seed)),
@@ -461,6 +467,17 @@ def _layer_report(
         sensitivity=survey_of.sensitivity,
         sweeps=len(found.objective),
     )
+
+
+def _spectrum(plan: LayerPlan, site: ConvSite, mode: str) -> Spectrum | None:
+    """In the form that a layer was replaced by, or that a mode would think of first."""
+    if site.conv is None:
+        return None
+    scheme = plan.scheme
+    if scheme is None:
+        schemes = (DEPTHWISE_POINTWISE, POINTWISE_DEPTHWISE) if mode == "approx" else tuple(BY_NAME)
+        scheme = next((name for name in schemes if BY_NAME[name].applies(site.conv.spec)), None)
+    return None if scheme is None else spectrum(site.conv.spec, site.conv.weight, scheme, plan.rank)
 
 
 def _document(

@@ -203,7 +203,7 @@ def profile(**options: Any) -> None:
 @click.option(
     "--format",
     "style",
-    type=click.Choice(["table", "markdown", "csv", "json"]),
+    type=click.Choice(["table", "markdown", "csv", "json", "html"]),
     default="table",
     show_default=True,
     help="Output.",

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import logging
+import shlex
 import sys
 import tempfile
 import time
@@ -41,6 +42,7 @@ from sepconvert.profiling import StoredProfile, anatomy, batch_size, read_profil
 from sepconvert.profiling import profile as run_profile
 from sepconvert.progress import Progress, silent
 from sepconvert.report.files import write_documents
+from sepconvert.report.html import render_comparison
 from sepconvert.report.terminal import (
     anatomy_text,
     layer_table,
@@ -88,11 +90,12 @@ def convert(**options: Any) -> None:
             graph_optimization=options["graph_optimization"],
             provider=options["provider"],
             source={"path": str(loaded.path), "sha256": loaded.sha256},
+            command=_command(),
             out=folder,
             **_common(options),
         )
         if folder is not None:
-            write_documents(result.report, result.plan, folder)
+            write_documents(result.report, result.plan, folder, result.exhibits)
     if main:
         if (checkpoint := _checkpoint(options, out)) is not None:
             checkpoint.unlink(missing_ok=True)
@@ -156,7 +159,10 @@ def compare(**options: Any) -> None:
     with _quietly():
         found, note = _stored(options) if stored else _together(options)
     json_wanted = {**options, "as_json": options["as_json"] or options["style"] == "json"}
-    text = "" if options["style"] == "json" else found.text(options["style"])
+    if options["style"] == "html":
+        text = render_comparison(found, note)
+    else:
+        text = "" if options["style"] == "json" else found.text(options["style"])
     _print(json_wanted, found.to_json(), text, *(("", note) if options["style"] == "table" else ()))
     failures = [failure for demand in demands for failure in demand.failures(found)]
     if failures:
@@ -304,10 +310,11 @@ def demo(**options: Any) -> None:
             graph_optimization=options["graph_optimization"],
             provider=options["provider"],
             seed=options["seed"],
+            command=_command(),
             out=folder,
             progress=_progress(options),
         )
-        write_documents(result.report, result.plan, folder)
+        write_documents(result.report, result.plan, folder, result.exhibits)
     _show(options, result, out)
 
 
@@ -362,6 +369,10 @@ def _dry_run(options: Options) -> None:
         keywords = {k: v for k, v in _common(options).items() if k != "seed"}
         found = run_inspect(loaded.model, inputs, gate=options["gate"] or "macs", **keywords)
     _print(options, found, layer_table(found["layers"]), "", "Dry run: nothing was written.")
+
+
+def _command() -> str:
+    return shlex.join(["sepconvert", *sys.argv[1:]])
 
 
 def _out(options: Options) -> Path:

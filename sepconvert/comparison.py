@@ -47,8 +47,8 @@ class Comparison:
     def __str__(self) -> str:
         return self.text("table")
 
-    def text(self, style: Style) -> str:
-        """As a table for the terminal, in Markdown, or as comma-separated values."""
+    def rows(self) -> list[list[str]]:
+        """What was measured, a row each: its name, and its value for each profile."""
         base = self.profiles[0]
         deltas = (None, *(self.deltas or (Delta(),) * (len(self.profiles) - 1)))
         columns = [
@@ -58,7 +58,12 @@ class Comparison:
         rows = [[name, *(column[name] for column in columns)] for name in wanted]
         if any(self.dominated):
             rows.append(["", *("dominated" if each else "" for each in self.dominated)])
-        headers = ["", "base", *(f"#{index}" for index in range(2, len(columns) + 1))]
+        return rows
+
+    def text(self, style: Style) -> str:
+        """As a table for the terminal, in Markdown, or as comma-separated values."""
+        rows = self.rows()
+        headers = ["", "base", *(f"#{index}" for index in range(2, len(self.profiles) + 1))]
         if style == "csv":
             lines = io.StringIO()
             csv.writer(lines, lineterminator="\n").writerows([["", *(self.names or headers[1:])], *rows])

@@ -8,7 +8,7 @@ from torch import nn
 
 from sepconvert.conversion import Conversion
 from sepconvert.environment import Runtime
-from sepconvert.factorize.exact import Analysis, Factorization, analyse
+from sepconvert.factorize.exact import Analysis, Factorization, Spectrum, analyse
 from sepconvert.layers import FactorizedConv2d
 from sepconvert.plan import LayerPlan, plan_layer, selected
 from sepconvert.progress import Progress, silent
@@ -43,7 +43,14 @@ def convert_exactly(
     tolerances = {name: certificate.channel_tolerance for name, certificate in certificates.items()}
     checks, expected, torch_check = verify_model(model, converted, inputs, sites, tolerances, seed, progress)
     reports = tuple(
-        LayerReport(layer, site, analyses.get(site.name), certificates.get(site.name), checks.get(site.name))
+        LayerReport(
+            layer,
+            site,
+            analyses.get(site.name),
+            certificates.get(site.name),
+            checks.get(site.name),
+            spectrum=_spectrum(layer, analyses.get(site.name)),
+        )
         for layer, site in zip(layers, sites, strict=True)
     )
     return Conversion(converted, tuple(layers), replacements, reports, (expected, None), torch_check, checks)
@@ -93,6 +100,18 @@ def plan_model(
         if factorization is not None:
             factorizations[site.name] = factorization
     return layers, factorizations
+
+
+def _spectrum(layer: LayerPlan, analysis: Analysis | None) -> Spectrum | None:
+    """In the structure that a layer was replaced by, or that comes nearest to being worth it."""
+    findings = [each for each in analysis.findings if each.spectrum] if analysis else []
+    if not findings:
+        return None
+    if layer.decision == "converted":
+        own = [each for each in findings if each.scheme == layer.scheme]
+        return Spectrum(own[0].scheme, own[0].spectrum, layer.rank) if own else None
+    nearest = min(findings, key=lambda each: each.best_error)
+    return Spectrum(nearest.scheme, nearest.spectrum, max(nearest.paying_rank, 1))
 
 
 def replacement(factorization: Factorization, site: ConvSite) -> Replacement:

@@ -5,7 +5,7 @@ import functools
 import hashlib
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,15 +34,18 @@ from sepconvert.export import (
     writing,
 )
 from sepconvert.factorize.exact import split
-from sepconvert.measure.accuracy import AccuracyDelta, Predictions, evaluate
+from sepconvert.measure.accuracy import AccuracyDelta, Predictions, changes, evaluate
 from sepconvert.measure.accuracy import compare as compare_predictions
 from sepconvert.measure.cost import Cost, count
+from sepconvert.measure.execution import ModelExecution, layer_executions, model_execution
 from sepconvert.measure.latency import Latency, session
+from sepconvert.measure.operators import operator_times
 from sepconvert.merge import linear_pairs, merge, merge_pairs
 from sepconvert.plan import GATES, ConversionPlan, LayerPlan, selected
-from sepconvert.profiling import Profile, as_inputs
+from sepconvert.profiling import Profile, as_inputs, batch_size
 from sepconvert.progress import Progress, silent
 from sepconvert.report.document import LayerReport, Report, Verification, report_document
+from sepconvert.report.exhibits import Exhibits, images_at, kernel_pairs
 from sepconvert.rewrite import Replacement, rewrite
 from sepconvert.search import Budget
 from sepconvert.timing import Clock, time_files, time_layers
@@ -51,18 +54,22 @@ from sepconvert.verify import Comparison, Outputs, Reference, compare_export, co
 
 MODES = ("exact", "approx", "auto")
 
+_SHOWN = 24  # predictions that changed
+
 
 @dataclass(frozen=True)
 class ConversionResult:
     """What a conversion returns.
 
     `model` is a converted copy, `plan` and `report` are plain JSON-able dictionaries (see
-    `sepconvert.plan.SCHEMA` and `sepconvert.report.document.SCHEMA`).
+    `sepconvert.plan.SCHEMA` and `sepconvert.report.document.SCHEMA`), `exhibits` what the HTML report shows
+    besides.
     """
 
     model: nn.Module
     plan: dict[str, Any]
     report: dict[str, Any]
+    exhibits: Exhibits = field(default_factory=Exhibits)
 
 
 def inspect(
@@ -129,6 +136,7 @@ def convert(
     provider: str = "cpu",
     seed: int = 0,
     source: dict[str, Any] | None = None,
+    command: str | None = None,
     out: Path | None = None,
     progress: Progress = silent,
 ) -> ConversionResult:
@@ -173,6 +181,7 @@ def convert(
         provider: of execution, one that the installed ONNX Runtime has: "cpu", "cuda", "openvino", …
         seed: of random inputs, of splits and positions, of training, and of the order of runs.
         source: `{"path": …, "sha256": …}` of the model file, for the report.
+        command: that asked for the conversion, likewise.
         out: an existing empty directory to leave all files in; by default they are temporary.
         progress: shows the progress of loops.
 
@@ -292,9 +301,21 @@ def convert(
         layer_timings = (
             time_layers(sites, conversion.replacements, runs, runtime, seed, progress) if timing else {}
         )
+        layers = tuple(
+            replace(each, latency=layer_timings.get(each.site.name)) for each in conversion.reports
+        )
+        execution = None
+        if timing:
+            layers, execution = _executed(layers, model, paths, inputs, runs, runtime)
+        changed = (
+            changes(predictions, converted_predictions, _SHOWN)
+            if predictions and converted_predictions
+            else None
+        )
         report = Report(
             mode=mode,
             source=source,
+            command=command,
             runtime=runtime,
             seed=seed,
             dtype=str(model_dtype(model)).removeprefix("torch."),
@@ -304,14 +325,41 @@ def convert(
             ),
             speedup=timing[2] if timing else None,
             accuracy=delta,
-            layers=tuple(
-                replace(each, latency=layer_timings.get(each.site.name)) for each in conversion.reports
-            ),
+            changed=changed,
+            layers=layers,
             verification=verification,
             export=note,
+            execution=execution,
             approximation=conversion.approximation,
         )
-    return ConversionResult(converted, plan.to_json(), report_document(report))
+    shown = () if changed is None else (each.index for each in changed.shown)
+    exhibits = Exhibits(kernel_pairs(layers, converted), {} if data is None else images_at(data, shown))
+    return ConversionResult(converted, plan.to_json(), report_document(report), exhibits)
+
+
+def _executed(
+    layers: tuple[LayerReport, ...],
+    model: nn.Module,
+    paths: tuple[Path, Path],
+    inputs: Inputs,
+    runs: int,
+    runtime: Runtime,
+) -> tuple[tuple[LayerReport, ...], ModelExecution]:
+    """What the runtime made of both files, and of each converted layer that was timed."""
+    feed = onnx_feed(cast(inputs, runtime_dtype(model)))
+    before, after = (operator_times(path, feed, runs=runs, runtime=runtime) for path in paths)
+    batch = batch_size(inputs)
+    gains = {
+        each.plan.name: ((batch * each.plan.macs[0], batch * each.plan.macs[1]), each.latency[2].median)
+        for each in layers
+        if each.latency is not None
+    }
+    found = layer_executions(before, after, gains)
+    converted = [each.plan.name for each in layers if each.plan.decision == "converted"]
+    return (
+        tuple(replace(each, execution=found.get(each.plan.name)) for each in layers),
+        model_execution(before, after, converted),
+    )
 
 
 def apply_plan(

@@ -202,7 +202,7 @@ def _profile(document: Mapping[str, Any]) -> Profile:
         else Latency(
             _number(latency["median"], "median"),
             Interval(*(_number(bound, "ci95") for bound in latency["ci95"])),
-            _number(latency["p90"], "p90"),
+            _quantiles(latency["quantiles"]),
             *(_count(latency, name) for name in ("runs", "threads", "batch")),
         ),
         accuracy=None
@@ -214,6 +214,12 @@ def _profile(document: Mapping[str, Any]) -> Profile:
         ),
         uncounted_ops={str(name): int(count) for name, count in document["uncounted_ops"].items()},
     )
+
+
+def _quantiles(values: Sequence[Any]) -> tuple[float, ...]:
+    if len(values) != 21:
+        raise ValueError(f"quantiles: expected 21, got {len(values)}")
+    return tuple(_number(value, "quantiles") for value in values)
 
 
 def _count(document: Mapping[str, Any], name: str) -> int:

@@ -895,6 +895,14 @@ def test_models_and_files_are_compared_in_turns(here, run):
     assert delta["outputs"][0]["relative"] < 1e-4
     outcome = run("compare", *files, "--runs", "0", "--format", "csv")
     assert outcome.out.splitlines()[0] == f",{files[0]},{files[1]}"
+    page = run("compare", *files, "--runs", "3", "--format", "html").out
+    assert page.startswith("<!doctype html>")
+    assert page.rstrip().endswith("</html>")
+    for expected in (*files, "Measured together: 3 interleaved rounds", "max |Δ|", "<svg"):
+        assert expected in page
+    page = run("compare", *files, "--runs", "0", "--format", "html").out
+    assert "<svg" not in page
+    assert "Measured together" in page
     assert run("profile", "net.pt", *SHAPE, "--runs", "0", "--out", "net.json").code == 0
     profiled = run("profile", files[1], "--data", "data.npz", "--runs", "3", "--out", "file.json", "--json")
     document = json.loads(profiled.out)

@@ -170,7 +170,9 @@ def test_what_is_no_onnx_file(folder, content):
 def profile(milliseconds, top1=None, macs=1000):
     from sepconvert.measure.accuracy import Accuracy
 
-    latency = Latency(milliseconds, Interval(0.9 * milliseconds, 1.1 * milliseconds), milliseconds, 9, 1, 1)
+    latency = Latency(
+        milliseconds, Interval(0.9 * milliseconds, 1.1 * milliseconds), (milliseconds,) * 21, 9, 1, 1
+    )
     return Profile(100, macs, 4000, latency, None if top1 is None else Accuracy(top1, None, 50), {})
 
 

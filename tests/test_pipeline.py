@@ -105,7 +105,7 @@ def conversion(net, x, tmp_path_factory):
                              torch.arange(30) % 5)  # fmt: skip
     result = convert(
         net, x, runs=5, out=folder, data=DataLoader(labelled, batch_size=16, generator=torch.Generator()),
-        source={"path": "net.pt", "sha256": "ab" * 32}, seed=7,
+        source={"path": "net.pt", "sha256": "ab" * 32}, command="sepconvert net.pt", seed=7,
     )  # fmt: skip
     write_documents(result.report, result.plan, folder)
     return result, folder, (before, random_state, torch.get_rng_state())
@@ -200,6 +200,9 @@ def test_the_report_keeps_the_contract(net, conversion, x):
     assert report["schema"] == "sepconvert.report/1"
     assert report["model"] == {"path": "net.pt", "sha256": "ab" * 32}
     assert report["seed"] == 7
+    assert report["command"] == "sepconvert net.pt"
+    assert report["changed_predictions"]["count"] == 0
+    assert report["execution"]["converted"][0] > 0
     assert set(report) >= {
         "mode", "model", "environment", "seed", "original", "converted", "delta", "layers", "verification",
     }  # fmt: skip
@@ -236,6 +239,7 @@ def test_the_report_keeps_the_contract(net, conversion, x):
         assert layer["reason"]
         assert layer["exact"] == (layer["decision"] == "converted") == (layer["scheme"] is not None)
         assert layer["exact"] == (layer["output_error"] is not None) == (layer["latency_ms"] is not None)
+        assert layer["exact"] == (layer["execution"] is not None)
         before, after = before + layer["macs"][0], after + layer["macs"][1]
     rest = fvcore_macs(nn.Sequential(copy.deepcopy(net).head), torch.randn(1, 8))
     assert report["original"]["macs"] - before == report["converted"]["macs"] - after >= rest

@@ -145,7 +145,8 @@ def test_a_missing_key_is_named(stored, tmp_path, key):
     ("key", "value"),
     [
         ("params", -1), ("params", 1.5), ("macs", True), ("macs", None), ("onnx_bytes", "4"),
-        ("latency_ms", {"median": math.nan}), ("latency_ms", {"p90": math.inf}), ("latency_ms", {"runs": -1}),
+        ("latency_ms", {"median": math.nan}), ("latency_ms", {"quantiles": [math.inf] * 21}),
+        ("latency_ms", {"quantiles": [1.0]}), ("latency_ms", {"runs": -1}),
         ("latency_ms", {"ci95": [1.0]}), ("latency_ms", {"ci95": [0.1, "x"]}), ("latency_ms", 3),
         ("accuracy", {"top1": 1.5}), ("accuracy", {"top1": math.nan}), ("accuracy", {"top5": -0.1}),
         ("uncounted_ops", 3), ("environment", 3), ("model", []),

@@ -69,6 +69,18 @@ class Analysis:
 
 
 @dataclass(frozen=True)
+class Spectrum:
+    """Singular values of a kernel in one structure, as in `Finding`, and how many of them are kept.
+
+    Of a layer that is not replaced, `cut` is how many could be kept for less work, if that is known.
+    """
+
+    scheme: str
+    values: tuple[float, ...]
+    cut: int | None
+
+
+@dataclass(frozen=True)
 class Certificate:
     """Proof that a chain of convolutions is the dense layer, ΔW being the difference of the kernels."""
 
@@ -128,6 +140,15 @@ def analyse(spec: ConvSpec, weight: Tensor, sizes: Sequence[Pair], tol: float | 
                 _finding(structure, trimmed_spec, dense, scaled, trimmed_noise, sizes, dense_macs)
             )
     return Analysis(spec, border, dense_macs, tuple(findings))
+
+
+def spectrum(spec: ConvSpec, weight: Tensor, scheme: str, cut: int | None) -> Spectrum:
+    """Of a kernel O × C/g × kh × kw in a structure that applies to it; of a nested one, in the outer."""
+    form = FORMS[scheme]
+    structure = form if isinstance(form, Structure) else form.outer
+    values = _singular_values(structure.unfold(spec, weight.double() / _channel_scale(weight)))
+    norm = float(torch.linalg.vector_norm(values)) or 1.0
+    return Spectrum(scheme, tuple((torch.linalg.vector_norm(values, dim=0) / norm).tolist()), cut)
 
 
 def may_separate(spec: ConvSpec, weight: Tensor) -> bool:

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import asdict, dataclass, fields, is_dataclass
 from typing import Any
 
 import numpy as np
@@ -82,6 +82,47 @@ class AccuracyDelta:
             },
             "agreement": self.agreement,
         }
+
+
+@dataclass(frozen=True)
+class ChangedPrediction:
+    """A sample of which two classifiers say different things; classes by number."""
+
+    index: int  # in the data set
+    label: int
+    original: int
+    converted: int
+
+
+@dataclass(frozen=True)
+class ChangedPredictions:
+    """How many samples are predicted otherwise, and some of them, evenly spread over the data set."""
+
+    count: int
+    lost: int  # right before
+    won: int  # right now
+    shown: tuple[ChangedPrediction, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The `changed_predictions` object of the JSON report."""
+        return asdict(self)
+
+
+def changes(original: Predictions, converted: Predictions, most: int) -> ChangedPredictions:
+    """What two classifiers, seen on the same samples, disagree on; `most` of it is shown."""
+    before, after = original.ranked[:, 0], converted.ranked[:, 0]
+    differing = np.flatnonzero(before != after)
+    places = np.unique(np.linspace(0, len(differing) - 1, min(most, len(differing))).round().astype(int))
+    shown = tuple(
+        ChangedPrediction(int(n), int(original.labels[n]), int(before[n]), int(after[n]))
+        for n in differing[places]
+    )
+    return ChangedPredictions(
+        len(differing),
+        int((original.correct & ~converted.correct).sum()),
+        int((converted.correct & ~original.correct).sum()),
+        shown,
+    )
 
 
 def evaluate(

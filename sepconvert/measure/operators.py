@@ -26,6 +26,7 @@ _TIME = "_kernel_time"
 _SCOPES = "pkg.torch.onnx.name_scopes"
 _CONVOLUTIONS = ("Conv", "FusedConv", "ConvTranspose")
 _WITH_WEIGHTS = (*_CONVOLUTIONS, "Gemm", "FusedGemm", "MatMul", "FusedMatMul")
+_LAYOUT_CHANGES = ("ReorderInput", "ReorderOutput")
 _WARMUP_RUNS = 3
 
 Shape = tuple[int, ...]
@@ -38,6 +39,8 @@ class OperatorTime:
     `layer` is the module that it stands for, or what its weight is called; None where neither is known.
     `kernel` is the path that its type, layout and shapes imply. `milliseconds` are those of one run of the
     model: the median over runs. The profiler slows small operators down: they are shares, not latencies.
+    `bytes_moved` are its inputs, outputs, and weights, but for those of matrix products, which the profiler
+    does not see.
     """
 
     name: str
@@ -45,6 +48,17 @@ class OperatorTime:
     operator: str
     kernel: str | None
     milliseconds: float
+    bytes_moved: int
+
+    @property
+    def changes_layout(self) -> bool:
+        """Is it one that the runtime put in, to copy values to another layout?"""
+        return self.operator in _LAYOUT_CHANGES
+
+    @property
+    def has_weights(self) -> bool:
+        """Is it a convolution or a matrix product?"""
+        return self.operator in _WITH_WEIGHTS
 
     def to_dict(self) -> dict[str, Any]:
         """One entry of `operators` in a profile."""
@@ -73,7 +87,8 @@ def operator_times(
     each_run = list(_by_run(events))[_WARMUP_RUNS:]
     graph = _Graph(onnx.load(str(path), load_external_data=False).graph)
     found = []
-    for (name, operator, shapes), _ in each_run[-1].items():
+    for key in each_run[-1]:
+        name, operator, shapes, moved = key
         own = name.removesuffix(_BLOCKED)
         found.append(
             OperatorTime(
@@ -81,14 +96,15 @@ def operator_times(
                 graph.layer(own, operator, shapes[1] if len(shapes) > 1 else ()),
                 operator,
                 _kernel(operator, name != own, shapes),
-                float(np.median([run.get((name, operator, shapes), 0.0) for run in each_run])),
+                float(np.median([run.get(key, 0.0) for run in each_run])),
+                moved,
             )
         )
     return tuple(found)
 
 
-_Key = tuple[str, str, tuple[Shape, ...]]
-"""Name, type, and shapes of the inputs."""
+_Key = tuple[str, str, tuple[Shape, ...], int]
+"""Name, type, shapes of the inputs, and bytes moved."""
 
 
 def _by_run(events: Sequence[Mapping[str, Any]]) -> Iterator[dict[_Key, float]]:
@@ -99,9 +115,10 @@ def _by_run(events: Sequence[Mapping[str, Any]]) -> Iterator[dict[_Key, float]]:
             yield dict(times)
             times.clear()
         elif event.get("cat") == "Node" and event["name"].endswith(_TIME):
-            shapes = (tuple(shape) for each in event["args"]["input_type_shape"] for shape in each.values())
-            key = event["name"].removesuffix(_TIME), event["args"]["op_name"], tuple(shapes)
-            times[key] += event["dur"] / 1000
+            about = event["args"]
+            shapes = tuple(tuple(shape) for each in about["input_type_shape"] for shape in each.values())
+            moved = sum(int(about[f"{what}_size"]) for what in ("activation", "parameter", "output"))
+            times[event["name"].removesuffix(_TIME), about["op_name"], shapes, moved] += event["dur"] / 1000
 
 
 def _kernel(operator: str, blocked: bool, shapes: Sequence[Shape]) -> str | None:

@@ -8,8 +8,9 @@ from typing import Any
 
 from sepconvert.environment import Runtime, environment
 from sepconvert.export import ExportNote
-from sepconvert.factorize.exact import Analysis, Certificate, Finding
-from sepconvert.measure.accuracy import AccuracyDelta
+from sepconvert.factorize.exact import Analysis, Certificate, Finding, Spectrum
+from sepconvert.measure.accuracy import AccuracyDelta, ChangedPredictions
+from sepconvert.measure.execution import LayerExecution, ModelExecution
 from sepconvert.measure.latency import Latency, Speedup
 from sepconvert.plan import MERGED, LayerPlan
 from sepconvert.profiling import Profile
@@ -20,6 +21,8 @@ SCHEMA = "sepconvert.report/1"
 
 # Singular values shown on either side of the cut.
 _AROUND = 3
+# Steps in which a spectrum is drawn.
+_VALUES = 64
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,8 @@ class LayerReport:
     check: LayerCheck | None = None
     latency: tuple[Latency, Latency, Speedup] | None = None
     approximation: LayerApproximation | None = None
+    spectrum: Spectrum | None = None
+    execution: LayerExecution | None = None
 
     @property
     def weight_error(self) -> float | None:
@@ -84,6 +89,8 @@ class LayerReport:
             "approximation": None if self.approximation is None else asdict(self.approximation),
             "latency_ms": None if self.latency is None else [each.median_ms for each in self.latency[:2]],
             "latency_speedup": None if self.latency is None else self.latency[2].to_dict(),
+            "execution": None if self.execution is None else self.execution.to_dict(),
+            "spectrum": None if self.spectrum is None else _spectrum_json(self.spectrum),
             "certificate": None
             if self.certificate is None
             else {**asdict(self.certificate), "holds": self.certificate.holds},
@@ -151,6 +158,7 @@ class Report:
 
     mode: str
     source: dict[str, Any] | None
+    command: str | None  # that asked for it
     runtime: Runtime
     seed: int
     dtype: str
@@ -158,9 +166,11 @@ class Report:
     converted: Profile
     speedup: Speedup | None
     accuracy: AccuracyDelta | None
+    changed: ChangedPredictions | None
     layers: tuple[LayerReport, ...]
     verification: Verification
     export: ExportNote
+    execution: ModelExecution | None = None
     approximation: Mapping[str, Any] | None = None
 
 
@@ -186,10 +196,13 @@ def report_document(report: Report) -> dict[str, Any]:
             "latency_speedup": None if report.speedup is None else report.speedup.to_dict(),
             **accuracy,
         },
+        "changed_predictions": None if report.changed is None else report.changed.to_dict(),
+        "execution": None if report.execution is None else report.execution.to_dict(),
         "layers": [layer.to_json() for layer in report.layers],
         "verification": report.verification.to_json(),
         "export": asdict(report.export),
         "approximation": report.approximation,
+        "command": report.command,
     }
     plain: dict[str, Any] = json.loads(json.dumps(document, allow_nan=False))
     return plain
@@ -209,6 +222,18 @@ def finding_json(finding: Finding) -> dict[str, Any]:
         "tolerance": finding.tolerance,
         "singular_values_kept": list(finding.spectrum[max(cut - _AROUND, 0) : cut]),
         "singular_values_dropped": list(finding.spectrum[cut : cut + _AROUND]),
+    }
+
+
+def _spectrum_json(spectrum: Spectrum) -> dict[str, Any]:
+    """With some of many singular values, the first and the last among them: number (from 1) and value."""
+    count = len(spectrum.values)
+    numbers = sorted({round(1 + (count - 1) * step / _VALUES) for step in range(_VALUES + 1)})
+    return {
+        "scheme": spectrum.scheme,
+        "cut": spectrum.cut,
+        "full_rank": count,
+        "values": [[number, spectrum.values[number - 1]] for number in numbers],
     }
 
 

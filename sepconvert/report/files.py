@@ -7,16 +7,19 @@ from pathlib import Path
 from typing import Any
 
 from sepconvert.export import writing
+from sepconvert.report.exhibits import Exhibits
 from sepconvert.report.html import render_html
 
 
-def write_documents(report: Mapping[str, Any], plan: Mapping[str, Any], folder: Path) -> None:
+def write_documents(
+    report: Mapping[str, Any], plan: Mapping[str, Any], folder: Path, exhibits: Exhibits | None = None
+) -> None:
     """Write the three documents; the plan is tied to `converted.safetensors` beside it by its hash."""
     weights = hashlib.sha256((folder / "converted.safetensors").read_bytes()).hexdigest()
     for name, text in {
         "plan.json": _json({**plan, "weights_sha256": weights}),
         "report.json": _json(report),
-        "report.html": render_html(report),
+        "report.html": render_html(report, exhibits),
     }.items():
         with writing(folder / name):
             # A path need not be text: what of it is none is escaped.

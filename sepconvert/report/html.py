@@ -1,29 +1,77 @@
-"""The report as one self-contained HTML page, from the same document as the JSON."""
+"""The report, and a comparison, as self-contained HTML pages, from the same objects as text and JSON."""
 
 from collections.abc import Mapping
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 from markupsafe import Markup
 
-from sepconvert.report.plots import trade_off
-from sepconvert.report.terminal import sentences
+from sepconvert.comparison import Comparison
+from sepconvert.report import plots
+from sepconvert.report.exhibits import Exhibits
+from sepconvert.report.terminal import Document, causes, sentences
 
 
-def render_html(document: Mapping[str, Any]) -> str:
-    """The page, as text. It needs no network and no script."""
-    environment = Environment(
+def render_html(document: Document, exhibits: Exhibits | None = None) -> str:
+    """The page, as text. It needs no network, and no script to be read."""
+    return _template("report.html.jinja").render(
+        report=document,
+        sentences=sentences(document),
+        causes=causes(document),
+        pictures=_pictures(document, exhibits or Exhibits()),
+    )
+
+
+def render_comparison(comparison: Comparison, note: str) -> str:
+    """The table as a page, with the distributions of the latencies; `note` says how they were measured."""
+    profiles = [profile.to_json() for profile in comparison.profiles]
+    names = comparison.names or tuple(f"#{index}" for index in range(1, len(profiles) + 1))
+    latencies = {
+        name: profile["latency_ms"]
+        for name, profile in zip(names, profiles, strict=True)
+        if profile["latency_ms"] is not None
+    }
+    return _template("comparison.html.jinja").render(
+        names=names,
+        rows=comparison.rows(),
+        notes=note.splitlines(),
+        distributions=_svg(plots.distributions(latencies)) if latencies else None,
+    )
+
+
+def _template(name: str) -> Template:
+    return Environment(
         loader=PackageLoader("sepconvert", "report"),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
-    )
+    ).get_template(name)
+
+
+def _pictures(document: Document, exhibits: Exhibits) -> Mapping[str, Any]:
     approximation = document["approximation"]
-    curve = () if approximation is None else approximation["curve"]
+    before, after = (document[side]["latency_ms"] for side in ("original", "converted"))
+    curve = () if approximation is None else approximation.get("curve", ())
     carried_out = sum(point["heldout"] is not None for point in curve)
-    return environment.get_template("report.html.jinja").render(
-        report=document,
-        sentences=sentences(document),
-        picture=Markup(trade_off(curve)) if carried_out > 2 else None,  # noqa: S704  (matplotlib's own SVG)
-    )
+    errors = {layer["name"]: layer["weight_error"] for layer in document["layers"]}
+    return {
+        "trade_off": _svg(plots.trade_off(curve)) if carried_out > 2 else None,
+        "distributions": before and _svg(plots.distributions({"original": before, "converted": after})),
+        "spectra": {
+            layer["name"]: _svg(plots.spectrum(layer["spectrum"]))
+            for layer in document["layers"]
+            if layer["spectrum"] is not None
+        },
+        "kernels": [
+            {"layer": pair.layer, "weight_error": errors[pair.layer], **plots.kernels(pair)}
+            for pair in exhibits.kernels
+        ],
+        "images": {
+            index: plots.picture(image) for index, image in exhibits.images.items() if image.ndim == 3
+        },
+    }
+
+
+def _svg(text: str) -> Markup:
+    return Markup(text)  # noqa: S704  (matplotlib's own)

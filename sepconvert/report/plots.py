@@ -1,54 +1,157 @@
-"""Pictures of the report, as SVG text that stands in the page itself."""
+"""Pictures that stand in the page itself: plots as SVG text, kernels and images as PNG data."""
 
+import base64
+import html
 import io
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import matplotlib as mpl
+import numpy as np
+import numpy.typing as npt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from PIL import Image
+from torch import Tensor
 
+from sepconvert.report.exhibits import KernelPair
 from sepconvert.report.terminal import Document
 
-# Colours of the page, whose light or dark text they take on: see the template.
-_INK, _LINE, _PLAN, _DELIVERED = "#808080", "#a0a0a0", "#3b6ea5", "#e08a2e"
+# Stand-ins for what the page's light or dark scheme says: its text, and its colours for before and after.
+_INK, _BEFORE, _AFTER = "#010203", "#010204", "#010205"
+_OF_THE_PAGE = {_INK: "currentColor", _BEFORE: "var(--bar)", _AFTER: "var(--after)"}
+_KERNELS = "RdBu_r"
+_STYLES = ("-", "--", ":", "-.")  # of the lines of all models but the first
+_ENLARGED = 12  # pixels of the page for one weight
 
 
 def trade_off(curve: Sequence[Document]) -> str:
-    """Every plan that was carried out: divergence, and drop where it was measured, against the gain."""
+    """Every plan that was carried out against its gain: divergence, and change of accuracy if measured."""
     plans = [point for point in curve if point["heldout"] is not None and point["converted"]]
-    timed = all(_gain(point, "latency_speedup") is not None for point in plans)
-    gains = [_gain(point, "latency_speedup" if timed else "macs_ratio") for point in plans]
-    with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": "sepconvert", "font.family": "sans-serif"}):
-        figure = Figure(figsize=(7, 3.6), layout="constrained")
-        axes: Axes = figure.subplots()
-        axes.patch.set_alpha(0)
-        divergences = [point["heldout"]["divergence"] for point in plans]
-        axes.plot(gains, divergences, "-", color=_LINE, linewidth=1, zorder=1)
-        for point, gain, divergence in zip(plans, gains, divergences, strict=True):
-            colour = _DELIVERED if point["delivered"] else _PLAN
-            axes.plot(gain, divergence, "o", color=colour, markersize=9 if point["delivered"] else 6)
+    scored = [point for point in plans if point["accuracy_drop_pp"] is not None]
+    timed = all(point["latency_speedup"] is not None for point in plans)
+
+    def gain(point: Document) -> float:
+        return float(point["latency_speedup"]["median"] if timed else point["macs_ratio"])
+
+    figure = Figure(figsize=(7, 5 if scored else 3), layout="constrained")
+    upper, *lower = figure.subplots(1 + bool(scored), sharex=True, squeeze=False)[:, 0]
+    divergences = [point["heldout"]["divergence"] for point in plans]
+    line = sorted(zip(map(gain, plans), divergences, strict=True))
+    upper.plot(*zip(*line, strict=True), "-", color=_INK, alpha=0.4, linewidth=1)
+    for point, divergence in zip(plans, divergences, strict=True):
+        upper.plot(gain(point), divergence, "o", **_marker(point))
+    if divergences and min(divergences) > 0:
+        upper.set_yscale("log")
+    upper.set_ylabel("divergence from\nthe original", color=_INK)
+    for axes in lower:
+        axes.axhline(0, color=_INK, linewidth=0.8, alpha=0.5)
+        for point in scored:
             drop = point["accuracy_drop_pp"]
-            if drop is not None:
-                label = f"{-drop['value']:+.2f} pp" + (", delivered" if point["delivered"] else "")
-                axes.annotate(
-                    label, (gain, divergence), xytext=(6, -11), textcoords="offset points", fontsize=8,
-                    color=_INK,
-                )  # fmt: skip
-        if divergences and min(divergences) > 0:
-            axes.set_yscale("log")
-        axes.set_xlabel("measured speed-up, ×" if timed else "fewer MACs, ×", color=_INK)
-        axes.set_ylabel("divergence from the original", color=_INK)
-        axes.tick_params(which="both", colors=_INK, labelsize=8)
-        axes.grid(color=_LINE, alpha=0.3, linewidth=0.5)
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.spines[["left", "bottom"]].set_color(_LINE)
-        buffer = io.StringIO()
+            low, high = drop["ci95"]
+            bars = [[high - drop["value"]], [drop["value"] - low]]
+            axes.errorbar(gain(point), -drop["value"], bars, fmt="o", capsize=3, **_marker(point))
+        axes.set_ylabel("change of\ntop-1, pp", color=_INK)
+    last = lower[0] if lower else upper
+    last.set_xlabel("measured speed-up, ×" if timed else "fewer MACs, ×", color=_INK)
+    for axes in (upper, *lower):
+        _dress(axes)
+    return _svg(figure, "Divergence, and change of accuracy, against the gain for every plan carried out")
+
+
+def _marker(point: Document) -> dict[str, Any]:
+    return {"color": _AFTER, "markersize": 9} if point["delivered"] else {"color": _BEFORE, "markersize": 6}
+
+
+def distributions(latencies: Mapping[str, Document]) -> str:
+    """For each model the share of runs that took no longer, and the interval of the median."""
+    figure = Figure(figsize=(7, 2.6), layout="constrained")
+    axes = figure.subplots()
+    for number, (name, latency) in enumerate(latencies.items()):
+        colour, style = (_AFTER, _STYLES[(number - 1) % len(_STYLES)]) if number else (_BEFORE, "-")
+        shares = np.linspace(0, 100, len(latency["quantiles"]))
+        axes.plot(latency["quantiles"], shares, color=colour, linestyle=style, linewidth=2, label=name)
+        axes.axvspan(*latency["ci95"], color=colour, alpha=0.25, linewidth=0)
+    axes.legend(loc="lower right", frameon=False, labelcolor=_INK, fontsize=8)
+    axes.set_xlabel("milliseconds a run", color=_INK)
+    axes.set_ylabel("runs at or below, %", color=_INK)
+    axes.set_xlim(left=0)
+    _dress(axes)
+    return _svg(figure, "Distribution of the latencies")
+
+
+def spectrum(found: Document) -> str:
+    """Singular values of one kernel, on a logarithmic scale, and the cut."""
+    figure = Figure(figsize=(1.5, 0.6))
+    axes: Axes = figure.add_axes((0.01, 0.04, 0.98, 0.92))
+    numbers, values = zip(*found["values"], strict=True)
+    largest = max(values) or 1.0
+    axes.semilogy(numbers, np.clip(values, 1e-9 * largest, None), color=_BEFORE, linewidth=1.5)
+    if found["cut"] is not None:
+        axes.axvline(found["cut"] + 0.5, color=_AFTER, linewidth=1.5)
+    axes.set_axis_off()
+    axes.patch.set_alpha(0)
+    cut = "not cut" if found["cut"] is None else f"cut after {found['cut']}"
+    return _svg(figure, f"{found['full_rank']} singular values as {found['scheme']}, {cut}")
+
+
+def kernels(pair: KernelPair) -> dict[str, Any]:
+    """Filters before and after, on one colour scale, as data URLs, and the size of each."""
+    largest = float(max(part.abs().max() for part in (pair.before, pair.after))) or 1.0
+    before, after = (_strip(part, largest) for part in (pair.before, pair.after))
+    height, width = before.shape[:2]
+    return {
+        "before": _png(before), "after": _png(after),
+        "width": _ENLARGED * width, "height": _ENLARGED * height,
+    }  # fmt: skip
+
+
+def picture(image: Tensor) -> dict[str, Any]:
+    """An image C × H × W as a data URL, its values stretched from black to white, and its size."""
+    pixels = image.detach().double().cpu()
+    if len(pixels) not in (1, 3):
+        pixels = pixels.mean(0, keepdim=True)
+    low, high = float(pixels.min()), float(pixels.max())
+    stretched = ((pixels - low) / ((high - low) or 1.0) * 255).round().byte().permute(1, 2, 0).numpy()
+    height, width = stretched.shape[:2]
+    return {
+        "url": _png(stretched.squeeze(2) if len(pixels) == 1 else stretched),
+        "width": width,
+        "height": height,
+    }
+
+
+def _strip(filters: Tensor, largest: float) -> npt.NDArray[np.uint8]:
+    """Side by side, a pixel for each weight, with a transparent column between."""
+    colours = mpl.colormaps[_KERNELS]((filters / largest + 1).numpy() / 2)
+    padded = np.pad(colours, ((0, 0), (0, 0), (0, 1), (0, 0)))
+    strip: npt.NDArray[np.uint8] = (np.concatenate(padded, axis=1)[:, :-1] * 255).round().astype(np.uint8)
+    return strip
+
+
+def _png(pixels: npt.NDArray[np.uint8]) -> str:
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG", optimize=True)
+    return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+
+
+def _dress(axes: Axes) -> None:
+    axes.patch.set_alpha(0)
+    axes.tick_params(which="both", colors=_INK, labelsize=8)
+    axes.grid(color=_INK, alpha=0.15, linewidth=0.5)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color(_INK)
+
+
+def _svg(figure: Figure, label: str) -> str:
+    """Inline SVG in the colours of the page, with a name for those who cannot see it."""
+    buffer = io.StringIO()
+    with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": "sepconvert", "font.family": "sans-serif"}):
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     text = buffer.getvalue()
-    return text[text.index("<svg") :]
-
-
-def _gain(point: Document, key: str) -> Any:
-    value = point[key]
-    return value["median"] if isinstance(value, dict) else value
+    text = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.DOTALL)
+    text = re.sub(r' xmlns(:xlink)?="[^"]*"', "", text)  # HTML knows them
+    for stand_in, colour in _OF_THE_PAGE.items():
+        text = text.replace(stand_in, colour)
+    return text.replace("<svg", f'<svg role="img" aria-label="{html.escape(label)}"', 1)

@@ -1,5 +1,6 @@
 """The report as text, from the same document as the JSON."""
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -7,7 +8,8 @@ from tabulate import tabulate
 
 Document = Mapping[str, Any]
 
-_REASON_WIDTH = 44
+_WIDTH = 80  # columns of a terminal
+_PLACES = ("converted", "kept", "layout", "other")  # where time goes
 _SLOWEST = 12  # operators that are shown one by one
 
 # Even for a layer of some 64 channels, of which an image of 8×8 shows 64 patches with 576 elements each.
@@ -15,21 +17,18 @@ _FEW_IMAGES = 64
 
 
 def layer_table(layers: Sequence[Document]) -> str:
-    """One row for every convolution."""
+    """One row for every convolution, and below the reasons, each with its layers."""
     rows = [
-        [
-            layer["name"],
-            _kernel(layer),
-            _what(layer),
-            _change(*layer["macs"]),
-            _error(layer),
-            layer["reason"],
-        ]
+        [layer["name"], _kernel(layer), _what(layer), _change(*layer["macs"]), _error(layer)]
         for layer in layers
     ]
-    headers = ["layer", "kernel", "scheme", "MACs", "error", "reason"]
-    widths = [30, None, None, None, None, _REASON_WIDTH]
-    return tabulate(rows, headers=headers, maxcolwidths=widths, disable_numparse=True)
+    headers = ["layer", "kernel", "scheme", "MACs", "error"]
+    widths = [20, None, 21, 13, None]
+    table = tabulate(rows, headers=headers, maxcolwidths=widths, disable_numparse=True)
+    reasons: dict[str, list[str]] = {}
+    for layer in layers:
+        reasons.setdefault(layer["reason"], []).append(layer["name"])
+    return "\n".join([table, "", *(_folded(f"{', '.join(names)}: {why}.") for why, names in reasons.items())])
 
 
 def anatomy_text(anatomy: Document) -> str:
@@ -75,23 +74,19 @@ def structure_table(layers: Sequence[Document]) -> str:
     """Rank, best error where it would pay, and singular values at the cut, for every structure."""
     rows = []
     for layer in layers:
-        name = layer["name"]
+        rows.append([layer["name"], "", "", "" if layer["structures"] else "none applies"])
         for structure in layer["structures"]:
             rows.append(
                 [
-                    name,
-                    structure["scheme"],
+                    f"- {structure['scheme']}",
                     f"{structure['rank']}/{structure['full_rank']}"
                     + (" holds" if structure["holds"] else ""),
                     f"{structure['best_relative_error']:.1e} @ {max(structure['paying_rank'], 1)}",
                     _spectrum(structure),
                 ]
             )
-            name = ""
-        if not layer["structures"]:
-            rows.append([name, "-", "", "", layer["reason"]])
-    headers = ["layer", "structure", "rank", "error @ paying rank", "singular values kept | dropped"]
-    return tabulate(rows, headers=headers, maxcolwidths=[30, None, None, None, 44], disable_numparse=True)
+    headers = ["layer, structure", "rank", "error @\npaying rank", "singular values\nkept | dropped"]
+    return tabulate(rows, headers=headers, maxcolwidths=[24, None, None, 25], disable_numparse=True)
 
 
 def summary(document: Document) -> str:
@@ -117,8 +112,12 @@ def summary(document: Document) -> str:
         rows.append(["top-1, %", _percent(before, "top1"), _percent(after, "top1"), _drop(delta)])
         if before["accuracy"]["top5"] is not None:
             rows.append(["top-5, %", _percent(before, "top5"), _percent(after, "top5"), ""])
-    table: str = tabulate(rows, headers=["", "original", "converted", "gain"], disable_numparse=True)
-    return "\n".join([table, "", *sentences(document)])
+    widths = [None, None, None, 18]
+    headers = ["", "original", "converted", "gain"]
+    table: str = tabulate(rows, headers=headers, maxcolwidths=widths, disable_numparse=True)
+    reasons = ["", "Why not faster:", *causes(document)] if causes(document) else []
+    lines = [*map(_folded, sentences(document)), *_approximation_tables(document), *map(_folded, reasons)]
+    return "\n".join([table, "", *lines])
 
 
 def sentences(document: Document) -> list[str]:
@@ -208,8 +207,21 @@ def _approximation_sentences(found: Document) -> list[str]:
             "Warning: what is fitted to so few images may not hold on others; some hundred are needed "
             "(--calib, --calib-images)."
         )
+    if found["finetune"] and "given_up_at_drop_pp" in found["finetune"]:
+        lines.append(
+            f"Fine-tuning of a plan that goes further ended at a drop of "
+            f"{found['finetune']['given_up_at_drop_pp']:.2f} pp; this one is within the budget without it."
+        )
+    return lines
+
+
+def _approximation_tables(document: Document) -> list[str]:
+    """What each step brought, and the curve; each after a blank line."""
+    found, lines = document["approximation"], list[str]()
+    if found is None:
+        return lines
     if found["steps"]:
-        names = ["step", "divergence", "agreement, %"]
+        names = ["step", "divergence", "agree, %"]
         labelled = any(step["accuracy"] is not None for step in found["steps"])
         headers = [*names, "accuracy, %"] if labelled else names
         rows = [
@@ -223,15 +235,14 @@ def _approximation_sentences(found: Document) -> list[str]:
             ]
             for step in found["steps"]
         ]
-        lines += ["", "On the images held out:", tabulate(rows, headers=headers, disable_numparse=True), ""]
-    if found["finetune"] and "given_up_at_drop_pp" in found["finetune"]:
-        lines.append(
-            f"Fine-tuning of a plan that goes further ended at a drop of "
-            f"{found['finetune']['given_up_at_drop_pp']:.2f} pp; this one is within the budget without it."
-        )
+        lines += ["", "On the images held out:", tabulate(rows, headers=headers, disable_numparse=True)]
     if len(found["curve"]) > 1:
         measured = found["plans_measured_on_data"]
-        lines += [curve_table(found["curve"]), f"{measured} plans were measured on --data.", ""]
+        lines += [
+            "",
+            curve_table(found["curve"]),
+            f"{measured} plans were measured on --data; <- is delivered.",
+        ]
     return lines
 
 
@@ -249,13 +260,20 @@ def curve_table(curve: Sequence[Document]) -> str:
                 if drop is None
                 else f"{drop['value']:.2f} [{drop['ci95'][0]:.2f}, {drop['ci95'][1]:.2f}]",
                 _times(point["predicted_speedup"]) or "-",
-                "-" if speedup is None else _speedup(speedup),
-                "delivered" if point["delivered"] else "",
+                "-" if speedup is None else _interval(speedup, 2),
+                "<-" if point["delivered"] else "",
             ]
         )
-    headers = ["fewer MACs", "layers", "divergence", "drop, pp", "predicted", "speed-up", ""]
+    headers = ["fewer\nMACs", "layers", "diver-\ngence", "drop, pp", "speed-up,\npredicted", "measured", ""]
     table: str = tabulate(rows, headers=headers, disable_numparse=True)
     return table
+
+
+def _folded(sentence: str) -> str:
+    """On lines of a terminal, the second and later ones indented."""
+    return textwrap.fill(
+        sentence, _WIDTH, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False
+    )
 
 
 def _optimization(document: Document) -> str:
@@ -291,6 +309,29 @@ def _latency_sentences(document: Document, converted: Sequence[Document]) -> lis
             f"Attention: fewer MACs but slower when timed alone: {', '.join(slower)}. "
             "--gate latency keeps such layers dense."
         )
+    return lines
+
+
+def causes(document: Document) -> list[str]:
+    """Why the gain in time is not that in MACs: of the whole model, then of layers."""
+    found, speedup = document["execution"], document["delta"]["latency_speedup"]
+    if found is None or speedup is None:
+        return []
+    total = sum(found[place][1] for place in _PLACES) or 1.0
+    kept, layout = (100 * found[place][1] / total for place in ("kept", "layout"))
+    lines = [
+        f"The whole model: {_times(document['delta']['macs_ratio'] or 1.0)} fewer MACs, "
+        f"{speedup['median']:.2f}× measured; {kept:.0f} % of the time left is in layers that were not "
+        f"replaced, {layout:.0f} % in copies to other layouts; {found['operators'][1]} operators instead of "
+        f"{found['operators'][0]}."
+    ]
+    for layer in document["layers"]:
+        if layer["execution"] is not None and layer["execution"]["cause"] is not None:
+            macs, gain = layer["macs"], layer["latency_speedup"]["median"]
+            lines.append(
+                f"{layer['name']}: {macs[0] / macs[1]:.2f}× fewer MACs, {gain:.2f}× measured; "
+                f"{layer['execution']['cause']}."
+            )
     return lines
 
 

@@ -31,6 +31,7 @@ from sepconvert.factorize.exact import (
     compose,
     factorize,
     may_separate,
+    spectrum,
     split,
 )
 from sepconvert.spec import ConvSpec, chain_macs
@@ -241,6 +242,26 @@ def test_best_error_is_the_one_at_the_largest_rank_that_pays():
     assert twice["spatial-vh"].paying_rank == findings["spatial-vh"].paying_rank
     assert twice["spatial-vh"].macs == 2 * findings["spatial-vh"].macs
     assert analyse(spec, weight, [(20, 24)] * 2).dense_macs == 2 * whole
+
+
+@pytest.mark.parametrize(("shape", "groups"), [((16, 8, 3, 3), 1), ((8, 1, 5, 5), 8), ((12, 5, 1, 1), 2)])
+def test_the_spectrum_of_one_structure_is_that_of_the_findings(shape, groups):
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    spec = ConvSpec(shape[1] * groups, shape[0], shape[2:], groups=groups)
+    findings = [each for each in analyse(spec, weight, [(9, 9)]).findings if each.spectrum]
+    assert findings
+    for finding in findings:
+        found = spectrum(spec, weight, finding.scheme, 3)
+        assert (found.scheme, found.cut) == (finding.scheme, 3)
+        np.testing.assert_allclose(found.values, finding.spectrum, rtol=1e-12)
+
+
+def test_the_spectrum_of_a_nested_structure_is_that_of_the_outer():
+    weight = torch.randn(8, 6, 3, 3, generator=torch.Generator().manual_seed(0)).double()
+    found = spectrum(ConvSpec(6, 8, (3, 3)), weight, "channel-subspace", None)
+    scaled = weight / weight.flatten(1).norm(dim=1)[:, None, None, None]
+    values = np.linalg.svd(scaled.permute(1, 0, 2, 3).reshape(6, -1).numpy(), compute_uv=False)
+    np.testing.assert_allclose(found.values, values / np.linalg.norm(values), rtol=1e-12)
 
 
 def rank_four(out_channels, dtype=torch.float32, rank=4):

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from sepconvert.errors import SepconvertError
-from sepconvert.measure.accuracy import Predictions, compare, evaluate, evaluation_mode
+from sepconvert.measure.accuracy import Predictions, changes, compare, evaluate, evaluation_mode
 
 Batches = list[tuple[Tensor, Tensor]]
 
@@ -237,6 +237,18 @@ def test_the_drop_is_the_difference_of_the_accuracies(rows: list[tuple[int, int,
     assert delta.ci95_pp.lo <= delta.drop_pp <= delta.ci95_pp.hi
     assert back.drop_pp == -delta.drop_pp
     assert back.agreement == delta.agreement
+
+
+def test_changes_by_hand() -> None:
+    labels = np.array([0, 0, 1, 1, 2, 2])
+    before = Predictions(np.array([[0], [1], [1], [0], [2], [1]]), labels, 3)
+    after = Predictions(np.array([[0], [0], [2], [2], [2], [0]]), labels, 3)
+    found = changes(before, after, most=3)
+    assert (found.count, found.lost, found.won) == (4, 1, 1)
+    shown = [(each.index, each.label, each.original, each.converted) for each in found.shown]
+    assert shown == [(1, 0, 1, 0), (3, 1, 0, 2), (5, 2, 1, 0)]  # the first, one between, the last
+    assert len(changes(before, after, most=10).shown) == 4
+    assert changes(before, before, most=3).to_dict() == {"count": 0, "lost": 0, "won": 0, "shown": ()}
 
 
 def test_compare_needs_the_same_samples() -> None:

@@ -179,8 +179,12 @@ def test_a_much_smaller_model_is_significantly_faster(tmp_path: Path) -> None:
 
 
 def test_reports_are_json() -> None:
-    value = Latency(2.0, Interval(1.5, 2.5), 3.0, runs=9, threads=2, batch=4).to_dict()
-    assert value == {"median": 2.0, "ci95": [1.5, 2.5], "p90": 3.0, "runs": 9, "threads": 2, "batch": 4}
+    quantiles = tuple(n / 10 for n in range(21))
+    value = Latency(2.0, Interval(1.5, 2.5), quantiles, runs=9, threads=2, batch=4).to_dict()
+    assert value == {
+        "median": 2.0, "ci95": [1.5, 2.5], "p90": 1.8, "quantiles": list(quantiles),
+        "runs": 9, "threads": 2, "batch": 4,
+    }  # fmt: skip
     ratio = Speedup(1.2, Interval(1.1, 1.3), Interval(0.9, 1.05)).to_dict()
     assert ratio == {"median": 1.2, "ci95": [1.1, 1.3], "significant": True, "noise_floor": [0.9, 1.05]}
     measured = measure_pair(conv_net(1), conv_net(1), FEEDS, runs=6, runtime=Runtime(2), batch=1, seed=0)

@@ -62,3 +62,6 @@ def test_without_optimisation_every_operator_is_that_of_the_file(path):
     assert "stem.2" in [each.layer for each in found if each.operator == "Relu"]
     assert all(each.milliseconds >= 0 for each in found)
     assert sum(each.milliseconds for each in found) > 0
+    grouped = next(each for each in found if each.layer == "grouped")
+    weights = sum(parameter.numel() for parameter in Net().grouped.parameters())
+    assert grouped.bytes_moved == 4 * (2 * 16 * 16 * 16 + weights)

@@ -20,7 +20,8 @@ def layer(name: str, **others: Any) -> dict[str, Any]:
         "name": name, "kind": "Conv2d", "kernel": kernel, "decision": "kept", "reason": "no exact structure",
         "scheme": None, "rank": None, "macs": [12_345, 12_345], "params": [100, 100], "weight_error": None,
         "output_error": None, "approximation": None, "latency_ms": None, "latency_speedup": None,
-        "structures": [structure("spatial-vh", 24, 24, 0.125)],
+        "structures": [structure("spatial-vh", 24, 24, 0.125)], "execution": None,
+        "spectrum": {"scheme": "spatial-vh", "cut": 6, "full_rank": 24, "values": [[1, 0.75], [24, 0.125]]},
         "exact": others.get("decision") == "converted",
         **others,
     }  # fmt: skip
@@ -30,7 +31,10 @@ def profile(params: int, macs: int, milliseconds: float, top1: float) -> dict[st
     interval = [0.9 * milliseconds, 1.1 * milliseconds]
     return {
         "params": params, "macs": macs, "flops": 2 * macs, "onnx_bytes": 4 * params,
-        "latency_ms": {"median": milliseconds, "ci95": interval, "runs": 50, "threads": 2, "batch": 1},
+        "latency_ms": {
+            "median": milliseconds, "ci95": interval, "runs": 50, "threads": 2, "batch": 1,
+            "quantiles": [milliseconds * (0.9 + n / 100) for n in range(21)],
+        },
         "accuracy": {"top1": top1, "top5": None, "n": 2000},
         "uncounted_ops": {"aten::add": 3, "aten::mul": 1},
     }  # fmt: skip
@@ -44,6 +48,10 @@ def document() -> dict[str, Any]:
         "large.conv", decision="converted", scheme="spatial-vh", rank=2, reason="rank 2 of 24",
         macs=[2_000_000, 500_000], weight_error=4.5e-8, latency_ms=[0.25, 0.125], latency_speedup=speedup,
         structures=[structure("spatial-vh", 2, 24, 6.5e-9, holds=True)],
+        execution={
+            "milliseconds": [0.5, 0.25], "operators": [1, 2], "bytes_moved": [2**20, 2**19],
+            "kernels": [["direct, blocked layout"], ["grouped, im2col and GEMM"]], "cause": "memory is slow",
+        },
     )  # fmt: skip
     return {
         "schema": "sepconvert.report/1",
@@ -61,6 +69,14 @@ def document() -> dict[str, Any]:
             "accuracy_drop_pp": {"value": 0.25, "ci95": [-0.05, 0.55]},
             "agreement": 0.995,
         },
+        "execution": {
+            "converted": [1.0, 0.5], "kept": [0.25, 0.25], "layout": [0.0, 0.125], "other": [0.125, 0.125],
+            "operators": [4, 6], "layout_changes": [0, 1],
+        },
+        "changed_predictions": {
+            "count": 10, "lost": 6, "won": 1,
+            "shown": [{"index": 31, "label": 7, "original": 7, "converted": 2}],
+        },
         "layers": [layer("stem.conv"), converted],
         "verification": {
             "torch_max_abs_diff": 3.5e-8, "torch_tolerance": 4.5e-6, "torch_dtype": "float64",
@@ -68,6 +84,7 @@ def document() -> dict[str, Any]:
             "onnx_reason": None, "passed": True, "worst_layer": "large.conv",
         },
         "approximation": None,
+        "command": "sepconvert models/net.pt --data 'a b'",
         "export": {"dynamic_batch": True, "onnx_dtype": "float32", "reason": None},
     }  # fmt: skip
 
@@ -78,8 +95,8 @@ def bare(document: dict[str, Any]) -> dict[str, Any]:
     for side in ("original", "converted"):
         document[side].update(latency_ms=None, accuracy=None, uncounted_ops={})
     document["delta"].update(latency_speedup=None, accuracy_drop_pp=None, agreement=None, macs_ratio=None)
-    document["layers"][1].update(latency_ms=None, latency_speedup=None)
-    document["model"] = None
+    document["layers"][1].update(latency_ms=None, latency_speedup=None, execution=None)
+    document.update(model=None, execution=None, changed_predictions=None, command=None)
     document["verification"].update(onnx_max_abs_diff=None, onnx_tolerance=None, onnx_reason="no kernel")
     return document
 

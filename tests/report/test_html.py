@@ -1,14 +1,20 @@
 """The page is well formed, needs nothing from elsewhere, and takes names for text."""
 
+import base64
+import io
 import re
 from html.parser import HTMLParser
 
+import numpy as np
 import pytest
+import torch
+from PIL import Image
 
+from sepconvert.report.exhibits import Exhibits, KernelPair
 from sepconvert.report.html import render_html
 from sepconvert.report.terminal import sentences
 
-VOID = {"meta", "br"}
+VOID = {"meta", "br", "img", "input"}
 
 
 class Page(HTMLParser):
@@ -34,14 +40,13 @@ class Page(HTMLParser):
         assert self.open.pop() == tag
 
     def handle_data(self, data):
-        if self.open[-1:] != ["style"]:
+        if self.open[-1:] not in (["style"], ["script"]):
             self.text += data
 
 
 def widths(page: Page) -> list[float]:
-    return [
-        float(re.search(r"width:([\d.]+)%", value)[1]) for name, value in page.attributes if name == "style"
-    ]
+    styles = [value for name, value in page.attributes if name == "style"]
+    return [float(width) for style in styles for width in re.findall(r"^width:([\d.]+)%$", style)]
 
 
 def test_the_page_says_what_the_document_says(document):
@@ -66,6 +71,8 @@ def test_the_page_is_rendered_without_what_was_not_measured(bare):
     text = Page(render_html(bare)).text
     assert "measured speed-up" not in text
     assert "top-1" not in text
+    assert "Predictions that changed" not in text
+    assert "Where the time goes" not in text
     assert "None" not in text
 
 
@@ -74,12 +81,72 @@ def test_a_model_without_convolutions(bare):
     assert "0 of 0 convolutions converted." in Page(render_html(bare)).text
 
 
-def test_the_page_needs_nothing_from_elsewhere(document):
-    text = render_html(document)
-    page = Page(text)
-    assert not {"script", "link", "img", "iframe", "object", "embed", "base"} & set(page.elements)
-    assert not {"src", "href", "srcset", "action", "data"} & {name for name, _ in page.attributes}
-    assert not re.search(r"https?:|//|@import|url\(", text)
+@pytest.fixture
+def exhibits():
+    generator = torch.Generator().manual_seed(0)
+    kernels = torch.randn(2, 12, 3, 3, generator=generator).double()
+    return Exhibits((KernelPair("large.conv", *kernels),), {31: torch.rand(3, 32, 32, generator=generator)})
+
+
+def test_the_page_needs_nothing_from_elsewhere(document, exhibits):
+    page = Page(render_html(document, exhibits))
+    assert not {"link", "iframe", "object", "embed", "base"} & set(page.elements)
+    assert not {"srcset", "action", "data"} & {name for name, _ in page.attributes}
+    images = [value for name, value in page.attributes if name == "src"]
+    assert len(images) == 3
+    assert all(value.startswith("data:image/png;base64,") for value in images)
+    assert all(value.startswith("#") for name, value in page.attributes if name.endswith("href"))
+    without_script = re.sub(r"<script>.*</script>", "", render_html(document), flags=re.DOTALL)
+    assert not re.search(r"https?:|//|@import|url\((?!#)", without_script)
+    assert "fetch" not in render_html(document)
+
+
+def test_every_picture_has_a_size(document, exhibits):
+    page = Page(render_html(document, exhibits))
+    sized = [name for name, value in page.attributes if name in ("width", "height") and value]
+    pictures = page.elements.count("img") + page.elements.count("svg")
+    assert len(sized) >= 2 * pictures
+    assert page.elements.count("svg") == 3  # two spectra, and the latencies
+
+
+def test_what_the_pictures_show(document, exhibits):
+    text = render_html(document, exhibits)
+    images = [
+        np.array(Image.open(io.BytesIO(base64.b64decode(found))))
+        for found in re.findall(r'src="data:image/png;base64,([^"]*)"', text)
+    ]
+    before, after, image = images
+    assert before.shape == after.shape == (3, 12 * 4 - 1, 4)  # a transparent column between filters
+    assert not before[:, 3::4, 3].any()
+    largest = int(exhibits.kernels[0].before[0].argmax())
+    red, _, blue, opaque = before[largest // 3, largest % 3].astype(int)
+    assert red > blue
+    assert opaque == 255
+    expected = exhibits.images[31].permute(1, 2, 0).numpy()
+    stretched = (expected - expected.min()) / (expected.max() - expected.min()) * 255
+    assert np.abs(image - stretched).max() <= 1
+
+
+def test_predictions_that_changed(document, exhibits):
+    text = Page(render_html(document, exhibits)).text
+    assert "10 of 2,000: 6 were right before, 1 are right now, 3 are wrong both times. 1 of them:" in text
+    assert "7 ✓ → 2" in text
+    assert "label 7, sample 31" in text
+    document["changed_predictions"]["count"] = 0
+    assert "Predictions that changed" not in Page(render_html(document, exhibits)).text
+
+
+def test_why_it_is_not_faster(document):
+    text = Page(render_html(document)).text
+    assert "The whole model: 2.00× fewer MACs, 1.50× measured; 25 % of the time left is in layers" in text
+    assert "not replaced, 12 % in copies to other layouts; 6 operators instead of 4." in text
+    assert "large.conv: 4.00× fewer MACs, 1.50× measured; memory is slow." in text
+    assert "1.00 → 0.50 MiB moved" in text
+    assert "grouped, im2col and GEMM" in text
+
+
+def test_the_command(document):
+    assert document["command"] in Page(render_html(document)).text
 
 
 HOSTILE = [
@@ -101,11 +168,13 @@ def test_names_are_text(document, name):
     assert [e for e in page.elements if e != "code"] == [e for e in plain.elements if e != "code"]
     assert {key for key, _ in page.attributes} == {key for key, _ in plain.attributes}
     assert page.text.count(name) == 7  # the title too
+    document["layers"][0]["spectrum"]["scheme"] = document["command"] = name
+    assert {key for key, _ in Page(render_html(document)).attributes} == {key for key, _ in plain.attributes}
 
 
 def test_bars_keep_to_their_cell(document):
     document["layers"][1]["macs"] = [1_000_000, 4_000_000]  # --gate none converts what does not pay
-    assert widths(Page(render_html(document))) == pytest.approx([0.3, 25, 100])
+    assert widths(Page(render_html(document))) == pytest.approx([0.3, 25, 100, 100, 50])  # MACs, latency
 
 
 def test_an_approximate_conversion(approximate):
@@ -113,7 +182,7 @@ def test_an_approximate_conversion(approximate):
     assert "On 256 images that nothing was fitted to." in text
     assert "re-estimate BatchNorm (not kept)" in text
     assert "0.25 [-0.05, 0.55]" in text
-    assert "0.88 fitted to weights, 0.50 alone; sensitivity 2.5; of weights 1.25" in text
+    assert "fitted to the weights 0.88; replaced alone 0.50; of the weights 1.25; sensitivity 2.5." in text
     assert "Fine-tuning" not in text
     epoch = {"epoch": 1, "weights": "average", "loss": 0.5, "divergence": 0.03125, "accuracy": 0.875}
     approximate["approximation"]["finetune"] = {"history": [epoch], "delivered": epoch, "stopped": None}
@@ -143,8 +212,8 @@ def with_times(document, drops):
 def test_the_curve_is_drawn(approximate):
     with_times(approximate, [None, 0.25, 0.75])
     page = Page(render_html(approximate))
-    assert page.elements.count("svg") == 1
-    for expected in ("-0.25 pp", "-0.75 pp, delivered", "measured speed-up, ×"):
+    assert page.elements.count("svg") == 4  # two spectra and the latencies too
+    for expected in ("divergence from", "change of", "top-1, pp", "measured speed-up, ×"):
         assert expected in page.text
     for predicted, measured in (("1.50×", "1.25×"), ("3.50×", "3.25×")):
         assert predicted in page.text
@@ -163,4 +232,4 @@ def test_a_curve_without_times_is_drawn_over_macs(approximate):
 
 
 def test_two_points_are_no_curve(approximate):
-    assert "svg" not in Page(render_html(approximate)).elements
+    assert "divergence, and change of accuracy" not in render_html(approximate).lower()

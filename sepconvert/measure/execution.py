@@ -1,0 +1,156 @@
+"""What a runtime makes of a converted model: where its time goes, and why that is not less."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from sepconvert.measure.operators import OperatorTime
+
+# Of the ratio of MACs; a smaller gain is explained.
+_DISAPPOINTING = 0.5
+# No operator of ONNX Runtime ends much sooner, whatever it computes, with the profiler looking on.
+_SHORTEST_MS = 0.015
+# Of MACs to bytes, before to after: from here on memory is likely to set the pace.
+_THINNER = 2.0
+
+
+@dataclass(frozen=True)
+class LayerExecution:
+    """How a layer runs before and after, on the whole batch that is timed.
+
+    Pairs are of the original and of the converted model. `milliseconds` are the profiler's (`OperatorTime`).
+    `cause` says why the measured gain is less than half of the ratio of MACs; None where it is not.
+    """
+
+    milliseconds: tuple[float, float]
+    operators: tuple[int, int]
+    bytes_moved: tuple[int, int]
+    kernels: tuple[tuple[str, ...], tuple[str, ...]]  # of convolutions, each once
+    cause: str | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The `execution` object of a layer in the report."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class ModelExecution:
+    """Where the profiler's milliseconds go, in the original and in the converted model."""
+
+    converted: tuple[float, float]  # in layers that were replaced
+    kept: tuple[float, float]  # in other layers with weights
+    layout: tuple[float, float]  # in copies to other layouts
+    other: tuple[float, float]
+    operators: tuple[int, int]
+    layout_changes: tuple[int, int]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The `execution` object of the report."""
+        return asdict(self)
+
+
+def layer_executions(
+    before: Sequence[OperatorTime],
+    after: Sequence[OperatorTime],
+    gains: Mapping[str, tuple[tuple[int, int], float]],
+) -> dict[str, LayerExecution]:
+    """Of the layers that are found among the operators of both models.
+
+    Args:
+        before: operators of the original.
+        after: of the converted model.
+        gains: by converted layer, its MACs for the whole batch before and after, and the measured ratio of
+            its times.
+    """
+    found = {}
+    for name, (macs, gain) in gains.items():
+        own, new = _of_layer(before, name), _of_layer(after, name)
+        if own and new:
+            found[name] = LayerExecution(
+                (_milliseconds(own), _milliseconds(new)),
+                (len(own), len(new)),
+                (_bytes(own), _bytes(new)),
+                (_kernels(own), _kernels(new)),
+                _cause(own, new, macs, gain),
+            )
+    return found
+
+
+def model_execution(
+    before: Sequence[OperatorTime], after: Sequence[OperatorTime], converted: Iterable[str]
+) -> ModelExecution:
+    """Of the operators of both models; `converted` are the layers that were replaced."""
+    shares: list[dict[str, float]] = []
+    names = tuple(converted)
+    for operators in (before, after):
+        share = dict.fromkeys(("converted", "kept", "layout", "other"), 0.0)
+        for each in operators:
+            share[_place(each, names)] += each.milliseconds
+        shares.append(share)
+    first, second = shares
+    return ModelExecution(
+        **{place: (first[place], second[place]) for place in first},
+        operators=(len(before), len(after)),
+        layout_changes=(_layout_changes(before), _layout_changes(after)),
+    )
+
+
+def _place(operator: OperatorTime, converted: Sequence[str]) -> str:
+    if operator.changes_layout:
+        return "layout"
+    if any(_belongs(operator, name) for name in converted):
+        return "converted"
+    return "kept" if operator.has_weights else "other"
+
+
+def _belongs(operator: OperatorTime, layer: str) -> bool:
+    return operator.layer is not None and (operator.layer == layer or operator.layer.startswith(f"{layer}."))
+
+
+def _of_layer(operators: Sequence[OperatorTime], layer: str) -> list[OperatorTime]:
+    return [each for each in operators if _belongs(each, layer)]
+
+
+def _milliseconds(operators: Sequence[OperatorTime]) -> float:
+    return sum(each.milliseconds for each in operators)
+
+
+def _bytes(operators: Sequence[OperatorTime]) -> int:
+    return sum(each.bytes_moved for each in operators)
+
+
+def _kernels(operators: Sequence[OperatorTime]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(each.kernel for each in operators if each.kernel is not None))
+
+
+def _layout_changes(operators: Sequence[OperatorTime]) -> int:
+    return sum(each.changes_layout for each in operators)
+
+
+def _cause(
+    before: Sequence[OperatorTime], after: Sequence[OperatorTime], macs: tuple[int, int], gain: float
+) -> str | None:
+    promised = macs[0] / max(macs[1], 1)
+    if promised <= 1 or gain >= _DISAPPOINTING * promised:
+        return None
+    sides = (before, macs[0]), (after, macs[1])
+    own, new = (count / max(_milliseconds(each), 1e-9) / 1e6 for each, count in sides)
+    pace = f"{new:.1f} GMAC/s where the original does {own:.1f}"
+    unblocked = [each for each in _kernels(after) if not _blocked(each)]
+    if unblocked and all(map(_blocked, _kernels(before))):
+        return f"{pace}: {', '.join(unblocked)} instead of the runtime's kernels for blocked layouts"
+    if _milliseconds(after) < _SHORTEST_MS * len(after):
+        each = 1000 * _milliseconds(after) / len(after)
+        return f"{pace}: {len(after)} operators of {each:.0f} µs each, of which starting them is most"
+    thick, thin = (count / max(_bytes(each), 1) for each, count in sides)
+    if thin * _THINNER < thick:
+        return (
+            f"{pace}: {thin:.1f} MACs for each byte it moves instead of {thick:.1f}, so memory sets the pace"
+        )
+    slowest = max(after, key=lambda each: each.milliseconds)
+    share = 100 * slowest.milliseconds / (_milliseconds(after) or 1.0)
+    return f"{pace}: {share:.0f} % of its time is in one operator, {slowest.kernel or slowest.operator}"
+
+
+def _blocked(kernel: str) -> bool:
+    return kernel.endswith("blocked layout")
