@@ -331,6 +331,8 @@ def _approximate(options: Options, out: Path) -> dict[str, Any]:
         raise SepconvertError(
             f"{checkpoint}: a run that was interrupted left it; pass --resume to go on, or remove it"
         )
+    if checkpoint is not None and checkpoint.exists() and not options["quiet"]:
+        click.echo(f"going on from {checkpoint}", err=True)
     return {
         **{name: options[name] for name in names},
         "calib": _images(options, "calib"),
