@@ -239,6 +239,8 @@ def _column(profile: Profile, base: Profile, delta: Delta | None) -> dict[str, s
     column = {
         "parameters": f"{profile.params:,}{against(profile.params, base.params)}",
         "MACs": f"{profile.macs:,}{against(profile.macs, base.macs)}",
+        "FLOPs": f"{profile.flops:,}",
+        "weights, bytes": "-" if profile.weight_bytes is None else f"{profile.weight_bytes:,}",
         "ONNX bytes": "-" if size is None else f"{size:,}",
         "latency, ms": "-"
         if latency is None

@@ -286,6 +286,13 @@ def read_onnx(path: Path) -> OnnxFile:
     )
 
 
+def onnx_weight_bytes(path: Path) -> int:
+    """Of the weights and constants in an ONNX file that `read_onnx` can read."""
+    graph = onnx.load(str(path), load_external_data=False).graph
+    types = ((tensor, onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type)) for tensor in graph.initializer)
+    return sum(math.prod(tensor.dims) * dtype.itemsize for tensor, dtype in types)
+
+
 def _fix_batch(model: onnx.ModelProto, inputs: Sequence[str]) -> int:
     """Give an open batch the size 1, and tell the largest there is."""
     batch = 1

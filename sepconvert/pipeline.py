@@ -28,6 +28,7 @@ from sepconvert.export import (
     cast,
     model_dtype,
     onnx_feed,
+    onnx_weight_bytes,
     runtime_dtype,
     save_archive,
     save_onnx,
@@ -287,7 +288,6 @@ def convert(
         timing = (
             time_files(model, paths, inputs, runs, runtime, seed, progress) if onnx_check and runs else None
         )
-        sizes = [path.stat().st_size for path in paths]
         delta = (
             compare_predictions(predictions, converted_predictions)
             if predictions and converted_predictions
@@ -319,9 +319,9 @@ def convert(
             runtime=runtime,
             seed=seed,
             dtype=str(model_dtype(model)).removeprefix("torch."),
-            original=_profile(original_cost, predictions, timing and timing[0], sizes[0]),
+            original=_profile(original_cost, predictions, timing and timing[0], paths[0]),
             converted=_profile(
-                count(private_copy(converted), inputs), converted_predictions, timing and timing[1], sizes[1]
+                count(private_copy(converted), inputs), converted_predictions, timing and timing[1], paths[1]
             ),
             speedup=timing[2] if timing else None,
             accuracy=delta,
@@ -538,9 +538,10 @@ def _predict(
     return evaluate(model, data, lambda batches: progress(batches, f"accuracy, {name}"))
 
 
-def _profile(cost: Cost, predictions: Predictions | None, latency: Latency | None, size: int) -> Profile:
+def _profile(cost: Cost, predictions: Predictions | None, latency: Latency | None, path: Path) -> Profile:
+    sizes = path.stat().st_size, onnx_weight_bytes(path)
     accuracy = None if predictions is None else predictions.accuracy()
-    return Profile(cost.params, cost.macs, size, latency, accuracy, cost.uncounted_ops)
+    return Profile(cost.params, cost.macs, *sizes, latency, accuracy, cost.uncounted_ops)
 
 
 @contextlib.contextmanager

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from sepconvert.environment import Runtime, available_cores
 from sepconvert.errors import SepconvertError, first_line
-from sepconvert.export import cast, onnx_feed, read_onnx, runtime_dtype, save_onnx
+from sepconvert.export import cast, onnx_feed, onnx_weight_bytes, read_onnx, runtime_dtype, save_onnx
 from sepconvert.measure.accuracy import Accuracy, evaluate
 from sepconvert.measure.cost import count
 from sepconvert.measure.latency import Latency, Startup, measure_grid, measure_single, session, startup
@@ -109,6 +109,7 @@ class Profile:
     params: int
     macs: int
     onnx_bytes: int | None
+    weight_bytes: int | None  # in that file
     latency: Latency | None
     accuracy: Accuracy | None
     uncounted_ops: Mapping[str, int]
@@ -126,6 +127,7 @@ class Profile:
             "macs": self.macs,
             "flops": self.flops,
             "onnx_bytes": self.onnx_bytes,
+            "weight_bytes": self.weight_bytes,
             "latency_ms": None if self.latency is None else self.latency.to_dict(),
             "accuracy": None if self.accuracy is None else self.accuracy.to_dict(),
             "uncounted_ops": dict(self.uncounted_ops),
@@ -197,6 +199,7 @@ def _profile(document: Mapping[str, Any]) -> Profile:
         params=_count(document, "params"),
         macs=_count(document, "macs"),
         onnx_bytes=None if size is None else _count(document, "onnx_bytes"),
+        weight_bytes=None if document["weight_bytes"] is None else _count(document, "weight_bytes"),
         latency=None
         if latency is None
         else Latency(
@@ -283,10 +286,10 @@ def profile(
                 progress=progress,
             )  # fmt: skip
             latency = detail.latency(runtime.threads, batch)
-        size = path.stat().st_size
+        sizes = path.stat().st_size, onnx_weight_bytes(path)
     cost = count(private_copy(model), inputs)
     accuracy = None if data is None else evaluate(private_copy(model), data).accuracy()
-    return Profile(cost.params, cost.macs, size, latency, accuracy, cost.uncounted_ops, detail)
+    return Profile(cost.params, cost.macs, *sizes, latency, accuracy, cost.uncounted_ops, detail)
 
 
 def as_inputs(example_inputs: Tensor | Inputs) -> Inputs:

@@ -173,7 +173,7 @@ def profile(milliseconds, top1=None, macs=1000):
     latency = Latency(
         milliseconds, Interval(0.9 * milliseconds, 1.1 * milliseconds), (milliseconds,) * 21, 9, 1, 1
     )
-    return Profile(100, macs, 4000, latency, None if top1 is None else Accuracy(top1, None, 50), {})
+    return Profile(100, macs, 4000, 400, latency, None if top1 is None else Accuracy(top1, None, 50), {})
 
 
 def speedup(ratio, noise=0.02):

@@ -34,7 +34,7 @@ def test_costs_are_of_one_sample(model, measured):
     assert pooling in (0, 8, 8 * 64)
     assert profile.flops == 2 * profile.macs
     assert profile.params == 8 * 27 + 8 + 8 * 7 + 7
-    assert profile.onnx_bytes > 4 * profile.params
+    assert profile.onnx_bytes > profile.weight_bytes >= 4 * profile.params
     assert model.training
 
 
@@ -128,7 +128,17 @@ def test_what_is_stored_is_read(measured, stored, tmp_path):
     assert found.differences({"cpu": "slow", "threads": 1, "python": "4"}) == ["cpu (fast, slow)"]
 
 
-KEYS = ("schema", "model", "environment", "params", "macs", "onnx_bytes", "latency_ms", "accuracy")
+KEYS = (
+    "schema",
+    "model",
+    "environment",
+    "params",
+    "macs",
+    "onnx_bytes",
+    "weight_bytes",
+    "latency_ms",
+    "accuracy",
+)
 
 
 @pytest.mark.parametrize("key", [*KEYS, "uncounted_ops", "latency_ms.ci95", "latency_ms.runs", "accuracy.n"])
@@ -145,6 +155,7 @@ def test_a_missing_key_is_named(stored, tmp_path, key):
     ("key", "value"),
     [
         ("params", -1), ("params", 1.5), ("macs", True), ("macs", None), ("onnx_bytes", "4"),
+        ("weight_bytes", -4),
         ("latency_ms", {"median": math.nan}), ("latency_ms", {"quantiles": [math.inf] * 21}),
         ("latency_ms", {"quantiles": [1.0]}), ("latency_ms", {"runs": -1}),
         ("latency_ms", {"ci95": [1.0]}), ("latency_ms", {"ci95": [0.1, "x"]}), ("latency_ms", 3),

@@ -41,10 +41,16 @@ def anatomy_text(anatomy: Document) -> str:
         else "Activations: shapes are not known.",
     ]  # fmt: skip
     latencies = [
-        [each["threads"], each["batch"], _interval(each, 3), f"{each['per_second']:,.0f}"]
+        [
+            each["threads"],
+            each["batch"],
+            _interval(each, 3),
+            f"{each['p90']:.3f}",
+            f"{each['per_second']:,.0f}",
+        ]
         for each in anatomy["latencies_ms"]
     ]
-    headers = ["threads", "batch", "latency, ms", "samples/s"]
+    headers = ["threads", "batch", "latency, ms", "p90", "samples/s"]
     table = tabulate(latencies, headers=headers, disable_numparse=True)
     return "\n".join([*lines, "", table, "", _operators(anatomy["operators"])])
 
@@ -96,6 +102,7 @@ def summary(document: Document) -> str:
         ["parameters", f"{before['params']:,}", f"{after['params']:,}", _times(delta["params_ratio"])],
         ["MACs", f"{before['macs']:,}", f"{after['macs']:,}", _times(delta["macs_ratio"])],
         ["FLOPs (2 × MACs)", f"{before['flops']:,}", f"{after['flops']:,}", _times(delta["macs_ratio"])],
+        ["weights, bytes", f"{before['weight_bytes']:,}", f"{after['weight_bytes']:,}", ""],
         ["ONNX file, bytes", f"{before['onnx_bytes']:,}", f"{after['onnx_bytes']:,}", ""],
     ]
     speedup = delta["latency_speedup"]

@@ -30,7 +30,8 @@ def layer(name: str, **others: Any) -> dict[str, Any]:
 def profile(params: int, macs: int, milliseconds: float, top1: float) -> dict[str, Any]:
     interval = [0.9 * milliseconds, 1.1 * milliseconds]
     return {
-        "params": params, "macs": macs, "flops": 2 * macs, "onnx_bytes": 4 * params,
+        "params": params, "macs": macs, "flops": 2 * macs, "onnx_bytes": 5 * params,
+        "weight_bytes": 4 * params,
         "latency_ms": {
             "median": milliseconds, "ci95": interval, "runs": 50, "threads": 2, "batch": 1,
             "quantiles": [milliseconds * (0.9 + n / 100) for n in range(21)],

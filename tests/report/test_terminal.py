@@ -29,7 +29,8 @@ def test_summary_table(document):
     assert rows["parameters"] == ["4,000", "1,000", "4.00×"]
     assert rows["MACs"] == ["2,012,345", "1,006,172", "2.00×"]
     assert rows["FLOPs (2 × MACs)"] == ["4,024,690", "2,012,344", "2.00×"]
-    assert rows["ONNX file, bytes"] == ["16,000", "4,000"]
+    assert rows["weights, bytes"] == ["16,000", "4,000"]
+    assert rows["ONNX file, bytes"] == ["20,000", "5,000"]
     assert rows["latency, ms"] == ["1.500 [1.350, 1.650]", "1.000 [0.900, 1.100]", "1.50 [1.40, 1.60]×"]
     assert rows["top-1, %"] == ["96.75", "96.50", "drop 0.25 pp"]
     assert "[-0.05, 0.55]" in rows  # in the line below
