@@ -288,6 +288,11 @@ def convert(
         timing = (
             time_files(model, paths, inputs, runs, runtime, seed, progress) if onnx_check and runs else None
         )
+        if gate == "latency" and timing and timing[2].significant and timing[2].median < 1:
+            raise DemandNotMetError(
+                f"--gate latency: the converted model is measured {timing[2].median:.2f}× as fast as the "
+                "original, though each replaced layer is faster alone; change the budget or pass --gate macs"
+            )
         delta = (
             compare_predictions(predictions, converted_predictions)
             if predictions and converted_predictions

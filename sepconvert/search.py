@@ -339,7 +339,7 @@ class Search:
         return middle
 
     def _paying(self, point: Point, budget: Budget) -> Point:
-        """The plan without layers that, timed in the whole model, bring nothing."""
+        """The plan without layers that, timed in the whole model, bring nothing; of a slower one, none."""
         assert self.speedups is not None  # noqa: S101  (plans are timed)
         fitted = self.carried_out(point)
         if not point.choice:
@@ -347,6 +347,8 @@ class Search:
         saved = {name: self.surveyed[name].cost - each.cost for name, each in point.choice.items()}
         doubtful = sorted(saved, key=saved.__getitem__)[:_DOUBTFUL]
         whole, *others = self.speedups([self.restored(fitted, name) for name in (None, *doubtful)])
+        if whole.significant and whole.median < 1:
+            return self._join(self._point({}, 0.0))
         idle = [name for name, each in zip(doubtful, others, strict=True) if each.median >= whole.median]
         if not idle:
             return point

@@ -74,7 +74,7 @@ class Bench:
     def speedups(self, models):
         self.measured["ratio"] += [model.cost for model in models]
         ratios = [self.ratio(model.cost) for model in models]
-        return [Speedup(ratio, Interval(0.5, 9.0), Interval(0.9, 1.1)) for ratio in ratios]
+        return [Speedup(ratio, Interval(0.99 * ratio, 1.01 * ratio), Interval(0.9, 1.1)) for ratio in ratios]
 
     @property
     def cheapest(self):
@@ -169,6 +169,17 @@ def test_layers_that_bring_nothing_in_the_whole_model_stay_dense():
     assert {"a", "c"} & set(point.choice)
     assert point in bench.search.points
     assert point.speedup.median >= 1.2
+
+
+def test_a_plan_that_is_slower_as_a_whole_is_not_delivered():
+    surveyed = {name: layer(400, 1.0) for name in "ab"}
+    total = Bench(surveyed).total
+    for beginning, delivered in ((0.7, False), (0.9, True)):  # the second is within noise
+        bench = Bench(
+            surveyed, drop=lambda cost: 0.0, timed=True,
+            ratio=lambda cost, beginning=beginning: beginning + 0.01 * total / cost,
+        )  # fmt: skip
+        assert bool(bench.search.run(Budget(max_drop=1.0)).choice) is delivered
 
 
 def test_sensitivities_are_corrected_among_replaced_layers():
