@@ -653,7 +653,7 @@ def automatic(tmp_path_factory):
     # The dense forms alone take 0.26 of the MACs.
     options = {"calib": images, "data": images, "target_macs": 0.2, "runs": 0, "out": folder}
     result = convert(model, x[:2], "auto", gate="macs", **options)
-    write_documents(result.report, result.plan, folder)
+    write_documents(result.report, result.plan, folder, result.exhibits)
     return model, result, folder
 
 

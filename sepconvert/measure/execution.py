@@ -54,7 +54,7 @@ def layer_executions(
     after: Sequence[OperatorTime],
     gains: Mapping[str, tuple[tuple[int, int], float]],
 ) -> dict[str, LayerExecution]:
-    """Of the layers that are found among the operators of both models.
+    """Of the layers that are found among the operators of both models; functional convolutions are not.
 
     Args:
         before: operators of the original.

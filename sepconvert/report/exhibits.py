@@ -42,9 +42,11 @@ def kernel_pairs(layers: Iterable[LayerReport], converted: nn.Module) -> tuple[K
         module = converted.get_submodule(layer.plan.name)
         if max(dense.shape[2:]) == 1 or not isinstance(module, FactorizedConv2d):
             continue
+        after = module.weight.detach().double().cpu()
+        if after.shape != dense.shape:  # it has taken in another layer
+            continue
         inputs = torch.linalg.vector_norm(dense, dim=(2, 3)).argmax(1)
         outputs = torch.linalg.vector_norm(dense, dim=(1, 2, 3)).argsort(descending=True)[:_FILTERS]
-        after = module.weight.detach().double().cpu()
         found.append(
             KernelPair(layer.plan.name, *(each[outputs, inputs[outputs]] for each in (dense, after)))
         )
