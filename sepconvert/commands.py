@@ -405,6 +405,13 @@ def _load(options: Options) -> LoadedModel:
     loaded = load_model(
         options["model"], factory=options["factory"], allow=options["allow"], trust=options["trust"]
     )
+    if loaded.stored_dtype is not None:
+        stored, own = (
+            str(dtype).removeprefix("torch.") for dtype in (loaded.stored_dtype, model_dtype(loaded.model))
+        )
+        click.echo(
+            f"sepconvert: {options['model']}: {stored} weights, in the {own} model of --factory", err=True
+        )
     try:
         loaded.model.to(options["device"])
     except Exception as error:  # torch's errors for unknown and for missing devices share no base class

@@ -219,6 +219,8 @@ def _read_npz(path: Path, preprocess: Preprocess, labelled: bool) -> _Samples:
         raise SepconvertError(f"{path}: there is no such file; {expected}") from None
     except Exception as error:  # a damaged archive makes zipfile, zlib and numpy raise in many ways
         cause = str(error).partition("\n")[0][:100] or type(error).__name__
+        if isinstance(error, ValueError) and "pickle" in cause:  # numpy takes whatever else it meets for one
+            cause = "it is no archive of numeric arrays"
         raise SepconvertError(f"{path}: cannot be read ({cause}); {expected}") from error
     x = arrays[0]
     if x.ndim != 4 or 0 in x.shape or not (x.dtype == np.uint8 or np.issubdtype(x.dtype, np.floating)):

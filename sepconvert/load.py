@@ -48,12 +48,14 @@ class LoadedModel:
 
     `model` is on the CPU, in the mode (train or eval) in which it was saved or built. `example_inputs` have a
     batch dimension: those stored in a .pt2 archive, or zeros of the input size that a timm model names.
+    `stored_dtype` is that of a checkpoint's weights where the model of the factory has another.
     """
 
     model: nn.Module
     path: Path
     sha256: str
     example_inputs: tuple[Tensor, ...] | None
+    stored_dtype: torch.dtype | None = None
 
 
 def load_model(
@@ -96,8 +98,11 @@ def load_model(
         ) from error
     if any(isinstance(value, Tensor) and value.is_meta for value in weights.values()):
         raise SepconvertError(f"{path}: has weights without data (on the meta device); save a trained model")
+    cast_from = None
     if build is not None:
         model = build()
+        stored, own = _float_dtypes(weights), _float_dtypes(model.state_dict())
+        cast_from = stored.pop() if len(stored) == len(own) == 1 and stored != own else None
         _load_weights(model, weights, path)
     elif isinstance(found, nn.Module):
         model = found
@@ -107,7 +112,7 @@ def load_model(
             "pass --factory pkg.mod:callable or --factory file.py:callable that returns it"
         )
     model = model.cpu()
-    return LoadedModel(model, path, _sha256(path), examples or _timm_example(model))
+    return LoadedModel(model, path, _sha256(path), examples or _timm_example(model), cast_from)
 
 
 def parse_input_shape(text: str) -> tuple[int, ...]:
@@ -609,6 +614,11 @@ def _load_weights(model: nn.Module, weights: Mapping[str, Tensor], path: Path) -
             f"{path}: does not fit the model of --factory: it {' and '.join(problems)}; "
             "pass the --factory that builds the model which was trained"
         )
+
+
+def _float_dtypes(weights: Mapping[str, object]) -> set[torch.dtype]:
+    tensors = [value for value in weights.values() if isinstance(value, Tensor)]
+    return {tensor.dtype for tensor in tensors if tensor.is_floating_point()}
 
 
 def _plain_key(key: str, expected: Mapping[str, object]) -> str:

@@ -155,6 +155,8 @@ class Search:
             self._fill_curve(point)
             self._time_carried_out()
         if point is None or not self._fast_enough(point, budget):
+            if budget.min_speedup is not None:  # to show what can be had
+                self._time(self._untimed)
             raise DemandNotMetError(_shortfall(budget, self.points), curve_table(self.to_json(None)))
         self.carried_out(point)
         return self._paying(point, budget) if self.timed else point
@@ -370,11 +372,17 @@ class Search:
 
     def _time_carried_out(self) -> None:
         """What is on the curve, if times are what it is about."""
-        waiting = [each for each in self.points if each.fitted is not None and each.speedup is None]
-        if self.timed and waiting:
-            self._time(waiting)
+        if self.timed:
+            self._time(self._untimed)
+
+    @property
+    def _untimed(self) -> list[Point]:
+        """Plans that were carried out."""
+        return [each for each in self.points if each.fitted is not None and each.speedup is None]
 
     def _time(self, points: Sequence[Point]) -> None:
+        if not points:
+            return
         assert self.speedups is not None  # noqa: S101  (plans are timed)
         found = self.speedups([self.carried_out(point).model for point in points])
         for point, speedup in zip(points, found, strict=True):

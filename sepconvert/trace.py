@@ -363,8 +363,13 @@ def _run(model: nn.Module, inputs: Inputs) -> tuple[list[_Record], dict[nn.Modul
                 "x".join(map(str, value.shape)) for value in inputs if isinstance(value, Tensor)
             )
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            advice = (
+                "the command line gives a model one tensor; pass a tuple of all its inputs in Python"
+                if isinstance(error, TypeError) and "missing" in reason
+                else "check the input's shape"
+            )
             raise SepconvertError(
-                f"the model's forward pass failed on input {shapes}: {reason}; check the input's shape"
+                f"the model's forward pass failed on input {shapes}: {reason}; {advice}"
             ) from error
     return records, hidden.count
 

@@ -356,6 +356,14 @@ def test_quiet_says_nothing_and_user_code_keeps_off_standard_output(here, run):
     assert listing(here / "a b" / "ü →" / "out") == RESULTS
 
 
+def test_weights_of_another_precision_are_told_of(here, run):
+    weights = torch.load("scaled-weights.pt")
+    torch.save({name: value.half() for name, value in weights.items()}, "half.pt")
+    arguments = (*SHAPE, "--factory", "cli_test_code.py:build")
+    assert "float16 weights, in the float32 model" in run("inspect", "half.pt", *arguments).err
+    assert "float" not in run("inspect", "scaled-weights.pt", *arguments).err
+
+
 def test_quiet_warns_nonetheless(here, run):
     outcome = run("net.pt", *SHAPE, "--mode", "approx", "--rank", "1", "--runs", "0", "--quiet")
     assert (outcome.code, outcome.out) == (0, "")

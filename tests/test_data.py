@@ -176,6 +176,9 @@ def test_damaged_npz(tmp_path, npz, keep):
     damaged = tmp_path / "damaged.npz"
     damaged.write_bytes(path.read_bytes()[:keep])
     refused("cannot be read", damaged)
+    text = tmp_path / "text.npz"
+    text.write_text("not an archive")
+    refused("it is no archive of numeric arrays", text)
 
 
 def test_files_that_are_no_npz(tmp_path):

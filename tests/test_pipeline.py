@@ -322,7 +322,11 @@ def test_tampered_weights(replayable, tensor, layer):
     [
         (lambda model: nn.Sequential(nn.Conv2d(3, 4, 3)), "expected a convolution stem.*the model has none"),
         (lambda model: setattr(model, "stem", nn.Conv2d(3, 8, 5, padding=1)), "expected a convolution stem"),
-        (lambda model: setattr(model, "stem", nn.Conv2d(1, 8, 5, padding=2)), "forward pass failed"),
+        (lambda model: setattr(model, "stem", nn.Conv2d(1, 8, 5, padding=2)), "check the input's shape"),
+        (
+            lambda model: setattr(model, "head", nn.Bilinear(8, 8, 5)),
+            "missing .* pass a tuple of all its inputs",
+        ),
         (lambda model: setattr(model, "head", nn.Linear(8, 6)), "does not fit the model"),
         (lambda model: setattr(model, "extra", nn.Linear(8, 6)), "does not fit the model"),
     ],

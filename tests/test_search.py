@@ -201,6 +201,19 @@ def test_sensitivities_are_corrected_among_replaced_layers():
     assert point.choice["b"].rank <= point.choice["a"].rank if "a" in point.choice else True
 
 
+def test_where_no_plan_is_fast_enough_it_is_shown_how_fast_plans_are():
+    surveyed = {name: layer(400, 1.0) for name in "abc"}
+    total = Bench(surveyed).total
+    bench = Bench(surveyed, drop=lambda cost: 10 * (1 - cost / total), ratio=lambda cost: total / cost)
+    with pytest.raises(DemandNotMetError, match="largest speed-up") as caught:
+        bench.search.run(Budget(max_drop=0.0, min_speedup=50.0))
+    carried_out = [each for each in bench.search.points if each.fitted is not None]
+    assert len(carried_out) >= 6
+    fastest = max(each.speedup.median for each in carried_out)
+    assert fastest > 1.5
+    assert f"largest speed-up {fastest:.2f}× of" in str(caught.value)
+
+
 def test_one_rank_everywhere():
     surveyed = {"a": layer(400, 1.0, (2,)), "b": layer(80, 9.0, (2,))}
     bench = Bench(surveyed, drop=lambda cost: 3.0)
