@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from sepconvert.approx import checkpoints
 from sepconvert.comparison import Comparison, Demand
 from sepconvert.data import Batch, Preprocess, check_against_model, has_labels, load_data, sample_shape
 from sepconvert.distillation import Step
@@ -98,7 +99,8 @@ def convert(**options: Any) -> None:
             write_documents(result.report, result.plan, folder, result.exhibits)
     if main:
         if (checkpoint := _checkpoint(options, out)) is not None:
-            checkpoint.unlink(missing_ok=True)
+            for path in checkpoints(checkpoint):
+                path.unlink(missing_ok=True)
         _show(options, result, out)
 
 

@@ -149,8 +149,9 @@ class Search:
             self._draw_curve()
             point = self._of_share(budget.share, budget)
         else:
-            self._learn_from(self._best(self._middle))
-            self._draw_curve()
+            if not self.points:
+                self._learn_from(self._best(self._middle))
+                self._draw_curve()
             point = self._searched(budget)
             self._fill_curve(point)
             self._time_carried_out()

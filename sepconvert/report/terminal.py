@@ -214,11 +214,12 @@ def _approximation_sentences(found: Document) -> list[str]:
             "Warning: what is fitted to so few images may not hold on others; some hundred are needed "
             "(--calib, --calib-images)."
         )
-    if found["finetune"] and "given_up_at_drop_pp" in found["finetune"]:
-        lines.append(
-            f"Fine-tuning of a plan that goes further ended at a drop of "
-            f"{found['finetune']['given_up_at_drop_pp']:.2f} pp; this one is within the budget without it."
-        )
+    given_up = found["finetune"]["given_up"] if found["finetune"] else []
+    lines += [
+        f"Fine-tuning of a plan that goes further ended at a drop of {each['drop_pp']:.2f} pp (before: "
+        f"{each['drop_before_pp']:.2f} pp), beyond the budget."
+        for each in given_up
+    ]
     return lines
 
 

@@ -185,9 +185,19 @@ def test_an_approximate_conversion(approximate):
     assert "fitted to the weights 0.88; replaced alone 0.50; of the weights 1.25; sensitivity 2.5." in text
     assert "Fine-tuning" not in text
     epoch = {"epoch": 1, "weights": "average", "loss": 0.5, "divergence": 0.03125, "accuracy": 0.875}
-    approximate["approximation"]["finetune"] = {"history": [epoch], "delivered": epoch, "stopped": None}
+    approximate["approximation"]["finetune"] = {
+        "history": [epoch],
+        "delivered": epoch,
+        "stopped": None,
+        "given_up": [],
+    }
     text = Page(render_html(approximate)).text
-    assert "average, delivered" in text
+    assert "average, best" in text
+    assert "Fine-tuning of a plan that was given up" in text
+    approximate["approximation"]["steps"].append(
+        {**approximate["approximation"]["steps"][0], "name": "fine-tune"}
+    )
+    assert "given up" not in Page(render_html(approximate)).text
     assert "87.5 %" in text
 
 
