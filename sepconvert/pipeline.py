@@ -38,7 +38,7 @@ from sepconvert.factorize.exact import split
 from sepconvert.measure.accuracy import AccuracyDelta, Predictions, changes, evaluate
 from sepconvert.measure.accuracy import compare as compare_predictions
 from sepconvert.measure.cost import Cost, count
-from sepconvert.measure.execution import ModelExecution, layer_executions, model_execution
+from sepconvert.measure.execution import Gain, ModelExecution, layer_executions, model_execution
 from sepconvert.measure.latency import Latency, session
 from sepconvert.measure.operators import operator_times
 from sepconvert.merge import linear_pairs, merge, merge_pairs
@@ -355,7 +355,11 @@ def _executed(
     before, after = (operator_times(path, feed, runs=runs, runtime=runtime) for path in paths)
     batch = batch_size(inputs)
     gains = {
-        each.plan.name: ((batch * each.plan.macs[0], batch * each.plan.macs[1]), each.latency[2].median)
+        each.plan.name: Gain(
+            (batch * each.plan.macs[0], batch * each.plan.macs[1]),
+            each.latency[2].median,
+            (each.plan.spec, each.plan.macs, each.plan.scheme, each.plan.rank),
+        )
         for each in layers
         if each.latency is not None
     }

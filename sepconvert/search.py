@@ -156,8 +156,6 @@ class Search:
             self._fill_curve(point)
             self._time_carried_out()
         if point is None or not self._fast_enough(point, budget):
-            if budget.min_speedup is not None:  # to show what can be had
-                self._time(self._untimed)
             raise DemandNotMetError(_shortfall(budget, self.points), curve_table(self.to_json(None)))
         self.carried_out(point)
         return self._paying(point, budget) if self.timed else point
@@ -372,18 +370,12 @@ class Search:
         return point.fitted
 
     def _time_carried_out(self) -> None:
-        """What is on the curve, if times are what it is about."""
-        if self.timed:
-            self._time(self._untimed)
-
-    @property
-    def _untimed(self) -> list[Point]:
-        """Plans that were carried out."""
-        return [each for each in self.points if each.fitted is not None and each.speedup is None]
+        """What is on the curve: it is drawn over what plans take."""
+        waiting = [each for each in self.points if each.fitted is not None and each.speedup is None]
+        if self.speedups is not None and waiting:
+            self._time(waiting)
 
     def _time(self, points: Sequence[Point]) -> None:
-        if not points:
-            return
         assert self.speedups is not None  # noqa: S101  (plans are timed)
         found = self.speedups([self.carried_out(point).model for point in points])
         for point, speedup in zip(points, found, strict=True):

@@ -1,6 +1,6 @@
 """What a runtime makes of a converted model: where its time goes, and why that is not less."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -12,6 +12,15 @@ _DISAPPOINTING = 0.5
 _SHORTEST_MS = 0.015
 # Of MACs to bytes, before to after: from here on memory is likely to set the pace.
 _THINNER = 2.0
+
+
+@dataclass(frozen=True)
+class Gain:
+    """What the conversion of a layer promises, and what it brings."""
+
+    macs: tuple[int, int]  # of the whole batch, before and after
+    measured: float  # ratio of times, of the layer alone
+    kind: Hashable  # equal for layers that are equal but for their weights: what is said of one holds for all
 
 
 @dataclass(frozen=True)
@@ -52,28 +61,30 @@ class ModelExecution:
 def layer_executions(
     before: Sequence[OperatorTime],
     after: Sequence[OperatorTime],
-    gains: Mapping[str, tuple[tuple[int, int], float]],
+    gains: Mapping[str, Gain],
 ) -> dict[str, LayerExecution]:
     """Of the layers that are found among the operators of both models; functional convolutions are not.
 
     Args:
         before: operators of the original.
         after: of the converted model.
-        gains: by converted layer, its MACs for the whole batch before and after, and the measured ratio of
-            its times.
+        gains: by converted layer.
     """
-    found = {}
-    for name, (macs, gain) in gains.items():
-        own, new = _of_layer(before, name), _of_layer(after, name)
-        if own and new:
-            found[name] = LayerExecution(
-                (_milliseconds(own), _milliseconds(new)),
-                (len(own), len(new)),
-                (_bytes(own), _bytes(new)),
-                (_kernels(own), _kernels(new)),
-                _cause(own, new, macs, gain),
-            )
-    return found
+    operators = {name: (_of_layer(before, name), _of_layer(after, name)) for name in gains}
+    operators = {name: both for name, both in operators.items() if all(both)}
+    return {
+        name: LayerExecution(
+            (_milliseconds(own), _milliseconds(new)),
+            (len(own), len(new)),
+            (_bytes(own), _bytes(new)),
+            (_kernels(own), _kernels(new)),
+            _cause(
+                [both for other, both in operators.items() if gains[other].kind == gains[name].kind],
+                gains[name],
+            ),
+        )
+        for name, (own, new) in operators.items()
+    }
 
 
 def model_execution(
@@ -127,29 +138,33 @@ def _layout_changes(operators: Sequence[OperatorTime]) -> int:
     return sum(each.changes_layout for each in operators)
 
 
-def _cause(
-    before: Sequence[OperatorTime], after: Sequence[OperatorTime], macs: tuple[int, int], gain: float
-) -> str | None:
-    promised = macs[0] / max(macs[1], 1)
-    if promised <= 1 or gain >= _DISAPPOINTING * promised:
+def _cause(layers: Sequence[tuple[list[OperatorTime], list[OperatorTime]]], gain: Gain) -> str | None:
+    """By the operators of all layers that are alike, together: those of one are few and soon done."""
+    promised = gain.macs[0] / max(gain.macs[1], 1)
+    if promised <= 1 or gain.measured >= _DISAPPOINTING * promised:
         return None
-    sides = (before, macs[0]), (after, macs[1])
+    before, after = ([operator for both in layers for operator in both[side]] for side in (0, 1))
+    sides = (before, len(layers) * gain.macs[0]), (after, len(layers) * gain.macs[1])
     own, new = (count / max(_milliseconds(each), 1e-9) / 1e6 for each, count in sides)
-    pace = f"{new:.1f} GMAC/s where the original does {own:.1f}"
+    pace = f"within the model it does {new:.1f} GMAC/s where the original does {own:.1f}"
     unblocked = [each for each in _kernels(after) if not _blocked(each)]
     if unblocked and all(map(_blocked, _kernels(before))):
         return f"{pace}: {', '.join(unblocked)} instead of the runtime's kernels for blocked layouts"
     if _milliseconds(after) < _SHORTEST_MS * len(after):
-        each = 1000 * _milliseconds(after) / len(after)
-        return f"{pace}: {len(after)} operators of {each:.0f} µs each, of which starting them is most"
+        each, number = 1000 * _milliseconds(after) / len(after), len(after) // len(layers)
+        return f"{pace}: {number} operators of {each:.0f} µs each, of which starting them is most"
     thick, thin = (count / max(_bytes(each), 1) for each, count in sides)
     if thin * _THINNER < thick:
         return (
             f"{pace}: {thin:.1f} MACs for each byte it moves instead of {thick:.1f}, so memory sets the pace"
         )
-    slowest = max(after, key=lambda each: each.milliseconds)
-    share = 100 * slowest.milliseconds / (_milliseconds(after) or 1.0)
-    return f"{pace}: {share:.0f} % of its time is in one operator, {slowest.kernel or slowest.operator}"
+    times: dict[str, float] = {}
+    for operator in after:
+        kernel = operator.kernel or operator.operator
+        times[kernel] = times.get(kernel, 0.0) + operator.milliseconds
+    slowest = max(times, key=times.__getitem__)
+    share = 100 * times[slowest] / (_milliseconds(after) or 1.0)
+    return f"{pace}: {share:.0f} % of its time is in {slowest}"
 
 
 def _blocked(kernel: str) -> bool:

@@ -337,7 +337,7 @@ def causes(document: Document) -> list[str]:
         if layer["execution"] is not None and layer["execution"]["cause"] is not None:
             macs, gain = layer["macs"], layer["latency_speedup"]["median"]
             lines.append(
-                f"{layer['name']}: {macs[0] / macs[1]:.2f}× fewer MACs, {gain:.2f}× measured; "
+                f"{layer['name']}: {macs[0] / macs[1]:.2f}× fewer MACs, {gain:.2f}× measured alone; "
                 f"{layer['execution']['cause']}."
             )
     return lines

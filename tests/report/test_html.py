@@ -140,7 +140,7 @@ def test_why_it_is_not_faster(document):
     text = Page(render_html(document)).text
     assert "The whole model: 2.00× fewer MACs, 1.50× measured; 25 % of the time left is in layers" in text
     assert "not replaced, 12 % in copies to other layouts; 6 operators instead of 4." in text
-    assert "large.conv: 4.00× fewer MACs, 1.50× measured; memory is slow." in text
+    assert "large.conv: 4.00× fewer MACs, 1.50× measured alone; memory is slow." in text
     assert "1.00 → 0.50 MiB moved" in text
     assert "grouped, im2col and GEMM" in text
 
