@@ -21,6 +21,7 @@ from torch.export import Dim, ExportedProgram
 from torch.fx.experimental.symbolic_shapes import is_concrete_int
 
 from sepconvert.errors import SepconvertError, first_line
+from sepconvert.fold import fold_batchnorms
 from sepconvert.spec import ConvSpec
 from sepconvert.trace import Inputs, private_copy
 
@@ -105,6 +106,7 @@ def save_onnx(model: nn.Module, inputs: Inputs, path: Path, *, dynamic_batch: bo
             assert exported is not None  # noqa: S101  (it is None on the non-dynamo path alone)
             for node in exported.model.graph.all_nodes():
                 node.metadata_props.pop(_STACK_TRACE, None)
+            fold_batchnorms(exported.model.graph)
             exported.save(str(path), external_data=False)
         except OSError:
             raise
