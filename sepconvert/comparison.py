@@ -3,7 +3,6 @@
 import csv
 import io
 import math
-import operator
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -108,25 +107,23 @@ class Comparison:
 
     @property
     def dominated(self) -> tuple[bool, ...]:
-        """Of more than two with latency and accuracy: whether another is as fast and as accurate, or better.
+        """Of more than two with latency and accuracy: whether another is as good in both, and better in one.
 
-        That is, no worse in either median, and better in one.
+        A latency is better where the intervals of the medians do not overlap.
         """
-        places = [
-            None
-            if each.latency is None or each.accuracy is None
-            else (each.latency.median_ms, -each.accuracy.top1)
-            for each in self.profiles
-        ]
-        if len(places) < 3 or not self.deltas:
-            return (False,) * len(places)
-        return tuple(
-            own is not None
-            and any(
-                other is not None and other != own and all(map(operator.le, other, own)) for other in places
-            )
-            for own in places
-        )
+        if len(self.profiles) < 3 or not self.deltas:
+            return (False,) * len(self.profiles)
+        return tuple(any(_dominates(other, own) for other in self.profiles) for own in self.profiles)
+
+
+def _dominates(one: Profile, other: Profile) -> bool:
+    if one.latency is None or one.accuracy is None or other.latency is None or other.accuracy is None:
+        return False
+    faster = one.latency.ci95_ms.hi < other.latency.ci95_ms.lo
+    slower = other.latency.ci95_ms.hi < one.latency.ci95_ms.lo
+    if one.accuracy.top1 == other.accuracy.top1:
+        return faster
+    return one.accuracy.top1 > other.accuracy.top1 and not slower
 
 
 def compare(*profiles: Profile) -> Comparison:
@@ -268,8 +265,8 @@ def _paired(delta: Delta) -> dict[str, str]:
         else f"{accuracy.drop_pp:.2f} [{accuracy.ci95_pp.lo:.2f}, {accuracy.ci95_pp.hi:.2f}]",
         "McNemar p": "-" if accuracy is None else f"{accuracy.p_value:.3g}",
         "agreement": "-" if accuracy is None else f"{100 * accuracy.agreement:.2f} %",
-        "max |Δ|": "other shapes" if delta.outputs is None else _number(worst.max_abs),
-        "mean |Δ|": _number(worst.mean_abs),
+        "max abs Δ": "other shapes" if delta.outputs is None else _number(worst.max_abs),
+        "mean abs Δ": _number(worst.mean_abs),
         "relative Δ": _number(worst.relative),
         "cosine": _number(worst.cosine, ".6f"),
         "SNR, dB": _number(worst.snr_db, ".1f"),

@@ -169,7 +169,7 @@ def read_profile(path: Path) -> StoredProfile:
         SepconvertError: no such file, no profile, or of another version, with the key at fault.
     """
     try:
-        document = json.loads(path.read_text(encoding="utf-8"))
+        document = json.loads(path.read_text(encoding="utf-8"), parse_constant=_no_number)
         if document["schema"] != SCHEMA:
             raise SepconvertError(
                 f"{path}: expected schema {SCHEMA!r}, got {document['schema']!r}; make it anew with this"
@@ -204,7 +204,7 @@ def _profile(document: Mapping[str, Any]) -> Profile:
         if latency is None
         else Latency(
             _number(latency["median"], "median"),
-            Interval(*(_number(bound, "ci95") for bound in latency["ci95"])),
+            _interval(latency),
             _quantiles(latency["quantiles"]),
             *(_count(latency, name) for name in ("runs", "threads", "batch")),
         ),
@@ -217,6 +217,17 @@ def _profile(document: Mapping[str, Any]) -> Profile:
         ),
         uncounted_ops={str(name): int(count) for name, count in document["uncounted_ops"].items()},
     )
+
+
+def _interval(latency: Mapping[str, Any]) -> Interval:
+    low, high = (_number(bound, "ci95") for bound in latency["ci95"])
+    if not low <= latency["median"] <= high:
+        raise ValueError(f"ci95: expected an interval around the median, got {latency['ci95']}")
+    return Interval(low, high)
+
+
+def _no_number(name: str) -> None:
+    raise ValueError(f"it holds {name}")
 
 
 def _quantiles(values: Sequence[Any]) -> tuple[float, ...]:

@@ -908,7 +908,7 @@ def test_models_and_files_are_compared_in_turns(here, run):
     page = run("compare", *files, "--runs", "3", "--format", "html").out
     assert page.startswith("<!doctype html>")
     assert page.rstrip().endswith("</html>")
-    for expected in (*files, "Measured together: 3 interleaved rounds", "max |Δ|", "<svg"):
+    for expected in (*files, "Measured together: 3 interleaved rounds", "max abs Δ", "<svg"):
         assert expected in page
     page = run("compare", *files, "--runs", "0", "--format", "html").out
     assert "<svg" not in page

@@ -19,6 +19,7 @@ from sepconvert.measure.latency import Latency, Speedup
 from sepconvert.measure.statistics import Interval
 from sepconvert.profiling import Profile
 from sepconvert.progress import silent
+from sepconvert.report.html import render_comparison
 
 
 def network(width=8, seed=0, classes=7):
@@ -237,3 +238,19 @@ def test_other_styles():
     assert header == ',a,"b,c"'
     assert rows[0] == "parameters,100,100 (1.00×)"
     assert all(len(line) <= 80 for line in str(found).splitlines())
+
+
+def test_a_latency_within_the_intervals_dominates_nothing():
+    deltas = (Delta(),) * 2
+    alike = (profile(1.0, 0.9), profile(1.05, 0.9), profile(0.5, 0.8))
+    assert Comparison(alike, "abc", deltas).dominated == (False, False, False)
+    better = (profile(1.0, 0.8), profile(1.05, 0.9), profile(0.5, 0.7))  # more accurate, and not slower
+    assert Comparison(better, "abc", deltas).dominated == (True, False, False)
+
+
+def test_models_of_one_name_are_all_drawn():
+    page = render_comparison(
+        Comparison((profile(1.0), profile(2.0), profile(3.0)), ("net.onnx",) * 3), "note"
+    )
+    legend = page[page.index("legend_1") :]
+    assert legend.count(">net.onnx<") == 3

@@ -10,8 +10,9 @@ from sepconvert.measure.operators import OperatorTime
 _DISAPPOINTING = 0.5
 # No operator of ONNX Runtime ends much sooner, whatever it computes, with the profiler looking on.
 _SHORTEST_MS = 0.015
-# Of MACs to bytes, before to after: from here on memory is likely to set the pace.
-_THINNER = 2.0
+# Of MACs to bytes, before to after, and of the fastest flow of bytes that is seen in any operator: from here
+# on memory sets the pace.
+_THINNER, _FLOWING = 2.0, 0.5
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,9 @@ def layer_executions(
     """
     operators = {name: (_of_layer(before, name), _of_layer(after, name)) for name in gains}
     operators = {name: both for name, both in operators.items() if all(both)}
+    fastest = max(
+        (_flow([each]) for each in (*before, *after) if each.milliseconds > _SHORTEST_MS), default=0.0
+    )
     return {
         name: LayerExecution(
             (_milliseconds(own), _milliseconds(new)),
@@ -81,6 +85,7 @@ def layer_executions(
             _cause(
                 [both for other, both in operators.items() if gains[other].kind == gains[name].kind],
                 gains[name],
+                fastest,
             ),
         )
         for name, (own, new) in operators.items()
@@ -138,7 +143,14 @@ def _layout_changes(operators: Sequence[OperatorTime]) -> int:
     return sum(each.changes_layout for each in operators)
 
 
-def _cause(layers: Sequence[tuple[list[OperatorTime], list[OperatorTime]]], gain: Gain) -> str | None:
+def _flow(operators: Sequence[OperatorTime]) -> float:
+    """Gigabytes a second."""
+    return _bytes(operators) / max(_milliseconds(operators), 1e-9) / 1e6
+
+
+def _cause(
+    layers: Sequence[tuple[list[OperatorTime], list[OperatorTime]]], gain: Gain, fastest: float
+) -> str | None:
     """By the operators of all layers that are alike, together: those of one are few and soon done."""
     promised = gain.macs[0] / max(gain.macs[1], 1)
     if promised <= 1 or gain.measured >= _DISAPPOINTING * promised:
@@ -154,9 +166,10 @@ def _cause(layers: Sequence[tuple[list[OperatorTime], list[OperatorTime]]], gain
         each, number = 1000 * _milliseconds(after) / len(after), len(after) // len(layers)
         return f"{pace}: {number} operators of {each:.0f} µs each, of which starting them is most"
     thick, thin = (count / max(_bytes(each), 1) for each, count in sides)
-    if thin * _THINNER < thick:
+    if thin * _THINNER < thick and _flow(after) > _FLOWING * fastest:
         return (
-            f"{pace}: {thin:.1f} MACs for each byte it moves instead of {thick:.1f}, so memory sets the pace"
+            f"{pace}: {thin:.1f} MACs for each byte that it moves instead of {thick:.1f}, at "
+            f"{_flow(after):.1f} GB/s: memory sets the pace"
         )
     times: dict[str, float] = {}
     for operator in after:

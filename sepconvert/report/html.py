@@ -26,11 +26,11 @@ def render_comparison(comparison: Comparison, note: str) -> str:
     """The table as a page, with the distributions of the latencies; `note` says how they were measured."""
     profiles = [profile.to_json() for profile in comparison.profiles]
     names = comparison.names or tuple(f"#{index}" for index in range(1, len(profiles) + 1))
-    latencies = {
-        name: profile["latency_ms"]
+    latencies = [
+        (name, profile["latency_ms"])
         for name, profile in zip(names, profiles, strict=True)
         if profile["latency_ms"] is not None
-    }
+    ]
     return _template("comparison.html.jinja").render(
         names=names,
         rows=comparison.rows(),
@@ -57,7 +57,7 @@ def _pictures(document: Document, exhibits: Exhibits) -> Mapping[str, Any]:
     errors = {layer["name"]: layer["weight_error"] for layer in document["layers"]}
     return {
         "trade_off": _svg(plots.trade_off(curve)) if carried_out > 2 else None,
-        "distributions": before and _svg(plots.distributions({"original": before, "converted": after})),
+        "distributions": before and _svg(plots.distributions([("original", before), ("converted", after)])),
         "spectra": {
             layer["name"]: _svg(plots.spectrum(layer["spectrum"]))
             for layer in document["layers"]

@@ -4,7 +4,7 @@ import base64
 import html
 import io
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import matplotlib as mpl
@@ -64,11 +64,11 @@ def _marker(point: Document) -> dict[str, Any]:
     return {"color": _AFTER, "markersize": 9} if point["delivered"] else {"color": _BEFORE, "markersize": 6}
 
 
-def distributions(latencies: Mapping[str, Document]) -> str:
+def distributions(latencies: Sequence[tuple[str, Document]]) -> str:
     """For each model the share of runs that took no longer, and the interval of the median."""
     figure = Figure(figsize=(7, 2.6), layout="constrained")
     axes = figure.subplots()
-    for number, (name, latency) in enumerate(latencies.items()):
+    for number, (name, latency) in enumerate(latencies):
         colour, style = (_AFTER, _STYLES[(number - 1) % len(_STYLES)]) if number else (_BEFORE, "-")
         shares = np.linspace(0, 100, len(latency["quantiles"]))
         axes.plot(latency["quantiles"], shares, color=colour, linestyle=style, linewidth=2, label=name)
@@ -77,7 +77,7 @@ def distributions(latencies: Mapping[str, Document]) -> str:
     axes.set_xlabel("milliseconds a run", color=_INK)
     axes.set_ylabel("runs at or below, %", color=_INK)
     # The slowest few are beyond, where they would leave no room for the others.
-    axes.set_xlim(0, 1.15 * max(latency["quantiles"][-2] for latency in latencies.values()))
+    axes.set_xlim(0, 1.15 * max(latency["quantiles"][-2] for _, latency in latencies))
     _dress(axes)
     return _svg(figure, "Distribution of the latencies")
 

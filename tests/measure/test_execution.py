@@ -67,7 +67,10 @@ def test_a_gain_of_half_of_what_macs_promise_needs_no_cause():
         ([operator("conv.0", POINTWISE, 0.01), operator("conv.1", POINTWISE, 0.01)],
          "2 operators of 10 µs each, of which starting them is most"),
         ([operator("conv.0", DEPTHWISE, 2.0, bytes_moved=10_000)],
-         "100.0 MACs for each byte it moves instead of 800.0, so memory sets the pace"),
+         "100.0 MACs for each byte that it moves instead of 800.0, at 0.0 GB/s: memory sets the pace"),
+        ([operator("conv.0", DEPTHWISE, 2.0, bytes_moved=10_000),
+          operator("pool", None, 1.0, bytes_moved=11_000)],
+         "100 % of its time is in depthwise, blocked layout"),  # more could flow
         ([operator("conv.0", DEPTHWISE, 1.5), operator("conv.1", POINTWISE, 0.5)],
          "75 % of its time is in depthwise, blocked layout"),
     ],
