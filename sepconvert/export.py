@@ -1,4 +1,4 @@
-"""Model → files: ONNX and torch.export archive. The only importer of onnx."""
+"""Model → files: ONNX and torch.export archive."""
 
 import contextlib
 import functools
