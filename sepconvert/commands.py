@@ -552,7 +552,7 @@ def _show(options: Options, result: ConversionResult, out: Path) -> None:
         for warning in warnings_of(result.report):
             click.echo(warning, err=True)
     _print(options, result.report, layer_table(result.report["layers"]), "", summary(result.report), "",
-           f"Written to {out}/: original.onnx, converted.onnx, converted.pt2, plan.json,\n"
+           f"Written to {out}/:\n  original.onnx, converted.onnx, converted.pt2, plan.json,\n"
            "  converted.safetensors, report.json, report.html")  # fmt: skip
 
 
