@@ -18,6 +18,8 @@ from sepconvert.profiling import Profile
 
 Style = Literal["table", "markdown", "csv"]
 
+_THOUSANDS = re.compile(r"(?<=\d),(?=\d)")  # separators that people read and programs do not
+
 
 @dataclass(frozen=True)
 class Delta:
@@ -65,16 +67,20 @@ class Comparison:
         headers = ["", "base", *(f"#{index}" for index in range(2, len(self.profiles) + 1))]
         if style == "csv":
             lines = io.StringIO()
-            csv.writer(lines, lineterminator="\n").writerows([["", *(self.names or headers[1:])], *rows])
+            table = [
+                ["", *(self.names or headers[1:])],
+                *([_THOUSANDS.sub("", cell) for cell in row] for row in rows),
+            ]
+            csv.writer(lines, lineterminator="\n").writerows(table)
             return lines.getvalue().rstrip("\n")
-        table = tabulate(
+        text = tabulate(
             rows,
             headers=headers,
             disable_numparse=True,
             tablefmt="github" if style == "markdown" else "simple",
         )
         legend = [f"{header}: {name}" for header, name in zip(headers[1:], self.names, strict=False)]
-        return "\n".join([*legend, "", table] if legend else [table])
+        return "\n".join([*legend, "", text] if legend else [text])
 
     def to_json(self) -> dict[str, Any]:
         """`{"names": […], "profiles": […], "deltas": […]}`, each delta against the first profile.

@@ -206,7 +206,7 @@ def _profile(document: Mapping[str, Any]) -> Profile:
             _number(latency["median"], "median"),
             _interval(latency),
             _quantiles(latency["quantiles"]),
-            *(_count(latency, name) for name in ("runs", "threads", "batch")),
+            *(_count(latency, name, least=1) for name in ("runs", "threads", "batch")),
         ),
         accuracy=None
         if accuracy is None
@@ -231,15 +231,16 @@ def _no_number(name: str) -> None:
 
 
 def _quantiles(values: Sequence[Any]) -> tuple[float, ...]:
-    if len(values) != 21:
-        raise ValueError(f"quantiles: expected 21, got {len(values)}")
-    return tuple(_number(value, "quantiles") for value in values)
+    found = tuple(_number(value, "quantiles") for value in values)
+    if len(found) != 21 or list(found) != sorted(found):
+        raise ValueError(f"quantiles: expected 21 rising numbers, got {values}")
+    return found
 
 
-def _count(document: Mapping[str, Any], name: str) -> int:
+def _count(document: Mapping[str, Any], name: str, least: int = 0) -> int:
     value = document[name]
-    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-        raise ValueError(f"{name}: expected a whole number from 0, got {value!r}")
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise ValueError(f"{name}: expected a whole number from {least}, got {value!r}")
     return value
 
 

@@ -905,6 +905,8 @@ def test_models_and_files_are_compared_in_turns(here, run):
     assert delta["outputs"][0]["relative"] < 1e-4
     outcome = run("compare", *files, "--runs", "0", "--format", "csv")
     assert outcome.out.splitlines()[0] == f",{files[0]},{files[1]}"
+    size = (here / files[0]).stat().st_size
+    assert f"ONNX bytes,{size}," in outcome.out  # without separators of thousands
     page = run("compare", *files, "--runs", "3", "--format", "html").out
     assert page.startswith("<!doctype html>")
     assert page.rstrip().endswith("</html>")
