@@ -205,10 +205,14 @@ def _together(options: Options) -> tuple[Comparison, str]:
         ]
         comparison = _measured(subjects, data, inputs, options)
     seen = "of the data" if data is not None else "of the timed batch"
-    rounds = f"{options['runs']} interleaved rounds, batch {options['batch']}.\n" if options["runs"] else ""
+    rounds = (
+        f"{options['runs']} interleaved rounds, batch {options['batch']}.\n"
+        "Medians with 95 % intervals; noise is the base against itself."
+        if options["runs"]
+        else "not timed (--runs 0)."
+    )
     return comparison, (
-        f"Measured together: {rounds}Medians with 95 % intervals; noise is the base against itself.\n"
-        f"Differences are those {seen}, of the output that differs most."
+        f"Measured together: {rounds}\nDifferences are those {seen}, of the output that differs most."
     )
 
 

@@ -195,7 +195,10 @@ class Demand:
             value = self._value(base, profile, delta)
             if value > self.value if self.sign == ">" else value < self.value:
                 name = comparison.names[index] if comparison.names else f"#{index + 1}"
-                found.append(f"{name}: {self.metric} is {value:.4g} ({self.text.strip()})")
+                unit = _UNITS[self.metric][-1]
+                found.append(
+                    f"{name}: {self.metric} is {value:.4g}{unit and ' '}{unit} ({self.text.strip()})"
+                )
         return found
 
     def _value(self, base: Profile, profile: Profile, delta: Delta) -> float:
@@ -271,7 +274,11 @@ def _paired(delta: Delta) -> dict[str, str]:
         else f"{accuracy.drop_pp:.2f} [{accuracy.ci95_pp.lo:.2f}, {accuracy.ci95_pp.hi:.2f}]",
         "McNemar p": "-" if accuracy is None else f"{accuracy.p_value:.3g}",
         "agreement": "-" if accuracy is None else f"{100 * accuracy.agreement:.2f} %",
-        "max abs Δ": "other shapes" if delta.outputs is None else _number(worst.max_abs),
+        "max abs Δ": "other shapes"
+        if delta.outputs is None
+        else "not finite"
+        if any(each.max_abs is None for each in delta.outputs)
+        else _number(worst.max_abs),
         "mean abs Δ": _number(worst.mean_abs),
         "relative Δ": _number(worst.relative),
         "cosine": _number(worst.cosine, ".6f"),

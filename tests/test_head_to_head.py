@@ -16,6 +16,7 @@ from sepconvert.export import read_onnx
 from sepconvert.head_to_head import Subject, measure
 from sepconvert.measure.accuracy import evaluate
 from sepconvert.measure.latency import Latency, Speedup
+from sepconvert.measure.outputs import OutputDifference
 from sepconvert.measure.statistics import Interval
 from sepconvert.profiling import Profile
 from sepconvert.progress import silent
@@ -246,6 +247,14 @@ def test_a_latency_within_the_intervals_dominates_nothing():
     assert Comparison(alike, "abc", deltas).dominated == (False, False, False)
     better = (profile(1.0, 0.8), profile(1.05, 0.9), profile(0.5, 0.7))  # more accurate, and not slower
     assert Comparison(better, "abc", deltas).dominated == (True, False, False)
+
+
+def test_answers_that_are_not_finite_are_told_of():
+    nothing = OutputDifference(None, None, None, None, None, None)
+    text = str(Comparison((profile(1.0), profile(1.0)), "ab", (Delta(outputs=(nothing,)),)))
+    assert "not finite" in text
+    comparison = Comparison((profile(1.0), profile(2.0)), ("a", "b"), (Delta(speedup(0.5)),))
+    assert Demand.parse("latency > 5%").failures(comparison) == ["b: latency is 100 % (latency > 5%)"]
 
 
 def test_models_of_one_name_are_all_drawn():
