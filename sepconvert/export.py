@@ -288,11 +288,20 @@ def read_onnx(path: Path) -> OnnxFile:
     )
 
 
-def onnx_weight_bytes(path: Path) -> int:
-    """Of the weights and constants in an ONNX file that `read_onnx` can read."""
-    graph = onnx.load(str(path), load_external_data=False).graph
-    types = ((tensor, onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type)) for tensor in graph.initializer)
-    return sum(math.prod(tensor.dims) * dtype.itemsize for tensor, dtype in types)
+def onnx_sizes(path: Path) -> tuple[int, int]:
+    """Bytes of an ONNX file, with the files beside it that hold weights, and bytes of the weights."""
+    tensors = onnx.load(str(path), load_external_data=False).graph.initializer
+    weights = sum(
+        math.prod(tensor.dims) * onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
+        for tensor in tensors
+    )
+    beside = {
+        path.parent / entry.value
+        for tensor in tensors
+        for entry in tensor.external_data
+        if entry.key == "location"
+    }
+    return path.stat().st_size + sum(each.stat().st_size for each in beside if each.is_file()), weights
 
 
 def _fix_batch(model: onnx.ModelProto, inputs: Sequence[str]) -> int:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from sepconvert.comparison import Comparison, Delta
 from sepconvert.environment import Runtime
 from sepconvert.errors import SepconvertError, first_line
-from sepconvert.export import OnnxFile, cast, model_dtype, onnx_weight_bytes, save_onnx
+from sepconvert.export import OnnxFile, cast, model_dtype, onnx_sizes, save_onnx
 from sepconvert.measure.accuracy import Predictions
 from sepconvert.measure.accuracy import compare as compare_predictions
 from sepconvert.measure.cost import count
@@ -42,7 +42,7 @@ class Subject:
     @classmethod
     def of_file(cls, path: Path, file: OnnxFile) -> "Subject":
         """An ONNX file as it is."""
-        sizes = path.stat().st_size, onnx_weight_bytes(path)
+        sizes = onnx_sizes(path)
         return cls(str(path), path, Profile(file.params, file.macs, *sizes, None, None, file.uncounted_ops))
 
     @classmethod
@@ -59,7 +59,7 @@ class Subject:
         )
         save_onnx(model, own, path)
         cost = count(private_copy(model), own)
-        sizes = path.stat().st_size, onnx_weight_bytes(path)
+        sizes = onnx_sizes(path)
         return cls(name, path, Profile(cost.params, cost.macs, *sizes, None, None, cost.uncounted_ops))
 
 

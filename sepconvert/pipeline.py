@@ -28,7 +28,7 @@ from sepconvert.export import (
     cast,
     model_dtype,
     onnx_feed,
-    onnx_weight_bytes,
+    onnx_sizes,
     runtime_dtype,
     save_archive,
     save_onnx,
@@ -357,7 +357,7 @@ def _executed(
     gains = {
         each.plan.name: Gain(
             (batch * each.plan.macs[0], batch * each.plan.macs[1]),
-            each.latency[2].median,
+            each.latency[2].median if each.latency[2].significant else max(each.latency[2].median, 1.0),
             (each.plan.spec, each.plan.macs, each.plan.scheme, each.plan.rank),
         )
         for each in layers
@@ -548,7 +548,7 @@ def _predict(
 
 
 def _profile(cost: Cost, predictions: Predictions | None, latency: Latency | None, path: Path) -> Profile:
-    sizes = path.stat().st_size, onnx_weight_bytes(path)
+    sizes = onnx_sizes(path)
     accuracy = None if predictions is None else predictions.accuracy()
     return Profile(cost.params, cost.macs, *sizes, latency, accuracy, cost.uncounted_ops)
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from sepconvert.environment import Runtime, available_cores
 from sepconvert.errors import SepconvertError, first_line
-from sepconvert.export import cast, onnx_feed, onnx_weight_bytes, read_onnx, runtime_dtype, save_onnx
+from sepconvert.export import cast, onnx_feed, onnx_sizes, read_onnx, runtime_dtype, save_onnx
 from sepconvert.measure.accuracy import Accuracy, evaluate
 from sepconvert.measure.cost import count
 from sepconvert.measure.latency import Latency, Startup, measure_grid, measure_single, session, startup
@@ -298,7 +298,7 @@ def profile(
                 progress=progress,
             )  # fmt: skip
             latency = detail.latency(runtime.threads, batch)
-        sizes = path.stat().st_size, onnx_weight_bytes(path)
+        sizes = onnx_sizes(path)
     cost = count(private_copy(model), inputs)
     accuracy = None if data is None else evaluate(private_copy(model), data).accuracy()
     return Profile(cost.params, cost.macs, *sizes, latency, accuracy, cost.uncounted_ops, detail)

@@ -4,6 +4,7 @@ import json
 from dataclasses import replace
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from torch import nn
@@ -12,7 +13,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from sepconvert.comparison import Comparison, Delta, Demand
 from sepconvert.environment import Runtime
 from sepconvert.errors import SepconvertError
-from sepconvert.export import read_onnx
+from sepconvert.export import onnx_sizes, read_onnx, save_onnx
 from sepconvert.head_to_head import Subject, measure
 from sepconvert.measure.accuracy import evaluate
 from sepconvert.measure.latency import Latency, Speedup
@@ -255,6 +256,21 @@ def test_answers_that_are_not_finite_are_told_of():
     assert "not finite" in text
     comparison = Comparison((profile(1.0), profile(2.0)), ("a", "b"), (Delta(speedup(0.5)),))
     assert Demand.parse("latency > 5%").failures(comparison) == ["b: latency is 100 % (latency > 5%)"]
+
+
+def test_weights_beside_a_file_count_as_the_file(tmp_path):
+    model = nn.Sequential(nn.Conv2d(3, 64, 3), nn.ReLU(), nn.Conv2d(64, 64, 3))
+    save_onnx(model, (torch.randn(1, 3, 8, 8),), tmp_path / "one.onnx")
+    onnx.save(
+        onnx.load(str(tmp_path / "one.onnx")), str(tmp_path / "two.onnx"), save_as_external_data=True,
+        location="weights.bin",
+    )  # fmt: skip
+    whole, weights = onnx_sizes(tmp_path / "one.onnx")
+    assert weights == sum(4 * parameter.numel() for parameter in model.parameters())
+    assert (tmp_path / "two.onnx").stat().st_size < weights
+    split = onnx_sizes(tmp_path / "two.onnx")
+    assert split[1] == weights
+    assert split[0] == pytest.approx(whole, rel=0.05)
 
 
 def test_models_of_one_name_are_all_drawn():

@@ -20,7 +20,7 @@ class Gain:
     """What the conversion of a layer promises, and what it brings."""
 
     macs: tuple[int, int]  # of the whole batch, before and after
-    measured: float  # ratio of times, of the layer alone
+    measured: float  # ratio of times, of the layer alone; at least 1 where it is not slower beyond noise
     kind: Hashable  # equal for layers that are equal but for their weights: what is said of one holds for all
 
 
@@ -29,7 +29,7 @@ class LayerExecution:
     """How a layer runs before and after, on the whole batch that is timed.
 
     Pairs are of the original and of the converted model. `milliseconds` are the profiler's (`OperatorTime`).
-    `cause` says why the measured gain is less than half of the ratio of MACs; None where it is not.
+    `cause` says why the measured gain is less than half of the ratio of MACs, or none at all; else None.
     """
 
     milliseconds: tuple[float, float]
@@ -153,7 +153,7 @@ def _cause(
 ) -> str | None:
     """By the operators of all layers that are alike, together: those of one are few and soon done."""
     promised = gain.macs[0] / max(gain.macs[1], 1)
-    if promised <= 1 or gain.measured >= _DISAPPOINTING * promised:
+    if promised <= 1 or gain.measured >= max(_DISAPPOINTING * promised, 1.0):
         return None
     before, after = ([operator for both in layers for operator in both[side]] for side in (0, 1))
     sides = (before, len(layers) * gain.macs[0]), (after, len(layers) * gain.macs[1])

@@ -56,6 +56,8 @@ def test_a_gain_of_half_of_what_macs_promise_needs_no_cause():
     assert cause([DENSE], after, MACS, 4.0) is None
     assert cause([DENSE], after, MACS, 3.9) is not None
     assert cause([DENSE], after, (8, 9), 0.5) is None  # nothing was promised
+    assert cause([DENSE], after, (14, 10), 0.9) is not None  # more than half, but a loss
+    assert cause([DENSE], after, (14, 10), 1.0) is None
 
 
 @pytest.mark.parametrize(
