@@ -106,7 +106,7 @@ def save_onnx(model: nn.Module, inputs: Inputs, path: Path, *, dynamic_batch: bo
             assert exported is not None  # noqa: S101  (it is None on the non-dynamo path alone)
             for node in exported.model.graph.all_nodes():
                 node.metadata_props.pop(_STACK_TRACE, None)
-            fold_batchnorms(exported.model.graph)
+            fold_batchnorms(exported.model)
             exported.save(str(path), external_data=False)
         except OSError:
             raise
@@ -234,7 +234,7 @@ class OnnxFile:
     multiply-add is 1. Operators that are not counted, or whose shapes cannot be inferred, are in
     `uncounted_ops`. `peak_activation_bytes` are what is alive at once, of one batch (one sample, if the
     batch is open), when each value lives from the operator that writes it to the last that reads it; None
-    where a shape cannot be inferred.
+    where a shape cannot be inferred. `sizes` are as in `onnx_sizes`.
     """
 
     shapes: tuple[tuple[int | None, ...], ...]
@@ -243,6 +243,7 @@ class OnnxFile:
     macs: int
     uncounted_ops: dict[str, int]
     peak_activation_bytes: int | None
+    sizes: tuple[int, int]
     sha256: str
 
 
@@ -284,13 +285,18 @@ def read_onnx(path: Path) -> OnnxFile:
         macs // batch,
         uncounted,
         _peak_of_values(model, types),
+        _sizes(model, path),
         hashlib.sha256(content).hexdigest(),
     )
 
 
 def onnx_sizes(path: Path) -> tuple[int, int]:
     """Bytes of an ONNX file, with the files beside it that hold weights, and bytes of the weights."""
-    tensors = onnx.load(str(path), load_external_data=False).graph.initializer
+    return _sizes(onnx.load(str(path), load_external_data=False), path)
+
+
+def _sizes(model: onnx.ModelProto, path: Path) -> tuple[int, int]:
+    tensors = model.graph.initializer
     weights = sum(
         math.prod(tensor.dims) * onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
         for tensor in tensors

@@ -7,41 +7,34 @@ as the branches of a replaced layer are: it would run by itself.
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
+from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 Array = npt.NDArray[np.float64]
 
 
-def fold_batchnorms(graph: ir.Graph) -> None:
+def fold_batchnorms(model: ir.Model) -> None:
     """Fold, in place, every BatchNorm whose input is a sum of convolutions that nothing else reads.
 
     The answer stays the same but for rounding: `γ (Σ y_b − μ) / σ + β = Σ (γ/σ) y_b + β − γ μ / σ`, which is
     computed in float64 and cast once.
     """
-    for node in list(graph):
+    graph = model.graph
+    for node in graph:
         if node.op_type != "BatchNormalization" or node.outputs[0].is_graph_output():
             continue
         total, *statistics = node.inputs
-        convolutions, (gamma, beta, mean, variance) = _added(total), map(_constant, statistics)
-        if (
-            total is None
-            or len(convolutions) < 2
-            or gamma is None
-            or beta is None
-            or mean is None
-            or variance is None
-        ):
+        convolutions = _added(total)
+        constants = [constant for constant in map(_constant, statistics) if constant is not None]
+        if total is None or len(convolutions) < 2 or len(constants) < len(statistics):
             continue
+        gamma, beta, mean, variance = constants
         epsilon = node.attributes["epsilon"].as_float() if "epsilon" in node.attributes else 1e-5
         scale = gamma / np.sqrt(variance + epsilon)
         for convolution in convolutions:
             shift = beta - mean * scale if convolution is convolutions[-1] else None
             _scale(graph, convolution, scale, shift)
         node.outputs[0].replace_all_uses_with(total)
-        graph.remove(node, safe=True)
-    for name in [
-        name for name, value in graph.initializers.items() if not value.uses() and not value.is_graph_output()
-    ]:
-        del graph.initializers[name]
+    RemoveUnusedNodesPass()(model)
 
 
 def _added(value: ir.Value | None) -> list[ir.Node]:

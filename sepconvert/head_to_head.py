@@ -42,8 +42,8 @@ class Subject:
     @classmethod
     def of_file(cls, path: Path, file: OnnxFile) -> "Subject":
         """An ONNX file as it is."""
-        sizes = onnx_sizes(path)
-        return cls(str(path), path, Profile(file.params, file.macs, *sizes, None, None, file.uncounted_ops))
+        profile = Profile(file.params, file.macs, *file.sizes, None, None, file.uncounted_ops)
+        return cls(str(path), path, profile)
 
     @classmethod
     def of_model(cls, name: str, model: nn.Module, inputs: Inputs, path: Path) -> "Subject":

@@ -52,7 +52,7 @@ def _template(name: str) -> Template:
 def _pictures(document: Document, exhibits: Exhibits) -> Mapping[str, Any]:
     approximation = document["approximation"]
     before, after = (document[side]["latency_ms"] for side in ("original", "converted"))
-    curve = () if approximation is None else approximation.get("curve", ())
+    curve = () if approximation is None else approximation["curve"]
     carried_out = sum(point["heldout"] is not None for point in curve)
     errors = {layer["name"]: layer["weight_error"] for layer in document["layers"]}
     return {

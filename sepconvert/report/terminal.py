@@ -122,8 +122,9 @@ def summary(document: Document) -> str:
     widths = [None, None, None, 18]
     headers = ["", "original", "converted", "gain"]
     table: str = tabulate(rows, headers=headers, maxcolwidths=widths, disable_numparse=True)
-    reasons = ["", "Why not faster:", *causes(document)] if causes(document) else []
-    lines = [*map(_folded, sentences(document)), *_approximation_tables(document), *map(_folded, reasons)]
+    lines = [*map(_folded, sentences(document)), *_approximation_tables(document)]
+    if reasons := causes(document):
+        lines += ["", "Why not faster:", *map(_folded, reasons)]
     return "\n".join([table, "", *lines])
 
 
