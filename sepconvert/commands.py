@@ -211,9 +211,7 @@ def _together(options: Options) -> tuple[Comparison, str]:
         if options["runs"]
         else "not timed (--runs 0)."
     )
-    return comparison, (
-        f"Measured together: {rounds}\nDifferences are those {seen}, of the output that differs most."
-    )
+    return comparison, (f"Measured together: {rounds}\nDifferences are those {seen}, of each output in turn.")
 
 
 def _example(file: OnnxFile) -> Inputs | None:

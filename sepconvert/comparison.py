@@ -4,7 +4,7 @@ import csv
 import io
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -256,12 +256,8 @@ def _column(profile: Profile, base: Profile, delta: Delta | None) -> dict[str, s
     return column | _paired(delta or Delta())
 
 
-_NOTHING = OutputDifference(None, None, None, None, None, None)
-
-
 def _paired(delta: Delta) -> dict[str, str]:
     ratio, accuracy = delta.speedup, delta.accuracy
-    worst = max(delta.outputs or (_NOTHING,), key=lambda each: each.relative or 0)
     return {
         "speed-up": "-"
         if ratio is None
@@ -276,14 +272,19 @@ def _paired(delta: Delta) -> dict[str, str]:
         "agreement": "-" if accuracy is None else f"{100 * accuracy.agreement:.2f} %",
         "max abs Δ": "other shapes"
         if delta.outputs is None
-        else "not finite"
-        if any(each.max_abs is None for each in delta.outputs)
-        else _number(worst.max_abs),
-        "mean abs Δ": _number(worst.mean_abs),
-        "relative Δ": _number(worst.relative),
-        "cosine": _number(worst.cosine, ".6f"),
-        "SNR, dB": _number(worst.snr_db, ".1f"),
+        else _each(delta, lambda output: "not finite" if output.max_abs is None else _number(output.max_abs)),
+        "mean abs Δ": _each(delta, lambda output: _number(output.mean_abs)),
+        "relative Δ": _each(delta, lambda output: _number(output.relative)),
+        "cosine": _each(delta, lambda output: _number(output.cosine, ".6f")),
+        "SNR, dB": _each(delta, lambda output: _number(output.snr_db, ".1f")),
+        "same argmax": _each(delta, lambda output: _number(output.agreement, ".2%")),
     }
+
+
+def _each(delta: Delta, cell: Callable[[OutputDifference], str]) -> str:
+    """Of every output, in the order in which the models return them; a dash where there is nothing to say."""
+    cells = [cell(output) for output in delta.outputs or ()]
+    return ", ".join(cells) if set(cells) - {"-"} else "-"
 
 
 def _number(value: float | None, style: str = ".2e") -> str:

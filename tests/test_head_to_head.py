@@ -254,6 +254,21 @@ def test_answers_that_are_not_finite_are_told_of():
     nothing = OutputDifference(None, None, None, None, None, None)
     text = str(Comparison((profile(1.0), profile(1.0)), "ab", (Delta(outputs=(nothing,)),)))
     assert "not finite" in text
+
+
+def test_every_output_has_its_numbers():
+    outputs = (
+        OutputDifference(1.5, 0.5, 0.25, 0.875, 12.0, 0.75),
+        OutputDifference(2.5, 0.5, 0.25, 0.875, None, None),
+    )  # fmt: skip
+    comparison = Comparison((profile(1.0), profile(1.0)), "ab", (Delta(outputs=outputs),))
+    rows = {name: cells for name, *cells in comparison.rows()}
+    assert rows["max abs Δ"] == ["-", "1.50e+00, 2.50e+00"]
+    assert rows["SNR, dB"] == ["-", "12.0, -"]
+    assert rows["same argmax"] == ["-", "75.00%, -"]
+
+
+def test_conditions_have_units():
     comparison = Comparison((profile(1.0), profile(2.0)), ("a", "b"), (Delta(speedup(0.5)),))
     assert Demand.parse("latency > 5%").failures(comparison) == ["b: latency is 100 % (latency > 5%)"]
 
