@@ -67,8 +67,8 @@ def paired_difference_interval(
     Interval for a Difference of Binomial Proportions Based on Paired Data", J. Educ. Behav. Stat. 37(4),
     2012): with `p = (count + 1) / (n + 2)` for each of the two counts,
     `p1 - p2 ± z · sqrt((p1 + p2 - (p1 - p2)²) / (n + 2))`, cut to [-1, 1]. It keeps a width when no
-    subject is discordant, and it always contains `(only_first - only_second) / n`. A percentile bootstrap of
-    the same subjects does neither: of 50, with shares of 0.02 and 0.01, it covers the truth in 65 % of samples.
+    subject is discordant, and it always contains `(only_first - only_second) / n`. A percentile bootstrap
+    has none then: of 50 subjects, with shares of 0.02 and 0.01, it covers the truth in 65 % of samples.
 
     Raises `SepconvertError` if the counts are negative or exceed `n`, `n` is 0, or `confidence` is not in
     (0, 1).
