@@ -55,7 +55,9 @@ from sepconvert.timing import FORM_RUNS, Clock
 from sepconvert.trace import ConvSite, Inputs, placed, private_copy
 from sepconvert.verify import compare_with, reference
 
-_BATCH = 64
+MOST_AT_ONCE = 64
+"""Images to fit to that pass together."""
+
 _MOST_HELD_OUT = 256
 
 # Ratio between costs of ranks that are worth telling apart: fits are what the survey spends its time on.
@@ -98,8 +100,12 @@ def split_data(
     images: int,
     epochs: int,
     seed: int,
+    at_once: int = MOST_AT_ONCE,
+    memory: float | None = None,
 ) -> Parts:
     """Images to fit to, to judge by, to train on and to score; see `pipeline.convert`.
+
+    `at_once` is how many of the images to fit to make a batch.
 
     Raises:
         SepconvertError: there are too few, or none to train on.
@@ -121,7 +127,7 @@ def split_data(
         raise SepconvertError(f"calibration: no image is left to fit to ({origin}); pass more images")
     judges = min(images // 4, _MOST_HELD_OUT)
     heldout, fit, _ = split(source, [judges, images - judges], seed)
-    batches, judged = ([*_batches(loader)] for loader in (fit, heldout))
+    batches, judged = ([*_batches(loader, at_once)] for loader in (fit, heldout))
     # Training is judged by images that it does not see, with labels if those that it sees have some.
     if train is None:
         train = source
@@ -135,7 +141,11 @@ def split_data(
     _, *labels = next(iter(train))
     labelled = bool(labels) and bool((labels[0] >= 0).any())
     calibration = Calibration(
-        tuple(x for x, _ in batches), tuple(x for x, _ in judged), origin, labels=tuple(y for _, y in judged)
+        tuple(x for x, _ in batches),
+        tuple(x for x, _ in judged),
+        origin,
+        labels=tuple(y for _, y in judged),
+        memory=memory,
     )
     return Parts(scored, calibration, train, heldout, labelled)
 
@@ -160,7 +170,7 @@ def _size(loader: DataLoader[Batch]) -> int:
     return len(loader.dataset) if isinstance(loader.dataset, Sized) else 0
 
 
-def _batches(loader: DataLoader[Batch]) -> Iterator[tuple[Tensor, Tensor]]:
+def _batches(loader: DataLoader[Batch], at_once: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Images and labels, -1 where there is none, in batches of few: a pass is suspended with each of them."""
     found = [(x, _labels(x, *rest)) for x, *rest in loader]
     if not all(x.isfinite().all() for x, _ in found):
@@ -172,7 +182,7 @@ def _batches(loader: DataLoader[Batch]) -> Iterator[tuple[Tensor, Tensor]]:
         )
     for _, alike in itertools.groupby(found, lambda pair: pair[0].shape[1:]):
         images, labels = map(torch.cat, zip(*alike, strict=True))
-        yield from zip(torch.split(images, _BATCH), torch.split(labels, _BATCH), strict=True)
+        yield from zip(torch.split(images, at_once), torch.split(labels, at_once), strict=True)
 
 
 def _labels(x: Tensor, *rest: Any) -> Tensor:
@@ -237,7 +247,14 @@ def convert_approximately(
         share = {number: placed(batch, model) for number, batch in calibration.share.items()}
         calibration = replace(
             calibration,
-            answers=record(model, share, layers, images=sum(map(len, calibration.fit)), seed=seed),
+            answers=record(
+                model,
+                share,
+                layers,
+                images=sum(map(len, calibration.fit)),
+                seed=seed,
+                memory=calibration.memory,
+            ),
             importance=fisher_information(model, share, layers, seed=seed),
         )
     surveyed = survey(model, layers, calibration, heldout, prices, progress)

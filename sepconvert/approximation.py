@@ -215,6 +215,7 @@ class Calibration:
     answers: Answers | None = None  # of the original; see `calibrate.record`
     importance: Mapping[str, Tensor] = field(default_factory=dict)  # of layers' outputs; see `importance`
     labels: tuple[Tensor, ...] = ()  # of those held out, -1 where there is none
+    memory: float | None = None  # bytes that the process may have; None for half of what is free
 
     @property
     def share(self) -> dict[int, Tensor]:
@@ -451,7 +452,7 @@ def _each(
         return
     assert calibration.answers is not None  # noqa: S101  (`convert_approximately` recorded them)
     share = {number: placed(batch, model) for number, batch in calibration.share.items()}
-    stream = calibrate(model, share, everyone, calibration.answers, known)
+    stream = calibrate(model, share, everyone, calibration.answers, known, calibration.memory)
     kernel: Kernel | None = None
     for _ in progress(layers, description):
         try:

@@ -3,32 +3,30 @@
 The original runs once, and its outputs are kept at the positions that are looked at. Then every batch runs
 through the network that is converted. Each forward pass stops at a convolution that is to be replaced until
 all have come there; the moments of that layer are gathered, the layer is fitted, and the passes go on with
-the new kernel. Time grows linearly with images and with depth; memory holds the live activations of all
-images, the outputs kept, and the moments of one layer.
+the new kernel. As many passes wait as memory has room for their activations; the others begin anew for each
+layer, which changes nothing but time. That is needed in the first layers of a network, where activations are
+large and the way is short. Beside them memory holds the outputs kept, and the moments of one layer.
 """
 
 import hashlib
 import math
 import threading
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence, Set
-from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from queue import SimpleQueue
 from typing import Any
-from weakref import finalize
 
-import psutil
 import torch
 from einops import rearrange
 from threadpoolctl import threadpool_limits
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from sepconvert.distributed import gather
 from sepconvert.errors import SepconvertError, first_line
 from sepconvert.factorize.approximate import Moments
+from sepconvert.footprint import allowance, footprint
 from sepconvert.spec import Pair
 from sepconvert.trace import ConvolutionInterceptor, ConvSite, private_copy, quick_copy, resolve_padding
 
@@ -56,7 +54,13 @@ class Answers:
 
 
 def record(
-    model: nn.Module, batches: Mapping[int, Tensor], sites: Sequence[ConvSite], *, images: int, seed: int
+    model: nn.Module,
+    batches: Mapping[int, Tensor],
+    sites: Sequence[ConvSite],
+    *,
+    images: int,
+    seed: int,
+    memory: float | None = None,
 ) -> Answers:
     """What `calibrate` fits to.
 
@@ -66,6 +70,7 @@ def record(
         sites: convolutions to look at, as `trace` found them; those without a `conv` are passed over.
         images: that all processes have.
         seed: of the positions.
+        memory: bytes that the process may have; None for half of what is free.
 
     Raises:
         SepconvertError: the model cannot run on the images, or memory would not suffice.
@@ -74,7 +79,7 @@ def record(
     outputs: dict[tuple[_Key, int], Tensor] = {}
     if not places or not batches:
         return Answers(images, seed, outputs)
-    check_memory(model, batches, list(places.values()), images)
+    _check_memory(model, batches, list(places.values()), images, memory)
     private = quick_copy(model, next(iter(batches.values())))
     names = _names(private)
 
@@ -107,6 +112,7 @@ def calibrate(
     sites: Sequence[ConvSite],
     answers: Answers,
     known: Mapping[str, Kernel] | None = None,
+    memory: float | None = None,
 ) -> Generator[tuple[ConvSite, Moments], Kernel | None, None]:
     """The moments of each layer, in order of execution; send back the kernel that takes its place, or None.
 
@@ -120,6 +126,7 @@ def calibrate(
         sites: convolutions to look at, among those recorded.
         answers: of the original, recorded.
         known: kernels of those sites, by name, that have been fitted; they are not met.
+        memory: bytes that the process may have; None for half of what is free.
 
     Raises:
         SepconvertError: the model cannot run on the images, or treats images differently.
@@ -140,52 +147,61 @@ def calibrate(
             kernels[key] = yield places[key], moments
     stops = set(places) - set(kernels)
     quick = quick_copy(model, next(iter(batches.values())))
-    with _passes(quick, batches, stops, kernels) as passes:
-        while True:
-            for each in passes.values():
-                each.go()
-            arrived = {each.come() for each in passes.values()}
-            if arrived == {None}:
-                return
-            key = next(place for place in arrived if place is not None)
-            if len(arrived) > 1 or any((key, number) not in answers.outputs for number in batches):
-                raise SepconvertError(
-                    "calibration: the images do not take the same way through the model; it branches on "
-                    f"their values at {', '.join(sorted(str(key and key[0]) for key in arrived))}; "
-                    "leave these layers out with --exclude"
-                )
-            site = places[key]
-            accumulator = _Accumulator(site, _most_positions(site, answers.images))
-            followed = any(kernel is not None for kernel in kernels.values())
-            for number, each in passes.items():
-                generator = _generator(answers.seed, site, number)
+    room = allowance(memory) - max((_bytes_of_moments(places[key]) for key in stops), default=0)
+    with _Passes(quick, batches, stops, kernels, room) as passes:
+        # Of those left over when all have come to the end, the images reach none.
+        while stops:
+            accumulator: _Accumulator | None = None
+            arrived: set[_Key | None] = set()
+            for number, place, arguments in passes.arrivals():
+                arrived.add(place)
+                if len(arrived) > 1 or (place is not None and (place, number) not in answers.outputs):
+                    raise SepconvertError(
+                        "calibration: the images do not take the same way through the model; it branches on "
+                        f"their values at {', '.join(sorted(str(each and each[0]) for each in arrived))}; "
+                        "leave these layers out with --exclude"
+                    )
+                if place is None:
+                    continue
+                if accumulator is None:
+                    accumulator = _Accumulator(places[place], _most_positions(places[place], answers.images))
                 # Before any layer is replaced nothing is missed but rounding.
-                expected = answers.outputs[key, number] if followed else None
-                accumulator.add(each.seen, generator, expected)
-            stops.discard(key)
-            kernels[key] = yield site, accumulator.moments()
+                followed = any(kernel is not None for kernel in kernels.values())
+                expected = answers.outputs[place, number] if followed else None
+                accumulator.add(arguments, _generator(answers.seed, places[place], number), expected)
+            if accumulator is None:
+                return
+            site = accumulator.site
+            stops.discard(site.place)
+            kernels[site.place] = yield site, accumulator.moments()
 
 
-def check_memory(
-    model: nn.Module, batches: Mapping[int, Tensor], sites: Sequence[ConvSite], images: int
+def _check_memory(
+    model: nn.Module,
+    batches: Mapping[int, Tensor],
+    sites: Sequence[ConvSite],
+    images: int,
+    memory: float | None,
 ) -> None:
-    """Compare what calibration will hold with the memory that is free.
+    """Compare the least that calibration holds with the memory that there is.
 
     Raises:
-        SepconvertError: with both numbers, and how many images would fit.
+        SepconvertError: with both numbers.
     """
-    share = sum(map(len, batches.values()))
-    needed_each = _peak_of_activations(model, next(iter(batches.values()))[:1])
-    needed_each += sum(_bytes_of_answers(site, images) for site in sites)
-    fixed = max(_bytes_of_moments(site) for site in sites)
-    needed, free = share * needed_each + fixed, psutil.virtual_memory().available
+    batch = next(iter(batches.values()))
+    try:
+        running = footprint(model, (batch[:1],)).peak * len(batch) * _at_once(batches)
+    except Exception as error:  # the user's code
+        raise _failure(batch, error) from error
+    widest = max(sites, key=_bytes_of_moments)
+    answers = sum(map(len, batches.values())) * sum(_bytes_of_answers(site, images) for site in sites)
+    needed, free = running + answers + _bytes_of_moments(widest), allowance(memory)
     if needed > free:
-        fits = max(int((free - fixed) / needed_each), 0)
+        limit = "by --memory" if memory else "as half of what is free"
         raise SepconvertError(
-            f"calibration: {share} images need about {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free; "
-            f"pass --calib-images {fits}"
-            if fits
-            else f"calibration: one layer needs {fixed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free"
+            f"calibration: needs {needed / 1e9:.2g} GB, {answers / 1e9:.2g} for the original's outputs and "
+            f"{_bytes_of_moments(widest) / 1e9:.2g} for the layer {widest.name}; {free / 1e9:.2g} are there "
+            f"{limit}; pass --memory, fewer --calib-images, or --exclude {widest.name}"
         )
 
 
@@ -337,29 +353,79 @@ def _run(model: nn.Module, images: Tensor) -> None:
     try:
         model(images)
     except Exception as error:  # the user's code
-        raise SepconvertError(
-            f"calibration: the model fails on images of shape {tuple(images.shape[1:])}: "
-            f"{first_line(error)}; use data of the shape that it takes"
-        ) from error
+        raise _failure(images, error) from error
 
 
-@contextmanager
-def _passes(
-    model: nn.Module,
-    batches: Mapping[int, Tensor],
-    stops: Set[_Key],
-    kernels: Mapping[_Key, Kernel | None],
-) -> Iterator[dict[int, _Pass]]:
-    at_once = min(torch.get_num_threads(), len(batches))
-    turns, threads = threading.Semaphore(at_once), torch.get_num_threads() // at_once
-    passes = {
-        number: _Pass(model, batch, stops, kernels, turns, threads) for number, batch in batches.items()
-    }
-    try:
-        yield passes
-    finally:
+def _failure(images: Tensor, error: Exception) -> SepconvertError:
+    return SepconvertError(
+        f"calibration: the model fails on images of shape {tuple(images.shape[1:])}: "
+        f"{first_line(error)}; use data of the shape that it takes"
+    )
+
+
+def _at_once(batches: Mapping[int, Tensor]) -> int:
+    """Batches that run at the same time."""
+    return min(torch.get_num_threads(), len(batches))
+
+
+class _Passes:
+    """All batches on their way; those for which there is no room to wait begin anew for each convolution."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        batches: Mapping[int, Tensor],
+        stops: Set[_Key],
+        kernels: Mapping[_Key, Kernel | None],
+        room: float,
+    ) -> None:
+        """`stops` and `kernels` are read again at each step; `room` is in bytes."""
+        self._at_once = _at_once(batches)
+        turns, threads = threading.Semaphore(self._at_once), torch.get_num_threads() // self._at_once
+        self._begin = partial(_Pass, model, stops=stops, kernels=kernels, turns=turns, threads=threads)
+        self._batches, self._stops = batches, stops
+        self._begun: dict[int, _Pass] = {}
+        first = next(iter(batches.values()))
+        self._footprint = footprint(model, (first[:1],))
+        self._room = room - self._at_once * len(first) * self._footprint.peak
+
+    def arrivals(self) -> Iterator[tuple[int, _Key | None, Mapping[str, Any]]]:
+        """Each batch where it stops next, None at the end, and what the convolution there is given."""
+        numbers, waiting = list(self._batches), self._most_waiting()
+        self._cancel(numbers[waiting:])
+        yield from self._advance(numbers[:waiting])
+        for start in range(waiting, len(numbers), self._at_once):
+            some = numbers[start : start + self._at_once]
+            yield from self._advance(some)
+            self._cancel(some)
+
+    def _most_waiting(self) -> int:
+        """Batches that may wait at the next stop."""
+        held = next((size for key, size in self._footprint.held.items() if key in self._stops), 0)
+        each = held * len(next(iter(self._batches.values())))
+        return len(self._batches) if not each else int(max(0, min(self._room // each, len(self._batches))))
+
+    def _advance(self, numbers: Sequence[int]) -> Iterator[tuple[int, _Key | None, Mapping[str, Any]]]:
+        for number in numbers:
+            if number not in self._begun:
+                self._begun[number] = self._begin(self._batches[number])
+        passes = {number: self._begun[number] for number in numbers}
         for each in passes.values():
-            each.cancel()
+            each.go()
+        arrived = {number: each.come() for number, each in passes.items()}
+        for number, key in arrived.items():
+            yield number, key, {} if key is None else passes[number].seen
+
+    def _cancel(self, numbers: Iterable[int]) -> None:
+        for number in numbers:
+            if number in self._begun:
+                self._begun.pop(number).cancel()
+
+    def __enter__(self) -> "_Passes":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._cancel(list(self._begun))
 
 
 def _moments_of_all_calls(
@@ -572,41 +638,3 @@ def _bytes_of_answers(site: ConvSite, images: int) -> int:
         * spec.out_channels
         * min(_most_positions(site, images), math.prod(size))
     )
-
-
-class _LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's own
-    """The most bytes of tensors made in here that were alive at once."""
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self._known: set[int] = set()
-        self._live = 0
-        self.peak = 0
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        result = func(*args, **(kwargs or {}))
-        given = {
-            value.untyped_storage()._cdata for value in pytree.tree_leaves(args) if isinstance(value, Tensor)
-        }
-        for value in pytree.tree_leaves(result):
-            if isinstance(value, Tensor):
-                storage = value.untyped_storage()
-                if storage._cdata not in given and storage._cdata not in self._known:
-                    self._known.add(storage._cdata)
-                    self._live += storage.nbytes()
-                    finalize(storage, self._free, storage._cdata, storage.nbytes())
-        self.peak = max(self.peak, self._live)
-        return result
-
-    def _free(self, key: int, size: int) -> None:
-        self._known.discard(key)
-        self._live -= size
-
-
-def _peak_of_activations(model: nn.Module, image: Tensor) -> int:
-    counter = _LiveBytes()
-    with torch.no_grad(), counter:
-        _run(private_copy(model), image)
-    return counter.peak + image.numel() * image.element_size()

@@ -17,18 +17,27 @@ import click
 import numpy as np
 import torch
 from platformdirs import user_cache_path
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from sepconvert.approx import checkpoints
 from sepconvert.comparison import Comparison, Demand
-from sepconvert.data import Batch, Preprocess, check_against_model, has_labels, load_data, sample_shape
+from sepconvert.data import (
+    Batch,
+    Preprocess,
+    check_against_model,
+    has_labels,
+    is_own,
+    load_data,
+    sample_shape,
+)
 from sepconvert.distillation import Step
 from sepconvert.distributed import join, rank
 from sepconvert.environment import Runtime, available_cores, environment
 from sepconvert.errors import DemandNotMetError, SepconvertError, first_line
 from sepconvert.export import OnnxFile, cast, model_dtype, read_onnx, writing
+from sepconvert.footprint import images_at_once
 from sepconvert.head_to_head import Subject
 from sepconvert.head_to_head import measure as measure_together
 from sepconvert.load import LoadedModel, load_model, parse_input_shape
@@ -339,6 +348,7 @@ def _approximate(options: Options, out: Path) -> dict[str, Any]:
         click.echo(f"going on from {checkpoint}", err=True)
     return {
         **{name: options[name] for name in names},
+        "memory": options["memory"] and options["memory"] * 1e9,
         "calib": _images(options, "calib"),
         "train": _images(options, "train"),
         "checkpoint": checkpoint,
@@ -428,7 +438,19 @@ def _load(options: Options) -> LoadedModel:
 def _data_and_inputs(options: Options, loaded: LoadedModel) -> tuple[Iterable[Batch] | None, Inputs]:
     """Evaluation data if any, and the inputs to trace, verify and time the model on."""
     data, inputs = _data_and_examples(options, loaded.example_inputs)
-    return data, tuple(value.to(options["device"]) for value in cast(inputs, model_dtype(loaded.model)))
+    placed = tuple(value.to(options["device"]) for value in cast(inputs, model_dtype(loaded.model)))
+    return None if data is None else _that_fit(data, loaded.model, placed), placed
+
+
+def _that_fit(data: Iterable[Batch], model: nn.Module, inputs: Inputs) -> Iterable[Batch]:
+    """The data in batches that leave memory for large activations; a loader of the user's as it is."""
+    if not is_own(data):
+        return data
+    try:
+        at_once = images_at_once(model, inputs, data.batch_size or 1)
+    except Exception:  # the model cannot run on these inputs, of which tracing gives a better account
+        return data
+    return DataLoader(data.dataset, at_once)
 
 
 def _data_and_examples(

@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeGuard
 
 import numpy as np
 import numpy.typing as npt
@@ -122,6 +123,11 @@ def has_labels(spec: str) -> bool:
             return "y" in archive
     except Exception:  # no archive, or a damaged one, of which `load_data` says so
         return True
+
+
+def is_own(loader: object) -> TypeGuard[DataLoader[Batch]]:
+    """Whether `load_data` read the samples itself: they may be batched anew."""
+    return isinstance(loader, DataLoader) and isinstance(loader.dataset, _Samples)
 
 
 def sample_shape(loader: DataLoader[Batch]) -> tuple[int, ...]:

@@ -10,13 +10,14 @@ from torch import Tensor, nn
 
 from sepconvert.distributed import gather
 from sepconvert.errors import SepconvertError
+from sepconvert.footprint import footprint
 from sepconvert.measure.divergence import is_logits, outputs
 from sepconvert.trace import ConvolutionInterceptor, ConvSite, private_copy
 
 BATCHES = 4
 """Batches that are looked at, at most."""
 
-_AT_ONCE = 16  # images, of which all activations are held
+_AT_ONCE = 16  # images, of which all activations are held, if memory allows it
 
 
 def fisher_information(
@@ -55,9 +56,10 @@ def fisher_information(
         return output + probes[-1][1]
 
     found: dict[str, Tensor] = {}
+    at_once = footprint(model, (next(iter(batches.values()))[:1],)).differentiated(_AT_ONCE)
     first = {number: batch for number, batch in batches.items() if number < BATCHES}
     for number, batch in first.items():
-        for part, images in enumerate(torch.split(batch, _AT_ONCE)):
+        for part, images in enumerate(torch.split(batch, at_once)):
             probes.clear()
             generator = torch.Generator().manual_seed(hash((seed, number, part)))
             try:

@@ -15,7 +15,7 @@ from safetensors.torch import load_model, save_model
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from sepconvert.approx import Finetuning, check_shapes, convert_approximately, split_data
+from sepconvert.approx import MOST_AT_ONCE, Finetuning, check_shapes, convert_approximately, split_data
 from sepconvert.data import Batch
 from sepconvert.distillation import Precision, Step
 from sepconvert.distributed import once
@@ -35,6 +35,7 @@ from sepconvert.export import (
     writing,
 )
 from sepconvert.factorize.exact import split
+from sepconvert.footprint import images_at_once
 from sepconvert.measure.accuracy import AccuracyDelta, Predictions, changes, evaluate
 from sepconvert.measure.accuracy import compare as compare_predictions
 from sepconvert.measure.cost import Cost, count
@@ -117,6 +118,7 @@ def convert(
     data: Iterable[Batch] | None = None,
     calib: DataLoader[Batch] | None = None,
     calib_images: int = 1536,
+    memory: float | None = None,
     rank: int | None = None,
     target_macs: float | None = None,
     target_params: float | None = None,
@@ -160,6 +162,8 @@ def convert(
             without either, the metric of the weights is used.
         calib_images: how many of them; a quarter, or 256, are held out from the fit to judge plans by, with
             their labels if there are any.
+        memory: bytes that the process may have while it calibrates; by default, half of what is free besides.
+            Time depends on it, results do not.
         rank: the channel multiplier M of all layers, instead of a search.
         target_macs: most MACs, as a share of the original's.
         target_params: most parameters, likewise.
@@ -211,7 +215,8 @@ def convert(
     sites = _traced(model, inputs, tol, include, exclude)
     parts = None
     if mode != "exact":
-        parts = split_data(data, calib, train, calib_images, finetune, seed)
+        at_once = images_at_once(model, inputs, MOST_AT_ONCE)
+        parts = split_data(data, calib, train, calib_images, finetune, seed, at_once, memory)
         check_shapes(parts, inputs)
         data = parts.scored
     # Before the long work, as this is where data that do not suit the model are found out.

@@ -1,11 +1,12 @@
 """Calibration in step, against `F.unfold` over all positions."""
 
+import contextlib
+import dataclasses
 import os
 import socket
 import subprocess
 import sys
 import threading
-from collections import namedtuple
 from pathlib import Path
 
 import psutil
@@ -18,9 +19,11 @@ from strategies import geometries, numbered
 from torch import nn
 from torch.nn import functional as F
 
+from sepconvert import calibrate as calibrate_module
 from sepconvert.calibrate import FEWEST_POSITIONS, PATCHES, record, reestimate_batchnorm
 from sepconvert.calibrate import calibrate as calibrate_with
 from sepconvert.errors import SepconvertError
+from sepconvert.footprint import footprint
 from sepconvert.trace import private_copy, trace
 
 WORKER = Path(__file__).with_name("calibrate_worker.py")
@@ -243,17 +246,62 @@ def test_errors_leave_no_thread_behind():
     assert threading.active_count() == before
 
 
-def test_memory_is_estimated_first(monkeypatch):
-    memory = namedtuple("memory", "available")
+def wide_at_first():
+    torch.manual_seed(4)
+    return nn.Sequential(
+        conv(4, 12, padding=1),
+        nn.ReLU(),
+        conv(12, 12, padding=1),
+        nn.MaxPool2d(2),
+        conv(12, 6),
+        conv(6, 3, kernel_size=1),
+    )
+
+
+def test_passes_that_find_no_room_to_wait_begin_anew_and_change_nothing(monkeypatch):
+    model, batches = wide_at_first(), dict(enumerate(IMAGES.split(1)))
+    sites = sites_of(model)
+    answers = record(model, batches, sites, images=1, seed=0)
+    kernel = torch.randn(12, 12, 3, 3).double(), torch.randn(12).double()
+    began = []
+    begin = calibrate_module._Pass.run
+    monkeypatch.setattr(calibrate_module._Pass, "run", lambda self: (began.append(self), begin(self)))
+
+    def run(room):
+        began.clear()
+        monkeypatch.setattr(calibrate_module, "allowance", lambda memory: room)
+        stream, send, found = calibrate_with(model, batches, sites, answers), None, []
+        with contextlib.suppress(StopIteration):
+            while True:
+                site, moments = stream.send(send)
+                found.append((site.name, moments))
+                send = kernel if site.name == "2" else None
+        return found, len(began)
+
+    everything, once = run(1e9)
+    nothing, often = run(0)
+    # Of room for all but the activations behind the first layers, which are the largest.
+    moments = max(calibrate_module._bytes_of_moments(site) for site in sites)
+    some, seldom = run(moments + 2 * footprint(model, (IMAGES[:1],)).peak + 15_000)
+    assert [name for name, _ in everything] == ["0", "2", "4", "5"]
+    assert once == 6
+    assert often == 4 * 6
+    assert once < seldom < often
+    for found in (nothing, some):
+        for (name, expected), (other, actual) in zip(everything, found, strict=True):
+            assert name == other
+            for field in dataclasses.fields(expected):
+                left, right = getattr(expected, field.name), getattr(actual, field.name)
+                assert torch.equal(left, right) if isinstance(left, torch.Tensor) else left == right
+
+
+def test_memory_is_estimated_first():
     layer = nn.Sequential(conv(), nn.ReLU(), conv(6, 4))
-    monkeypatch.setattr(psutil, "virtual_memory", lambda: memory(150_000))
-    with pytest.raises(
-        SepconvertError, match=r"200 images need about .* GB are free; pass --calib-images \d+"
-    ):
-        drive(layer, [IMAGES[:1].repeat(200, 1, 1, 1)])
-    monkeypatch.setattr(psutil, "virtual_memory", lambda: memory(100))
-    with pytest.raises(SepconvertError, match="one layer needs"):
-        drive(layer, [IMAGES])
+    batches, sites = {0: IMAGES}, sites_of(layer)
+    holds = psutil.Process().memory_info().rss
+    with pytest.raises(SepconvertError, match=r"needs .* GB, .* are there by --memory; pass --memory, fewer"):
+        record(layer, batches, sites, images=6, seed=0, memory=1e6)
+    record(layer, batches, sites, images=6, seed=0, memory=holds + 1e9)
 
 
 def test_batchnorm_takes_the_statistics_of_its_own_inputs():

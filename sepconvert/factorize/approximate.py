@@ -36,6 +36,9 @@ _LEAST_IMPORTANCE = 0.5
 _SWEEPS = 60
 _ENOUGH = 5e-4  # stop when a sweep lowers the error by less than this share of it
 _NOTHING = 1e-6  # or of the outputs' power: fewer patches than unknowns are fitted without end
+# Multiply-adds of all sweeps of one fit, by which wide layers get fewer (512 → 512 channels, 3×3: about ten):
+# most of what there is to gain comes with the first.
+_WORK, _FEWEST_SWEEPS = 2e11, 6
 _ROUNDING = 1e-15
 _CG_STEPS = 12
 _CG_ENOUGH = 1e-16  # share of the preconditioned residual's square
@@ -124,6 +127,8 @@ class Problem:
         self, scheme: str, rank: int, sweeps: int = _SWEEPS, basis: Tensor | None = None
     ) -> Approximation:
         """Factors of `rank` by alternating least squares; no sweep raises the objective.
+
+        Fewer sweeps are made where a layer is so wide that they would take minutes.
 
         Args:
             scheme: name of a structure that applies to the layer.
@@ -289,6 +294,8 @@ def _fit_depthwise_pointwise(
     depthwise = _leading_rows(dense.transpose(1, 2), diagonal, rank) if basis is None else basis
     along = _eigen(diagonal)
     objective: list[float] = []
+    inner = channels * rank
+    sweeps = _affordable(sweeps, groups * inner * (dense[0].numel() + inner**2 / 3))
 
     def filtered(depthwise: Tensor) -> Tensor:
         """B(D) S as g × C × M × C × K."""
@@ -405,6 +412,9 @@ def _fit_pair(problem: _Weighted, scheme: str, rank: int, sweeps: int, basis: Te
         metric = metric.repeat_interleave(spec.out_channels // spec.groups, 0)
     inner = form.inner_rank(spec, rank) if isinstance(form, Nested) else None
     over_rows = torch.einsum("gabcb->gac", metric) / metric.shape[2]
+    if metric.shape[2] == 1 and not isinstance(form, Nested):
+        # Reduced-rank regression, which is solved by what alternation begins with (see `_reduced`).
+        basis, sweeps = None, 1
     if basis is None:
         if structure.name not in problem.bases:
             matrices = rearrange(by_axes(problem.unconstrained), "g o a b -> g (o b) a")
@@ -451,6 +461,7 @@ def _alternate_pair(
     rank = v.shape[1]
     by_row = metric.reshape(groups, rows, -1)
     objective: list[float] = []
+    sweeps = _affordable(sweeps, (_PAIR_CG_STEPS + 2) * rank * metric.numel())
     full = rank == min(rows, outputs * columns) and inner in (None, outputs)
 
     def filtered(v: Tensor) -> Tensor:
@@ -522,6 +533,11 @@ def _leading_rows(matrices: Tensor, metric: Tensor, rank: int) -> Tensor:
     spanning = torch.linalg.solve_triangular(factor, rows.contiguous(), upper=False, left=False)
     basis: Tensor = torch.linalg.qr(spanning.mT).Q
     return basis.mT
+
+
+def _affordable(sweeps: int, work: float) -> int:
+    """Of so many sweeps, those that `_WORK` pays for at `work` multiply-adds each."""
+    return min(sweeps, max(_FEWEST_SWEEPS, int(_WORK / work)))
 
 
 def _settled(objective: list[float], start: float) -> bool:

@@ -1,0 +1,438 @@
+"""Architectures of torchvision and timm, each converted in every mode, and what became of it.
+
+    zoo.py run FOLDER [NAME …]   a process for each model and mode; what is in FOLDER already is kept
+    zoo.py report FOLDER         zoo.json and zoo.md of what is in FOLDER
+
+Weights are random, shapes are real. In half of the dense kernels a structure is planted, which exact mode has
+to find. README.md beside this file says what must hold for a model to pass.
+"""
+
+import json
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+import onnxruntime as ort
+import timm
+import torch
+import torchvision
+from tabulate import tabulate
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils import _pytree as pytree
+from torch.utils.data import DataLoader, TensorDataset
+
+import sepconvert
+from sepconvert.calibrate import reestimate_batchnorm
+from sepconvert.environment import Runtime, environment
+from sepconvert.errors import DemandNotMetError, first_line
+
+MODES: dict[str, dict[str, Any]] = {
+    "exact": {"gate": "macs"},
+    "approx": {"rank": 2, "gate": "none"},
+    "auto": {"min_speedup": 1.1, "measure_seconds": 20.0},
+}
+IMAGES = 16
+SECONDS = 1500  # until a process is given up
+# Of outputs of a float32 network that nothing but rounding moved, relative to the largest of them.
+CLOSE = 2e-3
+
+
+# Models --------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A model to build; `shape` is that of one image."""
+
+    family: str
+    build: Callable[[], nn.Module]
+    shape: tuple[int, int, int] = (3, 224, 224)
+
+
+class UNet(nn.Module):
+    """Two levels, with transposed convolutions on the way up."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.third = self._block(3, 32), self._block(32, 64), self._block(64, 128)
+        self.up_second, self.up_first = nn.ConvTranspose2d(128, 64, 2, 2), nn.ConvTranspose2d(64, 32, 2, 2)
+        self.back_second, self.back_first = self._block(128, 64), self._block(64, 32)
+        self.head = nn.Conv2d(32, 5, 1)
+
+    @staticmethod
+    def _block(inputs: int, outputs: int) -> nn.Sequential:
+        layers: list[nn.Module] = []
+        for width in (inputs, outputs):
+            layers += [
+                nn.Conv2d(width, outputs, 3, padding=1, bias=False),
+                nn.BatchNorm2d(outputs),
+                nn.ReLU(),
+            ]
+        return nn.Sequential(*layers)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """N × 3 × H × W to N × 5 × H × W, of H and W that are multiples of 4."""
+        first = self.first(x)
+        second = self.second(F.max_pool2d(first, 2))
+        third = self.third(F.max_pool2d(second, 2))
+        second = self.back_second(torch.cat([second, self.up_second(third)], 1))
+        found: Tensor = self.head(self.back_first(torch.cat([first, self.up_first(second)], 1)))
+        return found
+
+
+# Those whose constructors would draw weights of auxiliary heads get no such heads.
+_TORCHVISION = {
+    "VGG": "vgg11_bn vgg16",
+    "AlexNet": "alexnet",
+    "ResNet": "resnet18 resnet50",
+    "ResNeXt": "resnext50_32x4d",
+    "WideResNet": "wide_resnet50_2",
+    "DenseNet": "densenet121",
+    "SqueezeNet": "squeezenet1_0 squeezenet1_1",
+    "ShuffleNet": "shufflenet_v2_x1_0",
+    "MobileNet": "mobilenet_v2 mobilenet_v3_small mobilenet_v3_large",
+    "MNASNet": "mnasnet1_0",
+    "EfficientNet": "efficientnet_b0 efficientnet_v2_s",
+    "RegNet": "regnet_x_400mf regnet_y_400mf",
+    "ConvNeXt": "convnext_tiny",
+}
+_TIMM = {
+    "MobileNet": "mobilenetv1_100 mobilenetv4_conv_small mobilenetv4_hybrid_medium",
+    "EfficientNet": "tf_efficientnet_lite0 mixnet_s tinynet_e",
+    "RepVGG": "repvgg_a0 mobileone_s0",
+    "NFNet": "nfnet_l0 nf_resnet26",
+    "HRNet": "hrnet_w18_small",
+    "DLA": "dla34 dla60",
+    "CSP": "cspresnet50 cspdarknet53 cs3darknet_s",
+    "GhostNet": "ghostnet_100 ghostnetv2_100 repghostnet_050",
+    "ResNet with BlurPool": "resnetblur50",
+    "ResNet, variants": "resnet26d seresnet50 skresnet18 res2net50_26w_4s resnest14d resnetv2_50 gernet_s",
+    "VoVNet": "ese_vovnet19b_dw",
+    "Inception": "inception_v4 inception_next_atto",
+    "Xception": "xception41",
+    "DPN": "dpn68",
+    "SelecSLS": "selecsls42b",
+    "HardCoRe-NAS, FBNet, LCNet": "hardcorenas_a fbnetc_100 lcnet_050",
+    "ReXNet": "rexnet_100",
+    "RegNet": "regnetz_b16",
+    "ConvNeXt": "convnext_atto convnextv2_atto",
+    "ConvMixer": "convmixer_768_32",
+    "hybrids with attention": (
+        "mobilevit_xxs coatnet_nano_rw_224 botnet26t_256 efficientformer_l1 fastvit_t8 edgenext_xx_small"
+    ),
+    "StarNet": "starnet_s1",
+    "HGNet": "hgnet_tiny",
+}
+
+
+def entries() -> dict[str, Entry]:
+    """All models by name."""
+    models, segmentation, detection = (
+        torchvision.models,
+        torchvision.models.segmentation,
+        torchvision.models.detection,
+    )
+    found = {}
+    for family, names in _TORCHVISION.items():
+        for name in names.split():
+            found[f"torchvision {name}"] = Entry(family, partial(getattr(models, name), weights=None))
+    plain = {"aux_logits": False, "init_weights": False, "weights": None}
+    found["torchvision googlenet"] = Entry("GoogLeNet", partial(models.googlenet, **plain))
+    found["torchvision inception_v3"] = Entry(
+        "Inception", partial(models.inception_v3, **plain), (3, 299, 299)
+    )
+    for family, names in _TIMM.items():
+        for name in names.split():
+            shape = timm.get_pretrained_cfg(name).input_size
+            found[f"timm {name}"] = Entry(family, partial(timm.create_model, name), shape)
+    bare = {"weights": None, "weights_backbone": None}
+    for name in ("fcn_resnet50", "deeplabv3_mobilenet_v3_large", "lraspp_mobilenet_v3_large"):
+        found[f"torchvision {name}"] = Entry("segmentation", partial(getattr(segmentation, name), **bare))
+    found["UNet"] = Entry("segmentation", UNet)
+    for name, size in (
+        ("ssd300_vgg16", 300),
+        ("retinanet_resnet50_fpn", 320),
+        ("fasterrcnn_mobilenet_v3_large_fpn", 320),
+    ):
+        build = partial(_backbone, partial(getattr(detection, name), **bare))
+        found[f"torchvision {name} backbone"] = Entry("detection", build, (3, size, size))
+    return found
+
+
+def _backbone(build: Callable[[], nn.Module]) -> nn.Module:
+    found: nn.Module = build().get_submodule("backbone")
+    return found
+
+
+def prepared(entry: Entry) -> tuple[nn.Module, list[str], Tensor]:
+    """A model that answers within bounds, the names of its planted kernels, and images."""
+    torch.manual_seed(0)
+    model = entry.build()
+    images = torch.randn(IMAGES, *entry.shape)
+    planted = plant(model)
+    model.eval()
+    reestimate_batchnorm(model, images.split(8))
+    return model, planted, images
+
+
+@torch.no_grad()
+def plant(model: nn.Module) -> list[str]:
+    """Give every second dense k×k kernel a structure, each its turn, with the norm that it had."""
+    names = []
+    dense = [
+        (name, module)
+        for name, module in model.named_modules()
+        if type(module) is nn.Conv2d and module.groups == 1 and min(module.kernel_size) > 1
+    ]
+    for number, (name, module) in enumerate(dense[::2]):
+        weight = module.weight.double()
+        outputs, inputs, height, width = weight.shape
+        rank = max(1, min(inputs, outputs) // 4)
+        kind = number % 3
+        if kind == 0:
+            planted = torch.einsum(
+                "orj,rci->ocij", _random(outputs, rank, width), _random(rank, inputs, height)
+            )
+        elif kind == 1:
+            planted = torch.einsum("oc,cij->ocij", _random(outputs, inputs), _random(inputs, height, width))
+        else:
+            planted = torch.einsum(
+                "orij,rc->ocij", _random(outputs, rank, height, width), _random(rank, inputs)
+            )
+        module.weight.copy_(planted * (weight.norm() / planted.norm()))
+        names.append(name)
+    return names
+
+
+def _random(*shape: int) -> Tensor:
+    return torch.randn(shape, dtype=torch.float64)
+
+
+# One model in one mode -----------------------------------------------------------------------------
+
+
+def attempt(name: str, mode: str) -> dict[str, Any]:
+    """Convert, and check all that is claimed; see `judge`."""
+    entry = entries()[name]
+    model, planted, images = prepared(entry)
+    found: dict[str, Any] = {
+        "name": name,
+        "family": entry.family,
+        "mode": mode,
+        "shape": list(entry.shape),
+        "params": sum(parameter.numel() for parameter in model.parameters()),
+        "environment": environment(Runtime(1)),
+    }
+    keywords = dict(MODES[mode])
+    if mode != "exact":
+        loader = DataLoader(TensorDataset(images, torch.full((IMAGES,), -1)), 8)
+        keywords |= {"calib": loader, "calib_images": IMAGES}
+    start = time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            result = sepconvert.convert(
+                model, images[:1], mode, threads=1, runs=10, out=Path(folder), **keywords
+            )
+            found["seconds"] = time.perf_counter() - start
+            found |= judge(model, planted, result, images, Path(folder))
+        except DemandNotMetError as error:  # an honest answer, of auto mode alone
+            met = {"outcome": "no plan is fast enough"} if mode == "auto" else {"outcome": "failed"}
+            found |= {"seconds": time.perf_counter() - start, **met, "error": first_line(error)}
+        except Exception as error:  # what is to be found out
+            found |= {
+                "seconds": time.perf_counter() - start,
+                "outcome": "failed",
+                "error": f"{type(error).__name__}: {first_line(error)}",
+            }
+    found["peak_gb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+    return found
+
+
+def judge(
+    model: nn.Module, planted: Sequence[str], result: Any, images: Tensor, folder: Path
+) -> dict[str, Any]:
+    """Whether every convolution is listed, all files answer as the converted model does, and costs add up."""
+    report, layers = result.report, result.report["layers"]
+    listed = {name for layer in layers for name in (layer["name"], *layer.get("aliases", ()))}
+    modules = {name for name, m in model.named_modules() if isinstance(m, nn.modules.conv._ConvNd)}
+    unlisted = sorted(name for name in modules if name not in listed)
+    converted = {layer["name"] for layer in layers if layer["decision"] == "converted"}
+    saved = sum(layer["macs"][0] - layer["macs"][1] for layer in layers if layer["decision"] == "converted")
+    with torch.no_grad():
+        before, after = (answers(each.eval()(images[1:2])) for each in (model, result.model))
+    wrong = []
+    if unlisted:
+        wrong.append(f"not listed: {', '.join(unlisted)}")
+    if report["original"]["macs"] - report["converted"]["macs"] != saved:
+        wrong.append("MACs of the layers do not add up to those of the model")
+    if report["mode"] == "exact":
+        if missed := sorted(set(planted) - converted):
+            reasons = {layer["name"]: layer["reason"] for layer in layers}
+            missed = [f"{name} ({reasons.get(name)})" for name in missed]
+        if difference(before, after) > CLOSE:
+            wrong.append(f"converted model is off by {difference(before, after):.1e}")
+    else:
+        missed = []
+    exported = {}
+    for label, run in (("ONNX", _run_onnx), ("pt2", _run_archive)):
+        path = folder / f"converted.{label.lower()}"
+        if path.exists():
+            exported[label] = difference(after, run(path, images[1:2]))
+            if exported[label] > CLOSE:
+                wrong.append(f"{path.name} is off by {exported[label]:.1e}")
+    reason = report["verification"].get("onnx_reason") or report.get("export", {}).get("reason")
+    return {
+        "outcome": "failed" if wrong else "passed",
+        "error": "; ".join(wrong) or None,
+        "convolutions": len(layers),
+        "converted": len(converted),
+        "planted": len(planted),
+        "not_found": missed,
+        "kept": dict(Counter(layer["reason"] for layer in layers if layer["decision"] == "kept")),
+        "macs_ratio": report["delta"]["macs_ratio"],
+        "speedup": report["delta"]["latency_speedup"],
+        "difference": {"model": difference(before, after), **exported},
+        "export": reason,
+    }
+
+
+def answers(output: Any) -> list[Tensor]:
+    """The tensors of a model's answer, in order."""
+    return [leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor)]
+
+
+def difference(expected: Sequence[Tensor], actual: Sequence[Tensor]) -> float:
+    """Largest of all outputs, relative to the largest element of the one that is expected."""
+    assert len(expected) == len(actual)
+    return max(
+        float((a.double() - e.double()).abs().max() / e.double().abs().max().clamp(min=1e-30))
+        for e, a in zip(expected, actual, strict=True)
+    )
+
+
+def _run_onnx(path: Path, images: Tensor) -> list[Tensor]:
+    session = ort.InferenceSession(path, providers=["CPUExecutionProvider"])
+    feed = {session.get_inputs()[0].name: images.numpy()}
+    return [torch.from_numpy(np.asarray(each)) for each in session.run(None, feed)]
+
+
+def _run_archive(path: Path, images: Tensor) -> list[Tensor]:
+    return answers(torch.export.load(path).module()(images))
+
+
+# Commands ------------------------------------------------------------------------------------------
+
+
+@click.group()
+def cli() -> None:
+    """Convert a zoo of models; README.md beside this file says what is checked."""
+
+
+@cli.command()
+@click.argument("folder", type=click.Path(file_okay=False, path_type=Path))
+@click.argument("names", nargs=-1)
+@click.option(
+    "--mode", "modes", multiple=True, type=click.Choice(list(MODES)), help="Only this one. Repeatable."
+)
+def run(folder: Path, names: Sequence[str], modes: Sequence[str]) -> None:
+    """Convert all models, or those whose name contains one of NAMES, in a process for each mode."""
+    folder.mkdir(parents=True, exist_ok=True)
+    chosen = [name for name in entries() if not names or any(each in name for each in names)]
+    if not chosen:
+        raise click.UsageError(f"expected parts of these names: {', '.join(entries())}")
+    for name in chosen:
+        for mode in modes or MODES:
+            path = folder / f"{name} {mode}.json".replace(" ", "-")
+            if path.exists():
+                continue
+            found = _in_a_process(name, mode)
+            path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+            click.echo(
+                f"{name} {mode}: {found['outcome']} {found.get('seconds', 0):.0f} s "
+                f"{found.get('peak_gb', 0):.1f} GB {found.get('error') or ''}"
+            )
+
+
+def _in_a_process(name: str, mode: str) -> dict[str, Any]:
+    command = [sys.executable, __file__, "one", name, mode]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS)  # noqa: S603
+    except subprocess.TimeoutExpired:
+        return _broken(name, mode, f"not done within {SECONDS} s")
+    if done.returncode:
+        last = (done.stderr.strip() or "no message").splitlines()[-1]
+        return _broken(name, mode, f"exit code {done.returncode}: {last}")
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def _broken(name: str, mode: str, error: str) -> dict[str, Any]:
+    entry = entries()[name]
+    return {
+        "name": name, "family": entry.family, "mode": mode, "shape": list(entry.shape),
+        "outcome": "failed", "error": error,
+    }  # fmt: skip
+
+
+@cli.command()
+@click.argument("name")
+@click.argument("mode", type=click.Choice(list(MODES)))
+def one(name: str, mode: str) -> None:
+    """Convert one model in one mode, here; the result is the last line of what is printed."""
+    click.echo(json.dumps(attempt(name, mode)))
+
+
+@cli.command()
+@click.argument("folder", type=click.Path(exists=True, path_type=Path))
+def report(folder: Path) -> None:
+    """Write zoo.json and zoo.md."""
+    found = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*-*.json"))]
+    (folder / "zoo.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    (folder / "zoo.md").write_text("\n".join(table(found)) + "\n", encoding="utf-8")
+
+
+def table(found: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """A row for each model, and what failed."""
+    by_name: dict[str, dict[str, Mapping[str, Any]]] = {}
+    for each in found:
+        by_name.setdefault(each["name"], {})[each["mode"]] = each
+    rows = []
+    for name, modes in sorted(
+        by_name.items(), key=lambda item: (next(iter(item[1].values()))["family"], item[0])
+    ):
+        first = next(iter(modes.values()))
+        row = {"family": first["family"], "model": name}
+        for mode in MODES:
+            each = modes.get(mode)
+            row[mode] = "" if each is None else _cell(each)
+        row["GB"] = f"{max(each.get('peak_gb', 0) for each in modes.values()):.1f}"
+        rows.append(row)
+    yield tabulate(rows, headers="keys", tablefmt="github", disable_numparse=True)
+    yield ""
+    outcomes = Counter((each["mode"], each["outcome"]) for each in found)
+    yield "; ".join(f"{mode}: {count} {outcome}" for (mode, outcome), count in sorted(outcomes.items())) + "."
+    for each in found:
+        if each["outcome"] == "failed":
+            yield f"- {each['name']}, {each['mode']}: {each['error']}"
+
+
+def _cell(each: Mapping[str, Any]) -> str:
+    seconds = f"{each.get('seconds', 0):.0f} s"
+    if each["outcome"] != "passed":
+        return f"{each['outcome']}, {seconds}"
+    return f"{each['converted']} of {each['convolutions']}, {each['macs_ratio']:.2f}×, {seconds}"
+
+
+if __name__ == "__main__":
+    cli()
