@@ -187,7 +187,7 @@ def convert(net: Net, **keywords: Any) -> Converted:
     return Converted(found.model, "re-estimate BatchNorm" in kept, {})
 
 
-SPEEDUPS = (1.2, 1.4, 1.6, 1.8, 2.0, 2.3, 2.6)
+SPEEDUPS = (1.2, 1.5, 1.8, 2.2, 2.7, 3.4)
 SHARES = ({"rank": 0.6}, {"rank": 0.4}, {"rank": 0.25}, {"rank": 0.12})  # of the weights
 REMOVED = ({"percent_removed": 0.3}, {"percent_removed": 0.5}, {"percent_removed": 0.7})
 ENERGIES = ({"energy_threshold": 0.95}, {"energy_threshold": 0.85}, {"energy_threshold": 0.7})

@@ -280,6 +280,9 @@ def convert_approximately(
         total_macs,
         total,
         carry_out=carried_out,
+        sketched=lambda choice: restored(
+            model, layers, {name: surveyed[name].offer(each).fitted for name, each in choice.items()}
+        ),
         restored=lambda fitted, name: restored(model, layers, fitted.layers, name),
         divergence=None if heldout is None else lambda each: heldout.measure(each).divergence,
         accuracy=accuracy,

@@ -102,6 +102,15 @@ class LayerSurvey:
     cost: float
     offers: tuple[Offer, ...]  # by falling cost, none with another that costs no more and errs no more
     sensitivity: float  # measured divergence of the model over the `error` of an offer
+    by_weights: dict[Form, Kernel] = field(default_factory=dict)  # kernels fitted to the weights, so far
+
+    def fitted_to_weights(self, site: ConvSite, form: Form) -> Kernel:
+        """In the metric of the weights, and the bias: the same whatever the plan."""
+        if form not in self.by_weights:
+            spec, weight = site.dense.spec, site.dense.weight
+            found = approximate(spec, weight, Moments.of_weights(spec, weight), *form, sweeps=1)
+            self.by_weights[form] = found.kernel.to(weight.dtype), _bias(site, found)
+        return self.by_weights[form]
 
     @property
     def least_cost(self) -> float:
@@ -349,10 +358,10 @@ def carry_out(
     known = {site.name: _kernel(site, fits[site.name]) for site in chosen if site.name in fits}
 
     def fit(site: ConvSite, moments: Moments) -> Kernel:
-        before = surveyed[site.name].offer(choice[site.name]).fitted
-        problem = _problem(site, moments, calibration)
-        alone = _fitted_to_weights(site, (before.scheme, before.rank))
-        by_weights[site.name] = output_error(site.dense.spec, site.dense.weight, alone.kernel, moments)
+        offer = surveyed[site.name].offer(choice[site.name])
+        before, problem = offer.fitted, _problem(site, moments, calibration)
+        simple, _ = surveyed[site.name].fitted_to_weights(site, _form(offer))
+        by_weights[site.name] = output_error(site.dense.spec, site.dense.weight, simple, moments)
         found = problem.fit(before.scheme, before.rank, basis=before.basis)
         # Plans are many: what follows from the factors is not kept.
         fits[site.name] = replace(found, kernel=torch.empty(0), basis=torch.empty(0))
@@ -417,17 +426,11 @@ def explain(
     by_outputs: dict[tuple[str, int], Kernel] = {}
     for site in chosen:
         offer = surveyed[site.name].offer(fitted.choice[site.name])
-        alone = _fitted_to_weights(site, _form(offer))
-        by_weights[site.place] = alone.kernel, _bias(site, alone)
+        by_weights[site.place] = surveyed[site.name].fitted_to_weights(site, _form(offer))
         by_outputs[site.place] = _kernel(site, offer.fitted)
     simpler = (("fit the weights", by_weights), ("fit the outputs", by_outputs))
     steps = [Step(name, heldout.measure(model, kernels), kept=False) for name, kernels in simpler]
     return (*steps, *fitted.steps)
-
-
-def _fitted_to_weights(site: ConvSite, form: Form) -> Approximation:
-    spec, weight = site.dense.spec, site.dense.weight
-    return approximate(spec, weight, Moments.of_weights(spec, weight), *form, sweeps=1)
 
 
 def _each(

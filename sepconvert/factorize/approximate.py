@@ -325,10 +325,14 @@ def _fit_depthwise_pointwise(
             return torch.einsum("gcmbn,gbnck->gcmk", by_pairs, filtered(step))
 
         blocks = by_pairs.diagonal(dim1=1, dim2=3).permute(0, 3, 1, 2)
-        solution = _conjugate_gradients(
-            hessian, _kronecker_inverse(_eigen(blocks), along), wanted, depthwise, (1, 2, 3), _CG_STEPS
+        correction = _conjugate_gradients(
+            hessian,
+            _kronecker_inverse(_eigen(blocks), along),
+            wanted - hessian(depthwise),
+            (1, 2, 3),
+            _CG_STEPS,
         )
-        depthwise = torch.linalg.qr(solution.mT).Q.mT
+        depthwise = torch.linalg.qr((depthwise + correction).mT).Q.mT
     right = rearrange(pointwise, "g o c m -> (g c) m o")
     return BY_NAME[scheme].kernels(problem.spec, depthwise.mT.flatten(0, 1), right), depthwise, objective
 
@@ -359,9 +363,7 @@ def _fit_pointwise_depthwise(
 
         # P by conjugate gradients: its C·M normal equations differ from output to output.
         rest = _product(dense - pointwise @ depthwise, metric) + cross
-        correction = _conjugate_gradients(
-            hessian, precondition, rest @ depthwise.mT, torch.zeros_like(pointwise), (2, 3), _FEW_CG_STEPS
-        )
+        correction = _conjugate_gradients(hessian, precondition, rest @ depthwise.mT, (2, 3), _FEW_CG_STEPS)
         pointwise = pointwise + correction
         kernel = pointwise @ depthwise
         objective.append(start - float((kernel * (2 * target - _product(kernel, metric))).sum()))
@@ -464,9 +466,13 @@ def _alternate_pair(
     sweeps = _affordable(sweeps, (_PAIR_CG_STEPS + 2) * rank * metric.numel())
     full = rank == min(rows, outputs * columns) and inner in (None, outputs)
 
+    # Steps towards V are taken in single precision, at half the price: whatever V is, H and the objective are
+    # found for it in double precision.
+    in_single = functools.cache(by_row.float)
+
     def filtered(v: Tensor) -> Tensor:
         """V S as g × R·B × A × B."""
-        return (v @ by_row).view(groups, -1, rows, columns)
+        return (v @ (by_row if v.dtype == by_row.dtype else in_single())).view(groups, -1, rows, columns)
 
     while True:
         # H by its normal equations, as a correction of the projection of W: at full rank, of nothing.
@@ -486,19 +492,21 @@ def _alternate_pair(
             objective.append(start - float(2 * (h * onto).sum() - quadratic))
         if len(objective) >= sweeps or full or _settled(objective, start):
             break
-        # V by conjugate gradients.
+        # V by conjugate gradients, as a correction.
         by_pairs = h.flatten(2).mT @ h.flatten(2)
-        wanted = torch.einsum("gorb,goab->gra", h, target)
         pairs = by_pairs.view(groups, rank, columns, rank * columns)
+        between = by_pairs.view(groups, rank, columns, rank, columns).diagonal(dim1=2, dim2=4).sum(-1)
+        lacking = torch.einsum("gorb,goab->gra", h, target) - torch.einsum("grbm,gmab->gra", pairs, seen)
+        size, pairs = lacking.abs().max().clamp(min=torch.finfo(torch.float64).tiny), pairs.float()
 
         def hessian(step: Tensor, pairs: Tensor = pairs) -> Tensor:
             return torch.einsum("grbm,gmab->gra", pairs, filtered(step))
 
-        between = by_pairs.view(groups, rank, columns, rank, columns).diagonal(dim1=2, dim2=4).sum(-1)
-        solution = _conjugate_gradients(
-            hessian, _kronecker_inverse(_eigen(between), along()), wanted, v, (1, 2), _PAIR_CG_STEPS
+        precondition = _kronecker_inverse(_in_single(_eigen(between)), _in_single(along()))
+        correction = _conjugate_gradients(
+            hessian, precondition, (lacking / size).float(), (1, 2), _PAIR_CG_STEPS
         )
-        v = torch.linalg.qr(solution.mT).Q.mT
+        v = torch.linalg.qr((v + size * correction.double()).mT).Q.mT
     return v, h, objective
 
 
@@ -562,7 +570,7 @@ def _kronecker_inverse(left: _Eigen, right: _Eigen) -> Callable[[Tensor], Tensor
     left_values, left_vectors = left
     right_values, right_vectors = right
     values = left_values.clamp(min=0)[..., :, None] * right_values.clamp(min=0)[..., None, :]
-    threshold = 1e-12 * values.amax((-2, -1), keepdim=True)
+    threshold = torch.finfo(values.dtype).eps ** 0.75 * values.amax((-2, -1), keepdim=True)
     inverse = torch.where(values > threshold, 1 / values, torch.zeros_like(values))
 
     def apply(x: Tensor) -> Tensor:
@@ -580,12 +588,11 @@ def _eigen(matrix: Tensor) -> _Eigen:
 def _conjugate_gradients(
     hessian: Callable[[Tensor], Tensor],
     precondition: Callable[[Tensor], Tensor],
-    right: Tensor,
-    start: Tensor,
+    residual: Tensor,
     dims: tuple[int, ...],
     steps: int,
 ) -> Tensor:
-    """Some steps towards hessian(X) = right from `start`; each lowers the quadratic objective.
+    """Some steps from nothing towards hessian(X) = residual; each lowers the quadratic objective.
 
     `dims` are those of the unknowns of one system; the others count systems.
     """
@@ -596,18 +603,23 @@ def _conjugate_gradients(
     def ratio(a: Tensor, b: Tensor) -> Tensor:
         return torch.where((a > 0) & (b > 0), a / b, torch.zeros_like(a))
 
-    solution, residual = start, right - hessian(start)
-    direction = precondition(residual)
+    solution, direction = torch.zeros_like(residual), precondition(residual)
     size = first = inner(residual, direction)
-    for _ in range(steps):
+    for left in reversed(range(steps)):
         size = torch.where(size > _CG_ENOUGH * first, size, torch.zeros_like(size))
         if not size.any():
             break
         image = hessian(direction)
         length = ratio(size, inner(direction, image))
         solution = solution + length * direction
-        residual = residual - length * image
-        step = precondition(residual)
-        previous, size = size, inner(residual, step)
-        direction = step + ratio(size, previous) * direction
+        if left:
+            residual = residual - length * image
+            step = precondition(residual)
+            previous, size = size, inner(residual, step)
+            direction = step + ratio(size, previous) * direction
     return solution
+
+
+def _in_single(eigen: _Eigen) -> _Eigen:
+    values, vectors = eigen
+    return values.float(), vectors.float()
