@@ -3,7 +3,7 @@
 Every case is a good file of some kind that was mutated. What reads it must return, or raise SepconvertError
 with one or two lines, within 10 seconds, with less than 2 GB more memory than at the start, and must run
 nothing that the file says: a hook of the interpreter watches for processes, sockets, and files opened for
-writing. Cases run in a process of their own, which is begun anew if a case ends it; kind and number say which it is.
+writing. Cases run in a process of their own, which is begun anew if a case ends it; kind and number name one.
 """
 
 import argparse

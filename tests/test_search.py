@@ -44,7 +44,7 @@ class Bench:
         self.drop, self.ratio, self.idle = drop, ratio, idle
         self.measured = {"drop": [], "ratio": []}
         self.search = Search(
-            surveyed, self.total, self.total, self.carry_out, self.restored, divergence,
+            surveyed, self.total, self.total, self.carry_out, self.model, self.restored, divergence,
             self.accuracy if drop else None, self.speedups if ratio else None, timed, silent,
         )  # fmt: skip
 
@@ -158,6 +158,16 @@ def test_the_least_divergence_that_is_fast_enough(surveyed, least):
     assert ratio(point.macs) >= least
     timed = [each for each in bench.search.points if each.speedup is not None]
     assert all(ratio(each.macs) < least for each in timed if each.cost > point.cost)
+
+
+def test_plans_are_timed_before_they_are_fitted():
+    surveyed = {name: layer(macs, 1.0) for name, macs in zip("abcdef", range(300, 900, 100), strict=True)}
+    total = Bench(surveyed).total
+    bench = Bench(surveyed, ratio=lambda cost: total / cost)
+    bench.search.run(Budget(min_speedup=1.7))
+    looked_at = [each for each in bench.search.points if each.speedup is not None]
+    assert any(each.fitted is None for each in looked_at)
+    assert sum(each.fitted is not None for each in looked_at) >= 6
 
 
 def test_layers_that_bring_nothing_in_the_whole_model_stay_dense():
