@@ -8,6 +8,8 @@ import pytest
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 SAYS = {
+    "01_edges.py": "Sobel: [-1 -2 -1]ᵀ × [1 0 -1], 9 → 6 multiplications a pixel",
+    "02_depthwise_separable.py": "1,228,800 dense, 53,952 separable",
     "image_filters.py": "3.49× fewer",
     "own_model.py": "merged: converted, rank 8 of 80",
 }
