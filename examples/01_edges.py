@@ -3,8 +3,8 @@
     python examples/01_edges.py [--figure edges.png]
 
 The Sobel kernel is [1 2 1]ᵀ times [-1 0 1], and a Gaussian is a product of two vectors as well: six
-multiplications for each pixel instead of nine, with the same image. A Laplacian is no such product, and is left
-as it is.
+multiplications for each pixel instead of nine, with the same image. A Laplacian is no such product, and is
+left as it is.
 """
 
 import argparse
