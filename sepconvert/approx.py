@@ -60,8 +60,9 @@ MOST_AT_ONCE = 64
 
 _MOST_HELD_OUT = 256
 
-# Ratio between costs of ranks that are worth telling apart: fits are what the survey spends its time on.
-_COST_STEP = 1.15
+# Ratio between costs of ranks that are worth telling apart: fits are what the survey spends its time on, and
+# those of layers of more than a million weights above all.
+_COST_STEP, _COARSE_COST_STEP, _MANY_WEIGHTS = 1.15, 1.3, 10**6
 
 # By which a drop may exceed the budget before fine-tuning: five epochs brought 11.1 points to 4.0 and 2.5 to
 # 1.1 on a ResNet-9, 6.8 to 2.3 on a ResNet-20. A second attempt expects a little less than the first brought.
@@ -457,19 +458,21 @@ def _measured(
                 f"no form is measured to be faster in ONNX Runtime (best {times.best_ratio:.2f}×)"
             )
             continue
-        prices[site.name] = Prices(times.dense_milliseconds, _worth_fitting(faster))
+        many = math.prod(site.dense.spec.weight_shape) > _MANY_WEIGHTS
+        step = _COARSE_COST_STEP if many else _COST_STEP
+        prices[site.name] = Prices(times.dense_milliseconds, _worth_fitting(faster, step))
     return prices, reasons
 
 
-def _worth_fitting(costs: Mapping[Form, float]) -> dict[Form, float]:
-    """Of each scheme ranks of costs that are a step apart, and none that a higher rank undercuts.
+def _worth_fitting(costs: Mapping[Form, float], step: float) -> dict[Form, float]:
+    """Of each scheme ranks of costs that are a `step` apart, and none that a higher rank undercuts.
 
     A higher rank errs less, whatever the data.
     """
     found: dict[Form, float] = {}
     last: dict[str, float] = {}
     for (scheme, rank), cost in sorted(costs.items(), key=lambda each: -each[0][1]):
-        if cost <= last.get(scheme, math.inf) / _COST_STEP:
+        if cost <= last.get(scheme, math.inf) / step:
             last[scheme] = found[scheme, rank] = cost
     return {form: found[form] for form in costs if form in found}
 

@@ -293,7 +293,9 @@ def survey(
         # What one sweep leaves far from the best at its cost does not get there in some more.
         promising = [each for each in first if each.error <= _HOPE * _least_error(first, each.cost)]
         offers = [
-            _offer(site, problem.fit(*_form(each), _SURVEY_SWEEPS, each.fitted.basis), each.cost)
+            each
+            if problem.is_closed(each.fitted.scheme)
+            else _offer(site, problem.fit(*_form(each), _SURVEY_SWEEPS, each.fitted.basis), each.cost)
             for each in promising
         ]
         if offers := _undominated(offers):

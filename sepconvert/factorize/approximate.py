@@ -36,9 +36,9 @@ _LEAST_IMPORTANCE = 0.5
 _SWEEPS = 60
 _ENOUGH = 5e-4  # stop when a sweep lowers the error by less than this share of it
 _NOTHING = 1e-6  # or of the outputs' power: fewer patches than unknowns are fitted without end
-# Multiply-adds of all sweeps of one fit, by which wide layers get fewer (512 → 512 channels, 3×3: about ten):
-# most of what there is to gain comes with the first.
-_WORK, _FEWEST_SWEEPS = 2e11, 6
+# Multiply-adds of all sweeps of one fit, by which wide layers get fewer (512 → 512 channels, 3×3: about
+# five): most of what there is to gain comes with the first.
+_WORK, _FEWEST_SWEEPS = 1e11, 4
 _ROUNDING = 1e-15
 _CG_STEPS = 12
 _CG_ENOUGH = 1e-16  # share of the preconditioned residual's square
@@ -142,6 +142,8 @@ class Problem:
         separate = isinstance(form, Structure) and "o" in form.axes[0]
         problem = self._separate if separate else self._mixed
         solve = _SOLVERS.get(scheme, _fit_pair)
+        if self.is_closed(scheme):
+            basis, sweeps = None, 1
         if basis is not None:  # it may have been kept in single precision
             basis = torch.linalg.qr(basis.double().mT).Q.mT
         weights, basis, objective = solve(problem, scheme, rank, sweeps, basis)
@@ -166,6 +168,17 @@ class Problem:
             else max(_trace(self.importance @ covariance), 0.0),
             objective=tuple(value * problem.scale / (problem.power or 1.0) for value in objective),
         )
+
+    def is_closed(self, scheme: str) -> bool:
+        """Whether one sweep gives the best there is: reduced-rank regression, of pairs that end pointwise.
+
+        (See `_reduced` for the source.)
+        """
+        form = FORMS[scheme]
+        if isinstance(form, Nested) or form.parallel or "o" in form.axes[0]:
+            return False
+        taps = {"i": self.spec.kernel_size[0], "j": self.spec.kernel_size[1]}
+        return "c" not in form.axes[2] and all(taps.get(axis, 1) == 1 for axis in form.axes[2])
 
     @functools.cached_property
     def _mixed(self) -> "_Weighted":
@@ -414,9 +427,6 @@ def _fit_pair(problem: _Weighted, scheme: str, rank: int, sweeps: int, basis: Te
         metric = metric.repeat_interleave(spec.out_channels // spec.groups, 0)
     inner = form.inner_rank(spec, rank) if isinstance(form, Nested) else None
     over_rows = torch.einsum("gabcb->gac", metric) / metric.shape[2]
-    if metric.shape[2] == 1 and not isinstance(form, Nested):
-        # Reduced-rank regression, which is solved by what alternation begins with (see `_reduced`).
-        basis, sweeps = None, 1
     if basis is None:
         if structure.name not in problem.bases:
             matrices = rearrange(by_axes(problem.unconstrained), "g o a b -> g (o b) a")

@@ -1,0 +1,33 @@
+"""What of a trained network separates for free, proved, and what that brings.
+
+    python examples/03_exact.py
+
+The network of `sepconvert demo` classifies drawings of shapes. Some of its kernels have exact structure:
+filters of image processing, a layer that was trained as a pair, another with a border of zeros, and one that
+was pruned.
+"""
+
+import torch
+from torch.utils.data import DataLoader, TensorDataset
+
+import sepconvert
+from sepconvert.demo.images import evaluation_data
+from sepconvert.demo.net import load, to_input
+
+
+def main() -> None:
+    model, drawn = load(), evaluation_data(400)
+    images, labels = to_input(drawn.x), torch.from_numpy(drawn.y)
+    data = DataLoader(TensorDataset(images, labels), batch_size=100)
+
+    result = sepconvert.convert(model, images[:1], mode="exact", data=data, runs=20)
+    for layer in result.report["layers"]:
+        print(f"{layer['name']}: {layer['decision']}, {layer['scheme'] or ''} {layer['reason']}")
+    delta, checked = result.report["delta"], result.report["verification"]
+    print(f"MACs: {delta['macs_ratio']:.2f}× fewer")
+    print(f"outputs differ by {checked['torch_max_abs_diff']:.0e}; accuracy lost: "
+          f"{delta['accuracy_drop_pp']['value']:.2f} pp of {len(labels)} images")  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
