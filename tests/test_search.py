@@ -181,6 +181,42 @@ def test_layers_that_bring_nothing_in_the_whole_model_stay_dense():
     assert point.speedup.median >= 1.2
 
 
+class Noisy(Bench):
+    """Plans of which one layer has been restored seem to be faster than they are."""
+
+    def speedups(self, models):
+        layers = len(self.surveyed)
+        return [
+            Speedup(1.05 * each.median, each.ci95, each.noise_floor)
+            if len(model.choice) == layers - 1
+            else each
+            for each, model in zip(super().speedups(models), models, strict=True)
+        ]
+
+
+def test_layers_that_only_noise_calls_idle_stay_converted():
+    surveyed = {name: layer(4, 1.0) for name in "abcd"}
+    total = Bench(surveyed).total
+    bench = Noisy(surveyed, drop=lambda cost: 0.0, ratio=lambda cost: total / cost, timed=True)
+    point = bench.search.run(Budget(max_drop=1.0))
+    assert set(point.choice) == set("abcd")
+
+
+def test_the_fastest_of_the_plans_within_the_budget_is_delivered():
+    """The search goes by predicted times, of which the cheapest plans here fall short."""
+    surveyed = {name: layer(400, 1.0) for name in "abcdef"}
+    total = Bench(surveyed).total
+
+    def ratio(cost):
+        return total / cost if cost > 0.4 * total else 1.1
+
+    bench = Bench(surveyed, drop=lambda cost: 0.0, ratio=ratio, timed=True)
+    point = bench.search.run(Budget(max_drop=1.0))
+    within = [each.speedup.median for each in bench.search.points if each.accuracy and each.speedup]
+    assert point.speedup.median == max(within)
+    assert point.speedup.median > 1.3
+
+
 def test_a_plan_that_is_slower_as_a_whole_is_not_delivered():
     surveyed = {name: layer(400, 1.0) for name in "ab"}
     total = Bench(surveyed).total
