@@ -109,7 +109,8 @@ class LayerSurvey:
         if form not in self.by_weights:
             spec, weight = site.dense.spec, site.dense.weight
             found = approximate(spec, weight, Moments.of_weights(spec, weight), *form, sweeps=1)
-            self.by_weights[form] = found.kernel.to(weight.dtype), _bias(site, found)
+            single = torch.promote_types(weight.dtype, torch.float32)
+            self.by_weights[form] = found.kernel.to(single), _bias(site, found)
         return self.by_weights[form]
 
     @property

@@ -43,8 +43,7 @@ from sepconvert.profiling import read_profile
 
 SECONDS, BYTES = 10, 2e9
 
-_FORBIDDEN = ("os.system", "os.exec", "os.fork", "os.posix_spawn", "subprocess.Popen", "socket.connect",
-              "shutil.rmtree", "os.remove", "os.rename", "ctypes.dlopen")  # fmt: skip
+_FORBIDDEN = ("os.system", "os.exec", "os.fork", "os.posix_spawn", "subprocess.Popen", "socket.connect")
 
 
 def small() -> nn.Module:
@@ -76,7 +75,7 @@ class Payload:
 def seeds(folder: Path) -> dict[str, list[bytes]]:
     """Files of each kind to begin with; some are hostile already."""
     model = small()
-    found: dict[str, list[bytes]] = {"pt": [], "onnx": [], "json": []}
+    found: dict[str, list[bytes]] = {"pt": []}
 
     def saved(value: Any, **options: Any) -> bytes:
         buffer = io.BytesIO()
@@ -116,7 +115,6 @@ def seeds(folder: Path) -> dict[str, list[bytes]]:
         buffer = io.BytesIO()
         Image.fromarray(arrays["x"][0]).save(buffer, form)
         found["image"].append(buffer.getvalue())
-    del found["json"]
     return found
 
 
@@ -239,7 +237,7 @@ def mutated_json(document: Any, rng: random.Random) -> Any:
         return [
             *document[:place],
             mutated_json(document[place], rng),
-            *document[place + rng.randrange(2) + 0 :],
+            *document[place + rng.randrange(2) :],
         ]
     return rng.choice(_STRANGE)
 
@@ -298,7 +296,7 @@ def work(folder: Path, kind: str, numbers: list[int], seed: int, state: Any) -> 
             return
         writes = event == "open" and isinstance(arguments[1], str) and set(arguments[1]) & set("wax+")
         ours = event == "open" and str(arguments[0]).startswith((str(folder), tempfile.gettempdir()))
-        if event in _FORBIDDEN[:6] or (writes and not ours):
+        if event in _FORBIDDEN or (writes and not ours):
             watched["found"] = f"{event} {arguments}"[:200]
 
     sys.addaudithook(hook)
