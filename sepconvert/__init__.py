@@ -16,6 +16,7 @@ _PUBLIC = {
     "Profile": "profiling",
     "FinetuneResult": "distillation",
     "SepconvertError": "errors",
+    "apply": "pipeline",
     "compare": "comparison",
     "convert": "pipeline",
     "finetune": "distillation",
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from sepconvert.errors import SepconvertError as SepconvertError
     from sepconvert.layers import FactorizedConv2d as FactorizedConv2d
     from sepconvert.pipeline import ConversionResult as ConversionResult
+    from sepconvert.pipeline import apply as apply
     from sepconvert.pipeline import convert as convert
     from sepconvert.pipeline import inspect as inspect
     from sepconvert.profiling import Profile as Profile

@@ -71,6 +71,11 @@ _STEP = 64
 Five epochs of a ResNet-9 end at 87.3 %, at 86.6 % with 128 and the learning rate 5e-3 (a run each)."""
 
 
+_FILES = (
+    "original.onnx", "converted.onnx", "converted.pt2", "plan.json",
+    "converted.safetensors", "report.json", "report.html",
+)  # fmt: skip
+
 _LINE_EVERY = 10.0  # seconds between lines that show progress where there is no terminal
 
 
@@ -575,9 +580,9 @@ def _show(options: Options, result: ConversionResult, out: Path) -> None:
     if options["quiet"]:
         for warning in warnings_of(result.report):
             click.echo(warning, err=True)
+    written = [name for name in _FILES if name not in result.report["export"]["missing"]]
     _print(options, result.report, layer_table(result.report["layers"]), "", summary(result.report), "",
-           f"Written to {out}/:\n  original.onnx, converted.onnx, converted.pt2, plan.json,\n"
-           "  converted.safetensors, report.json, report.html")  # fmt: skip
+           f"Written to {out}/:\n  {', '.join(written[:4])},\n  {', '.join(written[4:])}")  # fmt: skip
 
 
 def _verdict(verified: Mapping[str, Any] | None) -> str:

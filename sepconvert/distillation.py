@@ -10,6 +10,7 @@ import itertools
 import math
 import os
 import time
+import zipfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
@@ -768,6 +769,9 @@ def _read(checkpoint: Path, resume: bool, accelerator: Accelerator) -> dict[str,
                 f"{checkpoint}: expected no file, got the checkpoint of an earlier run; resume or remove it"
             )
         try:
+            with zipfile.ZipFile(checkpoint) as archive:
+                if (damaged := archive.testzip()) is not None:  # torch does not look at the checksums
+                    raise ValueError(f"{damaged} is not what its checksum says")
             stored = torch.load(checkpoint, map_location="cpu", weights_only=True)
             matches = stored["format"] == FORMAT
         except Exception as error:  # a damaged archive makes zipfile, pickle and torch raise in many ways

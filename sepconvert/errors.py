@@ -20,6 +20,10 @@ class DemandNotMetError(SepconvertError):
         self.details = details
 
 
+class ExportError(SepconvertError):
+    """Torch's exporters cannot translate a model; the model itself is as good as it was."""
+
+
 def first_line(error: BaseException) -> str:
     """The first line of a foreign error's message, to quote in a message of ours that is one line long."""
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

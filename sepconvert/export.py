@@ -8,7 +8,7 @@ import logging
 import math
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +19,11 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 from torch.fx.experimental.symbolic_shapes import is_concrete_int
+from torch.utils import _pytree as pytree
 
-from sepconvert.errors import SepconvertError, first_line
+from sepconvert.errors import ExportError, SepconvertError, first_line
 from sepconvert.fold import fold_batchnorms
+from sepconvert.measure.accuracy import tensor_leaves
 from sepconvert.spec import ConvSpec
 from sepconvert.trace import Inputs, private_copy
 
@@ -40,6 +42,7 @@ class ExportNote:
     dynamic_batch: bool
     onnx_dtype: str
     reason: str | None  # why the batch is fixed although a dynamic one was asked for
+    missing: Mapping[str, str] = field(default_factory=dict)  # files that torch could not write, and why
 
 
 def model_dtype(model: nn.Module) -> torch.dtype:
@@ -80,7 +83,8 @@ def save_archive(model: nn.Module, inputs: Inputs, path: Path, *, dynamic_batch:
     """Write a torch.export archive (.pt2) that loads without the user's code.
 
     Raises:
-        SepconvertError: torch cannot export the model, or the file cannot be written.
+        ExportError: torch cannot export the model.
+        SepconvertError: the file cannot be written.
     """
     program, _ = _program(private_copy(model), inputs, dynamic_batch)
     # In memory first: on a full disk torch's own writer ends the process.
@@ -96,7 +100,8 @@ def save_onnx(model: nn.Module, inputs: Inputs, path: Path, *, dynamic_batch: bo
     Float64 and bfloat16 models are exported in float32, for which the runtime has kernels.
 
     Raises:
-        SepconvertError: torch cannot export the model, or the file cannot be written.
+        ExportError: torch cannot export the model.
+        SepconvertError: the file cannot be written.
     """
     dtype = runtime_dtype(model)
     program, note = _program(private_copy(model, dtype), cast(inputs, dtype), dynamic_batch)
@@ -183,6 +188,8 @@ def _program(model: nn.Module, inputs: Inputs, dynamic_batch: bool) -> tuple[Exp
     reason = None
     # A tensor given twice would become one input.
     inputs = tuple(value.clone() if isinstance(value, Tensor) else value for value in inputs)
+    if not _is_known(model, inputs):
+        model = _Tensors(model)
     if dynamic_batch:
         # torch.export takes a size of one for a constant.
         wide = tuple(
@@ -205,6 +212,28 @@ def _program(model: nn.Module, inputs: Inputs, dynamic_batch: bool) -> tuple[Exp
             raise _export_error("torch.export", error) from error
 
 
+class _Tensors(nn.Module):
+    """A model that answers the tensors alone of what it answers, as a tuple."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, *inputs: Any) -> tuple[Tensor, ...]:
+        """In the order of `tensor_leaves`."""
+        return tuple(tensor_leaves(self.model(*inputs)))
+
+
+def _is_known(model: nn.Module, inputs: Inputs) -> bool:
+    """Can torch take the model's answer apart, or is it of a class that it has not been told of?"""
+    try:
+        with _quiet(), torch.no_grad():
+            leaves = pytree.tree_leaves(model(*inputs))
+    except Exception:  # which the exporter gives a better account of
+        return True
+    return all(leaf is None or isinstance(leaf, Tensor | int | float | str) for leaf in leaves)
+
+
 def _has_batch(value: Any) -> bool:
     return isinstance(value, Tensor) and value.ndim > 0
 
@@ -220,8 +249,8 @@ def _is_dynamic(program: ExportedProgram) -> bool:
     return not any(is_concrete_int(size[0]) for size in sizes if len(size))
 
 
-def _export_error(stage: str, error: Exception) -> SepconvertError:
-    return SepconvertError(
+def _export_error(stage: str, error: Exception) -> ExportError:
+    return ExportError(
         f"{stage} cannot export this model: {first_line(error)}; the exporter's own message: --debug"
     )
 

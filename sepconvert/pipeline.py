@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import hashlib
+import os
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -21,7 +22,7 @@ from sepconvert.distillation import Precision, Step
 from sepconvert.distributed import once
 from sepconvert.distributed import rank as rank_of_process
 from sepconvert.environment import Runtime, available_cores
-from sepconvert.errors import DemandNotMetError, SepconvertError, first_line
+from sepconvert.errors import DemandNotMetError, ExportError, SepconvertError, first_line
 from sepconvert.exact import analyse_model, convert_exactly, plan_model, verify_model
 from sepconvert.export import (
     ExportNote,
@@ -43,7 +44,7 @@ from sepconvert.measure.execution import Gain, ModelExecution, layer_executions,
 from sepconvert.measure.latency import Latency, session
 from sepconvert.measure.operators import operator_times
 from sepconvert.merge import linear_pairs, merge, merge_pairs
-from sepconvert.plan import GATES, ConversionPlan, LayerPlan, selected
+from sepconvert.plan import GATES, ConversionPlan, LayerPlan, read_plan, selected
 from sepconvert.profiling import Profile, as_inputs, batch_size
 from sepconvert.progress import Progress, silent
 from sepconvert.report.document import LayerReport, Report, Verification, report_document
@@ -287,7 +288,10 @@ def convert(
     with _folder(out) as folder:
         note = write_models(model, converted, inputs, folder, dynamic_batch, progress)
         paths = folder / "original.onnx", folder / "converted.onnx"
-        onnx_check, onnx_reason = check_onnx(model, conversion.expected, paths, runtime)
+        onnx_reason = next((note.missing[each.name] for each in paths if each.name in note.missing), None)
+        onnx_check = None
+        if onnx_reason is None:
+            onnx_check, onnx_reason = check_onnx(model, conversion.expected, paths, runtime)
         verification = Verification(conversion.torch_check, onnx_check, onnx_reason, conversion.checks)
         _demand(verification)
         timing = (
@@ -376,6 +380,16 @@ def _executed(
     )
 
 
+def apply(model: nn.Module, plan: str | os.PathLike[str]) -> nn.Module:
+    """A copy of `model`, converted as a `plan.json` says, with the weights in the file beside it.
+
+    Raises:
+        SepconvertError: plan, weights and model do not belong together.
+    """
+    path = Path(plan)
+    return _replayed(model, read_plan(path), path.parent / "converted.safetensors")[0]
+
+
 def apply_plan(
     model: nn.Module,
     plan: ConversionPlan,
@@ -394,8 +408,25 @@ def apply_plan(
 
     Raises:
         SepconvertError: plan, weights and model do not belong together.
+        ExportError: torch cannot export the model.
         DemandNotMetError: the outputs differ from the original's.
     """
+    converted, sites, inputs = _replayed(model, plan, weights)
+    verified = None
+    if plan.mode == "exact" and plan.model_sha256 is not None and plan.model_sha256 == model_sha256:
+        tolerances = {layer.name: layer.tolerance for layer in plan.replaced if layer.tolerance is not None}
+        checks, _, comparison = verify_model(model, converted, inputs, sites, tolerances, plan.seed, progress)
+        _demand(Verification(comparison, None, None, checks))
+        verified = asdict(comparison)
+    save_onnx(converted, inputs, out / "converted.onnx", dynamic_batch=dynamic_batch)
+    save_archive(converted, inputs, out / "converted.pt2", dynamic_batch=dynamic_batch)
+    return verified
+
+
+def _replayed(
+    model: nn.Module, plan: ConversionPlan, weights: Path
+) -> tuple[nn.Module, tuple[ConvSite, ...], Inputs]:
+    """The converted model, the convolutions that the plan found, and inputs of the shape that it is for."""
     inputs = cast(
         tuple(
             torch.randn(shape, generator=torch.Generator().manual_seed(plan.seed))
@@ -424,15 +455,7 @@ def apply_plan(
     replacements = {layer.name: _planned_replacement(layer, by_name[layer.name]) for layer in plan.replaced}
     converted = rewrite(start, sites, replacements)
     _load_weights(converted, weights, plan.weights_sha256)
-    verified = None
-    if plan.mode == "exact" and plan.model_sha256 is not None and plan.model_sha256 == model_sha256:
-        tolerances = {layer.name: layer.tolerance for layer in plan.replaced if layer.tolerance is not None}
-        checks, _, comparison = verify_model(model, converted, inputs, sites, tolerances, plan.seed, progress)
-        _demand(Verification(comparison, None, None, checks))
-        verified = asdict(comparison)
-    save_onnx(converted, inputs, out / "converted.onnx", dynamic_batch=dynamic_batch)
-    save_archive(converted, inputs, out / "converted.pt2", dynamic_batch=dynamic_batch)
-    return verified
+    return converted, sites, inputs
 
 
 def _traced(
@@ -485,16 +508,27 @@ def write_models(
     dynamic_batch: bool,
     progress: Progress,
 ) -> ExportNote:
-    """`original.onnx`, `converted.onnx`, `converted.pt2` and `converted.safetensors`."""
-    notes = [
-        save_onnx(each, inputs, folder / f"{name}.onnx", dynamic_batch=dynamic_batch)
-        for name, each in progress((("original", model), ("converted", converted)), "exporting")
-    ]
-    save_archive(converted, inputs, folder / "converted.pt2", dynamic_batch=dynamic_batch)
+    """`original.onnx`, `converted.onnx` and `converted.pt2`, if torch exports the model; its weights.
+
+    What cannot be exported is a converted model all the same.
+    """
+    note = ExportNote(False, str(runtime_dtype(converted)).removeprefix("torch."), None)
+    missing = {}
+    files = {"original.onnx": model, "converted.onnx": converted, "converted.pt2": converted}
+    for name, each in progress(files.items(), "exporting"):
+        path = folder / name
+        try:
+            if path.suffix == ".onnx":
+                note = save_onnx(each, inputs, path, dynamic_batch=dynamic_batch)
+            else:
+                save_archive(each, inputs, path, dynamic_batch=dynamic_batch)
+        except ExportError as error:
+            path.unlink(missing_ok=True)
+            missing[name] = str(error)
     weights = folder / "converted.safetensors"
     with writing(weights):
         save_model(converted, str(weights))
-    return notes[-1]
+    return replace(note, missing=missing)
 
 
 def check_onnx(
@@ -553,9 +587,9 @@ def _predict(
 
 
 def _profile(cost: Cost, predictions: Predictions | None, latency: Latency | None, path: Path) -> Profile:
-    sizes = onnx_sizes(path)
+    size, weights = onnx_sizes(path) if path.exists() else (None, None)
     accuracy = None if predictions is None else predictions.accuracy()
-    return Profile(cost.params, cost.macs, *sizes, latency, accuracy, cost.uncounted_ops)
+    return Profile(cost.params, cost.macs, size, weights, latency, accuracy, cost.uncounted_ops)
 
 
 @contextlib.contextmanager

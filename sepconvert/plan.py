@@ -13,6 +13,7 @@ from sepconvert.errors import SepconvertError
 from sepconvert.factorize.border import Border
 from sepconvert.factorize.exact import ZERO_BORDER, Analysis, Factorization, Finding, factorize
 from sepconvert.factorize.structures import FORMS
+from sepconvert.seal import CHECKSUM, is_intact
 from sepconvert.spec import ConvSpec, chain_params
 from sepconvert.trace import ConvSite
 
@@ -77,7 +78,7 @@ def read_plan(source: Path | Mapping[str, Any]) -> ConversionPlan:
     """Read what `ConversionPlan.to_json` made.
 
     Raises:
-        SepconvertError: not a plan, or of another version, with the key at fault.
+        SepconvertError: not a plan, or of another version, with the key at fault; or not as it was written.
     """
     where = str(source) if isinstance(source, Path) else "plan"
     if isinstance(source, Path):
@@ -94,8 +95,14 @@ def read_plan(source: Path | Mapping[str, Any]) -> ConversionPlan:
     if not isinstance(document, Mapping) or document.get("schema") != SCHEMA:
         found = document.get("schema") if isinstance(document, Mapping) else type(document).__name__
         raise SepconvertError(f"{where}: expected schema {SCHEMA!r}, got {found!r}; make the plan anew")
+    if CHECKSUM in document and not is_intact(document):
+        raise SepconvertError(
+            f"{where}: is not as it was written (its checksum differs); copy it again, or, if you have "
+            f"changed it yourself, remove the line {CHECKSUM!r}"
+        )
+    content = {key: value for key, value in document.items() if key not in ("schema", CHECKSUM)}
     try:
-        plan: ConversionPlan = _read(ConversionPlan, {k: v for k, v in document.items() if k != "schema"})
+        plan: ConversionPlan = _read(ConversionPlan, content)
         for layer in plan.replaced:
             _check(layer)
         if not -(2**63) <= plan.seed < 2**63 or not all(n > 0 for shape in plan.input_shapes for n in shape):

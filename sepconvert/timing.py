@@ -28,6 +28,7 @@ from sepconvert.measure.statistics import Interval
 from sepconvert.profiling import batch_size
 from sepconvert.progress import Progress
 from sepconvert.rewrite import Replacement
+from sepconvert.seal import is_intact, sealed
 from sepconvert.spec import ConvSpec
 from sepconvert.trace import ConvSite, Inputs
 
@@ -258,11 +259,11 @@ class Clock:
         return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:32]
 
     def _recall(self, key: str, usable: Callable[[Any], bool]) -> dict[str, Any]:
-        """What is known; nothing if that is none, or not ours."""
+        """What is known; nothing if that is none, not ours, or damaged."""
         if key not in self._known and self._cache is not None:
             with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
                 found = json.loads((self._cache / f"{key}.json").read_text(encoding="utf-8"))
-                if usable(found):
+                if is_intact(found) and usable(found):
                     self._known[key] = found
         return self._known.get(key, {})
 
@@ -274,7 +275,7 @@ class Clock:
         with contextlib.suppress(OSError):
             self._cache.mkdir(parents=True, exist_ok=True)
             unfinished = self._cache / f"{key}.{os.getpid()}"
-            unfinished.write_text(json.dumps(known), encoding="utf-8")
+            unfinished.write_text(json.dumps(sealed(known)), encoding="utf-8")
             unfinished.replace(self._cache / f"{key}.json")
 
 

@@ -9,8 +9,9 @@ from itertools import chain
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn.modules.conv import _ConvNd
+from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parameter import is_lazy
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
@@ -229,14 +230,25 @@ def duplicate(model: M, memo: dict[int, Any] | None = None) -> M:
     """A deep copy, whatever the model holds; `memo` is deepcopy's: copies made beforehand, by id.
 
     Weights computed by the old `torch.nn.utils.weight_norm` hooks and activations that a module keeps
-    are no leaves of the autograd graph, and deepcopy refuses those: they are copied detached.
+    are no leaves of the autograd graph, and deepcopy refuses those: they are copied detached. Wrappers of
+    `torch.compile` and of data parallelism are left out: they hold on to what the model was.
     """
     memo = {} if memo is None else memo
     for module in model.modules():
         for value in pytree.tree_leaves(vars(module)):
             if isinstance(value, Tensor) and not value.is_leaf:
                 memo[id(value)] = value.detach().clone()
+    for module in reversed(list(model.modules())):  # one may be wrapped in another
+        if (wrapped := _wrapped(module)) is not None:
+            memo[id(module)] = copy.deepcopy(wrapped, memo)
     return copy.deepcopy(model, memo)
+
+
+def _wrapped(module: nn.Module) -> nn.Module | None:
+    if isinstance(module, nn.DataParallel | DistributedDataParallel):
+        inner: nn.Module = module.module
+        return inner
+    return getattr(module, "_orig_mod", None)  # of torch.compile, whose class is costly to import
 
 
 def private_copy(model: M, dtype: torch.dtype | None = None) -> M:
@@ -296,8 +308,14 @@ def trace(model: nn.Module, inputs: Inputs) -> tuple[ConvSite, ...]:
         inputs: positional arguments of its forward, with batch dimension.
 
     Raises:
-        SepconvertError: the forward pass fails on these inputs, or leaves parameters without a shape.
+        SepconvertError: the model is quantised, its forward pass fails on these inputs, or leaves parameters
+            without a shape.
     """
+    if (found := _quantised(model)) is not None:
+        raise SepconvertError(
+            f"the model is quantised ({found}), and factors need kernels in floating point; convert the "
+            "model before it is quantised, and quantise the result"
+        )
     records, hidden = _run(model, inputs)
     for name, parameter in model.named_parameters():
         if is_lazy(parameter):
@@ -372,6 +390,22 @@ def _run(model: nn.Module, inputs: Inputs) -> tuple[list[_Record], dict[nn.Modul
                 f"the model's forward pass failed on input {shapes}: {reason}; {advice}"
             ) from error
     return records, hidden.count
+
+
+def _quantised(model: nn.Module) -> str | None:
+    """The first part of a model that is, by torch.ao or torchao; None if none is."""
+    for name, module in model.named_modules():
+        kind = type(module)
+        if ".quantized." in f"{kind.__module__}.":
+            return f"{name or 'the model'} is {kind.__module__.partition('.modules')[0]}.{kind.__name__}"
+        for key, tensor in chain(module.named_parameters(recurse=False), module.named_buffers(recurse=False)):
+            if tensor.is_quantized or type(tensor).__module__.startswith("torchao."):
+                return f"{name}.{key}".lstrip(".") + f" is a {type(tensor).__name__} of integers"
+        if isinstance(module, fx.GraphModule):
+            for node in module.graph.nodes:
+                if "quantized_decomposed" in str(node.target):
+                    return f"{node.target} in its graph"
+    return None
 
 
 def _other_inputs(inputs: Inputs, more: int) -> Inputs:

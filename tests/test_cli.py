@@ -40,6 +40,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from sepconvert import cli, commands
+from sepconvert.seal import sealed
 
 COMMANDS = ["convert", "inspect", "profile", "compare", "apply", "demo"]
 RESULTS = [
@@ -578,7 +579,7 @@ def plan(converted, here) -> Path:
 
 
 def edit(plan: Path, **changes: Any) -> None:
-    plan.write_text(json.dumps({**json.loads(plan.read_text()), **changes}))
+    plan.write_text(json.dumps(sealed({**json.loads(plan.read_text()), **changes})))
 
 
 def tamper(plan: Path) -> None:

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import zipfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -485,6 +486,19 @@ def test_a_damaged_checkpoint_is_named(tmp_path, cut):
     tuned(checkpoint=checkpoint)
     checkpoint.write_bytes(checkpoint.read_bytes()[:cut])
     with pytest.raises(SepconvertError, match="damaged or foreign file"):
+        tuned(checkpoint=checkpoint, resume=True)
+
+
+def test_a_bit_that_flipped_in_a_checkpoint_is_found(tmp_path):
+    checkpoint = tmp_path / "checkpoint"
+    tuned(checkpoint=checkpoint)
+    with zipfile.ZipFile(checkpoint) as archive:
+        offsets = [each.header_offset for each in archive.infolist() if each.filename.endswith("data/0")]
+    content = bytearray(checkpoint.read_bytes())
+    content[offsets[0] + 120] ^= 1  # in the first tensor
+    checkpoint.write_bytes(content)
+    torch.load(checkpoint, weights_only=True)  # which sees nothing amiss
+    with pytest.raises(SepconvertError, match=r"damaged or foreign file .*checksum"):
         tuned(checkpoint=checkpoint, resume=True)
 
 

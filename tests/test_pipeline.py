@@ -16,12 +16,14 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 import sepconvert
-from sepconvert.errors import DemandNotMetError, SepconvertError
+from sepconvert.errors import DemandNotMetError, ExportError, SepconvertError
 from sepconvert.layers import FactorizedConv2d
 from sepconvert.measure.cost import FlopCountAnalysis  # fvcore warns on import, and is quietened there
 from sepconvert.pipeline import apply_plan
 from sepconvert.plan import read_plan
 from sepconvert.report.files import write_documents
+from sepconvert.report.terminal import warnings_of
+from sepconvert.seal import sealed
 
 
 def convert(model, *inputs, **options):
@@ -298,7 +300,7 @@ def tamper(folder, name, factor):
 def rehash(folder):
     document = json.loads((folder / "plan.json").read_text())
     document["weights_sha256"] = hashlib.sha256((folder / "converted.safetensors").read_bytes()).hexdigest()
-    (folder / "plan.json").write_text(json.dumps(document))
+    (folder / "plan.json").write_text(json.dumps(sealed(document)))
 
 
 @pytest.mark.parametrize(
@@ -431,10 +433,95 @@ def test_outputs_and_inputs_of_many_kinds(name, planted, x):
     assert result.model.training
 
 
-def test_outputs_that_torch_cannot_take_apart(planted, x):
-    with pytest.raises(SepconvertError) as caught:
-        convert(Answering(planted(3, 8), UnknownAnswer), x)
-    assert "\n" not in str(caught.value)
+def test_outputs_of_a_class_that_torch_does_not_know(planted, x, tmp_path):
+    """Files answer its tensors, as ONNX does anyway; the model answers as it did."""
+    model = Answering(planted(3, 8), lambda y: UnknownAnswer({"a": y, "b": [y * 2, None]}))
+    result = convert(model, x, out=tmp_path)
+    assert isinstance(result.model(x), UnknownAnswer)
+    assert result.report["verification"]["onnx_max_abs_diff"] is not None
+    archived = torch.export.load(tmp_path / "converted.pt2").module()(x)
+    for first, second in (archived, map(torch.from_numpy, run(tmp_path / "converted.onnx", x))):
+        assert close(first, model.conv(x))
+        assert close(second, 2 * model.conv(x))
+
+
+WRAPPERS = {
+    "data parallel": nn.DataParallel,
+    "compiled": torch.compile,
+    "compiled in parts": lambda model: nn.Sequential(torch.compile(model[0]), *model[1:]),
+    "compiled in place": lambda model: (model.compile(), model)[1],
+    "both": lambda model: nn.DataParallel(torch.compile(model)),
+}
+
+
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+def test_wrappers_are_taken_off(wrapper, planted, x):
+    inner = nn.Sequential(nn.Sequential(planted(3, 8), nn.ReLU()), nn.Conv2d(8, 5, 1)).train()
+    expected = inner(x)
+    result = convert(WRAPPERS[wrapper](inner), x)
+    assert type(result.model) is nn.Sequential
+    assert decisions(result.report) == {"0.0": "converted", "1": "kept"}
+    assert set(result.model.state_dict()) > {"1.weight", "1.bias"}
+    assert close(result.model(x), expected)
+    assert result.model.training
+
+
+class Quantised(nn.Module):
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x):
+        return self.layer(x)
+
+
+@pytest.mark.filterwarnings("ignore")  # of torch's own plans for quantisation
+def test_quantised_models_are_refused(x):
+    for layer, named in (
+        (torch.ao.nn.quantized.Conv2d(3, 8, 3), r"layer is torch\.ao\.nn\.quantized\.Conv2d"),
+        (torch.ao.nn.quantized.dynamic.Linear(3, 8), r"layer is torch\.ao\.nn\.quantized\.dynamic\.Linear"),
+    ):
+        with pytest.raises(SepconvertError, match=rf"the model is quantised \({named}\)") as caught:
+            convert(Quantised(layer), x)
+        assert "\n" not in str(caught.value)
+
+
+class Branching(nn.Module):
+    """Torch exports no branch on a value."""
+
+    def __init__(self, conv):
+        super().__init__()
+        self.conv = conv
+
+    def forward(self, x):
+        y = self.conv(x)
+        return y if y.sum() > 0 else -y
+
+
+def test_what_torch_cannot_export_is_converted_all_the_same(planted, x, tmp_path):
+    model = Branching(planted(3, 8))
+    (tmp_path / "out").mkdir()
+    result = convert(model, x, runs=5, out=tmp_path / "out")
+    assert decisions(result.report) == {"conv": "converted"}
+    assert close(result.model(x), model(x))
+    missing, check = result.report["export"]["missing"], result.report["verification"]
+    assert set(missing) == {"original.onnx", "converted.onnx", "converted.pt2"}
+    assert all("cannot export this model" in reason for reason in missing.values())
+    assert check["passed"]
+    assert check["onnx_reason"] == missing["original.onnx"]
+    assert result.report["delta"]["latency_speedup"] is None
+    write_documents(result.report, result.plan, tmp_path / "out", result.exhibits)
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        "plan.json", "converted.safetensors", "report.json", "report.html",
+    }  # fmt: skip
+    assert any("not written: original.onnx" in line for line in warnings_of(result.report))
+    fresh = Branching(planted(3, 8, seed=1))
+    assert torch.equal(sepconvert.apply(fresh, tmp_path / "out" / "plan.json")(x), result.model(x))
+
+
+def test_auto_mode_says_what_it_needs_of_the_exporter(planted, x):
+    with pytest.raises(ExportError, match="cannot export this model"):
+        convert(Branching(planted(16, 16)), torch.randn(1, 16, 12, 12), mode="auto", min_speedup=1.1)
 
 
 def test_outputs_that_are_integers(planted, x):

@@ -14,6 +14,7 @@ from torch import nn
 from sepconvert.errors import SepconvertError
 from sepconvert.factorize.exact import analyse
 from sepconvert.plan import SCHEMA, ConversionPlan, plan_layer, read_plan, selected
+from sepconvert.seal import sealed
 from sepconvert.trace import private_copy, trace
 
 
@@ -80,6 +81,15 @@ def test_files_that_are_no_plans(text, message, tmp_path):
         read_plan(path)
     assert str(path) in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_a_plan_that_is_not_as_it_was_written(document, tmp_path):
+    path = tmp_path / "plan.json"
+    path.write_text(json.dumps(sealed(document)))
+    assert read_plan(path) == read_plan(document)
+    path.write_text(path.read_text().replace('"rank": ', '"rank": 1', 1))
+    with pytest.raises(SepconvertError, match=r"not as it was written .*remove the line 'checksum'"):
+        read_plan(path)
 
 
 def test_files_that_cannot_be_read(tmp_path):

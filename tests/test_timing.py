@@ -20,6 +20,7 @@ from sepconvert.factorize.exact import ZERO_BORDER, branches
 from sepconvert.factorize.structures import FORMS
 from sepconvert.layers import FactorizedConv2d
 from sepconvert.progress import silent
+from sepconvert.seal import sealed
 from sepconvert.timing import FORM_RUNS, Clock
 from sepconvert.trace import trace
 
@@ -75,7 +76,9 @@ def test_times_are_remembered_on_disk(site, tmp_path):
     assert {form: more.forms[form] for form in FORMS_TIMED} == dict(first.forms)
 
 
-@pytest.mark.parametrize("damage", ["", "[]", "{}", '{"dense_yardsticks": -1, "forms": {}}', "ratio"])
+@pytest.mark.parametrize(
+    "damage", ["", "[]", "{}", '{"dense_yardsticks": -1, "forms": {}}', "ratio", "digit"]
+)
 def test_a_damaged_memory_is_measured_anew(site, tmp_path, damage):
     Clock(Runtime(1), 0, tmp_path, 60).forms(site, FORMS_TIMED[:1])
     (path,) = [each for each in tmp_path.iterdir() if "forms" in each.read_text()]
@@ -83,7 +86,11 @@ def test_a_damaged_memory_is_measured_anew(site, tmp_path, damage):
     if damage == "ratio":
         spoiled = copy.deepcopy(good)
         spoiled["forms"]["spatial-vh 4"]["ratio"] = 0
-        damage = json.dumps(spoiled)
+        damage = json.dumps(sealed(spoiled))
+    elif damage == "digit":
+        damage = path.read_text().replace('"ratio": ', '"ratio": 1', 1)
+    elif damage:
+        damage = json.dumps(sealed(json.loads(damage))) if damage.startswith("{") else damage
     path.write_text(damage)
     assert Clock(Runtime(1), 0, tmp_path, 0).forms(site, FORMS_TIMED[:1]) is None
     assert Clock(Runtime(1), 0, tmp_path, 60).forms(site, FORMS_TIMED[:1]) is not None
@@ -111,7 +118,7 @@ def test_plans_are_remembered_by_what_they_are(tmp_path):
     again = Clock(Runtime(1), 0, tmp_path, 0).plans(models[0], models[:0:-1], inputs, 10, silent)
     assert again == (milliseconds, found[::-1])
     for path in [each for each in tmp_path.iterdir() if "speedup" in each.read_text()]:
-        path.write_text('{"yardsticks": 1, "speedup": {"median": "fast"}}')
+        path.write_text(json.dumps(sealed({"yardsticks": 1, "speedup": {"median": "fast"}})))
     anew = Clock(Runtime(1), 0, tmp_path, 0).plans(models[0], models[1:], inputs, 10, silent)
     assert all(each.median > 0 for each in anew[1])
 

@@ -9,6 +9,7 @@ from typing import Any
 from sepconvert.export import writing
 from sepconvert.report.exhibits import Exhibits
 from sepconvert.report.html import render_html
+from sepconvert.seal import sealed
 
 
 def write_documents(
@@ -17,7 +18,7 @@ def write_documents(
     """Write the three documents; the plan is tied to `converted.safetensors` beside it by its hash."""
     weights = hashlib.sha256((folder / "converted.safetensors").read_bytes()).hexdigest()
     for name, text in {
-        "plan.json": _json({**plan, "weights_sha256": weights}),
+        "plan.json": _json(sealed({**plan, "weights_sha256": weights})),
         "report.json": _json(report),
         "report.html": render_html(report, exhibits),
     }.items():

@@ -6,6 +6,8 @@ from typing import Any
 
 from tabulate import tabulate
 
+from sepconvert.report.risks import risks
+
 Document = Mapping[str, Any]
 
 _WIDTH = 80  # columns of a terminal
@@ -102,8 +104,8 @@ def summary(document: Document) -> str:
         ["parameters", f"{before['params']:,}", f"{after['params']:,}", _times(delta["params_ratio"])],
         ["MACs", f"{before['macs']:,}", f"{after['macs']:,}", _times(delta["macs_ratio"])],
         ["FLOPs (2 × MACs)", f"{before['flops']:,}", f"{after['flops']:,}", _times(delta["macs_ratio"])],
-        ["weights, bytes", f"{before['weight_bytes']:,}", f"{after['weight_bytes']:,}", ""],
-        ["ONNX file, bytes", f"{before['onnx_bytes']:,}", f"{after['onnx_bytes']:,}", ""],
+        ["weights, bytes", *(_bytes(each["weight_bytes"]) for each in (before, after)), ""],
+        ["ONNX file, bytes", *(_bytes(each["onnx_bytes"]) for each in (before, after)), ""],
     ]
     speedup = delta["latency_speedup"]
     if speedup is not None:
@@ -143,6 +145,8 @@ def sentences(document: Document) -> list[str]:
     if document["approximation"] is not None:
         lines.extend(_merge_sentences(document["approximation"].get("merges", [])))
         lines.extend(_approximation_sentences(document["approximation"]))
+        lines.extend(risks(document))
+    lines += _missing_sentences(document["export"]["missing"])
     if document["export"]["onnx_dtype"] != document["dtype"]:
         lines.append(
             f"The ONNX files are {document['export']['onnx_dtype']}, ONNX Runtime having no "
@@ -174,6 +178,8 @@ def _verification(check: Document) -> str:
     )
     moved = f"{check['torch_max_abs_diff']:.1e}"
     if check["torch_tolerance"] is None:
+        if check["onnx_max_abs_diff"] is None:
+            return f"Approximate: outputs differ from the original's by up to {moved}. {runtime}."
         return (
             f"Approximate: outputs differ from the original's by up to {moved}. Verified: converted.onnx "
             f"in ONNX Runtime against the converted model in PyTorch: {runtime}."
@@ -185,6 +191,20 @@ def _verification(check: Document) -> str:
         f"Verified: PyTorch {check['torch_dtype']} outputs differ by {moved} "
         f"(tolerance {check['torch_tolerance']:.1e}){asked}{runtime}."
     )
+
+
+def _missing_sentences(missing: Mapping[str, str]) -> list[str]:
+    if not missing:
+        return []
+    reasons = "; ".join(dict.fromkeys(missing.values()))
+    return [
+        f"Warning: not written: {', '.join(missing)}. {reasons}. The converted model is in plan.json and "
+        "converted.safetensors: sepconvert.apply(model, 'plan.json') in Python."
+    ]
+
+
+def _bytes(count: int | None) -> str:
+    return "-" if count is None else f"{count:,}"
 
 
 def _merge_sentences(merges: Sequence[Document]) -> list[str]:

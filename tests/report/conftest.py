@@ -86,7 +86,7 @@ def document() -> dict[str, Any]:
         },
         "approximation": None,
         "command": "sepconvert models/net.pt --data 'a b'",
-        "export": {"dynamic_batch": True, "onnx_dtype": "float32", "reason": None},
+        "export": {"dynamic_batch": True, "onnx_dtype": "float32", "reason": None, "missing": {}},
     }  # fmt: skip
 
 
