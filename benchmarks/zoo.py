@@ -1,7 +1,7 @@
 """Architectures of torchvision and timm, each converted in every mode, and what became of it.
 
     zoo.py run FOLDER [NAME …]   a process for each model and mode; what is in FOLDER already is kept
-    zoo.py report FOLDER         zoo.json and zoo.md of what is in FOLDER
+    zoo.py report FOLDER         zoo.json and zoo.md of what is in FOLDER; --readme FILE also writes a section
 
 Weights are random, shapes are real. In half of the dense kernels a structure is planted, which exact mode has
 to find. README.md beside this file says what must hold for a model to pass.
@@ -43,6 +43,7 @@ MODES: dict[str, dict[str, Any]] = {
     "auto": {"min_speedup": 1.1, "measure_seconds": 20.0},
 }
 IMAGES = 16
+MARKS = ("<!-- written by benchmarks/zoo.py -->", "<!-- end -->")
 SECONDS = 1500  # until a process is given up
 # Of outputs of a float32 network that nothing but rounding moved, relative to the largest of them.
 CLOSE = 2e-3
@@ -367,7 +368,9 @@ def run(folder: Path, names: Sequence[str], modes: Sequence[str]) -> None:
 def _in_a_process(name: str, mode: str) -> dict[str, Any]:
     command = [sys.executable, __file__, "one", name, mode]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS)  # noqa: S603
+        done = subprocess.run(  # noqa: S603  (our own script)
+            command, capture_output=True, text=True, timeout=SECONDS, check=False
+        )
     except subprocess.TimeoutExpired:
         return _broken(name, mode, f"not done within {SECONDS} s")
     if done.returncode:
@@ -395,11 +398,18 @@ def one(name: str, mode: str) -> None:
 
 @cli.command()
 @click.argument("folder", type=click.Path(exists=True, path_type=Path))
-def report(folder: Path) -> None:
+@click.option("--readme", type=click.Path(exists=True, path_type=Path),
+              help="Replace what is between the marks in this file by what is supported.")  # fmt: skip
+def report(folder: Path, readme: Path | None) -> None:
     """Write zoo.json and zoo.md."""
     found = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*-*.json"))]
     (folder / "zoo.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     (folder / "zoo.md").write_text("\n".join(table(found)) + "\n", encoding="utf-8")
+    if readme is not None:
+        text = readme.read_text(encoding="utf-8")
+        before, after = text.partition(MARKS[0])[0], text.partition(MARKS[1])[2]
+        section = "\n".join(supported(found))
+        readme.write_text(f"{before}{MARKS[0]}\n{section}\n{MARKS[1]}{after}", encoding="utf-8")
 
 
 def table(found: Sequence[Mapping[str, Any]]) -> Iterator[str]:
@@ -425,6 +435,42 @@ def table(found: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     for each in found:
         if each["outcome"] == "failed":
             yield f"- {each['name']}, {each['mode']}: {each['error']}"
+
+
+def supported(found: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """A row for each family, for the README."""
+    versions = next(each["environment"] for each in found if "environment" in each)
+    models = {each["name"] for each in found}
+    yield (
+        f"{len(models)} architectures of torchvision {torchvision.__version__} and timm {timm.__version__} with "
+        f"random weights, at their real shapes, under torch {versions['torch']} and ONNX Runtime "
+        f"{versions['onnxruntime']} (`benchmarks/zoo.py`). A cell says how many passed of how many were tried:"
+    )
+    yield ""
+    rows = []
+    for family in sorted({each["family"] for each in found}):
+        members = [each for each in found if each["family"] == family]
+        names = sorted({each["name"].removeprefix("torchvision ").removeprefix("timm ") for each in members})
+        tried = {mode: [each for each in members if each["mode"] == mode] for mode in MODES}
+        rows.append(
+            {
+                "family": family,
+                "models": ", ".join(names),
+                **{
+                    mode: f"{sum(each['outcome'] != 'failed' for each in all_)} of {len(all_)}"
+                    if all_
+                    else ""
+                    for mode, all_ in tried.items()
+                },
+            }
+        )
+    yield tabulate(rows, headers="keys", tablefmt="github", disable_numparse=True)
+    failed = [each for each in found if each["outcome"] == "failed"]
+    if failed:
+        yield ""
+        yield "What failed:"
+        yield ""
+        yield from (f"- {each['name']}, {each['mode']}: {each['error']}" for each in failed)
 
 
 def _cell(each: Mapping[str, Any]) -> str:
