@@ -1,14 +1,17 @@
 import gzip
+import json
 import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 
 sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))
 import fashion_mnist
 import peers
+import zoo
 
 
 def point(tool: str, speed: float, drop: float) -> dict[str, Any]:
@@ -87,3 +90,58 @@ def test_idx_files_are_read(tmp_path):
     sizes = np.array(images.shape, ">u4").tobytes()
     (tmp_path / "images.gz").write_bytes(gzip.compress(b"\0\0\x08\x03" + sizes + images.tobytes()))
     assert np.array_equal(fashion_mnist.read_idx(tmp_path / "images.gz"), images)
+
+
+def zoo_result(name: str, mode: str, outcome: str = "passed", **more: Any) -> dict[str, Any]:
+    found = {"name": name, "family": name[:3], "mode": mode, "outcome": outcome, "error": None}
+    costs = {"seconds": 2.4, "peak_gb": 1.25, "converted": 3, "convolutions": 7, "macs_ratio": 1.5}
+    return {**found, **costs, "environment": {"torch": "2.14", "onnxruntime": "1.32"}, **more}
+
+
+ZOO = [
+    zoo_result("torchvision vgg16", "exact"),
+    zoo_result("timm dla34", "exact"),
+    zoo_result("timm dla34", "approx", "failed", error="ValueError: no"),
+    zoo_result("timm dla34", "auto", "no plan is fast enough"),
+]
+
+
+def test_the_zoo_shows_every_model_and_what_failed():
+    lines = list(zoo.table(ZOO))
+    assert [line.split("|")[2].strip() for line in lines[0].splitlines()[2:]] == [
+        "timm dla34", "torchvision vgg16",
+    ]  # fmt: skip
+    assert "3 of 7, 1.50×, 2 s" in lines[0]
+    assert lines[2] == "approx: 1 failed; auto: 1 no plan is fast enough; exact: 2 passed."
+    assert lines[3:] == ["- timm dla34, approx: ValueError: no"]
+
+
+def test_what_is_supported_goes_between_the_marks(tmp_path):
+    readme = tmp_path / "README.md"
+    readme.write_text(f"# Title\n{zoo.MARKS[0]}\nold\n{zoo.MARKS[1]}\nrest\n")
+    for number, each in enumerate(ZOO):
+        (tmp_path / f"m-{number}.json").write_text(json.dumps(each))
+    for _ in range(2):  # the second time changes nothing
+        CliRunner().invoke(
+            zoo.cli, ["report", str(tmp_path), "--readme", str(readme)], catch_exceptions=False
+        )
+        text = readme.read_text()
+        assert text.startswith("# Title\n")
+        assert text.endswith("\nrest\n")
+        assert "old" not in text
+        assert "2 architectures of torchvision" in text
+        rows = [line for line in text.splitlines() if line.startswith("| tim")]
+        assert [cell.strip() for cell in rows[0].split("|")[1:-1]] == [
+            "tim", "dla34", "1 of 1", "0 of 1", "1 of 1",
+        ]  # fmt: skip
+        assert "- timm dla34, approx: ValueError: no" in text
+
+
+def test_the_zoo_judges_a_conversion():
+    """A small model of the zoo's own, by all checks that a large one passes."""
+    found = zoo.attempt("UNet", "exact")
+    assert found["outcome"] == "passed", found["error"]
+    assert found["planted"] > 0
+    assert found["not_found"] == []
+    assert found["converted"] >= found["planted"]
+    assert set(found["difference"]) == {"model", "ONNX", "pt2"}
