@@ -56,6 +56,8 @@ from sepconvert.report.html import render_comparison
 from sepconvert.report.terminal import (
     anatomy_text,
     layer_table,
+    modes_table,
+    story,
     structure_table,
     summary,
     warnings_of,
@@ -75,6 +77,20 @@ _FILES = (
     "original.onnx", "converted.onnx", "converted.pt2", "plan.json",
     "converted.safetensors", "report.json", "report.html",
 )  # fmt: skip
+
+# What `sepconvert demo` shows: what each mode is about, and how it is asked for.
+_DEMO: Mapping[str, tuple[str, Mapping[str, Any]]] = {
+    "exact": ("EXACT: what separates for free, proved.", {}),
+    "approx": (
+        "APPROX: a depthwise and a pointwise convolution in place of each dense one.",
+        {"rank": 1, "gate": "none"},
+    ),
+    "auto": (
+        "AUTO: the fastest mix of structures that loses at most a point of accuracy.",
+        {"max_drop": 1.0},
+    ),
+}
+_DEMO_IMAGES, _DEMO_SEED, _DEMO_SECONDS = 1024, 11, 30.0
 
 _LINE_EVERY = 10.0  # seconds between lines that show progress where there is no terminal
 
@@ -151,6 +167,9 @@ def apply(**options: Any) -> None:
 
 def profile(**options: Any) -> None:
     """`sepconvert profile MODEL`."""
+    out: Path | None = options["out"]
+    if out is not None and not out.parent.is_dir():  # which is better known before all is measured
+        raise SepconvertError(f"{out}: cannot be written: there is no {out.parent}; pass another --out")
     with _quietly():
         found = _profile(options)
     document = {
@@ -159,11 +178,9 @@ def profile(**options: Any) -> None:
         "environment": found.environment,
         **found.profile.to_json(),
     }
-    if options["out"] is not None:
-        with writing(options["out"]):
-            options["out"].write_text(
-                json.dumps(document, indent=2, allow_nan=False) + "\n", encoding="utf-8"
-            )
+    if out is not None:
+        with writing(out):
+            out.write_text(json.dumps(document, indent=2, allow_nan=False) + "\n", encoding="utf-8")
     details = ("", anatomy_text(document["anatomy"])) if "anatomy" in document else ()
     _print(options, document, str(Comparison((found.profile,))), *details)
 
@@ -311,29 +328,44 @@ def demo(**options: Any) -> None:
     """`sepconvert demo`."""
     from torch.utils.data import TensorDataset
 
-    from sepconvert.demo.images import evaluation_data
+    from sepconvert.demo.images import draw, evaluation_data
     from sepconvert.demo.net import load, to_input
 
-    out = options["out"] or Path("demo-sepconvert")
+    out, told = options["out"] or Path("demo-sepconvert"), []
     with _quietly(), _result_directory(options, out) as folder:
-        images = evaluation_data()
-        x, y = to_input(images.x), torch.from_numpy(images.y)
-        result = run_convert(
-            load(),
-            x[: options["batch"]],
-            data=DataLoader(TensorDataset(x, y), batch_size=256),
-            dynamic_batch=options["dynamic_batch"],
-            runs=options["runs"],
-            threads=options["threads"],
-            graph_optimization=options["graph_optimization"],
-            provider=options["provider"],
-            seed=options["seed"],
-            command=_command(),
-            out=folder,
-            progress=_progress(options),
-        )
-        write_documents(result.report, result.plan, folder, result.exhibits)
-    _show(options, result, out)
+        scored, shown = evaluation_data(), draw(_DEMO_IMAGES, _DEMO_SEED)
+        x, y = to_input(scored.x), torch.from_numpy(scored.y)
+        data = DataLoader(TensorDataset(x, y), batch_size=256)
+        calib = DataLoader(TensorDataset(to_input(shown.x), torch.full((len(shown.x),), -1)), _STEP)
+        reports = {}
+        for mode, (_, keywords) in _DEMO.items():
+            place = folder / mode
+            place.mkdir()
+            result = run_convert(
+                load(),
+                x[: options["batch"]],
+                mode,
+                data=data,
+                calib=None if mode == "exact" else calib,
+                measure_seconds=_DEMO_SECONDS,
+                cache=user_cache_path("sepconvert") / "latency",
+                dynamic_batch=options["dynamic_batch"],
+                runs=options["runs"],
+                threads=options["threads"],
+                graph_optimization=options["graph_optimization"],
+                provider=options["provider"],
+                seed=options["seed"],
+                command=_command(),
+                out=place,
+                progress=_progress(options),
+                **keywords,
+            )
+            write_documents(result.report, result.plan, place, result.exhibits)
+            reports[mode] = result.report
+            told += [_DEMO[mode][0], "", *story(result.report), ""]
+    _print(options, reports, *told, modes_table(reports), "",
+           f"Written to {out}/, a folder for each mode. Open {out}/exact/report.html in a browser\n"
+           "for the whole account, and the reports of the other modes beside it.")  # fmt: skip
 
 
 def _approximate(options: Options, out: Path) -> dict[str, Any]:

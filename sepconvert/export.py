@@ -293,6 +293,11 @@ def read_onnx(path: Path) -> OnnxFile:
         raise SepconvertError(f"{path}: not an ONNX model (it has no operators); export it anew")
     known = {tensor.name: tuple(tensor.dims) for tensor in model.graph.initializer}
     inputs = [value for value in model.graph.input if value.name not in known]
+    for value in inputs:
+        if value.type.tensor_type.elem_type in (onnx.TensorProto.UNDEFINED, onnx.TensorProto.STRING):
+            raise SepconvertError(
+                f"{path}: its input {value.name} is no tensor of numbers; take a file whose inputs all are"
+            )
     shapes = tuple(
         tuple(
             size.dim_value if size.HasField("dim_value") else None
@@ -423,7 +428,10 @@ def _macs_of_node(node: onnx.NodeProto, shapes: Mapping[str, tuple[int, ...]]) -
 
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Turn what libraries raise when they cannot write `path` into one line."""
+    """Turn what libraries raise when they cannot write `path` into one line.
+
+    It tells the name alone: a result directory has another until it is whole.
+    """
     try:
         yield
     except SepconvertError:

@@ -40,8 +40,9 @@ def result_directory(
         folder = workplace / "new"
         folder.mkdir()  # unlike mkdtemp's, its permissions are those that the user's umask leaves
         yield folder
-        for file in folder.iterdir():  # safetensors leaves its file to the owner alone
-            file.chmod(folder.stat().st_mode & 0o666)
+        for file in folder.rglob("*"):  # safetensors leaves its file to the owner alone
+            if file.is_file():
+                file.chmod(folder.stat().st_mode & 0o666)
         with _uninterrupted():
             try:
                 target.parent.mkdir(parents=True, exist_ok=True)

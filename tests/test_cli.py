@@ -666,12 +666,23 @@ def test_a_missing_part_of_the_plan_is_named(here, run, plan, name):
 # Demo ----------------------------------------------------------------------------------------------
 
 
-def test_demo(here, run):
-    outcome = run("demo", "--runs", "3")
-    assert (outcome.code, outcome.err) == (0, "")
-    assert "8 of 13 convolutions converted." in outcome.out
-    assert "top-1, %" in outcome.out
-    assert listing(here / "demo-sepconvert") == RESULTS
+def test_demo(here, run, monkeypatch):
+    monkeypatch.setattr(commands, "_DEMO_IMAGES", 128)
+    monkeypatch.setattr(commands, "_DEMO_SECONDS", 3.0)
+    outcome = run("demo", "--runs", "3", "--quiet")
+    assert outcome.code == 0
+    modes = ("approx", "auto", "exact")
+    assert listing(here / "demo-sepconvert") == sorted(
+        path for mode in modes for path in (mode, *(f"{mode}/{name}" for name in RESULTS))
+    )
+    reports = [
+        json.loads((here / "demo-sepconvert" / mode / "report.json").read_text())
+        for mode in ("exact", "approx", "auto")
+    ]
+    assert [report["mode"] for report in reports] == ["exact", "approx", "auto"]
+    assert sum(layer["decision"] == "converted" for layer in reports[0]["layers"]) == 8
+    assert reports[1]["delta"]["macs_ratio"] > reports[0]["delta"]["macs_ratio"] > 2
+    assert reports[2]["delta"]["accuracy_drop_pp"]["value"] <= 1
 
 
 # Streams -------------------------------------------------------------------------------------------
@@ -955,3 +966,11 @@ def test_a_profile_of_a_missing_file_leaves_nothing(here, run):
     before = listing(here)
     assert run("profile", "absent.pt", *SHAPE, "--out", "absent.json").code == 2
     assert listing(here) == before
+
+
+def test_a_place_for_a_profile_that_is_not_there(here, run):
+    outcome = run("profile", "net.pt", *SHAPE, "--out", "none/x.json")
+    assert (outcome.code, outcome.out) == (2, "")
+    assert outcome.err == (
+        "sepconvert: none/x.json: cannot be written: there is no none; pass another --out\n"
+    )

@@ -167,6 +167,16 @@ def test_what_is_no_onnx_file(folder, content):
         read_onnx(folder / "gone.onnx")
 
 
+def test_inputs_that_are_no_numbers(folder):
+    text = onnx.helper.make_tensor_value_info("text", onnx.TensorProto.STRING, [1])
+    answer = onnx.helper.make_tensor_value_info("answer", onnx.TensorProto.STRING, [1])
+    node = onnx.helper.make_node("Identity", ["text"], ["answer"])
+    onnx.save(onnx.helper.make_model(onnx.helper.make_graph([node], "g", [text], [answer])),
+              str(folder / "text.onnx"))  # fmt: skip
+    with pytest.raises(SepconvertError, match=r"text.onnx: its input text is no tensor of numbers"):
+        read_onnx(folder / "text.onnx")
+
+
 # Conditions and text
 
 

@@ -130,6 +130,54 @@ def summary(document: Document) -> str:
     return "\n".join([table, "", *lines])
 
 
+def story(document: Document) -> list[str]:
+    """A conversion in plain words, for somebody who sees one for the first time."""
+    layers = [layer for layer in document["layers"] if layer["decision"] == "converted"]
+    delta, schemes = document["delta"], sorted({layer["scheme"] for layer in layers})
+    lines = [
+        f"{len(layers)} of {len(document['layers'])} convolutions were replaced ({', '.join(schemes)}).",
+        f"For an image that is {_times(delta['macs_ratio'])} fewer multiplications, and the network has "
+        f"{_times(delta['params_ratio'])} fewer parameters.",
+    ]
+    if document["approximation"] is None:
+        lines.append(
+            "Its answers are the same: they differ by "
+            f"{document['verification']['torch_max_abs_diff']:.0e}, which is rounding."
+        )
+    if (speedup := delta["latency_speedup"]) is not None:
+        lines.append(f"Measured in ONNX Runtime it is {_speedup(speedup)} as fast.")
+    if (drop := delta["accuracy_drop_pp"]) is not None:
+        count = document["original"]["accuracy"]["n"]
+        right = [_percent(document[which], "top1") for which in ("converted", "original")]
+        lines.append(
+            f"Of {count:,} images it classifies {right[0]} % rightly, the original {right[1]} %: "
+            f"{drop['value']:.2f} [{drop['ci95'][0]:.2f}, {drop['ci95'][1]:.2f}] points lost."
+        )
+    return [_folded(line) for line in (*lines, *warnings_of(document))]
+
+
+def modes_table(documents: Mapping[str, Document]) -> str:
+    """One row for each conversion of the same model."""
+    rows = []
+    for name, document in documents.items():
+        delta = document["delta"]
+        speedup, drop = delta["latency_speedup"], delta["accuracy_drop_pp"]
+        rows.append(
+            [
+                name,
+                _times(delta["params_ratio"]),
+                _times(delta["macs_ratio"]),
+                "-" if speedup is None else _interval(speedup, 2),
+                "-"
+                if drop is None
+                else f"{drop['value']:.2f} [{drop['ci95'][0]:.2f}, {drop['ci95'][1]:.2f}]",
+            ]
+        )
+    headers = ["mode", "fewer\nparameters", "fewer\nMACs", "times\nas fast", "accuracy\nlost, pp"]
+    table: str = tabulate(rows, headers=headers, disable_numparse=True)
+    return table
+
+
 def sentences(document: Document) -> list[str]:
     """What the numbers mean, in words."""
     layers, check, delta = document["layers"], document["verification"], document["delta"]
@@ -344,7 +392,7 @@ def _latency_sentences(document: Document, converted: Sequence[Document]) -> lis
 def causes(document: Document) -> list[str]:
     """Why the gain in time is not that in MACs: of the whole model, then of layers."""
     found, speedup = document["execution"], document["delta"]["latency_speedup"]
-    if found is None or speedup is None:
+    if found is None or speedup is None or document["delta"]["macs_ratio"] == 1:
         return []
     total = sum(found[place][1] for place in _PLACES) or 1.0
     kept, layout = (100 * found[place][1] / total for place in ("kept", "layout"))

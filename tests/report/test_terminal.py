@@ -4,7 +4,16 @@ import json
 
 import pytest
 
-from sepconvert.report.terminal import layer_table, sentences, structure_table, summary, warnings_of
+from sepconvert.report.terminal import (
+    causes,
+    layer_table,
+    modes_table,
+    sentences,
+    story,
+    structure_table,
+    summary,
+    warnings_of,
+)
 
 
 def cells(table: str) -> dict[str, list[str]]:
@@ -194,3 +203,33 @@ def test_warnings_are_for_those_too_who_want_no_output(approximate):
     (warning,) = warnings_of(approximate)
     assert "so few images" in warning
     assert warning in sentences(approximate)
+
+
+def test_the_story_of_a_conversion(document):
+    text = " ".join(unfolded(line) for line in story(document))
+    assert text.startswith("1 of 2 convolutions were replaced (spatial-vh).")
+    assert "2.00× fewer multiplications, and the network has 4.00× fewer parameters" in text
+    assert "they differ by 4e-08, which is rounding" in text
+    assert "it is 1.50 [1.40, 1.60]× as fast" in text
+    assert "it classifies 96.50 % rightly, the original 96.75 %: 0.25 [-0.05, 0.55] points lost" in text
+    assert max(len(part) for line in story(document) for part in line.splitlines()) <= 80
+
+
+def test_the_story_of_an_approximation_claims_no_equality(approximate):
+    text = " ".join(story(approximate))
+    assert "(depthwise-pointwise)" in text
+    assert "rounding" not in text
+
+
+def test_modes_side_by_side(document):
+    bare = json.loads(json.dumps(document))
+    bare["delta"].update(latency_speedup=None, accuracy_drop_pp=None)
+    rows = cells(modes_table({"exact": document, "none": bare}))
+    assert rows["exact"] == ["4.00×", "2.00×", "1.50 [1.40, 1.60]", "0.25 [-0.05, 0.55]"]
+    assert rows["none"] == ["4.00×", "2.00×", "-", "-"]
+
+
+def test_what_changed_nothing_needs_no_cause(document):
+    assert causes(document)
+    document["delta"]["macs_ratio"] = 1.0
+    assert causes(document) == []

@@ -1,0 +1,66 @@
+"""Few parameters: what depthwise and pointwise convolutions lose, with and without fine-tuning.
+
+    python examples/04_approx_finetune.py [--ranks 1 2 3] [--images 4000] [--epochs 8] [--figure few.png]
+
+Every dense layer of the network of `sepconvert demo` becomes M depthwise convolutions, each with a pointwise
+one behind it: for M = 1 that is a depthwise separable convolution. Factors are fitted to what the layers
+answer to unlabelled images, and then trained to answer as the original does. With so few parameters a small
+network may fail to learn what is missing; each step of M adds some.
+"""
+
+import argparse
+
+import torch
+from matplotlib.figure import Figure
+from torch.utils.data import DataLoader, TensorDataset
+
+import sepconvert
+from sepconvert.demo.images import LabelledImages, draw, evaluation_data
+from sepconvert.demo.net import load, to_input
+
+
+def loader(drawn: LabelledImages, *, labelled: bool) -> DataLoader[tuple[torch.Tensor, ...]]:
+    labels = torch.from_numpy(drawn.y) if labelled else torch.full((len(drawn.y),), -1)
+    return DataLoader(TensorDataset(to_input(drawn.x), labels), batch_size=64)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 3], metavar="M")
+    parser.add_argument("--images", type=int, default=4000)
+    parser.add_argument("--epochs", type=int, default=8)
+    parser.add_argument("--figure", help="draw accuracy against parameters")
+    options = parser.parse_args()
+    model, image = load(), to_input(evaluation_data(1).x)
+    data = loader(evaluation_data(2000), labelled=True)
+    calib = loader(draw(options.images, seed=1), labelled=False)
+
+    rows = []
+    for rank in options.ranks:
+        for epochs in (0, options.epochs):
+            report = sepconvert.convert(
+                model, image, "approx", rank=rank, calib=calib, data=data, finetune=epochs, runs=0
+            ).report
+            before, after = report["original"], report["converted"]
+            rows.append((epochs, after["params"], 100 * after["accuracy"]["top1"]))
+            drop = report["delta"]["accuracy_drop_pp"]
+            lost = "{:.1f} [{:.1f}, {:.1f}] pp lost".format(drop["value"], *drop["ci95"])
+            print(
+                f"M = {rank}, {epochs} epochs: {before['params']:,} → {after['params']:,} parameters, "
+                f"accuracy {rows[-1][2]:.1f} %, {lost}"
+            )
+    if options.figure:
+        figure = Figure(figsize=(6, 4), layout="constrained")
+        axis = figure.subplots()
+        for epochs, marker in ((0, "o"), (options.epochs, "s")):
+            points = [row[1:] for row in rows if row[0] == epochs]
+            label = f"after {epochs} epochs of fine-tuning" if epochs else "as fitted"
+            axis.plot(*zip(*points, strict=True), marker=marker, label=label)
+        axis.plot(before["params"], 100 * before["accuracy"]["top1"], "k*", markersize=12, label="original")
+        axis.set(xlabel="parameters", ylabel="accuracy, %", xscale="log")
+        axis.legend()
+        figure.savefig(options.figure, dpi=150)
+
+
+if __name__ == "__main__":
+    main()

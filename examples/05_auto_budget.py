@@ -1,0 +1,40 @@
+"""The fastest network within a budget of accuracy, by what is measured on this machine.
+
+python examples/05_auto_budget.py [--max-drop 1.0]
+"""
+
+import argparse
+
+import torch
+from torch.utils.data import DataLoader, TensorDataset
+
+import sepconvert
+from sepconvert.demo.images import LabelledImages, draw, evaluation_data
+from sepconvert.demo.net import load, to_input
+from sepconvert.report.terminal import curve_table
+
+
+def loader(drawn: LabelledImages) -> DataLoader[tuple[torch.Tensor, ...]]:
+    return DataLoader(TensorDataset(to_input(drawn.x), torch.from_numpy(drawn.y)), batch_size=50)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--max-drop", type=float, default=1.0, metavar="PP")
+    options = parser.parse_args()
+    data, calib = loader(evaluation_data(500)), loader(draw(400, seed=1))
+    result = sepconvert.convert(
+        load(), next(iter(data))[0][:1], mode="auto", max_drop=options.max_drop, calib=calib, data=data,
+        threads=1, measure_seconds=30, runs=20,
+    )  # fmt: skip
+    print(curve_table(result.report["approximation"]["curve"]))
+    delta = result.report["delta"]
+    speedup, drop = delta["latency_speedup"], delta["accuracy_drop_pp"]
+    print(
+        "delivered: {:.2f} [{:.2f}, {:.2f}] times as fast, ".format(speedup["median"], *speedup["ci95"])
+        + "accuracy lost: {:.1f} [{:.1f}, {:.1f}] pp".format(drop["value"], *drop["ci95"])
+    )
+
+
+if __name__ == "__main__":
+    main()
