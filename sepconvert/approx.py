@@ -154,6 +154,11 @@ def split_data(
 def check_shapes(parts: Parts, inputs: Inputs) -> None:
     """Raise `SepconvertError` if no image to fit to or to train on has the shape of the model's input."""
     expected = [value.shape[1:] for value in inputs if isinstance(value, Tensor)]
+    if len(expected) > 1 and (parts.calibration or parts.train):
+        raise SepconvertError(
+            f"calibration: the model takes {len(expected)} tensors, and can be shown one; give it as a "
+            "module that takes one tensor and makes the others of it, or leave calibration and data out"
+        )
     found = {
         "to fit to": {x.shape[1:] for x in parts.calibration.fit} if parts.calibration else set(),
         "to train on": {next(iter(parts.train))[0].shape[1:]} if parts.train else set(),

@@ -278,6 +278,24 @@ def test_bad_images(samples):
         approx(samples, rank=1, calib=loader(torch.zeros(8, 3, 32, 32)))
 
 
+def test_models_of_several_inputs_are_fitted_to_weights_alone(planted):
+    class Sum(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = planted(8, 16, rank=9), planted(8, 16, rank=9, seed=1)
+
+        def forward(self, x, y):
+            return self.a(x) + self.b(y)
+
+    x = torch.randn(8, 8, 10, 10)
+    loader = DataLoader(TensorDataset(x, torch.full((8,), -1)))
+    with pytest.raises(SepconvertError, match="the model takes 2 tensors, and can be shown one"):
+        convert(Sum(), (x[:1], x[1:2]), "approx", rank=1, calib=loader, runs=0)
+    result = convert(Sum(), (x[:1], x[1:2]), "approx", rank=1, runs=0)
+    assert len(converted(result.report)) == 2
+    assert result.report["verification"]["onnx_max_abs_diff"] is not None
+
+
 def test_batches_of_calibration_do_not_hang_on_those_of_the_loader(samples):
     parts = [
         split_data(None, DataLoader(TensorDataset(*samples), batch_size=size), None, 400, 0, 0)
@@ -306,7 +324,7 @@ def test_few_channels_are_kept_unless_they_are_named(calib):
 
 
 @pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
-@numbered(500)
+@numbered(200)
 @given(geometries())
 def test_full_rank_is_the_original_on_every_kind_of_layer(geometry):
     conv = geometry.conv()

@@ -90,7 +90,7 @@ def assert_answers_alike(conv, layer):
     assert (errors <= 8 * ROUNDOFF[conv.weight.dtype] * norms).all()
 
 
-@numbered(700)
+@numbered(300)
 @given(planted())
 def test_the_layer_is_the_dense_one(case):
     layer, _ = factorized(case.conv, case.scheme, case.geometry.size)
@@ -98,7 +98,7 @@ def test_the_layer_is_the_dense_one(case):
     assert_answers_alike(case.conv, layer)
 
 
-@numbered(400)
+@numbered(250)
 @given(planted(bordered=True))
 def test_the_layer_without_a_border_is_the_dense_one(case):
     for scheme in (case.scheme, ZERO_BORDER):

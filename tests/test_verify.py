@@ -52,7 +52,7 @@ def checked(conv, layer, inputs, tolerance=None):
 # The dense layer
 
 
-@numbered(100)
+@numbered(60)
 @given(geometries())
 def test_the_dense_layer_by_its_definition_is_that_of_torch(geometry):
     conv, inputs = geometry.conv().double(), geometry.inputs().double()
@@ -64,7 +64,7 @@ def test_the_dense_layer_by_its_definition_is_that_of_torch(geometry):
 # Layer by layer
 
 
-@numbered(120)
+@numbered(50)
 @given(planted())
 def test_right_factors_pass_and_the_numbers_are_those_of_torch(case):
     inputs = case.geometry.inputs()

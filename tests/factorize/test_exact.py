@@ -112,7 +112,7 @@ def assert_found(case):
     return analysis, factorization
 
 
-@numbered(800)
+@numbered(500)
 @given(planted())
 def test_planted_structure_is_found_with_its_rank(case):
     assert_found(case)
