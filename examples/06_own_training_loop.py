@@ -1,7 +1,9 @@
 """Fine-tuning a converted model in a loop of one's own: it is a module like any other.
 
-python examples/06_own_training_loop.py
+python examples/06_own_training_loop.py [--images 4000] [--epochs 4]
 """
+
+import argparse
 
 import torch
 from torch.nn import functional as F
@@ -18,27 +20,33 @@ def accuracy(model: torch.nn.Module, images: torch.Tensor, labels: torch.Tensor)
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--images", type=int, default=4000)
+    parser.add_argument("--epochs", type=int, default=4)
+    options = parser.parse_args()
     torch.manual_seed(0)
     original = load()
-    drawn, scored = draw(800, seed=1), evaluation_data(500)
+    drawn, scored = draw(options.images, seed=1), evaluation_data()
     images, labels = to_input(drawn.x), torch.from_numpy(drawn.y)
     unseen, truth = to_input(scored.x), torch.from_numpy(scored.y)
-    calib = DataLoader(TensorDataset(images, labels), batch_size=50)
-    model = sepconvert.convert(original, images[:1], mode="approx", rank=2, calib=calib, runs=0).model
-    print(
-        f"original: {accuracy(original, unseen, truth):.1%}, converted: {accuracy(model, unseen, truth):.1%}"
-    )
+    calib = DataLoader(TensorDataset(images, labels), batch_size=64)
+    model = sepconvert.convert(original, images[:1], "approx", rank=2, calib=calib, runs=0).model
+    before, after = (accuracy(each, unseen, truth) for each in (original, model))
+    print(f"original: {before:.1%}, as fitted: {after:.1%}")
 
     # Distillation (Hinton et al., arXiv:1503.02531): the original's answers say more than labels do.
-    optimiser = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    for epoch in range(2):
+    steps = options.epochs * -(-len(images) // 64)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=2e-3, total_steps=steps)
+    for epoch in range(options.epochs):
         model.train()
-        for batch in torch.randperm(len(images)).split(50):
+        for batch in torch.randperm(len(images)).split(64):
             with torch.no_grad():
                 wanted = original(images[batch]).softmax(1)
-            optimiser.zero_grad()
+            optimizer.zero_grad()
             F.cross_entropy(model(images[batch]), wanted).backward()
-            optimiser.step()
+            optimizer.step()
+            schedule.step()
         print(f"after epoch {epoch + 1}: {accuracy(model, unseen, truth):.1%}")
 
 

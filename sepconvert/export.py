@@ -94,10 +94,13 @@ def save_archive(model: nn.Module, inputs: Inputs, path: Path, *, dynamic_batch:
         path.write_bytes(archive.getbuffer())
 
 
-def save_onnx(model: nn.Module, inputs: Inputs, path: Path, *, dynamic_batch: bool = True) -> ExportNote:
-    """Write one self-contained ONNX file, and check it.
+def save_onnx(
+    model: nn.Module, inputs: Inputs, path: Path, *, dynamic_batch: bool = True, check: bool = True
+) -> ExportNote:
+    """Write one self-contained ONNX file.
 
-    Float64 and bfloat16 models are exported in float32, for which the runtime has kernels.
+    Float64 and bfloat16 models are exported in float32, for which the runtime has kernels. To `check` a file
+    takes longer than to write it: those that are timed once and thrown away are left to the runtime.
 
     Raises:
         ExportError: torch cannot export the model.
@@ -118,7 +121,8 @@ def save_onnx(model: nn.Module, inputs: Inputs, path: Path, *, dynamic_batch: bo
         except Exception as error:  # the exporter raises errors of many kinds
             raise _export_error("ONNX", error) from error
         try:
-            onnx.checker.check_model(str(path), full_check=True)
+            if check:
+                onnx.checker.check_model(str(path), full_check=True)
         except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
             raise _export_error("ONNX", error) from error
     return note

@@ -11,9 +11,18 @@ SAYS = {
     "01_edges.py": "Sobel: [-1 -2 -1]ᵀ × [1 0 -1], 9 → 6 multiplications a pixel",
     "02_depthwise_separable.py": "1,228,800 dense, 53,952 separable",
     "03_exact.py": "MACs: 2.04× fewer",
+    "04_approx_finetune.py": "M = 1, 1 epochs: ",
+    "05_auto_budget.py": "times as fast, accuracy lost: ",
+    "06_own_training_loop.py": "after epoch 1: ",
     "07_compare_in_ci.py": "exit code 0: passed",
     "image_filters.py": "3.49× fewer",
     "own_model.py": "merged: converted, rank 8 of 80",
+}
+# Less of what takes time.
+ARGUMENTS = {
+    "04_approx_finetune.py": ["--ranks", "1", "--images", "200", "--epochs", "1", "--figure", "few.png"],
+    "05_auto_budget.py": ["--images", "200", "--max-drop", "5"],
+    "06_own_training_loop.py": ["--images", "200", "--epochs", "1"],
 }
 
 
@@ -22,9 +31,12 @@ def test_every_example_is_listed() -> None:
 
 
 @pytest.mark.parametrize("name", SAYS)
-def test_example(name: str) -> None:
+def test_example(name: str, tmp_path: Path) -> None:
     done = subprocess.run(  # noqa: S603
-        [sys.executable, str(EXAMPLES / name)], capture_output=True, text=True, check=False
-    )
+        [sys.executable, str(EXAMPLES / name), *ARGUMENTS.get(name, [])],
+        capture_output=True, text=True, check=False, cwd=tmp_path,
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert SAYS[name] in done.stdout
+    for figure in (each for each in ARGUMENTS.get(name, []) if each.endswith(".png")):
+        assert (tmp_path / figure).stat().st_size > 10_000
