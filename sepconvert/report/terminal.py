@@ -370,6 +370,11 @@ def _latency_sentences(document: Document, converted: Sequence[Document]) -> lis
         f"{latency['threads']} threads{_optimization(document)}, median and 95 % interval; "
         f"the original against itself: [{noise_low:.3f}, {noise_high:.3f}]."
     ]
+    if not noise_low <= 1 <= noise_high:
+        lines.append(
+            "Attention: the original differs from itself by more than chance explains: the machine was busy "
+            "or changed its pace; measure again (--runs) while it is idle."
+        )
     fewer_macs = (document["delta"]["macs_ratio"] or 1) > 1
     if speedup["significant"] and speedup["median"] < 1 and fewer_macs:
         lines.append(

@@ -233,3 +233,10 @@ def test_what_changed_nothing_needs_no_cause(document):
     assert causes(document)
     document["delta"]["macs_ratio"] = 1.0
     assert causes(document) == []
+
+
+def test_an_original_that_differs_from_itself_is_told_of(document):
+    assert attention(document) == []
+    document["delta"]["latency_speedup"]["noise_floor"] = [1.01, 1.08]
+    (line,) = attention(document)
+    assert "the original differs from itself" in line
