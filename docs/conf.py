@@ -30,8 +30,9 @@ myst_enable_extensions = ["attrs_inline"]  # classes of images: one for light pa
 myst_heading_anchors = 3
 
 default_role = "code"  # docstrings write `names` so
+smartquotes = False  # they would make a dash of --
 maximum_signature_line_length = 80
-add_module_names = False
+autodoc_preserve_defaults = True
 autodoc_typehints = "description"
 autodoc_typehints_description_target = "documented"
 autodoc_typehints_format = "short"

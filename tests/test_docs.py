@@ -37,7 +37,7 @@ PAGES = [
     *sorted(path for path in DOCS.rglob("*.md") if not path.relative_to(DOCS).parts[0].startswith("_")),
 ]
 INCLUDED = ROOT / "benchmarks/README.md"  # its commands need data sets and hours: they are parsed
-_FENCE = re.compile(r"^( *)```(\S*)\n(.*?)^\1```$", re.MULTILINE | re.DOTALL)
+_FENCE = re.compile(r"^( *)```([^\n`]*)\n(.*?)^\1```$", re.MULTILINE | re.DOTALL)
 
 SHORT = ("--runs", "3")
 NONE = ("--runs", "0")
@@ -75,12 +75,12 @@ ELSEWHERE = {
     "sepconvert model.pt --mode approx --calib train.npz --data val.npz --max-drop 0.5 "
     "--exclude 'layer1.*' --finetune 5": "test_approx.py::test_fine_tuning_may_win_back_what_a_plan_loses",
     "accelerate launch -m sepconvert model.pt --mode approx --calib train.npz --data val.npz --rank 2 "
-    "--finetune 5": "test_distributed.py::test_",
+    "--finetune 5": "test_distributed.py::test_two_processes_fit_what_one_fits_and_train",
     "sepconvert model.pt --input-shape 3x224x224 --gate latency --threads 1 --runs 200":
         "test_pipeline.py::test_gates_and_globs",
     "sepconvert model.pt --input-shape 3x224x224 --debug": "test_cli.py::test_only_debug_shows_a_traceback",
     "sepconvert checkpoint.pth --factory mynets.py:resnet20 --input-shape 3x224x224":
-        "test_load.py::test_",
+        "test_cli.py::test_quiet_says_nothing_and_user_code_keeps_off_standard_output",
     "sepconvert resnet.pt --allow mynets.ResNet --input-shape 3x224x224":
         "test_cli.py::test_the_refusal_of_a_class_names_the_option_that_admits_it",
     "sepconvert resnet.pt --trust --input-shape 3x224x224": "test_cli.py::test_trust_is_told",
@@ -185,7 +185,14 @@ def test_benchmarks_commands_parse():
 @pytest.mark.parametrize("test", ELSEWHERE.values())
 def test_other_tests_are_there(test):
     file, name = test.split("::")
-    assert f"def {name}" in (Path(__file__).parent / file).read_text(encoding="utf-8")
+    assert f"def {name}(" in (Path(__file__).parent / file).read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_every_block_is_of_a_kind_that_is_tested(page):
+    """Or is no command, or is made from what is."""
+    found = {info.partition(" ")[0] for _, info, _ in _FENCE.findall(page.read_text(encoding="utf-8"))}
+    assert found <= {"sh", "python", "text", "{include}", "{literalinclude}", "{toctree}", "{eval-rst}"}
 
 
 def test_other_commands_are_known():
