@@ -133,7 +133,21 @@ def _dominates(one: Profile, other: Profile) -> bool:
 
 
 def compare(*profiles: Profile) -> Comparison:
-    """Put profiles side by side. Latencies of separate runs are shown without a claim of significance."""
+    """Put profiles side by side. Latencies of separate runs are shown without a claim of significance.
+
+    Example:
+        >>> from sepconvert import Profile, compare
+        >>> before, after = (
+        ...     Profile(params, macs, None, None, None, None, {})
+        ...     for params, macs in ((19_200, 1_228_800), (843, 53_952))
+        ... )
+        >>> print(compare(before, after))
+                    base       #2
+        ----------  ---------  ---------------
+        parameters  19,200     843 (22.78×)
+        MACs        1,228,800  53,952 (22.78×)
+        FLOPs       2,457,600  107,904
+    """
     return Comparison(profiles)
 
 

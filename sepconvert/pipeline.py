@@ -89,6 +89,18 @@ def inspect(
 
     Arguments as those of `convert`. Each layer holds, for every structure, its rank, the best relative
     error at a rank that would pay, and the singular values around the cut.
+
+    Example:
+        A Laplacian is no product of a column and a row, and the best of these is off by a tenth:
+
+        >>> import torch, sepconvert
+        >>> laplacian = torch.nn.Conv2d(1, 1, 3, bias=False)
+        >>> laplacian.weight.data = torch.tensor([[[[0.0, 1, 0], [1, -4, 1], [0, 1, 0]]]])
+        >>> layer, = sepconvert.inspect(torch.nn.Sequential(laplacian), torch.rand(1, 1, 16, 16))["layers"]
+        >>> [(each["scheme"], each["rank"], each["full_rank"]) for each in layer["structures"]]
+        [('zero-border', 9, 9), ('channelwise-spatial-vh', 2, 3), ('channelwise-spatial-hv', 2, 3)]
+        >>> round(layer["structures"][1]["best_relative_error"], 3)
+        0.101
     """
     inputs = as_inputs(example_inputs)
     sites = _traced(model, inputs, tol, include, exclude)
@@ -198,6 +210,19 @@ def convert(
         SepconvertError: bad arguments, or a model that cannot be run or exported.
         DemandNotMetError: an exactly converted model is not the original (the message names the layer), or
             no plan meets the budget (`details` show the nearest).
+
+    Example:
+        A binomial filter is a column times a row:
+
+        >>> import torch, sepconvert
+        >>> blur = torch.nn.Conv2d(1, 1, 3, bias=False)
+        >>> blur.weight.data = torch.tensor([[[[1.0, 2, 1], [2, 4, 2], [1, 2, 1]]]]) / 16
+        >>> result = sepconvert.convert(torch.nn.Sequential(blur), torch.rand(1, 1, 16, 16), runs=0)
+        >>> layer, = result.report["layers"]
+        >>> layer["decision"], layer["reason"], layer["certificate"]["bitwise"]
+        ('converted', 'rank 1 of 3', True)
+        >>> [tuple(each.kernel_size) for each in result.model[0].convolutions]
+        [(3, 1), (1, 3)]
     """
     if mode not in MODES:
         raise SepconvertError(f"mode: expected {' or '.join(MODES)}, got {mode!r}")

@@ -281,6 +281,15 @@ def profile(
 
     Raises:
         SepconvertError: the model does not run on these inputs, or cannot be exported.
+
+    Example:
+        256 kernels of 5×5×3 on an image of 12×12, at 8×8 positions:
+
+        >>> import torch, sepconvert
+        >>> dense = torch.nn.Conv2d(3, 256, 5, bias=False)
+        >>> found = sepconvert.profile(dense, torch.rand(1, 3, 12, 12), runs=0)
+        >>> found.macs, found.flops, found.params
+        (1228800, 2457600, 19200)
     """
     inputs = as_inputs(example_inputs)
     runtime = Runtime(available_cores() if threads is None else threads, graph_optimization, provider)

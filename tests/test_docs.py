@@ -1,0 +1,383 @@
+"""README and documentation say what is so: commands parse and run, Python blocks run, messages are ours."""
+
+import ast
+import doctest
+import functools
+import importlib
+import io
+import json
+import pkgutil
+import re
+import shlex
+import shutil
+import sys
+import textwrap
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+import pytest
+import test_examples
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader, TensorDataset
+
+import sepconvert
+from sepconvert import cli
+from sepconvert.commands import _batches, _numbers
+from sepconvert.comparison import _UNITS, Demand
+from sepconvert.load import parse_input_shape
+
+ROOT = Path(__file__).parent.parent
+DOCS = ROOT / "docs"
+PAGES = [
+    ROOT / "README.md",
+    *sorted(path for path in DOCS.rglob("*.md") if not path.relative_to(DOCS).parts[0].startswith("_")),
+]
+INCLUDED = ROOT / "benchmarks/README.md"  # its commands need data sets and hours: they are parsed
+_FENCE = re.compile(r"^( *)```([^\n`]*)\n(.*?)^\1```$", re.MULTILINE | re.DOTALL)
+
+SHORT = ("--runs", "3")
+NONE = ("--runs", "0")
+
+# Commands that run here, with what makes them quick. `prepared` has run the first of them.
+RUN: dict[str, tuple[str, ...]] = {
+    "sepconvert model.pt --input-shape 3x224x224": (),
+    "sepconvert inspect model.pt --input-shape 3x224x224": (),
+    "sepconvert inspect checkpoint.pth --factory mynets.py:resnet20 --data val.npz": (),
+    "sepconvert model.pt --input-shape 3x224x224 --dry-run": (),
+    "sepconvert model.pt --mode approx --calib images/ --data val.npz --max-drop 1.0": NONE,
+    "sepconvert model.pt --mode approx --calib train.npz --data val.npz --rank 2 --finetune 5": NONE,
+    "sepconvert checkpoint.pth --factory mynets.py:resnet20 --data val.npz --mean .485,.456,.406 "
+    "--std .229,.224,.225": NONE,
+    "sepconvert profile model.pt --input-shape 3x224x224 --threads 1": SHORT,
+    "sepconvert profile converted.onnx --batches 1,8,32 --out converted.json": SHORT,
+    "sepconvert profile model-sepconvert/converted.onnx --threads 1": SHORT,
+    "sepconvert compare original.onnx converted.onnx --data val.npz --threads 1": SHORT,
+    "sepconvert compare original.onnx converted.onnx other.pt --data val.npz --fail-if 'latency > +5%' "
+    "--fail-if 'drop > 0.5'": SHORT,
+    "sepconvert compare original.onnx converted.onnx --data val.npz --fail-if 'latency > +5%' "
+    "--fail-if 'drop > 0.5'": SHORT,
+    "sepconvert compare original.onnx converted.onnx --format html": SHORT,
+    "sepconvert compare original.onnx converted.onnx --graph-optimization none": SHORT,
+    "sepconvert apply model.pt model-sepconvert/plan.json --out replayed": (),
+}
+
+# Commands whose like is run by another test, and that are parsed here.
+ELSEWHERE = {
+    "sepconvert demo": "test_cli.py::test_demo",
+    "sepconvert model.pt --mode auto --calib images/ --data val.npz --max-drop 1.0 --threads 1":
+        "test_approx.py::test_auto_mode",
+    "sepconvert model.pt --mode auto --calib images/ --min-speedup 1.5":
+        "test_search.py::test_the_least_divergence_that_is_fast_enough",
+    "sepconvert model.pt --mode approx --calib train.npz --data val.npz --max-drop 0.5 "
+    "--exclude 'layer1.*' --finetune 5": "test_approx.py::test_fine_tuning_may_win_back_what_a_plan_loses",
+    "accelerate launch -m sepconvert model.pt --mode approx --calib train.npz --data val.npz --rank 2 "
+    "--finetune 5": "test_distributed.py::test_two_processes_fit_what_one_fits_and_train",
+    "sepconvert model.pt --input-shape 3x224x224 --gate latency --threads 1 --runs 200":
+        "test_pipeline.py::test_gates_and_globs",
+    "sepconvert model.pt --input-shape 3x224x224 --debug": "test_cli.py::test_only_debug_shows_a_traceback",
+    "sepconvert checkpoint.pth --factory mynets.py:resnet20 --input-shape 3x224x224":
+        "test_cli.py::test_quiet_says_nothing_and_user_code_keeps_off_standard_output",
+    "sepconvert resnet.pt --allow mynets.ResNet --input-shape 3x224x224":
+        "test_cli.py::test_the_refusal_of_a_class_names_the_option_that_admits_it",
+    "sepconvert resnet.pt --trust --input-shape 3x224x224": "test_cli.py::test_trust_is_told",
+}  # fmt: skip
+
+FOREIGN = {"--keep-going", "--figure"}  # options of other programs
+
+MYNETS = """
+import torch
+from collections import OrderedDict
+from torch import nn
+
+def resnet20():
+    torch.manual_seed(0)
+    mix = nn.Conv2d(16, 16, 3, padding=1)
+    mix.weight.data = torch.randn(16, 16, 1, 1) * torch.randn(1, 16, 3, 3) / 12
+    return nn.Sequential(OrderedDict(
+        conv1=nn.Conv2d(3, 16, 7, stride=4, padding=3), bn1=nn.BatchNorm2d(16), relu=nn.ReLU(),
+        layer1=nn.Sequential(OrderedDict(conv1=mix, relu=nn.ReLU())),
+        pool=nn.AdaptiveAvgPool2d(1), flat=nn.Flatten(), fc=nn.Linear(16, 10),
+    )).eval()
+"""
+
+
+def fences(page: Path, language: str) -> list[str]:
+    """The code blocks of a page in one language."""
+    found = _FENCE.findall(page.read_text(encoding="utf-8"))
+    return [textwrap.dedent(body) for _, info, body in found if info == language]
+
+
+def commands(page: Path) -> list[list[str]]:
+    """Words of every command in the shell blocks of a page, without comments and redirections."""
+    lines = [
+        part
+        for block in fences(page, "sh")
+        for line in block.replace("\\\n", " ").splitlines()
+        for part in line.split(" && ")
+    ]
+    words = [shlex.split(line, comments=True) for line in lines]
+    return [each[: each.index(">")] if ">" in each else each for each in words if each]
+
+
+ALL = {shlex.join(words): words for page in PAGES for words in commands(page)}
+OURS = [text for text, words in ALL.items() if "sepconvert" in words[:4]]
+
+
+def canonical(text: str) -> str:
+    return shlex.join(shlex.split(text))
+
+
+def parsed(words: list[str]) -> dict[str, Any]:
+    """The options of a command of ours as the real command line reads them; it raises what it would say."""
+    arguments = words[words.index("sepconvert") + 1 :]
+    if arguments[0] not in cli.cli.commands:
+        arguments = ["convert", *arguments]
+    options = cli.cli.commands[arguments[0]].make_context(arguments[0], arguments[1:]).params
+    for condition in options.get("fail_if", ()):
+        Demand.parse(condition)
+    if options.get("input_shape"):
+        parse_input_shape(options["input_shape"])
+    for name in ("mean", "std"):
+        _numbers(options.get(name), f"--{name}")
+    _batches(options)
+    return options
+
+
+# Shell --------------------------------------------------------------------------------------------
+
+
+def test_every_command_of_ours_is_run():
+    assert set(OURS) == {canonical(text) for text in (*RUN, *ELSEWHERE)}
+
+
+@pytest.mark.parametrize("text", OURS)
+def test_command_lines_parse(text):
+    parsed(ALL[text])
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "sepconvert model.pt --inputshape 3x224x224",
+        "sepconvert model.pt --mode magic",
+        "sepconvert compare a.onnx b.onnx --fail-if 'latency > much'",
+        "sepconvert inspect model.pt --input-shape 3xx",
+    ],
+)
+def test_a_command_line_that_is_wrong_does_not_parse(text):
+    with pytest.raises((click.UsageError, sepconvert.SepconvertError)):
+        parsed(shlex.split(text))
+
+
+def test_benchmarks_commands_parse():
+    for words in commands(INCLUDED):
+        if words[0] == "sepconvert":
+            parsed(words)
+        else:
+            assert words[0] == "python"
+            assert (ROOT / words[1]).is_file()
+
+
+@pytest.mark.parametrize("test", ELSEWHERE.values())
+def test_other_tests_are_there(test):
+    file, name = test.split("::")
+    assert f"def {name}(" in (Path(__file__).parent / file).read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_every_block_is_of_a_kind_that_is_tested(page):
+    """Or is no command, or is made from what is."""
+    found = {info.partition(" ")[0] for _, info, _ in _FENCE.findall(page.read_text(encoding="utf-8"))}
+    assert found <= {"sh", "python", "text", "{include}", "{literalinclude}", "{toctree}", "{eval-rst}"}
+
+
+def test_other_commands_are_known():
+    ci = (ROOT / ".ci/run").read_text(encoding="utf-8")
+    extras = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    for text, words in ALL.items():
+        if text in OURS:
+            continue
+        if words[:2] == ["pip", "install"]:
+            extra = re.fullmatch(r"\.(?:\[(\w+)\])?", words[2])[1]
+            assert extra is None or f"\n{extra} = [" in extras
+        elif words[0] == "python":
+            assert Path(words[1]).name in test_examples.SAYS
+        else:
+            assert words[0] in ("pytest", "sphinx-build"), text
+            assert text in ci.replace("-build -q ", "-build ")
+
+
+def test_options_that_are_named_exist():
+    options = [option for command in cli.cli.commands.values() for option in command.params]
+    known = {name for option in options for name in (*option.opts, *option.secondary_opts)}
+    for page in PAGES:
+        named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", page.read_text(encoding="utf-8")))
+        assert named <= known | FOREIGN | {"--help"}, page
+
+
+def test_conditions_are_explained():
+    text = (DOCS / "howto/measure.md").read_text(encoding="utf-8")
+    assert all(f"`{metric}`" in text for metric in _UNITS)
+    for condition in re.findall(r"`'([^'`]+)'`", text):
+        Demand.parse(condition)
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory) -> Path:
+    """The files that the commands name, and what the first command leaves."""
+    folder = tmp_path_factory.mktemp("docs")
+    (folder / "mynets.py").write_text(MYNETS)
+    namespace: dict[str, Any] = {}
+    exec(MYNETS, namespace)  # noqa: S102
+    model = namespace["resnet20"]()
+    torch.save(model, folder / "model.pt")
+    torch.save(model, folder / "other.pt")
+    torch.save(model.state_dict(), folder / "checkpoint.pth")
+    random = np.random.default_rng(0)
+    for name, count in (("val", 64), ("train", 128)):
+        x = random.integers(0, 256, (count, 24, 24, 3), dtype=np.uint8)
+        with torch.no_grad():
+            y = model(torch.from_numpy(x).permute(0, 3, 1, 2) / 255).argmax(1).numpy()
+        np.savez(folder / f"{name}.npz", x=x, y=y)
+    (folder / "images").mkdir()
+    for index, image in enumerate(x[:64]):
+        Image.fromarray(image).save(folder / f"images/{index}.png")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setattr(sys, "path", list(sys.path))
+        call(next(iter(RUN)), *NONE)
+    for name in ("original", "converted"):
+        shutil.copy(folder / f"model-sepconvert/{name}.onnx", folder)
+    return folder
+
+
+def call(text: str, *more: str) -> None:
+    """A command in this process."""
+    cli.cli.main([*ALL[canonical(text)][1:], *more], prog_name="sepconvert", standalone_mode=False)
+
+
+@pytest.mark.parametrize("text", list(RUN)[1:])
+def test_commands_run(prepared, monkeypatch, capsys, text):
+    monkeypatch.chdir(prepared)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    options = parsed(ALL[canonical(text)])
+    force = ("--force",) if "force" in options else ()
+    out = () if options.get("out") or not force else ("--out", "again")
+    call(text, *RUN[text], *force, *out)
+    assert capsys.readouterr().out
+
+
+def test_the_first_command_leaves_what_is_promised(prepared):
+    promised = set()
+    for line in (DOCS / "quickstart.md").read_text(encoding="utf-8").splitlines():
+        if line.startswith("| `"):
+            promised |= set(re.findall(r"`([\w.]+)`", line.split("|")[1]))
+    assert {path.name for path in (prepared / "model-sepconvert").iterdir()} == promised
+    report = json.loads((prepared / "model-sepconvert/report.json").read_text(encoding="utf-8"))
+    assert {each["name"]: each["decision"] for each in report["layers"]} == {
+        "conv1": "kept",
+        "layer1.conv1": "converted",
+    }
+
+
+# Python -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def quick_convert() -> Callable[..., Any]:
+    """`sepconvert.convert` in little time; pages that ask for the same share the answer."""
+    known: dict[tuple[Any, ...], Any] = {}
+    defaults = {"runs": 2, "measure_seconds": 0.5, "threads": 1}
+
+    @functools.wraps(sepconvert.convert)
+    def convert(*arguments: Any, **options: Any) -> Any:
+        mode = options.pop("mode", arguments[2] if len(arguments) > 2 else "exact")
+        key = (mode, *sorted(options))
+        if key not in known:
+            known[key] = original(*arguments[:2], mode, **{**defaults, **options})
+        return known[key]
+
+    original = sepconvert.convert
+    return convert
+
+
+@pytest.fixture(scope="module")
+def names(prepared) -> dict[str, Any]:
+    """What the pages take for granted."""
+    model = torch.load(prepared / "model.pt", weights_only=False)
+    x = torch.rand(96, 3, 24, 24, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        y = model(x).argmax(1)
+    parts = (slice(0, 48), slice(48, 72), slice(72, 96))
+    loader, heldout, labelled = (DataLoader(TensorDataset(x[p], y[p]), batch_size=24) for p in parts)
+    return {
+        "model": model, "example_inputs": x[:1], "loader": loader, "train": loader, "heldout": heldout,
+        "labelled": labelled,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "page", [page for page in PAGES if fences(page, "python")], ids=lambda page: page.stem
+)
+def test_python_blocks_run(prepared, names, quick_convert, monkeypatch, page):
+    monkeypatch.chdir(prepared)
+    monkeypatch.setitem(vars(sepconvert), "convert", quick_convert)
+    names = {**names, "converted": names["model"]}
+    for block in fences(page, "python"):
+        exec(compile(block, str(page), "exec"), names)  # noqa: S102
+
+
+def test_docstring_examples():
+    """Wherever they stand; those who call `sepconvert` from Python find one for each of these."""
+    tests = [
+        test
+        for module in pkgutil.walk_packages(sepconvert.__path__, "sepconvert.")
+        if not module.name.endswith("__main__")
+        for test in doctest.DocTestFinder().find(importlib.import_module(module.name))
+        if test.examples
+    ]
+    assert {"convert", "inspect", "profile", "compare"} <= {test.name.rpartition(".")[2] for test in tests}
+    for test in tests:
+        said = io.StringIO()
+        assert doctest.DocTestRunner().run(test, out=said.write).failed == 0, said.getvalue()
+
+
+# Pages --------------------------------------------------------------------------------------------
+
+
+def test_every_public_name_is_in_the_reference():
+    text = (DOCS / "api.md").read_text(encoding="utf-8")
+    assert {*re.findall(r":: sepconvert\.(\w+)$", text, re.MULTILINE)} == {*sepconvert._PUBLIC}
+
+
+def test_every_example_is_shown():
+    text = (DOCS / "examples.md").read_text(encoding="utf-8")
+    shown = re.findall(r"{literalinclude} \.\./examples/(\S+)", text)
+    run = [Path(words[1]).name for words in commands(DOCS / "examples.md") if words[0] == "python"]
+    assert sorted(shown) == sorted(run) == sorted(test_examples.SAYS)
+
+
+def messages() -> Iterator[str]:
+    """Every text in the package, with … for what is filled in."""
+    for path in (ROOT / "sepconvert").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.JoinedStr):
+                yield "".join(str(p.value) if isinstance(p, ast.Constant) else "…" for p in node.values)
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                yield node.value
+
+
+def test_messages_are_quoted_as_they_are():
+    text = (DOCS / "troubleshooting.md").read_text(encoding="utf-8")
+    quoted = re.findall(r"^> `(.+)`$", text, re.MULTILINE)
+    quoted += re.findall(r"^\| `([^`]+)` \|", text.partition("## Other messages")[2], re.MULTILINE)
+    assert len(quoted) > 8
+    said = list(messages())
+    for message in quoted:
+        parts = [part.strip() for part in message.removeprefix("model.pt: ").split("…")]
+        pattern = re.compile(".*".join(re.escape(part) for part in parts), re.DOTALL)
+        assert any(pattern.search(each) for each in said), message
