@@ -8,7 +8,10 @@ import pytest
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 SAYS = {
-    "01_edges.py": "Sobel: [-1 -2 -1]ᵀ × [1 0 -1], 9 → 6 multiplications a pixel",
+    "01_edges.py": (
+        "Sobel: [-1 -2 -1]ᵀ × [1 0 -1], 9 → 6 multiplications a pixel, images differ by 0e+00",
+        "Laplacian: kept, no exact structure",
+    ),
     "02_depthwise_separable.py": "1,228,800 dense, 53,952 separable",
     "03_exact.py": "MACs: 2.04× fewer",
     "04_approx_finetune.py": "M = 1, 1 epochs: ",
@@ -37,6 +40,7 @@ def test_example(name: str, tmp_path: Path) -> None:
         capture_output=True, text=True, check=False, cwd=tmp_path,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert SAYS[name] in done.stdout
+    for said in [SAYS[name]] if isinstance(SAYS[name], str) else SAYS[name]:
+        assert said in done.stdout
     for figure in (each for each in ARGUMENTS.get(name, []) if each.endswith(".png")):
         assert (tmp_path / figure).stat().st_size > 10_000
