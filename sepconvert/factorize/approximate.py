@@ -36,9 +36,10 @@ _LEAST_IMPORTANCE = 0.5
 _SWEEPS = 60
 _ENOUGH = 5e-4  # stop when a sweep lowers the error by less than this share of it
 _NOTHING = 1e-6  # or of the outputs' power: fewer patches than unknowns are fitted without end
-# Multiply-adds of all sweeps of one fit, by which wide layers get fewer (512 → 512 channels, 3×3: about
-# five): most of what there is to gain comes with the first.
-_WORK, _FEWEST_SWEEPS = 1e11, 4
+# Multiply-adds of all sweeps of one fit, by which wide layers get fewer (a spatial pair of 256 → 256
+# channels, 3×3, rank 64: about 36; of 512 → 512: four): most of what there is to gain comes with the first,
+# and after 12 sweeps the error of a ResNet-9's layers was within 0.1 % of where it settles.
+_WORK, _FEWEST_SWEEPS = 5e10, 4
 _ROUNDING = 1e-15
 _CG_STEPS = 12
 _CG_ENOUGH = 1e-16  # share of the preconditioned residual's square
