@@ -285,6 +285,22 @@ READERS: dict[str, tuple[str, Callable[[Path], object]]] = {
 # Running -------------------------------------------------------------------------------------------
 
 
+def outcome_of(reader: Callable[[Path], object], path: Path) -> str:
+    """Either "read", "refused", or what must not be."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            reader(path)
+    except SepconvertError as error:
+        if len(str(error).splitlines()) > 2 or len(str(error)) > 3000:
+            return f"a message of {len(str(error))} characters: {str(error)[:200]!r}"
+        return "refused"
+    except BaseException as error:
+        last = traceback.extract_tb(error.__traceback__)[-1]
+        return f"{type(error).__name__}: {str(error)[:120]!r} at {Path(last.filename).name}:{last.lineno}"
+    return "read"
+
+
 def work(folder: Path, kind: str, numbers: list[int], seed: int, state: Any) -> None:
     """Run cases one after another; `state` tells the parent which, since when, and what went wrong."""
     os.chdir(folder)
@@ -308,20 +324,7 @@ def work(folder: Path, kind: str, numbers: list[int], seed: int, state: Any) -> 
         path.write_bytes(content)
         state["number"], state["since"] = number, time.monotonic()
         watched.update(on=True, found="")
-        outcome = "read"
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                reader(path)
-        except SepconvertError as error:
-            outcome = "refused"
-            if len(str(error).splitlines()) > 2 or len(str(error)) > 3000:
-                outcome = f"a message of {len(str(error))} characters: {str(error)[:200]!r}"
-        except BaseException as error:
-            last = traceback.extract_tb(error.__traceback__)[-1]
-            outcome = (
-                f"{type(error).__name__}: {str(error)[:120]!r} at {Path(last.filename).name}:{last.lineno}"
-            )
+        outcome = outcome_of(reader, path)
         watched["on"] = False
         if watched["found"] or (folder / "pwned").exists():
             outcome = f"it ran: {watched['found']}"
