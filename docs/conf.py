@@ -25,6 +25,9 @@ extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphin
 exclude_patterns = ["_build"]
 html_theme = "furo"
 html_show_sourcelink = False
+html_show_copyright = False
+html_static_path = ["_static"]
+html_css_files = ["words.css"]
 
 myst_enable_extensions = ["attrs_inline"]  # classes of images: one for light pages, one for dark ones
 myst_heading_anchors = 3

@@ -354,6 +354,12 @@ def test_every_public_name_is_in_the_reference():
     assert {*re.findall(r":: sepconvert\.(\w+)$", text, re.MULTILINE)} == {*sepconvert._PUBLIC}
 
 
+def test_every_command_is_in_the_reference():
+    text = (DOCS / "cli.md").read_text(encoding="utf-8")
+    (listed,) = re.findall(r":commands: (.*)", text)
+    assert {*listed.split(", ")} == {*cli.cli.commands}
+
+
 def test_every_example_is_shown():
     text = (DOCS / "examples.md").read_text(encoding="utf-8")
     shown = re.findall(r"{literalinclude} \.\./examples/(\S+)", text)
