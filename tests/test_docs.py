@@ -1,6 +1,8 @@
 """README and documentation say what is so: commands parse and run, Python blocks run, messages are ours."""
 
 import ast
+import contextlib
+import copy
 import doctest
 import functools
 import importlib
@@ -42,16 +44,16 @@ _FENCE = re.compile(r"^( *)```([^\n`]*)\n(.*?)^\1```$", re.MULTILINE | re.DOTALL
 SHORT = ("--runs", "3")
 NONE = ("--runs", "0")
 
-# Commands that run here, with what makes them quick. `prepared` has run the first of them.
+# Commands that run here, with what makes them quick. `prepared` has run the first two of them.
 RUN: dict[str, tuple[str, ...]] = {
-    "sepconvert model.pt --input-shape 3x224x224": (),
+    "sepconvert model.pt --input-shape 3x224x224": NONE,
+    "sepconvert checkpoint.pth --factory mynets.py:resnet20 --data val.npz --mean .485,.456,.406 "
+    "--std .229,.224,.225": NONE,
     "sepconvert inspect model.pt --input-shape 3x224x224": (),
     "sepconvert inspect checkpoint.pth --factory mynets.py:resnet20 --data val.npz": (),
     "sepconvert model.pt --input-shape 3x224x224 --dry-run": (),
     "sepconvert model.pt --mode approx --calib images/ --data val.npz --max-drop 1.0": NONE,
     "sepconvert model.pt --mode approx --calib train.npz --data val.npz --rank 2 --finetune 5": NONE,
-    "sepconvert checkpoint.pth --factory mynets.py:resnet20 --data val.npz --mean .485,.456,.406 "
-    "--std .229,.224,.225": NONE,
     "sepconvert profile model.pt --input-shape 3x224x224 --threads 1": SHORT,
     "sepconvert profile converted.onnx --batches 1,8,32 --out converted.json": SHORT,
     "sepconvert profile model-sepconvert/converted.onnx --threads 1": SHORT,
@@ -96,7 +98,8 @@ from torch import nn
 def resnet20():
     torch.manual_seed(0)
     mix = nn.Conv2d(16, 16, 3, padding=1)
-    mix.weight.data = torch.randn(16, 16, 1, 1) * torch.randn(1, 16, 3, 3) / 12
+    vertical, horizontal = torch.randn(2, 16, 3), torch.randn(16, 2, 3)
+    mix.weight.data = torch.einsum("rci,orj->ocij", vertical, horizontal) / 17
     return nn.Sequential(OrderedDict(
         conv1=nn.Conv2d(3, 16, 7, stride=4, padding=3), bn1=nn.BatchNorm2d(16), relu=nn.ReLU(),
         layer1=nn.Sequential(OrderedDict(conv1=mix, relu=nn.ReLU())),
@@ -228,7 +231,7 @@ def test_conditions_are_explained():
 
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory) -> Path:
-    """The files that the commands name, and what the first command leaves."""
+    """The files that the commands name, and what the first two commands leave."""
     folder = tmp_path_factory.mktemp("docs")
     (folder / "mynets.py").write_text(MYNETS)
     namespace: dict[str, Any] = {}
@@ -249,9 +252,10 @@ def prepared(tmp_path_factory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.setattr(sys, "path", list(sys.path))
-        call(next(iter(RUN)), *NONE)
+        for text in list(RUN)[:2]:
+            call(text, *RUN[text])
     for name in ("original", "converted"):
-        shutil.copy(folder / f"model-sepconvert/{name}.onnx", folder)
+        shutil.copy(folder / f"checkpoint-sepconvert/{name}.onnx", folder)
     return folder
 
 
@@ -260,14 +264,16 @@ def call(text: str, *more: str) -> None:
     cli.cli.main([*ALL[canonical(text)][1:], *more], prog_name="sepconvert", standalone_mode=False)
 
 
-@pytest.mark.parametrize("text", list(RUN)[1:])
+@pytest.mark.parametrize("text", list(RUN)[2:])
 def test_commands_run(prepared, monkeypatch, capsys, text):
     monkeypatch.chdir(prepared)
     monkeypatch.setattr(sys, "path", list(sys.path))
     options = parsed(ALL[canonical(text)])
     force = ("--force",) if "force" in options else ()
     out = () if options.get("out") or not force else ("--out", "again")
-    call(text, *RUN[text], *force, *out)
+    # Three runs of so small a network may find the one slower or not: both are answers.
+    with contextlib.suppress(*((sepconvert.DemandNotMetError,) if options.get("fail_if") else ())):
+        call(text, *RUN[text], *force, *out)
     assert capsys.readouterr().out
 
 
@@ -306,6 +312,22 @@ def quick_convert() -> Callable[..., Any]:
 
 
 @pytest.fixture(scope="module")
+def moved_finetune() -> Callable[..., Any]:
+    """`sepconvert.finetune` of a student that differs from its teacher, so that there is something to learn."""
+
+    @functools.wraps(sepconvert.finetune)
+    def finetune(student: torch.nn.Module, *arguments: Any, **options: Any) -> Any:
+        moved = copy.deepcopy(student)
+        with torch.no_grad():
+            for parameter in moved.parameters():
+                parameter.mul_(1.1)
+        return original(moved, *arguments, **options)
+
+    original = sepconvert.finetune
+    return finetune
+
+
+@pytest.fixture(scope="module")
 def names(prepared) -> dict[str, Any]:
     """What the pages take for granted."""
     model = torch.load(prepared / "model.pt", weights_only=False)
@@ -323,8 +345,9 @@ def names(prepared) -> dict[str, Any]:
 @pytest.mark.parametrize(
     "page", [page for page in PAGES if fences(page, "python")], ids=lambda page: page.stem
 )
-def test_python_blocks_run(prepared, names, quick_convert, monkeypatch, page):
+def test_python_blocks_run(prepared, names, quick_convert, moved_finetune, monkeypatch, page):
     monkeypatch.chdir(prepared)
+    monkeypatch.setitem(vars(sepconvert), "finetune", moved_finetune)
     monkeypatch.setitem(vars(sepconvert), "convert", quick_convert)
     names = {**names, "converted": names["model"]}
     for block in fences(page, "python"):
