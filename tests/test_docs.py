@@ -313,7 +313,7 @@ def quick_convert() -> Callable[..., Any]:
 
 @pytest.fixture(scope="module")
 def moved_finetune() -> Callable[..., Any]:
-    """`sepconvert.finetune` of a student that differs from its teacher, so that there is something to learn."""
+    """`sepconvert.finetune` of a student that has something to learn: it is moved away from its teacher."""
 
     @functools.wraps(sepconvert.finetune)
     def finetune(student: torch.nn.Module, *arguments: Any, **options: Any) -> Any:
