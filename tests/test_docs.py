@@ -102,7 +102,7 @@ def resnet20():
     mix.weight.data = torch.einsum("rci,orj->ocij", vertical, horizontal) / 17
     return nn.Sequential(OrderedDict(
         conv1=nn.Conv2d(3, 16, 7, stride=4, padding=3), bn1=nn.BatchNorm2d(16), relu=nn.ReLU(),
-        layer1=nn.Sequential(OrderedDict(conv1=mix, relu=nn.ReLU())),
+        layer1=nn.Sequential(OrderedDict(conv1=mix, relu=nn.ReLU(), conv2=nn.Conv2d(16, 16, 3, padding=1))),
         pool=nn.AdaptiveAvgPool2d(1), flat=nn.Flatten(), fc=nn.Linear(16, 10),
     )).eval()
 """
@@ -287,6 +287,7 @@ def test_the_first_command_leaves_what_is_promised(prepared):
     assert {each["name"]: each["decision"] for each in report["layers"]} == {
         "conv1": "kept",
         "layer1.conv1": "converted",
+        "layer1.conv2": "kept",
     }
 
 
