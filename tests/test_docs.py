@@ -52,8 +52,6 @@ RUN: dict[str, tuple[str, ...]] = {
     "sepconvert inspect model.pt --input-shape 3x224x224": (),
     "sepconvert inspect checkpoint.pth --factory mynets.py:resnet20 --data val.npz": (),
     "sepconvert model.pt --input-shape 3x224x224 --dry-run": (),
-    "sepconvert model.pt --mode approx --calib images/ --data val.npz --max-drop 1.0": NONE,
-    "sepconvert model.pt --mode approx --calib train.npz --data val.npz --rank 2 --finetune 5": NONE,
     "sepconvert profile model.pt --input-shape 3x224x224 --threads 1": SHORT,
     "sepconvert profile converted.onnx --batches 1,8,32 --out converted.json": SHORT,
     "sepconvert profile model-sepconvert/converted.onnx --threads 1": SHORT,
@@ -72,6 +70,10 @@ ELSEWHERE = {
     "sepconvert demo": "test_cli.py::test_demo",
     "sepconvert model.pt --mode auto --calib images/ --data val.npz --max-drop 1.0 --threads 1":
         "test_approx.py::test_auto_mode",
+    "sepconvert model.pt --mode approx --calib images/ --data val.npz --max-drop 1.0":
+        "test_approx.py::test_budgets",
+    "sepconvert model.pt --mode approx --calib train.npz --data val.npz --rank 2 --finetune 5":
+        "test_cli.py::test_fine_tuning_that_was_killed_is_resumed_to_the_same_weights",
     "sepconvert model.pt --mode auto --calib images/ --min-speedup 1.5":
         "test_search.py::test_the_least_divergence_that_is_fast_enough",
     "sepconvert model.pt --mode approx --calib train.npz --data val.npz --max-drop 0.5 "
@@ -298,7 +300,7 @@ def test_the_first_command_leaves_what_is_promised(prepared):
 def quick_convert() -> Callable[..., Any]:
     """`sepconvert.convert` in little time; pages that ask for the same share the answer."""
     known: dict[tuple[Any, ...], Any] = {}
-    defaults = {"runs": 2, "measure_seconds": 0.5, "threads": 1}
+    defaults = {"runs": 0, "measure_seconds": 0.0, "threads": 1, "calib_images": 32}
 
     @functools.wraps(sepconvert.convert)
     def convert(*arguments: Any, **options: Any) -> Any:
@@ -310,6 +312,21 @@ def quick_convert() -> Callable[..., Any]:
 
     original = sepconvert.convert
     return convert
+
+
+@pytest.fixture(scope="module")
+def quick_profile() -> Callable[..., Any]:
+    """`sepconvert.profile`, once for each model."""
+    known: dict[int, Any] = {}
+
+    @functools.wraps(sepconvert.profile)
+    def profile(model: torch.nn.Module, *arguments: Any, **options: Any) -> Any:
+        if id(model) not in known:
+            known[id(model)] = original(model, *arguments, **{"runs": 3, **options})
+        return known[id(model)]
+
+    original = sepconvert.profile
+    return profile
 
 
 @pytest.fixture(scope="module")
@@ -326,6 +343,12 @@ def moved_finetune() -> Callable[..., Any]:
 
     original = sepconvert.finetune
     return finetune
+
+
+@pytest.fixture(scope="module")
+def stand_ins(quick_convert, quick_profile, moved_finetune) -> dict[str, Callable[..., Any]]:
+    """The package's functions, made quick."""
+    return {"convert": quick_convert, "profile": quick_profile, "finetune": moved_finetune}
 
 
 @pytest.fixture(scope="module")
@@ -346,10 +369,10 @@ def names(prepared) -> dict[str, Any]:
 @pytest.mark.parametrize(
     "page", [page for page in PAGES if fences(page, "python")], ids=lambda page: page.stem
 )
-def test_python_blocks_run(prepared, names, quick_convert, moved_finetune, monkeypatch, page):
+def test_python_blocks_run(prepared, names, stand_ins, monkeypatch, page):
     monkeypatch.chdir(prepared)
-    monkeypatch.setitem(vars(sepconvert), "finetune", moved_finetune)
-    monkeypatch.setitem(vars(sepconvert), "convert", quick_convert)
+    for name, function in stand_ins.items():
+        monkeypatch.setitem(vars(sepconvert), name, function)
     names = {**names, "converted": names["model"]}
     for block in fences(page, "python"):
         exec(compile(block, str(page), "exec"), names)  # noqa: S102
