@@ -1,6 +1,8 @@
 """README and documentation say what is so: commands parse and run, Python blocks run, messages are ours."""
 
 import ast
+import contextlib
+import copy
 import doctest
 import functools
 import importlib
@@ -42,16 +44,14 @@ _FENCE = re.compile(r"^( *)```([^\n`]*)\n(.*?)^\1```$", re.MULTILINE | re.DOTALL
 SHORT = ("--runs", "3")
 NONE = ("--runs", "0")
 
-# Commands that run here, with what makes them quick. `prepared` has run the first of them.
+# Commands that run here, with what makes them quick. `prepared` has run the first two of them.
 RUN: dict[str, tuple[str, ...]] = {
-    "sepconvert model.pt --input-shape 3x224x224": (),
+    "sepconvert model.pt --input-shape 3x224x224": NONE,
+    "sepconvert checkpoint.pth --factory mynets.py:resnet20 --data val.npz --mean .485,.456,.406 "
+    "--std .229,.224,.225": NONE,
     "sepconvert inspect model.pt --input-shape 3x224x224": (),
     "sepconvert inspect checkpoint.pth --factory mynets.py:resnet20 --data val.npz": (),
     "sepconvert model.pt --input-shape 3x224x224 --dry-run": (),
-    "sepconvert model.pt --mode approx --calib images/ --data val.npz --max-drop 1.0": NONE,
-    "sepconvert model.pt --mode approx --calib train.npz --data val.npz --rank 2 --finetune 5": NONE,
-    "sepconvert checkpoint.pth --factory mynets.py:resnet20 --data val.npz --mean .485,.456,.406 "
-    "--std .229,.224,.225": NONE,
     "sepconvert profile model.pt --input-shape 3x224x224 --threads 1": SHORT,
     "sepconvert profile converted.onnx --batches 1,8,32 --out converted.json": SHORT,
     "sepconvert profile model-sepconvert/converted.onnx --threads 1": SHORT,
@@ -70,6 +70,10 @@ ELSEWHERE = {
     "sepconvert demo": "test_cli.py::test_demo",
     "sepconvert model.pt --mode auto --calib images/ --data val.npz --max-drop 1.0 --threads 1":
         "test_approx.py::test_auto_mode",
+    "sepconvert model.pt --mode approx --calib images/ --data val.npz --max-drop 1.0":
+        "test_approx.py::test_budgets",
+    "sepconvert model.pt --mode approx --calib train.npz --data val.npz --rank 2 --finetune 5":
+        "test_cli.py::test_fine_tuning_that_was_killed_is_resumed_to_the_same_weights",
     "sepconvert model.pt --mode auto --calib images/ --min-speedup 1.5":
         "test_search.py::test_the_least_divergence_that_is_fast_enough",
     "sepconvert model.pt --mode approx --calib train.npz --data val.npz --max-drop 0.5 "
@@ -96,10 +100,11 @@ from torch import nn
 def resnet20():
     torch.manual_seed(0)
     mix = nn.Conv2d(16, 16, 3, padding=1)
-    mix.weight.data = torch.randn(16, 16, 1, 1) * torch.randn(1, 16, 3, 3) / 12
+    vertical, horizontal = torch.randn(2, 16, 3), torch.randn(16, 2, 3)
+    mix.weight.data = torch.einsum("rci,orj->ocij", vertical, horizontal) / 17
     return nn.Sequential(OrderedDict(
         conv1=nn.Conv2d(3, 16, 7, stride=4, padding=3), bn1=nn.BatchNorm2d(16), relu=nn.ReLU(),
-        layer1=nn.Sequential(OrderedDict(conv1=mix, relu=nn.ReLU())),
+        layer1=nn.Sequential(OrderedDict(conv1=mix, relu=nn.ReLU(), conv2=nn.Conv2d(16, 16, 3, padding=1))),
         pool=nn.AdaptiveAvgPool2d(1), flat=nn.Flatten(), fc=nn.Linear(16, 10),
     )).eval()
 """
@@ -228,7 +233,7 @@ def test_conditions_are_explained():
 
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory) -> Path:
-    """The files that the commands name, and what the first command leaves."""
+    """The files that the commands name, and what the first two commands leave."""
     folder = tmp_path_factory.mktemp("docs")
     (folder / "mynets.py").write_text(MYNETS)
     namespace: dict[str, Any] = {}
@@ -249,9 +254,10 @@ def prepared(tmp_path_factory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.setattr(sys, "path", list(sys.path))
-        call(next(iter(RUN)), *NONE)
+        for text in list(RUN)[:2]:
+            call(text, *RUN[text])
     for name in ("original", "converted"):
-        shutil.copy(folder / f"model-sepconvert/{name}.onnx", folder)
+        shutil.copy(folder / f"checkpoint-sepconvert/{name}.onnx", folder)
     return folder
 
 
@@ -260,14 +266,16 @@ def call(text: str, *more: str) -> None:
     cli.cli.main([*ALL[canonical(text)][1:], *more], prog_name="sepconvert", standalone_mode=False)
 
 
-@pytest.mark.parametrize("text", list(RUN)[1:])
+@pytest.mark.parametrize("text", list(RUN)[2:])
 def test_commands_run(prepared, monkeypatch, capsys, text):
     monkeypatch.chdir(prepared)
     monkeypatch.setattr(sys, "path", list(sys.path))
     options = parsed(ALL[canonical(text)])
     force = ("--force",) if "force" in options else ()
     out = () if options.get("out") or not force else ("--out", "again")
-    call(text, *RUN[text], *force, *out)
+    # Three runs of so small a network may find the one slower or not: both are answers.
+    with contextlib.suppress(*((sepconvert.DemandNotMetError,) if options.get("fail_if") else ())):
+        call(text, *RUN[text], *force, *out)
     assert capsys.readouterr().out
 
 
@@ -281,6 +289,7 @@ def test_the_first_command_leaves_what_is_promised(prepared):
     assert {each["name"]: each["decision"] for each in report["layers"]} == {
         "conv1": "kept",
         "layer1.conv1": "converted",
+        "layer1.conv2": "kept",
     }
 
 
@@ -291,7 +300,7 @@ def test_the_first_command_leaves_what_is_promised(prepared):
 def quick_convert() -> Callable[..., Any]:
     """`sepconvert.convert` in little time; pages that ask for the same share the answer."""
     known: dict[tuple[Any, ...], Any] = {}
-    defaults = {"runs": 2, "measure_seconds": 0.5, "threads": 1}
+    defaults = {"runs": 0, "measure_seconds": 0.0, "threads": 1, "calib_images": 32}
 
     @functools.wraps(sepconvert.convert)
     def convert(*arguments: Any, **options: Any) -> Any:
@@ -303,6 +312,43 @@ def quick_convert() -> Callable[..., Any]:
 
     original = sepconvert.convert
     return convert
+
+
+@pytest.fixture(scope="module")
+def quick_profile() -> Callable[..., Any]:
+    """`sepconvert.profile`, once for each model."""
+    known: dict[int, Any] = {}
+
+    @functools.wraps(sepconvert.profile)
+    def profile(model: torch.nn.Module, *arguments: Any, **options: Any) -> Any:
+        if id(model) not in known:
+            known[id(model)] = original(model, *arguments, **{"runs": 3, **options})
+        return known[id(model)]
+
+    original = sepconvert.profile
+    return profile
+
+
+@pytest.fixture(scope="module")
+def moved_finetune() -> Callable[..., Any]:
+    """`sepconvert.finetune` of a student that has something to learn: it is moved away from its teacher."""
+
+    @functools.wraps(sepconvert.finetune)
+    def finetune(student: torch.nn.Module, *arguments: Any, **options: Any) -> Any:
+        moved = copy.deepcopy(student)
+        with torch.no_grad():
+            for parameter in moved.parameters():
+                parameter.mul_(1.1)
+        return original(moved, *arguments, **options)
+
+    original = sepconvert.finetune
+    return finetune
+
+
+@pytest.fixture(scope="module")
+def stand_ins(quick_convert, quick_profile, moved_finetune) -> dict[str, Callable[..., Any]]:
+    """The package's functions, made quick."""
+    return {"convert": quick_convert, "profile": quick_profile, "finetune": moved_finetune}
 
 
 @pytest.fixture(scope="module")
@@ -323,9 +369,10 @@ def names(prepared) -> dict[str, Any]:
 @pytest.mark.parametrize(
     "page", [page for page in PAGES if fences(page, "python")], ids=lambda page: page.stem
 )
-def test_python_blocks_run(prepared, names, quick_convert, monkeypatch, page):
+def test_python_blocks_run(prepared, names, stand_ins, monkeypatch, page):
     monkeypatch.chdir(prepared)
-    monkeypatch.setitem(vars(sepconvert), "convert", quick_convert)
+    for name, function in stand_ins.items():
+        monkeypatch.setitem(vars(sepconvert), name, function)
     names = {**names, "converted": names["model"]}
     for block in fences(page, "python"):
         exec(compile(block, str(page), "exec"), names)  # noqa: S102
