@@ -24,6 +24,19 @@ class ExportError(SepconvertError):
     """Torch's exporters cannot translate a model; the model itself is as good as it was."""
 
 
+_MOST_QUOTED, _MOST_OF_A_VALUE = 400, 80
+
+
 def first_line(error: BaseException) -> str:
     """The first line of a foreign error's message, to quote in a message of ours that is one line long."""
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    line = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    return _cut(line, _MOST_QUOTED)
+
+
+def quoted(value: object) -> str:
+    """A value that was not expected, or the beginning of it."""
+    return _cut(repr(value), _MOST_OF_A_VALUE)
+
+
+def _cut(text: str, most: int) -> str:
+    return text if len(text) <= most else f"{text[: most - 1]}…"

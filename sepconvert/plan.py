@@ -9,7 +9,7 @@ from pathlib import Path
 from types import NoneType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from sepconvert.errors import SepconvertError
+from sepconvert.errors import SepconvertError, first_line, quoted
 from sepconvert.factorize.border import Border
 from sepconvert.factorize.exact import ZERO_BORDER, Analysis, Factorization, Finding, factorize
 from sepconvert.factorize.structures import FORMS
@@ -94,7 +94,7 @@ def read_plan(source: Path | Mapping[str, Any]) -> ConversionPlan:
         document = source
     if not isinstance(document, Mapping) or document.get("schema") != SCHEMA:
         found = document.get("schema") if isinstance(document, Mapping) else type(document).__name__
-        raise SepconvertError(f"{where}: expected schema {SCHEMA!r}, got {found!r}; make the plan anew")
+        raise SepconvertError(f"{where}: expected schema {SCHEMA!r}, got {quoted(found)}; make the plan anew")
     if CHECKSUM in document and not is_intact(document):
         raise SepconvertError(
             f"{where}: is not as it was written (its checksum differs); copy it again, or, if you have "
@@ -108,7 +108,9 @@ def read_plan(source: Path | Mapping[str, Any]) -> ConversionPlan:
         if not -(2**63) <= plan.seed < 2**63 or not all(n > 0 for shape in plan.input_shapes for n in shape):
             raise ValueError("a seed or an input shape is out of range")
     except (TypeError, ValueError) as error:
-        raise SepconvertError(f"{where}: not a valid plan: {error}; make the plan anew") from error
+        raise SepconvertError(
+            f"{where}: not a valid plan: {first_line(error)}; make the plan anew"
+        ) from error
     return plan
 
 

@@ -13,7 +13,7 @@ import numpy.typing as npt
 from torch import Tensor, nn
 
 from sepconvert.environment import Runtime, available_cores
-from sepconvert.errors import SepconvertError, first_line
+from sepconvert.errors import SepconvertError, first_line, quoted
 from sepconvert.export import cast, onnx_feed, onnx_sizes, read_onnx, runtime_dtype, save_onnx
 from sepconvert.measure.accuracy import Accuracy, evaluate
 from sepconvert.measure.cost import count
@@ -172,7 +172,7 @@ def read_profile(path: Path) -> StoredProfile:
         document = json.loads(path.read_text(encoding="utf-8"), parse_constant=_no_number)
         if document["schema"] != SCHEMA:
             raise SepconvertError(
-                f"{path}: expected schema {SCHEMA!r}, got {document['schema']!r}; make it anew with this"
+                f"{path}: expected schema {SCHEMA!r}, got {quoted(document['schema'])}; make it anew with this"
                 " version"
             )
         return StoredProfile(
@@ -185,7 +185,7 @@ def read_profile(path: Path) -> StoredProfile:
         raise SepconvertError(f"{path}: cannot be read: {error.strerror}; check the path") from error
     except KeyError as error:
         raise SepconvertError(
-            f"{path}: lacks the key {error}; make it anew with `sepconvert profile`"
+            f"{path}: lacks the key {first_line(error)}; make it anew with `sepconvert profile`"
         ) from error
     except (ValueError, TypeError, AttributeError) as error:
         raise SepconvertError(
@@ -222,7 +222,7 @@ def _profile(document: Mapping[str, Any]) -> Profile:
 def _interval(latency: Mapping[str, Any]) -> Interval:
     low, high = (_number(bound, "ci95") for bound in latency["ci95"])
     if not low <= latency["median"] <= high:
-        raise ValueError(f"ci95: expected an interval around the median, got {latency['ci95']}")
+        raise ValueError(f"ci95: expected an interval around the median, got {quoted(latency['ci95'])}")
     return Interval(low, high)
 
 
@@ -233,21 +233,21 @@ def _no_number(name: str) -> None:
 def _quantiles(values: Sequence[Any]) -> tuple[float, ...]:
     found = tuple(_number(value, "quantiles") for value in values)
     if len(found) != 21 or list(found) != sorted(found):
-        raise ValueError(f"quantiles: expected 21 rising numbers, got {values}")
+        raise ValueError(f"quantiles: expected 21 rising numbers, got {quoted(values)}")
     return found
 
 
 def _count(document: Mapping[str, Any], name: str, least: int = 0) -> int:
     value = document[name]
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise ValueError(f"{name}: expected a whole number from {least}, got {value!r}")
+        raise ValueError(f"{name}: expected a whole number from {least}, got {quoted(value)}")
     return value
 
 
 def _number(value: Any, name: str, most: float = math.inf) -> float:
     if not isinstance(value, int | float) or not 0 <= value <= most or math.isinf(value):
         raise ValueError(
-            f"{name}: expected a number from 0{'' if math.isinf(most) else f' to {most:g}'}, got {value!r}"
+            f"{name}: expected a number from 0{'' if math.isinf(most) else f' to {most:g}'}, got {quoted(value)}"
         )
     return float(value)
 
