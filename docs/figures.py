@@ -48,9 +48,13 @@ class Theme:
     ink: str
     faint: str
     paper: str
+    blue: str  # of lines and points
 
 
-THEMES = {"light": Theme("#1f2328", "#8a9199", "#ffffff"), "dark": Theme("#e3e6ea", "#8b929a", "#131416")}
+THEMES = {
+    "light": Theme("#1f2328", "#8a9199", "#ffffff", BLUE),
+    "dark": Theme("#e3e6ea", "#8b929a", "#131416", "#56B4E9"),
+}
 
 
 def make(folder: Path) -> None:
@@ -155,7 +159,7 @@ def draw_kernels(figure: Figure, found: Sequence[RankOne], theme: Theme) -> None
         column.set_xlim(-0.75, 0.75)
         row.set_ylim(1.5, -1.5)
         numbers = np.arange(1, 4)
-        bars.bar(numbers, each.values, color=[BLUE, ORANGE, ORANGE], width=0.6)
+        bars.bar(numbers, each.values, color=[theme.blue, ORANGE, ORANGE], width=0.6)
         for number, value in zip(numbers, each.values, strict=True):
             bars.text(number, value + 0.03, f"{value:.2f}" if value > 1e-6 else "0", ha="center", va="bottom")
         bars.set_ylim(0, 1.3)
@@ -197,7 +201,7 @@ def draw_spectra(figure: Figure, found: dict[str, Finding], theme: Theme) -> Non
     figure.set_size_inches(8, 3.8)
     axes = figure.subplots()
     places = {True: (60, 2e-8), False: (60, 0.13)}  # of names, beside the points that they name
-    for (name, each), colour, marker in zip(found.items(), (BLUE, ORANGE), "os", strict=True):
+    for (name, each), colour, marker in zip(found.items(), (theme.blue, ORANGE), "os", strict=True):
         numbers = np.arange(1, len(each.spectrum) + 1)
         axes.semilogy(numbers, each.spectrum, marker, color=colour, markersize=4)
         kind = "it separates" if each.holds else "it does not separate"
@@ -410,7 +414,7 @@ def draw_forms(figure: Figure, found: dict[str, list[FormOf]], theme: Theme) -> 
     """Errors and time against MACs."""
     figure.set_size_inches(9.6, 3.9)
     kernel, outputs, clock = figure.subplots(1, 3)
-    styles = {SPATIAL: (BLUE, "o-"), DEPTHWISE: (ORANGE, "s--")}
+    styles = {SPATIAL: (theme.blue, "o-"), DEPTHWISE: (ORANGE, "s--")}
     for scheme, forms in found.items():
         colour, style = styles[scheme]
         macs = [100 * each.macs for each in forms]
