@@ -336,7 +336,8 @@ def demo(**options: Any) -> None:
         scored, shown = evaluation_data(), draw(_DEMO_IMAGES, _DEMO_SEED)
         x, y = to_input(scored.x), torch.from_numpy(scored.y)
         data = DataLoader(TensorDataset(x, y), batch_size=256)
-        calib = DataLoader(TensorDataset(to_input(shown.x), torch.full((len(shown.x),), -1)), _STEP)
+        unlabelled = TensorDataset(to_input(shown.x), torch.full((len(shown.x),), -1))
+        calib: DataLoader[Any] = DataLoader(unlabelled, _STEP)
         reports = {}
         for mode, (_, keywords) in _DEMO.items():
             place = folder / mode

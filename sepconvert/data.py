@@ -229,6 +229,8 @@ def _read_npz(path: Path, preprocess: Preprocess, labelled: bool) -> _Samples:
             cause = "it is no archive of numeric arrays"
         raise SepconvertError(f"{path}: cannot be read ({cause}); {expected}") from error
     x = arrays[0]
+    if not all(isinstance(each, np.ndarray) for each in arrays):
+        raise SepconvertError(f"{path}: holds members that are no arrays; {expected}")
     if x.ndim != 4 or 0 in x.shape or not (x.dtype == np.uint8 or np.issubdtype(x.dtype, np.floating)):
         raise SepconvertError(f"{path}: x is {x.dtype} of shape {x.shape}; {expected}")
     labels = _labels(arrays[1], path) if labelled else torch.full((len(x),), UNLABELLED)

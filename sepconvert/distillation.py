@@ -621,7 +621,8 @@ class _Run:
             labels += float((y != UNLABELLED).sum())
             for index, model in enumerate(candidates):
                 actual = outputs(model, x)
-                divergences[index] += len(x) * float(divergence(expected, actual))
+                # Of equal answers rounding makes it a little less than nothing.
+                divergences[index] += len(x) * max(float(divergence(expected, actual)), 0.0)
                 losses[index] += len(x) * float(divergence(expected, actual, self.temperature))
                 if self.labelled:
                     losses[index] += float(_label_loss(actual, y))

@@ -172,8 +172,8 @@ def read_profile(path: Path) -> StoredProfile:
         document = json.loads(path.read_text(encoding="utf-8"), parse_constant=_no_number)
         if document["schema"] != SCHEMA:
             raise SepconvertError(
-                f"{path}: expected schema {SCHEMA!r}, got {quoted(document['schema'])}; make it anew with this"
-                " version"
+                f"{path}: expected schema {SCHEMA!r}, got {quoted(document['schema'])}; make it anew with "
+                "this version"
             )
         return StoredProfile(
             _profile(document),
@@ -246,9 +246,8 @@ def _count(document: Mapping[str, Any], name: str, least: int = 0) -> int:
 
 def _number(value: Any, name: str, most: float = math.inf) -> float:
     if not isinstance(value, int | float) or not 0 <= value <= most or math.isinf(value):
-        raise ValueError(
-            f"{name}: expected a number from 0{'' if math.isinf(most) else f' to {most:g}'}, got {quoted(value)}"
-        )
+        bounds = "from 0" if math.isinf(most) else f"from 0 to {most:g}"
+        raise ValueError(f"{name}: expected a number {bounds}, got {quoted(value)}")
     return float(value)
 
 

@@ -403,6 +403,21 @@ def test_bad_input_is_named(options, message):
     assert "\n" not in str(caught.value)
 
 
+def test_a_student_that_equals_its_teacher_stays_what_it_is():
+    teacher = network()
+    for seed in range(6):  # divergences of equal answers are rounding, of either sign
+        found = finetune(
+            copy.deepcopy(teacher),
+            teacher,
+            loader(seed=seed),
+            loader(seed=seed + 10),
+            epochs=1,
+            labelled=False,
+        )
+        assert 0 <= found.delivered.divergence < 1e-6
+        assert_same(found.model, teacher)
+
+
 # Checkpoints ---------------------------------------------------------------------------------------
 
 

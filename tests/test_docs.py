@@ -2,7 +2,6 @@
 
 import ast
 import contextlib
-import copy
 import doctest
 import functools
 import importlib
@@ -330,25 +329,9 @@ def quick_profile() -> Callable[..., Any]:
 
 
 @pytest.fixture(scope="module")
-def moved_finetune() -> Callable[..., Any]:
-    """`sepconvert.finetune` of a student that has something to learn: it is moved away from its teacher."""
-
-    @functools.wraps(sepconvert.finetune)
-    def finetune(student: torch.nn.Module, *arguments: Any, **options: Any) -> Any:
-        moved = copy.deepcopy(student)
-        with torch.no_grad():
-            for parameter in moved.parameters():
-                parameter.mul_(1.1)
-        return original(moved, *arguments, **options)
-
-    original = sepconvert.finetune
-    return finetune
-
-
-@pytest.fixture(scope="module")
-def stand_ins(quick_convert, quick_profile, moved_finetune) -> dict[str, Callable[..., Any]]:
+def stand_ins(quick_convert, quick_profile) -> dict[str, Callable[..., Any]]:
     """The package's functions, made quick."""
-    return {"convert": quick_convert, "profile": quick_profile, "finetune": moved_finetune}
+    return {"convert": quick_convert, "profile": quick_profile}
 
 
 @pytest.fixture(scope="module")
