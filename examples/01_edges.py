@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import sepconvert
 
-PHOTO = torch.from_numpy(camera()).float()[None, None] / 255
+PHOTO = torch.from_numpy(camera()).float()[None, None]  # whole numbers, of which sums are exact
 FILTERS = {
     "Sobel": [[-1.0, 0, 1], [-2, 0, 2], [-1, 0, 1]],
     "Gaussian": [[1 / 16, 1 / 8, 1 / 16], [1 / 8, 1 / 4, 1 / 8], [1 / 16, 1 / 8, 1 / 16]],

@@ -1,6 +1,6 @@
 """The fastest network within a budget of accuracy, by what is measured on this machine.
 
-    python examples/05_auto_budget.py [--max-drop 1.0] [--images 1000]
+    python examples/05_auto_budget.py [--max-drop 1.0] [--images 1000] [--seconds 30]
 
 Every layer gets the structure that brings most time for least error, or stays as it is. The curve shows what
 other budgets would bring.
@@ -25,11 +25,12 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--max-drop", type=float, default=1.0, metavar="PP")
     parser.add_argument("--images", type=int, default=1000, help="to fit to; as many others are scored")
+    parser.add_argument("--seconds", type=float, default=30, help="to time layers for")
     options = parser.parse_args()
     data, calib = loader(evaluation_data(options.images)), loader(draw(options.images, seed=1))
     result = sepconvert.convert(
         load(), next(iter(data))[0][:1], "auto", max_drop=options.max_drop, calib=calib, data=data,
-        threads=1, measure_seconds=30, runs=20,
+        threads=1, measure_seconds=options.seconds, runs=20,
     )  # fmt: skip
     print(curve_table(result.report["approximation"]["curve"]))
     delta = result.report["delta"]

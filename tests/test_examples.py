@@ -23,9 +23,9 @@ SAYS = {
 }
 # Less of what takes time.
 ARGUMENTS = {
-    "04_approx_finetune.py": ["--ranks", "1", "--images", "200", "--epochs", "1", "--figure", "few.png"],
-    "05_auto_budget.py": ["--images", "200", "--max-drop", "5"],
-    "06_own_training_loop.py": ["--images", "200", "--epochs", "1"],
+    "04_approx_finetune.py": ["--ranks", "1", "--images", "100", "--epochs", "1", "--figure", "few.png"],
+    "05_auto_budget.py": ["--images", "100", "--max-drop", "5", "--seconds", "2"],
+    "06_own_training_loop.py": ["--images", "100", "--epochs", "1"],
 }
 
 
