@@ -4,6 +4,10 @@ import os
 # kernel are wrong (oneDNN pull request 5568).
 os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE")
 
+# Two workers on two cores: a thread for each, also for the processes that tests start.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import numpy as np
 import pytest
 import torch
