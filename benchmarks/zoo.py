@@ -329,7 +329,8 @@ def _run_onnx(path: Path, images: Tensor) -> list[Tensor]:
 
 
 def _run_archive(path: Path, images: Tensor) -> list[Tensor]:
-    return answers(torch.export.load(path).module()(images))
+    with torch.no_grad():
+        return answers(torch.export.load(path).module()(images))
 
 
 # Commands ------------------------------------------------------------------------------------------

@@ -173,7 +173,7 @@ def draw_kernels(figure: Figure, found: Sequence[RankOne], theme: Theme) -> None
 
 def _matrix(axes: Axes, values: Tensor, largest: float) -> None:
     """Numbers on colours: blue below nothing, red above."""
-    axes.imshow(values, cmap="RdBu_r", vmin=-1.6 * largest, vmax=1.6 * largest)
+    axes.imshow(values.numpy(), cmap="RdBu_r", vmin=-1.6 * largest, vmax=1.6 * largest)
     for (row, column), value in np.ndenumerate(values.numpy()):
         nearest = round(float(value))
         text = str(nearest) if abs(value - nearest) < 1e-6 else f"{value:.2f}"

@@ -32,7 +32,7 @@ def main() -> None:
     parser.add_argument("--figure", help="draw accuracy against parameters")
     options = parser.parse_args()
     model, image = load(), to_input(evaluation_data(1).x)
-    data = loader(evaluation_data(2000), labelled=True)
+    data = loader(evaluation_data(options.images), labelled=True)
     calib = loader(draw(options.images, seed=1), labelled=False)
 
     rows = []

@@ -26,7 +26,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.manual_seed(0)
     original = load()
-    drawn, scored = draw(options.images, seed=1), evaluation_data()
+    drawn, scored = draw(options.images, seed=1), evaluation_data(options.images)
     images, labels = to_input(drawn.x), torch.from_numpy(drawn.y)
     unseen, truth = to_input(scored.x), torch.from_numpy(scored.y)
     calib = DataLoader(TensorDataset(images, labels), batch_size=64)

@@ -90,7 +90,7 @@ _DEMO: Mapping[str, tuple[str, Mapping[str, Any]]] = {
         {"max_drop": 1.0},
     ),
 }
-_DEMO_IMAGES, _DEMO_SEED, _DEMO_SECONDS = 1024, 11, 30.0
+_DEMO_SCORED, _DEMO_IMAGES, _DEMO_SEED, _DEMO_SECONDS = 2000, 1024, 11, 30.0
 
 _LINE_EVERY = 10.0  # seconds between lines that show progress where there is no terminal
 
@@ -333,7 +333,7 @@ def demo(**options: Any) -> None:
 
     out, told = options["out"] or Path("demo-sepconvert"), []
     with _quietly(), _result_directory(options, out) as folder:
-        scored, shown = evaluation_data(), draw(_DEMO_IMAGES, _DEMO_SEED)
+        scored, shown = evaluation_data(_DEMO_SCORED), draw(_DEMO_IMAGES, _DEMO_SEED)
         x, y = to_input(scored.x), torch.from_numpy(scored.y)
         data = DataLoader(TensorDataset(x, y), batch_size=256)
         unlabelled = TensorDataset(to_input(shown.x), torch.full((len(shown.x),), -1))

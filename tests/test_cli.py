@@ -668,6 +668,7 @@ def test_a_missing_part_of_the_plan_is_named(here, run, plan, name):
 
 def test_demo(here, run, monkeypatch):
     monkeypatch.setattr(commands, "_DEMO_IMAGES", 128)
+    monkeypatch.setattr(commands, "_DEMO_SCORED", 400)
     monkeypatch.setattr(commands, "_DEMO_SECONDS", 3.0)
     outcome = run("demo", "--runs", "3", "--quiet")
     assert outcome.code == 0

@@ -19,10 +19,13 @@ _SHOWN = 4
 
 
 def risks(document: Mapping[str, Any]) -> list[str]:
-    """Warnings, each a sentence, from a report document; none in exact mode, or where accuracy was kept."""
+    """Warnings, each a sentence, from a report document; none in exact mode, or where accuracy was kept.
+
+    Of fits to the weights alone nothing is said: another warning says that they destroy a network.
+    """
     found, drop = document["approximation"], document["delta"]["accuracy_drop_pp"]
     layers = [layer for layer in document["layers"] if layer["decision"] == "converted"]
-    if found is None or not layers:
+    if found is None or found["calibration"] is None or not layers:
         return []
     if drop is not None:
         low, high = drop["ci95"]

@@ -36,6 +36,12 @@ def test_a_plan_that_keeps_accuracy_is_not_warned_of(document, approximate, risk
     assert risks(document) == risks(approximate) == risks(risky) == []
 
 
+def test_fits_to_weights_alone_have_a_warning_of_their_own(risky):
+    layer(risky)["output_error"] = 0.9
+    risky["approximation"]["calibration"] = None
+    assert risks(risky) == []
+
+
 def test_predictions_that_change_on_images_held_out(risky):
     risky["approximation"]["steps"][1]["agreement"] = 0.949
     (warning,) = risks(risky)
