@@ -26,7 +26,6 @@ from sepconvert.approximation import (
     depthwise_obstacle,
     explain,
     macs_of,
-    obstacle,
     params_of,
     replacement,
     restored,
@@ -384,7 +383,9 @@ def _obstacles(
         if not selected(site.name, include, exclude):
             reason: str | None = "not selected"
         else:
-            reason = obstacle(site)
+            reason = site.obstacle
+            if reason is None and site.params == 0 and (mode == "approx" or not _exact_forms(site)):
+                reason = "its filters are fixed: exact forms alone may take their place"
             if reason is None and mode == "approx":
                 reason = depthwise_obstacle(site, named=bool(include))
             reason = reason or in_graph(site.owner)
@@ -429,11 +430,17 @@ def _forms(site: ConvSite, mode: str, rank: int | None) -> list[Form]:
     if mode == "approx":
         return depthwise_forms(spec, rank)
     # Ranks at which it has a form exactly are as good as any that are on the grid.
-    exact: list[Form] = []
-    if may_separate(spec, site.dense.weight):
-        held = analyse(spec, site.dense.weight, site.sizes).holding()
-        exact = [(each.scheme, each.rank) for each in held if each.scheme in FORMS and each.rank]
-    return list(dict.fromkeys([*all_forms(spec), *exact]))
+    exact = _exact_forms(site)
+    return exact if site.params == 0 else list(dict.fromkeys([*all_forms(spec), *exact]))
+
+
+def _exact_forms(site: ConvSite) -> list[Form]:
+    """Those that a kernel has, whatever the data."""
+    spec, weight = site.dense.spec, site.dense.weight
+    if not may_separate(spec, weight):
+        return []
+    held = analyse(spec, weight, site.sizes).holding()
+    return [(each.scheme, each.rank) for each in held if each.scheme in FORMS and each.rank]
 
 
 def _counted(site: ConvSite, forms: Sequence[Form], gate: str, unit: str) -> Prices:

@@ -237,15 +237,6 @@ class Calibration:
         return {n: batch for n, batch in enumerate(self.fit) if n % processes() == rank()}
 
 
-def obstacle(site: ConvSite) -> str | None:
-    """Why no form can take the place of a convolution."""
-    if site.obstacle is not None or site.conv is None:
-        return site.obstacle
-    if site.params == 0:
-        return "its filters are fixed, which --mode exact is for"
-    return None
-
-
 def depthwise_obstacle(site: ConvSite, named: bool) -> str | None:
     """Why depthwise and pointwise factors cannot, or should not, take the place of a convolution.
 
@@ -520,7 +511,9 @@ def macs_of(site: ConvSite, form: Form) -> int:
 
 
 def params_of(site: ConvSite, form: Form) -> int:
-    """Of a layer in a form, with the bias that it then has."""
+    """Of a layer in a form, with the bias that it then has; factors of fixed filters are as fixed."""
+    if site.params == 0:
+        return 0
     spec = site.dense.spec
     return chain_params(FORMS[form[0]].split(spec, form[1])) + (not spec.bias) * spec.out_channels
 

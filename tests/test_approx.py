@@ -9,6 +9,7 @@ import torch
 from hypothesis import assume, given
 from strategies import geometries, numbered
 from torch import nn
+from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from sepconvert import DemandNotMetError, SepconvertError, convert
@@ -585,6 +586,40 @@ def test_exact_forms_are_among_those_of_auto_mode(planted):
     (layer,) = converted(report)
     assert (layer["scheme"], layer["rank"]) == ("spatial-vh", 3)
     assert layer["output_error"] < 1e-3
+
+
+class Blurred(nn.Module):
+    """Fixed filters that separate, and some that do not, before a trained layer."""
+
+    def __init__(self, blur):
+        super().__init__()
+        self.register_buffer("blur", blur)
+        self.register_buffer("odd", torch.randn(blur.shape, generator=torch.Generator().manual_seed(1)))
+        self.conv = nn.Conv2d(len(blur), 8, 3)
+
+    def forward(self, x):
+        x = F.conv2d(x, self.blur, padding=2, groups=len(self.blur))
+        return self.conv(F.conv2d(x, self.odd, padding=2, groups=len(self.blur))).mean((2, 3))
+
+
+def test_fixed_filters_take_exact_forms_in_auto_mode(binomial):
+    torch.manual_seed(0)
+    model, x = Blurred(binomial(8)).eval(), torch.randn(48, 8, 16, 16)
+    loader = DataLoader(TensorDataset(x, torch.full((48,), -1)), batch_size=16)
+    result = convert(
+        model, x[:1], mode="auto", gate="macs", target_macs=0.9, calib=loader, calib_images=48, runs=0
+    )
+    layers = {layer["name"]: layer for layer in result.report["layers"]}
+    assert layers["conv2d_0"]["scheme"].startswith("channelwise-spatial")
+    assert (layers["conv2d_0"]["rank"], layers["conv2d_0"]["params"]) == (1, [0, 0])
+    assert layers["conv2d_0"]["output_error"] < 1e-6
+    assert "fixed: exact forms alone" in layers["conv2d_1"]["reason"]
+    assert layers["conv"]["decision"] == "kept"  # as the others suffice
+    assert sum(p.numel() for p in result.model.parameters()) == sum(p.numel() for p in model.parameters())
+    with torch.no_grad():
+        torch.testing.assert_close(result.model(x), model(x), rtol=1e-5, atol=1e-6)
+    report = convert(model, x[:1], mode="approx", rank=1, calib=loader, calib_images=48, runs=0).report
+    assert "fixed: exact forms alone" in report["layers"][0]["reason"]
 
 
 def test_pointwise_and_depthwise_layers_have_forms_in_auto_mode(planted):
