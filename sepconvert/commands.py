@@ -90,7 +90,7 @@ _DEMO: Mapping[str, tuple[str, Mapping[str, Any]]] = {
         {"max_drop": 1.0},
     ),
 }
-_DEMO_SCORED, _DEMO_IMAGES, _DEMO_SEED, _DEMO_SECONDS = 1000, 1024, 11, 15.0
+_DEMO_SCORED, _DEMO_IMAGES, _DEMO_SEED, _DEMO_SECONDS = 1000, 512, 11, 20.0
 
 _LINE_EVERY = 10.0  # seconds between lines that show progress where there is no terminal
 
