@@ -30,13 +30,14 @@ _MOST_QUOTED, _MOST_OF_A_VALUE = 400, 80
 def first_line(error: BaseException) -> str:
     """The first line of a foreign error's message, to quote in a message of ours that is one line long."""
     line = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-    return _cut(line, _MOST_QUOTED)
+    return shortened(line, _MOST_QUOTED)
 
 
 def quoted(value: object) -> str:
     """A value that was not expected, or the beginning of it."""
-    return _cut(repr(value), _MOST_OF_A_VALUE)
+    return shortened(repr(value))
 
 
-def _cut(text: str, most: int) -> str:
+def shortened(text: str, most: int = _MOST_OF_A_VALUE) -> str:
+    """A text, or the beginning of it."""
     return text if len(text) <= most else f"{text[: most - 1]}…"

@@ -22,7 +22,7 @@ from sepconvert.distillation import Precision, Step
 from sepconvert.distributed import once
 from sepconvert.distributed import rank as rank_of_process
 from sepconvert.environment import Runtime, available_cores
-from sepconvert.errors import DemandNotMetError, ExportError, SepconvertError, first_line
+from sepconvert.errors import DemandNotMetError, ExportError, SepconvertError, first_line, shortened
 from sepconvert.exact import analyse_model, convert_exactly, plan_model, verify_model
 from sepconvert.export import (
     ExportNote,
@@ -475,7 +475,7 @@ def _replayed(
                 else site.conv.spec
             )
             raise SepconvertError(
-                f"plan: expected a convolution {layer.name}, {layer.spec}; the model has {found}"
+                f"plan: expected a convolution {shortened(layer.name)}, {layer.spec}; the model has {found}"
             )
     replacements = {layer.name: _planned_replacement(layer, by_name[layer.name]) for layer in plan.replaced}
     converted = rewrite(start, sites, replacements)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -21,6 +22,8 @@ SCHEMA = "sepconvert.plan/1"
 
 Gate = Literal["macs", "latency", "none"]
 GATES: tuple[str, ...] = get_args(Gate)
+
+_LARGEST = 2**28  # elements of an input, a gigabyte of float32: more is damage, not a model's input
 
 MERGED = "merged"
 """The scheme of both convolutions of a pair that became one."""
@@ -105,8 +108,11 @@ def read_plan(source: Path | Mapping[str, Any]) -> ConversionPlan:
         plan: ConversionPlan = _read(ConversionPlan, content)
         for layer in plan.replaced:
             _check(layer)
-        if not -(2**63) <= plan.seed < 2**63 or not all(n > 0 for shape in plan.input_shapes for n in shape):
-            raise ValueError("a seed or an input shape is out of range")
+        sizes = [math.prod(shape) for shape in plan.input_shapes]
+        if not all(n > 0 for shape in plan.input_shapes for n in shape) or max(sizes, default=0) > _LARGEST:
+            raise ValueError(f"input shapes are out of range (at most {_LARGEST} elements)")
+        if not -(2**63) <= plan.seed < 2**63:
+            raise ValueError("the seed is out of range")
     except (TypeError, ValueError) as error:
         raise SepconvertError(
             f"{where}: not a valid plan: {first_line(error)}; make the plan anew"

@@ -89,9 +89,7 @@ def seeds(folder: Path) -> dict[str, list[bytes]]:
         Payload(__import__, "antigravity"),
     ):  # fmt: skip
         found["pt"] += [saved({"weight": payload}), pickle.dumps(payload)]
-    save_file(
-        {name: value for name, value in model.state_dict().items() if value.ndim}, folder / "m.safetensors"
-    )
+    save_file(model.state_dict(), folder / "m.safetensors")
     found["safetensors"] = [(folder / "m.safetensors").read_bytes()]
     save_archive(model, (IMAGE,), folder / "m.pt2")
     found["pt2"] = [(folder / "m.pt2").read_bytes()]
