@@ -281,7 +281,7 @@ def draw_flow(figure: Figure, flow: Flow, theme: Theme) -> None:
     pen.long(32, 2.6, 4, 10.4)
     pen.caption(39, -0.4, "8×8×256")
     first, second = 8 * 8 * 5 * 5 * 3, 8 * 8 * 3 * 256
-    assert first + second == flow.separable  # noqa: S101
+    assert first + second == flow.separable  # noqa: S101  (what is written here is what was counted)
     ratio = flow.dense / flow.separable
     pen.count(
         -2,

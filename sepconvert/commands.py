@@ -339,7 +339,7 @@ def demo(**options: Any) -> None:
         unlabelled = TensorDataset(to_input(shown.x), torch.full((len(shown.x),), -1))
         calib: DataLoader[Any] = DataLoader(unlabelled, _STEP)
         reports = {}
-        for mode, (_, keywords) in _DEMO.items():
+        for mode, (title, keywords) in _DEMO.items():
             place = folder / mode
             place.mkdir()
             result = run_convert(
@@ -363,7 +363,7 @@ def demo(**options: Any) -> None:
             )
             write_documents(result.report, result.plan, place, result.exhibits)
             reports[mode] = result.report
-            told += [_DEMO[mode][0], "", *story(result.report), ""]
+            told += [title, "", *story(result.report), ""]
     _print(options, reports, *told, modes_table(reports), "",
            f"Written to {out}/, a folder for each mode. Open {out}/exact/report.html in a browser\n"
            "for the whole account, and the reports of the other modes beside it.")  # fmt: skip

@@ -151,7 +151,7 @@ def story(document: Document) -> list[str]:
         right = [_percent(document[which], "top1") for which in ("converted", "original")]
         lines.append(
             f"Of {count:,} images it classifies {right[0]} % rightly, the original {right[1]} %: "
-            f"{drop['value']:.2f} [{drop['ci95'][0]:.2f}, {drop['ci95'][1]:.2f}] points lost."
+            f"{_points(drop)} points lost."
         )
     return [_folded(line) for line in (*lines, *warnings_of(document))]
 
@@ -168,9 +168,7 @@ def modes_table(documents: Mapping[str, Document]) -> str:
                 _times(delta["params_ratio"]),
                 _times(delta["macs_ratio"]),
                 "-" if speedup is None else _interval(speedup, 2),
-                "-"
-                if drop is None
-                else f"{drop['value']:.2f} [{drop['ci95'][0]:.2f}, {drop['ci95'][1]:.2f}]",
+                "-" if drop is None else _points(drop),
             ]
         )
     headers = ["mode", "fewer\nparameters", "fewer\nMACs", "times\nas fast", "accuracy\nlost, pp"]
@@ -333,9 +331,7 @@ def curve_table(curve: Sequence[Document]) -> str:
                 _times(point["macs_ratio"]),
                 point["converted"],
                 "-" if heldout is None else f"{heldout['divergence']:.4f}",
-                "-"
-                if drop is None
-                else f"{drop['value']:.2f} [{drop['ci95'][0]:.2f}, {drop['ci95'][1]:.2f}]",
+                "-" if drop is None else _points(drop),
                 _times(point["predicted_speedup"]) or "-",
                 "-" if speedup is None else _interval(speedup, 2),
                 "<-" if point["delivered"] else "",
@@ -472,6 +468,11 @@ def _times(ratio: float | None) -> str:
 def _interval(values: Document, digits: int) -> str:
     low, high = values["ci95"]
     return f"{values['median']:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
+
+
+def _points(drop: Document) -> str:
+    low, high = drop["ci95"]
+    return f"{drop['value']:.2f} [{low:.2f}, {high:.2f}]"
 
 
 def _speedup(speedup: Document) -> str:
