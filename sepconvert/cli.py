@@ -6,6 +6,7 @@ import io
 import os
 import signal
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import click
 
 from sepconvert import __version__
 from sepconvert.environment import GRAPH_OPTIMIZATIONS
-from sepconvert.errors import DemandNotMetError, SepconvertError, first_line
+from sepconvert.errors import DemandNotMetError, SepconvertError, first_line, shortened
 from sepconvert.output import ignore_signal
 
 Command = Callable[..., Any]
@@ -272,8 +273,7 @@ def main() -> None:
     except Exception as error:
         if debug:
             raise
-        name = type(error).__name__
-        sys.exit(_fail(f"unexpected {name}: {first_line(error)}; run again with --debug and report it", 2))
+        sys.exit(_fail(_unexpected(error), 2))
 
 
 def _keep_memory() -> None:
@@ -292,6 +292,20 @@ def _interrupt(number: int, frame: object) -> None:
     for each in (signal.SIGINT, signal.SIGTERM):
         signal.signal(each, ignore_signal)
     raise KeyboardInterrupt
+
+
+def _unexpected(error: Exception) -> str:
+    """Whose error it is that nothing foresaw: reading samples runs the user's code, the rest is ours."""
+    cause = f"{type(error).__name__}: {first_line(error)}"
+    modules = (frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__))
+    if not any(name.startswith("torch.utils.data") for name in modules):
+        return f"unexpected {cause}; run again with --debug and report it"
+    # What a worker process of a loader raises comes as the text of a traceback, whose end says what it was.
+    *_, cause = [cause] if "Original Traceback" not in str(error) else str(error).strip().splitlines()
+    return (
+        f"--data, --calib or --train: a loader failed when samples were read ({shortened(cause, 400)}); "
+        "mend it, --debug shows where"
+    )
 
 
 def _fail(message: str, code: int) -> int:

@@ -52,7 +52,7 @@ SHAPE = ("--input-shape", "3x8x8")
 CODE = """
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 class Scaled(nn.Module):
     def __init__(self):
@@ -76,6 +76,21 @@ def late_stranger():
     y = torch.zeros(12, dtype=torch.int64)
     y[-1] = 4
     return DataLoader(TensorDataset(torch.zeros(12, 3, 8, 8), y), batch_size=4)
+
+class Failing(Dataset):
+    def __len__(self):
+        return 12
+
+    def __getitem__(self, index):
+        if index == 9:
+            raise OSError(5, "Input/output error", "9.png")
+        return torch.zeros(3, 8, 8), 0
+
+def failing(workers=0):
+    return DataLoader(Failing(), batch_size=4, num_workers=workers)
+
+def failing_in_a_worker():
+    return failing(1)
 """
 
 
@@ -492,6 +507,16 @@ def test_labels_beyond_the_classes(here, run, data):
     outcome = run("net.pt", "--data", data, "--runs", "0")
     assert (outcome.code, outcome.out) == (2, "")
     assert re.fullmatch(r"sepconvert: .*labels.*expected 0 to 3.*4 classes, got 4.*\n", outcome.err)
+    assert listing(here.parent) == before
+
+
+@pytest.mark.parametrize("loader", ["failing", "failing_in_a_worker"])
+def test_a_loader_that_fails_midway(here, run, loader):
+    before = listing(here.parent)
+    outcome = run("net.pt", "--data", f"cli_test_code.py:{loader}", "--runs", "0")
+    assert (outcome.code, outcome.out) == (2, "")
+    cause = re.escape("(OSError: [Errno 5] Input/output error: '9.png')")
+    assert re.fullmatch(rf"sepconvert: --data, .*a loader failed.*{cause}; mend it.*\n", outcome.err)
     assert listing(here.parent) == before
 
 
