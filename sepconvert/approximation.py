@@ -21,7 +21,7 @@ from sepconvert.factorize.approximate import (
     Approximation,
     Moments,
     Problem,
-    approximate,
+    nearest,
     output_error,
 )
 from sepconvert.factorize.border import Border
@@ -107,10 +107,10 @@ class LayerSurvey:
     def fitted_to_weights(self, site: ConvSite, form: Form) -> Kernel:
         """In the metric of the weights, and the bias: the same whatever the plan."""
         if form not in self.by_weights:
-            spec, weight = site.dense.spec, site.dense.weight
-            found = approximate(spec, weight, Moments.of_weights(spec, weight), *form, sweeps=1)
+            spec, weight, bias = site.dense.spec, site.dense.weight, site.dense.bias
             single = torch.promote_types(weight.dtype, torch.float32)
-            self.by_weights[form] = found.kernel.to(single), _bias(site, found)
+            kernel = nearest(spec, weight, *form).to(single)
+            self.by_weights[form] = kernel, torch.zeros(spec.out_channels) if bias is None else bias
         return self.by_weights[form]
 
     @property

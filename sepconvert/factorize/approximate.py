@@ -85,11 +85,15 @@ class Moments:
         """E‖y − E y‖²."""
         return _trace(self.output_covariance)
 
-    def error_covariance(self, spec: ConvSpec, weight: Tensor, kernel: Tensor) -> Tensor:
-        """Cov(y − ŷ), g × O × O, of another kernel in the place of `weight`."""
-        difference = _by_group(spec, weight.double() - kernel.double())
-        shared = difference @ self.cross.mT
-        return difference @ self.covariance @ difference.mT + shared + shared.mT + self.missed_covariance
+    def error(self, difference: Tensor, filtered: Tensor, importance: Tensor | None = None) -> float:
+        """E tr(G (y − ŷ)(y − ŷ)ᵀ), centred, of a kernel W − Δ; G is the identity where it is None.
+
+        Δ and ΔS are g × O × C·K.
+        """
+        weighted = difference if importance is None else importance @ difference
+        missed = self.missed_covariance
+        rest = _trace(missed) if importance is None else float((importance * missed).sum())
+        return max(float((weighted * (filtered + 2 * self.cross)).sum()) + rest, 0.0)
 
 
 @dataclass(frozen=True)
@@ -147,13 +151,12 @@ class Problem:
             basis, sweeps = None, 1
         if basis is not None:  # it may have been kept in single precision
             basis = torch.linalg.qr(basis.double().mT).Q.mT
-        weights, basis, objective = solve(problem, scheme, rank, sweeps, basis)
+        weights, filtered, basis, objective = solve(problem, scheme, rank, sweeps, basis)
         *others, last = weights
-        by_group = last.reshape(*problem.half.shape[:2], -1)
-        last = torch.linalg.solve_triangular(problem.half.mT, by_group, upper=True).reshape(last.shape)
+        last = problem.unweighted(last.reshape(*problem.half.shape[:2], -1)).reshape(last.shape)
         kernel = form.compose(spec, *others, last)
         difference = _by_group(spec, self.weight.double() - kernel)
-        covariance = moments.error_covariance(spec, self.weight, kernel)
+        filtered = problem.spread * problem.unweighted(problem.filtered - filtered)
         norm = float(self.weight.double().square().sum()) or 1.0
         return Approximation(
             scheme=scheme,
@@ -163,10 +166,10 @@ class Problem:
             bias_shift=moments.missed + (difference @ moments.mean[..., None]).flatten(),
             basis=basis,
             weight_error=float(difference.square().sum() / norm) ** 0.5,
-            output_error=math.sqrt(max(_trace(covariance), 0.0) / (moments.power or 1.0)),
+            output_error=math.sqrt(moments.error(difference, filtered) / (moments.power or 1.0)),
             weighted_error=None
             if self.importance is None
-            else max(_trace(self.importance @ covariance), 0.0),
+            else moments.error(difference, filtered, self.importance),
             objective=tuple(value * problem.scale / (problem.power or 1.0) for value in objective),
         )
 
@@ -193,10 +196,12 @@ class Problem:
     def _weighted(self, half: Tensor) -> "_Weighted":
         spec, moments = self.spec, self.moments
         scale = float(moments.covariance.diagonal(dim1=-2, dim2=-1).mean())
-        metric, cross = torch.eye(moments.covariance.shape[-1], dtype=torch.float64), moments.cross
+        spread, cross = scale, moments.cross
+        metric = torch.eye(moments.covariance.shape[-1], dtype=torch.float64)
         if scale <= torch.finfo(torch.float32).eps ** 2 * float(moments.mean.square().mean()):
             # Images that are all alike vary by rounding alone, of which there is nothing to learn.
-            scale, metric, cross = 1.0, metric.repeat(spec.groups, 1, 1), torch.zeros_like(cross)
+            scale, spread, cross = 1.0, 0.0, torch.zeros_like(cross)
+            metric = metric.repeat(spec.groups, 1, 1)
         else:
             metric = moments.covariance / scale + _RIDGE * metric
         dense = half.mT @ _by_group(spec, self.weight.double())
@@ -204,6 +209,7 @@ class Problem:
             spec=spec,
             half=half,
             scale=scale,
+            spread=spread,
             power=_trace(half.mT @ moments.output_covariance @ half),
             dense=dense.view(spec.groups, *dense.shape[1:2], spec.weight_shape[1], -1),
             metric=metric,
@@ -219,10 +225,26 @@ def approximate(
     return Problem(spec, weight, moments).fit(scheme, rank, sweeps)
 
 
+def nearest(spec: ConvSpec, weight: Tensor, scheme: str, rank: int) -> Tensor:
+    """A kernel of a form near to another in its weights, by truncated SVD (Eckart and Young); float64.
+
+    That of a nested form is truncated twice, outside first.
+    """
+    form = FORMS[scheme]
+    structure = form.outer if isinstance(form, Nested) else form
+    left, values, right = torch.linalg.svd(structure.unfold(spec, weight.double()), full_matrices=False)
+    factors = left[..., :rank] * values[..., None, :rank], right[..., :rank, :]
+    first, second = structure.kernels(spec, *factors)
+    if isinstance(form, Nested):
+        _, within = structure.split(spec, rank)
+        second = nearest(within, second, form.inner.name, form.inner_rank(spec, rank))
+    return structure.compose(spec, first, second)
+
+
 def output_error(spec: ConvSpec, weight: Tensor, kernel: Tensor, moments: Moments) -> float:
     """√(E‖y − ŷ‖² / E‖y − E y‖²) of another kernel in the place of `weight`, the bias being refitted."""
-    error = _trace(moments.error_covariance(spec, weight, kernel))
-    return math.sqrt(max(error, 0.0) / (moments.power or 1.0))
+    difference = _by_group(spec, weight.double() - kernel.double())
+    return math.sqrt(moments.error(difference, difference @ moments.covariance) / (moments.power or 1.0))
 
 
 def _half(spec: ConvSpec, importance: Tensor | None) -> Tensor:
@@ -255,11 +277,27 @@ class _Weighted:
     spec: ConvSpec
     half: Tensor  # L, g × O × O
     scale: float
+    spread: float  # the scale again, or none where there is nothing to learn of S
     power: float  # E‖Lᵀ(y − E y)‖², not scaled
     dense: Tensor  # LᵀW, g × O × C × K
     metric: Tensor  # S + ρI, g × C·K × C·K
     cross: Tensor  # LᵀE, g × O × C·K
     constant: float  # E‖Lᵀ(e − E e)‖²
+
+    def unweighted(self, rows: Tensor) -> Tensor:
+        """L⁻ᵀ times what is g × O × …."""
+        found: Tensor = torch.linalg.solve_triangular(self.half.mT, rows, upper=True)
+        return found
+
+    @functools.cached_property
+    def filtered(self) -> Tensor:
+        """WS, g × O × C·K.
+
+        Here and in the factors, it is S + ρI that multiplies, and what ρ contributes to each number is taken
+        off: of inputs that do not vary nothing is left then, not even rounding.
+        """
+        dense = self.dense.flatten(2)
+        return dense @ self.metric - _RIDGE * dense
 
     @functools.cached_property
     def target(self) -> Tensor:
@@ -287,8 +325,8 @@ class _Weighted:
         return {}
 
 
-_Solution = tuple[tuple[Tensor, ...], Tensor, list[float]]
-"""Kernels of the convolutions, the basis, and the objective after each sweep."""
+_Solution = tuple[tuple[Tensor, ...], Tensor, Tensor, list[float]]
+"""Kernels of the convolutions, ŴS, g × O × C·K, the basis, and the objective after each sweep."""
 
 
 # W[o,c,k] = Σ_m P[o,c,m] D[c,m,k], for each group: D acts on every channel by itself.
@@ -348,7 +386,9 @@ def _fit_depthwise_pointwise(
         )
         depthwise = torch.linalg.qr((depthwise + correction).mT).Q.mT
     right = rearrange(pointwise, "g o c m -> (g c) m o")
-    return BY_NAME[scheme].kernels(problem.spec, depthwise.mT.flatten(0, 1), right), depthwise, objective
+    kernels = BY_NAME[scheme].kernels(problem.spec, depthwise.mT.flatten(0, 1), right)
+    rows.diagonal(dim1=1, dim2=3).sub_(_RIDGE * depthwise.permute(0, 2, 3, 1))
+    return kernels, pointwise.flatten(2) @ rows.flatten(3).flatten(1, 2), depthwise, objective
 
 
 # W[o,c,k] = Σ_m P[o,c,m] D[o,m,k]: every output channel by itself, under one metric.
@@ -380,7 +420,8 @@ def _fit_pointwise_depthwise(
         correction = _conjugate_gradients(hessian, precondition, rest @ depthwise.mT, (2, 3), _FEW_CG_STEPS)
         pointwise = pointwise + correction
         kernel = pointwise @ depthwise
-        objective.append(start - float((kernel * (2 * target - _product(kernel, metric))).sum()))
+        image = _product(kernel, metric)
+        objective.append(start - float((kernel * (2 * target - image)).sum()))
         if len(objective) >= sweeps or _settled(objective, start):
             break
         # D by its M·K normal equations.
@@ -393,7 +434,7 @@ def _fit_pointwise_depthwise(
         rows_of, mixing = torch.linalg.qr(solution.mT)
         depthwise, pointwise = rows_of.mT, pointwise @ mixing.mT
     kernels = BY_NAME[scheme].kernels(problem.spec, pointwise.flatten(0, 1), depthwise.flatten(0, 1))
-    return kernels, depthwise, objective
+    return kernels, (image - _RIDGE * kernel).flatten(2), depthwise, objective
 
 
 # W[o,a,b] = Σ_r H[o,r,b] V[r,a]: the first factor acts on some axes of a patch, the second on the others.
@@ -404,12 +445,8 @@ def _fit_pair(problem: _Weighted, scheme: str, rank: int, sweeps: int, basis: Te
     spec, form = problem.spec, FORMS[scheme]
     structure = form.outer if isinstance(form, Nested) else form
     batch, rows, columns = structure.axes
-    sizes = {
-        "g": spec.groups,
-        "c": problem.dense.shape[2],
-        "i": spec.kernel_size[0],
-        "j": spec.kernel_size[1],
-    }
+    taps = {"i": spec.kernel_size[0], "j": spec.kernel_size[1]}
+    sizes = {"g": spec.groups, "c": problem.dense.shape[2], **taps}
     first, second = " ".join(rows), " ".join(axis for axis in columns if axis != "o")
     outputs = "(g o) 1" if "o" in batch else "g o"
 
@@ -439,9 +476,11 @@ def _fit_pair(problem: _Weighted, scheme: str, rank: int, sweeps: int, basis: Te
             problem.eigen[structure.name] = _eigen(over_rows)
         return problem.eigen[structure.name]
 
-    v, h, objective = _alternate_pair(
+    v, h, seen, objective = _alternate_pair(
         dense, metric, cross, target, problem.start, along, basis, inner, sweeps
     )
+    filtered = (h.flatten(2) @ seen.flatten(2)).view(dense.shape)
+    filtered = rearrange(filtered, f"{outputs} ({first}) ({second}) -> g o (c i j)", g=spec.groups, **taps)
     kernels: tuple[Tensor, ...] = structure.kernels(spec, v.mT, rearrange(h, "g o r b -> g r (o b)"))
     if isinstance(form, Nested):
         _, within = structure.split(spec, rank)
@@ -451,7 +490,7 @@ def _fit_pair(problem: _Weighted, scheme: str, rank: int, sweeps: int, basis: Te
         )
         left = columns_of[..., :inner] * values[..., None, :inner]
         kernels = (kernels[0], *form.inner.kernels(within, left, rows_of[..., :inner, :]))
-    return kernels, v, objective
+    return kernels, filtered, v, objective
 
 
 def _alternate_pair(
@@ -464,8 +503,10 @@ def _alternate_pair(
     v: Tensor,
     inner: int | None,
     sweeps: int,
-) -> tuple[Tensor, Tensor, list[float]]:
-    """V, g × R × A, and H, g × O × R × B, for W, g × O × A × B, under S, g × A × B × A × B.
+) -> tuple[Tensor, Tensor, Tensor, list[float]]:
+    """V, g × R × A, H, g × O × R × B, and VS, g × R·B × A × B, for W, g × O × A × B.
+
+    S is g × A × B × A × B.
 
     With `inner`, H maps to a subspace of so many dimensions of the outputs. `along` has the eigenvectors of S
     as far as it concerns A alone, which conditions the search for V.
@@ -518,7 +559,8 @@ def _alternate_pair(
             hessian, precondition, (lacking / size).float(), (1, 2), _PAIR_CG_STEPS
         )
         v = torch.linalg.qr((v + size * correction.double()).mT).Q.mT
-    return v, h, objective
+    seen.view(groups, rank, columns, rows, columns).diagonal(dim1=2, dim2=4).sub_(_RIDGE * v[..., None])
+    return v, h, seen, objective
 
 
 def _reduced(h: Tensor, gram: Tensor, rank: int) -> Tensor:
