@@ -28,6 +28,11 @@ class Candidate:
     cost: float  # over all calls of one forward pass: MACs, or milliseconds
     error: float  # expected divergence of the model's output if this layer alone is replaced so
 
+    @property
+    def form(self) -> tuple[str, int]:
+        """Without what it costs."""
+        return self.scheme, self.rank
+
 
 Choice = Mapping[str, Candidate]
 """The layers that are replaced, by name."""

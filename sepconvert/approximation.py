@@ -124,8 +124,7 @@ class LayerSurvey:
 
     def offer(self, candidate: Candidate) -> Offer:
         """That one of `candidates` stands for."""
-        form = candidate.scheme, candidate.rank
-        return next(each for each in self.offers if _form(each) == form)
+        return next(each for each in self.offers if _form(each) == candidate.form)
 
 
 @dataclass(frozen=True)

@@ -150,10 +150,13 @@ class Search:
             self._draw_curve()
             point = self._of_share(budget.share, budget)
         else:
+            middle = None if self.points else self._best(self._middle)
             if not self.points:
-                self._learn_from(self._best(self._middle))
+                self._learn_from(middle)
                 self._draw_curve()
             point = self._searched(budget)
+            if middle is not None and middle.fitted is not None:
+                self._show(middle)
             self._fill_curve(point)
             self._time_carried_out()
             point = self._fastest(point, budget)
@@ -230,6 +233,15 @@ class Search:
         if same is None:
             self.points = sorted([*self.points, point], key=lambda each: -each.cost)
         return same or point
+
+    def _show(self, point: Point) -> None:
+        """Put a plan that was carried out before anything was learnt on the curve, by what is known now."""
+        choice = {
+            name: next(now for now in self.surveyed[name].candidates() if now.form == each.form)
+            for name, each in point.choice.items()
+        }
+        shown = self._join(self._point(choice, 0.0))
+        shown.fitted = shown.fitted or point.fitted
 
     def _learn_from(self, point: Point | None) -> None:
         """Correct the sensitivities by what each layer's errors do where all the others are replaced too.

@@ -245,6 +245,12 @@ def test_sensitivities_are_corrected_among_replaced_layers():
     assert corrected["a"] == pytest.approx(10**0.5)
     assert corrected["b"] == pytest.approx(1.0)
     assert point.choice["b"].rank <= point.choice["a"].rank if "a" in point.choice else True
+    # The plan that was learnt from is on the curve as well, by what was learnt.
+    carried_out = [each for each in bench.search.points if each.fitted is not None]
+    assert len(bench.carried) == len({id(each.fitted) for each in carried_out})
+    for each in carried_out:
+        errors = (corrected[n] * surveyed[n].offer(c).error for n, c in each.choice.items())
+        assert each.expected == pytest.approx(sum(errors))
 
 
 def test_where_no_plan_is_fast_enough_it_is_shown_how_fast_plans_are():

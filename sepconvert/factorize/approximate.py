@@ -205,16 +205,17 @@ class Problem:
         else:
             metric = moments.covariance / scale + _RIDGE * metric
         dense = half.mT @ _by_group(spec, self.weight.double())
+        importance = half @ half.mT
         return _Weighted(
             spec=spec,
             half=half,
             scale=scale,
             spread=spread,
-            power=_trace(half.mT @ moments.output_covariance @ half),
+            power=float((importance * moments.output_covariance).sum()),
             dense=dense.view(spec.groups, *dense.shape[1:2], spec.weight_shape[1], -1),
             metric=metric,
             cross=half.mT @ cross / scale,
-            constant=_trace(half.mT @ moments.missed_covariance @ half) / scale,
+            constant=float((importance * moments.missed_covariance).sum()) / scale,
         )
 
 

@@ -134,8 +134,9 @@ def story(document: Document) -> list[str]:
     """A conversion in plain words, for somebody who sees one for the first time."""
     layers = [layer for layer in document["layers"] if layer["decision"] == "converted"]
     delta, schemes = document["delta"], sorted({layer["scheme"] for layer in layers})
+    how = f" ({', '.join(schemes)})" if schemes else ""
     lines = [
-        f"{len(layers)} of {len(document['layers'])} convolutions were replaced ({', '.join(schemes)}).",
+        f"{len(layers)} of {len(document['layers'])} convolutions were replaced{how}.",
         f"For an image that is {_times(delta['macs_ratio'])} fewer multiplications, and the network has "
         f"{_times(delta['params_ratio'])} fewer parameters.",
     ]

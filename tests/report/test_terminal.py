@@ -240,3 +240,9 @@ def test_an_original_that_differs_from_itself_is_told_of(document):
     document["delta"]["latency_speedup"]["noise_floor"] = [1.01, 1.08]
     (line,) = attention(document)
     assert "the original differs from itself" in line
+
+
+def test_the_story_of_a_conversion_that_replaced_nothing(document):
+    kept = [{**layer, "decision": "kept", "scheme": None} for layer in document["layers"]]
+    first, *_ = story({**document, "layers": kept})
+    assert first == f"0 of {len(kept)} convolutions were replaced."
