@@ -14,6 +14,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from sepconvert.factorize.structures import Form
+
 _ROUNDING = 1e-12
 
 Array = npt.NDArray[np.float64]
@@ -29,7 +31,7 @@ class Candidate:
     error: float  # expected divergence of the model's output if this layer alone is replaced so
 
     @property
-    def form(self) -> tuple[str, int]:
+    def form(self) -> Form:
         """Without what it costs."""
         return self.scheme, self.rank
 

@@ -10,6 +10,7 @@ from torch import nn
 from sepconvert.allocate import Choice, allocate, cost_of
 from sepconvert.approximation import Fitted, LayerSurvey
 from sepconvert.errors import DemandNotMetError, SepconvertError
+from sepconvert.factorize.structures import Form
 from sepconvert.measure.accuracy import AccuracyDelta
 from sepconvert.measure.latency import Speedup
 from sepconvert.progress import Progress
@@ -97,6 +98,11 @@ class Point:
     speedup: Speedup | None = None
     predicted: float | None = None  # speed-up, if times of layers added up
 
+    @property
+    def forms(self) -> dict[str, Form]:
+        """What the plan is, whatever was learnt of its errors."""
+        return {name: each.form for name, each in self.choice.items()}
+
     def to_json(self, total_macs: int, delivered: bool) -> dict[str, Any]:
         """One entry of the curve in the report."""
         heldout = None if self.fitted is None else self.fitted.heldout
@@ -115,7 +121,7 @@ class Point:
             "predicted_speedup": self.predicted,
             "latency_speedup": None if self.speedup is None else self.speedup.to_dict(),
             "delivered": delivered,
-            "ranks": {name: [each.scheme, each.rank] for name, each in self.choice.items()},
+            "ranks": {name: list(form) for name, form in self.forms.items()},
         }
 
 
@@ -229,7 +235,7 @@ class Search:
 
     def _join(self, point: Point) -> Point:
         """Put a plan on the curve, by falling cost; of equal plans the one that is there."""
-        same = next((each for each in self.points if each.choice == point.choice), None)
+        same = next((each for each in self.points if each.forms == point.forms), None)
         if same is None:
             self.points = sorted([*self.points, point], key=lambda each: -each.cost)
         return same or point
@@ -361,7 +367,7 @@ class Search:
             return None
         cheaper = self.points[index + 1]
         middle = self._best((point.cost + cheaper.cost) / 2)
-        if middle is None or middle.choice in (point.choice, cheaper.choice):
+        if middle is None or middle.forms in (point.forms, cheaper.forms):
             return None
         self.points.insert(index + 1, middle)
         return middle

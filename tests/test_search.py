@@ -253,6 +253,19 @@ def test_sensitivities_are_corrected_among_replaced_layers():
         assert each.expected == pytest.approx(sum(errors))
 
 
+@numbered(30)
+@given(surveys(least=2), st.floats(0.5, 8))
+def test_a_plan_is_on_the_curve_once_whatever_was_learnt_of_it(surveyed, allowed):
+    total = Bench(surveyed).total
+    bench = Bench(
+        surveyed, drop=lambda cost: 10 * (1 - cost / total), ratio=lambda cost: total / cost,
+        divergence=lambda model: 3 * sum(each.error for each in model.choice.values()),
+    )  # fmt: skip
+    bench.search.run(Budget(max_drop=allowed))
+    forms = [each.forms for each in bench.search.points]
+    assert all(forms.count(each) == 1 for each in forms)
+
+
 def test_where_no_plan_is_fast_enough_it_is_shown_how_fast_plans_are():
     surveyed = {name: layer(400, 1.0) for name in "abc"}
     total = Bench(surveyed).total
