@@ -202,7 +202,7 @@ FASTERAI = {
 
 def tools(epochs: int) -> tuple[Tool, ...]:
     """sepconvert and its peers, each with its settings; fine-tuned points if there are `epochs`."""
-    finetuned = tuple({"min_speedup": each, "finetune": epochs} for each in SPEEDUPS[3::2])
+    finetuned = tuple({"min_speedup": each, "finetune": epochs} for each in SPEEDUPS[:2:-2])
     fasterai = (
         Tool(
             f"fasterai {method.lower()}", settings, partial(by_layer, partial(fasterai_layer, method=method))
