@@ -187,6 +187,9 @@ def convert(net: Net, **keywords: Any) -> Converted:
     return Converted(found.model, "re-estimate BatchNorm" in kept, {})
 
 
+HEADING = """# Peers: every point
+
+Written by `python benchmarks/peers.py report`; README.md beside this file says what is compared, and how."""
 SPEEDUPS = (1.2, 1.5, 1.8, 2.2, 2.7, 3.4)
 SHARES = ({"rank": 0.6}, {"rank": 0.4}, {"rank": 0.25}, {"rank": 0.12})  # of the weights
 REMOVED = ({"percent_removed": 0.3}, {"percent_removed": 0.5}, {"percent_removed": 0.7})
@@ -393,7 +396,8 @@ def report_command(out: Path, folders: Sequence[Path]) -> None:
         for folder in folders
     }
     write(out / "peers.json", nets)
-    (out / "peers.md").write_text("\n\n".join(map(table, nets, nets.values())) + "\n", encoding="utf-8")
+    tables = "\n\n".join((HEADING, *map(table, nets, nets.values())))
+    (out / "peers.md").write_text(tables + "\n", encoding="utf-8")
     plot(nets, out / "peers.png")
 
 

@@ -170,6 +170,8 @@ def profile(**options: Any) -> None:
     out: Path | None = options["out"]
     if out is not None and not out.parent.is_dir():  # which is better known before all is measured
         raise SepconvertError(f"{out}: cannot be written: there is no {out.parent}; pass another --out")
+    if out is not None and out.is_file() and not _is_profile(out):
+        raise SepconvertError(f"{out}: exists and is no profile of this version; pass another --out")
     with _quietly():
         found = _profile(options)
     document = {
@@ -183,6 +185,14 @@ def profile(**options: Any) -> None:
             out.write_text(json.dumps(document, indent=2, allow_nan=False) + "\n", encoding="utf-8")
     details = ("", anatomy_text(document["anatomy"])) if "anatomy" in document else ()
     _print(options, document, str(Comparison((found.profile,))), *details)
+
+
+def _is_profile(path: Path) -> bool:
+    try:
+        read_profile(path)
+    except SepconvertError:
+        return False
+    return True
 
 
 def compare(**options: Any) -> None:

@@ -994,6 +994,18 @@ def test_a_profile_of_a_missing_file_leaves_nothing(here, run):
     assert listing(here) == before
 
 
+def test_a_profile_replaces_nothing_but_a_profile(here, run):
+    before = (here / "net.pt").read_bytes()
+    outcome = run("profile", "net.pt", *SHAPE, "--runs", "0", "--out", "net.pt")
+    assert (outcome.code, outcome.out) == (2, "")
+    assert outcome.err == (
+        "sepconvert: net.pt: exists and is no profile of this version; pass another --out\n"
+    )
+    assert (here / "net.pt").read_bytes() == before
+    for _ in range(2):
+        assert run("profile", "net.pt", *SHAPE, "--runs", "0", "--out", "net.json").code == 0
+
+
 def test_a_place_for_a_profile_that_is_not_there(here, run):
     outcome = run("profile", "net.pt", *SHAPE, "--out", "none/x.json")
     assert (outcome.code, outcome.out) == (2, "")
