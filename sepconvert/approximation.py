@@ -118,6 +118,10 @@ class LayerSurvey:
         """Of the cheapest there is."""
         return min(self.cost, self.offers[-1].cost)
 
+    def at_pace(self, pace: float) -> "LayerSurvey":
+        """With costs of all forms, not of the layer as it is, that are so many times as high."""
+        return replace(self, offers=tuple(replace(offer, cost=pace * offer.cost) for offer in self.offers))
+
     def candidates(self) -> list[Candidate]:
         """With the divergence expected of each."""
         return [Candidate(*_form(offer), offer.cost, self.sensitivity * offer.error) for offer in self.offers]

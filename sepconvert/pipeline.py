@@ -327,6 +327,12 @@ def convert(
                 f"--gate latency: the converted model is measured {timing[2].median:.2f}× as fast as the "
                 "original, though each replaced layer is faster alone; change the budget or pass --gate macs"
             )
+        if min_speedup is not None and timing and timing[2].ci95.hi < min_speedup:
+            raise DemandNotMetError(
+                f"--min-speedup {min_speedup:g}: the converted model is measured {timing[2].median:.2f}× as "
+                f"fast [{timing[2].ci95.lo:.2f}, {timing[2].ci95.hi:.2f}], though its plan was timed as fast "
+                "enough; measure on an idle machine with more --runs, or relax the demand"
+            )
         delta = (
             compare_predictions(predictions, converted_predictions)
             if predictions and converted_predictions

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from typing import Any
 
 import onnx
 import pytest
@@ -12,18 +13,21 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
-from sepconvert import DemandNotMetError, SepconvertError, convert
+from sepconvert import DemandNotMetError, SepconvertError, convert, pipeline
 from sepconvert.approx import split_data
 from sepconvert.approximation import Calibration, Heldout, Prices, carry_out, depthwise_forms, survey
 from sepconvert.calibrate import record
 from sepconvert.demo.images import evaluation_data
 from sepconvert.demo.net import load, to_input
 from sepconvert.layers import FactorizedConv2d
+from sepconvert.measure.latency import Speedup
+from sepconvert.measure.statistics import Interval
 from sepconvert.pipeline import apply_plan
 from sepconvert.plan import read_plan
 from sepconvert.progress import silent
 from sepconvert.report.terminal import summary
 from sepconvert.search import Budget
+from sepconvert.timing import Timing
 from sepconvert.trace import private_copy, trace
 
 
@@ -189,6 +193,21 @@ def test_a_demanded_speed_is_measured(small):
     assert "×" in caught.value.details
     report = convert(model, torch.randn(1, 3, 14, 14), min_speedup=0.01, **options).report
     assert any(point["latency_speedup"] for point in report["approximation"]["curve"])
+
+
+def test_a_demanded_speed_holds_of_the_files_too(small, tmp_path, monkeypatch):
+    model, loader = small
+    measured = pipeline.time_files
+
+    def slower(*arguments: Any) -> Timing:
+        before, after, _ = measured(*arguments)
+        return before, after, Speedup(0.005, Interval(0.004, 0.006), Interval(0.9, 1.1))
+
+    monkeypatch.setattr(pipeline, "time_files", slower)
+    options = {"mode": "approx", "calib": loader, "calib_images": 64, "runs": 5, "out": tmp_path / "out"}
+    with pytest.raises(DemandNotMetError, match=r"--min-speedup 0.01: .*0.01× as fast \[0.00, 0.01\]"):
+        convert(model, torch.randn(1, 3, 14, 14), min_speedup=0.01, **options)
+    assert not list((tmp_path / "out").glob("*.json"))
 
 
 @pytest.mark.parametrize(

@@ -202,6 +202,7 @@ def sentences(document: Document) -> list[str]:
     if document["export"]["reason"]:
         lines.append(f"The batch dimension of the ONNX files is fixed: {document['export']['reason']}.")
     lines.extend(_latency_sentences(document, converted))
+    lines.extend(_demand_sentences(document))
     if delta["agreement"] is not None:
         count = document["original"]["accuracy"]["n"]
         lines.append(f"Predictions agree on {100 * delta['agreement']:.2f} % of {count:,} images.")
@@ -238,6 +239,18 @@ def _verification(check: Document) -> str:
         f"Verified: PyTorch {check['torch_dtype']} outputs differ by {moved} "
         f"(tolerance {check['torch_tolerance']:.1e}){asked}{runtime}."
     )
+
+
+def _demand_sentences(document: Document) -> list[str]:
+    """Where the files are not as fast as was demanded, which the plan was when it was timed."""
+    found, speedup = document["approximation"], document["delta"]["latency_speedup"]
+    demand = None if found is None else found["budget"]["min_speedup"]
+    if demand is None or speedup is None or speedup["median"] >= demand:
+        return []
+    return [
+        f"Warning: {demand:g}× was demanded, and measured when plans were timed; the files are measured "
+        f"{_interval(speedup, 2)}×, which leaves it open: measure on an idle machine with more --runs."
+    ]
 
 
 def _missing_sentences(missing: Mapping[str, str]) -> list[str]:

@@ -246,3 +246,13 @@ def test_the_story_of_a_conversion_that_replaced_nothing(document):
     kept = [{**layer, "decision": "kept", "scheme": None} for layer in document["layers"]]
     first, *_ = story({**document, "layers": kept})
     assert first == f"0 of {len(kept)} convolutions were replaced."
+
+
+def test_files_that_are_slower_than_was_demanded_are_told_of(approximate):
+    assert not any("demanded" in line for line in warnings_of(approximate))
+    approximate["approximation"]["budget"]["min_speedup"] = 1.6
+    (warning,) = (line for line in warnings_of(approximate) if "demanded" in line)
+    assert warning.startswith("Warning: 1.6× was demanded")
+    assert "the files are measured 1.50 [1.40, 1.60]×" in warning
+    approximate["approximation"]["budget"]["min_speedup"] = 1.5
+    assert not any("demanded" in line for line in warnings_of(approximate))
