@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from sepconvert.allocate import Choice, allocate, cost_of
+from sepconvert.allocate import Allocation, Choice, allocate, cost_of
 from sepconvert.approximation import Fitted, LayerSurvey
 from sepconvert.errors import DemandNotMetError, SepconvertError
 from sepconvert.factorize.structures import Form
@@ -145,8 +145,10 @@ class Search:
     saved: float = 0.0  # and cost
     points: list[Point] = field(default_factory=list)
 
-    def run(self, budget: Budget) -> Point:
+    def run(self, budget: Budget, refinements: int = _REFINEMENTS) -> Point:
         """The plan to deliver; `points` is the curve then.
+
+        `refinements`: plans that are looked for between the one found and the next cheaper one.
 
         Raises:
             DemandNotMetError: with the curve.
@@ -162,7 +164,7 @@ class Search:
                 self._learn_from(middle)
                 self._learn_pace(middle)
                 self._draw_curve()
-            point = self._searched(budget)
+            point = self._searched(budget, refinements)
             if middle is not None and middle.fitted is not None:
                 self._show(middle)
             self._fill_curve(point)
@@ -198,9 +200,17 @@ class Search:
 
     def _best(self, cost: float) -> Point | None:
         """The plan of least expected divergence within a cost of the layers."""
-        offered = {name: each.candidates() for name, each in self.surveyed.items()}
-        found = allocate(self._dense, offered, cost)
+        found = self._allocated(cost)
         return None if found is None else self._point(found.choice, found.bound)
+
+    def _allocated(self, cost: float) -> Allocation | None:
+        offered = {name: each.candidates() for name, each in self.surveyed.items()}
+        return allocate(self._dense, offered, cost)
+
+    def _known(self, choice: Choice) -> Point:
+        """A plan that was found otherwise, with what none of its cost can go below."""
+        best = self._allocated(cost_of(self._dense, choice))
+        return self._point(choice, 0.0 if best is None else best.bound)
 
     def _point(self, choice: Choice, bound: float) -> Point:
         layers = ((self.surveyed[name], each) for name, each in choice.items())
@@ -248,7 +258,7 @@ class Search:
             name: next(now for now in self.surveyed[name].candidates() if now.form == each.form)
             for name, each in point.choice.items()
         }
-        shown = self._join(self._point(choice, 0.0))
+        shown = self._join(self._known(choice))
         shown.fitted, shown.speedup = shown.fitted or point.fitted, shown.speedup or point.speedup
 
     def _learn_from(self, point: Point | None) -> None:
@@ -304,17 +314,17 @@ class Search:
         point = self._join(point)
         return point if self._accurate_enough(point, budget) else None
 
-    def _searched(self, budget: Budget) -> Point | None:
+    def _searched(self, budget: Budget, refinements: int) -> Point | None:
         """The plan that meets the budget and goes furthest, or errs least where speed alone is demanded."""
         if budget.max_drop is None:
             # Of plans near the demand some meet it by chance, and would be the first that do.
-            surely = self._first(lambda each: self._fast_enough(each, budget, surely=True))
-            return surely or self._first(lambda each: self._fast_enough(each, budget))
+            surely = self._first(lambda each: self._fast_enough(each, budget, surely=True), refinements)
+            return surely or self._first(lambda each: self._fast_enough(each, budget), refinements)
 
         def good(point: Point) -> bool:
             return self._accurate_enough(point, budget)
 
-        best = self._last(good)
+        best = self._last(good, refinements)
         for _ in range(_POLISHES):
             self._learn_from(best)
             better = self._beyond(best, good)
@@ -335,14 +345,14 @@ class Search:
             best = point
         return best
 
-    def _last(self, good: Callable[[Point], bool]) -> Point:
+    def _last(self, good: Callable[[Point], bool], refinements: int) -> Point:
         """The cheapest plan that is good, if the cheaper is the worse; nothing replaced is good."""
         low, high = 0, len(self.points)
         while high - low > 1:
             middle = (low + high) // 2
             low, high = (middle, high) if good(self.points[middle]) else (low, middle)
         best = self.points[low]
-        for _ in range(_REFINEMENTS):
+        for _ in range(refinements):
             between = self._between(best)
             if between is None:
                 break
@@ -350,7 +360,7 @@ class Search:
                 best = between
         return best
 
-    def _first(self, good: Callable[[Point], bool]) -> Point | None:
+    def _first(self, good: Callable[[Point], bool], refinements: int) -> Point | None:
         """The dearest plan that is good, if the cheaper is the better."""
         low, high = -1, len(self.points) - 1
         if not good(self.points[high]):
@@ -359,7 +369,7 @@ class Search:
             middle = (low + high) // 2
             low, high = (low, middle) if good(self.points[middle]) else (middle, high)
         best = self.points[high]
-        for _ in range(_REFINEMENTS):
+        for _ in range(refinements):
             index = self.points.index(best)
             between = self._between(self.points[index - 1]) if index else None
             if between is None:
@@ -403,12 +413,12 @@ class Search:
         doubtful = sorted(saved, key=saved.__getitem__)[:_DOUBTFUL]
         whole, *others = self.speedups([self.restored(fitted, name) for name in (None, *doubtful)])
         if whole.significant and whole.median < 1:
-            return self._join(self._point({}, 0.0))
+            return self._join(self._known({}))
         idle = [name for name, each in zip(doubtful, others, strict=True) if each.median >= whole.median]
         if not idle:
             return point
         kept = {name: each for name, each in point.choice.items() if name not in idle}
-        found = self._join(self._point(kept, 0.0))
+        found = self._join(self._known(kept))
         # Layer by layer noise may call idle what is not: the plan without all of them must hold its own.
         whole, without = self.speedups([fitted.model, self.carried_out(found).model])
         if found.speedup is None:

@@ -267,6 +267,7 @@ def test_sensitivities_are_corrected_among_replaced_layers():
     for each in carried_out:
         errors = (corrected[n] * surveyed[n].offer(c).error for n, c in each.choice.items())
         assert each.expected == pytest.approx(sum(errors))
+        assert 0 < each.bound <= each.expected * (1 + 1e-9)
 
 
 @pytest.mark.parametrize("pace", [0.8, 1.0, 1.3])
