@@ -74,7 +74,7 @@ class _LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's
     """Bytes of the tensors made in here: alive now, the most alive at once, and all of them."""
 
     def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()  # type: ignore[no-untyped-call]  # torch's own
         self._known: set[int] = set()
         self.live = self.peak = self.total = 0
 

@@ -284,14 +284,13 @@ class Search:
     def _learn_pace(self, point: Point | None) -> None:
         """Correct the times of forms by what a whole plan takes.
 
-        Timed by themselves, all of them are too fast or too slow alike: their data are warm in the cache, or
-        the machine had another pace.
+        Timed by themselves, all of them may be too fast or too slow alike, as their surroundings are others.
         """
         if point is None or not self.timed or not point.choice:
             return
         self.carried_out(point)
         self._time([point])
-        assert point.speedup is not None  # noqa: S101
+        assert point.speedup is not None  # noqa: S101  (`_time` saw to it)
         forms = sum(each.cost for each in point.choice.values())
         others = self._rest + point.cost - forms
         pace = (self.total / point.speedup.median - others) / forms
@@ -463,7 +462,7 @@ class Search:
             return True
         if point.speedup is None:
             self._time([point])
-        assert point.speedup is not None  # noqa: S101
+        assert point.speedup is not None  # noqa: S101  (`_time` saw to it)
         return (point.speedup.ci95.lo if surely else point.speedup.median) >= budget.min_speedup
 
 

@@ -58,7 +58,7 @@ def train() -> ShapeNet:
     )
     for round_ in tqdm(range(ROUNDS)):
         if round_ == PRUNING_ROUND:
-            prune.ln_structured(net.widen.conv, "weight", amount=0.5, n=1, dim=0)  # type: ignore[no-untyped-call]
+            prune.ln_structured(net.widen.conv, "weight", amount=0.5, n=1, dim=0)  # type: ignore[no-untyped-call]  # torch's own
         images = draw(IMAGES_PER_ROUND, TRAINING_SEED + round_)
         x, y = to_input(images.x), torch.from_numpy(images.y)
         for batch, labels in zip(torch.split(x, BATCH), torch.split(y, BATCH), strict=True):
@@ -67,7 +67,7 @@ def train() -> ShapeNet:
             optimizer.step()
             schedule.step()
 
-    prune.remove(net.widen.conv, "weight")  # type: ignore[no-untyped-call]
+    prune.remove(net.widen.conv, "weight")  # type: ignore[no-untyped-call]  # torch's own
     with torch.no_grad():
         deployed_large.weight.copy_(merge(vertical.weight, horizontal.weight))
         deployed_elastic.weight.copy_(F.pad(core.weight, (1, 1, 1, 1)))
