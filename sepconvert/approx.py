@@ -31,6 +31,7 @@ from sepconvert.approximation import (
     restored,
     survey,
 )
+from sepconvert.attempts import MOST, Attempt, next_drop
 from sepconvert.calibrate import PATCHES, record
 from sepconvert.conversion import Conversion
 from sepconvert.data import UNLABELLED, Batch, dimensions, split
@@ -63,9 +64,6 @@ _MOST_HELD_OUT = 256
 # those of layers of more than a million weights above all.
 _COST_STEP, _COARSE_COST_STEP, _MANY_WEIGHTS = 1.15, 1.3, 10**6
 
-# By which a drop may exceed the budget before fine-tuning: five epochs brought 11.1 points to 4.0 and 2.5 to
-# 1.1 on a ResNet-9, 6.8 to 2.3 on a ResNet-20. A second attempt expects a little less than the first brought.
-_WON_BACK, _ATTEMPTS, _CAUTION = 3.0, 2, 0.9
 _REFINEMENTS = 5  # of the search: a plan is fitted in a fraction of the time that it is fine-tuned
 
 
@@ -327,6 +325,9 @@ def convert_approximately(
     )
 
 
+_Delivered = tuple[Point, nn.Module, tuple[Step, ...], dict[str, Any] | None]
+
+
 def _delivered(
     model: nn.Module,
     search: Search,
@@ -335,43 +336,49 @@ def _delivered(
     heldout: Heldout | None,
     accuracy: Callable[[nn.Module], AccuracyDelta] | None,
     seed: int,
-) -> tuple[Point, nn.Module, tuple[Step, ...], dict[str, Any] | None]:
+) -> _Delivered:
     """The plan, its model, what fine-tuning brought, and how it went.
 
-    What fine-tuning wins back is guessed at first, and then known of one plan: a second one that goes less
-    far is tried before one that is within the budget without it.
+    Where a drop is held to, several plans are fine-tuned, each as far as those before tell that it may go. Of
+    those that come back within the budget the last goes furthest; if there is none, a plan is delivered that
+    needs no fine-tuning.
     """
-    won_back, given_up, training = _WON_BACK, list[Mapping[str, float]](), None
-    while finetuning is not None and len(given_up) < _ATTEMPTS:
-        point = search.run(_before_finetuning(budget, won_back), _REFINEMENTS)
+    if finetuning is None:
+        point = search.run(budget)
+        return point, search.carried_out(point).model, (), None
+    if budget.max_drop is None or accuracy is None or _fixes_plan(budget):
+        # The drop is yet to come, and nothing that a plan is chosen by.
+        point = search.run(replace(budget, max_drop=None))
         fitted = search.carried_out(point)
         if not point.choice:
+            return point, fitted.model, (), None
+        return point, *_finetune(model, fitted, finetuning, heldout, seed, attempt=0)
+    attempts, found = list[Attempt](), list[_Delivered]()
+    while (drop := next_drop(attempts, budget.max_drop)) is not None:
+        point = search.run(replace(budget, max_drop=min(drop, 100.0)), _REFINEMENTS)
+        if not point.choice or any(point is tried for tried, *_ in found):
             break
-        converted, step, training = _finetune(model, fitted, finetuning, heldout, seed, len(given_up))
-        training["given_up"] = given_up
-        if budget.max_drop is None or accuracy is None or _fixes_plan(budget):
-            return point, converted, step, training
-        before, after = (accuracy(each).drop_pp for each in (fitted.model, converted))
-        if after <= budget.max_drop:
-            return point, converted, step, training
-        given_up.append({"drop_before_pp": before, "drop_pp": after})
-        won_back = _CAUTION * before / after
-        if won_back <= 1:
-            break
-    point = search.run(budget)
-    return point, search.carried_out(point).model, (), training
+        fitted = search.carried_out(point)
+        found.append((point, *_finetune(model, fitted, finetuning, heldout, seed, len(attempts))))
+        attempts.append(Attempt(accuracy(fitted.model).drop_pp, accuracy(found[-1][1]).drop_pp))
+    within = [each for each, attempt in zip(found, attempts, strict=True) if attempt.after <= budget.max_drop]
+    training = found[-1][-1] if found else None
+    if within:
+        point, converted, step, training = within[-1]
+    else:
+        point, step = search.run(budget), ()
+        converted = search.carried_out(point).model
+    if training is not None:
+        training["attempts"] = [
+            {"drop_before_pp": attempt.before, "drop_pp": attempt.after, "delivered": each in within[-1:]}
+            for each, attempt in zip(found, attempts, strict=True)
+        ]
+    return point, converted, step, training
 
 
 def _fixes_plan(budget: Budget) -> bool:
     """By more than the accuracy that it leaves."""
     return any(demand is not None for demand in (budget.rank, budget.share, budget.min_speedup))
-
-
-def _before_finetuning(budget: Budget, won_back: float) -> Budget:
-    """With `won_back` times the drop; where other demands fix the plan, with none, as it is yet to come."""
-    if budget.max_drop is None:
-        return budget
-    return replace(budget, max_drop=None if _fixes_plan(budget) else min(won_back * budget.max_drop, 100.0))
 
 
 def _obstacles(
@@ -397,7 +404,7 @@ def _obstacles(
 
 def checkpoints(first: Path) -> tuple[Path, ...]:
     """Of all attempts at fine-tuning."""
-    return first, *(first.with_name(f"{first.name}.{number}") for number in range(2, _ATTEMPTS + 1))
+    return first, *(first.with_name(f"{first.name}.{number}") for number in range(2, MOST + 1))
 
 
 def _finetune(
@@ -422,7 +429,7 @@ def _finetune(
         progress=finetuning.on_step,
     )
     step = () if heldout is None else (Step("fine-tune", heldout.measure(trained.model), kept=True),)
-    return trained.model, step, trained.to_dict()
+    return trained.model, step, {**trained.to_dict(), "attempts": []}
 
 
 def _forms(site: ConvSite, mode: str, rank: int | None) -> list[Form]:

@@ -103,6 +103,7 @@ class LayerSurvey:
     offers: tuple[Offer, ...]  # by falling cost, none with another that costs no more and errs no more
     sensitivity: float  # measured divergence of the model over the `error` of an offer
     by_weights: dict[Form, Kernel] = field(default_factory=dict)  # kernels fitted to the weights, so far
+    excess: Mapping[Form, float] = field(default_factory=dict)  # by which forms err more than others
 
     def fitted_to_weights(self, site: ConvSite, form: Form) -> Kernel:
         """In the metric of the weights, and the bias: the same whatever the plan."""
@@ -124,7 +125,24 @@ class LayerSurvey:
 
     def candidates(self) -> list[Candidate]:
         """With the divergence expected of each."""
-        return [Candidate(*_form(offer), offer.cost, self.sensitivity * offer.error) for offer in self.offers]
+        return [
+            Candidate(
+                *_form(offer),
+                offer.cost,
+                self.sensitivity * offer.error * self.excess.get(_form(offer), 1.0),
+            )
+            for offer in self.offers
+        ]
+
+    def with_excess(self, form: Form, times: float) -> "LayerSurvey":
+        """With errors of a form, and of lower ranks of its scheme, that are so many times as high."""
+        scheme, rank = form
+        found = {
+            each: times * self.excess.get(each, 1.0)
+            for each in map(_form, self.offers)
+            if each[0] == scheme and each[1] <= rank
+        }
+        return replace(self, excess={**self.excess, **found})
 
     def offer(self, candidate: Candidate) -> Offer:
         """That one of `candidates` stands for."""

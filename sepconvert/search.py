@@ -21,6 +21,7 @@ _CARRIED_OUT = 6  # that the curve shows at least, if it has as many
 _REFINEMENTS = 2
 _POLISHES = 1
 _DOUBTFUL = 4
+_LESSONS, _SURPRISE = 2, 8.0  # plans to learn forms' errors from, and the divergence, over what was expected
 _MOST_ASTRAY = 2.0  # that times of layers are taken to be by which a plan takes more or less than their sum
 
 
@@ -155,20 +156,18 @@ class Search:
         """
         if budget.rank is not None:
             point = self._of_rank(budget)
-        elif budget.share is not None:
-            self._draw_curve()
-            point = self._of_share(budget.share, budget)
         else:
-            middle = None if self.points else self._best(self._middle)
+            middle = None if self.points or budget.share is not None else self._best(self._middle)
             if not self.points:
                 self._learn_from(middle)
                 self._learn_pace(middle)
                 self._draw_curve()
-            point = self._searched(budget, refinements)
+            point = self._chosen(budget, refinements)
             if middle is not None and middle.fitted is not None:
                 self._show(middle)
-            self._fill_curve(point)
-            self._time_carried_out()
+            if point is not None or budget.share is None:
+                self._fill_curve(point)
+                self._time_carried_out()
             point = self._fastest(point, budget)
         if point is None or not self._fast_enough(point, budget):
             raise DemandNotMetError(_shortfall(budget, self.points), curve_table(self.to_json(None)))
@@ -253,13 +252,31 @@ class Search:
         return same or point
 
     def _show(self, point: Point) -> None:
-        """Put a plan that was carried out before anything was learnt on the curve, by what is known now."""
-        choice = {
-            name: next(now for now in self.surveyed[name].candidates() if now.form == each.form)
-            for name, each in point.choice.items()
-        }
-        shown = self._join(self._known(choice))
+        """Put a plan that was carried out before the curve was drawn on it."""
+        self._revise(point)
+        shown = self._join(point)
         shown.fitted, shown.speedup = shown.fitted or point.fitted, shown.speedup or point.speedup
+
+    def _revise(self, point: Point) -> None:
+        """What is expected of a plan, by what is known now."""
+        now = self._known(
+            {
+                name: next(now for now in self.surveyed[name].candidates() if now.form == each.form)
+                for name, each in point.choice.items()
+            }
+        )
+        point.choice, point.cost, point.predicted = now.choice, now.cost, now.predicted
+        point.expected, point.bound = now.expected, now.bound
+
+    @property
+    def _frontier(self) -> list[Point]:
+        """Plans by falling cost, without those that another undercuts in cost and expected divergence."""
+        found: list[Point] = []
+        for point in self.points:
+            while len(found) > 1 and found[-1].expected >= point.expected:
+                found.pop()
+            found.append(point)
+        return found
 
     def _learn_from(self, point: Point | None) -> None:
         """Correct the sensitivities by what each layer's errors do where all the others are replaced too.
@@ -279,7 +296,44 @@ class Search:
                 before = self.surveyed[name].sensitivity
                 sensitivity = math.sqrt(before * brought / error) if before else brought / error
                 corrected[name] = replace(self.surveyed[name], sensitivity=sensitivity)
-        self.surveyed = corrected
+        self._learnt(corrected)
+
+    def _learnt(self, surveyed: Mapping[str, LayerSurvey]) -> None:
+        self.surveyed = surveyed
+        for each in self.points:
+            self._revise(each)
+
+    def _learn_forms(self) -> bool:
+        """Correct errors of forms by the plan that surprises most, and draw a new curve; False if none does.
+
+        Of the forms of a layer one was measured; the others follow while the divergence is quadratic in their
+        errors. A form that drops a whole direction of the outputs may be far beyond that.
+        """
+        astray = {
+            point: point.fitted.heldout.divergence / point.expected
+            for point in self.points
+            if point.fitted is not None and point.fitted.heldout is not None and point.expected > 0
+        }
+        point = max(astray, key=astray.__getitem__, default=None)
+        if point is None or self.divergence is None or astray[point] < _SURPRISE:
+            return False
+        fitted = self.carried_out(point)
+        reached = self.divergence(self.restored(fitted, None))
+        times = {}
+        for name, each in self.progress(list(point.choice.items()), "errors of forms among replaced layers"):
+            brought = reached - self.divergence(self.restored(fitted, name))
+            if brought > each.error > 0:
+                times[name] = brought / each.error
+        if not times:
+            return False
+        self.points = [each for each in self.points if each.fitted or each.accuracy or each.speedup]
+        worse = {
+            name: self.surveyed[name].with_excess(point.choice[name].form, each)
+            for name, each in times.items()
+        }
+        self._learnt({**self.surveyed, **worse})
+        self._draw_curve()
+        return True
 
     def _learn_pace(self, point: Point | None) -> None:
         """Correct the times of forms by what a whole plan takes.
@@ -295,7 +349,7 @@ class Search:
         others = self._rest + point.cost - forms
         pace = (self.total / point.speedup.median - others) / forms
         pace = min(max(pace, 1 / _MOST_ASTRAY), _MOST_ASTRAY)
-        self.surveyed = {name: each.at_pace(pace) for name, each in self.surveyed.items()}
+        self._learnt({name: each.at_pace(pace) for name, each in self.surveyed.items()})
 
     # Choice
 
@@ -313,8 +367,21 @@ class Search:
         point = self._join(point)
         return point if self._accurate_enough(point, budget) else None
 
+    def _chosen(self, budget: Budget, refinements: int) -> Point | None:
+        """The plan that meets the budget, chosen anew where plans do what was not expected of them."""
+        point = self._searched(budget, refinements)
+        for _ in range(_LESSONS):
+            if point is not None:
+                self.carried_out(point)
+            if not self._learn_forms():
+                break
+            point = self._searched(budget, refinements)
+        return point
+
     def _searched(self, budget: Budget, refinements: int) -> Point | None:
         """The plan that meets the budget and goes furthest, or errs least where speed alone is demanded."""
+        if budget.share is not None:
+            return self._of_share(budget.share, budget)
         if budget.max_drop is None:
             # Of plans near the demand some meet it by chance, and would be the first that do.
             surely = self._first(lambda each: self._fast_enough(each, budget, surely=True), refinements)
@@ -346,11 +413,12 @@ class Search:
 
     def _last(self, good: Callable[[Point], bool], refinements: int) -> Point:
         """The cheapest plan that is good, if the cheaper is the worse; nothing replaced is good."""
-        low, high = 0, len(self.points)
+        plans = self._frontier
+        low, high = 0, len(plans)
         while high - low > 1:
             middle = (low + high) // 2
-            low, high = (middle, high) if good(self.points[middle]) else (low, middle)
-        best = self.points[low]
+            low, high = (middle, high) if good(plans[middle]) else (low, middle)
+        best = plans[low]
         for _ in range(refinements):
             between = self._between(best)
             if between is None:
@@ -361,16 +429,17 @@ class Search:
 
     def _first(self, good: Callable[[Point], bool], refinements: int) -> Point | None:
         """The dearest plan that is good, if the cheaper is the better."""
-        low, high = -1, len(self.points) - 1
-        if not good(self.points[high]):
+        plans = self._frontier
+        low, high = -1, len(plans) - 1
+        if not good(plans[high]):
             return None
         while high - low > 1:
             middle = (low + high) // 2
-            low, high = (low, middle) if good(self.points[middle]) else (middle, high)
-        best = self.points[high]
+            low, high = (low, middle) if good(plans[middle]) else (middle, high)
+        best = plans[high]
         for _ in range(refinements):
-            index = self.points.index(best)
-            between = self._between(self.points[index - 1]) if index else None
+            dearer = [each for each in self._frontier if each.cost > best.cost]
+            between = self._between(dearer[-1]) if dearer else None
             if between is None:
                 break
             if good(between):
@@ -392,15 +461,13 @@ class Search:
 
     def _between(self, point: Point) -> Point | None:
         """A plan of a cost halfway to the next cheaper point of the curve, which it joins."""
-        index = self.points.index(point)
-        if index + 1 == len(self.points):
+        cheaper = next((each for each in self._frontier if each.cost < point.cost), None)
+        if cheaper is None:
             return None
-        cheaper = self.points[index + 1]
         middle = self._best((point.cost + cheaper.cost) / 2)
         if middle is None or middle.forms in (point.forms, cheaper.forms):
             return None
-        self.points.insert(index + 1, middle)
-        return middle
+        return self._join(middle)
 
     def _paying(self, point: Point, budget: Budget) -> Point:
         """The plan without layers that, timed in the whole model, bring nothing; of a slower one, none."""

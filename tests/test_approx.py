@@ -656,21 +656,22 @@ def test_pointwise_and_depthwise_layers_have_forms_in_auto_mode(planted):
     assert schemes["2"].startswith("channelwise-spatial")
 
 
-def test_a_plan_that_fine_tuning_does_not_bring_back_is_given_up(small, monkeypatch):
-    monkeypatch.setattr("sepconvert.approx._WON_BACK", 1000.0)  # the cheapest plan of all
+def test_of_plans_that_fine_tuning_brings_back_the_last_is_delivered(small, monkeypatch):
+    monkeypatch.setattr("sepconvert.attempts._WON_BACK", 1000.0)  # the cheapest plan of all
     report = convert_small(small, max_drop=0.5, data=small[1], finetune=1).report
-    found = report["approximation"]["finetune"]
-    first, *_ = found["given_up"]
-    assert len(found["given_up"]) <= 2
-    assert all(each["drop_pp"] > 0.5 for each in found["given_up"])
+    attempts = report["approximation"]["finetune"]["attempts"]
+    assert attempts[0]["drop_pp"] > 0.5
+    assert 1 <= len(attempts) <= 3
     assert report["delta"]["accuracy_drop_pp"]["value"] <= 0.5
+    within = [each for each in attempts if each["drop_pp"] <= 0.5]
+    assert [each for each in attempts if each["delivered"]] == within[-1:]
     used = "fine-tune" in [step["name"] for step in report["approximation"]["steps"]]
-    assert used is (len(found["given_up"]) == 1 and first["drop_before_pp"] * 0.9 > first["drop_pp"])
-    assert "Fine-tuning of a plan that goes further ended" in " ".join(summary(report).split())
+    assert used is bool(within)
+    assert "of a plan that is not delivered" in " ".join(summary(report).split())
 
 
 def test_fine_tuning_may_win_back_what_a_plan_loses(small):
     report = convert_small(small, max_drop=30.0, data=small[1], finetune=1).report
-    assert report["approximation"]["finetune"]["given_up"] == []
+    assert report["approximation"]["finetune"]["attempts"][-1]["delivered"]
     assert report["approximation"]["steps"][-1]["name"] == "fine-tune"
     assert report["delta"]["accuracy_drop_pp"]["value"] <= 30

@@ -295,11 +295,11 @@ def _approximation_sentences(found: Document) -> list[str]:
             "Warning: what is fitted to so few images may not hold on others; some hundred are needed "
             "(--calib, --calib-images)."
         )
-    given_up = found["finetune"]["given_up"] if found["finetune"] else []
+    attempts = found["finetune"]["attempts"] if found["finetune"] else []
     lines += [
-        f"Fine-tuning of a plan that goes further ended at a drop of {each['drop_pp']:.2f} pp (before: "
-        f"{each['drop_before_pp']:.2f} pp), beyond the budget."
-        for each in given_up
+        f"Fine-tuning brought a drop of {each['drop_before_pp']:.2f} pp to {each['drop_pp']:.2f} pp"
+        + (": delivered." if each["delivered"] else ", of a plan that is not delivered.")
+        for each in attempts
     ]
     return lines
 

@@ -189,7 +189,7 @@ def test_an_approximate_conversion(approximate):
         "history": [epoch],
         "delivered": epoch,
         "stopped": None,
-        "given_up": [],
+        "attempts": [],
     }
     text = Page(render_html(approximate)).text
     assert "average, best" in text

@@ -54,7 +54,7 @@ def test_predictions_that_change_on_images_held_out(risky):
 def test_layers_of_large_error_are_named(risky, error, warned):
     layer(risky)["output_error"] = error
     assert any("large.conv answers with an error of 50%" in line for line in risks(risky)) == warned
-    risky["approximation"]["finetune"] = {"given_up": []}
+    risky["approximation"]["finetune"] = {"attempts": []}
     assert not risks(risky)
 
 
