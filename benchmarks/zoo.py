@@ -12,6 +12,7 @@ import resource
 import subprocess
 import sys
 import tempfile
+import textwrap
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -42,6 +43,7 @@ MODES: dict[str, dict[str, Any]] = {
     "approx": {"rank": 2, "gate": "none"},
     "auto": {"min_speedup": 1.1, "measure_seconds": 20.0},
 }
+OUTCOMES = ("passed", "no plan is fast enough", "failed")
 IMAGES = 16
 MARKS = ("<!-- written by benchmarks/zoo.py -->", "<!-- end -->")
 SECONDS = 1500  # until a process is given up
@@ -439,24 +441,23 @@ def table(found: Sequence[Mapping[str, Any]]) -> Iterator[str]:
 
 
 def supported(found: Sequence[Mapping[str, Any]]) -> Iterator[str]:
-    """A row for each family, for the README."""
+    """What passed, for the README: families, a row for each mode, and each failure."""
     versions = next(each["environment"] for each in found if "environment" in each)
-    models = {each["name"] for each in found}
-    yield (
-        f"{len(models)} architectures of torchvision {torchvision.__version__} and timm {timm.__version__} "
-        f"with random weights, at their real shapes, under torch {versions['torch']} and ONNX Runtime "
-        f"{versions['onnxruntime']} (`benchmarks/zoo.py`). A cell says how many passed of those tried:"
+    families = Counter(family for family, _ in {(each["family"], each["name"]) for each in found})
+    names = ", ".join(
+        family if count == 1 else f"{family} ({count})" for family, count in sorted(families.items())
+    )
+    yield from textwrap.wrap(
+        f"{families.total()} architectures of torchvision {torchvision.__version__} and timm "
+        f"{timm.__version__} with random weights, at their real shapes, under torch {versions['torch']} and "
+        f"ONNX Runtime {versions['onnxruntime']} (`benchmarks/zoo.py`): {names}.",
+        110,
     )
     yield ""
     rows = []
-    for family in sorted({each["family"] for each in found}):
-        members = [each for each in found if each["family"] == family]
-        names = {each["name"].removeprefix("torchvision ").removeprefix("timm ") for each in members}
-        row = {"family": family, "models": ", ".join(sorted(names))}
-        for mode in MODES:
-            tried = [each["outcome"] for each in members if each["mode"] == mode]
-            row[mode] = f"{len(tried) - tried.count('failed')} of {len(tried)}" if tried else ""
-        rows.append(row)
+    for mode in MODES:
+        tried = Counter(each["outcome"] for each in found if each["mode"] == mode)
+        rows.append({"mode": mode, "tried": tried.total(), **{each: tried[each] for each in OUTCOMES}})
     yield tabulate(rows, headers="keys", tablefmt="github", disable_numparse=True)
     failed = [each for each in found if each["outcome"] == "failed"]
     if failed:
