@@ -171,8 +171,11 @@ class Search:
             point = self._fastest(point, budget)
         if point is None or not self._fast_enough(point, budget):
             raise DemandNotMetError(_shortfall(budget, self.points), curve_table(self.to_json(None)))
-        self.carried_out(point)
-        return self._paying(point, budget) if self.timed else point
+        point = self._paying(point, budget) if self.timed else point
+        fitted = self.carried_out(point)
+        if self.accuracy is not None and point.accuracy is None:
+            point.accuracy = self.accuracy(fitted.model)
+        return point
 
     def to_json(self, delivered: Point | None) -> list[dict[str, Any]]:
         """The curve, for the report."""

@@ -364,7 +364,8 @@ def test_one_rank_everywhere():
     point = bench.search.run(Budget(rank=2))
     assert {name: each.rank for name, each in point.choice.items()} == {"a": 2, "b": 2}
     assert point.macs == REST + 200 + 40
-    assert bench.measured["drop"] == []
+    assert bench.measured["drop"] == [point.macs]  # what is delivered is measured, demanded or not
+    assert bench.search.to_json(point)[0]["accuracy_drop_pp"]["value"] == 3.0
     with pytest.raises(DemandNotMetError, match=r"--rank 2 and --max-drop 2 .*smallest drop 3.00 pp"):
         bench.search.run(Budget(rank=2, max_drop=2.0))
 
