@@ -8,6 +8,7 @@ to find. README.md beside this file says what must hold for a model to pass.
 """
 
 import json
+import os
 import resource
 import subprocess
 import sys
@@ -16,6 +17,7 @@ import textwrap
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -35,7 +37,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import sepconvert
 from sepconvert.calibrate import reestimate_batchnorm
-from sepconvert.environment import Runtime, environment
+from sepconvert.environment import Runtime, available_cores, environment
 from sepconvert.errors import DemandNotMetError, first_line
 
 MODES: dict[str, dict[str, Any]] = {
@@ -349,31 +351,47 @@ def cli() -> None:
 @click.option(
     "--mode", "modes", multiple=True, type=click.Choice(list(MODES)), help="Only this one. Repeatable."
 )
-def run(folder: Path, names: Sequence[str], modes: Sequence[str]) -> None:
+@click.option(
+    "--jobs", type=click.IntRange(1), default=1, show_default=True,
+    help="Processes at once, each with its share of the cores.",
+)  # fmt: skip
+def run(folder: Path, names: Sequence[str], modes: Sequence[str], jobs: int) -> None:
     """Convert all models, or those whose name contains one of NAMES, in a process for each mode."""
     folder.mkdir(parents=True, exist_ok=True)
     chosen = [name for name in entries() if not names or any(each in name for each in names)]
     if not chosen:
         raise click.UsageError(f"expected parts of these names: {', '.join(entries())}")
-    for name in chosen:
-        for mode in modes or MODES:
-            path = folder / f"{name} {mode}.json".replace(" ", "-")
-            if path.exists():
-                continue
-            found = _in_a_process(name, mode)
-            path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    paths = {
+        (name, mode): folder / f"{name} {mode}.json".replace(" ", "-")
+        for name in chosen
+        for mode in modes or MODES
+    }
+    pool = ThreadPoolExecutor(jobs)  # of threads that wait for processes
+    try:
+        waiting = [
+            pool.submit(_in_a_process, *each, threads=max(1, available_cores() // jobs))
+            for each, path in paths.items()
+            if not path.exists()
+        ]
+        for done in as_completed(waiting):
+            found = done.result()
+            text = json.dumps(found, indent=1) + "\n"
+            paths[found["name"], found["mode"]].write_text(text, encoding="utf-8")
             click.echo(
-                f"{name} {mode}: {found['outcome']} {found.get('seconds', 0):.0f} s "
+                f"{found['name']} {found['mode']}: {found['outcome']} {found.get('seconds', 0):.0f} s "
                 f"{found.get('peak_gb', 0):.1f} GB {found.get('error') or ''}"
             )
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
-def _in_a_process(name: str, mode: str) -> dict[str, Any]:
+def _in_a_process(name: str, mode: str, threads: int) -> dict[str, Any]:
     command = [sys.executable, __file__, "one", name, mode]
     try:
         done = subprocess.run(  # noqa: S603  (our own script)
-            command, capture_output=True, text=True, timeout=SECONDS, check=False
-        )
+            command, capture_output=True, text=True, timeout=SECONDS, check=False,
+            env={**os.environ, "OMP_NUM_THREADS": str(threads)},
+        )  # fmt: skip
     except subprocess.TimeoutExpired:
         return _broken(name, mode, f"not done within {SECONDS} s")
     if done.returncode:
