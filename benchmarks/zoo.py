@@ -46,7 +46,7 @@ MODES: dict[str, dict[str, Any]] = {
     "auto": {"min_speedup": 1.1, "measure_seconds": 20.0},
 }
 OUTCOMES = ("passed", "no plan is fast enough", "failed")
-IMAGES = 16
+IMAGES = 8
 MARKS = ("<!-- written by benchmarks/zoo.py -->", "<!-- end -->")
 SECONDS = 1500  # until a process is given up
 # Of outputs of a float32 network that nothing but rounding moved, relative to the largest of them.
@@ -187,7 +187,7 @@ def prepared(entry: Entry) -> tuple[nn.Module, list[str], Tensor]:
     images = torch.randn(IMAGES, *entry.shape)
     planted = plant(model)
     model.eval()
-    reestimate_batchnorm(model, images.split(8))
+    reestimate_batchnorm(model, images.split(4))
     return model, planted, images
 
 
@@ -241,7 +241,7 @@ def attempt(name: str, mode: str) -> dict[str, Any]:
     }
     keywords = dict(MODES[mode])
     if mode != "exact":
-        loader = DataLoader(TensorDataset(images, torch.full((IMAGES,), -1)), 8)
+        loader = DataLoader(TensorDataset(images, torch.full((IMAGES,), -1)), 4)
         keywords |= {"calib": loader, "calib_images": IMAGES}
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
