@@ -5,6 +5,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
+import numpy as np
+from scipy.optimize import lsq_linear
 from torch import nn
 
 from sepconvert.allocate import Allocation, Choice, allocate, cost_of
@@ -23,6 +25,7 @@ _POLISHES = 1
 _DOUBTFUL = 4
 _LESSONS, _SURPRISE = 2, 8.0  # plans to learn forms' errors from, and the divergence, over what was expected
 _MOST_ASTRAY = 2.0  # that times of layers are taken to be by which a plan takes more or less than their sum
+_PRIOR = 0.03  # of whole plans' times, relative, the noise; over what layers and forms by themselves are off
 
 
 @dataclass(frozen=True)
@@ -157,14 +160,11 @@ class Search:
         if budget.rank is not None:
             point = self._of_rank(budget)
         else:
-            middle = None if self.points or budget.share is not None else self._best(self._middle)
             if not self.points:
-                self._learn_from(middle)
-                self._learn_pace(middle)
+                if budget.share is None:
+                    self._learn()
                 self._draw_curve()
             point = self._chosen(budget, refinements)
-            if middle is not None and middle.fitted is not None:
-                self._show(middle)
             if point is not None or budget.share is None:
                 self._fill_curve(point)
                 self._time_carried_out()
@@ -254,12 +254,6 @@ class Search:
             self.points = sorted([*self.points, point], key=lambda each: -each.cost)
         return same or point
 
-    def _show(self, point: Point) -> None:
-        """Put a plan that was carried out before the curve was drawn on it."""
-        self._revise(point)
-        shown = self._join(point)
-        shown.fitted, shown.speedup = shown.fitted or point.fitted, shown.speedup or point.speedup
-
     def _revise(self, point: Point) -> None:
         """What is expected of a plan, by what is known now."""
         now = self._known(
@@ -280,6 +274,16 @@ class Search:
                 found.pop()
             found.append(point)
         return found
+
+    def _learn(self) -> None:
+        """Correct what is known of layers by two whole plans, one of them the cheapest."""
+        for cost in (self._middle, self._least):
+            found = self._best(cost)
+            if found is not None and found.choice:
+                self._join(found)
+        if self.points:
+            self._learn_from(self.points[0])
+            self._learn_pace()
 
     def _learn_from(self, point: Point | None) -> None:
         """Correct the sensitivities by what each layer's errors do where all the others are replaced too.
@@ -338,21 +342,29 @@ class Search:
         self._draw_curve()
         return True
 
-    def _learn_pace(self, point: Point | None) -> None:
-        """Correct the times of forms by what a whole plan takes.
+    def _learn_pace(self) -> None:
+        """Correct the times of layers and of forms by what the original and whole plans take.
 
-        Timed by themselves, all of them may be too fast or too slow alike, as their surroundings are others.
+        Timed by themselves, all layers may be too fast or too slow alike, as their surroundings are others,
+        and so may all forms: by least squares, of relative errors, with a prior that neither is.
         """
-        if point is None or not self.timed or not point.choice:
+        if not self.timed:
             return
-        self.carried_out(point)
-        self._time([point])
-        assert point.speedup is not None  # noqa: S101  (`_time` saw to it)
-        forms = sum(each.cost for each in point.choice.values())
-        others = self._rest + point.cost - forms
-        pace = (self.total / point.speedup.median - others) / forms
-        pace = min(max(pace, 1 / _MOST_ASTRAY), _MOST_ASTRAY)
-        self._learnt({name: each.at_pace(pace) for name, each in self.surveyed.items()})
+        self._time(self.points)
+        rows, times = [(1.0, sum(self._dense.values()), 0.0)], [self.total - self.saved]
+        for point in self.points:
+            assert point.speedup is not None  # noqa: S101  (`_time` saw to it)
+            forms = sum(each.cost for each in point.choice.values())
+            rows.append((1.0, point.cost - forms, forms))
+            times.append(self.total / point.speedup.median)
+        prior = _PRIOR * np.eye(3)[1:]
+        found = lsq_linear(
+            np.vstack([np.array(rows) / np.array(times)[:, None], prior]),
+            np.hstack([np.ones(len(rows)), _PRIOR, _PRIOR]),
+            ((0.0, 1 / _MOST_ASTRAY, 1 / _MOST_ASTRAY), (np.inf, _MOST_ASTRAY, _MOST_ASTRAY)),
+        )
+        _, dense, forms = found.x.tolist()
+        self._learnt({name: each.at_pace(dense, forms) for name, each in self.surveyed.items()})
 
     # Choice
 
