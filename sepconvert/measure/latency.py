@@ -288,7 +288,9 @@ def interleave(
 
     Column `i` holds what was measured within round `i`, so ratios of rows are paired. A sample is the mean
     of so many calls in a row that they take 1 ms or more together (the count doubles until the fastest of
-    three attempts does), which keeps the clock and the call around it out of the times of small models.
+    three attempts does), which keeps the clock and the call around it out of the times of small models. One
+    more call goes before, untimed: what ran last has filled the caches with its own, and a model that is
+    called several times in a row would come over that more cheaply than one that is called once.
 
     Warm-up: blocks of 3 rounds, until no task's median differs by more than 5 % from the one of the block
     before; 10 blocks at most, since a noisy machine may never settle.
@@ -304,6 +306,7 @@ def interleave(
         times = np.empty((len(tasks), count))
         for column in wrap(range(count)) if wrap else range(count):
             for row in rng.permutation(len(tasks)):
+                tasks[row]()
                 times[row, column] = _elapsed_ns(tasks[row], calls[row]) / calls[row] / 1e6
         return times
 
