@@ -119,10 +119,10 @@ class LayerSurvey:
         """Of the cheapest there is."""
         return min(self.cost, self.offers[-1].cost)
 
-    def at_pace(self, dense: float, forms: float) -> "LayerSurvey":
-        """With costs of the layer as it is, and of all its forms, that are so many times as high."""
-        offers = tuple(replace(offer, cost=forms * offer.cost) for offer in self.offers)
-        return replace(self, cost=dense * self.cost, offers=offers)
+    def at_gain(self, gain: float) -> "LayerSurvey":
+        """With forms that save so many times as much."""
+        offers = (replace(offer, cost=self.cost - gain * (self.cost - offer.cost)) for offer in self.offers)
+        return replace(self, offers=tuple(offers))
 
     def candidates(self) -> list[Candidate]:
         """With the divergence expected of each."""

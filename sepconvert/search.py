@@ -5,8 +5,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-import numpy as np
-from scipy.optimize import lsq_linear
 from torch import nn
 
 from sepconvert.allocate import Allocation, Choice, allocate, cost_of
@@ -24,8 +22,9 @@ _REFINEMENTS = 2
 _POLISHES = 1
 _DOUBTFUL = 4
 _LESSONS, _SURPRISE = 2, 8.0  # plans to learn forms' errors from, and the divergence, over what was expected
-_MOST_ASTRAY = 2.0  # that times of layers are taken to be by which a plan takes more or less than their sum
-_PRIOR = 0.03  # of whole plans' times, relative, the noise; over what layers and forms by themselves are off
+_MOST_ASTRAY = 2.0  # by which layers together may save more or less than the sum of each
+_PRIOR = 0.03  # noise of a plan's time, relative, over that of the sum of what its layers save
+_NEARLY = 0.99
 
 
 @dataclass(frozen=True)
@@ -283,7 +282,7 @@ class Search:
                 self._join(found)
         if self.points:
             self._learn_from(self.points[0])
-            self._learn_pace()
+            self._learn_gain()
 
     def _learn_from(self, point: Point | None) -> None:
         """Correct the sensitivities by what each layer's errors do where all the others are replaced too.
@@ -342,29 +341,31 @@ class Search:
         self._draw_curve()
         return True
 
-    def _learn_pace(self) -> None:
-        """Correct the times of layers and of forms by what the original and whole plans take.
+    def _learn_gain(self) -> None:
+        """Correct what forms save by what whole plans do.
 
-        Timed by themselves, all layers may be too fast or too slow alike, as their surroundings are others,
-        and so may all forms: by least squares, of relative errors, with a prior that neither is.
+        Timed by themselves, layers have surroundings in all their times, which cancel in differences; among
+        other layers all differences may be larger or smaller alike. By least squares, of relative errors of
+        the time of a plan, with a prior that they are not.
         """
         if not self.timed:
             return
         self._time(self.points)
-        rows, times = [(1.0, sum(self._dense.values()), 0.0)], [self.total - self.saved]
+        dense, squares, products = self._dense, _PRIOR**2, _PRIOR**2
         for point in self.points:
             assert point.speedup is not None  # noqa: S101  (`_time` saw to it)
-            forms = sum(each.cost for each in point.choice.values())
-            rows.append((1.0, point.cost - forms, forms))
-            times.append(self.total / point.speedup.median)
-        prior = _PRIOR * np.eye(3)[1:]
-        found = lsq_linear(
-            np.vstack([np.array(rows) / np.array(times)[:, None], prior]),
-            np.hstack([np.ones(len(rows)), _PRIOR, _PRIOR]),
-            ((0.0, 1 / _MOST_ASTRAY, 1 / _MOST_ASTRAY), (np.inf, _MOST_ASTRAY, _MOST_ASTRAY)),
-        )
-        _, dense, forms = found.x.tolist()
-        self._learnt({name: each.at_pace(dense, forms) for name, each in self.surveyed.items()})
+            time = self.total / point.speedup.median
+            saved = (sum(dense.values()) - point.cost) / time
+            squares += saved**2
+            products += saved * (self.total - self.saved - time) / time
+        # No form takes less than nothing.
+        most = [
+            _NEARLY * each.cost / (each.cost - each.least_cost)
+            for each in self.surveyed.values()
+            if each.least_cost < each.cost
+        ]
+        gain = min(max(products / squares, 1 / _MOST_ASTRAY), _MOST_ASTRAY, *most)
+        self._learnt({name: each.at_gain(gain) for name, each in self.surveyed.items()})
 
     # Choice
 
