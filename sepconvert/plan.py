@@ -147,6 +147,9 @@ def _check(layer: LayerPlan) -> None:
     """Is the structure to convert to one that the dense layer can have?"""
     if layer.spec is None or layer.scheme is None or layer.rank is None:
         raise ValueError(f"layer {layer.name} is to be converted but has no spec, scheme or rank")
+    groups = layer.spec.groups
+    if groups < 1 or layer.spec.in_channels % groups or layer.spec.out_channels % groups:
+        raise ValueError(f"layer {layer.name} has channels that cannot be of {groups} groups")
     trimmed = layer.border.trim_spec(layer.spec)
     sizes = (*layer.spec.stride, *layer.spec.dilation, *layer.spec.weight_shape, *trimmed.kernel_size)
     if min(sizes) < 1 or min(dataclasses.astuple(layer.border)) < 0:

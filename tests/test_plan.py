@@ -118,6 +118,15 @@ SAME_KIND = {
 }
 
 
+@pytest.mark.parametrize("groups", [0, -1, 7])
+def test_a_layer_has_groups_that_its_channels_fall_into(document, groups):
+    document = copy.deepcopy(document)
+    layer = next(each for each in document["layers"] if each["decision"] == "converted")
+    layer["spec"]["groups"] = groups
+    with pytest.raises(SepconvertError, match=f"cannot be of {groups} groups"):
+        read_plan(document)
+
+
 @example(data=None)
 @given(data=st.data())
 @numbered(300)
