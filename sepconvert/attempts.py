@@ -24,8 +24,8 @@ def next_drop(attempts: Sequence[Attempt], most: float) -> float | None:
     """The drop before fine-tuning to look for next, for one of at most `most` afterwards; percentage points.
 
     Between a plan that came back far enough and one that did not, drops afterwards are taken to be linear in
-    those before; short of either, proportional. None if no plan is worth an attempt: what is left of the
-    budget is too little, or a plan that keeps within it by itself goes as far.
+    those before; short of either, proportional. None after `MOST`, or if no plan is worth an attempt: what
+    is left of the budget is too little, or a plan that keeps within it by itself goes as far.
     """
     if not attempts:
         return _WON_BACK * most

@@ -221,7 +221,7 @@ def _exported(owner: nn.Module, inputs: Inputs | None) -> fx.GraphModule:
         probe(*inputs)
     inputs = tuple(value.clone() for value in inputs)  # a tensor given twice would become one input
     shapes = tuple(dict.fromkeys(range(value.ndim), Dim.AUTO) for value in inputs)
-    with shape_config.patch(backed_size_oblivious=True):  # type: ignore[attr-defined]
+    with shape_config.patch(backed_size_oblivious=True):  # type: ignore[attr-defined]  # made at run time
         # Sizes 0 and 1 are sizes like others here.
         program = torch.export.export(owner, inputs, dynamic_shapes=shapes, strict=False)
         unlifted = program.module()

@@ -277,7 +277,7 @@ def convert(
 
         def accuracy(converted: nn.Module) -> AccuracyDelta:
             found = predicted(converted)
-            assert predictions is not None and found is not None  # noqa: S101, PT018
+            assert predictions is not None and found is not None  # noqa: S101, PT018  (passed on with data alone)
             return compare_predictions(predictions, found)
 
         conversion = convert_approximately(
@@ -505,7 +505,7 @@ def _traced(
 def _planned_replacement(layer: LayerPlan, site: ConvSite) -> Replacement:
     """Factors of the planned shapes, to be filled from the plan's weights."""
     assert layer.scheme is not None  # noqa: S101  (`read_plan` checked it)
-    assert layer.rank is not None  # noqa: S101
+    assert layer.rank is not None  # noqa: S101  (likewise)
     specs = split(site.dense.spec, layer.scheme, layer.rank, layer.border)
     empty = tuple(site.dense.weight.new_zeros(spec.weight_shape) for spec in specs)
     bias = site.dense.weight.new_zeros(site.dense.spec.out_channels) if layer.bias else None

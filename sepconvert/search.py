@@ -284,12 +284,12 @@ class Search:
             self._learn_from(self.points[0])
             self._learn_gain()
 
-    def _learn_from(self, point: Point | None) -> None:
+    def _learn_from(self, point: Point) -> None:
         """Correct the sensitivities by what each layer's errors do where all the others are replaced too.
 
         Errors do not add up, and inputs of a layer are other than in the original.
         """
-        if point is None or self.divergence is None or not point.choice:
+        if self.divergence is None or not point.choice:
             return
         fitted = self.carried_out(point)
         reached = self.divergence(self.restored(fitted, None))

@@ -206,7 +206,7 @@ class _HiddenConvolutions(TorchDispatchMode):  # type: ignore[no-untyped-call]  
     """Counts the convolutions that reach the dispatcher from nowhere that Python sees (TorchScript, C++)."""
 
     def __init__(self, interceptor: ConvolutionInterceptor) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()  # type: ignore[no-untyped-call]  # torch's own
         self._interceptor = interceptor
         self.count: dict[nn.Module, int] = {}
 
