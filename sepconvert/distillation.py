@@ -29,6 +29,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import DataLoader, IterableDataset
 
 from sepconvert.data import UNLABELLED, Batch
+from sepconvert.determinism import reproducible
 from sepconvert.errors import SepconvertError, first_line
 from sepconvert.layers import FactorizedConv2d
 from sepconvert.measure.divergence import divergence, outputs, relative_error
@@ -133,6 +134,7 @@ class FinetuneResult:
         }
 
 
+@reproducible()
 def finetune(
     student: nn.Module,
     teacher: nn.Module,

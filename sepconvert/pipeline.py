@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader
 
 from sepconvert.approx import MOST_AT_ONCE, Finetuning, check_shapes, convert_approximately, split_data
 from sepconvert.data import Batch
+from sepconvert.determinism import reproducible
 from sepconvert.distillation import Precision, Step
 from sepconvert.distributed import once
 from sepconvert.distributed import rank as rank_of_process
@@ -75,6 +76,7 @@ class ConversionResult:
     exhibits: Exhibits = field(default_factory=Exhibits)
 
 
+@reproducible()
 def inspect(
     model: nn.Module,
     example_inputs: Tensor | Inputs,
@@ -119,6 +121,7 @@ def inspect(
     return {"layers": [report.to_json() for report in reports]}
 
 
+@reproducible()
 def convert(
     model: nn.Module,
     example_inputs: Tensor | Inputs,
@@ -411,6 +414,7 @@ def _executed(
     )
 
 
+@reproducible()
 def apply(model: nn.Module, plan: str | os.PathLike[str]) -> nn.Module:
     """A copy of `model`, converted as a `plan.json` says, with the weights in the file beside it.
 
