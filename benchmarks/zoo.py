@@ -1,7 +1,7 @@
 """Architectures of torchvision and timm, each converted in every mode, and what became of it.
 
-    zoo.py run FOLDER [NAME …]   a process for each model and mode; what is in FOLDER already is kept
-    zoo.py report FOLDER         zoo.json and zoo.md of what is in FOLDER; --readme FILE also writes a section
+    zoo.py run zoo.json [NAME …]   a process for each model and mode; what is in the file already is kept
+    zoo.py report zoo.json         zoo.md beside it, as a table; --readme FILE also writes a section there
 
 Weights are random, shapes are real. In half of the dense kernels a structure is planted, which exact mode has
 to find. README.md beside this file says what must hold for a model to pass.
@@ -238,6 +238,7 @@ def attempt(name: str, mode: str) -> dict[str, Any]:
         "shape": list(entry.shape),
         "params": sum(parameter.numel() for parameter in model.parameters()),
         "environment": environment(Runtime(1)),
+        "libraries": {"torchvision": torchvision.__version__, "timm": timm.__version__},
     }
     keywords = dict(MODES[mode])
     if mode != "exact":
@@ -346,7 +347,7 @@ def cli() -> None:
 
 
 @cli.command()
-@click.argument("folder", type=click.Path(file_okay=False, path_type=Path))
+@click.argument("path", type=click.Path(dir_okay=False, path_type=Path))
 @click.argument("names", nargs=-1)
 @click.option(
     "--mode", "modes", multiple=True, type=click.Choice(list(MODES)), help="Only this one. Repeatable."
@@ -355,34 +356,43 @@ def cli() -> None:
     "--jobs", type=click.IntRange(1), default=1, show_default=True,
     help="Processes at once, each with its share of the cores.",
 )  # fmt: skip
-def run(folder: Path, names: Sequence[str], modes: Sequence[str], jobs: int) -> None:
+def run(path: Path, names: Sequence[str], modes: Sequence[str], jobs: int) -> None:
     """Convert all models, or those whose name contains one of NAMES, in a process for each mode."""
-    folder.mkdir(parents=True, exist_ok=True)
     chosen = [name for name in entries() if not names or any(each in name for each in names)]
     if not chosen:
         raise click.UsageError(f"expected parts of these names: {', '.join(entries())}")
-    paths = {
-        (name, mode): folder / f"{name} {mode}.json".replace(" ", "-")
-        for name in chosen
-        for mode in modes or MODES
-    }
+    results = {(each["name"], each["mode"]): each for each in _read(path)} if path.exists() else {}
+    asked = [(name, mode) for mode in modes or MODES for name in chosen]
     pool = ThreadPoolExecutor(jobs)  # of threads that wait for processes
     try:
         waiting = [
             pool.submit(_in_a_process, *each, threads=max(1, available_cores() // jobs))
-            for each, path in paths.items()
-            if not path.exists()
+            for each in asked
+            if each not in results
         ]
         for done in as_completed(waiting):
             found = done.result()
-            text = json.dumps(found, indent=1) + "\n"
-            paths[found["name"], found["mode"]].write_text(text, encoding="utf-8")
+            results[found["name"], found["mode"]] = found
+            _write(path, [results[key] for key in sorted(results)])
             click.echo(
                 f"{found['name']} {found['mode']}: {found['outcome']} {found.get('seconds', 0):.0f} s "
                 f"{found.get('peak_gb', 0):.1f} GB {found.get('error') or ''}"
             )
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def _read(path: Path) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))
+    return found
+
+
+def _write(path: Path, results: Sequence[Mapping[str, Any]]) -> None:
+    """A line for each result; whole or not at all."""
+    lines = ",\n".join(json.dumps(each) for each in results)
+    part = path.with_suffix(".part")
+    part.write_text(f"[\n{lines}\n]\n", encoding="utf-8")
+    part.replace(path)
 
 
 def _in_a_process(name: str, mode: str, threads: int) -> dict[str, Any]:
@@ -418,14 +428,13 @@ def one(name: str, mode: str) -> None:
 
 
 @cli.command()
-@click.argument("folder", type=click.Path(exists=True, path_type=Path))
+@click.argument("path", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.option("--readme", type=click.Path(exists=True, path_type=Path),
               help="Replace what is between the marks in this file by what is supported.")  # fmt: skip
-def report(folder: Path, readme: Path | None) -> None:
-    """Write zoo.json and zoo.md."""
-    found = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*-*.json"))]
-    (folder / "zoo.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    (folder / "zoo.md").write_text("\n".join(table(found)) + "\n", encoding="utf-8")
+def report(path: Path, readme: Path | None) -> None:
+    """Write the table of all results beside them."""
+    found = _read(path)
+    path.with_suffix(".md").write_text("\n".join(table(found)) + "\n", encoding="utf-8")
     if readme is not None:
         text = readme.read_text(encoding="utf-8")
         before, after = text.partition(MARKS[0])[0], text.partition(MARKS[1])[2]
@@ -460,14 +469,14 @@ def table(found: Sequence[Mapping[str, Any]]) -> Iterator[str]:
 
 def supported(found: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     """What passed, for the README: families, a row for each mode, and each failure."""
-    versions = next(each["environment"] for each in found if "environment" in each)
+    versions = next(each["environment"] | each["libraries"] for each in found if "environment" in each)
     families = Counter(family for family, _ in {(each["family"], each["name"]) for each in found})
     names = ", ".join(
         family if count == 1 else f"{family} ({count})" for family, count in sorted(families.items())
     )
     yield from textwrap.wrap(
-        f"{families.total()} architectures of torchvision {torchvision.__version__} and timm "
-        f"{timm.__version__} with random weights, at their real shapes, under torch {versions['torch']} and "
+        f"{families.total()} architectures of torchvision {versions['torchvision']} and timm "
+        f"{versions['timm']} with random weights, at their real shapes, under torch {versions['torch']} and "
         f"ONNX Runtime {versions['onnxruntime']} (`benchmarks/zoo.py`): {names}.",
         110,
     )

@@ -95,7 +95,11 @@ def test_idx_files_are_read(tmp_path):
 def zoo_result(name: str, mode: str, outcome: str = "passed", **more: Any) -> dict[str, Any]:
     found = {"name": name, "family": name[:3], "mode": mode, "outcome": outcome, "error": None}
     costs = {"seconds": 2.4, "peak_gb": 1.25, "converted": 3, "convolutions": 7, "macs_ratio": 1.5}
-    return {**found, **costs, "environment": {"torch": "2.14", "onnxruntime": "1.32"}, **more}
+    versions = {
+        "environment": {"torch": "2.14", "onnxruntime": "1.32"},
+        "libraries": {"torchvision": "0.29", "timm": "1.0"},
+    }
+    return {**found, **costs, **versions, **more}
 
 
 ZOO = [
@@ -119,17 +123,16 @@ def test_the_zoo_shows_every_model_and_what_failed():
 def test_what_is_supported_goes_between_the_marks(tmp_path):
     readme = tmp_path / "README.md"
     readme.write_text(f"# Title\n{zoo.MARKS[0]}\nold\n{zoo.MARKS[1]}\nrest\n")
-    for number, each in enumerate(ZOO):
-        (tmp_path / f"m-{number}.json").write_text(json.dumps(each))
+    (tmp_path / "zoo.json").write_text(json.dumps(ZOO))
     for _ in range(2):  # the second time changes nothing
-        CliRunner().invoke(
-            zoo.cli, ["report", str(tmp_path), "--readme", str(readme)], catch_exceptions=False
-        )
+        command = ["report", str(tmp_path / "zoo.json"), "--readme", str(readme)]
+        CliRunner().invoke(zoo.cli, command, catch_exceptions=False)
+        assert "timm dla34" in (tmp_path / "zoo.md").read_text()
         text = readme.read_text()
         assert text.startswith("# Title\n")
         assert text.endswith("\nrest\n")
         assert "old" not in text
-        assert "2 architectures of torchvision" in text
+        assert "2 architectures of torchvision 0.29 and timm 1.0 with" in " ".join(text.split())
         assert "`benchmarks/zoo.py`): tim, tor." in text
         rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if "|" in line]
         assert rows[2:] == [
@@ -140,11 +143,22 @@ def test_what_is_supported_goes_between_the_marks(tmp_path):
         assert "- timm dla34, approx: ValueError: no" in text
 
 
-def test_the_zoo_judges_a_conversion():
-    """A small model of the zoo's own, by all checks that a large one passes."""
-    found = zoo.attempt("UNet", "exact")
-    assert found["outcome"] == "passed", found["error"]
+def test_the_zoo_is_run_in_parts(tmp_path):
+    """What is there is kept; what is not is done in a process of its own, and judged."""
+    path = tmp_path / "zoo.json"
+    kept = zoo_result("UNet", "approx")
+    path.write_text(json.dumps([kept]))
+    command = ["run", str(path), "UNet", "--mode", "exact", "--mode", "approx"]
+    outcome = CliRunner().invoke(zoo.cli, command, catch_exceptions=False)
+    assert outcome.output.startswith("UNet exact: passed")
+    assert len(outcome.output.splitlines()) == 1
+    after = json.loads(path.read_text())
+    assert [each["mode"] for each in after] == ["approx", "exact"]
+    assert after[0] == kept
+    found = after[1]
+    assert found["peak_gb"] > 0
     assert found["planted"] > 0
     assert found["not_found"] == []
     assert found["converted"] >= found["planted"]
     assert set(found["difference"]) == {"model", "ONNX", "pt2"}
+    assert [each.name for each in tmp_path.iterdir()] == ["zoo.json"]
