@@ -271,7 +271,7 @@ def judge(
     """Whether every convolution is listed, all files answer as the converted model does, and costs add up."""
     report, layers = result.report, result.report["layers"]
     listed = {name for layer in layers for name in (layer["name"], *layer.get("aliases", ()))}
-    modules = {name for name, m in model.named_modules() if isinstance(m, nn.modules.conv._ConvNd)}
+    modules = {name: m for name, m in model.named_modules() if isinstance(m, nn.modules.conv._ConvNd)}
     unlisted = sorted(name for name in modules if name not in listed)
     converted = {layer["name"] for layer in layers if layer["decision"] == "converted"}
     saved = sum(layer["macs"][0] - layer["macs"][1] for layer in layers if layer["decision"] == "converted")
@@ -280,7 +280,11 @@ def judge(
     wrong = []
     if unlisted:
         wrong.append(f"not listed: {', '.join(unlisted)}")
-    if report["original"]["macs"] - report["converted"]["macs"] != saved:
+    # Kernels that the original standardises in each call, five operations an element, cost nothing after it.
+    computed = sum(
+        m.weight.numel() for name, m in modules.items() if name in converted and type(m) is not nn.Conv2d
+    )
+    if not 0 <= report["original"]["macs"] - report["converted"]["macs"] - saved <= 5 * computed:
         wrong.append("MACs of the layers do not add up to those of the model")
     if report["mode"] == "exact":
         if missed := sorted(set(planted) - converted):
