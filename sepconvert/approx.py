@@ -1,6 +1,5 @@
 """Approximate conversion: survey → search → fine-tune, and what the report says of each layer."""
 
-import functools
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
@@ -49,10 +48,10 @@ from sepconvert.measure.latency import Speedup
 from sepconvert.plan import LayerPlan, kept, selected
 from sepconvert.progress import Progress
 from sepconvert.report.document import LayerApproximation, LayerReport
-from sepconvert.rewrite import graph_obstacle
+from sepconvert.rewrite import Obstacles
 from sepconvert.search import Budget, Point, Search
 from sepconvert.timing import FORM_RUNS, Clock
-from sepconvert.trace import ConvSite, Inputs, placed, private_copy
+from sepconvert.trace import ConvSite, Inputs, placed
 from sepconvert.verify import compare_with, reference
 
 MOST_AT_ONCE = 64
@@ -231,7 +230,7 @@ def convert_approximately(
     `original` is `model` before pairs were merged, which saved MACs and parameters of the totals. `accuracy`
     compares a model with it on the evaluation data.
     """
-    reasons = _obstacles(model, sites, mode, include, exclude)
+    reasons = _obstacles(model, inputs, sites, mode, include, exclude)
     layers = [site for site in sites if site.name not in reasons]
     heldout = (
         Heldout(model, calibration.heldout, calibration.labels)
@@ -382,10 +381,15 @@ def _fixes_plan(budget: Budget) -> bool:
 
 
 def _obstacles(
-    model: nn.Module, sites: Sequence[ConvSite], mode: str, include: Sequence[str], exclude: Sequence[str]
+    model: nn.Module,
+    inputs: Inputs,
+    sites: Sequence[ConvSite],
+    mode: str,
+    include: Sequence[str],
+    exclude: Sequence[str],
 ) -> dict[str, str]:
     """Why layers are kept, whatever the budget."""
-    in_graph = functools.cache(functools.partial(graph_obstacle, private_copy(model), sites))
+    obstacles = Obstacles(model, inputs, sites)
     reasons = {}
     for site in sites:
         if not selected(site.name, include, exclude):
@@ -396,7 +400,7 @@ def _obstacles(
                 reason = "its filters are fixed: exact forms alone may take their place"
             if reason is None and mode == "approx":
                 reason = depthwise_obstacle(site, named=bool(include))
-            reason = reason or in_graph(site.owner)
+            reason = reason or obstacles.of(site)
         if reason is not None:
             reasons[site.name] = reason
     return reasons

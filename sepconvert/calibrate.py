@@ -28,7 +28,14 @@ from sepconvert.errors import SepconvertError, first_line
 from sepconvert.factorize.approximate import Moments
 from sepconvert.footprint import allowance, footprint
 from sepconvert.spec import Pair
-from sepconvert.trace import ConvolutionInterceptor, ConvSite, private_copy, quick_copy, resolve_padding
+from sepconvert.trace import (
+    ConvolutionInterceptor,
+    ConvSite,
+    fresh,
+    private_copy,
+    quick_copy,
+    resolve_padding,
+)
 
 PATCHES = 12
 """For each unknown of an output, that are looked at in all images, or all there are."""
@@ -224,7 +231,7 @@ def reestimate_batchnorm(model: nn.Module, batches: Iterable[Tensor]) -> int:
     with torch.no_grad():
         for batch in batches:
             try:
-                model(batch)
+                model(fresh(batch))
             except ValueError:  # a batch of one has no variance behind a pooling
                 return 0
     for norm, (momentum, training) in zip(norms, before, strict=True):
@@ -351,7 +358,7 @@ class _Pass(threading.Thread):
 
 def _run(model: nn.Module, images: Tensor) -> None:
     try:
-        model(images)
+        model(fresh(images))
     except Exception as error:  # the user's code
         raise _failure(images, error) from error
 
@@ -448,7 +455,7 @@ def _moments_of_all_calls(
 
     with torch.no_grad(), ConvolutionInterceptor(model, on_call).watching():
         for number, batch in batches.items():  # noqa: B007  (`on_call` reads it)
-            model(batch)
+            model(fresh(batch))
     return {key: found.moments() for key, found in accumulators.items() if found.count}
 
 

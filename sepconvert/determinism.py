@@ -11,17 +11,20 @@ from sepconvert.errors import SepconvertError
 
 @contextmanager
 def reproducible() -> Iterator[None]:
-    """Forbid TensorFloat-32, and cuDNN what differs from run to run; the user's settings come back after it.
+    """Forbid TensorFloat-32, and cuDNN what differs from run to run; then all is as the user had it.
 
     By default cuDNN rounds the factors of float32 products to 10 bits of mantissa where the GPU can
     (TensorFloat-32): a thousand times what a comparison with another runtime, or of an exact form with its
     kernel, is to tell. Some gradients on a GPU have no algorithm that sums in one order, those of reflected
-    borders for instance: there, weights may differ in their last digits.
+    borders for instance: there, weights may differ in their last digits. torch's random numbers go on, too,
+    where they were.
 
     Raises:
         SepconvertError: torch cannot say what the settings are.
     """
     with ExitStack() as stack:
+        stack.enter_context(torch.inference_mode(False))  # parameters made there could never be trained
+        stack.enter_context(torch.random.fork_rng(devices=[]))
         try:
             # By the older interface, of which torch.export asks as well; the newer must not be mixed with it.
             stack.enter_context(

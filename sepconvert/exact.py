@@ -1,6 +1,5 @@
 """Exact conversion: analyse → plan → rewrite → verify."""
 
-import functools
 from collections.abc import Mapping, Sequence
 from functools import partial
 
@@ -13,9 +12,9 @@ from sepconvert.layers import FactorizedConv2d
 from sepconvert.plan import LayerPlan, plan_layer, selected
 from sepconvert.progress import Progress, silent
 from sepconvert.report.document import LayerReport
-from sepconvert.rewrite import Replacement, graph_obstacle, rewrite
+from sepconvert.rewrite import Obstacles, Replacement, rewrite
 from sepconvert.timing import not_faster
-from sepconvert.trace import ConvSite, Inputs, private_copy
+from sepconvert.trace import ConvSite, Inputs
 from sepconvert.verify import Comparison, LayerCheck, Reference, check_layer, compare_with, reference
 
 
@@ -35,7 +34,9 @@ def convert_exactly(
 ) -> Conversion:
     """Replace every convolution that has an exact structure and passes the gate; see `pipeline.convert`."""
     analyses = analyse_model(sites, tol, include, exclude, progress)
-    layers, factorizations = plan_model(model, sites, analyses, gate, tol, runs, runtime, seed, progress)
+    layers, factorizations = plan_model(
+        model, inputs, sites, analyses, gate, tol, runs, runtime, seed, progress
+    )
     by_name = {site.name: site for site in sites}
     replacements = {name: replacement(each, by_name[name]) for name, each in factorizations.items()}
     converted = rewrite(model, sites, replacements)
@@ -74,6 +75,7 @@ def analyse_model(
 
 def plan_model(
     model: nn.Module,
+    inputs: Inputs,
     sites: Sequence[ConvSite],
     analyses: Mapping[str, Analysis],
     gate: str,
@@ -86,15 +88,14 @@ def plan_model(
     """A decision for every convolution, and the factors of those to replace."""
     layers: list[LayerPlan] = []
     factorizations: dict[str, Factorization] = {}
-    # Tracing a forward is slow, and asked for by each of its convolutions.
-    obstacle = functools.cache(partial(graph_obstacle, private_copy(model), sites))
+    obstacles = Obstacles(model, inputs, sites)
     for site in progress(sites, "planning"):
 
         def is_slower(factorization: Factorization, site: ConvSite = site) -> str | None:
             return not_faster(site, replacement(factorization, site), runs, runtime, seed)
 
         layer, factorization = plan_layer(
-            site, analyses.get(site.name), partial(obstacle, site.owner), gate, tol, is_slower
+            site, analyses.get(site.name), partial(obstacles.of, site), gate, tol, is_slower
         )
         layers.append(layer)
         if factorization is not None:

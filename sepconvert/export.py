@@ -25,7 +25,7 @@ from sepconvert.errors import ExportError, SepconvertError, first_line
 from sepconvert.fold import fold_batchnorms
 from sepconvert.measure.accuracy import tensor_leaves
 from sepconvert.spec import ConvSpec
-from sepconvert.trace import Inputs, private_copy
+from sepconvert.trace import Inputs, fresh, private_copy
 
 # ONNX Runtime's CPU kernels for convolutions take float32 and float16.
 _RUNTIME_DTYPES = {torch.float64: torch.float32, torch.bfloat16: torch.float32}
@@ -191,7 +191,7 @@ def _program(model: nn.Module, inputs: Inputs, dynamic_batch: bool) -> tuple[Exp
     dtype = str(model_dtype(model)).removeprefix("torch.")
     reason = None
     # A tensor given twice would become one input.
-    inputs = tuple(value.clone() if isinstance(value, Tensor) else value for value in inputs)
+    inputs = fresh(inputs)
     if not _is_known(model, inputs):
         model = _Tensors(model)
     if dynamic_batch:
@@ -232,7 +232,7 @@ def _is_known(model: nn.Module, inputs: Inputs) -> bool:
     """Can torch take the model's answer apart, or is it of a class that it has not been told of?"""
     try:
         with _quiet(), torch.no_grad():
-            leaves = pytree.tree_leaves(model(*inputs))
+            leaves = pytree.tree_leaves(model(*fresh(inputs)))
     except Exception:  # which the exporter gives a better account of
         return True
     return all(leaf is None or isinstance(leaf, Tensor | int | float | str) for leaf in leaves)
@@ -451,10 +451,11 @@ def writing(path: Path) -> Iterator[None]:
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Keep the exporters' chatter off the user's terminal."""
-    logging.disable(logging.WARNING)
+    before = logging.root.manager.disable
+    logging.disable(max(before, logging.WARNING))
     try:
         with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
             warnings.simplefilter("ignore")
             yield
     finally:
-        logging.disable(logging.NOTSET)
+        logging.disable(before)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sepconvert.trace import ConvolutionInterceptor, Inputs, private_copy
+from sepconvert.trace import ConvolutionInterceptor, Inputs, fresh, private_copy
 
 AT_ONCE = 2**29
 """Bytes of activations alive at once that a batch is cut to, whatever memory the machine has."""
@@ -52,7 +52,7 @@ def footprint(model: nn.Module, inputs: Inputs) -> Footprint:
 
     counter = _LiveBytes()
     with torch.no_grad(), counter, ConvolutionInterceptor(private, on_call).watching():
-        private(*inputs)
+        private(*fresh(inputs))
     return Footprint(given + counter.peak, given + counter.total, held)
 
 

@@ -1,10 +1,13 @@
 """Convolution calls inside a module's forward → submodules, by a graph of that forward alone."""
 
+import copy
 import functools
 import math
-from collections import OrderedDict
+import operator
+from collections import OrderedDict, deque
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,10 +15,12 @@ from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram
 from torch.fx.experimental import _config as shape_config
 from torch.fx.experimental.symbolic_shapes import SYMPY_INTERP
+from torch.utils import _pytree as pytree
 
 from sepconvert.errors import first_line
-from sepconvert.trace import Inputs, bind_arguments, convolution_name, duplicate
+from sepconvert.trace import Inputs, bind_arguments, convolution_name, duplicate, fresh
 
+_OWN_ATTRIBUTES = frozenset(vars(nn.Module()))
 _CONSTANT = "_tensor_constant"  # the name that torch.fx gives to tensors made in a forward
 
 
@@ -26,8 +31,60 @@ class UntraceableError(Exception):
 class _ShallowTracer(fx.Tracer):
     """Follows one forward and leaves every submodule as it is."""
 
+    def __init__(self) -> None:
+        super().__init__()
+        self._surroundings = _surroundings()
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
+        """Follow buffers as well, or what a forward computes of them would be a constant."""
+        if isinstance(attr_val, Tensor) and not isinstance(attr_val, nn.Parameter):
+            for name, buffer in self.root.named_buffers():
+                if buffer is attr_val:
+                    if name not in parameter_proxy_cache:
+                        parameter_proxy_cache[name] = self.create_proxy(
+                            "get_attr", name, (), {}, proxy_factory_fn=partial(_BufferProxy, self, buffer)
+                        )
+                    return parameter_proxy_cache[name]
+        return super().getattr(attr, attr_val, parameter_proxy_cache)
+
+    def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
+        """Refuse what a graph does not show: under which settings its operations are called."""
+        if _surroundings() != self._surroundings:
+            raise UntraceableError("it switches gradients or autocast on or off")
+        return super().create_node(*args, **kwargs)
+
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return True
+
+
+class _BufferProxy(fx.Proxy):
+    """Stands for a buffer, whose shape stays: a forward may loop over the taps of a kernel."""
+
+    def __init__(self, tracer: fx.Tracer, buffer: Tensor, node: fx.Node) -> None:
+        super().__init__(node, tracer)
+        self.shape, self.ndim = buffer.shape, buffer.ndim
+        self.size, self.dim, self.numel = buffer.size, buffer.dim, buffer.numel
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+
+def _surroundings() -> tuple[bool, ...]:
+    """What context managers set that operations obey."""
+    autocast = map(torch.is_autocast_enabled, _autocasting())
+    return torch.is_grad_enabled(), torch.is_inference_mode_enabled(), *autocast
+
+
+def _autocasting() -> list[str]:
+    return ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+
+
+@contextmanager
+def _autocast(enabled: bool) -> Iterator[None]:
+    with ExitStack() as stack:
+        for device in _autocasting():
+            stack.enter_context(torch.autocast(device, enabled=enabled))
+        yield
 
 
 def call_graph(owner: nn.Module, inputs: Inputs | None, calls: int) -> fx.GraphModule:
@@ -100,6 +157,55 @@ def convolution_nodes(graph: fx.Graph) -> list[fx.Node]:
     ]
 
 
+def variable_argument(module: fx.GraphModule, index: int) -> str | None:
+    """An argument of a convolution call, other than its input, that follows what the forward is given.
+
+    It may follow the dtype, the device and the number of channels, which stay.
+    """
+    node = convolution_nodes(module.graph)[index]
+    arguments = bind_arguments(convolution_name(node.target) or "", node.args, node.kwargs)
+    for name, value in arguments.items():
+        nodes = [each for each in pytree.tree_leaves(value) if isinstance(each, fx.Node)]
+        if name != "input" and any(map(_follows_input, nodes)):
+            return name
+    return None
+
+
+def _follows_input(node: fx.Node) -> bool:
+    seen: set[fx.Node] = set()
+    waiting = [node]
+    while waiting:
+        each = waiting.pop()
+        if each in seen or _stays(each):
+            continue
+        seen.add(each)
+        if each.op == "placeholder":
+            return True
+        converts = each.op == "call_method" and each.target in ("to", "type_as", "type")
+        waiting.extend(each.all_input_nodes[:1] if converts else each.all_input_nodes)
+    return False
+
+
+def _stays(node: fx.Node) -> bool:
+    """Is it a dtype, a device, or the size of the dimension of channels?"""
+    if node.target is getattr:
+        return node.args[1] in ("dtype", "device")
+    is_size = (
+        (node.op == "call_method" and node.target == "size")
+        or node.target is torch.ops.aten.sym_size.int
+        or (node.target is operator.getitem and _is_shape(node.args[0]))
+    )
+    return bool(is_size and len(node.args) > 1 and node.args[1] == 1)
+
+
+def _is_shape(node: Any) -> bool:
+    if not isinstance(node, fx.Node):
+        return False
+    if node.op == "call_method":
+        return node.target == "size" and len(node.args) == 1
+    return node.target is getattr and bool(node.args[1] == "shape")
+
+
 def expect(conditions: tuple[str, ...], names: tuple[str, ...], *tensors: Tensor) -> None:
     """Refuse inputs for which a forward might have taken another branch than the one in its graph.
 
@@ -116,9 +222,10 @@ def expect(conditions: tuple[str, ...], names: tuple[str, ...], *tensors: Tensor
 
 
 def _stand_in(owner: nn.Module, training: bool) -> nn.Module:
-    """A shallow copy without hooks, whose forward may set attributes and write to its buffers."""
+    """A shallow copy without hooks, whose forward may set attributes, fill lists and write to buffers."""
     copied = type(owner).__new__(type(owner))
     vars(copied).update(vars(owner))  # not copy.copy, which parametrised modules refuse
+    vars(copied).update({name: copy.copy(value) for name, value in _containers(owner).items()})
     buffers = {name: None if value is None else value.clone() for name, value in owner._buffers.items()}
     vars(copied).update(_buffers=buffers, training=training)
     vars(copied).update(_forward_hooks=OrderedDict(), _forward_pre_hooks=OrderedDict())
@@ -127,12 +234,30 @@ def _stand_in(owner: nn.Module, training: bool) -> nn.Module:
 
 @contextmanager
 def _refusing_side_effects(owner: nn.Module) -> Iterator[None]:
-    """Raise if attributes are set in here, for a graph would not set them."""
+    """Raise if attributes are set or filled in here, for a graph would not do so."""
     before = dict(vars(owner))
+    items = {name: _items(value) for name, value in _containers(owner).items()}
     yield
+    for name, held in items.items():
+        if held != _items(vars(owner)[name]):
+            raise UntraceableError(f"it changes what the attribute {name} holds")
     for name, value in vars(owner).items():
         if value is not before.get(name) and not name.startswith(_CONSTANT):
             raise UntraceableError(f"it sets the attribute {name}")
+
+
+def _containers(owner: nn.Module) -> dict[str, Any]:
+    """The lists, dictionaries and sets of a module's own."""
+    return {
+        name: value
+        for name, value in vars(owner).items()
+        if isinstance(value, list | dict | set | deque) and name not in _OWN_ATTRIBUTES
+    }
+
+
+def _items(container: Any) -> list[int]:
+    """By identity: values may be tensors."""
+    return list(map(id, container.values() if isinstance(container, dict) else container))
 
 
 def _attributes(graph: fx.Graph) -> set[str]:
@@ -188,7 +313,14 @@ def _with_forward(cls: Any, source: str) -> type[nn.Module]:
         "__qualname__": cls.__qualname__,
         "__doc__": cls.__doc__,
     }
-    return type(cls.__name__, (cls,), members)
+    return type(cls.__name__, (_Unregistered, cls), members)
+
+
+class _Unregistered:
+    """Keeps a class from what its base does with classes that inherit from it, as registries do."""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        pass
 
 
 def _instance(cls: Any, source: str) -> nn.Module:
@@ -203,8 +335,14 @@ def _symbolic(owner: nn.Module, inputs: Inputs | None) -> fx.GraphModule:
         graph.output(graph.graph_copy(owner.graph, {}))
         return fx.GraphModule(owner, graph)
     versions = {name: buffer._version for name, buffer in owner.named_buffers(recurse=False)}
+    state = torch.get_rng_state()
     with _refusing_side_effects(owner):
-        graph = _ShallowTracer().trace(owner)
+        for on in (True, False):  # what a forward sets shows where it is not so already
+            with torch.set_grad_enabled(on), _autocast(on):
+                graph = _ShallowTracer().trace(owner)
+    if not torch.equal(state, torch.get_rng_state()):
+        torch.set_rng_state(state)
+        raise UntraceableError("it draws random numbers that do not depend on its input")
     for name, buffer in owner.named_buffers(recurse=False):
         if buffer._version != versions.get(name):
             raise UntraceableError(f"it changes the buffer {name}")
@@ -218,8 +356,8 @@ def _exported(owner: nn.Module, inputs: Inputs | None) -> fx.GraphModule:
         raise UntraceableError("torch.export would dissolve its submodules")
     probe = _stand_in(owner, False)
     with torch.no_grad(), _refusing_side_effects(probe):
-        probe(*inputs)
-    inputs = tuple(value.clone() for value in inputs)  # a tensor given twice would become one input
+        probe(*fresh(inputs))
+    inputs = fresh(inputs)  # a tensor given twice would become one input
     shapes = tuple(dict.fromkeys(range(value.ndim), Dim.AUTO) for value in inputs)
     with shape_config.patch(backed_size_oblivious=True):  # type: ignore[attr-defined]  # made at run time
         # Sizes 0 and 1 are sizes like others here.
@@ -267,7 +405,7 @@ def _agree(owner: nn.Module, module: nn.Module, inputs: Inputs) -> bool:
     double = tuple(value.double() if value.is_floating_point() else value for value in inputs)
     with torch.no_grad():
         try:
-            expected = duplicate(owner).double()(*double)
+            expected = duplicate(owner).double()(*fresh(double))
         except Exception:  # the user's code
             return True
         actual = duplicate(module).double()(*double)

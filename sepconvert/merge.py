@@ -19,7 +19,7 @@ from sepconvert.measure.latency import Speedup
 from sepconvert.progress import Progress, silent
 from sepconvert.spec import ConvSpec, Pair, chain_macs
 from sepconvert.timing import Clock
-from sepconvert.trace import ConvSite, DenseConv, Inputs, duplicate, private_copy, resolve_padding
+from sepconvert.trace import ConvSite, DenseConv, Inputs, duplicate, fresh, private_copy, resolve_padding
 from sepconvert.verify import Reference, compare_with, reference
 
 M = TypeVar("M", bound=nn.Module)
@@ -74,7 +74,7 @@ def linear_pairs(model: nn.Module, inputs: Inputs, sites: Sequence[ConvSite]) ->
         )
     ]
     with torch.no_grad(), watch:
-        outputs = model(*inputs)
+        outputs = model(*fresh(inputs))
     for handle in handles:
         handle.remove()
     pairs = tuple(

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from safetensors.torch import load_model, save_model
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.utils.data import DataLoader
 
 from sepconvert.approx import MOST_AT_ONCE, Finetuning, check_shapes, convert_approximately, split_data
@@ -53,7 +54,7 @@ from sepconvert.report.exhibits import Exhibits, images_at, kernel_pairs
 from sepconvert.rewrite import Replacement, rewrite
 from sepconvert.search import Budget
 from sepconvert.timing import Clock, time_files, time_layers
-from sepconvert.trace import ConvSite, Inputs, private_copy, trace
+from sepconvert.trace import ConvSite, Inputs, placed, private_copy, trace, unwrapped
 from sepconvert.verify import Comparison, Outputs, Reference, compare_export, compare_runs
 
 MODES = ("exact", "approx", "auto")
@@ -108,7 +109,7 @@ def inspect(
     sites = _traced(model, inputs, tol, include, exclude)
     analyses = analyse_model(sites, tol, include, exclude, progress)
     runtime = Runtime(available_cores())
-    layers, factorizations = plan_model(model, sites, analyses, gate, tol, 30, runtime, 0, progress)
+    layers, factorizations = plan_model(model, inputs, sites, analyses, gate, tol, 30, runtime, 0, progress)
     reports = [
         LayerReport(
             layer,
@@ -232,7 +233,7 @@ def convert(
     gate = gate or ("latency" if mode == "auto" else "macs")
     if gate not in GATES:
         raise SepconvertError(f"gate: expected one of {', '.join(GATES)}, got {gate!r}")
-    inputs = as_inputs(example_inputs)
+    model, inputs = unwrapped(model), as_inputs(example_inputs)
     runtime = Runtime(available_cores() if threads is None else threads, graph_optimization, provider)
     budget = Budget(rank, target_macs, target_params, min_speedup, max_drop)
     if mode == "exact" and (budget != Budget() or finetune or calib is not None):
@@ -462,12 +463,10 @@ def _replayed(
     model: nn.Module, plan: ConversionPlan, weights: Path
 ) -> tuple[nn.Module, tuple[ConvSite, ...], Inputs]:
     """The converted model, the convolutions that the plan found, and inputs of the shape that it is for."""
-    inputs = cast(
-        tuple(
-            torch.randn(shape, generator=torch.Generator().manual_seed(plan.seed))
-            for shape in plan.input_shapes
-        ),
-        model_dtype(model),
+    model = unwrapped(model)
+    inputs = tuple(
+        placed(torch.randn(shape, generator=torch.Generator().manual_seed(plan.seed)), model)
+        for shape in plan.input_shapes
     )
     sites, start = trace(private_copy(model), inputs), model
     if plan.merges:
@@ -499,11 +498,26 @@ def _traced(
     """Every convolution, the options that select some of them having been checked."""
     if tol is not None and not 0 <= tol < 1:
         raise SepconvertError(f"tol: expected a relative error in [0, 1), got {tol}")
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     sites = trace(private_copy(model), inputs)
+    for name, parameter in model.named_parameters():
+        _check_unwritten(name, parameter, before[name])
     for pattern in (*include, *exclude):
         if not any(selected(site.name, [pattern], ()) for site in sites):
             raise SepconvertError(f"{pattern}: matches none of the {len(sites)} convolutions; see inspect")
     return sites
+
+
+def _check_unwritten(name: str, parameter: Tensor, before: Tensor) -> None:
+    """Copies of the model share the memory of its parameters, to which some forwards write."""
+    now = parameter.detach()
+    if is_lazy(parameter) or bool(((now == before) | (now.isnan() & before.isnan())).all()):
+        return
+    now.copy_(before)
+    raise SepconvertError(
+        f"the forward pass writes to the parameter {name} (to limit its norm, maybe), which a converted "
+        "model would not do; do so after the steps of training instead"
+    )
 
 
 def _planned_replacement(layer: LayerPlan, site: ConvSite) -> Replacement:

@@ -22,6 +22,7 @@ from sepconvert.spec import ConvSpec, PaddingMode, Pair
 
 Inputs = tuple[Any, ...]
 M = TypeVar("M", bound=nn.Module)
+V = TypeVar("V")
 
 
 @dataclass(frozen=True)
@@ -244,6 +245,13 @@ def duplicate(model: M, memo: dict[int, Any] | None = None) -> M:
     return copy.deepcopy(model, memo)
 
 
+def unwrapped(model: nn.Module) -> nn.Module:
+    """What `torch.compile` or data parallelism wraps; else the model itself."""
+    while (inner := _wrapped(model)) is not None:
+        model = inner
+    return model
+
+
 def _wrapped(module: nn.Module) -> nn.Module | None:
     if isinstance(module, nn.DataParallel | DistributedDataParallel):
         inner: nn.Module = module.module
@@ -258,7 +266,9 @@ def private_copy(model: M, dtype: torch.dtype | None = None) -> M:
     no forward pass in eval mode writes to parameters; changing their dtype leaves the original alone.
     """
     aliases = {
-        id(parameter): nn.Parameter(parameter.detach(), parameter.requires_grad)
+        id(parameter): nn.Parameter(
+            parameter.clone() if parameter.is_inference() else parameter.detach(), parameter.requires_grad
+        )
         for parameter in model.parameters()
         if type(parameter) is nn.Parameter
     }
@@ -273,12 +283,19 @@ def quick_copy(model: M, images: Tensor, dtype: torch.dtype | None = None) -> M:
 
     A model may look at a tensor through `view`, which takes one layout alone.
     """
-    copied = private_copy(model, dtype).to(memory_format=torch.channels_last)
+    copied = private_copy(model, dtype)
     try:
+        copied = copied.to(memory_format=torch.channels_last)  # which tensors of rank 5 refuse
         with torch.no_grad():
-            copied(placed(images[:1], copied))
+            copied(placed(fresh(images[:1]), copied))
     except Exception:  # if there is another cause, whoever runs the other copy will say so
         return private_copy(model, dtype)
+    return copied
+
+
+def fresh(inputs: V) -> V:
+    """Copies of the tensors in there: a forward pass may write to what it is given."""
+    copied: V = pytree.tree_map_only(Tensor, torch.clone, inputs)
     return copied
 
 
@@ -375,7 +392,7 @@ def _run(model: nn.Module, inputs: Inputs) -> tuple[list[_Record], dict[nn.Modul
     hidden = _HiddenConvolutions(interceptor)
     with torch.no_grad(), hidden, interceptor.watching(on_return):
         try:
-            model(*inputs)
+            model(*fresh(inputs))
         except Exception as error:  # the model's own code may raise anything
             shapes = ", ".join(
                 "x".join(map(str, value.shape)) for value in inputs if isinstance(value, Tensor)
@@ -426,13 +443,20 @@ def _variable_weights(model: nn.Module, records: list[_Record], inputs: Inputs) 
         others, _ = _run(model, _other_inputs(inputs, 1))
     except SepconvertError:  # a model of fixed batch size, or with inputs that are not all batches
         others, _ = _run(model, _other_inputs(inputs, 0))
-    weights = {(id(record.module), record.index): record.arguments["weight"] for record in others}
+    seen = {(id(record.module), record.index): record for record in others}
     return {
         key
         for record in records
-        if (key := (id(record.module), record.index)) in weights
-        and not _same(record.arguments["weight"], weights[key])
+        if (key := (id(record.module), record.index)) in seen and not _same_kernel(record, seen[key])
     }
+
+
+def _same_kernel(a: _Record, b: _Record) -> bool:
+    for name in ("weight", "bias"):
+        one, other = a.arguments.get(name), b.arguments.get(name)
+        if one is not other and (one is None or other is None or not _same(one, other)):
+            return False
+    return True
 
 
 def _same(a: Tensor, b: Tensor) -> bool:
@@ -460,12 +484,12 @@ def _site(
     spec, obstacle = _geometry(first)
     if obstacle is None and not bool(torch.isfinite(weight).all()):
         obstacle = "its kernel holds NaN or Inf"
-    if obstacle is None and any(not _same(call.arguments["weight"], weight) for call in calls):
-        obstacle = "it is called with different kernels"
+    if obstacle is None and not all(_same_kernel(call, first) for call in calls):
+        obstacle = "it is called with different kernels or biases"
     if obstacle is None and any(_geometry(call)[0] != spec for call in calls):
         obstacle = "it is called with different geometries"
     if obstacle is None and (id(module), first.index) in variable:
-        obstacle = "its kernel is computed from the input"
+        obstacle = "its kernel or bias is computed from the input"
     if obstacle is None and is_module and not _plain(module):
         obstacle = _own_forward_obstacle(first)
     return ConvSite(

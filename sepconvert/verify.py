@@ -16,7 +16,7 @@ from sepconvert.factorize.exact import channel_errors
 from sepconvert.layers import FactorizedConv2d
 from sepconvert.measure.accuracy import tensor_leaves
 from sepconvert.spec import ConvSpec
-from sepconvert.trace import ConvolutionInterceptor, ConvSite, DenseConv, Inputs, private_copy
+from sepconvert.trace import ConvolutionInterceptor, ConvSite, DenseConv, Inputs, fresh, private_copy
 
 Outputs = list[Tensor]
 
@@ -116,7 +116,7 @@ def random_like(inputs: Inputs, seed: int) -> Inputs:
 def outputs(model: nn.Module, inputs: Inputs) -> Outputs:
     """All tensors that a model returns, in eval mode, as float64 on the CPU."""
     with torch.no_grad():
-        leaves = list(tensor_leaves(model(*inputs)))
+        leaves = list(tensor_leaves(model(*fresh(inputs))))
     if not leaves:
         raise SepconvertError(
             "verification: the model returns no tensor; wrap it so that it returns its outputs"

@@ -15,7 +15,7 @@ from strategies import plant
 from torch import nn
 
 from sepconvert.factorize.exact import analyse, factorize
-from sepconvert.rewrite import Replacement, graph_obstacle, rewrite
+from sepconvert.rewrite import Obstacles, Replacement, rewrite
 from sepconvert.trace import private_copy, trace
 
 
@@ -53,7 +53,7 @@ def separated():
     def convert(model, *inputs):
         private = private_copy(model)
         sites = trace(private, inputs)
-        replacements, obstacles = {}, {}
+        replacements, obstacles, in_the_way = {}, {}, Obstacles(model, inputs, sites)
         for site in sites:
             if site.obstacle is not None:
                 obstacles[site.name] = site.obstacle
@@ -61,7 +61,7 @@ def separated():
             analysis = analyse(site.conv.spec, site.conv.weight, site.sizes)
             if not analysis.holding():
                 continue
-            obstacle = graph_obstacle(private, sites, site.owner)
+            obstacle = in_the_way.of(site)
             if obstacle is not None:
                 obstacles[site.name] = obstacle
                 continue

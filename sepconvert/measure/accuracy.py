@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from sepconvert.errors import SepconvertError, first_line
 from sepconvert.measure import Progress
 from sepconvert.measure.statistics import Interval, mcnemar, paired_difference_interval
-from sepconvert.trace import placed, quick_copy
+from sepconvert.trace import fresh, placed, quick_copy
 
 
 @dataclass(frozen=True)
@@ -240,7 +240,7 @@ def _pair(batch: Any) -> tuple[Tensor, Tensor]:
 
 def _run(model: nn.Module, x: Tensor) -> object:
     try:
-        return model(x)
+        return model(fresh(x))
     except Exception as error:  # whatever the user's forward raises
         raise SepconvertError(
             f"accuracy: expected a model that takes inputs of shape {tuple(x.shape)}, got"

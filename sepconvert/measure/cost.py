@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from sepconvert.errors import SepconvertError, first_line
 from sepconvert.measure.accuracy import evaluation_mode, tensor_leaves
+from sepconvert.trace import fresh
 
 with warnings.catch_warnings():
     # fvcore scripts one of its losses on import, which recent torch calls deprecated.
@@ -57,7 +58,7 @@ def count(model: nn.Module, inputs: tuple[Tensor, ...]) -> Cost:
             f"cost: expected inputs with a batch of at least 1, got {_shapes(inputs)}; give a batch of 1"
         )
     batch = len(inputs[0])
-    analysis = FlopCountAnalysis(_TensorsOnly(model), inputs)
+    analysis = FlopCountAnalysis(_TensorsOnly(model), fresh(inputs))
     analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False)
     analysis.set_op_handle("aten::_convolution_mode", _same_padding_conv)
     with evaluation_mode(model), _hooks_kept(model), torch.no_grad(), warnings.catch_warnings():

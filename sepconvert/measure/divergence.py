@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from sepconvert.errors import SepconvertError, first_line
 from sepconvert.measure import Progress
 from sepconvert.measure.accuracy import evaluation_mode, tensor_leaves
-from sepconvert.trace import placed
+from sepconvert.trace import fresh, placed
 
 
 def divergence(expected: Sequence[Tensor], actual: Sequence[Tensor], temperature: float = 1) -> Tensor:
@@ -61,7 +61,7 @@ def outputs(model: nn.Module, x: Tensor) -> list[Tensor]:
     Raises `SepconvertError` if it cannot run on `x`.
     """
     try:
-        answer = model(x)
+        answer = model(fresh(x))
     except Exception as error:  # whatever the user's forward raises
         raise SepconvertError(
             f"data: expected inputs that the model takes, got shape {tuple(x.shape)}, on which it fails with"

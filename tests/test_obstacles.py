@@ -1,0 +1,264 @@
+"""What a rewritten model would not do is kept, with the reason; the user's objects are not changed."""
+
+import logging
+import random
+import types
+from typing import ClassVar
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from sepconvert import SepconvertError, convert, inspect
+
+
+def separable(seed=0):
+    """A 4 × 4 × 3 × 3 kernel of rank 1."""
+    generator = torch.Generator().manual_seed(seed)
+    factors = (torch.randn(size, generator=generator) for size in (4, 4, 3, 3))
+    return torch.einsum("o,c,i,j->ocij", *factors)
+
+
+def conv(cls=nn.Conv2d, seed=0):
+    layer = cls(4, 4, 3, padding=1)
+    layer.weight.data.copy_(separable(seed))
+    return layer
+
+
+@pytest.fixture
+def x():
+    return torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(1))
+
+
+class Fixed(nn.Module):
+    """A fixed kernel, and what forwards do with it; the identity keeps torch.export out."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("kernel", separable())
+        self.register_buffer("bank", torch.stack([separable(seed) for seed in range(3)]))
+        self.register_buffer("mean", torch.ones(4))
+        self.conv, self.identity = conv(seed=2), nn.Identity()
+        self.kept, self.cache = [], {}
+        self.list = [self.conv]
+        self.conv.gain = 2.0
+        self.embedding = nn.Embedding(3, 4)
+
+
+def model_with(forward):
+    cls = type("Model", (Fixed,), {"forward": forward})
+    return cls().eval()
+
+
+def without_gradients(self, x):
+    with torch.no_grad():
+        return F.conv2d(x, self.kernel, padding=1)
+
+
+def with_gradients(self, x):
+    with torch.enable_grad():
+        return F.conv2d(x, self.kernel, padding=1)
+
+
+def without_autocast(self, x):
+    with torch.autocast("cpu", enabled=False):
+        return F.conv2d(x, self.kernel, padding=1)
+
+
+def with_autocast(self, x):
+    with torch.autocast("cpu", enabled=True):
+        return self.identity(F.conv2d(x, self.kernel, padding=1)).float()
+
+
+def collecting(self, x):
+    self.kept.append(F.conv2d(x, self.kernel))
+    return self.kept[-1]
+
+
+def caching(self, x):
+    self.cache["y"] = self.identity(F.conv2d(x, self.kernel))
+    return self.cache["y"]
+
+
+def residual(self, x, other=None):
+    y = self.identity(F.conv2d(x, self.kernel, padding=1))
+    return y if other is None else y + other
+
+
+def by_class(self, x):
+    return next(each for each in self.children() if isinstance(each, nn.Conv2d))(x)
+
+
+@pytest.mark.parametrize(
+    ("forward", "reason"),
+    [
+        (without_gradients, "switches gradients or autocast"),
+        (torch.no_grad()(lambda self, x: F.conv2d(x, self.kernel)), "switches gradients or autocast"),
+        (with_gradients, "switches gradients or autocast"),
+        (without_autocast, "switches gradients or autocast"),
+        (with_autocast, "switches gradients or autocast"),
+        (lambda self, x: F.conv2d(x, self.kernel) * (1 + torch.rand(1, 4, 1, 1)), "draws random numbers"),
+        (collecting, "changes what the attribute kept holds"),
+        (caching, "changes what the attribute cache holds"),
+        (residual, "does not run once it is replaced"),
+        (lambda self, x: self.conv(x) * self.conv.gain, "does not run once it is replaced"),
+        (lambda self, x: self.conv(input=x), "does not run once it is replaced"),
+        (by_class, "does not run once it is replaced"),
+        (lambda self, x: self.list[0](x), "calls it by another way"),
+        (lambda self, x: F.conv2d(x, self.kernel / x.shape[-1]), "its weight is computed from the input"),
+        (lambda self, x: F.conv2d(x, self.kernel, stride=x.shape[-1] // 8), "its stride is computed"),
+        (lambda self, x: F.conv2d(x, self.kernel, padding=x.size(3) % 2 + 1), "its padding is computed"),
+    ],
+)
+def test_what_a_rewritten_model_would_not_do(x, forward, reason):
+    model = model_with(forward)
+    result = convert(model, x.clone(), runs=0)
+    kept = {layer["reason"] for layer in result.report["layers"] if layer["decision"] == "kept"}
+    assert any(reason in each for each in kept), kept
+    assert not any(layer["decision"] == "converted" for layer in result.report["layers"])
+    assert not model.kept
+    assert not model.cache
+
+
+@pytest.mark.parametrize(
+    ("forward", "reason", "values"),
+    [
+        (lambda self, x, d: F.conv2d(x, self.kernel, padding=d, dilation=d), "its padding", (1, 2)),
+        (lambda self, x, i: F.conv2d(x, self.bank[i]), "its weight", (0, 1)),
+        (
+            lambda self, x, i: F.conv2d(x, self.kernel, self.embedding(i)[0]),
+            "its bias",
+            (torch.tensor([0]), torch.tensor([1])),
+        ),
+    ],
+)
+def test_kernels_that_follow_another_argument(x, forward, reason, values):
+    model = model_with(forward)
+    result = convert(model, (x, values[0]), runs=0)
+    assert f"{reason} is computed from the input" in result.report["layers"][0]["reason"]
+    assert all(torch.equal(result.model(x, value), model(x, value)) for value in values)
+
+
+def test_sizes_of_channels_are_no_input(x):
+    """As filters do that are the same for each channel."""
+
+    def blur(self, x):
+        _, c, _, _ = x.shape
+        return F.conv2d(
+            x, self.kernel[:1, :1].expand(c, 1, 3, 3), groups=c, padding=self.kernel.shape[-1] // 2
+        )
+
+    result = convert(model_with(blur), x, runs=0)
+    assert [layer["decision"] for layer in result.report["layers"] if layer["name"] == "conv2d_0"] == [
+        "converted"
+    ]
+
+
+def test_buffers_that_a_forward_computes_with_stay_buffers(x):
+    model = model_with(lambda self, x: self.identity(F.conv2d(x - self.mean.view(1, 4, 1, 1), self.kernel)))
+    result = convert(model, x, runs=0)
+    for each in (model, result.model):
+        each.mean.fill_(3.0)
+    assert torch.allclose(result.model(x), model(x), atol=1e-3)
+    assert "converted" in {layer["decision"] for layer in result.report["layers"]}
+
+
+def test_a_forward_may_write_to_its_input(x):
+    """Normalising in place is common."""
+    model = model_with(lambda self, x: self.conv(x.sub_(0.5).div_(0.25)))
+    before = x.clone()
+    calib = torch.utils.data.DataLoader(
+        torch.utils.data.TensorDataset(torch.rand(80, 4, 16, 16)), batch_size=20
+    )
+    images = calib.dataset.tensors[0].clone()
+    for options in (
+        {},
+        {"mode": "approx", "calib": calib, "calib_images": 80, "rank": 1, "include": ["conv"]},
+    ):
+        result = convert(model, x, runs=0, **options)
+        assert torch.equal(x, before)
+        assert result.report["verification"]["onnx_reason"] is None
+        assert [layer["decision"] for layer in result.report["layers"] if layer["name"] == "conv"] == [
+            "converted"
+        ]
+    assert torch.equal(calib.dataset.tensors[0], images)
+
+
+class Renormalised(nn.Conv2d):
+    def forward(self, x):
+        self.weight.data.renorm_(2, 0, 0.5)
+        return super().forward(x)
+
+
+def test_a_forward_that_writes_to_its_parameters_is_refused(x):
+    model = nn.Sequential(conv(Renormalised))
+    before = model[0].weight.clone()
+    with pytest.raises(SepconvertError, match=r"writes to the parameter 0\.weight"):
+        inspect(model, x)
+    assert torch.equal(model[0].weight, before)
+
+
+def test_methods_put_on_an_instance(x):
+    model = model_with(lambda self, x: self.identity(x))
+    model.identity.register_buffer("kernel", separable())
+    model.identity.forward = types.MethodType(lambda self, x: F.conv2d(x, self.kernel), model.identity)
+    result = convert(model, x, runs=0)
+    assert "calls it by another way" in result.report["layers"][0]["reason"]
+
+
+class Registered(nn.Module):
+    """A class that keeps a list of those that inherit from it, and wants a word from each."""
+
+    known: ClassVar[list[type]] = []
+
+    def __init_subclass__(cls, word, **kwargs):
+        super().__init_subclass__(**kwargs)
+        cls.known.append(cls)
+
+
+class Blur(Registered, word="blur"):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("kernel", separable())
+
+    def forward(self, x):
+        return F.conv2d(x, self.kernel)
+
+
+def test_classes_that_register_themselves(x):
+    result = convert(Blur(), x, runs=0)
+    assert result.report["layers"][0]["decision"] == "converted"
+    assert Registered.known == [Blur]
+    assert isinstance(result.model, Blur)
+
+
+def test_global_settings_stay(x):
+    logging.disable(logging.INFO)
+    with torch.inference_mode():
+        model = nn.Sequential(conv(), nn.Dropout()).train()
+    state, other = torch.get_rng_state(), random.getstate()
+    try:
+        with torch.inference_mode():
+            result = convert(model, x, runs=0)
+        assert logging.root.manager.disable == logging.INFO
+    finally:
+        logging.disable(logging.NOTSET)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert random.getstate() == other
+    result.model(x).sum().backward()
+    assert all(parameter.grad is not None for parameter in result.model.parameters())
+
+
+def test_a_pair_in_a_wrapper_is_merged(x):
+    pair = nn.Sequential(nn.Conv2d(4, 4, (3, 1), bias=False), nn.Conv2d(4, 4, (1, 3)), nn.ReLU(), conv())
+    result = convert(
+        nn.DataParallel(pair).eval(),
+        x,
+        mode="auto",
+        gate="macs",
+        target_macs=0.95,
+        runs=0,
+        include=["0", "1", "3"],
+    )
+    assert [merge["first"] for merge in result.report["approximation"]["merges"]] == ["0"]
