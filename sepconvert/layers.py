@@ -1,6 +1,6 @@
 """Factors → modules."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -64,12 +64,17 @@ class FactorizedConv2d(nn.Module):
         )
 
     def set_factors(
-        self, weights: Sequence[Tensor], bias: Tensor | None, *, fixed: bool = False, frozen: bool = False
+        self,
+        weights: Sequence[Tensor],
+        bias: Tensor | None,
+        *,
+        fixed: bool = False,
+        frozen: Collection[str] = (),
     ) -> None:
         """Copy the factors' kernels (`factors`), and the bias of the last convolution.
 
-        `fixed` filters become buffers, as the dense kernel was none of the model's parameters;
-        `frozen` ones parameters without gradient.
+        `fixed` filters become buffers, as the dense kernel was none of the model's parameters; what is
+        `frozen`, "weight" or "bias", parameters without gradient.
         """
 
         def set_tensor(convolution: nn.Conv2d, name: str, value: Tensor) -> None:
@@ -78,7 +83,7 @@ class FactorizedConv2d(nn.Module):
             if fixed:
                 convolution.register_buffer(name, value)
             else:
-                setattr(convolution, name, nn.Parameter(value, requires_grad=not frozen))
+                setattr(convolution, name, nn.Parameter(value, requires_grad=name not in frozen))
 
         count = len(self.branches)
         for index, branch in enumerate(self.branches):

@@ -36,6 +36,7 @@ from torch.nn import functional as F
 from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
 from sepconvert.errors import SepconvertError
+from sepconvert.trace import unwrapped
 
 __all__ = ["LoadedModel", "load_model", "parse_input_shape", "resolve_callable"]
 
@@ -578,7 +579,7 @@ def _builder(spec: str) -> Callable[[], nn.Module]:
     def build() -> nn.Module:
         try:
             model = function()
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise SepconvertError(
                 f"--factory {spec}: calling it without arguments failed ({_one_line(error)}); "
                 "give a callable that returns the model"
@@ -587,7 +588,7 @@ def _builder(spec: str) -> Callable[[], nn.Module]:
             raise SepconvertError(
                 f"--factory {spec}: returned a {type(model).__name__}; expected an nn.Module"
             )
-        return model
+        return unwrapped(model)
 
     return build
 

@@ -60,7 +60,7 @@ def linear_pairs(model: nn.Module, inputs: Inputs, sites: Sequence[ConvSite]) ->
     their very input may lie between, such as `nn.Identity`, and dropout in eval mode.
 
     Both must be plain `nn.Conv2d` in one place and called once, without hooks, which would see the output
-    that is no more, and either both frozen or both not.
+    that is no more, and the same of both must be frozen.
     """
     model = private_copy(model)
     candidates = {model.get_submodule(site.owner): site for site in sites if _is_plain(model, site)}
@@ -278,7 +278,9 @@ def _rewritten(model: M, convs: Mapping[str, DenseConv], places: Mapping[str, st
     for first in dict.fromkeys(places.values()):
         module = _conv2d(model, first)
         layer = _layer(convs[first]).to(module.weight).train(module.training)
-        layer.requires_grad_(any(parameter.requires_grad for parameter in module.parameters()))
+        layer.weight.requires_grad_(module.weight.requires_grad)
+        if layer.bias is not None and module.bias is not None:  # else it is the second's, which is trained
+            layer.bias.requires_grad_(module.bias.requires_grad)
         model.set_submodule(first, layer)
     return model
 

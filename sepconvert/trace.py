@@ -55,7 +55,7 @@ class ConvSite:
     ]  # height and width of the input, for each image that the calls convolve for a sample
     macs: int  # of one sample
     params: int  # 0 for fixed filters, which are buffers or constants
-    frozen: bool  # parameters, but none that requires a gradient
+    frozen: frozenset[str]  # "weight", "bias": what requires no gradient
     conv: DenseConv | None  # None where it is not a plain two-dimensional convolution
     owner_inputs: Inputs | None  # positional arguments of the owner's forward; None if it takes others too
     obstacle: str | None  # why it cannot be replaced, whatever its kernel
@@ -196,7 +196,8 @@ class ConvolutionInterceptor(TorchFunctionMode):
                 if isinstance(module, torch.jit.ScriptModule):
                     continue  # takes no hooks; its convolutions are counted by the dispatcher
                 entering = module.register_forward_pre_hook(enter, with_kwargs=True)
-                leaving = module.register_forward_hook(leave, prepend=True)
+                # Always: a forward may catch what a submodule raises.
+                leaving = module.register_forward_hook(leave, prepend=True, always_call=True)
                 stack.callback(entering.remove)
                 stack.callback(leaving.remove)
             stack.enter_context(self)
@@ -328,6 +329,10 @@ def trace(model: nn.Module, inputs: Inputs) -> tuple[ConvSite, ...]:
         SepconvertError: the model is quantised, its forward pass fails on these inputs, or leaves parameters
             without a shape.
     """
+    if isinstance(model, torch.jit.ScriptModule):
+        raise SepconvertError(
+            "the model is TorchScript, whose layers cannot be replaced; pass the module that was scripted"
+        )
     if (found := _quantised(model)) is not None:
         raise SepconvertError(
             f"the model is quantised ({found}), and factors need kernels in floating point; convert the "
@@ -504,7 +509,7 @@ def _site(
         sizes=tuple(size for call in calls for size in _sizes(call, spec, batch)),
         macs=sum(_macs(call) for call in calls) // batch,
         params=sum(value.numel() for value in trained if isinstance(value, nn.Parameter)),
-        frozen=not any(value is not None and value.requires_grad for value in trained),
+        frozen=_frozen(module if is_module else None, weight, bias),
         conv=None
         if spec is None
         else DenseConv(
@@ -517,6 +522,17 @@ def _site(
         owner_inputs=None if is_module else first.module_inputs,
         obstacle=obstacle,
     )
+
+
+def _frozen(module: nn.Module | None, weight: Tensor, bias: Tensor | None) -> frozenset[str]:
+    """Of a module, which may be parametrised, by its parameters; else by the tensors themselves."""
+    trained = {"weight": weight.requires_grad, "bias": bias is None or bias.requires_grad}
+    if module is not None:
+        named = list(module.named_parameters())
+        of_bias = {name for name, _ in named if name.removeprefix("parametrizations.").startswith("bias")}
+        trained["weight"] = any(each.requires_grad for name, each in named if name not in of_bias)
+        trained["bias"] = bias is None or any(each.requires_grad for name, each in named if name in of_bias)
+    return frozenset(name for name, wanted in trained.items() if not wanted)
 
 
 def _without_ties(sites: list[tuple[ConvSite, Tensor]]) -> list[ConvSite]:
@@ -553,7 +569,7 @@ def _unseen(module: nn.Module, names: list[str], kind: str, obstacle: str) -> Co
         sizes=(),
         macs=0,
         params=params,
-        frozen=False,
+        frozen=frozenset(),
         conv=None,
         owner_inputs=None,
         obstacle=obstacle,

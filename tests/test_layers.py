@@ -310,7 +310,7 @@ def test_fixed_filters_are_buffers_and_frozen_ones_want_no_gradient(conv):
         "branches.0.1.weight",
         "branches.0.1.bias",
     }
-    frozen, _ = factorized(conv, "spatial-vh", frozen=True)
+    frozen, _ = factorized(conv, "spatial-vh", frozen=("weight", "bias"))
     assert len(list(frozen.parameters())) == 3
     assert not any(parameter.requires_grad for parameter in frozen.parameters())
     for layer in (fixed, frozen):

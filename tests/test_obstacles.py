@@ -262,3 +262,42 @@ def test_a_pair_in_a_wrapper_is_merged(x):
         include=["0", "1", "3"],
     )
     assert [merge["first"] for merge in result.report["approximation"]["merges"]] == ["0"]
+
+
+@pytest.mark.parametrize("frozen", ["weight", "bias"])
+def test_what_is_frozen_is_frozen_alone(x, frozen):
+    """As biases alone are trained at times."""
+    model = nn.Sequential(conv())
+    model[0].get_parameter(frozen).requires_grad_(False)
+    layer = convert(model, x, runs=0).model[0]
+    assert layer.bias.requires_grad is (frozen != "bias")
+    assert {each.weight.requires_grad for each in layer.convolutions} == {frozen != "weight"}
+
+
+def test_a_forward_may_catch_what_a_submodule_raises(x):
+    class Failing(nn.Module):
+        def forward(self, x):
+            raise ValueError
+
+    def forward(self, x):
+        try:
+            return self.identity(x)
+        except ValueError:
+            return F.conv2d(x, self.kernel)
+
+    model = model_with(forward)
+    model.identity = Failing()
+    assert [layer["name"] for layer in inspect(model, x)["layers"]] == ["conv2d_0", "conv"]
+
+
+def test_a_first_argument_that_is_no_tensor(x):
+    model = model_with(lambda self, scale, x: self.conv(x) * scale)
+    result = convert(model, (2.0, x), runs=0)
+    assert torch.allclose(result.model(2.0, x), model(2.0, x), atol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore:.*deprecated")
+def test_torchscript_is_refused_by_name(x):
+    scripted = torch.jit.trace(nn.Sequential(conv()), x)
+    with pytest.raises(SepconvertError, match="the model is TorchScript"):
+        inspect(scripted, x)

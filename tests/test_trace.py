@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from sepconvert.errors import SepconvertError
 from sepconvert.measure.cost import FlopCountAnalysis  # fvcore warns on import, and is quietened there
-from sepconvert.trace import duplicate, private_copy, trace
+from sepconvert.trace import duplicate, private_copy, quick_copy, trace
 
 
 class CountConvolutions(TorchDispatchMode):
@@ -447,3 +447,18 @@ def test_private_copies_leave_the_model_alone(name):
     assert all(
         torch.equal(value, after[key]) and value.dtype == after[key].dtype for key, value in before.items()
     )
+
+
+def test_a_quick_copy_of_a_model_with_tensors_of_rank_5():
+    """They have no layout with channels last."""
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Unflatten(1, (1, 8)), nn.Conv3d(1, 2, 3)).eval()
+    images = torch.randn(2, 3, 12, 12)
+    assert torch.allclose(quick_copy(model, images)(images), model(images), atol=1e-5)
+
+
+def test_parameters_made_in_inference_mode():
+    with torch.inference_mode():
+        model = nn.Conv2d(3, 8, 3)
+    (parameter, _) = private_copy(model).parameters()
+    assert not parameter.is_inference()
+    assert torch.equal(parameter, model.weight)

@@ -46,18 +46,19 @@ class Cost:
 def count(model: nn.Module, inputs: tuple[Tensor, ...]) -> Cost:
     """Count `model(*inputs)` in eval mode with fvcore; the model's training flags and hooks stay as they are.
 
-    The first dimension of the first input is the batch, and all counts are divided by it. Functional
+    The first dimension of the first tensor is the batch, and all counts are divided by it. Functional
     calls count towards the module whose `forward` makes them. Modules called by `.forward(...)`, and those
     of a model loaded by `torch.export`, show 0: their MACs appear in their parents. A module under two
     names appears under the first. What does not reach the output is not counted, nor would ONNX keep it.
 
     Raises `SepconvertError` if the model cannot run on the inputs or be traced.
     """
-    if not inputs or inputs[0].ndim == 0 or len(inputs[0]) == 0:
+    first = next((value for value in inputs if isinstance(value, Tensor) and value.ndim), None)
+    if first is None or len(first) == 0:
         raise SepconvertError(
             f"cost: expected inputs with a batch of at least 1, got {_shapes(inputs)}; give a batch of 1"
         )
-    batch = len(inputs[0])
+    batch = len(first)
     analysis = FlopCountAnalysis(_TensorsOnly(model), fresh(inputs))
     analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False)
     analysis.set_op_handle("aten::_convolution_mode", _same_padding_conv)
@@ -116,4 +117,5 @@ def _hooks_kept(model: nn.Module) -> Iterator[None]:
 
 
 def _shapes(inputs: tuple[Tensor, ...]) -> str:
-    return ", ".join(str(tuple(each.shape)) for each in inputs) or "no inputs"
+    shapes = [str(tuple(each.shape)) for each in inputs if isinstance(each, Tensor)]
+    return ", ".join(shapes) or "no tensor"
