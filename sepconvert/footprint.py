@@ -50,9 +50,9 @@ def footprint(model: nn.Module, inputs: Inputs) -> Footprint:
         held[names[module], index] = given + counter.live
         return call()
 
-    counter = _LiveBytes()
+    counter, values = _LiveBytes(), fresh(inputs)
     with torch.no_grad(), counter, ConvolutionInterceptor(private, on_call).watching():
-        private(*fresh(inputs))
+        private(*values)
     return Footprint(given + counter.peak, given + counter.total, held)
 
 
