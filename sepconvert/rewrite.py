@@ -10,13 +10,13 @@ from torch import Tensor, fx, nn
 from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
-from torch.utils import _pytree as pytree
 
 from sepconvert.errors import first_line
 from sepconvert.factorize.border import Border
 from sepconvert.factorize.exact import ZERO_BORDER
 from sepconvert.graph import UntraceableError, call_graph, replace_calls, variable_argument
 from sepconvert.layers import FactorizedConv2d
+from sepconvert.measure.accuracy import tensor_leaves
 from sepconvert.trace import ConvSite, Inputs, duplicate, fresh, private_copy
 
 _ROUNDING = 1e4
@@ -73,13 +73,14 @@ class Obstacles:
 
     @functools.cached_property
     def _in_trial(self) -> dict[str, str]:
-        """What goes wrong once another module, which computes the same, stands in a layer's place."""
+        """What goes wrong once another module, which computes the same, stands in a layer's place.
+
+        All at once as a rule; where that fails, one after the other.
+        """
         sites = [site for site in self._sites if site.obstacle is None and self._in_graph(site) is None]
         original = self._model
         expected = self._answers(private_copy(original))
-        eps = max(
-            (torch.finfo(answer.dtype).eps for answer in expected if answer.is_floating_point()), default=0
-        )
+        eps = max((torch.finfo(answer.dtype).eps for answer in expected), default=0)
         tolerance = min(_MOST_ROUNDING, _ROUNDING * eps)
         if not _close(expected, self._answers(private_copy(original)), tolerance):
             tolerance = math.inf  # it draws random numbers, and can be asked no more than to run
@@ -114,8 +115,8 @@ class Obstacles:
 
     def _answers(self, model: nn.Module) -> list[Tensor]:
         with torch.no_grad():
-            leaves = pytree.tree_leaves(model(*fresh(self._inputs)))
-        return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+            leaves = tensor_leaves(model(*fresh(self._inputs)))
+            return [leaf for leaf in leaves if leaf.is_floating_point()]
 
 
 def _same_layer(site: ConvSite) -> Replacement:

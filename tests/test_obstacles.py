@@ -301,3 +301,18 @@ def test_torchscript_is_refused_by_name(x):
     scripted = torch.jit.trace(nn.Sequential(conv()), x)
     with pytest.raises(SepconvertError, match="the model is TorchScript"):
         inspect(scripted, x)
+
+
+def test_answers_that_are_no_tensors_of_numbers(x):
+    """Flags and objects of the user's own are no reason to keep a layer."""
+
+    class Answer:
+        def __init__(self, **parts):
+            self.__dict__.update(parts)
+
+    def forward(self, x):
+        y = self.conv(x)
+        return {"y": y, "positive": y > 0, "answer": Answer(y=y), "classes": y.argmax(1)}
+
+    layers = {layer["name"]: layer for layer in inspect(model_with(forward), x)["layers"]}
+    assert layers["conv"]["decision"] == "converted"
