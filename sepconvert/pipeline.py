@@ -416,14 +416,24 @@ def _executed(
 
 
 @reproducible()
-def apply(model: nn.Module, plan: str | os.PathLike[str]) -> nn.Module:
+def apply(
+    model: nn.Module,
+    plan: str | os.PathLike[str],
+    example_inputs: Tensor | Inputs | None = None,
+) -> nn.Module:
     """A copy of `model`, converted as a `plan.json` says, with the weights in the file beside it.
 
+    Args:
+        model: left as it is.
+        plan: of a model of the same architecture.
+        example_inputs: as for `convert`, if the model takes more than floating-point tensors.
+
     Raises:
-        SepconvertError: plan, weights and model do not belong together.
+        SepconvertError: plan, weights and model do not belong together, or the model does not run.
     """
     path = Path(plan)
-    return _replayed(model, read_plan(path), path.parent / "converted.safetensors")[0]
+    inputs = None if example_inputs is None else as_inputs(example_inputs)
+    return _replayed(model, read_plan(path), path.parent / "converted.safetensors", inputs)[0]
 
 
 def apply_plan(
@@ -460,14 +470,15 @@ def apply_plan(
 
 
 def _replayed(
-    model: nn.Module, plan: ConversionPlan, weights: Path
+    model: nn.Module, plan: ConversionPlan, weights: Path, inputs: Inputs | None = None
 ) -> tuple[nn.Module, tuple[ConvSite, ...], Inputs]:
     """The converted model, the convolutions that the plan found, and inputs of the shape that it is for."""
     model = unwrapped(model)
-    inputs = tuple(
-        placed(torch.randn(shape, generator=torch.Generator().manual_seed(plan.seed)), model)
-        for shape in plan.input_shapes
-    )
+    if inputs is None:
+        inputs = tuple(
+            placed(torch.randn(shape, generator=torch.Generator().manual_seed(plan.seed)), model)
+            for shape in plan.input_shapes
+        )
     sites, start = trace(private_copy(model), inputs), model
     if plan.merges:
         start = merge(model, sites, plan.merges)

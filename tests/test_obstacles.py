@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from sepconvert import SepconvertError, convert, inspect
+from sepconvert import SepconvertError, apply, convert, inspect
 
 
 def separable(seed=0):
@@ -290,10 +290,12 @@ def test_a_forward_may_catch_what_a_submodule_raises(x):
     assert [layer["name"] for layer in inspect(model, x)["layers"]] == ["conv2d_0", "conv"]
 
 
-def test_a_first_argument_that_is_no_tensor(x):
+def test_a_first_argument_that_is_no_tensor(x, tmp_path):
     model = model_with(lambda self, scale, x: self.conv(x) * scale)
-    result = convert(model, (2.0, x), runs=0)
-    assert torch.allclose(result.model(2.0, x), model(2.0, x), atol=1e-4)
+    result = convert(model, (2.0, x), runs=0, out=tmp_path)
+    replayed = apply(model, tmp_path / "plan.json", (2.0, x))
+    for each in (result.model, replayed):
+        assert torch.allclose(each(2.0, x), model(2.0, x), atol=1e-4)
 
 
 @pytest.mark.filterwarnings("ignore:.*deprecated")
