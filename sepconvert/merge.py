@@ -279,8 +279,8 @@ def _rewritten(model: M, convs: Mapping[str, DenseConv], places: Mapping[str, st
         module = _conv2d(model, first)
         layer = _layer(convs[first]).to(module.weight).train(module.training)
         layer.weight.requires_grad_(module.weight.requires_grad)
-        if layer.bias is not None and module.bias is not None:  # else it is the second's, which is trained
-            layer.bias.requires_grad_(module.bias.requires_grad)
+        if layer.bias is not None:  # if it is the second's, it goes with the weight of the first
+            layer.bias.requires_grad_((module.weight if module.bias is None else module.bias).requires_grad)
         model.set_submodule(first, layer)
     return model
 

@@ -391,7 +391,8 @@ def _run(model: nn.Module, inputs: Inputs) -> tuple[list[_Record], dict[nn.Modul
     def on_return(frame: _Frame, output: Any) -> None:
         if frame.calls:
             records_of_call = [record for record in records if record.module is frame.module]
-            records_of_call[-1].returns_output = output is records_of_call[-1].output
+            if records_of_call:  # or the call failed
+                records_of_call[-1].returns_output = output is records_of_call[-1].output
 
     interceptor = ConvolutionInterceptor(model, on_call)
     hidden = _HiddenConvolutions(interceptor)
@@ -525,13 +526,17 @@ def _site(
 
 
 def _frozen(module: nn.Module | None, weight: Tensor, bias: Tensor | None) -> frozenset[str]:
-    """Of a module, which may be parametrised, by its parameters; else by the tensors themselves."""
-    trained = {"weight": weight.requires_grad, "bias": bias is None or bias.requires_grad}
+    """Of a module, which may be parametrised, by its parameters; else by the tensors themselves.
+
+    A bias that is none goes with the weight.
+    """
+    trained = {"weight": weight.requires_grad, "bias": (weight if bias is None else bias).requires_grad}
     if module is not None:
         named = list(module.named_parameters())
         of_bias = {name for name, _ in named if name.removeprefix("parametrizations.").startswith("bias")}
         trained["weight"] = any(each.requires_grad for name, each in named if name not in of_bias)
-        trained["bias"] = bias is None or any(each.requires_grad for name, each in named if name in of_bias)
+        biases = [each for name, each in named if name in of_bias]
+        trained["bias"] = any(each.requires_grad for each in biases) if biases else trained["weight"]
     return frozenset(name for name, wanted in trained.items() if not wanted)
 
 

@@ -118,4 +118,4 @@ def _hooks_kept(model: nn.Module) -> Iterator[None]:
 
 def _shapes(inputs: tuple[Tensor, ...]) -> str:
     shapes = [str(tuple(each.shape)) for each in inputs if isinstance(each, Tensor)]
-    return ", ".join(shapes) or "no tensor"
+    return ", ".join(shapes) or ("no tensor" if inputs else "no inputs")
