@@ -14,7 +14,6 @@ import numpy as np
 import torch
 from safetensors.torch import load_model, save_model
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
 from torch.utils.data import DataLoader
 
 from sepconvert.approx import MOST_AT_ONCE, Finetuning, check_shapes, convert_approximately, split_data
@@ -509,9 +508,10 @@ def _traced(
     """Every convolution, the options that select some of them having been checked."""
     if tol is not None and not 0 <= tol < 1:
         raise SepconvertError(f"tol: expected a relative error in [0, 1), got {tol}")
-    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    shared = {name: each for name, each in model.named_parameters() if type(each) is nn.Parameter}
+    before = {name: parameter.detach().clone() for name, parameter in shared.items()}
     sites = trace(private_copy(model), inputs)
-    for name, parameter in model.named_parameters():
+    for name, parameter in shared.items():
         _check_unwritten(name, parameter, before[name])
     for pattern in (*include, *exclude):
         if not any(selected(site.name, [pattern], ()) for site in sites):
@@ -522,7 +522,7 @@ def _traced(
 def _check_unwritten(name: str, parameter: Tensor, before: Tensor) -> None:
     """Copies of the model share the memory of its parameters, to which some forwards write."""
     now = parameter.detach()
-    if is_lazy(parameter) or bool(((now == before) | (now.isnan() & before.isnan())).all()):
+    if bool(((now == before) | (now.isnan() & before.isnan())).all()):
         return
     now.copy_(before)
     raise SepconvertError(

@@ -320,3 +320,12 @@ def test_answers_that_are_no_tensors_of_numbers(x):
 
     layers = {layer["name"]: layer for layer in inspect(model_with(forward), x)["layers"]}
     assert layers["conv"]["decision"] == "converted"
+
+
+def test_parameters_without_a_shape(x):
+    """Those of the first layer get theirs when it runs; of one that does not run, in one line."""
+    assert len(inspect(nn.Sequential(nn.LazyConv2d(4, 3)), x)["layers"]) == 1
+    model = model_with(lambda self, x: self.conv(x))
+    model.unused = nn.LazyLinear(3)
+    with pytest.raises(SepconvertError, match=r"the parameter unused\.weight has no shape yet"):
+        inspect(model, x)
