@@ -3,6 +3,7 @@
 import contextlib
 import ctypes
 import io
+import logging
 import os
 import signal
 import sys
@@ -251,6 +252,9 @@ def demo(**options: Any) -> None:
 def main() -> None:
     """Run the command line; the process ends with the exit code of the contract."""
     debug = "--debug" in sys.argv
+    if debug:
+        logging.basicConfig()
+        logging.getLogger("sepconvert").setLevel(logging.DEBUG)
     # Read by torch when it is loaded: large tensors on huge pages, which are quicker to come by.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     _keep_memory()

@@ -18,6 +18,7 @@ import onnx
 import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
+from torch.export.passes import move_to_device_pass
 from torch.fx.experimental.symbolic_shapes import is_concrete_int
 from torch.utils import _pytree as pytree
 
@@ -188,6 +189,15 @@ def layer_onnx(branches: Sequence[Sequence[ConvSpec]], shape: Sequence[int]) -> 
 
 
 def _program(model: nn.Module, inputs: Inputs, dynamic_batch: bool) -> tuple[ExportedProgram, ExportNote]:
+    program, note = _exported(model, inputs, dynamic_batch)
+    if any(tensor.device.type != "cpu" for tensor in (*model.parameters(), *model.buffers())):
+        # Whoever loads the file may have no such device.
+        with _quiet():
+            program = move_to_device_pass(program, "cpu")
+    return program, note
+
+
+def _exported(model: nn.Module, inputs: Inputs, dynamic_batch: bool) -> tuple[ExportedProgram, ExportNote]:
     dtype = str(model_dtype(model)).removeprefix("torch.")
     reason = None
     # A tensor given twice would become one input.
@@ -254,8 +264,12 @@ def _is_dynamic(program: ExportedProgram) -> bool:
 
 
 def _export_error(stage: str, error: Exception) -> ExportError:
+    # The outer errors say at which node or step, the innermost what is wrong.
+    cause: BaseException = error
+    while cause.__cause__ is not None:
+        cause = cause.__cause__
     return ExportError(
-        f"{stage} cannot export this model: {first_line(error)}; the exporter's own message: --debug"
+        f"{stage} cannot export this model: {first_line(cause)}; the exporter's own message: --debug"
     )
 
 

@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import hashlib
+import logging
 import os
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -57,6 +58,8 @@ from sepconvert.trace import ConvSite, Inputs, placed, private_copy, trace, unwr
 from sepconvert.verify import Comparison, Outputs, Reference, compare_export, compare_runs
 
 MODES = ("exact", "approx", "auto")
+
+_LOG = logging.getLogger(__name__)
 
 _SHOWN = 24  # predictions that changed
 
@@ -584,6 +587,7 @@ def write_models(
                 save_archive(each, inputs, path, dynamic_batch=dynamic_batch)
         except ExportError as error:
             path.unlink(missing_ok=True)
+            _LOG.debug("%s is not written", name, exc_info=error)
             missing[name] = str(error)
     weights = folder / "converted.safetensors"
     with writing(weights):

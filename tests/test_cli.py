@@ -539,6 +539,27 @@ def test_only_debug_shows_a_traceback(here, run, arguments, monkeypatch):
     assert not (here / "net-sepconvert").exists()
 
 
+def test_debug_shows_what_the_exporter_said_of_files_that_are_missing(here):
+    (here / "untranslated.py").write_text(
+        "import torch\nfrom torch import nn\n"
+        "class Bessel(nn.Module):\n"
+        "    def forward(self, x):\n"
+        "        return torch.special.bessel_j0(x)\n"
+        "def build():\n"
+        "    return nn.Sequential(nn.Conv2d(3, 4, 3), Bessel())\n"
+    )
+    save_file({"0.weight": torch.ones(4, 3, 3, 3), "0.bias": torch.zeros(4)}, here / "bessel.safetensors")
+    arguments = ("bessel.safetensors", "--factory", "untranslated.py:build", *SHAPE, "--runs", "0")
+    process = start(*arguments, "--debug")
+    out, err = (stream.decode() for stream in process.communicate())
+    assert process.returncode == 0
+    # The cause, and not the step at which the exporter met it.
+    assert "cannot export this model: No ONNX function found for" in " ".join(out.split())
+    assert "bessel_j0" in out
+    assert "Traceback" in err
+    assert "Error when translating node" in err
+
+
 def test_the_refusal_of_a_class_names_the_option_that_admits_it(here, run):
     outcome = run("scaled.pt", *SHAPE, "--runs", "0")
     assert outcome.code == 2
