@@ -2,7 +2,7 @@
 
     python examples/03_exact.py
 
-The network of `sepconvert demo` classifies drawings of shapes. Some of its kernels have exact structure:
+The network of `sepconvert demo` classifies handwritten digits. Some of its kernels have exact structure:
 filters of image processing, a layer that was trained as a pair, another with a border of zeros, and one that
 was pruned.
 """
@@ -16,8 +16,8 @@ from sepconvert.demo.net import load, to_input
 
 
 def main() -> None:
-    model, drawn = load(), evaluation_data(400)
-    images, labels = to_input(drawn.x), torch.from_numpy(drawn.y)
+    model, digits = load(), evaluation_data(400)
+    images, labels = to_input(digits.x), torch.from_numpy(digits.y)
     data = DataLoader(TensorDataset(images, labels), batch_size=100)
 
     result = sepconvert.convert(model, images[:1], mode="exact", data=data, runs=20)

@@ -1,6 +1,6 @@
 """Few parameters: what depthwise and pointwise convolutions lose, with and without fine-tuning.
 
-    python examples/04_approx_finetune.py [--ranks 1 2 3] [--images 4000] [--epochs 8] [--figure few.png]
+    python examples/04_approx_finetune.py [--ranks 1 2 3] [--images 2000] [--epochs 8] [--figure few.png]
 
 Every dense layer of the network of `sepconvert demo` becomes M depthwise convolutions, each with a pointwise
 one behind it: for M = 1 that is a depthwise separable convolution. Factors are fitted to what the layers
@@ -15,25 +15,25 @@ from matplotlib.figure import Figure
 from torch.utils.data import DataLoader, TensorDataset
 
 import sepconvert
-from sepconvert.demo.images import LabelledImages, draw, evaluation_data
+from sepconvert.demo.images import LabelledImages, evaluation_data, training_data
 from sepconvert.demo.net import load, to_input
 
 
-def loader(drawn: LabelledImages, *, labelled: bool) -> DataLoader[tuple[torch.Tensor, ...]]:
-    labels = torch.from_numpy(drawn.y) if labelled else torch.full((len(drawn.y),), -1)
-    return DataLoader(TensorDataset(to_input(drawn.x), labels), batch_size=64)
+def loader(digits: LabelledImages, *, labelled: bool) -> DataLoader[tuple[torch.Tensor, ...]]:
+    labels = torch.from_numpy(digits.y) if labelled else torch.full((len(digits.y),), -1)
+    return DataLoader(TensorDataset(to_input(digits.x), labels), batch_size=64)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 3], metavar="M")
-    parser.add_argument("--images", type=int, default=4000)
+    parser.add_argument("--images", type=int, default=2000)
     parser.add_argument("--epochs", type=int, default=8)
     parser.add_argument("--figure", help="draw accuracy against parameters")
     options = parser.parse_args()
     model, image = load(), to_input(evaluation_data(1).x)
     data = loader(evaluation_data(options.images), labelled=True)
-    calib = loader(draw(options.images, seed=1), labelled=False)
+    calib = loader(training_data(options.images), labelled=False)
 
     rows = []
     for rank in options.ranks:

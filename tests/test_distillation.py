@@ -75,12 +75,11 @@ def test_the_demo_network_recovers():
         for layer in (student.head.conv, student.narrow.conv, student.widen.conv):
             layer.weight *= 1 + 1.5 * torch.randn(layer.weight.shape, generator=generator)
 
-    def drawn(n, seed):
-        drawing = images.draw(n, seed)
-        return DataLoader(TensorDataset(net.to_input(drawing.x), torch.from_numpy(drawing.y)), 32)
-
-    result = finetune(student, teacher, drawn(320, 5000), drawn(64, 5001), epochs=1, labelled=False)
-    unseen = drawn(128, images.EVALUATION_SEED)
+    digits, unseen = images.training_data(384), images.evaluation_data(128)
+    x, y = net.to_input(digits.x), torch.from_numpy(digits.y)
+    train, heldout = (DataLoader(TensorDataset(x[a:b], y[a:b]), 32) for a, b in ((0, 320), (320, 384)))
+    unseen = DataLoader(TensorDataset(net.to_input(unseen.x), torch.from_numpy(unseen.y)), 32)
+    result = finetune(student, teacher, train, heldout, epochs=1, labelled=False)
     before, after = (mean_divergence(teacher, model, unseen) for model in (student, result.model))
     assert after < before / 2
     assert evaluate(result.model, unseen).accuracy().top1 > evaluate(student, unseen).accuracy().top1 + 0.1

@@ -1,5 +1,5 @@
-"""The demo: a trained network and an endless supply of labelled images, without a network or a data package.
+"""The demo: a trained network, and labelled images that a package contains (extra `demo`).
 
-`images` draws the images, `net` holds the network and loads its checkpoint, `train` is the script that
-made the checkpoint `shapes.safetensors`.
+`images` reads the images, `net` holds the network and loads its checkpoint, `train` is the script that
+made the checkpoint `digits.safetensors`.
 """

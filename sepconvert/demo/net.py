@@ -21,12 +21,12 @@ from torch.nn import functional as F
 
 from sepconvert.demo.images import CLASSES, MEAN, STD
 
-CHECKPOINT = "shapes.safetensors"
+CHECKPOINT = "digits.safetensors"
 
 
-def load() -> "ShapeNet":
+def load() -> "DigitNet":
     """Return the trained network, in eval mode."""
-    net = ShapeNet()
+    net = DigitNet()
     net.load_state_dict(parse_safetensors((files("sepconvert.demo") / CHECKPOINT).read_bytes()))
     return net.eval()
 
@@ -38,25 +38,25 @@ def to_input(x: npt.NDArray[np.uint8]) -> Tensor:
 
 
 class LocalContrast(nn.Module):
-    """Local contrast normalisation in an 11×11 Gaussian window (Jarrett et al., ICCV 2009)."""
+    """Local contrast normalisation in 11×11 Gaussian windows of several scales (Jarrett et al., ICCV 2009)."""
 
     window: Tensor
 
-    def __init__(self, channels: int) -> None:
-        """Take images of `channels` channels."""
+    def __init__(self, *deviations: float) -> None:
+        """Take windows of the given standard deviations, in pixels."""
         super().__init__()
-        self.channels = channels
         offset = torch.arange(-5, 6, dtype=torch.float64)
-        gaussian = torch.exp(-(offset**2) / (2 * 2.5**2))
-        self.register_buffer("window", _separable(gaussian / gaussian.sum()).repeat(channels, 1, 1, 1))
+        gaussians = [torch.exp(-(offset**2) / (2 * deviation**2)) for deviation in deviations]
+        self.register_buffer("window", torch.cat([_separable(each / each.sum()) for each in gaussians]))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return `x`, N×C×H×W, less its local mean and over its local deviation."""
+        """Map N×1×H×W to a channel for each window: `x` less its local mean and over its local deviation."""
+        x = x.repeat(1, len(self.window), 1, 1)
         x = x - self._smooth(x)
         return x / (self._smooth(x * x) + 0.01).sqrt()
 
     def _smooth(self, x: Tensor) -> Tensor:
-        return F.conv2d(F.pad(x, (5, 5, 5, 5), mode="reflect"), self.window, groups=self.channels)
+        return F.conv2d(F.pad(x, (5, 5, 5, 5), mode="reflect"), self.window, groups=len(self.window))
 
 
 class EdgeMaps(nn.Module):
@@ -108,13 +108,13 @@ class ConvNorm(nn.Module):
         return F.relu(self.norm(self.conv(x)))
 
 
-class ShapeNet(nn.Module):
-    """A classifier of shapes: N×3×48×48 normalised images to N×10 logits."""
+class DigitNet(nn.Module):
+    """A classifier of handwritten digits: N×1×28×28 normalised images to N×10 logits."""
 
     def __init__(self) -> None:
         """Initialise as torch does; `load` returns the trained network."""
         super().__init__()
-        self.contrast = LocalContrast(3)
+        self.contrast = LocalContrast(1.25, 2.5, 5)
         self.edges = EdgeMaps(3)
         self.stem = ConvNorm(9, 32)
         self.blur1 = BlurPool(32)
@@ -128,7 +128,7 @@ class ShapeNet(nn.Module):
         self.classify = nn.Linear(32, len(CLASSES))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the logits, N×10, of the images `x`, N×3×48×48."""
+        """Return the logits, N×10, of the images `x`, N×1×28×28."""
         x = self.contrast(x)
         x = self.blur1(self.stem(torch.cat([x, self.edges(x)], dim=1)))
         x = x + self.block(x)
