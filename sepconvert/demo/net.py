@@ -38,7 +38,7 @@ def to_input(x: npt.NDArray[np.uint8]) -> Tensor:
 
 
 class LocalContrast(nn.Module):
-    """Local contrast normalisation in 11×11 Gaussian windows of several scales (Jarrett et al., ICCV 2009)."""
+    """Local contrast normalisation in 11×11 Gaussian windows of some scales (Jarrett et al., ICCV 2009)."""
 
     window: Tensor
 
