@@ -51,7 +51,6 @@ from sepconvert.profiling import SCHEMA as PROFILE_SCHEMA
 from sepconvert.profiling import StoredProfile, anatomy, batch_size, read_profile
 from sepconvert.profiling import profile as run_profile
 from sepconvert.progress import Progress, silent
-from sepconvert.report.files import write_documents
 from sepconvert.report.html import render_comparison
 from sepconvert.report.terminal import (
     anatomy_text,
@@ -125,8 +124,6 @@ def convert(**options: Any) -> None:
             out=folder,
             **_common(options),
         )
-        if folder is not None:
-            write_documents(result.report, result.plan, folder, result.exhibits)
     if main:
         if (checkpoint := _checkpoint(options, out)) is not None:
             for path in checkpoints(checkpoint):
@@ -350,8 +347,6 @@ def demo(**options: Any) -> None:
         calib: DataLoader[Any] = DataLoader(unlabelled, _STEP)
         reports = {}
         for mode, (title, keywords) in _DEMO.items():
-            place = folder / mode
-            place.mkdir()
             result = run_convert(
                 load(),
                 x[: options["batch"]],
@@ -367,11 +362,10 @@ def demo(**options: Any) -> None:
                 provider=options["provider"],
                 seed=options["seed"],
                 command=_command(),
-                out=place,
+                out=folder / mode,
                 progress=_progress(options),
                 **keywords,
             )
-            write_documents(result.report, result.plan, place, result.exhibits)
             reports[mode] = result.report
             told += [title, "", *story(result.report), ""]
     _print(options, reports, *told, modes_table(reports), "",

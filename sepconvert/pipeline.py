@@ -51,6 +51,7 @@ from sepconvert.profiling import Profile, as_inputs, batch_size
 from sepconvert.progress import Progress, silent
 from sepconvert.report.document import LayerReport, Report, Verification, report_document
 from sepconvert.report.exhibits import Exhibits, images_at, kernel_pairs
+from sepconvert.report.files import write_documents
 from sepconvert.rewrite import Replacement, rewrite
 from sepconvert.search import Budget
 from sepconvert.timing import Clock, time_files, time_layers
@@ -159,7 +160,7 @@ def convert(
     seed: int = 0,
     source: dict[str, Any] | None = None,
     command: str | None = None,
-    out: Path | None = None,
+    out: str | os.PathLike[str] | None = None,
     progress: Progress = silent,
 ) -> ConversionResult:
     """Replace convolutions by separable ones: exactly, with proof, or approximately, within a budget.
@@ -206,7 +207,8 @@ def convert(
         seed: of random inputs, of splits and positions, of training, and of the order of runs.
         source: `{"path": …, "sha256": …}` of the model file, for the report.
         command: that asked for the conversion, likewise.
-        out: an existing empty directory to leave all files in; by default they are temporary.
+        out: directory to leave all files in that the command line writes; it must be empty, or is made. By
+            default files are temporary.
         progress: shows the progress of loops.
 
     Of several processes (`accelerate launch`), the main one exports, measures and reports; in the others the
@@ -244,6 +246,7 @@ def convert(
         )
     if mode == "auto" and rank is not None:
         raise SepconvertError("--rank: fixes the multiplier of mode approx; in auto mode pass another budget")
+    place = _place(out) if rank_of_process() == 0 else None
     sites = _traced(model, inputs, tol, include, exclude)
     parts = None
     if mode != "exact":
@@ -316,7 +319,7 @@ def convert(
     )  # fmt: skip
     if rank_of_process() != 0:
         return ConversionResult(converted, plan.to_json(), {})
-    with _folder(out) as folder:
+    with _folder(place) as folder:
         note = write_models(model, converted, inputs, folder, dynamic_batch, progress)
         paths = folder / "original.onnx", folder / "converted.onnx"
         onnx_reason = next((note.missing[each.name] for each in paths if each.name in note.missing), None)
@@ -383,9 +386,16 @@ def convert(
             execution=execution,
             approximation=conversion.approximation,
         )
-    shown = () if changed is None else (each.index for each in changed.shown)
-    exhibits = Exhibits(kernel_pairs(layers, converted), {} if data is None else images_at(data, shown))
-    return ConversionResult(converted, plan.to_json(), report_document(report), exhibits)
+        shown = () if changed is None else (each.index for each in changed.shown)
+        result = ConversionResult(
+            converted,
+            plan.to_json(),
+            report_document(report),
+            Exhibits(kernel_pairs(layers, converted), {} if data is None else images_at(data, shown)),
+        )
+        if place is not None:
+            write_documents(result.report, result.plan, place, result.exhibits)
+    return result
 
 
 def _executed(
@@ -656,10 +666,30 @@ def _profile(cost: Cost, predictions: Predictions | None, latency: Latency | Non
     return Profile(cost.params, cost.macs, size, weights, latency, accuracy, cost.uncounted_ops)
 
 
+def _place(out: str | os.PathLike[str] | None) -> Path | None:
+    if out is None:
+        return None
+    place = Path(out)
+    try:
+        if place.exists() and any(place.iterdir()):
+            raise SepconvertError(f"out: {place} is not empty; pass an empty directory or one to be made")
+        place.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SepconvertError(
+            f"out: {place}: {error.strerror}; pass a directory that can be written"
+        ) from error
+    return place
+
+
 @contextlib.contextmanager
-def _folder(out: Path | None) -> Iterator[Path]:
-    if out is not None:
-        yield out
+def _folder(place: Path | None) -> Iterator[Path]:
+    if place is None:
+        with tempfile.TemporaryDirectory() as folder:
+            yield Path(folder)
         return
-    with tempfile.TemporaryDirectory() as folder:
-        yield Path(folder)
+    try:
+        yield place
+    except BaseException:
+        for path in place.iterdir():
+            path.unlink()
+        raise

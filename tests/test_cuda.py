@@ -13,7 +13,6 @@ from sepconvert import apply, convert, profile
 from sepconvert.demo.images import evaluation_data
 from sepconvert.demo.net import load, to_input
 from sepconvert.load import load_model
-from sepconvert.report.files import write_documents
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -73,7 +72,6 @@ def test_exact_mode(planted, tmp_path):
     assert torch.allclose(torch.from_numpy(session.run(None, {"input": x.numpy()})[0]), answer, atol=1e-4)
     archive = load_model(tmp_path / "converted.pt2").model
     assert torch.allclose(archive(x), answer, atol=1e-4)
-    write_documents(there.report, there.plan, tmp_path)
     assert torch.allclose(apply(model, tmp_path / "plan.json")(x.cuda()).cpu(), answer, atol=1e-4)
 
 

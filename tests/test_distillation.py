@@ -73,16 +73,16 @@ def test_the_demo_network_recovers():
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for layer in (student.head.conv, student.narrow.conv, student.widen.conv):
-            layer.weight *= 1 + 1.5 * torch.randn(layer.weight.shape, generator=generator)
+            layer.weight *= 1 + 2 * torch.randn(layer.weight.shape, generator=generator)
 
     digits, unseen = images.training_data(384), images.evaluation_data(128)
     x, y = net.to_input(digits.x), torch.from_numpy(digits.y)
     train, heldout = (DataLoader(TensorDataset(x[a:b], y[a:b]), 32) for a, b in ((0, 320), (320, 384)))
     unseen = DataLoader(TensorDataset(net.to_input(unseen.x), torch.from_numpy(unseen.y)), 32)
-    result = finetune(student, teacher, train, heldout, epochs=1, labelled=False)
+    result = finetune(student, teacher, train, heldout, epochs=3, labelled=False)
     before, after = (mean_divergence(teacher, model, unseen) for model in (student, result.model))
-    assert after < before / 2
-    assert evaluate(result.model, unseen).accuracy().top1 > evaluate(student, unseen).accuracy().top1 + 0.1
+    assert after < before / 10
+    assert evaluate(result.model, unseen).accuracy().top1 > evaluate(student, unseen).accuracy().top1 + 0.3
 
 
 @pytest.mark.parametrize(("learning_rate", "weights"), [(0.1, "trained"), (0.08, "average")])

@@ -13,7 +13,7 @@ SAYS = {
         "Laplacian: kept, no exact structure",
     ),
     "02_depthwise_separable.py": "1,228,800 dense, 53,952 separable",
-    "03_exact.py": "MACs: 2.04× fewer",
+    "03_exact.py": "MACs: 2.03× fewer",
     "04_approx_finetune.py": "M = 1, 1 epochs: ",
     "05_auto_budget.py": "times as fast, accuracy lost: ",
     "06_own_training_loop.py": "after epoch 1: ",

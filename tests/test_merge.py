@@ -23,7 +23,6 @@ from sepconvert.measure.statistics import Interval
 from sepconvert.merge import LinearPair, compose, dense_spec, linear_pairs, merge, merge_pairs, obstacle
 from sepconvert.pipeline import apply_plan
 from sepconvert.plan import read_plan
-from sepconvert.report.files import write_documents
 from sepconvert.report.terminal import layer_table, summary
 from sepconvert.timing import Clock
 from sepconvert.trace import private_copy, trace
@@ -653,7 +652,6 @@ def automatic(tmp_path_factory):
     # The dense forms alone take 0.26 of the MACs.
     options = {"calib": images, "data": images, "target_macs": 0.2, "runs": 0, "out": folder}
     result = convert(model, x[:2], "auto", gate="macs", **options)
-    write_documents(result.report, result.plan, folder, result.exhibits)
     return model, result, folder
 
 

@@ -11,7 +11,6 @@ from torch import nn
 from torch.nn import functional as F
 
 from sepconvert import SepconvertError, apply, convert, inspect
-from sepconvert.report.files import write_documents
 
 
 def separable(seed=0):
@@ -294,7 +293,6 @@ def test_a_forward_may_catch_what_a_submodule_raises(x):
 def test_a_first_argument_that_is_no_tensor(x, tmp_path):
     model = model_with(lambda self, scale, x: self.conv(x) * scale)
     result = convert(model, (2.0, x), runs=0, out=tmp_path)
-    write_documents(result.report, result.plan, tmp_path)
     replayed = apply(model, tmp_path / "plan.json", (2.0, x))
     for each in (result.model, replayed):
         assert torch.allclose(each(2.0, x), model(2.0, x), atol=1e-4)

@@ -21,7 +21,6 @@ from sepconvert.layers import FactorizedConv2d
 from sepconvert.measure.cost import FlopCountAnalysis  # fvcore warns on import, and is quietened there
 from sepconvert.pipeline import apply_plan
 from sepconvert.plan import read_plan
-from sepconvert.report.files import write_documents
 from sepconvert.report.terminal import warnings_of
 from sepconvert.seal import sealed
 
@@ -109,7 +108,6 @@ def conversion(net, x, tmp_path_factory):
         net, x, runs=5, out=folder, data=DataLoader(labelled, batch_size=16, generator=torch.Generator()),
         source={"path": "net.pt", "sha256": "ab" * 32}, command="sepconvert net.pt", seed=7,
     )  # fmt: skip
-    write_documents(result.report, result.plan, folder, result.exhibits)
     return result, folder, (before, random_state, torch.get_rng_state())
 
 
@@ -510,13 +508,44 @@ def test_what_torch_cannot_export_is_converted_all_the_same(planted, x, tmp_path
     assert check["passed"]
     assert check["onnx_reason"] == missing["original.onnx"]
     assert result.report["delta"]["latency_speedup"] is None
-    write_documents(result.report, result.plan, tmp_path / "out", result.exhibits)
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
         "plan.json", "converted.safetensors", "report.json", "report.html",
     }  # fmt: skip
     assert any("not written: original.onnx" in line for line in warnings_of(result.report))
     fresh = Branching(planted(3, 8, seed=1))
     assert torch.equal(sepconvert.apply(fresh, tmp_path / "out" / "plan.json")(x), result.model(x))
+
+
+def test_results_go_to_a_directory_that_is_made_or_empty(net, x, tmp_path):
+    folder = tmp_path / "of mine" / "results"
+    convert(net, x, runs=0, out=str(folder))
+    names = {path.name for path in folder.iterdir()}
+    assert names == {
+        "original.onnx", "converted.onnx", "converted.pt2", "converted.safetensors",
+        "plan.json", "report.json", "report.html",
+    }  # fmt: skip
+    before = {path: path.read_bytes() for path in folder.iterdir()}
+    with pytest.raises(SepconvertError, match="results is not empty; pass an empty directory"):
+        convert(net, x, runs=0, out=folder)
+    assert {path: path.read_bytes() for path in folder.iterdir()} == before
+    with pytest.raises(SepconvertError, match=r"plan\.json.*pass a place"):
+        convert(net, x, runs=0, out=folder / "plan.json")
+
+
+def test_of_a_conversion_that_is_interrupted_no_file_is_left(net, x, tmp_path):
+    seen = []
+
+    def interrupt(items, description):
+        for item in items:
+            yield item
+            if description == "exporting":
+                seen.extend(tmp_path.iterdir())
+                raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        convert(net, x, runs=0, out=tmp_path, progress=interrupt)
+    assert [path.name for path in seen] == ["original.onnx"]
+    assert not list(tmp_path.iterdir())
 
 
 def test_auto_mode_says_what_it_needs_of_the_exporter(planted, x):
