@@ -10,6 +10,7 @@ network may fail to learn what is missing; each step of M adds some.
 
 import argparse
 
+import numpy as np
 import torch
 from matplotlib.figure import Figure
 from torch.utils.data import DataLoader, TensorDataset
@@ -42,24 +43,34 @@ def main() -> None:
                 model, image, "approx", rank=rank, calib=calib, data=data, finetune=epochs, runs=0
             ).report
             before, after = report["original"], report["converted"]
-            rows.append((epochs, after["params"], 100 * after["accuracy"]["top1"]))
             drop = report["delta"]["accuracy_drop_pp"]
+            rows.append((epochs, after["params"], drop["value"], *drop["ci95"]))
             lost = "{:.1f} [{:.1f}, {:.1f}] pp lost".format(drop["value"], *drop["ci95"])
             print(
                 f"M = {rank}, {epochs} epochs: {before['params']:,} → {after['params']:,} parameters, "
-                f"accuracy {rows[-1][2]:.1f} %, {lost}"
+                f"accuracy {100 * after['accuracy']['top1']:.1f} %, {lost}"
             )
     if options.figure:
-        figure = Figure(figsize=(6, 4), layout="constrained")
-        axis = figure.subplots()
-        for epochs, marker in ((0, "o"), (options.epochs, "s")):
-            points = [row[1:] for row in rows if row[0] == epochs]
-            label = f"after {epochs} epochs of fine-tuning" if epochs else "as fitted"
-            axis.plot(*zip(*points, strict=True), marker=marker, label=label)
-        axis.plot(before["params"], 100 * before["accuracy"]["top1"], "k*", markersize=12, label="original")
-        axis.set(xlabel="parameters", ylabel="accuracy, %", xscale="log")
-        axis.legend()
-        figure.savefig(options.figure, dpi=150)
+        draw(rows, before["params"], 100 * before["accuracy"]["top1"]).savefig(options.figure, dpi=150)
+
+
+def draw(rows: list[tuple[float, ...]], params: int, accuracy: float) -> Figure:
+    """Accuracy against parameters, with the 95 % intervals of what is lost, which is paired by image."""
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axis = figure.subplots()
+    for epochs, marker in zip(sorted({row[0] for row in rows}), "os", strict=True):
+        counts, lost, least, most = np.array([row[1:] for row in rows if row[0] == epochs]).T
+        label = f"after {epochs:.0f} epochs of fine-tuning" if epochs else "as fitted"
+        reach = lost - least, most - lost
+        shift = 1.02 if epochs else 1  # so that no interval hides another
+        axis.errorbar(counts * shift, accuracy - lost, reach[::-1], marker=marker, capsize=4, label=label)
+    axis.plot(params, accuracy, "k*", markersize=12, label="original")
+    axis.set(xlabel="parameters", ylabel="accuracy, %", xscale="log")
+    axis.set_xticks([*{row[1] for row in rows}, params], minor=False)
+    axis.xaxis.set_major_formatter("{x:,.0f}")
+    axis.xaxis.set_minor_formatter("")
+    axis.legend(loc="lower right")
+    return figure
 
 
 if __name__ == "__main__":
