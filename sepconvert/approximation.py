@@ -40,7 +40,8 @@ FEWEST_CHANNELS = 8
 _SURVEY_SWEEPS = 2
 _HOPE = 1.2
 _LARGEST_RANK = 6
-_SENSITIVITY_IMAGES = 128
+# Each sensitivity takes a pass of the whole network: with more layers, each is judged on fewer images.
+_SENSITIVITY_IMAGES, _LEAST_SENSITIVITY_IMAGES, _SENSITIVITY_PASSES = 128, 16, 2560
 _MODERATE = 0.15  # output error, of 1
 
 # Pointwise-depthwise fits multiply all of W by all of S again and again; beyond this many multiply-adds
@@ -199,18 +200,23 @@ class Heldout:
             raise SepconvertError("calibration: the model answers NaN or Inf to images; check both")
         return found
 
-    def measure(
-        self,
-        model: nn.Module,
-        kernels: Mapping[tuple[str, int], Kernel] | None = None,
-        most: int | None = None,
-    ) -> Divergence:
-        """Of `model`, in eval mode and with some kernels replaced, on the first `most` images."""
-        return once(lambda: self._measure(quick_copy(model, self.batches[0]), kernels or {}, most))
+    def first(self, most: int) -> "Heldout":
+        """The same of no more than `most` images."""
+        starts = itertools.accumulate((len(batch) for batch in self.batches), initial=0)
+        shown = [
+            (batch[: most - start], labels[: most - start])
+            for batch, labels, start in zip(self.batches, self._labels, starts, strict=False)
+            if start < most
+        ]
+        return Heldout(self._original, *zip(*shown, strict=True))
 
-    def _measure(
-        self, private: nn.Module, kernels: Mapping[tuple[str, int], Kernel], most: int | None
+    def measure(
+        self, model: nn.Module, kernels: Mapping[tuple[str, int], Kernel] | None = None
     ) -> Divergence:
+        """Of `model`, in eval mode and with some kernels replaced."""
+        return once(lambda: self._measure(quick_copy(model, self.batches[0]), kernels or {}))
+
+    def _measure(self, private: nn.Module, kernels: Mapping[tuple[str, int], Kernel]) -> Divergence:
         total, equal, count, classified = 0.0, 0, 0, True
         loss, right, labelled = 0.0, 0, 0
         watching = substitute(private, kernels).watching() if kernels else contextlib.nullcontext()
@@ -227,8 +233,6 @@ class Heldout:
                     right += int((logits.argmax(1) == truth).sum())
                     labelled += len(truth)
                 count += len(batch)
-                if most is not None and count >= most:
-                    break
         return Divergence(
             max(total / count, 0.0),  # which nothing but rounding falls below
             equal / count if classified else None,
@@ -320,8 +324,10 @@ def survey(
     if heldout is None:
         return found
     by_name = {site.name: site for site in sites}
+    each_layer = _SENSITIVITY_PASSES // max(len(found), 1)
+    judges = heldout.first(max(_LEAST_SENSITIVITY_IMAGES, min(each_layer, _SENSITIVITY_IMAGES)))
     return {
-        name: replace(each, sensitivity=_sensitivity(model, by_name[name], each, heldout))
+        name: replace(each, sensitivity=_sensitivity(model, by_name[name], each, judges))
         for name, each in progress(list(found.items()), "sensitivities")
     }
 
@@ -485,7 +491,7 @@ def _each(
 def _sensitivity(model: nn.Module, site: ConvSite, surveyed: LayerSurvey, heldout: Heldout) -> float:
     """By the form of a moderate error: one that is neither lost in rounding nor past all bounds."""
     offer = min(surveyed.offers, key=lambda each: abs(each.fitted.output_error - _MODERATE))
-    moved = heldout.measure(model, {site.place: _kernel(site, offer.fitted)}, _SENSITIVITY_IMAGES)
+    moved = heldout.measure(model, {site.place: _kernel(site, offer.fitted)})
     return max(moved.divergence, 0.0) / offer.error if offer.error else 0.0
 
 
