@@ -405,12 +405,16 @@ def _fit_pointwise_depthwise(
     start = float((dense * (target + cross)).sum()) + problem.constant
     by_tap = metric.view(groups, channels, taps, channels, taps)
     over_channels = torch.einsum("gckcl->gkl", by_tap)[:, None] / channels
-    over_taps = torch.einsum("gakbk->gab", by_tap)[:, None] / taps
-    ones = torch.eye(rank, dtype=torch.float64).expand(groups, outputs, -1, -1)
+    over_taps = torch.einsum("gakbk->gab", by_tap) / taps
     depthwise = _leading_rows(dense, over_channels, rank) if basis is None else basis
     pointwise = dense @ depthwise.mT
-    precondition = _kronecker_inverse(_eigen(over_taps), _eigen(ones))
+    inverse = _pseudo_inverse(_eigen(over_taps))
     objective: list[float] = []
+
+    def precondition(step: Tensor) -> Tensor:
+        # One product for all outputs: a batched one would copy C × C numbers for each of them.
+        return torch.einsum("gab,gobm->goam", inverse, step)
+
     while True:
 
         def hessian(step: Tensor, depthwise: Tensor = depthwise) -> Tensor:
@@ -624,14 +628,24 @@ def _kronecker_inverse(left: _Eigen, right: _Eigen) -> Callable[[Tensor], Tensor
     left_values, left_vectors = left
     right_values, right_vectors = right
     values = left_values.clamp(min=0)[..., :, None] * right_values.clamp(min=0)[..., None, :]
-    threshold = torch.finfo(values.dtype).eps ** 0.75 * values.amax((-2, -1), keepdim=True)
-    inverse = torch.where(values > threshold, 1 / values, torch.zeros_like(values))
+    inverse = _reciprocals(values, values.amax((-2, -1), keepdim=True))
 
     def apply(x: Tensor) -> Tensor:
         rotated = left_vectors.mT @ x @ right_vectors
         return left_vectors @ (rotated * inverse) @ right_vectors.mT
 
     return apply
+
+
+def _pseudo_inverse(eigen: _Eigen) -> Tensor:
+    values, vectors = eigen
+    return (vectors * _reciprocals(values, values.amax(-1, keepdim=True))[..., None, :]) @ vectors.mT
+
+
+def _reciprocals(values: Tensor, largest: Tensor) -> Tensor:
+    """1 / value, and zero for those that are rounding."""
+    threshold = torch.finfo(values.dtype).eps ** 0.75 * largest
+    return torch.where(values > threshold, 1 / values, torch.zeros_like(values))
 
 
 def _eigen(matrix: Tensor) -> _Eigen:
