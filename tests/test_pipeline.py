@@ -528,7 +528,7 @@ def test_results_go_to_a_directory_that_is_made_or_empty(net, x, tmp_path):
     with pytest.raises(SepconvertError, match="results is not empty; pass an empty directory"):
         convert(net, x, runs=0, out=folder)
     assert {path: path.read_bytes() for path in folder.iterdir()} == before
-    with pytest.raises(SepconvertError, match=r"plan\.json.*pass a place"):
+    with pytest.raises(SepconvertError, match=r"plan\.json.*pass a directory"):
         convert(net, x, runs=0, out=folder / "plan.json")
 
 
