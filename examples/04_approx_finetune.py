@@ -38,7 +38,7 @@ def main() -> None:
 
     rows = []
     for rank in options.ranks:
-        for epochs in (0, options.epochs):
+        for epochs in sorted({0, options.epochs}):
             report = sepconvert.convert(
                 model, image, "approx", rank=rank, calib=calib, data=data, finetune=epochs, runs=0
             ).report
@@ -58,7 +58,7 @@ def draw(rows: list[tuple[float, ...]], params: int, accuracy: float) -> Figure:
     """Accuracy against parameters, with the 95 % intervals of what is lost, which is paired by image."""
     figure = Figure(figsize=(7, 4), layout="constrained")
     axis = figure.subplots()
-    for epochs, marker in zip(sorted({row[0] for row in rows}), "os", strict=True):
+    for epochs, marker in zip(sorted({row[0] for row in rows}), "os", strict=False):
         counts, lost, least, most = np.array([row[1:] for row in rows if row[0] == epochs]).T
         label = f"after {epochs:.0f} epochs of fine-tuning" if epochs else "as fitted"
         reach = lost - least, most - lost

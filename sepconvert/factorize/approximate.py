@@ -408,7 +408,7 @@ def _fit_pointwise_depthwise(
     over_taps = torch.einsum("gakbk->gab", by_tap) / taps
     depthwise = _leading_rows(dense, over_channels, rank) if basis is None else basis
     pointwise = dense @ depthwise.mT
-    inverse = _pseudo_inverse(_eigen(over_taps))
+    inverse = torch.linalg.pinv(over_taps, rtol=_negligible(over_taps), hermitian=True)
     objective: list[float] = []
 
     def precondition(step: Tensor) -> Tensor:
@@ -628,7 +628,8 @@ def _kronecker_inverse(left: _Eigen, right: _Eigen) -> Callable[[Tensor], Tensor
     left_values, left_vectors = left
     right_values, right_vectors = right
     values = left_values.clamp(min=0)[..., :, None] * right_values.clamp(min=0)[..., None, :]
-    inverse = _reciprocals(values, values.amax((-2, -1), keepdim=True))
+    threshold = _negligible(values) * values.amax((-2, -1), keepdim=True)
+    inverse = torch.where(values > threshold, 1 / values, torch.zeros_like(values))
 
     def apply(x: Tensor) -> Tensor:
         rotated = left_vectors.mT @ x @ right_vectors
@@ -637,15 +638,9 @@ def _kronecker_inverse(left: _Eigen, right: _Eigen) -> Callable[[Tensor], Tensor
     return apply
 
 
-def _pseudo_inverse(eigen: _Eigen) -> Tensor:
-    values, vectors = eigen
-    return (vectors * _reciprocals(values, values.amax(-1, keepdim=True))[..., None, :]) @ vectors.mT
-
-
-def _reciprocals(values: Tensor, largest: Tensor) -> Tensor:
-    """1 / value, and zero for those that are rounding."""
-    threshold = torch.finfo(values.dtype).eps ** 0.75 * largest
-    return torch.where(values > threshold, 1 / values, torch.zeros_like(values))
+def _negligible(values: Tensor) -> float:
+    """The share of the largest eigenvalue below which others are rounding."""
+    return float(torch.finfo(values.dtype).eps ** 0.75)
 
 
 def _eigen(matrix: Tensor) -> _Eigen:
