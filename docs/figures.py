@@ -362,9 +362,9 @@ class FormOf:
 
 
 def two_forms() -> dict[str, list[FormOf]]:
-    """The demo network's stem, 9 → 32 channels, 3×3: three spatial ranks cost what one multiplier costs."""
+    """The demo network's `head.conv`, 32 → 32 channels, 3×3, depthwise and, at no lower cost, spatial."""
     net, images = load(), _images(IMAGES)
-    layer, seen = net.stem.conv, []
+    layer, seen = net.head.conv, []
     handle = layer.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
     with torch.no_grad():
         net(images)
@@ -372,7 +372,8 @@ def two_forms() -> dict[str, list[FormOf]]:
     spec, weight, size = _spec(layer), layer.weight.detach(), (seen[0].shape[2], seen[0].shape[3])
     problem = Problem(spec, weight, _moments(spec, weight, seen[0]))
     multipliers = range(1, 7)
-    forms = [(SPATIAL, 3 * m) for m in multipliers] + [(DEPTHWISE, m) for m in multipliers]
+    each, one = (chain_macs(FORMS[scheme].split(spec, 1), size) for scheme in (DEPTHWISE, SPATIAL))
+    forms = [(SPATIAL, -(-m * each // one)) for m in multipliers] + [(DEPTHWISE, m) for m in multipliers]
     times = _times(spec, forms, (1, spec.in_channels, *size))
     found: dict[str, list[FormOf]] = {SPATIAL: [], DEPTHWISE: []}
     for (scheme, rank), time in zip(forms, times, strict=True):
@@ -428,12 +429,16 @@ def draw_forms(figure: Figure, found: dict[str, list[FormOf]], theme: Theme) -> 
     clock.text(62, 55, "as MACs\npromise", va="top", fontsize=9)
     for axes, title in (
         (kernel, "error of the kernel, %"),
-        (outputs, "error of the outputs, %"),
+        (outputs, "error of the outputs, %, log scale"),
         (clock, "time, % of the dense layer's"),
     ):
         axes.set_title(title)
         axes.set_xlim(0, 100)
-        axes.set_ylim(bottom=0)
+        if axes is not outputs:
+            axes.set_ylim(bottom=0)
+    outputs.set_yscale("log")
+    outputs.set_yticks([1, 2, 5, 10, 20, 50], ["1", "2", "5", "10", "20", "50"])
+    outputs.minorticks_off()
     outputs.set_xlabel("MACs, % of the dense layer's")
     figure.legend(loc="outside lower center", ncols=2, frameon=False)
 

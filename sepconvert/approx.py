@@ -31,7 +31,7 @@ from sepconvert.approximation import (
     survey,
 )
 from sepconvert.attempts import MOST, Attempt, next_drop
-from sepconvert.calibrate import PATCHES, record
+from sepconvert.calibrate import PATCHES, record, too_large
 from sepconvert.conversion import Conversion
 from sepconvert.data import UNLABELLED, Batch, dimensions, split
 from sepconvert.distillation import Precision, finetune
@@ -232,6 +232,11 @@ def convert_approximately(
     """
     reasons = _obstacles(model, inputs, sites, mode, include, exclude)
     layers = [site for site in sites if site.name not in reasons]
+    if calibration is not None:
+        share = {number: placed(batch, model) for number, batch in calibration.share.items()}
+        images = sum(map(len, calibration.fit))
+        reasons |= too_large(model, share, layers, images=images, memory=calibration.memory)
+        layers = [site for site in layers if site.name not in reasons]
     heldout = (
         Heldout(model, calibration.heldout, calibration.labels)
         if calibration and calibration.heldout
@@ -247,17 +252,9 @@ def convert_approximately(
         else:
             prices = {name: prices[name].of(each.forms) for name, each in times.items()}
     if calibration is not None:
-        share = {number: placed(batch, model) for number, batch in calibration.share.items()}
         calibration = replace(
             calibration,
-            answers=record(
-                model,
-                share,
-                layers,
-                images=sum(map(len, calibration.fit)),
-                seed=seed,
-                memory=calibration.memory,
-            ),
+            answers=record(model, share, layers, images=images, seed=seed),
             importance=fisher_information(model, share, layers, seed=seed),
         )
     surveyed = survey(model, layers, calibration, heldout, prices, progress)

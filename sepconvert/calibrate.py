@@ -67,7 +67,6 @@ def record(
     *,
     images: int,
     seed: int,
-    memory: float | None = None,
 ) -> Answers:
     """What `calibrate` fits to.
 
@@ -77,16 +76,14 @@ def record(
         sites: convolutions to look at, as `trace` found them; those without a `conv` are passed over.
         images: that all processes have.
         seed: of the positions.
-        memory: bytes that the process may have; None for half of what is free.
 
     Raises:
-        SepconvertError: the model cannot run on the images, or memory would not suffice.
+        SepconvertError: the model cannot run on the images.
     """
     places = {site.place: site for site in sites if site.conv is not None}
     outputs: dict[tuple[_Key, int], Tensor] = {}
     if not places or not batches:
         return Answers(images, seed, outputs)
-    _check_memory(model, batches, list(places.values()), images, memory)
     private = quick_copy(model, next(iter(batches.values())))
     names = _names(private)
 
@@ -183,33 +180,51 @@ def calibrate(
             kernels[site.place] = yield site, accumulator.moments()
 
 
-def _check_memory(
+def too_large(
     model: nn.Module,
     batches: Mapping[int, Tensor],
     sites: Sequence[ConvSite],
+    *,
     images: int,
-    memory: float | None,
-) -> None:
-    """Compare the least that calibration holds with the memory that there is.
+    memory: float | None = None,
+) -> dict[str, str]:
+    """Why single layers cannot be calibrated in the memory that there is, by name; all processes are asked.
+
+    Args:
+        model: the original; left as it is.
+        batches: of images N × C × H × W by number; this process's share of them.
+        sites: convolutions to look at, those with a `conv`.
+        images: that all processes have.
+        memory: bytes that the process may have; None for half of what is free.
 
     Raises:
-        SepconvertError: with both numbers.
+        SepconvertError: the model cannot run on the images, or memory suffices for no layer at all.
     """
-    batch = next(iter(batches.values()))
-    try:
-        running = footprint(model, (batch[:1],)).peak * len(batch) * _at_once(batches)
-    except Exception as error:  # the user's code
-        raise _failure(batch, error) from error
-    widest = max(sites, key=_bytes_of_moments)
-    answers = sum(map(len, batches.values())) * sum(_bytes_of_answers(site, images) for site in sites)
-    needed, free = running + answers + _bytes_of_moments(widest), allowance(memory)
-    if needed > free:
-        limit = "by --memory" if memory else "as half of what is free"
-        raise SepconvertError(
-            f"calibration: needs {needed / 1e9:.2g} GB, {answers / 1e9:.2g} for the original's outputs and "
-            f"{_bytes_of_moments(widest) / 1e9:.2g} for the layer {widest.name}; {free / 1e9:.2g} are there "
-            f"{limit}; pass --memory, fewer --calib-images, or --exclude {widest.name}"
-        )
+    if not sites:
+        return {}
+    found: dict[str, str] = {}
+    if batches:
+        batch = next(iter(batches.values()))
+        try:
+            running = footprint(model, (batch[:1],)).peak * len(batch) * _at_once(batches)
+        except Exception as error:  # the user's code
+            raise _failure(batch, error) from error
+        answers = sum(map(len, batches.values())) * sum(_bytes_of_answers(site, images) for site in sites)
+        free = allowance(memory)
+        by = "by --memory" if memory else "as half of what is free"
+        limit = f"{free / 1e9:.2g} are there {by}; pass more --memory"
+        least = min(sites, key=_bytes_of_moments)
+        if (needed := running + answers + _bytes_of_moments(least)) > free:
+            raise SepconvertError(
+                f"calibration: needs {needed / 1e9:.2g} GB, {answers / 1e9:.2g} for the original's outputs; "
+                f"{limit} or fewer --calib-images"
+            )
+        found = {
+            site.name: f"its statistics take {_bytes_of_moments(site) / 1e9:.2g} GB; {limit}"
+            for site in sites
+            if running + answers + _bytes_of_moments(site) > free
+        }
+    return {name: reason for each in reversed(gather(found)) for name, reason in each.items()}
 
 
 def reestimate_batchnorm(model: nn.Module, batches: Iterable[Tensor]) -> int:

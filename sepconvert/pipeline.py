@@ -42,7 +42,7 @@ from sepconvert.footprint import images_at_once
 from sepconvert.measure.accuracy import AccuracyDelta, Predictions, changes, evaluate
 from sepconvert.measure.accuracy import compare as compare_predictions
 from sepconvert.measure.cost import Cost, count
-from sepconvert.measure.execution import Gain, ModelExecution, layer_executions, model_execution
+from sepconvert.measure.execution import Gain, ModelExecution, by_layer, layer_executions, model_execution
 from sepconvert.measure.latency import Latency, session
 from sepconvert.measure.operators import operator_times
 from sepconvert.merge import linear_pairs, merge, merge_pairs
@@ -408,7 +408,12 @@ def _executed(
 ) -> tuple[tuple[LayerReport, ...], ModelExecution]:
     """What the runtime made of both files, and of each converted layer that was timed."""
     feed = onnx_feed(cast(inputs, runtime_dtype(model)))
-    before, after = (operator_times(path, feed, runs=runs, runtime=runtime) for path in paths)
+    before, after = (list(operator_times(path, feed, runs=runs, runtime=runtime)) for path in paths)
+    functional: dict[str, list[str]] = {}
+    for each in sorted(layers, key=lambda each: each.site.place):
+        if each.site.index is not None:
+            functional.setdefault(each.site.owner, []).append(each.site.name)
+    before = by_layer(before, functional)
     batch = batch_size(inputs)
     gains = {
         each.plan.name: Gain(

@@ -25,7 +25,7 @@ from sepconvert.measure.statistics import Interval
 from sepconvert.pipeline import apply_plan
 from sepconvert.plan import read_plan
 from sepconvert.progress import silent
-from sepconvert.report.terminal import summary
+from sepconvert.report.terminal import summary, warnings_of
 from sepconvert.search import Budget
 from sepconvert.timing import Timing
 from sepconvert.trace import private_copy, trace
@@ -107,6 +107,19 @@ def test_report(fixed):
     )
     assert result.report["verification"]["passed"]
     assert result.report["converted"]["accuracy"]["n"] == 400
+
+
+def test_a_conversion_that_puts_accuracy_at_risk_says_so(samples, calib, fixed):
+    """One depthwise kernel a channel is too little for this network, two are not."""
+    x, y = samples
+    others = DataLoader(TensorDataset(x[200:], y[200:]), batch_size=200)
+    poor = {"rank": 1, "gate": "none", "calib": calib}
+    drop, few = warnings_of(approx(samples, **poor, data=others).report)
+    assert drop.startswith("Warning: accuracy falls by 1.")
+    assert few.startswith("Warning: accuracy is at risk: the model keeps 14,587 of 143,786 parameters")
+    assert "--finetune" in few
+    assert warnings_of(approx(samples, **poor).report) == [few]
+    assert warnings_of(fixed[0].report) == []
 
 
 def test_multipliers_become_branches_in_onnx_too(fixed):

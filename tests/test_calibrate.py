@@ -9,7 +9,6 @@ import sys
 import threading
 from pathlib import Path
 
-import psutil
 import pytest
 import torch
 from calibrate_worker import fitted
@@ -20,7 +19,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from sepconvert import calibrate as calibrate_module
-from sepconvert.calibrate import FEWEST_POSITIONS, PATCHES, record, reestimate_batchnorm
+from sepconvert.calibrate import FEWEST_POSITIONS, PATCHES, record, reestimate_batchnorm, too_large
 from sepconvert.calibrate import calibrate as calibrate_with
 from sepconvert.errors import SepconvertError
 from sepconvert.footprint import footprint
@@ -295,13 +294,20 @@ def test_passes_that_find_no_room_to_wait_begin_anew_and_change_nothing(monkeypa
                 assert torch.equal(left, right) if isinstance(left, torch.Tensor) else left == right
 
 
-def test_memory_is_estimated_first():
-    layer = nn.Sequential(conv(), nn.ReLU(), conv(6, 4))
+def test_memory_is_estimated_first(monkeypatch):
+    layer = nn.Sequential(conv(), nn.ReLU(), conv(6, 64), nn.ReLU(), conv(64, 4))
     batches, sites = {0: IMAGES}, sites_of(layer)
-    holds = psutil.Process().memory_info().rss
-    with pytest.raises(SepconvertError, match=r"needs .* GB, .* are there by --memory; pass --memory, fewer"):
-        record(layer, batches, sites, images=6, seed=0, memory=1e6)
-    record(layer, batches, sites, images=6, seed=0, memory=holds + 1e9)
+    with pytest.raises(
+        SepconvertError, match=r"needs .* GB, .* are there by --memory; pass more --memory or"
+    ):
+        too_large(layer, batches, sites, images=6, memory=1e6)
+    assert too_large(layer, batches, sites, images=6) == {}
+    unknowns = 64 * 9
+    monkeypatch.setattr(calibrate_module, "allowance", lambda memory: 8 * 5 * unknowns**2)
+    assert too_large(layer, batches, sites, images=6) == {
+        "4": "its statistics take 0.013 GB; 0.013 are there as half of what is free; pass more --memory"
+    }
+    assert too_large(layer, {}, sites, images=6) == {}
 
 
 def test_batchnorm_takes_the_statistics_of_its_own_inputs():

@@ -239,8 +239,7 @@ def test_the_report_keeps_the_contract(net, conversion, x):
         assert layer["reason"]
         assert layer["exact"] == (layer["decision"] == "converted") == (layer["scheme"] is not None)
         assert layer["exact"] == (layer["output_error"] is not None) == (layer["latency_ms"] is not None)
-        # Of a functional convolution the file of the original tells the name of the weight alone.
-        assert (layer["exact"] and layer["kind"] == "Conv2d") == (layer["execution"] is not None)
+        assert layer["exact"] == (layer["execution"] is not None)
         before, after = before + layer["macs"][0], after + layer["macs"][1]
     rest = fvcore_macs(nn.Sequential(copy.deepcopy(net).head), torch.randn(1, 8))
     assert report["original"]["macs"] - before == report["converted"]["macs"] - after >= rest

@@ -1,7 +1,7 @@
 """What a runtime makes of a converted model: where its time goes, and why that is not less."""
 
 from collections.abc import Hashable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from sepconvert.measure.operators import OperatorTime
@@ -59,15 +59,40 @@ class ModelExecution:
         return asdict(self)
 
 
+def by_layer(
+    operators: Sequence[OperatorTime], functional: Mapping[str, Sequence[str]]
+) -> list[OperatorTime]:
+    """Operators of which those that are functional convolutions bear the names that these have as layers.
+
+    A file says in which module's forward a convolution is called; which of several it is, their order says.
+    Where they are not as many as the module calls, or a multiple, they are left as they are.
+
+    Args:
+        operators: of the original, in the order of execution.
+        functional: by module, "" for the model itself, its functional convolutions in the order of calls.
+    """
+    found = list(operators)
+    for owner, names in functional.items():
+        places = [
+            place
+            for place, each in enumerate(operators)
+            if each.kernel is not None and (each.layer or "") == owner
+        ]
+        if len(places) % len(names) == 0:
+            for number, place in enumerate(places):
+                found[place] = replace(found[place], layer=names[number % len(names)])
+    return found
+
+
 def layer_executions(
     before: Sequence[OperatorTime],
     after: Sequence[OperatorTime],
     gains: Mapping[str, Gain],
 ) -> dict[str, LayerExecution]:
-    """Of the layers that are found among the operators of both models; functional convolutions are not.
+    """Of the layers that are found among the operators of both models.
 
     Args:
-        before: operators of the original.
+        before: operators of the original, put to its layers by .
         after: of the converted model.
         gains: by converted layer.
     """

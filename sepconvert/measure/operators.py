@@ -24,6 +24,7 @@ from sepconvert.measure.latency import session
 _BLOCKED = "_nchwc"  # how names of operators on blocked layouts end
 _TIME = "_kernel_time"
 _SCOPES = "pkg.torch.onnx.name_scopes"
+_OWN_CALLS = ("conv", "linear")  # how torch calls what has weights
 _CONVOLUTIONS = ("Conv", "FusedConv", "ConvTranspose")
 _WITH_WEIGHTS = (*_CONVOLUTIONS, "Gemm", "FusedGemm", "MatMul", "FusedMatMul")
 _LAYOUT_CHANGES = ("ReorderInput", "ReorderOutput")
@@ -36,7 +37,8 @@ Shape = tuple[int, ...]
 class OperatorTime:
     """One operator as the runtime runs it.
 
-    `layer` is the module that it stands for, or what its weight is called; None where neither is known.
+    `layer` is the module that it stands for, or what its weight is called; None where neither is known, and
+    for what the model's own forward calls.
     `kernel` is the path that its type, layout and shapes imply. `milliseconds` are those of one run of the
     model: the median over runs. The profiler slows small operators down: they are shares, not latencies.
     `bytes_moved` are its inputs, outputs, and weights, but for those of matrix products, which the profiler
@@ -146,29 +148,51 @@ class _Graph:
         if node is None:  # the runtime's own, such as a change of layout
             return None
         if operator in _WITH_WEIGHTS:
-            found = list(self._weights_behind(node))
+            found = list(self._holders_behind(node))
             # Of several that meet in a fused sum, the one of this shape.
-            matching = [each for each in found if self._weights[each] == weight] or found
-            if matching and "::" not in matching[0]:  # which older exporters call what they have computed
-                return matching[0].removesuffix(".weight")
-            if matching and "/" in node.name:
-                return str(node.name.split("/")[-2])
-        for entry in node.metadata_props:
-            if entry.key == _SCOPES:
-                with contextlib.suppress(ValueError, SyntaxError):
-                    _, *scopes = ast.literal_eval(entry.value)  # of the model itself, …, of the operator
-                    return str(scopes[-2]) if len(scopes) > 1 else None
-        return None
+            matching = [each for each in found if self._weights[each.input[1]] == weight] or found
+            if matching:
+                return _layer_of(matching[0])
+        scopes = _scopes(node)
+        return scopes[-2] if len(scopes) > 1 else None
 
-    def _weights_behind(self, node: onnx.NodeProto) -> Iterator[str]:
-        """Weights of the nearest operators that have some, from `node` backwards."""
+    def _holders_behind(self, node: onnx.NodeProto) -> Iterator[onnx.NodeProto]:
+        """The nearest operators that have weights, from  backwards."""
         waiting, seen = [node], set[str]()
         while waiting:
             now = waiting.pop(0)
             if now.op_type in _WITH_WEIGHTS:
-                yield from (name for name in now.input[1:2] if name in self._weights)
+                if len(now.input) > 1 and now.input[1] in self._weights:
+                    yield now
                 continue
             for value in now.input:
                 if value in self._producers and value not in seen:
                     seen.add(value)
                     waiting.append(self._producers[value])
+
+
+def _layer_of(holder: onnx.NodeProto) -> str | None:
+    """The module whose weight it has, or in whose forward it is called, or else what the weight is called."""
+    name: str = holder.input[1]
+    scopes = _scopes(holder)
+    # What exporters fuse, they say the last module has called; and equal weights, they store once.
+    if name.endswith(".weight") and not (scopes and scopes[-1].startswith(_OWN_CALLS)):
+        return name.removesuffix(".weight")
+    if scopes:
+        return scopes[-2] if len(scopes) > 1 else None
+    if "::" not in name:  # which older exporters call what they have computed
+        return name
+    return str(holder.name.split("/")[-2]) if "/" in holder.name else None
+
+
+def _scopes(node: onnx.NodeProto) -> list[str]:
+    """Paths of the modules in whose forwards it is called, the innermost last, and what it is called there.
+
+    Empty for files that do not say so.
+    """
+    for entry in node.metadata_props:
+        if entry.key == _SCOPES:
+            with contextlib.suppress(ValueError, SyntaxError):
+                _, *scopes = ast.literal_eval(entry.value)  # the first is the model itself
+                return [str(scope) for scope in scopes]
+    return []

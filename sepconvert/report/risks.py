@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-# A drop is told of where even its interval is beyond what --max-drop allows by default.
+# A drop is told of beyond what --max-drop allows by default, unless chance alone explains it.
 _DROP_PP = 1.0
 
 # Where accuracy was not measured. Plans that lost a point of a ResNet-9 agreed on 96 to 97 % of the images
@@ -29,7 +29,7 @@ def risks(document: Mapping[str, Any]) -> list[str]:
         return []
     if drop is not None:
         low, high = drop["ci95"]
-        if low <= _DROP_PP or found["budget"]["max_drop"] is not None:
+        if drop["value"] <= _DROP_PP or low <= 0 or found["budget"]["max_drop"] is not None:
             return []
         lines = [f"Warning: accuracy falls by {drop['value']:.2f} pp [{low:.2f}, {high:.2f}]."]
     else:

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from sepconvert.measure.execution import Gain, layer_executions, model_execution
+from sepconvert.measure.execution import Gain, by_layer, layer_executions, model_execution
 from sepconvert.measure.operators import OperatorTime
 
 BLOCKED, DEPTHWISE, POINTWISE = (
@@ -93,6 +93,23 @@ def test_layers_that_are_alike_have_one_cause():
     assert found["conv"].cause == found["twin"].cause
     assert "1 operators of 15 µs each" in found["conv"].cause
     assert found["other"].cause.endswith("100 % of its time is in pointwise, blocked layout")
+
+
+def test_functional_convolutions_are_told_apart_by_their_order():
+    functional = {"contrast": ["contrast.conv2d_0", "contrast.conv2d_1"], "": ["conv2d_0"]}
+    blur, own = operator("contrast", DEPTHWISE, 1.0), operator(None, DEPTHWISE, 1.0)
+    pad, stem = operator("contrast", None, 1.0), operator("stem", BLOCKED, 1.0)
+
+    def names(operators: list[OperatorTime]) -> list[str | None]:
+        return [each.layer for each in by_layer(operators, functional)]
+
+    first, second = functional["contrast"]
+    assert names([pad, blur, stem, own, pad, blur]) == [
+        "contrast", first, "stem", "conv2d_0", "contrast", second
+    ]  # fmt: skip
+    assert names([blur, blur, blur, blur]) == [first, second, first, second]  # a module called twice
+    assert names([blur, blur, blur]) == ["contrast"] * 3  # which of them nobody knows
+    assert names([operator(None, None, 1.0, operator="ReorderInput")]) == [None]
 
 
 def test_the_whole_model():

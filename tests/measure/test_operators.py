@@ -65,3 +65,34 @@ def test_without_optimisation_every_operator_is_that_of_the_file(path):
     grouped = next(each for each in found if each.layer == "grouped")
     weights = sum(parameter.numel() for parameter in Net().grouped.parameters())
     assert grouped.bytes_moved == 4 * (2 * 16 * 16 * 16 + weights)
+
+
+class Blur(nn.Module):
+    """A convolution that is no module, of a weight that files name and store once if two are equal."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("binomial", torch.tensor([1.0, 2, 1]).outer(torch.tensor([1.0, 2, 1])) / 16)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.conv2d(x, self.binomial.expand(16, 1, 3, 3), groups=16)
+
+
+class Blurred(nn.Module):
+    """Two of them, and a layer of the same weight in both places."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.first, self.second = nn.Conv2d(3, 16, 3), Blur(), Blur()
+        self.deep = nn.Sequential(nn.Conv2d(16, 16, 1), nn.Conv2d(16, 16, 1))
+        self.deep[1].load_state_dict(self.deep[0].state_dict())
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.deep(self.second(torch.relu(self.first(self.stem(x)))))
+
+
+def test_equal_weights_do_not_make_one_layer_of_two(tmp_path):
+    save_onnx(Blurred().eval(), (torch.randn(1, 3, 16, 16),), tmp_path / "net.onnx")
+    found = times(tmp_path / "net.onnx", "all")
+    names = [each.layer for each in found if each.operator == "Conv"]
+    assert names == ["stem", "first", "second", "deep.0", "deep.1"]
