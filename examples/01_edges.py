@@ -59,7 +59,7 @@ def main() -> None:
             column, row = (convolution.weight for convolution in result.model[0].convolutions)
             print(f"{name}: {whole(column)}ᵀ × {whole(row)}, {macs[0]} → {macs[1]} multiplications a pixel, "
                   f"images differ by {difference}")  # fmt: skip
-            axis.set_title(f"{name}: {macs[0]} → {macs[1]} multiplications a pixel")
+            axis.set_title(f"{name}: {macs[0]} → {macs[1]} multiplications")
         else:
             values = ", ".join(f"{value:.3g}" for value in torch.linalg.svdvals(torch.tensor(kernel)))
             print(f"{name}: kept, {layer['reason']}; singular values {values}")

@@ -464,14 +464,20 @@ def _counted(site: ConvSite, forms: Sequence[Form], gate: str, unit: str) -> Pri
 def _measured(
     sites: Sequence[ConvSite], counted: Mapping[str, Prices], clock: Clock, progress: Progress
 ) -> tuple[dict[str, Prices], dict[str, str]]:
-    """Prices in milliseconds, and why layers are no longer there; those with the most MACs come first."""
+    """Prices in milliseconds, and why layers are no longer there.
+
+    Time may be up before all are measured. Those with the most MACs for each form to be timed come first: a
+    filter of one exact form takes a moment, however slow it is in the model.
+    """
     prices, reasons = {}, {}
-    for site in progress(sorted(sites, key=lambda site: -site.macs), "timing forms"):
-        if not counted[site.name].forms:
-            continue
+    timed = [site for site in sites if counted[site.name].forms]
+    timed.sort(key=lambda site: -site.macs / len(counted[site.name].forms))
+    for site in progress(timed, "timing forms"):
         times = clock.forms(site, list(counted[site.name].forms))
         if times is None:
-            reasons[site.name] = "was not timed within --measure-seconds"
+            reasons[site.name] = (
+                "was not timed within --measure-seconds, in which layers of more MACs for each form come first"
+            )
             continue
         faster = {form: each.milliseconds for form, each in times.forms.items() if each.faster}
         if not faster:

@@ -85,11 +85,11 @@ _DEMO: Mapping[str, tuple[str, Mapping[str, Any]]] = {
         {"rank": 1, "gate": "none"},
     ),
     "auto": (
-        "AUTO: the fastest mix of structures that loses at most a point of accuracy.",
+        "AUTO: a mix of structures, chosen by measured times, that loses at most a point of accuracy.",
         {"max_drop": 1.0},
     ),
 }
-_DEMO_SCORED, _DEMO_IMAGES, _DEMO_SECONDS = 2000, 512, 20.0
+_DEMO_SCORED, _DEMO_IMAGES, _DEMO_SECONDS = 2000, 512, 10.0
 
 _LINE_EVERY = 10.0  # seconds between lines that show progress where there is no terminal
 
@@ -370,7 +370,8 @@ def demo(**options: Any) -> None:
             told += [title, "", *story(result.report), ""]
     _print(options, reports, *told, modes_table(reports), "",
            f"Written to {out}/, a folder for each mode. Open {out}/exact/report.html in a browser\n"
-           "for the whole account, and the reports of the other modes beside it.")  # fmt: skip
+           "for the whole account, and the reports of the other modes beside it. Options that\n"
+           "are named above are those of `sepconvert MODEL`.")  # fmt: skip
 
 
 def _approximate(options: Options, out: Path) -> dict[str, Any]:
