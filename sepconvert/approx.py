@@ -476,7 +476,7 @@ def _measured(
         times = clock.forms(site, list(counted[site.name].forms))
         if times is None:
             reasons[site.name] = (
-                "was not timed within --measure-seconds, in which layers of more MACs for each form come first"
+                "was not timed within --measure-seconds, where layers of more MACs for each form come first"
             )
             continue
         faster = {form: each.milliseconds for form, each in times.forms.items() if each.faster}
