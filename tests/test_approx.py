@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from sepconvert import DemandNotMetError, SepconvertError, convert, pipeline
-from sepconvert.approx import split_data
+from sepconvert.approx import _measured, split_data
 from sepconvert.approximation import Calibration, Heldout, Prices, carry_out, depthwise_forms, survey
 from sepconvert.calibrate import record
 from sepconvert.demo.images import evaluation_data
@@ -657,6 +657,25 @@ class Blurred(nn.Module):
     def forward(self, x):
         x = F.conv2d(x, self.blur, padding=2, groups=len(self.blur))
         return self.conv(F.conv2d(x, self.odd, padding=2, groups=len(self.blur))).mean((2, 3))
+
+
+def test_layers_of_many_macs_for_each_form_are_timed_first():
+    """Else a filter of one form waits for layers of fifty, and time is up."""
+    sites = {site.name: site for site in trace(load(), (torch.zeros(1, 1, 28, 28),))}
+    counts = {"head.conv": 20, "contrast.conv2d_0": 1, "large.conv": 40, "edges.conv2d_0": 0}
+    prices = {name: Prices(1.0, {("any", rank): 0.5 for rank in range(n)}) for name, n in counts.items()}
+    asked = []
+
+    class OutOfTime:
+        def forms(self, site, forms):
+            asked.append((site.name, len(forms)))
+
+    chosen = [sites[name] for name in counts]
+    found, reasons = _measured(chosen, prices, OutOfTime(), silent)
+    assert asked == [("contrast.conv2d_0", 1), ("large.conv", 40), ("head.conv", 20)]
+    assert not found
+    assert reasons.keys() == counts.keys() - {"edges.conv2d_0"}
+    assert all("--measure-seconds" in reason for reason in reasons.values())
 
 
 def test_fixed_filters_take_exact_forms_in_auto_mode(binomial):

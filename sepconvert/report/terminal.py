@@ -190,8 +190,8 @@ def sentences(document: Document) -> list[str]:
     lines = [f"{len(converted)} of {len(layers)} convolutions converted{inexact}."]
     if layers and not converted and document["mode"] == "exact":
         lines.append(
-            "Nothing separates exactly where that pays: --mode auto, with --calib and --data, finds what pays at "
-            "a small loss of accuracy."
+            "Nothing separates exactly where that pays: --mode auto, with --calib and --data, finds what pays"
+            " at a small loss of accuracy."
         )
     lines.append(_verification(check))
     if document["approximation"] is not None:

@@ -72,6 +72,14 @@ def test_sentences(document):
     ]
 
 
+def test_an_exact_conversion_of_nothing_says_what_to_try(document):
+    assert not any("--mode auto" in line for line in sentences(document))
+    document["layers"] = document["layers"][:1]
+    assert any("--mode auto, with --calib and --data" in line for line in sentences(document))
+    document["mode"] = "approx"
+    assert not any("--mode auto" in line for line in sentences(document))
+
+
 def test_what_is_within_noise_says_so(document):
     document["delta"]["latency_speedup"].update(median=1.02, ci95=[0.97, 1.05], significant=False)
     rows = cells(summary(document))
