@@ -243,9 +243,13 @@ def convert_approximately(
         else None
     )
     unit = "params" if budget.target_params else "macs"
-    prices = {site.name: _counted(site, _forms(site, mode, budget.rank), gate, unit) for site in layers}
+    exact = {site.name: _exact_forms(site) for site in layers} if mode == "auto" else {}
+    prices = {
+        site.name: _counted(site, _forms(site, budget.rank, exact.get(site.name)), gate, unit)
+        for site in layers
+    }
     if gate == "latency":
-        times, slow = once(lambda: _measured(layers, prices, clock, progress))
+        times, slow = once(lambda: _measured(layers, prices, exact, clock, progress))
         reasons |= slow
         if budget.share is None:
             unit, prices = "milliseconds", times
@@ -433,13 +437,12 @@ def _finetune(
     return trained.model, step, {**trained.to_dict(), "attempts": []}
 
 
-def _forms(site: ConvSite, mode: str, rank: int | None) -> list[Form]:
-    """What may take a layer's place, whatever it costs."""
+def _forms(site: ConvSite, rank: int | None, exact: Sequence[Form] | None) -> Sequence[Form]:
+    """What may take a layer's place, whatever it costs: depthwise and pointwise, or all with the `exact`."""
     spec = site.dense.spec
-    if mode == "approx":
+    if exact is None:
         return depthwise_forms(spec, rank)
     # Ranks at which it has a form exactly are as good as any that are on the grid.
-    exact = _exact_forms(site)
     return exact if site.params == 0 else list(dict.fromkeys([*all_forms(spec), *exact]))
 
 
@@ -462,22 +465,29 @@ def _counted(site: ConvSite, forms: Sequence[Form], gate: str, unit: str) -> Pri
 
 
 def _measured(
-    sites: Sequence[ConvSite], counted: Mapping[str, Prices], clock: Clock, progress: Progress
+    sites: Sequence[ConvSite],
+    counted: Mapping[str, Prices],
+    exact: Mapping[str, Sequence[Form]],
+    clock: Clock,
+    progress: Progress,
 ) -> tuple[dict[str, Prices], dict[str, str]]:
     """Prices in milliseconds, and why layers are no longer there.
 
-    Time may be up before all are measured. Those with the most MACs for each form to be timed come first: a
-    filter of one exact form takes a moment, however slow it is in the model.
+    Time may be up before all are measured. What has the most MACs for each form to be timed comes first, and
+    the forms that a layer has exactly by themselves: they are few, and cost no accuracy.
     """
-    prices, reasons = {}, {}
-    timed = [site for site in sites if counted[site.name].forms]
-    timed.sort(key=lambda site: -site.macs / len(counted[site.name].forms))
-    for site in progress(timed, "timing forms"):
-        times = clock.forms(site, list(counted[site.name].forms))
+    prices, reasons = dict[str, Prices](), dict[str, str]()
+    queue = []
+    for site in sites:
+        forms = list(counted[site.name].forms)
+        held = [form for form in exact.get(site.name, ()) if form in forms]
+        queue += [(site, some) for some in (held, forms) if some]
+    queue.sort(key=lambda each: -each[0].macs / len(each[1]))
+    for site, forms in progress(queue, "timing forms"):
+        times = clock.forms(site, forms)
         if times is None:
-            reasons[site.name] = (
-                "was not timed within --measure-seconds, where layers of more MACs for each form come first"
-            )
+            if site.name not in prices:
+                reasons[site.name] = "was not timed within --measure-seconds, least MACs for each form last"
             continue
         faster = {form: each.milliseconds for form, each in times.forms.items() if each.faster}
         if not faster:
@@ -485,6 +495,7 @@ def _measured(
                 f"no form is measured to be faster in ONNX Runtime (best {times.best_ratio:.2f}×)"
             )
             continue
+        reasons.pop(site.name, None)
         many = math.prod(site.dense.spec.weight_shape) > _MANY_WEIGHTS
         step = _COARSE_COST_STEP if many else _COST_STEP
         prices[site.name] = Prices(times.dense_milliseconds, _worth_fitting(faster, step))

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_model, save_model
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -571,11 +571,18 @@ def _load_weights(model: nn.Module, path: Path, sha256: str | None) -> None:
             f"{path}: is not the file that the plan was written with; use the files of one conversion"
         )
     try:
-        load_model(model, path)
+        weights = load_file(path)
+        if different := weights.keys() ^ _tensors(model).keys():
+            raise ValueError(f"one of them lacks {min(different)}")
+        model.load_state_dict(weights, strict=False)
     except Exception as error:  # safetensors' own error, or that of load_state_dict
         raise SepconvertError(
             f"{path}: does not fit the model: {first_line(error)}; use the plan's model"
         ) from error
+
+
+def _tensors(model: nn.Module) -> dict[str, Tensor]:
+    return {name: value for name, value in model.state_dict().items() if isinstance(value, Tensor)}
 
 
 def write_models(
@@ -606,7 +613,11 @@ def write_models(
             missing[name] = str(error)
     weights = folder / "converted.safetensors"
     with writing(weights):
-        save_model(converted, str(weights))
+        # Each with memory of its own: safetensors writes none that share some.
+        tensors = _tensors(converted).items()
+        save_file(
+            {name: each.clone(memory_format=torch.contiguous_format) for name, each in tensors}, str(weights)
+        )
     return replace(note, missing=missing)
 
 

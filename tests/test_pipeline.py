@@ -245,6 +245,33 @@ def test_the_report_keeps_the_contract(net, conversion, x):
     assert report["original"]["macs"] - before == report["converted"]["macs"] - after >= rest
 
 
+class Slices(nn.Module):
+    """Buffers that are parts of one tensor, and a weight that stands in two places."""
+
+    def __init__(self, planted):
+        super().__init__()
+        self.conv, self.head, self.tied = planted(3, 6), nn.Linear(6, 6), nn.Linear(6, 6)
+        self.tied.weight = self.head.weight
+        whole = torch.linspace(0, 1, 8)
+        self.register_buffer("first", whole[:6])
+        self.register_buffer("second", whole[2:])
+
+    def forward(self, x):
+        pooled = self.conv(x).mean((2, 3)) * self.first + self.second
+        return self.tied(self.head(pooled))
+
+
+def test_tensors_that_share_memory_are_written_and_read(planted, x, tmp_path):
+    torch.manual_seed(0)
+    model = Slices(planted).eval()
+    result = convert(model, x, runs=0, out=tmp_path)
+    other = Slices(planted).eval()
+    other.load_state_dict(model.state_dict())
+    again = sepconvert.apply(other, tmp_path / "plan.json")
+    assert again.tied.weight is again.head.weight
+    assert torch.equal(again(x), result.model(x))
+
+
 def test_the_same_seed_gives_the_same_bits(net, conversion, x):
     again = convert(net, x, seed=7)
     assert again.plan == {**conversion[0].plan, "model_sha256": None}
