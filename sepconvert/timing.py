@@ -9,7 +9,7 @@ import shutil
 import tempfile
 import time
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -138,9 +138,9 @@ class Clock:
     """
 
     def __init__(self, runtime: Runtime, seed: int, cache: Path | None, seconds: float) -> None:
-        """`cache`: a folder, made when needed; None to keep nothing. `seconds`: for forms of layers."""
+        """`cache`: a folder, made when needed; None to keep nothing. `seconds`: of timing forms and pairs."""
         self._runtime, self._seed, self._cache = runtime, seed, cache
-        self._deadline = time.monotonic() + seconds
+        self._seconds_left = seconds
         self._known: dict[str, dict[str, Any]] = {}
         self._folder = Path(tempfile.mkdtemp(prefix="sepconvert-"))
         finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
@@ -185,9 +185,10 @@ class Clock:
         known = self._recall(key, _usable_forms)
         missing = [form for form in forms if _label(form) not in known.get("forms", {})]
         if missing:
-            if time.monotonic() > self._deadline:
+            if self._seconds_left <= 0:
                 return None
-            known = self._measure(conv.spec, shape, missing, known)
+            with self._counted():
+                known = self._measure(conv.spec, shape, missing, known)
             self._keep(key, known)
         # Calls of other sizes are taken to run at the same pace.
         calls = site.macs / (conv.spec.macs((shape[2], shape[3])) or 1)
@@ -203,13 +204,20 @@ class Clock:
         shape = _input_shape(inputs)
         key = self._key(layout=LAYOUT, pair=[asdict(spec) for spec in pair], input=list(shape))
         if not self._recall(key, _usable_plan):
-            if time.monotonic() > self._deadline:
+            if self._seconds_left <= 0:
                 return None
             models = [layer_onnx([chain], shape) for chain in (pair, pair, (dense,))]
-            first, again, times = self._samples([(model, _feed(shape, self._seed)) for model in models])
+            with self._counted():
+                first, again, times = self._samples([(model, _feed(shape, self._seed)) for model in models])
             found = speedup(first, again, times)
             self._keep(key, {"yardsticks": float(np.median(times)), "speedup": asdict(found)})
         return _speedup(self._known[key]["speedup"])
+
+    @contextlib.contextmanager
+    def _counted(self) -> Iterator[None]:
+        start = time.monotonic()
+        yield
+        self._seconds_left -= time.monotonic() - start
 
     def _measure(
         self, spec: ConvSpec, shape: Sequence[int], forms: Sequence[Form], known: Mapping[str, Any]
