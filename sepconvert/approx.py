@@ -51,7 +51,7 @@ from sepconvert.report.document import LayerApproximation, LayerReport
 from sepconvert.rewrite import Obstacles
 from sepconvert.search import Budget, Point, Search
 from sepconvert.timing import FORM_RUNS, Clock
-from sepconvert.trace import ConvSite, Inputs, placed
+from sepconvert.trace import ConvSite, Inputs, duplicate, placed
 from sepconvert.verify import compare_with, reference
 
 MOST_AT_ONCE = 64
@@ -307,7 +307,7 @@ def convert_approximately(
         if site.name in fitted.layers
     }
     return Conversion(
-        model=converted,
+        model=duplicate(converted),  # with memory of its own
         layers=plans,
         replacements=replacements,
         reports=tuple(

@@ -30,7 +30,7 @@ from sepconvert.measure.divergence import divergence, is_logits, outputs
 from sepconvert.progress import Progress
 from sepconvert.rewrite import Replacement, rewrite
 from sepconvert.spec import ConvSpec, chain_macs, chain_params
-from sepconvert.trace import ConvSite, duplicate, placed, quick_copy
+from sepconvert.trace import ConvSite, duplicate, placed, quick_copy, shared_parameters
 
 # Below this a depthwise layer has fewer channels than the smallest block of the runtime's kernels, and the
 # stem, which is such a layer as a rule, is where an error is carried furthest.
@@ -168,7 +168,7 @@ class Fitted:
     """A plan carried out."""
 
     choice: Choice
-    model: nn.Module
+    model: nn.Module  # on the memory of the original where nothing was replaced
     layers: Mapping[str, Approximation]
     by_weights: Mapping[str, float]  # output errors of the same forms, if fitted to the weights
     batchnorm: bool  # statistics re-estimated, as that brought it nearer to the original
@@ -401,7 +401,7 @@ def carry_out(
     running = quick_copy(converted, calibration.fit[0])
     if not reestimate_batchnorm(running, [placed(batch, running) for batch in calibration.fit]):
         return Fitted(choice, converted, fits, by_weights, False, tuple(steps))
-    candidate = duplicate(converted)
+    candidate = duplicate(converted, shared_parameters(converted))
     for buffer, found in zip(candidate.buffers(), running.buffers(), strict=True):
         buffer.copy_(found)
     reached = heldout.measure(candidate)
@@ -428,9 +428,13 @@ def restored(
     fits: Mapping[str, Approximation],
     left_out: str | None = None,
 ) -> nn.Module:
-    """The model with layers replaced as they were fitted, but for one; BatchNorms are as they were."""
+    """The model with layers replaced as they were fitted, but for one; BatchNorms are as they were.
+
+    Its other parameters are on the memory of the model's: plans are many.
+    """
     chosen = [site for site in sites if site.name in fits and site.name != left_out]
-    return rewrite(model, sites, {site.name: replacement(site, fits[site.name]) for site in chosen})
+    layers = {site.name: replacement(site, fits[site.name]) for site in chosen}
+    return rewrite(model, sites, layers, old_memory=True)
 
 
 def explain(

@@ -17,7 +17,7 @@ from sepconvert.factorize.exact import ZERO_BORDER
 from sepconvert.graph import UntraceableError, call_graph, replace_calls, variable_argument
 from sepconvert.layers import FactorizedConv2d
 from sepconvert.measure.accuracy import tensor_leaves
-from sepconvert.trace import ConvSite, Inputs, duplicate, fresh, private_copy
+from sepconvert.trace import ConvSite, Inputs, duplicate, fresh, private_copy, shared_parameters
 
 _ROUNDING = 1e4
 """Times the rounding of the dtype that answers may move if a layer is another module, of the same kernel."""
@@ -138,14 +138,24 @@ def _close(expected: Sequence[Tensor], answers: Sequence[Tensor], tolerance: flo
 
 
 def rewrite(
-    model: nn.Module, sites: Sequence[ConvSite], replacements: Mapping[str, Replacement]
+    model: nn.Module,
+    sites: Sequence[ConvSite],
+    replacements: Mapping[str, Replacement],
+    *,
+    old_memory: bool = False,
 ) -> nn.Module:
     """A copy of `model` with replacements for the convolutions named; training flags and hooks are kept.
+
+    Args:
+        model: left as it is.
+        sites: its convolutions.
+        replacements: by name.
+        old_memory: leave all other parameters where they are, for a model that is only looked at.
 
     Raises:
         UntraceableError: see `call_graph`.
     """
-    converted = duplicate(model)
+    converted = duplicate(model, shared_parameters(model) if old_memory else None)
     chosen = [site for site in sites if site.name in replacements]
     # Forwards first: they are traced as they were, and may read the weight of a layer that is replaced.
     owners = {site.owner: site for site in chosen if site.index is not None}

@@ -266,17 +266,21 @@ def private_copy(model: M, dtype: torch.dtype | None = None) -> M:
     Its parameters are new objects on the old memory, since large models come in many copies here and
     no forward pass in eval mode writes to parameters; changing their dtype leaves the original alone.
     """
-    aliases = {
+    copied = duplicate(model, shared_parameters(model))
+    for module in copied.modules():  # not .eval(): modules from torch.export refuse it
+        module.training = False
+    return copied if dtype is None else _in_dtype(copied, dtype)
+
+
+def shared_parameters(model: nn.Module) -> dict[int, Any]:
+    """For `duplicate`: its parameters as new objects on the old memory."""
+    return {
         id(parameter): nn.Parameter(
             parameter.clone() if parameter.is_inference() else parameter.detach(), parameter.requires_grad
         )
         for parameter in model.parameters()
         if type(parameter) is nn.Parameter
     }
-    copied = duplicate(model, aliases)
-    for module in copied.modules():  # not .eval(): modules from torch.export refuse it
-        module.training = False
-    return copied if dtype is None else _in_dtype(copied, dtype)
 
 
 def quick_copy(model: M, images: Tensor, dtype: torch.dtype | None = None) -> M:

@@ -69,6 +69,8 @@ def fixed(samples, calib, data, tmp_path_factory):
         out=folder,
     )
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    places = [{each.data_ptr() for each in net.parameters()} for net in (model, result.model)]
+    assert places[0].isdisjoint(places[1])  # plans share memory with the original: the one delivered does not
     return result, folder
 
 
@@ -462,6 +464,8 @@ def test_what_plans_have_in_common_is_fitted_once():
     assert len(fitted) == 1
     assert plan(first, known).layers == known[0].layers
     assert not fitted
+    # What was not replaced is held once, however many plans there are.
+    assert {each.model[0].weight.data_ptr() for each in (*known, alone)} == {model[0].weight.data_ptr()}
 
 
 class Counting(nn.Module):
