@@ -1,4 +1,4 @@
-"""Architectures of torchvision and timm, each converted in every mode, and what became of it.
+"""Architectures of torchvision and timm, each converted in each mode, and what became of it.
 
     zoo.py run zoo.json [NAME …]   a process for each model and mode; what is in the file already is kept
     zoo.py report zoo.json         zoo.md beside it, as a table; --readme FILE also writes a section there

@@ -426,7 +426,7 @@ def draw_forms(figure: Figure, found: dict[str, list[FormOf]], theme: Theme) -> 
         clock.errorbar(macs, middle, (middle - low, high - middle), fmt=style, color=colour, capsize=3)
     clock.plot([0, 100], [0, 100], ":", color=theme.faint)
     clock.axhline(100, color=theme.faint, linewidth=0.8)
-    clock.text(62, 55, "as MACs\npromise", va="top", fontsize=9)
+    clock.text(98, 5, "dotted: as MACs promise", ha="right", fontsize=9)
     for axes, title in (
         (kernel, "error of the kernel, %"),
         (outputs, "error of the outputs, %, log scale"),

@@ -43,11 +43,13 @@ def main() -> None:
                 model, image, "approx", rank=rank, calib=calib, data=data, finetune=epochs, runs=0
             ).report
             before, after = report["original"], report["converted"]
+            trained = report["approximation"]["finetune"]
+            done = trained["history"][-1]["epoch"] if trained else 0
             drop = report["delta"]["accuracy_drop_pp"]
             rows.append((epochs, after["params"], drop["value"], *drop["ci95"]))
             lost = "{:.1f} [{:.1f}, {:.1f}] pp lost".format(drop["value"], *drop["ci95"])
             print(
-                f"M = {rank}, {epochs} epochs: {before['params']:,} → {after['params']:,} parameters, "
+                f"M = {rank}, {done} epochs: {before['params']:,} → {after['params']:,} parameters, "
                 f"accuracy {100 * after['accuracy']['top1']:.1f} %, {lost}"
             )
     if options.figure:

@@ -210,7 +210,10 @@ def test_other_commands_are_known():
             extra = re.fullmatch(r"\.(?:\[(\w+)\])?", words[2])[1]
             assert extra is None or f"\n{extra} = [" in extras
         elif words[0] == "python":
-            assert Path(words[1]).name in test_examples.SAYS
+            name = Path(words[1]).name
+            assert name in test_examples.SAYS
+            options = {word for word in words if word.startswith("--")}
+            assert options <= set(test_examples.ARGUMENTS.get(name, ())), text
         else:
             assert words[0] in ("pytest", "sphinx-build"), text
             assert text in ci.replace("-build -q ", "-build ")

@@ -154,7 +154,7 @@ def story(document: Document) -> list[str]:
             f"Of {count:,} images it classifies {right[0]} % rightly, the original {right[1]} %: "
             f"{_points(drop)} points lost."
         )
-    return [_folded(line) for line in (*lines, *warnings_of(document))]
+    return [_folded(line) for line in (*lines, *_untimed_sentences(document), *warnings_of(document))]
 
 
 def modes_table(documents: Mapping[str, Document]) -> str:
@@ -208,6 +208,7 @@ def sentences(document: Document) -> list[str]:
         lines.append(f"The batch dimension of the ONNX files is fixed: {document['export']['reason']}.")
     lines.extend(_latency_sentences(document, converted))
     lines.extend(_demand_sentences(document))
+    lines.extend(_untimed_sentences(document))
     if delta["agreement"] is not None:
         count = document["original"]["accuracy"]["n"]
         lines.append(f"Predictions agree on {100 * delta['agreement']:.2f} % of {count:,} images.")
@@ -244,6 +245,14 @@ def _verification(check: Document) -> str:
         f"Verified: PyTorch {check['torch_dtype']} outputs differ by {moved} "
         f"(tolerance {check['torch_tolerance']:.1e}){asked}{runtime}."
     )
+
+
+def _untimed_sentences(document: Document) -> list[str]:
+    """Where more time may find more."""
+    untimed = [layer["name"] for layer in document["layers"] if "--measure-seconds" in layer["reason"]]
+    if not untimed:
+        return []
+    return [f"Kept, since no time was left to measure their forms: {', '.join(untimed)} (--measure-seconds)."]
 
 
 def _demand_sentences(document: Document) -> list[str]:

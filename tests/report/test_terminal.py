@@ -80,6 +80,13 @@ def test_an_exact_conversion_of_nothing_says_what_to_try(document):
     assert not any("--mode auto" in line for line in sentences(document))
 
 
+def test_layers_that_were_not_timed_are_named(document):
+    assert not any("no time was left" in line for line in sentences(document))
+    document["layers"][0]["reason"] = "was not timed within --measure-seconds, least MACs for each form last"
+    for lines in (sentences(document), story(document)):
+        assert any("no time was left to measure their forms: stem.conv" in line for line in lines)
+
+
 def test_what_is_within_noise_says_so(document):
     document["delta"]["latency_speedup"].update(median=1.02, ci95=[0.97, 1.05], significant=False)
     rows = cells(summary(document))
