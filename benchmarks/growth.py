@@ -1,7 +1,7 @@
 """Approximate mode: how time and peak memory grow with images, layers and width.
 
-    python benchmarks/growth.py                                              a plain network, grown in turn
-    python benchmarks/growth.py --memory 5 --images 256 vgg16 wide_resnet50_2    torchvision's, at 224×224
+    python benchmarks/growth.py                                                  a plain network, grown in turn
+    python benchmarks/growth.py vgg16 wide_resnet50_2 --images 256 --memory 5    torchvision's, at 224×224
 
 A plain network of 3×3 convolutions at 32×32, with BatchNorm and ReLU, is converted with `--rank 1` from
 noise; images, layers and width are doubled in turn. Networks of torchvision have random weights. Every run is

@@ -473,7 +473,8 @@ def table(found: Sequence[Mapping[str, Any]]) -> Iterator[str]:
 
 def supported(found: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     """What passed, for the README: families, a row for each mode, and each failure."""
-    versions = next(each["environment"] | each["libraries"] for each in found if "environment" in each)
+    stated = next(each["environment"] | each["libraries"] for each in found if "environment" in each)
+    versions = {name: str(version).partition("+")[0] for name, version in stated.items()}
     families = Counter(family for family, _ in {(each["family"], each["name"]) for each in found})
     names = ", ".join(
         family if count == 1 else f"{family} ({count})" for family, count in sorted(families.items())
