@@ -1,6 +1,6 @@
 """Approximate mode: how time and peak memory grow with images, layers and width.
 
-    python benchmarks/growth.py                                                  a plain network, grown in turn
+    python benchmarks/growth.py                                                  a plain network that grows
     python benchmarks/growth.py vgg16 wide_resnet50_2 --images 256 --memory 5    torchvision's, at 224×224
 
 A plain network of 3×3 convolutions at 32×32, with BatchNorm and ReLU, is converted with `--rank 1` from
