@@ -1,20 +1,26 @@
 """Approximate mode: how time and peak memory grow with images, layers and width.
 
-    python benchmarks/growth.py                                                  a plain network that grows
-    python benchmarks/growth.py vgg16 wide_resnet50_2 --images 256 --memory 5    torchvision's, at 224×224
+    growth.py                                                        a plain network that grows
+    growth.py vgg16 wide_resnet50_2 --images 256 --memory 5          torchvision's, at 224×224
 
 A plain network of 3×3 convolutions at 32×32, with BatchNorm and ReLU, is converted with `--rank 1` from
-noise; images, layers and width are doubled in turn. Networks of torchvision have random weights. Every run is
-a process of its own; what its imports take is in the memory, not in the time.
+noise; of images, layers and width each grows in turn, while the others are the first of their list. Networks
+of torchvision have random weights. Every run is a process of its own; what its imports take is in the memory,
+not in the time. The table is Markdown, with the command above it; growth.md beside this file is what was
+printed.
 """
 
-import argparse
 import multiprocessing
 import resource
+import shlex
+import sys
 import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
 from typing import Any
 
+import click
 import torch
 import torchvision
 from tabulate import tabulate
@@ -23,8 +29,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import sepconvert
 from sepconvert.calibrate import reestimate_batchnorm
-
-BASE = {"images": 512, "layers": 8, "width": 64}
+from sepconvert.environment import Runtime, available_cores, environment
 
 
 def network(layers: int, width: int) -> nn.Module:
@@ -50,9 +55,10 @@ def named(name: str, images: int) -> tuple[nn.Module, torch.Tensor]:
     return model, x
 
 
-def convert(build: Callable[..., tuple[nn.Module, torch.Tensor]], memory: float | None, results: Any,
-            **sizes: Any) -> None:  # fmt: skip
-    """Seconds and the most bytes that the process held."""
+def convert(
+    build: Callable[..., tuple[nn.Module, torch.Tensor]], memory: float | None, sizes: Mapping[str, Any]
+) -> tuple[float, float]:
+    """Seconds, and the most GB that the process held."""
     torch.manual_seed(0)
     model, x = build(**sizes)
     images = len(x)
@@ -60,40 +66,49 @@ def convert(build: Callable[..., tuple[nn.Module, torch.Tensor]], memory: float 
     start = time.perf_counter()
     sepconvert.convert(
         model, x[:1], mode="approx", rank=1, gate="none", calib=loader, calib_images=images, runs=0,
-        memory=memory,
+        memory=memory and memory * 1e9,
     )  # fmt: skip
-    results.put((time.perf_counter() - start, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024))
+    return time.perf_counter() - start, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
 
 
 def measured(build: Callable[..., Any], memory: float | None, sizes: Mapping[str, Any]) -> list[Any]:
     """A row: sizes, seconds, GB."""
-    processes = multiprocessing.get_context("spawn")
-    results = processes.Queue()
-    process = processes.Process(
-        target=convert, args=(build, memory and memory * 1e9, results), kwargs=dict(sizes)
-    )
-    process.start()
-    seconds, held = results.get()
-    process.join()
-    row = [*sizes.values(), f"{seconds:.1f}", f"{held / 1e9:.2f}"]
-    print(tabulate([row], tablefmt="plain"), flush=True)
-    return row
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+        seconds, held = process.submit(convert, build, memory, sizes).result()
+    return [*sizes.values(), f"{seconds:.1f}", f"{held:.2f}"]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("names", nargs="*", help="networks of torchvision; none for the plain one")
-    parser.add_argument("--images", type=int, nargs="+", default=[256])
-    parser.add_argument("--memory", type=float, help="of the process, in GB")
-    options = parser.parse_args()
-    if options.names:
-        runs = [{"name": name, "images": count} for name in options.names for count in options.images]
+def _counts(_: click.Context, __: click.Parameter, text: str) -> list[int]:
+    return [int(each) for each in text.split(",")]
+
+
+@click.command(help=__doc__)
+@click.argument("names", nargs=-1)
+@click.option("--images", default="512,1024,2048", show_default=True, callback=_counts)
+@click.option("--layers", default="8,16,32", show_default=True, callback=_counts)
+@click.option("--width", default="64,128,256", show_default=True, callback=_counts)
+@click.option("--memory", type=float, help="Of the process, in GB.")
+def main(
+    names: tuple[str, ...], images: list[int], layers: list[int], width: list[int], memory: float | None
+) -> None:
+    runs: list[dict[str, Any]]
+    if names:
         build: Callable[..., Any] = named
+        runs = [{"name": name, "images": count} for name in names for count in images]
     else:
-        runs = [BASE, *({**BASE, name: factor * BASE[name]} for name in BASE for factor in (2, 4))]
         build = grown
-    rows = [measured(build, options.memory, each) for each in runs]
-    print(tabulate(rows, headers=[*runs[0], "seconds", "GB"], tablefmt="github"))
+        sizes = {"images": images, "layers": layers, "width": width}
+        base = {name: counts[0] for name, counts in sizes.items()}
+        runs = [base, *({**base, name: count} for name, counts in sizes.items() for count in counts[1:])]
+    rows = []
+    for each in runs:
+        rows.append(measured(build, memory, each))
+        click.echo(tabulate(rows[-1:], tablefmt="plain"), err=True)
+    command = shlex.join(["python", f"benchmarks/{Path(__file__).name}", *sys.argv[1:]])
+    found = environment(Runtime(available_cores()))
+    versions = f"torch {found['torch']}, ONNX Runtime {found['onnxruntime']}"
+    click.echo(f"`{command}`, {found['cpu']}, {found['threads']} threads, {versions}:\n")
+    click.echo(tabulate(rows, headers=[*runs[0], "seconds", "GB"], tablefmt="github") + "\n")
 
 
 if __name__ == "__main__":

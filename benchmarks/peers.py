@@ -11,9 +11,10 @@ import json
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -225,6 +226,13 @@ def tools(epochs: int) -> tuple[Tool, ...]:
 # Points --------------------------------------------------------------------------------------------
 
 
+def versions(*names: str) -> Iterator[tuple[str, str]]:
+    """Of the packages that are installed; without its package, a peer's points are errors."""
+    for name in names:
+        with suppress(PackageNotFoundError):
+            yield name, version(name)
+
+
 def one_line(error: Exception) -> str:
     """What a peer's exception says, and where it was raised."""
     *_, frame = traceback.extract_tb(error.__traceback__)
@@ -369,7 +377,7 @@ def time_command(folders: Sequence[Path], runs: int) -> None:
             folder / LATENCY,
             {
                 "environment": environment(Runtime(1)),
-                "peers": {name: version(name) for name in ("tensorly", "tensorly-torch", "fasterai")},
+                "peers": dict(versions("tensorly", "tensorly-torch", "fasterai")),
                 "runs": runs,
                 "original_milliseconds": {"median": median, "ci95": ci95.to_list()},
                 "noise_floor": median_interval(first / again)[1].to_list(),

@@ -48,7 +48,7 @@ MODES: dict[str, dict[str, Any]] = {
 OUTCOMES = ("passed", "no plan is fast enough", "failed")
 IMAGES = 8
 MARKS = ("<!-- written by benchmarks/zoo.py -->", "<!-- end -->")
-SECONDS = 1500  # until a process is given up
+SECONDS = 3600  # until a process is given up
 # Of outputs of a float32 network that nothing but rounding moved, relative to the largest of them.
 CLOSE = 2e-3
 

@@ -141,24 +141,3 @@ def test_what_is_supported_goes_between_the_marks(tmp_path):
             ["auto", "1", "0", "1", "0"],
         ]
         assert "- timm dla34, approx: ValueError: no" in text
-
-
-def test_the_zoo_is_run_in_parts(tmp_path):
-    """What is there is kept; what is not is done in a process of its own, and judged."""
-    path = tmp_path / "zoo.json"
-    kept = zoo_result("UNet", "approx")
-    path.write_text(json.dumps([kept]))
-    command = ["run", str(path), "UNet", "--mode", "exact", "--mode", "approx"]
-    outcome = CliRunner().invoke(zoo.cli, command, catch_exceptions=False)
-    assert outcome.output.startswith("UNet exact: passed")
-    assert len(outcome.output.splitlines()) == 1
-    after = json.loads(path.read_text())
-    assert [each["mode"] for each in after] == ["approx", "exact"]
-    assert after[0] == kept
-    found = after[1]
-    assert found["peak_gb"] > 0
-    assert found["planted"] > 0
-    assert found["not_found"] == []
-    assert found["converted"] >= found["planted"]
-    assert set(found["difference"]) == {"model", "ONNX", "pt2"}
-    assert [each.name for each in tmp_path.iterdir()] == ["zoo.json"]

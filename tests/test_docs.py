@@ -12,7 +12,6 @@ import shlex
 import shutil
 import subprocess
 import sys
-import textwrap
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ import numpy as np
 import pytest
 import test_examples
 import torch
+from pages import BENCHMARKS, DOCS, FENCE, PAGES, ROOT, canonical, commands, fences, inline
 from PIL import Image
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -30,15 +30,6 @@ from sepconvert import cli
 from sepconvert.commands import _batches, _numbers
 from sepconvert.comparison import _UNITS, Demand
 from sepconvert.load import parse_input_shape
-
-ROOT = Path(__file__).parent.parent
-DOCS = ROOT / "docs"
-PAGES = [
-    ROOT / "README.md",
-    *sorted(path for path in DOCS.rglob("*.md") if not path.relative_to(DOCS).parts[0].startswith("_")),
-]
-INCLUDED = ROOT / "benchmarks/README.md"  # its commands need data sets and hours: they are parsed
-_FENCE = re.compile(r"^( *)```([^\n`]*)\n(.*?)^\1```$", re.MULTILINE | re.DOTALL)
 
 SHORT = ("--runs", "3")
 NONE = ("--runs", "0")
@@ -110,30 +101,8 @@ class ResNet(nn.Module):
 """
 
 
-def fences(page: Path, language: str) -> list[str]:
-    """The code blocks of a page in one language."""
-    found = _FENCE.findall(page.read_text(encoding="utf-8"))
-    return [textwrap.dedent(body) for _, info, body in found if info == language]
-
-
-def commands(page: Path) -> list[list[str]]:
-    """Words of every command in the shell blocks of a page, without comments and redirections."""
-    lines = [
-        part
-        for block in fences(page, "sh")
-        for line in block.replace("\\\n", " ").splitlines()
-        for part in line.split(" && ")
-    ]
-    words = [shlex.split(line, comments=True) for line in lines]
-    return [each[: each.index(">")] if ">" in each else each for each in words if each]
-
-
 ALL = {shlex.join(words): words for page in PAGES for words in commands(page)}
 OURS = [text for text, words in ALL.items() if "sepconvert" in words[:4]]
-
-
-def canonical(text: str) -> str:
-    return shlex.join(shlex.split(text))
 
 
 def parsed(words: list[str]) -> dict[str, Any]:
@@ -178,15 +147,6 @@ def test_a_command_line_that_is_wrong_does_not_parse(text):
         parsed(shlex.split(text))
 
 
-def test_benchmarks_commands_parse():
-    for words in commands(INCLUDED):
-        if words[0] == "sepconvert":
-            parsed(words)
-        else:
-            assert words[0] == "python"
-            assert (ROOT / words[1]).is_file()
-
-
 @pytest.mark.parametrize("test", ELSEWHERE.values())
 def test_other_tests_are_there(test):
     file, name = test.split("::")
@@ -196,27 +156,40 @@ def test_other_tests_are_there(test):
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_every_block_is_of_a_kind_that_is_tested(page):
     """Or is no command, or is made from what is."""
-    found = {info.partition(" ")[0] for _, info, _ in _FENCE.findall(page.read_text(encoding="utf-8"))}
+    found = {info.partition(" ")[0] for _, info, _ in FENCE.findall(page.read_text(encoding="utf-8"))}
     assert found <= {"sh", "python", "text", "{include}", "{literalinclude}", "{toctree}", "{eval-rst}"}
 
 
-def test_other_commands_are_known():
-    ci = (ROOT / ".ci/run").read_text(encoding="utf-8")
-    extras = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
-    for text, words in ALL.items():
+def test_other_commands_are_run():
+    """By `.ci/run`, more quietly, or as examples."""
+    lines = (ROOT / ".ci/run").read_text(encoding="utf-8").splitlines()
+    ci = {
+        canonical(line.replace(" --quiet", "").replace(" -q", ""))
+        for line in lines
+        if line.startswith(("pip ", "pytest", "sphinx-build "))
+    }
+    installations = {shlex.join(words): words for words in commands(BENCHMARKS) if words[0] == "pip"}
+    for text, words in (ALL | installations).items():
         if text in OURS:
             continue
-        if words[:2] == ["pip", "install"]:
-            extra = re.fullmatch(r"\.(?:\[(\w+)\])?", words[2])[1]
-            assert extra is None or f"\n{extra} = [" in extras
-        elif words[0] == "python":
+        if words[0] == "python":
             name = Path(words[1]).name
             assert name in test_examples.SAYS
             options = {word for word in words if word.startswith("--")}
             assert options <= set(test_examples.ARGUMENTS.get(name, ())), text
         else:
-            assert words[0] in ("pytest", "sphinx-build"), text
-            assert text in ci.replace("-build -q ", "-build ")
+            assert text in ci, text
+
+
+@pytest.mark.parametrize("page", [*PAGES, BENCHMARKS], ids=lambda page: str(page.relative_to(ROOT)))
+def test_commands_within_sentences_stand_in_a_block_too(page):
+    """Where it is seen that they run; but for those that name no file, or any: `sepconvert apply MODEL`."""
+    programs = ("python", "pip", "sepconvert", "accelerate", "pytest", "sphinx-build")
+    for text in inline(page):
+        words = text.split()
+        whole = len(words) > 2 and "…" not in words and not any(word.isupper() for word in words)
+        if words[0] in programs and whole:
+            assert canonical(text) in {*ALL, *(shlex.join(each) for each in commands(BENCHMARKS))}, text
 
 
 def test_options_that_are_named_exist():

@@ -27,6 +27,7 @@ _SHORTEST_SAMPLE_NS = 1_000_000
 _WARMUP_BLOCK = 3
 _WARMUP_TOLERANCE = 0.05
 _WARMUP_MOST_BLOCKS = 10
+_WARMUP_MOST_NS = 5_000_000_000
 _CPU = "CPUExecutionProvider"
 _LEVELS = {
     "all": ort.GraphOptimizationLevel.ORT_ENABLE_ALL,
@@ -294,7 +295,8 @@ def interleave(
     its conversion of 0.6 ms: 4.6 times as fast without that call, 5.1 with it, 5.1 in ten calls in a row.)
 
     Warm-up: blocks of 3 rounds, until no task's median differs by more than 5 % from the one of the block
-    before; 10 blocks at most, since a noisy machine may never settle.
+    before; 10 blocks or 5 seconds at most, since a noisy machine may never settle. Seconds bound what slow
+    models would spend on it, which have allocated and cached all by then.
 
     Raises `SepconvertError` if `runs` is below 1.
     """
@@ -311,10 +313,12 @@ def interleave(
                 times[row, column] = _elapsed_ns(tasks[row], calls[row]) / calls[row] / 1e6
         return times
 
+    start = time.perf_counter_ns()
     before = np.median(rounds(_WARMUP_BLOCK), axis=1)
     for _ in range(_WARMUP_MOST_BLOCKS - 1):
         now = np.median(rounds(_WARMUP_BLOCK), axis=1)
-        if np.all(np.abs(now / before - 1) <= _WARMUP_TOLERANCE):
+        settled = np.all(np.abs(now / before - 1) <= _WARMUP_TOLERANCE)
+        if settled or time.perf_counter_ns() - start >= _WARMUP_MOST_NS:
             break
         before = now
     return rounds(runs, progress)

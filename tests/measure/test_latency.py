@@ -141,6 +141,14 @@ def test_warm_up_of_what_never_settles_ends(clock: Clock) -> None:
     assert len(clock.log) <= 4 + 2 * (30 + 5)
 
 
+def test_warm_up_of_what_is_slow_and_never_settles_ends_after_seconds(clock: Clock) -> None:
+    """Blocks of 3 rounds of two calls each, of 150 to 250 ms: the fifth ends beyond 5 s."""
+    rng = np.random.default_rng(0)
+    restless = clock.task("x", lambda _: MS * (150 + 100 * rng.random()))
+    interleave([restless], runs=5, seed=0)
+    assert 4 + 2 * (4 * 3 + 5) <= len(clock.log) <= 4 + 2 * (6 * 3 + 5)
+
+
 def noisy_rounds(rng: np.random.Generator, ratio: float) -> npt.NDArray[np.float64]:
     """Times of 50 rounds: a drift shared within a round, 5 % noise of each, and one in ten interrupted."""
     drift = np.cumsum(rng.normal(0, 0.02, 50))

@@ -1,0 +1,48 @@
+"""The pages of the documentation, and the command lines on them."""
+
+import re
+import shlex
+import textwrap
+from itertools import chain
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+DOCS = ROOT / "docs"
+BENCHMARKS = ROOT / "benchmarks/README.md"  # which the documentation includes
+PAGES = [
+    ROOT / "README.md",
+    *sorted(path for path in DOCS.rglob("*.md") if not path.relative_to(DOCS).parts[0].startswith("_")),
+]
+FENCE = re.compile(r"^( *)```([^\n`]*)\n(.*?)^\1```$", re.MULTILINE | re.DOTALL)
+
+
+def fences(page: Path, language: str) -> list[str]:
+    """The code blocks of a page in one language."""
+    found = FENCE.findall(page.read_text(encoding="utf-8"))
+    return [textwrap.dedent(body) for _, info, body in found if info == language]
+
+
+def blocks(page: Path) -> list[list[list[str]]]:
+    """Words of every command in each shell block of a page, without comments and redirections."""
+    found = []
+    for block in fences(page, "sh"):
+        lines = [part for line in block.replace("\\\n", " ").splitlines() for part in line.split(" && ")]
+        words = [shlex.split(line, comments=True) for line in lines]
+        found.append([each[: each.index(">")] if ">" in each else each for each in words if each])
+    return found
+
+
+def commands(page: Path) -> list[list[str]]:
+    """Those of all its blocks."""
+    return list(chain.from_iterable(blocks(page)))
+
+
+def inline(page: Path) -> list[str]:
+    """What stands between single backticks on a page."""
+    text = FENCE.sub("", page.read_text(encoding="utf-8"))
+    return [" ".join(each.split()) for each in re.findall(r"(?<!`)`([^`]+)`", text)]
+
+
+def canonical(text: str) -> str:
+    """A command line as one text, however it is broken and quoted."""
+    return shlex.join(shlex.split(text))
