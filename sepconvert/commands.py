@@ -196,6 +196,8 @@ def compare(**options: Any) -> None:
     """`sepconvert compare A B …`."""
     demands = [Demand.parse(text) for text in options["fail_if"]]
     stored = any(path.suffix == ".json" for path in options["models"])
+    for demand in demands:
+        demand.require(together=not stored, timed=options["runs"] > 0, data=options["data"] is not None)
     with _quietly():
         found, note = _stored(options) if stored else _together(options)
     json_wanted = {**options, "as_json": options["as_json"] or options["style"] == "json"}

@@ -194,6 +194,31 @@ class Demand:
             )
         return cls(text, metric, match[2], float(match[3]))
 
+    def require(self, *, together: bool, timed: bool, data: bool) -> None:
+        """Refuse, before anything is measured, what will not be.
+
+        Args:
+            together: whether models are compared, and not stored profiles.
+            timed: whether they are timed.
+            data: whether they are shown evaluation data.
+
+        Raises:
+            SepconvertError: if so.
+        """
+        needs = {
+            **dict.fromkeys(("latency", "speedup"), together and timed),
+            **dict.fromkeys(("drop", "agreement"), together and data),
+            "max_abs": together,
+        }
+        if not needs.get(self.metric, True):
+            raise self._not_measured()
+
+    def _not_measured(self) -> SepconvertError:
+        return SepconvertError(
+            f"--fail-if {self.text!r}: it is not measured; compare models, not stored profiles, with"
+            " --data for accuracy, and without --runs 0 for latency"
+        )
+
     def failures(self, comparison: Comparison) -> list[str]:
         """What it says of each model for which it holds.
 
@@ -233,10 +258,7 @@ class Demand:
         }
         value = values[self.metric]
         if value is None:
-            raise SepconvertError(
-                f"--fail-if {self.text!r}: it was not measured; compare models, not stored profiles, with"
-                " --data for accuracy, and without --runs 0 for latency"
-            )
+            raise self._not_measured()
         return value
 
 

@@ -987,6 +987,25 @@ def test_models_and_files_are_compared_in_turns(here, run):
         assert (outcome.code, outcome.out, outcome.err.count("\n")) == (2, "", 1)
 
 
+@pytest.mark.parametrize(
+    ("condition", "more"),
+    [
+        ("drop > 1", ()),
+        ("agreement < 99%", ()),
+        ("latency > 5%", ("--runs", "0")),
+        ("speedup < 1", ("--runs", "0")),
+    ],
+)
+def test_conditions_on_what_will_not_be_measured_are_refused_first(here, run, condition, more):
+    """Before files are read, which are none."""
+    for name in ("a.onnx", "b.onnx"):
+        (here / name).write_bytes(b"none")
+    outcome = run("compare", "a.onnx", "b.onnx", "--fail-if", condition, *more)
+    assert outcome.code == 2
+    assert f"--fail-if '{condition}': it is not measured; " in outcome.err
+    assert "a.onnx" in run("compare", "a.onnx", "b.onnx", "--fail-if", "macs > 1%").err
+
+
 def test_profiles_from_elsewhere_are_warned_of(here, run):
     assert run("profile", "net.pt", *SHAPE, "--runs", "0", "--out", "net.json").code == 0
     assert "Warning" not in run("compare", "net.json", "net.json").out
