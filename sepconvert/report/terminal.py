@@ -388,10 +388,11 @@ def _latency_sentences(document: Document, converted: Sequence[Document]) -> lis
     if speedup is None:
         return []
     latency = document["converted"]["latency_ms"]
+    threads = f"{latency['threads']} thread{'s' * (latency['threads'] > 1)}"
     noise_low, noise_high = speedup["noise_floor"]
     lines = [
         f"Latency: {latency['runs']} interleaved runs, batch {latency['batch']}, "
-        f"{latency['threads']} threads{_optimization(document)}, median and 95 % interval; "
+        f"{threads}{_optimization(document)}, median and 95 % interval; "
         f"the original against itself: [{noise_low:.3f}, {noise_high:.3f}]."
     ]
     if not noise_low <= 1 <= noise_high:
