@@ -495,6 +495,11 @@ class Search:
         doubtful = sorted(saved, key=saved.__getitem__)[:_DOUBTFUL]
         whole, *others = self.speedups([self.restored(fitted, name) for name in (None, *doubtful)])
         if whole.significant and whole.median < 1:
+            if budget.min_speedup is not None and budget.min_speedup > 1:
+                raise DemandNotMetError(
+                    f"--min-speedup {budget.min_speedup:g}: the plan that met it is {whole.median:.2f}× as "
+                    "fast when timed again; measure on an idle machine with more --runs, or relax the demand"
+                )
             return self._join(self._known({}))
         idle = [name for name, each in zip(doubtful, others, strict=True) if each.median >= whole.median]
         if not idle:

@@ -95,6 +95,7 @@ def test_idx_files_are_read(tmp_path):
 def zoo_result(name: str, mode: str, outcome: str = "passed", **more: Any) -> dict[str, Any]:
     found = {"name": name, "family": name[:3], "mode": mode, "outcome": outcome, "error": None}
     costs = {"seconds": 2.4, "peak_gb": 1.25, "converted": 3, "convolutions": 7, "macs_ratio": 1.5}
+    costs |= {"speedup": {"median": 1.21}}
     versions = {
         "environment": {"torch": "2.14", "onnxruntime": "1.32"},
         "libraries": {"torchvision": "0.29", "timm": "1.0"},
@@ -104,6 +105,7 @@ def zoo_result(name: str, mode: str, outcome: str = "passed", **more: Any) -> di
 
 ZOO = [
     zoo_result("torchvision vgg16", "exact"),
+    zoo_result("torchvision vgg16", "auto"),
     zoo_result("timm dla34", "exact"),
     zoo_result("timm dla34", "approx", "failed", error="ValueError: no"),
     zoo_result("timm dla34", "auto", "no plan is fast enough"),
@@ -116,7 +118,8 @@ def test_the_zoo_shows_every_model_and_what_failed():
         "timm dla34", "torchvision vgg16",
     ]  # fmt: skip
     assert "3 of 7, 1.50×, 2 s" in lines[0]
-    assert lines[2] == "approx: 1 failed; auto: 1 no plan is fast enough; exact: 2 passed."
+    assert "3 of 7, 1.50×, 1.21× as fast, 2 s" in lines[0]
+    assert lines[2] == "approx: 1 failed; auto: 1 no plan is fast enough; auto: 1 passed; exact: 2 passed."
     assert lines[3:] == ["- timm dla34, approx: ValueError: no"]
 
 
@@ -138,6 +141,6 @@ def test_what_is_supported_goes_between_the_marks(tmp_path):
         assert rows[2:] == [
             ["exact", "2", "2", "0", "0"],
             ["approx", "1", "0", "0", "1"],
-            ["auto", "1", "0", "1", "0"],
+            ["auto", "2", "1", "1", "0"],
         ]
         assert "- timm dla34, approx: ValueError: no" in text

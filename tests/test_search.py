@@ -247,6 +247,26 @@ def test_a_plan_that_is_slower_as_a_whole_is_not_delivered():
         assert bool(bench.search.run(Budget(max_drop=1.0)).choice) is delivered
 
 
+class Fickle(Bench):
+    """Plans that are fast enough until they are timed beside themselves without one of their layers."""
+
+    def speedups(self, models):
+        busy = 0.2 if len(models) > 2 else 1.0
+        return [
+            Speedup(busy * each.median, Interval(busy * each.ci95.lo, busy * each.ci95.hi), each.noise_floor)
+            for each in super().speedups(models)
+        ]
+
+
+def test_a_plan_that_turns_out_slower_does_not_meet_a_demand_of_speed():
+    """Nothing replaced is no answer then."""
+    surveyed = {name: layer(400, 1.0) for name in "ab"}
+    total = Bench(surveyed).total
+    bench = Fickle(surveyed, ratio=lambda cost: total / cost, timed=True)
+    with pytest.raises(DemandNotMetError, match=r"--min-speedup 1.4: .* is 0\.30× as fast when timed again"):
+        bench.search.run(Budget(min_speedup=1.4))
+
+
 def test_sensitivities_are_corrected_among_replaced_layers():
     """Alone, both layers count alike; where both are replaced, the errors of "a" count tenfold."""
     surveyed = {"a": layer(400, 1.0), "b": layer(400, 1.0)}
