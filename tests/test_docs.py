@@ -183,12 +183,13 @@ def test_other_commands_are_run():
 
 @pytest.mark.parametrize("page", [*PAGES, BENCHMARKS], ids=lambda page: str(page.relative_to(ROOT)))
 def test_commands_within_sentences_stand_in_a_block_too(page):
-    """Where it is seen that they run; but for those that name no file, or any: `sepconvert apply MODEL`."""
-    programs = ("python", "pip", "sepconvert", "accelerate", "pytest", "sphinx-build")
+    """Where it is seen that they run; but for names of commands, and those that name no file, or any."""
+    programs = ("python", "pip", "accelerate", "pytest", "sphinx-build", "sepconvert")
     for text in inline(page):
-        words = text.split()
-        whole = len(words) > 2 and "…" not in words and not any(word.isupper() for word in words)
-        if words[0] in programs and whole:
+        program, *words = text.split()
+        open_ended = "…" in words or any(word.isupper() for word in words)  # `sepconvert apply MODEL`
+        least = 2 if program == "sepconvert" else 1  # `sepconvert profile`
+        if (program in programs or program.endswith(".py")) and len(words) >= least and not open_ended:
             assert canonical(text) in {*ALL, *(shlex.join(each) for each in commands(BENCHMARKS))}, text
 
 
