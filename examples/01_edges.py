@@ -42,7 +42,7 @@ def main() -> None:
     figure = Figure(figsize=(13, 3.6), layout="constrained")
     axes = figure.subplots(1, 4)
     axes[0].set_title("photograph")
-    axes[0].imshow(PHOTO[0, 0], cmap="gray")
+    axes[0].imshow(PHOTO[0, 0].numpy(), cmap="gray")
     options = parser.parse_args()
     for axis, (name, kernel) in zip(axes[1:], FILTERS.items(), strict=True):
         model = filter_of(kernel)
@@ -64,7 +64,7 @@ def main() -> None:
             values = ", ".join(f"{value:.3g}" for value in torch.linalg.svdvals(torch.tensor(kernel)))
             print(f"{name}: kept, {layer['reason']}; singular values {values}")
             axis.set_title(f"{name}: does not separate")
-        axis.imshow(after[0, 0], cmap="gray")
+        axis.imshow(after[0, 0].numpy(), cmap="gray")
     if options.figure:
         for axis in axes:
             axis.axis("off")
