@@ -1,11 +1,12 @@
-"""A check for continuous integration: a model must not become slower, nor lose accuracy.
+r"""A check for continuous integration: a model must not become slower, nor lose accuracy.
 
     python examples/07_compare_in_ci.py
 
 Both models are measured in one process and in turns, the first one twice: what does not stand out from that
 noise is no difference. On the command line the same is
 
-    sepconvert compare before.onnx after.onnx --data val.npz --fail-if 'latency > +5%' --fail-if 'drop > 0.5'
+    sepconvert compare original.onnx converted.onnx --data val.npz --fail-if 'latency > +5%' \
+        --fail-if 'drop > 0.5'
 
 which ends with exit code 3 if one of the conditions holds.
 """

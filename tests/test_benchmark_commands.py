@@ -51,7 +51,11 @@ resnet9 = resnet20 = net
 
 
 # Installations are run by `.ci/run`.
-BLOCKS = [block for block in blocks(BENCHMARKS) if block[0][0] != "pip"]
+BLOCKS = [
+    rest
+    for block in blocks(BENCHMARKS)
+    if (rest := [words for words in block if words[:2] != ["pip", "install"]])
+]
 (ZOO,) = [block for block in BLOCKS if "benchmarks/zoo.py" in block[0]]
 PLAIN = [block for block in BLOCKS if block is not ZOO]
 

@@ -73,6 +73,10 @@ RUN: dict[str, tuple[str, ...]] = {
 # One that another test runs, on fewer images.
 ELSEWHERE = {"sepconvert demo": "test_cli.py::test_demo"}
 
+_COMMAND = re.compile(
+    r"[ \t]*\$?[ \t]*(sepconvert|python|pip|accelerate|pytest|sphinx-build)[ \t]+\S+[ \t]+-"
+)
+
 FOREIGN = {"--keep-going", "--figure"}  # options of other programs
 
 MYNETS = """
@@ -153,9 +157,12 @@ def test_other_tests_are_there(test):
     assert f"def {name}(" in (Path(__file__).parent / file).read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+@pytest.mark.parametrize("page", [*PAGES, BENCHMARKS], ids=lambda page: str(page.relative_to(ROOT)))
 def test_every_block_is_of_a_kind_that_is_tested(page):
     """Or is no command, or is made from what is."""
+    others = FENCE.sub("", page.read_text(encoding="utf-8")).splitlines()
+    others += [line for body in fences(page, "text") for line in body.splitlines()]
+    assert not [line for line in others if _COMMAND.match(line)]
     found = {info.partition(" ")[0] for _, info, _ in FENCE.findall(page.read_text(encoding="utf-8"))}
     assert found <= {"sh", "python", "text", "{include}", "{literalinclude}", "{toctree}", "{eval-rst}"}
 
@@ -174,9 +181,9 @@ def test_other_commands_are_run():
             continue
         if words[0] == "python":
             name = Path(words[1]).name
-            assert name in test_examples.SAYS
-            options = {word for word in words if word.startswith("--")}
-            assert options <= set(test_examples.ARGUMENTS.get(name, ())), text
+            assert words[1] == f"examples/{name}"
+            arguments = test_examples.ARGUMENTS.get(name, [])
+            assert shlex.join(words[2:]) in shlex.join(arguments), text
         else:
             assert text in ci, text
 
@@ -193,11 +200,29 @@ def test_commands_within_sentences_stand_in_a_block_too(page):
             assert canonical(text) in {*ALL, *(shlex.join(each) for each in commands(BENCHMARKS))}, text
 
 
+@pytest.mark.parametrize("name", test_examples.SAYS)
+def test_commands_of_examples(name):
+    """At the top of each, which the pages show: its own, with options that the tests try, and others."""
+    text = ast.get_docstring(ast.parse((ROOT / "examples" / name).read_text(encoding="utf-8")))
+    lines = [line.strip() for line in text.replace("\\\n", " ").splitlines()]
+    own, *others = [line for line in lines if line.startswith(("python ", "sepconvert "))]
+    words = own.replace("[", "").replace("]", "").split()
+    assert words[:2] == ["python", f"examples/{name}"]
+    named = {word for word in words if word.startswith("-")}
+    assert named == {word for word in test_examples.ARGUMENTS.get(name, ()) if word.startswith("-")}
+    assert {canonical(line) for line in others} <= {*ALL}
+
+
 def test_options_that_are_named_exist():
     options = [option for command in cli.cli.commands.values() for option in command.params]
-    known = {name for option in options for name in (*option.opts, *option.secondary_opts)}
-    for page in PAGES:
+    ours = {name for option in options for name in (*option.opts, *option.secondary_opts)}
+    scripts = [*BENCHMARKS.parent.glob("*.py"), ROOT / "tests/fuzz.py"]
+    theirs = {
+        name for path in scripts for name in re.findall(r'"(--[a-z-]+)"', path.read_text(encoding="utf-8"))
+    }
+    for page in [*PAGES, BENCHMARKS]:
         named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", page.read_text(encoding="utf-8")))
+        known = ours | (theirs if page == BENCHMARKS else set())
         assert named <= known | FOREIGN | {"--help"}, page
 
 
