@@ -6,8 +6,7 @@
 A plain network of 3×3 convolutions at 32×32, with BatchNorm and ReLU, is converted with `--rank 1` from
 noise; of images, layers and width each grows in turn, while the others are the first of their list. Networks
 of torchvision have random weights. Every run is a process of its own; what its imports take is in the memory,
-not in the time. The table is Markdown, with the command above it; growth.md beside this file is what was
-printed.
+not in the time. The table is Markdown, with the command above it.
 """
 
 import multiprocessing
