@@ -160,10 +160,13 @@ def test_other_tests_are_there(test):
 @pytest.mark.parametrize("page", [*PAGES, BENCHMARKS], ids=lambda page: str(page.relative_to(ROOT)))
 def test_every_block_is_of_a_kind_that_is_tested(page):
     """Or is no command, or is made from what is."""
-    others = FENCE.sub("", page.read_text(encoding="utf-8")).splitlines()
+    text = page.read_text(encoding="utf-8")
+    others = FENCE.sub("", text).splitlines()
     others += [line for body in fences(page, "text") for line in body.splitlines()]
     assert not [line for line in others if _COMMAND.match(line)]
-    found = {info.partition(" ")[0] for _, info, _ in FENCE.findall(page.read_text(encoding="utf-8"))}
+    assert "~~~" not in text
+    infos = [info for _, info, _ in FENCE.findall(text)]
+    found = {info if info.startswith("sh") else info.partition(" ")[0] for info in infos}
     assert found <= {"sh", "python", "text", "{include}", "{literalinclude}", "{toctree}", "{eval-rst}"}
 
 
