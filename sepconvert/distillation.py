@@ -5,6 +5,7 @@ or `torchrun`, on many GPUs or machines. What is random (order, augmentation) is
 epoch and the step alone, so that a run that was killed resumes where it was.
 """
 
+import contextlib
 import hashlib
 import itertools
 import math
@@ -761,6 +762,9 @@ def _write(checkpoint: Path, content: dict[str, Any]) -> None:
         raise SepconvertError(
             f"{checkpoint}: expected a place to write to, got: {first_line(error)}; pass another checkpoint"
         ) from error
+    finally:
+        with contextlib.suppress(OSError):  # where it could not be written either
+            unfinished.unlink(missing_ok=True)
 
 
 def _read(checkpoint: Path, resume: bool, accelerator: Accelerator) -> dict[str, Any] | None:

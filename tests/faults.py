@@ -266,6 +266,8 @@ def main() -> None:
         outcome = outcome.replace(folder, "…")
         print(f"{name}: {outcome}", file=sys.stderr, flush=True)
         rows.append({"fault": name, "outcome": outcome})
+    if not rows:
+        sys.exit(f"expected parts of these names: {', '.join(FAULTS)}")
     print(tabulate(rows, headers="keys", tablefmt="github"))
     sys.exit(any("NOT SO" in row["outcome"] for row in rows))
 

@@ -1,8 +1,9 @@
-"""The pages of the documentation, and the command lines on them."""
+"""The pages of the documentation, the command lines on them, and what runs those."""
 
 import re
 import shlex
 import textwrap
+from collections.abc import Callable
 from itertools import chain
 from pathlib import Path
 
@@ -41,6 +42,15 @@ def inline(page: Path) -> list[str]:
     """What stands between single backticks on a page."""
     text = FENCE.sub("", page.read_text(encoding="utf-8"))
     return [" ".join(each.split()) for each in re.findall(r"(?<!`)`([^`]+)`", text)]
+
+
+def exit_code(program: Callable[[], object]) -> object:
+    """Of a program that runs in this process."""
+    try:
+        program()
+    except SystemExit as end:
+        return end.code or 0
+    return 0
 
 
 def canonical(text: str) -> str:

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from pages import BENCHMARKS, ROOT, blocks
+from pages import BENCHMARKS, ROOT, blocks, exit_code
 
 from sepconvert import cli
 
@@ -20,15 +20,15 @@ FASHION_MNIST = "/usr/share/datasets/fashion-mnist"
 FIT = ("--runs", "0", "--calib-images", "64", "--measure-seconds", "0")
 # What makes them quick: of each program, by how its commands begin.
 QUICKLY = {
-    "benchmarks/growth.py": ("--images", "8", "--layers", "2", "--width", "16"),
+    "benchmarks/growth.py": ("--images", "8", "--layers", "2", "--width", "16", "--memory", "5"),
     "benchmarks/zoo.py run": ("squeezenet1_1", "--mode", "exact", "--mode", "approx"),
     "benchmarks/zoo.py report": (),
     "tests/faults.py": ("full disk",),
-    "tests/fuzz.py": ("--kind", "npz", "--cases", "8"),
+    "tests/fuzz.py": ("--kind", "npz", "--cases", "8", "--seed", "3"),
     "benchmarks/compare_noise.py": ("--times", "1", "--runs", "3"),
     "benchmarks/fashion_mnist.py": ("--epochs", "1"),
     "benchmarks/peers.py convert results/fmnist": ("--tool", "fasterai spatial"),
-    "benchmarks/peers.py convert results/resnet9": ("--tool", "plain SVD"),
+    "benchmarks/peers.py convert results/resnet9": ("--tool", "plain SVD", "--finetune", "5"),
     "benchmarks/peers.py convert results/resnet20": ("--tool", "fasterai spatial"),
     "benchmarks/peers.py time": ("--runs", "3"),
     "benchmarks/peers.py report": (),
@@ -77,12 +77,7 @@ def call(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     else:
         main = cli.cli
         monkeypatch.setattr(sys, "argv", words)
-    code = 0
-    try:
-        main()
-    except SystemExit as end:
-        code = end.code or 0
-    assert code == 0, words
+    assert exit_code(main) == 0, words
 
 
 def write_images(path: Path, count: int, seed: int) -> None:
@@ -146,15 +141,9 @@ def test_commands_run(block, folder, monkeypatch, capsys):
 def test_the_zoo_is_run_in_parts(folder, monkeypatch):
     """What is there is kept; what is not is done in a process of its own, and judged."""
     kept = {
-        **{
-            "name": "torchvision squeezenet1_1",
-            "family": "SqueezeNet",
-            "mode": "approx",
-            "outcome": "passed",
-            "error": None,
-        },
-        **{"seconds": 2.4, "peak_gb": 1.25, "converted": 3, "convolutions": 7, "macs_ratio": 1.5},
-    }
+        "name": "torchvision squeezenet1_1", "family": "SqueezeNet", "mode": "approx", "outcome": "passed",
+        "error": None, "seconds": 2.4, "peak_gb": 1.25, "converted": 3, "convolutions": 7, "macs_ratio": 1.5,
+    }  # fmt: skip
     (folder / "zoo.json").write_text(json.dumps([kept]))
     run(ZOO, folder, monkeypatch)
     before, found = json.loads((folder / "zoo.json").read_text())

@@ -475,6 +475,17 @@ def test_an_unfinished_checkpoint_does_no_harm(tmp_path):
     assert list(tmp_path.iterdir()) == [checkpoint]
 
 
+class Interrupts:
+    def __reduce__(self):
+        raise KeyboardInterrupt
+
+
+def test_a_checkpoint_that_is_stopped_half_way_leaves_nothing(tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        distillation._write(tmp_path / "checkpoint", {"weights": torch.zeros(3), "then": Interrupts()})
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_checkpoints_of_other_runs_are_refused(tmp_path):
     checkpoint = tmp_path / "checkpoint"
     tuned(checkpoint=checkpoint)

@@ -178,6 +178,7 @@ def test_other_commands_are_run():
         for line in lines
         if line.startswith(("pip ", "pytest", "sphinx-build "))
     }
+    extras = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     installations = {shlex.join(words): words for words in commands(BENCHMARKS) if words[0] == "pip"}
     for text, words in (ALL | installations).items():
         if text in OURS:
@@ -189,6 +190,9 @@ def test_other_commands_are_run():
             assert shlex.join(words[2:]) in shlex.join(arguments), text
         else:
             assert text in ci, text
+            # pip does not fail for want of an extra.
+            named = re.findall(r"\[(\w+)\]", text)
+            assert all(f"\n{extra} = [" in extras for extra in named), text
 
 
 @pytest.mark.parametrize("page", [*PAGES, BENCHMARKS], ids=lambda page: str(page.relative_to(ROOT)))

@@ -1,11 +1,11 @@
 """The examples run as they stand, and do what they say."""
 
-import contextlib
 import runpy
 import sys
 from pathlib import Path
 
 import pytest
+from pages import exit_code
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 SAYS = {
@@ -16,7 +16,9 @@ SAYS = {
     "02_depthwise_separable.py": "1,228,800 dense, 53,952 separable",
     "03_exact.py": "MACs: 2.03× fewer",
     "04_approx_finetune.py": tuple(
-        f"M = 1, {epochs} epochs: 143,786 → 14,587 parameters, accuracy " for epochs in (0, 1)
+        f"M = {rank}, {epochs} epochs: 143,786 → {params} parameters, accuracy "
+        for rank, params in ((1, "14,587"), (2, "27,980"))
+        for epochs in (0, 1)
     ),
     "05_auto_budget.py": "times as fast, accuracy lost: ",
     "06_own_training_loop.py": "after epoch 1: ",
@@ -27,7 +29,7 @@ SAYS = {
 # Less of what takes time.
 ARGUMENTS = {
     "01_edges.py": ["--figure", "edges.png"],
-    "04_approx_finetune.py": ["--ranks", "1", "--images", "100", "--epochs", "1", "--figure", "few.png"],
+    "04_approx_finetune.py": ["--ranks", "1", "2", "--images", "100", "--epochs", "1", "--figure", "few.png"],
     "05_auto_budget.py": ["--images", "100", "--max-drop", "5", "--seconds", "2"],
     "06_own_training_loop.py": ["--images", "100", "--epochs", "1"],
 }
@@ -45,8 +47,7 @@ def test_example(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [str(EXAMPLES), *sys.path])
     monkeypatch.setattr(sys, "argv", [str(EXAMPLES / name), *ARGUMENTS.get(name, [])])
-    with contextlib.suppress(SystemExit):  # of 0; of a failure nothing is said below
-        runpy.run_path(str(EXAMPLES / name), run_name="__main__")
+    assert exit_code(lambda: runpy.run_path(str(EXAMPLES / name), run_name="__main__")) == 0
     output = capsys.readouterr().out
     for said in [SAYS[name]] if isinstance(SAYS[name], str) else SAYS[name]:
         assert said in output
