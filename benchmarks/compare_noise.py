@@ -1,16 +1,14 @@
 """Does `compare` call equal models equal, and a slower one slower?
 
-    python benchmarks/compare_noise.py [--times 20] [--runs 50] [--threads 1]
-
 A ResNet-18 at 224×224 is compared with itself, and with itself and one more 3×3 convolution (64 channels at
 56×56, 6 % of the MACs). Of 20 comparisons at most 1 may call the first pair different, and at least 18 must
 call the longer network slower. Needs torchvision.
 """
 
-import argparse
 import tempfile
 from pathlib import Path
 
+import click
 import torch
 from torch import nn
 from torchvision.models import resnet18
@@ -28,25 +26,24 @@ def networks() -> tuple[nn.Module, nn.Module]:
     return short, longer.eval()
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--times", type=int, default=20)
-    parser.add_argument("--runs", type=int, default=50)
-    parser.add_argument("--threads", type=int, default=1)
-    options = parser.parse_args()
+@click.command(help=__doc__)
+@click.option("--times", default=20, show_default=True, help="Comparisons.")
+@click.option("--runs", default=50, show_default=True, help="Rounds of each.")
+@click.option("--threads", default=1, show_default=True)
+def main(times: int, runs: int, threads: int) -> None:
     x = torch.randn(1, 3, 224, 224)
-    runtime = Runtime(options.threads)
+    runtime = Runtime(threads)
     different = slower = 0
     with tempfile.TemporaryDirectory() as folder:
         short, longer = (
             Subject.of_model(name, model, (x,), Path(folder) / f"{name}.onnx")
             for name, model in zip(("short", "longer"), networks(), strict=True)
         )
-        print(f"{environment(runtime)['cpu']}, {options.threads} threads, {options.runs} runs;"
+        print(f"{environment(runtime)['cpu']}, {threads} threads, {runs} runs;"
               f" MACs ×{longer.profile.macs / short.profile.macs:.3f}")  # fmt: skip
-        for seed in range(options.times):
+        for seed in range(times):
             found = [
-                measure([short, other], [x.numpy()], data=None, runs=options.runs, runtime=runtime, seed=seed,
+                measure([short, other], [x.numpy()], data=None, runs=runs, runtime=runtime, seed=seed,
                         progress=silent).deltas[0].speedup
                 for other in (short, longer)
             ]  # fmt: skip
@@ -55,7 +52,7 @@ def main() -> None:
             slower += more.significant and more.median < 1
             print(f"itself {same.median:.3f} {same.ci95.to_list()}, longer {more.median:.3f}"
                   f" {more.ci95.to_list()}, noise {more.noise_floor.to_list()}", flush=True)  # fmt: skip
-    print(f"itself called different: {different} of {options.times}; longer called slower: {slower}")
+    print(f"itself called different: {different} of {times}; longer called slower: {slower}")
 
 
 if __name__ == "__main__":

@@ -318,9 +318,10 @@ def convert_command(
     names: tuple[str, ...],
 ) -> None:
     """Make every tool's models of MODEL in FOLDER; what is there already is kept."""
-    chosen = [tool for tool in tools(finetune) if not names or tool.name in names]
-    if not chosen:
-        raise click.UsageError(f"--tool: expected some of {', '.join(tool.name for tool in tools(finetune))}")
+    known = {tool.name: tool for tool in tools(finetune)}
+    if unknown := [name for name in names if name not in known]:
+        raise click.UsageError(f"--tool {unknown[0]}: expected some of {', '.join(known)}")
+    chosen = [known[name] for name in names or known]
     (folder / POINTS).mkdir(parents=True, exist_ok=True)
     preprocess = Preprocess(mean, std)
     scored, images = load_data(data, preprocess), load_data(calib, preprocess, batch_size=128)

@@ -375,9 +375,9 @@ def cli() -> None:
 )  # fmt: skip
 def run(path: Path, names: Sequence[str], modes: Sequence[str], jobs: int) -> None:
     """Convert all models, or those whose name contains one of NAMES, in a process for each mode."""
+    if unknown := [each for each in names if not any(each in name for name in entries())]:
+        raise click.UsageError(f"{unknown[0]}: expected parts of these names: {', '.join(entries())}")
     chosen = [name for name in entries() if not names or any(each in name for each in names)]
-    if not chosen:
-        raise click.UsageError(f"expected parts of these names: {', '.join(entries())}")
     results = {(each["name"], each["mode"]): each for each in _read(path)} if path.exists() else {}
     asked = [(name, mode) for mode in modes or MODES for name in chosen]
     pool = ThreadPoolExecutor(jobs)  # of threads that wait for processes

@@ -18,6 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import click
 import small_net
 from tabulate import tabulate
 
@@ -251,11 +252,15 @@ FAULTS: dict[str, Callable[[Path], str]] = {
 }
 
 
-def main() -> None:
+@click.command(help=__doc__)
+@click.argument("names", nargs=-1)
+def main(names: tuple[str, ...]) -> None:
     """Bring about every fault, or those whose name contains one of the arguments."""
+    if unknown := [part for part in names if not any(part in name for name in FAULTS)]:
+        raise click.UsageError(f"{unknown[0]}: expected parts of these names: {', '.join(FAULTS)}")
     rows: list[dict[str, Any]] = []
     for name, fault in FAULTS.items():
-        if sys.argv[1:] and not any(part in name for part in sys.argv[1:]):
+        if names and not any(part in name for part in names):
             continue
         with tempfile.TemporaryDirectory() as folder:
             small_net.write(Path(folder))
@@ -266,8 +271,6 @@ def main() -> None:
         outcome = outcome.replace(folder, "…")
         print(f"{name}: {outcome}", file=sys.stderr, flush=True)
         rows.append({"fault": name, "outcome": outcome})
-    if not rows:
-        sys.exit(f"expected parts of these names: {', '.join(FAULTS)}")
     print(tabulate(rows, headers="keys", tablefmt="github"))
     sys.exit(any("NOT SO" in row["outcome"] for row in rows))
 

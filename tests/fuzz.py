@@ -6,7 +6,6 @@ nothing that the file says: a hook of the interpreter watches for processes, soc
 writing. Cases run in a process of their own, which is begun anew if a case ends it; kind and number name one.
 """
 
-import argparse
 import io
 import json
 import multiprocessing
@@ -26,6 +25,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import click
 import numpy as np
 import psutil
 import torch
@@ -376,22 +376,21 @@ def _watched(process: Any, state: Any) -> str | None:
     return None
 
 
-def main() -> None:
+@click.command(help=__doc__)
+@click.option("--cases", default=10_000, show_default=True, help="Of all kinds together.")
+@click.option("--kind", type=click.Choice(list(READERS)), help="Only one.")
+@click.option("--seed", default=0, show_default=True)
+def main(cases: int, kind: str | None, seed: int) -> None:
     """Run, and end with 1 if a case was not met as it must be."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--cases", type=int, default=10_000, help="of all kinds together")
-    parser.add_argument("--kind", choices=READERS, help="only one")
-    parser.add_argument("--seed", type=int, default=0)
-    options = parser.parse_args()
-    kinds = [options.kind] if options.kind else list(READERS)
+    kinds = [kind] if kind else list(READERS)
     bad = 0
-    for kind in kinds:
-        found = run(kind, -(-options.cases // len(kinds)), options.seed)
+    for name in kinds:
+        found = run(name, -(-cases // len(kinds)), seed)
         counts = Counter(outcome for outcome, _ in found.values())
         slowest = max(seconds for _, seconds in found.values())
         read, refused = (counts.pop(each, 0) for each in ("read", "refused"))
         print(
-            f"{kind}: {len(found)} cases, {read} read, {refused} refused, slowest {slowest:.1f} s", flush=True
+            f"{name}: {len(found)} cases, {read} read, {refused} refused, slowest {slowest:.1f} s", flush=True
         )
         for outcome, count in counts.most_common():
             number = next(number for number, (each, _) in found.items() if each == outcome)

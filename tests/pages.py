@@ -6,6 +6,9 @@ import textwrap
 from collections.abc import Callable
 from itertools import chain
 from pathlib import Path
+from typing import Any
+
+import click
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
@@ -15,6 +18,7 @@ PAGES = [
     *sorted(path for path in DOCS.rglob("*.md") if not path.relative_to(DOCS).parts[0].startswith("_")),
 ]
 FENCE = re.compile(r"^( *)```([^\n`]*)\n(.*?)^\1```$", re.MULTILINE | re.DOTALL)
+_CODE = re.compile(r"(?<!`)(`+)(?!`)(.+?)(?<!`)\1(?!`)", re.DOTALL)
 
 
 def fences(page: Path, language: str) -> list[str]:
@@ -29,7 +33,7 @@ def blocks(page: Path) -> list[list[list[str]]]:
     for block in fences(page, "sh"):
         lines = [part for line in block.replace("\\\n", " ").splitlines() for part in line.split(" && ")]
         words = [shlex.split(line, comments=True) for line in lines]
-        found.append([each[: each.index(">")] if ">" in each else each for each in words if each])
+        found.append([each[:-2] if each[-2:-1] == [">"] else each for each in words if each])
     return found
 
 
@@ -39,9 +43,9 @@ def commands(page: Path) -> list[list[str]]:
 
 
 def inline(page: Path) -> list[str]:
-    """What stands between single backticks on a page."""
+    """What stands between backticks on a page."""
     text = FENCE.sub("", page.read_text(encoding="utf-8"))
-    return [" ".join(each.split()) for each in re.findall(r"(?<!`)`([^`]+)`", text)]
+    return [" ".join(each.split()) for _, each in _CODE.findall(text)]
 
 
 def exit_code(program: Callable[[], object]) -> object:
@@ -51,6 +55,13 @@ def exit_code(program: Callable[[], object]) -> object:
     except SystemExit as end:
         return end.code or 0
     return 0
+
+
+def parsed(command: click.Command, words: list[str]) -> dict[str, Any]:
+    """The options and arguments of a command of click, as it reads them; it raises what it would say."""
+    if isinstance(command, click.Group):
+        _, command, words = command.resolve_command(click.Context(command), words)
+    return command.make_context(command.name, list(words)).params
 
 
 def canonical(text: str) -> str:

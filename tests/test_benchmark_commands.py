@@ -2,6 +2,7 @@
 
 import gzip
 import importlib
+import importlib.util
 import json
 import shutil
 import sys
@@ -10,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from pages import BENCHMARKS, ROOT, blocks, exit_code
+from pages import BENCHMARKS, ROOT, blocks, exit_code, parsed
 
 from sepconvert import cli
 
@@ -28,14 +29,15 @@ QUICKLY = {
     "benchmarks/compare_noise.py": ("--times", "1", "--runs", "3"),
     "benchmarks/fashion_mnist.py": ("--epochs", "1"),
     "benchmarks/peers.py convert results/fmnist": ("--tool", "fasterai spatial"),
-    "benchmarks/peers.py convert results/resnet9": ("--tool", "plain SVD", "--finetune", "5"),
-    "benchmarks/peers.py convert results/resnet20": ("--tool", "fasterai spatial"),
+    "benchmarks/peers.py convert results/resnet9": ("--tool", "plain SVD"),
+    "benchmarks/peers.py convert results/resnet20": ("--tool", "tensorly-torch CP"),
     "benchmarks/peers.py time": ("--runs", "3"),
     "benchmarks/peers.py report": (),
     "sepconvert fmnist/fmnist.pt": (*FIT, "--exclude", "[34].*", "--exclude", "5.conv1"),
     "sepconvert resnet9.pt": FIT,
     "sepconvert resnet20.th": FIT,
 }
+PACKAGES = {"fasterai": "fasterai", "tensorly-torch": "tltorch", "plain": "sepconvert"}
 NETS = """
 from torch import nn
 
@@ -67,16 +69,18 @@ def quickly(words: list[str]) -> tuple[str, ...]:
     return found
 
 
-def call(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Run a command here, as its program would."""
+def call(words: list[str], more: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run a command here, as its program would, with `more` options, when it has been read without them."""
     if words[0] == "python":
-        module = importlib.import_module(Path(words[1]).stem)
-        assert Path(module.__file__) == ROOT / words[1]
+        _, *words = words
+        module = importlib.import_module(Path(words[0]).stem)
+        assert Path(module.__file__) == ROOT / words[0]
         main = module.cli if hasattr(module, "cli") else module.main
-        monkeypatch.setattr(sys, "argv", words[1:])
+        parsed(main, words[1:])
     else:
         main = cli.cli
-        monkeypatch.setattr(sys, "argv", words)
+        parsed(main, ["convert", *words[1:]])
+    monkeypatch.setattr(sys, "argv", [*words, *more])
     assert exit_code(main) == 0, words
 
 
@@ -129,13 +133,17 @@ def run(block: list[list[str]], folder: Path, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(sys, "path", list(sys.path))
     for words in block:
         here = [each for word in words for each in stand_in(word, folder)]
-        call([*here, *quickly(words)], monkeypatch)
+        call(here, quickly(words), monkeypatch)
 
 
 @pytest.mark.parametrize("block", PLAIN, ids=lambda block: " ".join(block[-1][:2]))
 def test_commands_run(block, folder, monkeypatch, capsys):
     run(block, folder, monkeypatch)
     assert capsys.readouterr().out
+    for path in (folder / "results").rglob("points/*.json"):
+        point = json.loads(path.read_text())
+        package = PACKAGES.get(point["tool"].split()[0])
+        assert "error" not in point or package is None or importlib.util.find_spec(package) is None, point
 
 
 def test_the_zoo_is_run_in_parts(folder, monkeypatch):

@@ -18,6 +18,7 @@ from typing import Any
 
 import click
 import numpy as np
+import pages
 import pytest
 import test_examples
 import torch
@@ -73,9 +74,17 @@ RUN: dict[str, tuple[str, ...]] = {
 # One that another test runs, on fewer images.
 ELSEWHERE = {"sepconvert demo": "test_cli.py::test_demo"}
 
-_COMMAND = re.compile(
-    r"[ \t]*\$?[ \t]*(sepconvert|python|pip|accelerate|pytest|sphinx-build)[ \t]+\S+[ \t]+-"
-)
+_PROGRAM = r"(?:sepconvert|python3?|pip3?|accelerate|torchrun|pytest|sphinx-build|\S+\.(?:py|sh))"
+# A line that would be shown as a command, or reads as one.
+_COMMAND = re.compile(rf"(?: {{4,}}|\t)\s*\$?\s*{_PROGRAM}\s|\s*(?:\$\s*)?{_PROGRAM}\s+\S+\s+-")
+
+# Commands within sentences whose words in capitals, or …, stand for any.
+FORMS = {
+    "sepconvert apply MODEL plan.json",
+    "sepconvert profile MODEL",
+    "sepconvert COMMAND --help",
+    "accelerate launch -m sepconvert …",
+}
 
 FOREIGN = {"--keep-going", "--figure"}  # options of other programs
 
@@ -112,9 +121,9 @@ OURS = [text for text, words in ALL.items() if "sepconvert" in words[:4]]
 def parsed(words: list[str]) -> dict[str, Any]:
     """The options of a command of ours as the real command line reads them; it raises what it would say."""
     arguments = words[words.index("sepconvert") + 1 :]
-    if arguments[0] not in cli.cli.commands:
-        arguments = ["convert", *arguments]
-    options = cli.cli.commands[arguments[0]].make_context(arguments[0], arguments[1:]).params
+    options = pages.parsed(
+        cli.cli, arguments if arguments[0] in cli.cli.commands else ["convert", *arguments]
+    )
     for condition in options.get("fail_if", ()):
         Demand.parse(condition)
     if options.get("input_shape"):
@@ -164,7 +173,9 @@ def test_every_block_is_of_a_kind_that_is_tested(page):
     others = FENCE.sub("", text).splitlines()
     others += [line for body in fences(page, "text") for line in body.splitlines()]
     assert not [line for line in others if _COMMAND.match(line)]
-    assert "~~~" not in text
+    # No fence of another kind, none that is quoted or not closed, and no block of HTML.
+    assert not re.search(r"~~~|````|^ *>\s*```|<(pre|code)\b", text, re.MULTILINE)
+    assert "```" not in FENCE.sub("", text)
     infos = [info for _, info, _ in FENCE.findall(text)]
     found = {info if info.startswith("sh") else info.partition(" ")[0] for info in infos}
     assert found <= {"sh", "python", "text", "{include}", "{literalinclude}", "{toctree}", "{eval-rst}"}
@@ -197,14 +208,64 @@ def test_other_commands_are_run():
 
 @pytest.mark.parametrize("page", [*PAGES, BENCHMARKS], ids=lambda page: str(page.relative_to(ROOT)))
 def test_commands_within_sentences_stand_in_a_block_too(page):
-    """Where it is seen that they run; but for names of commands, and those that name no file, or any."""
-    programs = ("python", "pip", "accelerate", "pytest", "sphinx-build", "sepconvert")
+    """Where it is seen that they run; but for forms of commands, and names."""
+    known = {*ALL, *(shlex.join(each) for each in commands(BENCHMARKS))}
+    known |= {f"sepconvert {name}" for name in cli.cli.commands} | FORMS
     for text in inline(page):
-        program, *words = text.split()
-        open_ended = "…" in words or any(word.isupper() for word in words)  # `sepconvert apply MODEL`
-        least = 2 if program == "sepconvert" else 1  # `sepconvert profile`
-        if (program in programs or program.endswith(".py")) and len(words) >= least and not open_ended:
-            assert canonical(text) in {*ALL, *(shlex.join(each) for each in commands(BENCHMARKS))}, text
+        if re.match(rf"\$?\s*{_PROGRAM}\s", text):
+            assert text in FORMS or canonical(text) in known, text
+
+
+@pytest.mark.parametrize("page", [*PAGES, BENCHMARKS], ids=lambda page: str(page.relative_to(ROOT)))
+def test_options_within_sentences_have_values_that_they_take(page):
+    """`--gate latency`; what stands in capitals is any."""
+    for text in inline(page):
+        name, *values = text.split()
+        if name.startswith("--") and values and not all(value.isupper() for value in values):
+            owners = [
+                each for each in cli.cli.commands.values() if name in {o for p in each.params for o in p.opts}
+            ]
+            assert owners, text
+            required = [parameter.name for parameter in owners[0].params if parameter.required]
+            owners[0].make_context(None, [*required, *shlex.split(text)])
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "````sh\nsepconvert model.pt\n````\n",
+        "> ```sh\n> sepconvert model.pt\n> ```\n",
+        "<pre>sepconvert model.pt</pre>\n",
+        "    sepconvert model.pt\n",
+        "    ./run.sh now\n",
+        "```sh\nsepconvert model.pt\n",
+        "~~~\nsepconvert model.pt\n~~~\n",
+        "```console\n$ sepconvert model.pt\n```\n",
+        "```text\nsepconvert model.pt --json\n```\n",
+    ],
+)
+def test_a_block_that_is_not_tested_is_found(tmp_path, text):
+    (tmp_path / "page.md").write_text(f"Text.\n\n{text}")
+    with pytest.raises(AssertionError):
+        test_every_block_is_of_a_kind_that_is_tested(tmp_path / "page.md")
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["`sepconvert prune`", "``sepconvert model.pt``", "`sepconvert my.pt --mode AUTO`", "`python3 x.py -v`",
+     "`torchrun train.py`", "`./x.sh now`"],
+)  # fmt: skip
+def test_a_command_within_a_sentence_that_stands_in_no_block_is_found(tmp_path, text):
+    (tmp_path / "page.md").write_text(f"Run {text}.\n")
+    with pytest.raises(AssertionError):
+        test_commands_within_sentences_stand_in_a_block_too(tmp_path / "page.md")
+
+
+@pytest.mark.parametrize("text", ["`--gate speed`", "`--rank 0`", "`--tempo 3`"])
+def test_an_option_with_a_value_that_it_does_not_take_is_found(tmp_path, text):
+    (tmp_path / "page.md").write_text(f"Pass {text}.\n")
+    with pytest.raises((AssertionError, click.UsageError)):
+        test_options_within_sentences_have_values_that_they_take(tmp_path / "page.md")
 
 
 @pytest.mark.parametrize("name", test_examples.SAYS)
