@@ -51,7 +51,7 @@ from sepconvert.report.document import LayerApproximation, LayerReport
 from sepconvert.rewrite import Obstacles
 from sepconvert.search import Budget, Point, Search
 from sepconvert.timing import FORM_RUNS, Clock
-from sepconvert.trace import ConvSite, Inputs, duplicate, placed
+from sepconvert.trace import ConvSite, Inputs, duplicate, placed, tensors_in
 from sepconvert.verify import compare_with, reference
 
 MOST_AT_ONCE = 64
@@ -150,7 +150,7 @@ def split_data(
 
 def check_shapes(parts: Parts, inputs: Inputs) -> None:
     """Raise `SepconvertError` if no image to fit to or to train on has the shape of the model's input."""
-    expected = [value.shape[1:] for value in inputs if isinstance(value, Tensor)]
+    expected = [value.shape[1:] for value in tensors_in(inputs)]
     if len(expected) > 1 and (parts.calibration or parts.train):
         raise SepconvertError(
             f"calibration: the model takes {len(expected)} tensors, and can be shown one; give it as a "

@@ -15,8 +15,8 @@ from typing import Any
 import click
 
 from sepconvert import __version__
-from sepconvert.environment import GRAPH_OPTIMIZATIONS
-from sepconvert.errors import DemandNotMetError, SepconvertError, first_line, shortened
+from sepconvert.environment import GRAPH_OPTIMIZATIONS, MAX_THREADS
+from sepconvert.errors import MAX_SEED, DemandNotMetError, SepconvertError, first_line, shortened
 from sepconvert.output import ignore_signal
 
 Command = Callable[..., Any]
@@ -83,7 +83,7 @@ _approx_options = _options(
                  "[default: a part of --data, which is then not scored]."),
     click.option("--calib-images", default=1536, show_default=True, type=click.IntRange(1),
                  help="How many; a quarter, or 256, are held out to judge plans by."),
-    click.option("--memory", type=click.FloatRange(0, min_open=True), metavar="GB",
+    click.option("--memory", type=click.FloatRange(0, 1e9, min_open=True), metavar="GB",
                  help="That the process may have while it calibrates; less takes longer "
                       "[default: half of what is free besides]."),
     click.option("--rank", type=click.IntRange(1), help="Depthwise multiplier of all layers, no search."),
@@ -106,15 +106,15 @@ _run_options = _options(
         "--batch", default=1, show_default=True, type=click.IntRange(1), help="Batch that is run and timed."
     ),
     click.option("--device", default="cpu", show_default=True, help="Where torch runs it, e.g. cuda."),
-    click.option(
-        "--seed", default=0, show_default=True, type=int, help="Of random inputs and of the order of runs."
-    ),
+    click.option("--seed", default=0, show_default=True, type=click.IntRange(0, MAX_SEED), metavar="N",
+                 help="Of random inputs and of the order of runs."),
     click.option("--quiet", is_flag=True, help="No progress, no tables; warnings remain."),
     click.option("--json", "as_json", is_flag=True, help="Print the JSON document on standard output."),
     click.option("--debug", is_flag=True, help="Show tracebacks."),
-)
+)  # fmt: skip
 _timing_options = _options(
-    click.option("--threads", type=click.IntRange(1), help="Threads of ONNX Runtime [default: all cores]."),
+    click.option("--threads", type=click.IntRange(1, MAX_THREADS), metavar="N",
+                 help="Threads of ONNX Runtime [default: all cores]."),
     click.option(
         "--graph-optimization",
         type=click.Choice(GRAPH_OPTIMIZATIONS),

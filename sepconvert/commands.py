@@ -41,7 +41,7 @@ from sepconvert.footprint import images_at_once
 from sepconvert.head_to_head import Subject
 from sepconvert.head_to_head import measure as measure_together
 from sepconvert.load import LoadedModel, load_model, parse_input_shape
-from sepconvert.output import result_directory
+from sepconvert.output import FILES, result_directory
 from sepconvert.pipeline import ConversionResult
 from sepconvert.pipeline import apply_plan as run_apply
 from sepconvert.pipeline import convert as run_convert
@@ -61,7 +61,7 @@ from sepconvert.report.terminal import (
     summary,
     warnings_of,
 )
-from sepconvert.trace import Inputs
+from sepconvert.trace import Inputs, tensors_in
 
 T = TypeVar("T")
 Options = Mapping[str, Any]
@@ -71,11 +71,6 @@ _STEP = 64
 
 Five epochs of a ResNet-9 end at 87.3 %, at 86.6 % with 128 and the learning rate 5e-3 (a run each)."""
 
-
-_FILES = (
-    "original.onnx", "converted.onnx", "converted.pt2", "plan.json",
-    "converted.safetensors", "report.json", "report.html",
-)  # fmt: skip
 
 # What `sepconvert demo` shows: what each mode is about, and how it is asked for.
 _DEMO: Mapping[str, tuple[str, Mapping[str, Any]]] = {
@@ -275,7 +270,7 @@ def _profile(options: Options) -> StoredProfile:
         timing = options if batches is None else {**options, "runs": 0}
         found = _measured([Subject.of_file(path, file)], data, inputs, timing).profiles[0]
         if batches is not None:
-            arrays = [value.numpy() for value in inputs if isinstance(value, Tensor)]
+            arrays = [value.numpy() for value in tensors_in(inputs)]
             detail = anatomy(
                 path, arrays, batches=batches, runs=options["runs"], runtime=runtime, seed=options["seed"],
                 progress=_progress(options),
@@ -305,7 +300,7 @@ def _measured(
 ) -> Comparison:
     return measure_together(
         subjects,
-        [value.numpy() for value in inputs if isinstance(value, Tensor)],
+        [value.numpy() for value in tensors_in(inputs)],
         data=data,
         runs=options["runs"],
         runtime=_runtime(options),
@@ -620,7 +615,7 @@ def _show(options: Options, result: ConversionResult, out: Path) -> None:
     if options["quiet"]:
         for warning in warnings_of(result.report):
             click.echo(warning, err=True)
-    written = [name for name in _FILES if name not in result.report["export"]["missing"]]
+    written = [name for name in FILES if name not in result.report["export"]["missing"]]
     _print(options, result.report, layer_table(result.report["layers"]), "", summary(result.report), "",
            f"Written to {out}/:\n  {', '.join(written[:4])},\n  {', '.join(written[4:])}")  # fmt: skip
 

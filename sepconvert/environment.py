@@ -7,10 +7,13 @@ from importlib.metadata import version
 from pathlib import Path
 
 from sepconvert import __version__
-from sepconvert.errors import SepconvertError
+from sepconvert.errors import SepconvertError, check_number
 
 GRAPH_OPTIMIZATIONS = ("all", "extended", "basic", "none")
 """Levels of ONNX Runtime, its default first. Blocked layouts of convolutions come with "all" alone."""
+
+
+MAX_THREADS = 1024  # more are a slip of the pen, for which ONNX Runtime takes gigabytes
 
 
 @dataclass(frozen=True)
@@ -27,10 +30,7 @@ class Runtime:
 
     def __post_init__(self) -> None:
         """Check the ranges."""
-        if self.threads < 1:
-            raise SepconvertError(
-                f"threads: expected at least 1, got {self.threads}; the number of cores is usual"
-            )
+        check_number("threads", self.threads, 1, MAX_THREADS, whole=True)
         if self.graph_optimization not in GRAPH_OPTIMIZATIONS:
             raise SepconvertError(
                 f"graph optimization: expected one of {', '.join(GRAPH_OPTIMIZATIONS)}, "

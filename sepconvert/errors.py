@@ -1,5 +1,9 @@
 """The errors that a user sees: one line that says what happened, what was expected, and what to do next."""
 
+import math
+import numbers
+from typing import Any
+
 
 class SepconvertError(Exception):
     """Bad usage or bad input. The command line prints the message and exits with `exit_code`."""
@@ -24,6 +28,18 @@ class ExportError(SepconvertError):
     """Torch's exporters cannot translate a model; the model itself is as good as it was."""
 
 
+MAX_SEED = 2**63 - 1  # of torch and of numpy alike
+
+
+def check_number(name: str, value: Any, low: float, high: float = math.inf, *, whole: bool = False) -> None:
+    """Raise `SepconvertError` unless `value` is None, or a finite number from `low` to `high`."""
+    kind = numbers.Integral if whole else numbers.Real
+    if value is None or (isinstance(value, kind) and low <= value <= high and math.isfinite(value)):  # type: ignore[operator]
+        return
+    bounds = f" from {low:,}" * (low > -math.inf) + f" to {high:,}" * (high < math.inf)
+    raise SepconvertError(f"{name}: expected a {'whole ' * whole}number{bounds}, got {quoted(value)}")
+
+
 _MOST_QUOTED, _MOST_OF_A_VALUE = 400, 80
 
 
@@ -35,7 +51,7 @@ def first_line(error: BaseException) -> str:
 
 def quoted(value: object) -> str:
     """A value that was not expected, or the beginning of it."""
-    return shortened(repr(value))
+    return shortened(" ".join(repr(value).split()))
 
 
 def shortened(text: str, most: int = _MOST_OF_A_VALUE) -> str:

@@ -4,6 +4,7 @@ import contextlib
 import functools
 import hashlib
 import io
+import keyword
 import logging
 import math
 import warnings
@@ -26,7 +27,7 @@ from sepconvert.errors import ExportError, SepconvertError, first_line
 from sepconvert.fold import fold_batchnorms
 from sepconvert.measure.accuracy import tensor_leaves
 from sepconvert.spec import ConvSpec
-from sepconvert.trace import Inputs, fresh, private_copy
+from sepconvert.trace import Inputs, floating, fresh, private_copy, tensors_in
 
 # ONNX Runtime's CPU kernels for convolutions take float32 and float16.
 _RUNTIME_DTYPES = {torch.float64: torch.float32, torch.bfloat16: torch.float32}
@@ -61,22 +62,18 @@ def runtime_dtype(model: nn.Module) -> torch.dtype:
 
 def cast(inputs: Inputs, dtype: torch.dtype) -> Inputs:
     """Floating-point tensors among the inputs in another dtype."""
-    return tuple(
-        value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
-        for value in inputs
-    )
+    return floating(lambda value: value.to(dtype), inputs)
 
 
 def onnx_names(inputs: Inputs) -> list[str]:
     """Names of the tensors among the inputs in our ONNX files: `input`, or `input_0`, `input_1`, …"""
-    count = sum(isinstance(value, Tensor) for value in inputs)
+    count = len(tensors_in(inputs))
     return ["input"] if count == 1 else [f"input_{index}" for index in range(count)]
 
 
 def onnx_feed(inputs: Inputs) -> dict[str, npt.NDArray[Any]]:
     """The inputs as ONNX Runtime takes them."""
-    tensors = [value for value in inputs if isinstance(value, Tensor)]
-    arrays = (np.ascontiguousarray(tensor.detach().cpu().numpy()) for tensor in tensors)
+    arrays = (np.ascontiguousarray(tensor.detach().cpu().numpy()) for tensor in tensors_in(inputs))
     return dict(zip(onnx_names(inputs), arrays, strict=True))
 
 
@@ -189,6 +186,13 @@ def layer_onnx(branches: Sequence[Sequence[ConvSpec]], shape: Sequence[int]) -> 
 
 
 def _program(model: nn.Module, inputs: Inputs, dynamic_batch: bool) -> tuple[ExportedProgram, ExportNote]:
+    words = {word for name, _ in model.named_modules() for word in name.split(".")}
+    if reserved := sorted(filter(keyword.iskeyword, words)):
+        # It writes such archives, and cannot load them.
+        raise ExportError(
+            f"torch.export makes Python of the model, in which the name of its module {reserved[0]!r} is "
+            "reserved; give it another"
+        )
     program, note = _exported(model, inputs, dynamic_batch)
     if any(tensor.device.type != "cpu" for tensor in (*model.parameters(), *model.buffers())):
         # Whoever loads the file may have no such device.
@@ -206,11 +210,12 @@ def _exported(model: nn.Module, inputs: Inputs, dynamic_batch: bool) -> tuple[Ex
         model = _Tensors(model)
     if dynamic_batch:
         # torch.export takes a size of one for a constant.
-        wide = tuple(
-            torch.cat([value, value]) if _has_batch(value) and value.shape[0] == 1 else value
-            for value in inputs
+        wide = pytree.tree_map_only(
+            Tensor, lambda value: torch.cat([value, value]) if value.shape[:1] == (1,) else value, inputs
         )
-        shapes: tuple[Any, ...] = tuple({0: Dim.AUTO} if _has_batch(value) else None for value in wide)
+        shapes = pytree.tree_map(
+            lambda value: {0: Dim.AUTO} if isinstance(value, Tensor) and value.ndim else None, wide
+        )
         with _quiet(), torch.no_grad():
             try:
                 program = torch.export.export(model, wide, dynamic_shapes=shapes)
@@ -239,17 +244,17 @@ class _Tensors(nn.Module):
 
 
 def _is_known(model: nn.Module, inputs: Inputs) -> bool:
-    """Can torch take the model's answer apart, or is it of a class that it has not been told of?"""
+    """Can torch take the model's answer apart, and write down how? Classes must be made known to it."""
     try:
         with _quiet(), torch.no_grad():
-            leaves = pytree.tree_leaves(model(*fresh(inputs)))
+            leaves, structure = pytree.tree_flatten(model(*fresh(inputs)))
     except Exception:  # which the exporter gives a better account of
         return True
+    try:
+        pytree.treespec_dumps(structure)
+    except Exception:  # torch's own; of a namedtuple, say
+        return False
     return all(leaf is None or isinstance(leaf, Tensor | int | float | str) for leaf in leaves)
-
-
-def _has_batch(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.ndim > 0
 
 
 def _is_dynamic(program: ExportedProgram) -> bool:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sepconvert.trace import ConvolutionInterceptor, Inputs, fresh, private_copy
+from sepconvert.trace import ConvolutionInterceptor, Inputs, fresh, private_copy, tensors_in
 
 AT_ONCE = 2**29
 """Bytes of activations alive at once that a batch is cut to, whatever memory the machine has."""
@@ -40,8 +40,7 @@ def footprint(model: nn.Module, inputs: Inputs) -> Footprint:
     """Of `inputs`, a batch of one; raises whatever the forward pass raises."""
     private = private_copy(model)
     names = {module: name for name, module in private.named_modules()}
-    tensors = [value for value in pytree.tree_leaves(inputs) if isinstance(value, Tensor)]
-    given = sum(value.numel() * value.element_size() for value in tensors)
+    given = sum(value.numel() * value.element_size() for value in tensors_in(inputs))
     held: dict[tuple[str, int], int] = {}
 
     def on_call(
@@ -58,7 +57,7 @@ def footprint(model: nn.Module, inputs: Inputs) -> Footprint:
 
 def images_at_once(model: nn.Module, inputs: Inputs, most: int) -> int:
     """Samples that pass at once within `AT_ONCE`, at most; `inputs` are any batch."""
-    first = tuple(value[:1] if isinstance(value, Tensor) and value.ndim else value for value in inputs)
+    first = pytree.tree_map_only(Tensor, lambda value: value[:1] if value.ndim else value, inputs)
     return max(1, min(most, AT_ONCE // max(footprint(model, first).peak, 1)))
 
 

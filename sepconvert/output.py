@@ -11,6 +11,12 @@ from pathlib import Path
 
 from sepconvert.errors import SepconvertError
 
+FILES = (
+    "original.onnx", "converted.onnx", "converted.pt2", "plan.json",
+    "converted.safetensors", "report.json", "report.html",
+)  # fmt: skip
+"""What a conversion leaves."""
+
 
 @contextlib.contextmanager
 def result_directory(
@@ -19,9 +25,9 @@ def result_directory(
     """An empty directory to fill; it takes its name when the block ends well, and is removed otherwise.
 
     It is filled in the nearest directory that exists, so that moving it is one step of the file system. With
-    `force` it takes the place of a whole directory, but of none that holds one of the `inputs`, or is where
-    the user stands. If it is `resumed`, nothing else writes to `out`, and what a run that was killed left
-    beside it is removed.
+    `force` it takes the place of a whole directory of such `FILES`, but of none that holds anything else, or
+    one of the `inputs`, or is where the user stands. If it is `resumed`, nothing else writes to `out`, and
+    what a run that was killed left beside it is removed.
 
     Raises:
         SepconvertError: `out` exists and may not be replaced, or the place is not writable.
@@ -72,6 +78,12 @@ def _check_replaceable(out: Path, target: Path, force: bool, inputs: Sequence[Pa
         if needed.resolve().is_relative_to(target):
             raise SepconvertError(
                 f"{out}: holds {needed}, which replacing it would delete; pass another --out"
+            )
+    for path in target.rglob("*"):
+        if path.name not in FILES and (path.is_symlink() or not path.is_dir()):
+            raise SepconvertError(
+                f"{out}: holds {path.relative_to(target)}, which is no result of a conversion and which "
+                "replacing it would delete; move it away or pass another --out"
             )
 
 

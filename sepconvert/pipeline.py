@@ -24,7 +24,15 @@ from sepconvert.distillation import Precision, Step
 from sepconvert.distributed import once
 from sepconvert.distributed import rank as rank_of_process
 from sepconvert.environment import Runtime, available_cores
-from sepconvert.errors import DemandNotMetError, ExportError, SepconvertError, first_line, shortened
+from sepconvert.errors import (
+    MAX_SEED,
+    DemandNotMetError,
+    ExportError,
+    SepconvertError,
+    check_number,
+    first_line,
+    shortened,
+)
 from sepconvert.exact import analyse_model, convert_exactly, plan_model, verify_model
 from sepconvert.export import (
     ExportNote,
@@ -41,7 +49,7 @@ from sepconvert.factorize.exact import split
 from sepconvert.footprint import images_at_once
 from sepconvert.measure.accuracy import AccuracyDelta, Predictions, changes, evaluate
 from sepconvert.measure.accuracy import compare as compare_predictions
-from sepconvert.measure.cost import Cost, count
+from sepconvert.measure.cost import Cost, Counter, count
 from sepconvert.measure.execution import Gain, ModelExecution, by_layer, layer_executions, model_execution
 from sepconvert.measure.latency import Latency, session
 from sepconvert.measure.operators import operator_times
@@ -55,7 +63,7 @@ from sepconvert.report.files import write_documents
 from sepconvert.rewrite import Replacement, rewrite
 from sepconvert.search import Budget
 from sepconvert.timing import Clock, time_files, time_layers
-from sepconvert.trace import ConvSite, Inputs, placed, private_copy, trace, unwrapped
+from sepconvert.trace import ConvSite, Inputs, checked, placed, private_copy, tensors_in, trace
 from sepconvert.verify import Comparison, Outputs, Reference, compare_export, compare_runs
 
 MODES = ("exact", "approx", "auto")
@@ -108,7 +116,9 @@ def inspect(
         >>> round(layer["structures"][1]["best_relative_error"], 3)
         0.101
     """
-    inputs = as_inputs(example_inputs)
+    model, inputs = checked(model), as_inputs(example_inputs)
+    if gate not in GATES:
+        raise SepconvertError(f"gate: expected one of {', '.join(GATES)}, got {gate!r}")
     sites = _traced(model, inputs, tol, include, exclude)
     analyses = analyse_model(sites, tol, include, exclude, progress)
     runtime = Runtime(available_cores())
@@ -237,13 +247,25 @@ def convert(
     gate = gate or ("latency" if mode == "auto" else "macs")
     if gate not in GATES:
         raise SepconvertError(f"gate: expected one of {', '.join(GATES)}, got {gate!r}")
-    model, inputs = unwrapped(model), as_inputs(example_inputs)
+    model, inputs = checked(model), as_inputs(example_inputs)
+    check_number("runs", runs, 0, whole=True)
+    check_number("seed", seed, 0, MAX_SEED, whole=True)
+    check_number("calib_images", calib_images, 1, whole=True)
+    check_number("memory", memory, 1)
+    check_number("finetune", finetune, 0, whole=True)
+    check_number("measure_seconds", measure_seconds, 0)
     runtime = Runtime(available_cores() if threads is None else threads, graph_optimization, provider)
     budget = Budget(rank, target_macs, target_params, min_speedup, max_drop)
     if mode == "exact" and (budget != Budget() or finetune or calib is not None):
         raise SepconvertError(
             "mode: budgets, calibration and fine-tuning are for the modes approx and auto; pass one of them"
         )
+    for name, given in (("calib", calib), ("train", train)):
+        if given is not None and not isinstance(given, DataLoader):
+            raise SepconvertError(
+                f"{name}: expected a torch.utils.data.DataLoader, got {type(given).__name__}; make one, e.g. "
+                "DataLoader(dataset, batch_size=64)"
+            )
     if mode == "auto" and rank is not None:
         raise SepconvertError("--rank: fixes the multiplier of mode approx; in auto mode pass another budget")
     place = _place(out) if rank_of_process() == 0 else None
@@ -260,6 +282,8 @@ def convert(
         by_time = gate == "latency" and budget.share is None
         budget = budget.or_default(labelled=predictions is not None, timed=runs > 0 or by_time)
     original_cost = count(private_copy(model), inputs)
+    # As the original's, whatever the converted model would allow: the two are compared.
+    counted = functools.partial(_counted, inputs=inputs, counter=original_cost.counter)
     start, start_sites, start_cost = model, sites, original_cost
     clock = Clock(runtime, seed, cache, measure_seconds)
     if mode == "auto":
@@ -269,7 +293,7 @@ def convert(
             gate=gate, clock=clock, seed=seed, progress=progress,
         )  # fmt: skip
     if start is not model:
-        start_sites, start_cost = trace(private_copy(start), inputs), count(private_copy(start), inputs)
+        start_sites, start_cost = trace(private_copy(start), inputs), counted(start)
 
     @functools.cache  # a plan that was measured and then delivered is not run again
     def predicted(converted: nn.Module) -> Predictions | None:
@@ -313,7 +337,7 @@ def convert(
         mode=mode, gate=gate, tol=tol, seed=seed,
         model_sha256=None if source is None else source["sha256"],
         weights_sha256=None,
-        input_shapes=tuple(tuple(value.shape) for value in inputs if isinstance(value, Tensor)),
+        input_shapes=tuple(tuple(value.shape) for value in tensors_in(inputs)),
         layers=conversion.layers,
         merges=conversion.merges,
     )  # fmt: skip
@@ -374,9 +398,7 @@ def convert(
             seed=seed,
             dtype=str(model_dtype(model)).removeprefix("torch."),
             original=_profile(original_cost, predictions, timing and timing[0], paths[0]),
-            converted=_profile(
-                count(private_copy(converted), inputs), converted_predictions, timing and timing[1], paths[1]
-            ),
+            converted=_profile(counted(converted), converted_predictions, timing and timing[1], paths[1]),
             speedup=timing[2] if timing else None,
             accuracy=delta,
             changed=changed,
@@ -490,7 +512,7 @@ def _replayed(
     model: nn.Module, plan: ConversionPlan, weights: Path, inputs: Inputs | None = None
 ) -> tuple[nn.Module, tuple[ConvSite, ...], Inputs]:
     """The converted model, the convolutions that the plan found, and inputs of the shape that it is for."""
-    model = unwrapped(model)
+    model = checked(model)
     if inputs is None:
         inputs = tuple(
             placed(torch.randn(shape, generator=torch.Generator().manual_seed(plan.seed)), model)
@@ -524,7 +546,8 @@ def _traced(
     model: nn.Module, inputs: Inputs, tol: float | None, include: Sequence[str], exclude: Sequence[str]
 ) -> tuple[ConvSite, ...]:
     """Every convolution, the options that select some of them having been checked."""
-    if tol is not None and not 0 <= tol < 1:
+    check_number("tol", tol, 0)
+    if tol is not None and tol >= 1:
         raise SepconvertError(f"tol: expected a relative error in [0, 1), got {tol}")
     shared = {name: each for name, each in model.named_parameters() if type(each) is nn.Parameter}
     before = {name: parameter.detach().clone() for name, parameter in shared.items()}
@@ -674,6 +697,10 @@ def _predict(
     name: str, model: nn.Module, data: Iterable[tuple[Tensor, Tensor]], progress: Progress
 ) -> Predictions:
     return evaluate(model, data, lambda batches: progress(batches, f"accuracy, {name}"))
+
+
+def _counted(model: nn.Module, *, inputs: Inputs, counter: Counter) -> Cost:
+    return count(private_copy(model), inputs, counter)
 
 
 def _profile(cost: Cost, predictions: Predictions | None, latency: Latency | None, path: Path) -> Profile:

@@ -13,7 +13,7 @@ import numpy.typing as npt
 from torch import Tensor, nn
 
 from sepconvert.environment import Runtime, available_cores
-from sepconvert.errors import SepconvertError, first_line, quoted
+from sepconvert.errors import MAX_SEED, SepconvertError, check_number, first_line, quoted
 from sepconvert.export import cast, onnx_feed, onnx_sizes, read_onnx, runtime_dtype, save_onnx
 from sepconvert.measure.accuracy import Accuracy, evaluate
 from sepconvert.measure.cost import count
@@ -21,7 +21,7 @@ from sepconvert.measure.latency import Latency, Startup, measure_grid, measure_s
 from sepconvert.measure.operators import OperatorTime, operator_times
 from sepconvert.measure.statistics import Interval
 from sepconvert.progress import Progress, silent
-from sepconvert.trace import Inputs, private_copy
+from sepconvert.trace import Inputs, checked, private_copy, tensors_in
 
 SCHEMA = "sepconvert.profile/1"
 
@@ -290,7 +290,9 @@ def profile(
         >>> found.macs, found.flops, found.params
         (1228800, 2457600, 19200)
     """
-    inputs = as_inputs(example_inputs)
+    model, inputs = checked(model), as_inputs(example_inputs)
+    check_number("runs", runs, 0, whole=True)
+    check_number("seed", seed, 0, MAX_SEED, whole=True)
     runtime = Runtime(available_cores() if threads is None else threads, graph_optimization, provider)
     latency, detail = None, None
     with tempfile.TemporaryDirectory() as folder:
@@ -313,10 +315,20 @@ def profile(
 
 
 def as_inputs(example_inputs: Tensor | Inputs) -> Inputs:
-    """A single tensor as the tuple of positional arguments."""
-    return example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
+    """A single tensor as the tuple of positional arguments.
+
+    Raises:
+        SepconvertError: there is no tensor in it.
+    """
+    inputs = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
+    if not tensors_in(inputs) or any(value.is_meta for value in tensors_in(inputs)):
+        raise SepconvertError(
+            "example_inputs: expected a tensor, or a tuple of the model's positional arguments, got "
+            f"{quoted(example_inputs)}; give a batch of one sample"
+        )
+    return inputs
 
 
 def batch_size(inputs: Inputs) -> int:
     """First dimension of the first tensor."""
-    return next((int(value.shape[0]) for value in inputs if isinstance(value, Tensor) and value.ndim), 1)
+    return next((int(value.shape[0]) for value in tensors_in(inputs) if value.ndim), 1)

@@ -9,7 +9,7 @@ from torch import nn
 
 from sepconvert.allocate import Allocation, Choice, allocate, cost_of
 from sepconvert.approximation import Fitted, LayerSurvey
-from sepconvert.errors import DemandNotMetError, SepconvertError
+from sepconvert.errors import DemandNotMetError, SepconvertError, check_number
 from sepconvert.factorize.structures import Form
 from sepconvert.measure.accuracy import AccuracyDelta
 from sepconvert.measure.latency import Speedup
@@ -52,6 +52,7 @@ class Budget:
             ("--min-speedup", self.min_speedup, 1e-9, math.inf, "a ratio above 0"),
             ("--max-drop", self.max_drop, 0, 100, "percentage points, 0 to 100"),
         ):
+            check_number(name, value, -math.inf, whole=name == "--rank")
             if value is not None and not low <= value <= high:
                 raise SepconvertError(f"{name} {value:g}: expected {expected}")
         fixing = {

@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sepconvert.errors import SepconvertError
+from sepconvert.errors import SepconvertError, quoted
 from sepconvert.spec import ConvSpec, PaddingMode, Pair
 
 Inputs = tuple[Any, ...]
@@ -253,6 +253,29 @@ def unwrapped(model: nn.Module) -> nn.Module:
     return model
 
 
+def checked(model: nn.Module) -> nn.Module:
+    """The model, `unwrapped`.
+
+    Raises:
+        SepconvertError: it is no module, or has parameters without a shape, without data, or complex ones.
+    """
+    if not isinstance(model, nn.Module):
+        raise SepconvertError(
+            f"model: expected a torch.nn.Module, got {quoted(model)}; pass the trained model itself"
+        )
+    model = unwrapped(model)
+    for name, tensor in chain(model.named_parameters(), model.named_buffers()):
+        if is_lazy(tensor):
+            raise SepconvertError(f"{name} has no shape yet; run the model on all of its parts once")
+        if tensor.is_meta:
+            raise SepconvertError(f"{name} has no data (it is on the meta device); load its weights first")
+        if tensor.is_complex():
+            raise SepconvertError(
+                f"{name} is complex, and models are verified in real numbers; give it two real parts"
+            )
+    return model
+
+
 def _wrapped(module: nn.Module) -> nn.Module | None:
     if isinstance(module, nn.DataParallel | DistributedDataParallel):
         inner: nn.Module = module.module
@@ -298,6 +321,19 @@ def quick_copy(model: M, images: Tensor, dtype: torch.dtype | None = None) -> M:
     return copied
 
 
+def tensors_in(inputs: Any) -> list[Tensor]:
+    """The tensors in there, those in lists, tuples and dictionaries too, in the order of torch's pytree."""
+    return [value for value in pytree.tree_leaves(inputs) if isinstance(value, Tensor)]
+
+
+def floating(change: Callable[[Tensor], Tensor], inputs: V) -> V:
+    """The same with its floating-point tensors changed."""
+    changed: V = pytree.tree_map_only(
+        Tensor, lambda value: change(value) if value.is_floating_point() else value, inputs
+    )
+    return changed
+
+
 def fresh(inputs: V) -> V:
     """Copies of the tensors in there: a forward pass may write to what it is given."""
     copied: V = pytree.tree_map_only(Tensor, torch.clone, inputs)
@@ -330,8 +366,7 @@ def trace(model: nn.Module, inputs: Inputs) -> tuple[ConvSite, ...]:
         inputs: positional arguments of its forward, with batch dimension.
 
     Raises:
-        SepconvertError: the model is quantised, its forward pass fails on these inputs, or leaves parameters
-            without a shape.
+        SepconvertError: the model is quantised, or its forward pass fails on these inputs.
     """
     if isinstance(model, torch.jit.ScriptModule):
         raise SepconvertError(
@@ -343,15 +378,10 @@ def trace(model: nn.Module, inputs: Inputs) -> tuple[ConvSite, ...]:
             "model before it is quantised, and quantise the result"
         )
     records, hidden = _run(model, inputs)
-    for name, parameter in model.named_parameters():
-        if is_lazy(parameter):
-            raise SepconvertError(
-                f"the parameter {name} has no shape yet; run the model on all of its parts once"
-            )
     # Weights that the forward pass computes from its input differ on another input, or another batch.
     variable = _variable_weights(model, records, inputs)
     names = _names(model)
-    batch = next((value.shape[0] for value in inputs if isinstance(value, Tensor) and value.ndim > 0), 1)
+    batch = next((value.shape[0] for value in tensors_in(inputs) if value.ndim > 0), 1)
     grouped: dict[tuple[int, int], list[_Record]] = {}
     for record in records:
         grouped.setdefault((id(record.module), record.index), []).append(record)
@@ -404,9 +434,7 @@ def _run(model: nn.Module, inputs: Inputs) -> tuple[list[_Record], dict[nn.Modul
         try:
             model(*fresh(inputs))
         except Exception as error:  # the model's own code may raise anything
-            shapes = ", ".join(
-                "x".join(map(str, value.shape)) for value in inputs if isinstance(value, Tensor)
-            )
+            shapes = ", ".join("x".join(map(str, value.shape)) for value in tensors_in(inputs))
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             advice = (
                 "the command line gives a model one tensor; pass a tuple of all its inputs in Python"
@@ -439,13 +467,11 @@ def _other_inputs(inputs: Inputs, more: int) -> Inputs:
     """Other values, and `more` samples more."""
     generator = torch.Generator().manual_seed(0)
 
-    def other(value: Any) -> Any:
-        if not isinstance(value, Tensor) or not value.is_floating_point():
-            return value
+    def other(value: Tensor) -> Tensor:
         shape = (value.shape[0] + more, *value.shape[1:]) if value.ndim else value.shape
         return torch.rand(shape, generator=generator).to(value)
 
-    return tuple(other(value) for value in inputs)
+    return floating(other, inputs)
 
 
 def _variable_weights(model: nn.Module, records: list[_Record], inputs: Inputs) -> set[tuple[int, int]]:

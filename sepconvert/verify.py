@@ -16,7 +16,15 @@ from sepconvert.factorize.exact import channel_errors
 from sepconvert.layers import FactorizedConv2d
 from sepconvert.measure.accuracy import tensor_leaves
 from sepconvert.spec import ConvSpec
-from sepconvert.trace import ConvolutionInterceptor, ConvSite, DenseConv, Inputs, fresh, private_copy
+from sepconvert.trace import (
+    ConvolutionInterceptor,
+    ConvSite,
+    DenseConv,
+    Inputs,
+    floating,
+    fresh,
+    private_copy,
+)
 
 Outputs = list[Tensor]
 
@@ -105,12 +113,7 @@ def check_layer(conv: DenseConv, layer: FactorizedConv2d, tolerance: float) -> L
 def random_like(inputs: Inputs, seed: int) -> Inputs:
     """Standard normal tensors of the same shapes; integer tensors as they are."""
     generator = torch.Generator().manual_seed(seed)
-    return tuple(
-        torch.randn(value.shape, generator=generator).to(value)
-        if isinstance(value, Tensor) and value.is_floating_point()
-        else value
-        for value in inputs
-    )
+    return floating(lambda value: torch.randn(value.shape, generator=generator).to(value), inputs)
 
 
 def outputs(model: nn.Module, inputs: Inputs) -> Outputs:

@@ -8,9 +8,11 @@ from typing import ClassVar
 import pytest
 import torch
 from torch import nn
+from torch.func import functional_call
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
-from sepconvert import SepconvertError, apply, convert, inspect
+from sepconvert import SepconvertError, apply, convert, inspect, profile
 
 
 def separable(seed=0):
@@ -321,9 +323,102 @@ def test_answers_that_are_no_tensors_of_numbers(x):
 
 
 def test_parameters_without_a_shape(x):
-    """Those of the first layer get theirs when it runs; of one that does not run, in one line."""
-    assert len(inspect(nn.Sequential(nn.LazyConv2d(4, 3)), x)["layers"]) == 1
+    """Get one when they run, on inputs that the user knows best."""
     model = model_with(lambda self, x: self.conv(x))
-    model.unused = nn.LazyLinear(3)
-    with pytest.raises(SepconvertError, match=r"the parameter unused\.weight has no shape yet"):
-        inspect(model, x)
+    model.unused = nn.LazyConv2d(4, 3)
+    for function in (inspect, convert, profile):
+        with pytest.raises(SepconvertError, match=r"^unused\.weight has no shape yet; run the model"):
+            function(model, x)
+    model.unused(x)
+    assert len(inspect(model, x)["layers"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (5, "model: expected a torch.nn.Module, got 5; pass"),
+        (nn.Conv2d, "model: expected a torch.nn.Module, got <class 'torch.nn"),
+        (nn.Conv2d(4, 4, 3).state_dict(), r"model: expected a torch.nn.Module, got OrderedDict\("),
+        (nn.Conv2d(4, 4, 3, device="meta"), "weight has no data"),
+        (nn.Conv2d(4, 4, 3, dtype=torch.complex64), "weight is complex"),
+    ],
+)
+@pytest.mark.parametrize("function", [inspect, convert, profile])
+def test_what_is_no_model(function, model, message, x):
+    with pytest.raises(SepconvertError, match=message) as caught:
+        function(model, x)
+    assert "\n" not in str(caught.value)
+
+
+class Parts(Fixed):
+    """Beside a layer that separates, one that tools which follow a forward pass stumble over."""
+
+    def __init__(self, second):
+        super().__init__()
+        self.second = second
+
+    def forward(self, x):
+        return self.second(self.conv(x))
+
+
+class ByName(nn.Module):
+    def __init__(self, name):
+        super().__init__()
+        self.name = name
+        self.add_module(name, nn.Conv2d(4, 4, 3))
+
+    def forward(self, x):
+        return getattr(self, self.name)(x)
+
+
+class Hidden(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = [nn.Conv2d(4, 4, 3)]
+
+    def forward(self, x):
+        return self.layers[0](x)
+
+
+class Checkpointed(ByName):
+    def forward(self, x):
+        return checkpoint(super().forward, x, use_reentrant=False)
+
+
+class Called(ByName):
+    def forward(self, x):
+        layer = getattr(self, self.name)
+        return functional_call(layer, dict(layer.named_parameters()), (x,))
+
+
+@pytest.mark.filterwarnings("ignore:.*deprecated")
+@pytest.mark.parametrize(
+    "second",
+    [
+        ByName("a/b"),
+        Hidden(),
+        Checkpointed("layer"),
+        Called("layer"),
+        torch.jit.script(nn.Conv2d(4, 4, 3)),
+    ],
+    ids=["slash", "list", "checkpoint", "functional_call", "TorchScript"],
+)
+def test_a_part_that_cannot_be_followed_is_listed_and_the_others_converted(second, x):
+    model = Parts(second).eval()
+    result = convert(model, x, runs=0)
+    layers = [(layer["name"], layer["decision"]) for layer in result.report["layers"]]
+    assert layers[0] == ("conv", "converted")
+    assert [decision for _, decision in layers[1:]] == ["kept"]
+    assert torch.allclose(result.model(x), model(x), atol=1e-4)
+    assert result.report["original"]["macs"] - result.report["converted"]["macs"] == 16 * 16 * 4 * (36 - 15)
+
+
+def test_names_that_are_reserved_in_python(x, tmp_path):
+    """Files that could not be loaded are not written."""
+    model = Parts(ByName("class")).eval()
+    result = convert(model, x, runs=0, out=tmp_path)
+    missing = result.report["export"]["missing"]
+    assert set(missing) == {"original.onnx", "converted.onnx", "converted.pt2"}
+    assert all("the name of its module 'class' is reserved" in reason for reason in missing.values())
+    assert not {path.suffix for path in tmp_path.iterdir()} & {".onnx", ".pt2"}
+    assert torch.allclose(result.model(x), model(x), atol=1e-4)

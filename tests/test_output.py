@@ -41,7 +41,7 @@ def place(tmp_path, monkeypatch):
 @pytest.fixture
 def existing(place):
     (place / "out").mkdir()
-    (place / "out" / "old.json").write_text("old")
+    (place / "out" / "report.json").write_text("old")
     return place / "out"
 
 
@@ -71,18 +71,29 @@ def test_nothing_is_left_when_the_block_fails(place, out, error):
 def test_what_exists_stays_when_the_block_fails(place, existing):
     with pytest.raises(ValueError, match="no"):
         fail(existing, ValueError("no"), force=True)
-    assert tree(place) == {"out/old.json": "old"}
+    assert tree(place) == {"out/report.json": "old"}
 
 
 def test_what_exists_is_not_replaced_unasked(place, existing):
     with pytest.raises(SepconvertError, match=r"out: exists already; pass --force to replace it"):
         fill(existing)
-    assert tree(place) == {"out/old.json": "old"}
+    assert tree(place) == {"out/report.json": "old"}
 
 
 def test_force_replaces_the_whole_directory(place, existing):
+    (existing / "auto").mkdir()  # as `sepconvert demo` leaves it
+    (existing / "auto/plan.json").write_text("old")
     fill(existing, force=True)
     assert tree(place) == {"out/plan.json": "new"}
+
+
+@pytest.mark.parametrize("name", ["thesis.tex", "exact/notes.txt", ".git/HEAD"])
+def test_force_does_not_replace_what_is_no_result(place, existing, name):
+    (existing / name).parent.mkdir(exist_ok=True)
+    (existing / name).write_text("mine")
+    with pytest.raises(SepconvertError, match=rf"out: holds {name}, which is no result .*; move it away or"):
+        fill(existing, force=True)
+    assert tree(place) == {"out/report.json": "old", f"out/{name}": "mine"}
 
 
 def test_force_replaces_what_a_link_points_to(place, existing):
@@ -108,9 +119,9 @@ def test_force_does_not_replace_where_the_user_stands(place, out):
 
 
 def test_force_does_not_replace_what_is_read(place, existing):
-    with pytest.raises(SepconvertError, match=r"holds .*old\.json, which replacing it would delete"):
-        fill(existing, force=True, inputs=(place / "model.pt", existing / "old.json"))
-    assert tree(place) == {"out/old.json": "old"}
+    with pytest.raises(SepconvertError, match=r"holds .*report\.json, which replacing it would delete"):
+        fill(existing, force=True, inputs=(place / "model.pt", existing / "report.json"))
+    assert tree(place) == {"out/report.json": "old"}
 
 
 def test_force_does_not_replace_a_mount_point():
@@ -129,7 +140,7 @@ def test_the_old_directory_comes_back_if_the_new_one_cannot_take_its_place(place
     monkeypatch.setattr(Path, "rename", refuse)
     with pytest.raises(SepconvertError, match="cannot be written: Input/output error"):
         fill(existing, force=True)
-    assert tree(place) == {"out/old.json": "old"}
+    assert tree(place) == {"out/report.json": "old"}
 
 
 @pytest.mark.parametrize(

@@ -436,11 +436,17 @@ class UnknownAnswer:
     first: torch.Tensor
 
 
+class NamedAnswer(NamedTuple):
+    first: torch.Tensor
+    second: torch.Tensor
+
+
 torch.export.register_dataclass(ModelAnswer, serialized_type_name="test_pipeline.ModelAnswer")
 ANSWERS = {
     "tuple": lambda y: (y, y.mean()),
     "dict": lambda y: {"first": y, "rest": [y * 2]},
     "dataclass": lambda y: ModelAnswer(y, y * 2),
+    "named tuple": lambda y: NamedAnswer(y, y * 2),
     "other inputs": lambda y, a, b: y * a + b.float(),
 }
 
@@ -455,6 +461,36 @@ def test_outputs_and_inputs_of_many_kinds(name, planted, x):
     leaves = [torch.utils._pytree.tree_leaves(m(x, *others)) for m in (model, result.model)]
     assert all(close(actual, expected) for expected, actual in zip(*leaves, strict=True))
     assert result.model.training
+
+
+class OfAList(Answering):
+    def forward(self, parts):
+        return self.answer(*(self.conv(each) for each in parts))
+
+
+class OfADictionary(Answering):
+    def forward(self, parts):
+        return self.answer(self.conv(parts["image"]), parts["scale"])
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("kind", ["list", "tuple", "dictionary"])
+def test_inputs_in_containers(kind, batch, planted, tmp_path):
+    one, two = torch.randn(2, batch, 3, 10, 10)
+    cls = OfADictionary if kind == "dictionary" else OfAList
+    model = cls(planted(3, 8), lambda a, b: a + 2 * b).eval()
+    parts = {
+        "list": [one, two],
+        "tuple": (one, two),
+        "dictionary": {"image": one, "scale": torch.tensor(3.0)},
+    }
+    result = convert(model, (parts[kind],), out=tmp_path)
+    assert decisions(result.report) == {"conv": "converted"}
+    assert result.report["verification"]["onnx_max_abs_diff"] is not None
+    assert result.report["export"]["missing"] == {}
+    assert close(result.model(parts[kind]), model(parts[kind]))
+    archive = torch.export.load(tmp_path / "converted.pt2").module()
+    assert close(archive(parts[kind]), model(parts[kind]))
 
 
 def test_outputs_of_a_class_that_torch_does_not_know(planted, x, tmp_path):
@@ -733,11 +769,32 @@ def test_tolerance(planted, x):
         ({"tol": -1.0}, "tol: expected"),
         ({"tol": 1.0}, "tol: expected"),
         ({"tol": math.nan}, "tol: expected"),
+        ({"tol": "a"}, "tol: expected a number from 0, got 'a'"),
+        ({"runs": 1.5}, "runs: expected a whole number from 0, got 1.5"),
+        ({"seed": -1}, "seed: expected a whole number from 0"),
+        ({"seed": 2**63}, "seed: expected a whole number from 0 to 9,223,372,036,854,775,807, got 9223"),
+        ({"threads": 10**8}, "threads: expected a whole number from 1 to 1,024"),
+        ({"memory": math.nan}, "memory: expected a number from 1, got nan"),
+        ({"memory": -1}, "memory: expected a number from 1, got -1"),
+        ({"mode": "approx", "rank": 1.5}, "--rank: expected a whole number, got 1.5"),
+        ({"mode": "approx", "target_macs": math.nan}, "--target-macs: expected a number, got nan"),
+        ({"mode": "approx", "rank": 1, "calib": [1]}, r"calib: expected .*DataLoader, got list; make one"),
     ],
 )
 def test_bad_arguments(options, message, net, x):
     with pytest.raises(SepconvertError, match=message):
         convert(net, x, **options)
+
+
+def test_a_gate_that_inspect_does_not_know(net, x):
+    with pytest.raises(SepconvertError, match="gate: expected one of macs, latency, none, got 'flops'"):
+        sepconvert.inspect(net, x, gate="flops")
+
+
+@pytest.mark.parametrize("inputs", ["x", None, (), torch.empty(1, 3, 8, 8, device="meta")])
+def test_inputs_that_are_none(inputs, net):
+    with pytest.raises(SepconvertError, match="example_inputs: expected a tensor, or a tuple"):
+        convert(net, inputs)
 
 
 def test_bad_inputs(net):

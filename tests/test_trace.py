@@ -399,20 +399,6 @@ def test_a_failing_forward_is_one_line():
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.filterwarnings("ignore:Lazy modules are a new feature:UserWarning")
-def test_a_lazy_part_that_never_ran_is_one_line():
-    class Idle(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.conv, self.idle = nn.Conv2d(3, 3, 3), nn.LazyConv2d(4, 3)
-
-        def forward(self, x):
-            return self.conv(x)
-
-    with pytest.raises(SepconvertError, match=r"idle\.weight has no shape yet"):
-        trace(private_copy(Idle()), (torch.randn(1, 3, 8, 8),))
-
-
 def test_duplicate_copies_activations_that_modules_keep():
     class Keeping(nn.Module):
         def __init__(self):

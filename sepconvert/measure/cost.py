@@ -1,17 +1,20 @@
-"""Multiply-accumulates and parameters of a model, counted on a trace of what it really computes."""
+"""Multiply-accumulates and parameters of a model, counted on what it really computes."""
 
+import collections
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 from sepconvert.errors import SepconvertError, first_line
 from sepconvert.measure.accuracy import evaluation_mode, tensor_leaves
-from sepconvert.trace import fresh
+from sepconvert.trace import Inputs, fresh, tensors_in
 
 with warnings.catch_warnings():
     # fvcore scripts one of its losses on import, which recent torch calls deprecated.
@@ -22,20 +25,22 @@ with warnings.catch_warnings():
 _ROOT = "model"
 
 
+Counter = Literal["fvcore", "torch"]
+
+
 @dataclass(frozen=True)
 class Cost:
-    """What a model costs, as fvcore counts it.
+    """What a model costs.
 
     `macs`: multiply-accumulates for *one sample*, one fused multiply-add being 1. `params`: elements of all
-    parameters, shared ones once. `macs_by_module`: the same MACs by module name, each module with all that
-    it contains, "" being the model; a module called twice counts twice. `uncounted_ops`: operators that
-    fvcore has no rule for, hence counted 0 (additions, pooling, activations), with their numbers of calls.
+    parameters, shared ones once. `uncounted_ops`: operators that the counter has no rule for, hence counted 0
+    (additions, pooling, activations), with their numbers of calls. `counter`: fvcore, or torch's own.
     """
 
     macs: int
     params: int
-    macs_by_module: dict[str, int]
     uncounted_ops: dict[str, int]
+    counter: Counter = "fvcore"
 
     @property
     def flops(self) -> int:
@@ -43,44 +48,70 @@ class Cost:
         return 2 * self.macs
 
 
-def count(model: nn.Module, inputs: tuple[Tensor, ...]) -> Cost:
-    """Count `model(*inputs)` in eval mode with fvcore; the model's training flags and hooks stay as they are.
+def count(model: nn.Module, inputs: Inputs, counter: Counter = "fvcore") -> Cost:
+    """Count `model(*inputs)` in eval mode; the model's training flags and hooks stay as they are.
 
-    The first dimension of the first tensor is the batch, and all counts are divided by it. Functional
-    calls count towards the module whose `forward` makes them. Modules called by `.forward(...)`, and those
-    of a model loaded by `torch.export`, show 0: their MACs appear in their parents. A module under two
-    names appears under the first. What does not reach the output is not counted, nor would ONNX keep it.
+    fvcore counts on a trace: what does not reach the output is not counted, nor would ONNX keep it. A model
+    that cannot be traced (with a part in TorchScript, inputs in lists, …) is counted by torch's
+    `FlopCounterMode` as it runs: convolutions, matrix products and attention alone, while fvcore counts norms
+    and interpolation as well. Counts to be compared come from one `counter`.
 
-    Raises `SepconvertError` if the model cannot run on the inputs or be traced.
+    The first dimension of the first tensor is the batch, and all counts are divided by it.
+
+    Raises `SepconvertError` if the model cannot run on the inputs.
     """
-    first = next((value for value in inputs if isinstance(value, Tensor) and value.ndim), None)
-    if first is None or len(first) == 0:
+    batch = next((len(value) for value in tensors_in(inputs) if value.ndim), 0)
+    if batch == 0:
         raise SepconvertError(
             f"cost: expected inputs with a batch of at least 1, got {_shapes(inputs)}; give a batch of 1"
         )
-    batch = len(first)
-    analysis = FlopCountAnalysis(_TensorsOnly(model), fresh(inputs))
-    analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False)
-    analysis.set_op_handle("aten::_convolution_mode", _same_padding_conv)
+    macs = None
     with evaluation_mode(model), _hooks_kept(model), torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        try:
-            macs_by_module = analysis.by_module()
-        except Exception as error:  # whatever the user's forward, the tracer and fvcore raise
-            raise SepconvertError(
-                f"cost: expected a model that torch.jit.trace can trace on {_shapes(inputs)}, got"
-                f" {type(error).__name__}: {first_line(error)}; check the input shape first"
-            ) from error
-    return Cost(
-        macs=round(macs_by_module[_ROOT] / batch),
-        params=sum(parameter.numel() for parameter in model.parameters()),
-        macs_by_module={
-            name.removeprefix(_ROOT).removeprefix("."): round(macs / batch)
-            for name, macs in macs_by_module.items()
-            if name
-        },
-        uncounted_ops=dict(analysis.unsupported_ops(_ROOT)),
-    )
+        if counter == "fvcore":
+            # Whatever the user's forward, the tracer and fvcore raise: if it is the model's, it comes again.
+            with suppress(Exception):
+                macs, uncounted = _traced(model, fresh(inputs))
+        if macs is None:
+            counter = "torch"
+            try:
+                macs, uncounted = _run(model, fresh(inputs))
+            except Exception as error:
+                raise SepconvertError(
+                    f"cost: expected a model that runs on {_shapes(inputs)}, got"
+                    f" {type(error).__name__}: {first_line(error)}; check the input shape first"
+                ) from error
+    params = sum(parameter.numel() for parameter in model.parameters())
+    return Cost(round(macs / batch), params, uncounted, counter)
+
+
+def _traced(model: nn.Module, inputs: Inputs) -> tuple[float, dict[str, int]]:
+    analysis = FlopCountAnalysis(_TensorsOnly(model), inputs)
+    analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False)
+    analysis.set_op_handle("aten::_convolution_mode", _same_padding_conv)
+    return analysis.total(), dict(analysis.unsupported_ops())
+
+
+def _run(model: nn.Module, inputs: Inputs) -> tuple[float, dict[str, int]]:
+    uncounted = _Uncounted()
+    with FlopCounterMode(display=False) as counter, uncounted:
+        _TensorsOnly(model)(*inputs)
+    return counter.get_total_flops() / 2, dict(uncounted.calls)
+
+
+class _Uncounted(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's own
+    """Calls of operators that torch's counter has no rule for; views and copies compute nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]  # torch's own
+        self.calls = collections.Counter[str]()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func.overloadpacket not in flop_registry and not func.is_view:
+            self.calls[func.name().partition(".")[0]] += 1
+        return func(*args, **(kwargs or {}))
 
 
 class _TensorsOnly(nn.Module):
@@ -90,7 +121,7 @@ class _TensorsOnly(nn.Module):
         super().__init__()
         self.add_module(_ROOT, model)
 
-    def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+    def forward(self, *inputs: Any) -> tuple[Tensor, ...]:
         output = self.get_submodule(_ROOT)(*inputs)
         tensors = tuple(tensor_leaves(output))
         if not tensors:  # nothing would reach the output, and everything be counted 0
@@ -116,6 +147,6 @@ def _hooks_kept(model: nn.Module) -> Iterator[None]:
                 del table[key]
 
 
-def _shapes(inputs: tuple[Tensor, ...]) -> str:
-    shapes = [str(tuple(each.shape)) for each in inputs if isinstance(each, Tensor)]
+def _shapes(inputs: Inputs) -> str:
+    shapes = [str(tuple(each.shape)) for each in tensors_in(inputs)]
     return ", ".join(shapes) or ("no tensor" if inputs else "no inputs")

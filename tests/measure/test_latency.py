@@ -283,7 +283,7 @@ def test_models_that_do_not_load(tmp_path: Path, capfd: pytest.CaptureFixture[st
 
 
 def test_numbers_out_of_range() -> None:
-    with pytest.raises(SepconvertError, match="threads: expected at least 1, got 0"):
+    with pytest.raises(SepconvertError, match="threads: expected a whole number from 1 to 1,024, got 0"):
         session(conv_net(1), Runtime(0))
     with pytest.raises(SepconvertError, match="runs: expected at least 1, got 0"):
         measure_single(conv_net(1), FEEDS, runs=0, runtime=Runtime(1), batch=1, seed=0)
