@@ -4,6 +4,7 @@ Images stay uint8 in memory or on disk and become float32 one by one: `(x / 255 
 """
 
 import math
+import zipfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import TypeGuard
 
 import numpy as np
 import numpy.typing as npt
+import psutil
 import torch
 from PIL import Image
 from torch import Tensor
@@ -218,6 +220,8 @@ def _read_npz(path: Path, preprocess: Preprocess, labelled: bool) -> _Samples:
             if missing := [name for name in wanted if name not in archive]:
                 held = ", ".join(archive) or "no array"
                 raise SepconvertError(f"{path}: lacks {' and '.join(missing)}, holds {held}; {expected}")
+            for name in wanted:
+                _check_size(archive.zip, name, path)
             arrays = [archive[name] for name in wanted]
     except SepconvertError:
         raise
@@ -240,6 +244,30 @@ def _read_npz(path: Path, preprocess: Preprocess, labelled: bool) -> _Samples:
         )
     images = _images if x.dtype == np.uint8 else _floats
     return _Samples(images(x, preprocess, path), labels)
+
+
+def _check_size(archive: zipfile.ZipFile | None, name: str, path: Path) -> None:
+    """Raise `SepconvertError` if an array is not as large as it says, or does not fit in memory."""
+    assert archive is not None  # noqa: S101  (it is, once it is closed)
+    info = archive.getinfo(f"{name}.npy" if f"{name}.npy" in archive.namelist() else name)
+    with archive.open(info) as member:
+        read = {(1, 0): np.lib.format.read_array_header_1_0}.get(
+            np.lib.format.read_magic(member), np.lib.format.read_array_header_2_0
+        )
+        shape, _, dtype = read(member)
+        expected = member.tell() + math.prod(shape) * dtype.itemsize
+    if not dtype.hasobject and expected != info.file_size:
+        raise SepconvertError(
+            f"{path}: {name} is {dtype} of shape {shape}, which takes {expected:,} bytes, and holds "
+            f"{info.file_size:,}; it is damaged: save it again"
+        )
+    free = psutil.virtual_memory().available
+    if info.file_size > free or (info.file_size > 2**30 and info.file_size > 250 * info.compress_size):
+        memory, file, left = (size / 1e9 for size in (info.file_size, info.compress_size, free))
+        raise SepconvertError(
+            f"{path}: {name} takes {memory:,.1f} GB of memory ({file:,.3f} GB in the file), of {left:,.1f} "
+            "that are free; pass a folder of images or a loader, which are read in parts"
+        )
 
 
 def _labels(y: npt.NDArray[np.generic], path: Path) -> Tensor:

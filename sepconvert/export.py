@@ -25,6 +25,7 @@ from torch.utils import _pytree as pytree
 
 from sepconvert.errors import ExportError, SepconvertError, first_line
 from sepconvert.fold import fold_batchnorms
+from sepconvert.load import MAX_INPUT_ELEMENTS
 from sepconvert.measure.accuracy import tensor_leaves
 from sepconvert.spec import ConvSpec
 from sepconvert.trace import Inputs, floating, fresh, private_copy, tensors_in
@@ -320,6 +321,12 @@ def read_onnx(path: Path) -> OnnxFile:
         if value.type.tensor_type.elem_type in (onnx.TensorProto.UNDEFINED, onnx.TensorProto.STRING):
             raise SepconvertError(
                 f"{path}: its input {value.name} is no tensor of numbers; take a file whose inputs all are"
+            )
+        sizes = [size.dim_value for size in value.type.tensor_type.shape.dim if size.HasField("dim_value")]
+        if not (all(size >= 0 for size in sizes) and math.prod(sizes) <= MAX_INPUT_ELEMENTS):
+            raise SepconvertError(
+                f"{path}: its input {value.name} has the shape {'×'.join(map(str, sizes))}, of more than "
+                f"{MAX_INPUT_ELEMENTS:,} elements; export it anew for a smaller one"
             )
     shapes = tuple(
         tuple(

@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 from types import ModuleType
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -187,10 +187,17 @@ def _zip_format(path: Path, expected: str) -> str:
     try:
         with zipfile.ZipFile(path) as archive:
             members = archive.namelist()
+            inflated = sum(member.file_size for member in archive.infolist())
     except Exception as error:  # not only BadZipFile: a damaged directory also fails to decode
         raise SepconvertError(
             f"{path}: a truncated or damaged archive ({_one_line(error)}); copy it again"
         ) from error
+    # torch compresses nothing: what inflates was made to fill the memory of whoever reads it.
+    if inflated > 2 * path.stat().st_size + 2**26:
+        raise SepconvertError(
+            f"{path}: inflates from {path.stat().st_size / 1e6:,.1f} to {inflated / 1e6:,.0f} MB, and torch "
+            f"writes no compressed archives; {expected}"
+        )
     inner = {name.partition("/")[2] for name in members}
     if "constants.pkl" in inner:
         raise SepconvertError(
@@ -280,8 +287,24 @@ def _load_pickle(path: Path, allow: Sequence[str], trust: bool, *, legacy: bool)
             raise _refusal(refused, path)
         readable.seek(0)
         # Pairs, since a class that has moved since is known to the file by its old name only.
-        with safe_globals([(found, name) for name, found in admitted.items() if found is not None]):
+        known: list[Any] = [(found, name) for name, found in admitted.items() if found is not None]
+        with safe_globals(known), _no_constructors():
             return torch.load(readable, map_location="cpu", weights_only=True)
+
+
+@contextmanager
+def _no_constructors() -> Iterator[None]:
+    """Pickles restore modules without their constructors, which would allocate what a file tells them to."""
+    construct = nn.Module.__init__
+
+    def refuse(module: nn.Module, *_: object, **__: object) -> None:
+        raise ValueError(f"it calls the constructor of {type(module).__name__}, as no saved model does")
+
+    nn.Module.__init__ = refuse  # type: ignore[assignment,method-assign]
+    try:
+        yield
+    finally:
+        nn.Module.__init__ = construct  # type: ignore[method-assign]
 
 
 def _admit(name: str, allow: Sequence[str]) -> Callable[..., object] | None:

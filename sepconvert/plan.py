@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -10,7 +11,7 @@ from pathlib import Path
 from types import NoneType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from sepconvert.errors import SepconvertError, first_line, quoted
+from sepconvert.errors import SepconvertError, first_line, quoted, shortened
 from sepconvert.factorize.border import Border
 from sepconvert.factorize.exact import ZERO_BORDER, Analysis, Factorization, Finding, factorize
 from sepconvert.factorize.structures import FORMS
@@ -106,6 +107,9 @@ def read_plan(source: Path | Mapping[str, Any]) -> ConversionPlan:
     content = {key: value for key, value in document.items() if key not in ("schema", CHECKSUM)}
     try:
         plan: ConversionPlan = _read(ConversionPlan, content)
+        for name, count in Counter(layer.name for layer in plan.layers).items():
+            if count > 1:
+                raise ValueError(f"layer {shortened(name)} stands there {count} times")
         for layer in plan.replaced:
             _check(layer)
         sizes = [math.prod(shape) for shape in plan.input_shapes]

@@ -41,6 +41,7 @@ from sepconvert.load import load_model
 from sepconvert.pipeline import apply_plan
 from sepconvert.plan import read_plan
 from sepconvert.profiling import read_profile
+from sepconvert.seal import sealed
 
 SECONDS, BYTES = 10, 2e9
 
@@ -87,7 +88,7 @@ def seeds(folder: Path) -> dict[str, list[bytes]]:
         found["pt"] += [saved(content), saved(content, _use_new_zipfile_serialization=False)]
     for payload in (
         Payload(os.system, "touch pwned"), Payload(eval, "open('pwned', 'w')"), Payload(print, "ran"),
-        Payload(__import__, "antigravity"),
+        Payload(__import__, "antigravity"), Payload(nn.Conv2d, 30_000, 30_000, 3),
     ):  # fmt: skip
         found["pt"] += [saved({"weight": payload}), pickle.dumps(payload)]
     save_file(model.state_dict(), folder / "m.safetensors")
@@ -163,6 +164,9 @@ def mutated(kind: str, content: bytes, others: list[bytes], rng: random.Random) 
         document = json.loads(content)
         for _ in range(rng.randint(1, 3)):
             document = mutated_json(document, rng)
+        # Under its seal again, for the most part, so that what is behind it is reached.
+        if kind == "plan" and isinstance(document, dict) and rng.random() < 0.8:
+            document = sealed(document)
         return json.dumps(document).encode()
     if content.startswith(b"PK") and rng.random() < 0.6:
         return mutated_archive(content, rng)

@@ -1,5 +1,6 @@
 import io
 import sys
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -163,6 +164,30 @@ def test_pickled_objects_in_an_npz_never_run(tmp_path, npz):
 
     refused("cannot be read", npz(x=IMAGES, y=np.array([Evil()], dtype=object)))
     assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize(
+    ("shape", "member", "match"),
+    [
+        (
+            (9 * 10**8, 1000, 1000, 3),
+            128 + 64,
+            r"x is uint8 of shape .*, which takes 2,7.* bytes, and holds 192",
+        ),
+        ((3000, 1000, 1000, 3), 128 + 9 * 10**9, r"x takes 9.0 GB of memory \(0.000 GB in the file\), of "),
+    ],
+)
+def test_sizes_are_looked_at_before_memory_is_taken(tmp_path, shape, member, match):
+    """That of the header against that of the member, and both against what there is."""
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(header, {"descr": "|u1", "fortran_order": False, "shape": shape})
+    content = header.getvalue()
+    assert len(content) == 128
+    with zipfile.ZipFile(tmp_path / "x.npz", "w") as archive:
+        archive.writestr("x.npy", content + bytes(64))
+        archive.writestr("y.npy", content)
+        archive.getinfo("x.npy").file_size = member  # what the directory of the archive says
+    refused(match, tmp_path / "x.npz")
 
 
 def test_preprocessing_float_data_is_refused(npz):

@@ -177,6 +177,20 @@ def test_inputs_that_are_no_numbers(folder):
         read_onnx(folder / "text.onnx")
 
 
+@pytest.mark.parametrize("shape", [(1, 3, 2**16, 2**16), (2**31, 2**31), (1, -5)])
+def test_inputs_of_absurd_shapes(folder, shape):
+    ends = [onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, shape) for name in ("x", "y")]
+    node = onnx.helper.make_node("Relu", ["x"], ["y"])
+    onnx.save(
+        onnx.helper.make_model(onnx.helper.make_graph([node], "g", ends[:1], ends[1:])),
+        str(folder / "large.onnx"),
+    )
+    with pytest.raises(
+        SepconvertError, match=r"large.onnx: its input x has the shape .*, of more than 268,4"
+    ):
+        read_onnx(folder / "large.onnx")
+
+
 # Conditions and text
 
 

@@ -353,6 +353,28 @@ def test_constructors_that_act_are_out_of_reach(tmp_path):
     refused("timm.task.distillation.DistillationTeacher", tmp_path / "m.pt")
 
 
+@FORMATS
+def test_constructors_of_layers_are_not_called(tmp_path, zipped):
+    """A file of three kilobytes could have a layer of any size built; classes that are allowed are no way."""
+
+    class Built:
+        def __reduce__(self):
+            return nn.Conv2d, (8, 8, 3)
+
+    model = nn.Sequential(nn.Conv2d(3, 4, 3))
+    model.further = Built()
+    torch.save(model, tmp_path / "m.pt", _use_new_zipfile_serialization=zipped)
+    refused("calls the constructor of Conv2d", tmp_path / "m.pt")
+    assert nn.Conv2d(3, 4, 3)(torch.zeros(1, 3, 8, 8)).shape == (1, 4, 6, 6)
+
+
+def test_archives_that_inflate_are_refused_before_they_are_read(tmp_path):
+    with zipfile.ZipFile(tmp_path / "m.pt", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("m/data.pkl", bytes(2**28))
+        archive.writestr("m/version", "3")
+    refused(r"inflates from 0\.3 to 268 MB, and torch writes no compressed archives", tmp_path / "m.pt")
+
+
 # State dicts
 
 

@@ -92,6 +92,12 @@ def test_a_plan_that_is_not_as_it_was_written(document, tmp_path):
         read_plan(path)
 
 
+def test_a_layer_stands_in_a_plan_once(document):
+    twice = {**document, "layers": [*document["layers"], document["layers"][0]]}
+    with pytest.raises(SepconvertError, match=r"not a valid plan: layer .* stands there 2 times"):
+        read_plan(sealed(twice))
+
+
 def test_files_that_cannot_be_read(tmp_path):
     for path in (tmp_path, tmp_path / "none.json"):
         with pytest.raises(SepconvertError, match="cannot be read"):
