@@ -43,7 +43,7 @@ from sepconvert.factorize.border import Border
 from sepconvert.factorize.exact import Spectrum, analyse, may_separate, spectrum
 from sepconvert.factorize.structures import BY_NAME, FORMS, Form
 from sepconvert.importance import fisher_information
-from sepconvert.measure.accuracy import AccuracyDelta
+from sepconvert.measure.accuracy import AccuracyDelta, whole
 from sepconvert.measure.latency import Speedup
 from sepconvert.plan import LayerPlan, kept, selected
 from sepconvert.progress import Progress
@@ -175,7 +175,7 @@ def _size(loader: DataLoader[Batch]) -> int:
 
 def _batches(loader: DataLoader[Batch], at_once: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Images and labels, -1 where there is none, in batches of few: a pass is suspended with each of them."""
-    found = [(x, _labels(x, *rest)) for x, *rest in loader]
+    found = [(x, _labels(x, *rest)) for x, *rest in whole(loader)]
     if not all(x.isfinite().all() for x, _ in found):
         raise SepconvertError("calibration: the images hold NaN or Inf; check the data")
     if found and all(_flat(x) for x, _ in found):

@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import errno
 import io
 import logging
 import os
@@ -262,22 +263,29 @@ def main() -> None:
         signal.signal(number, _interrupt)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # Latin-1 has no →
+    out = sys.stdout
     try:
-        sys.exit(cli.main(prog_name="sepconvert", standalone_mode=False))
+        code = cli.main(prog_name="sepconvert", standalone_mode=False)
     except (click.Abort, KeyboardInterrupt):
-        sys.exit(_fail("interrupted", _INTERRUPTED))
+        code = _fail("interrupted", _INTERRUPTED)
     except click.ClickException as error:
-        sys.exit(_fail(f"{error.format_message().rstrip('.')}; see --help", 2))
+        code = _fail(f"{error.format_message().rstrip('.')}; see --help", 2)
     except SepconvertError as error:
         if debug:
-            raise
+            traceback.print_exc()
         if isinstance(error, DemandNotMetError) and error.details:
             click.echo(error.details, err=True)
-        sys.exit(_fail(str(error), error.exit_code))
+        code = _fail(str(error), error.exit_code)
+    except SystemExit as end:
+        code = 2
+        # Where the reader of its output has left, click puts another stream in its place, and ends the program.
+        if sys.stdout is out:
+            _fail(f"code of yours ended the program (sys.exit({end.code!r})); take that out", code)
     except Exception as error:
         if debug:
-            raise
-        sys.exit(_fail(_unexpected(error), 2))
+            traceback.print_exc()
+        code = _fail(_unexpected(error), 2)
+    sys.exit(code)
 
 
 def _keep_memory() -> None:
@@ -300,6 +308,8 @@ def _interrupt(number: int, frame: object) -> None:
 
 def _unexpected(error: Exception) -> str:
     """Whose error it is that nothing foresaw: reading samples runs the user's code, the rest is ours."""
+    if isinstance(error, OSError) and error.filename is None and error.errno == errno.ENOSPC:
+        return "the output cannot be written: no space is left; write it elsewhere"
     cause = f"{type(error).__name__}: {first_line(error)}"
     modules = (frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__))
     if not any(name.startswith("torch.utils.data") for name in modules):

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import logging
+import math
 import shlex
 import sys
 import tempfile
@@ -40,7 +41,7 @@ from sepconvert.export import OnnxFile, cast, model_dtype, read_onnx, writing
 from sepconvert.footprint import images_at_once
 from sepconvert.head_to_head import Subject
 from sepconvert.head_to_head import measure as measure_together
-from sepconvert.load import LoadedModel, load_model, parse_input_shape
+from sepconvert.load import MAX_INPUT_ELEMENTS, LoadedModel, load_model, parse_input_shape
 from sepconvert.output import FILES, result_directory
 from sepconvert.pipeline import ConversionResult
 from sepconvert.pipeline import apply_plan as run_apply
@@ -91,6 +92,7 @@ _LINE_EVERY = 10.0  # seconds between lines that show progress where there is no
 
 def convert(**options: Any) -> None:
     """`sepconvert MODEL`."""
+    _check_used(options)
     if options["dry_run"]:
         _dry_run(options)
         return
@@ -124,6 +126,18 @@ def convert(**options: Any) -> None:
             for path in checkpoints(checkpoint):
                 path.unlink(missing_ok=True)
         _show(options, result, out)
+
+
+def _check_used(options: Options) -> None:
+    """Refuse what would be dropped in silence."""
+    given = [f"--{name}" for name in ("train", "precision", "checkpoint", "resume") if options[name]]
+    if given and not options["finetune"]:
+        raise SepconvertError(f"{', '.join(given)}: for fine-tuning; pass --finetune too, or leave it out")
+    if options["dry_run"] and options["mode"] != "exact":
+        raise SepconvertError(
+            f"--dry-run: shows what exact mode converts; {options['mode']} mode fits and measures before it "
+            "knows: run it, and apply its plan.json if you like it"
+        )
 
 
 def inspect(**options: Any) -> None:
@@ -162,7 +176,7 @@ def profile(**options: Any) -> None:
     out: Path | None = options["out"]
     if out is not None and not out.parent.is_dir():  # which is better known before all is measured
         raise SepconvertError(f"{out}: cannot be written: there is no {out.parent}; pass another --out")
-    if out is not None and out.is_file() and not _is_profile(out):
+    if out is not None and out.exists() and not _is_profile(out):
         raise SepconvertError(f"{out}: exists and is no profile of this version; pass another --out")
     with _quietly():
         found = _profile(options)
@@ -378,8 +392,6 @@ def _approximate(options: Options, out: Path) -> dict[str, Any]:
         "finetune", "precision", "resume",
     )  # fmt: skip
     checkpoint = _checkpoint(options, out)
-    if options["resume"] and checkpoint is None:
-        raise SepconvertError("--resume: goes on with fine-tuning; pass --finetune too")
     if checkpoint is not None and checkpoint.exists() and not options["resume"]:
         raise SepconvertError(
             f"{checkpoint}: a run that was interrupted left it; pass --resume to go on, or remove it"
@@ -468,6 +480,8 @@ def _load(options: Options) -> LoadedModel:
         )
     try:
         loaded.model.to(options["device"])
+        if torch.device(options["device"]).type == "meta":
+            raise ValueError("it holds no data")
     except Exception as error:  # torch's errors for unknown and for missing devices share no base class
         raise SepconvertError(
             f"--device {options['device']}: cannot be used: {first_line(error)}; pass --device cpu"
@@ -518,6 +532,11 @@ def _data_and_examples(
         inputs: Inputs = (images[:batch],)
     elif options["input_shape"]:
         shape = parse_input_shape(options["input_shape"])
+        if batch * math.prod(shape) > MAX_INPUT_ELEMENTS:
+            raise SepconvertError(
+                f"--batch {batch}: {batch:,} samples of {options['input_shape']} are more than "
+                f"{MAX_INPUT_ELEMENTS:,} elements; pass a smaller one"
+            )
         generator = torch.Generator().manual_seed(options["seed"])
         inputs = (torch.randn(batch, *shape, generator=generator),)
     elif example_inputs is not None:

@@ -19,7 +19,7 @@ from sepconvert.comparison import Comparison, Delta
 from sepconvert.environment import Runtime
 from sepconvert.errors import SepconvertError, first_line
 from sepconvert.export import OnnxFile, cast, model_dtype, onnx_sizes, save_onnx
-from sepconvert.measure.accuracy import Predictions
+from sepconvert.measure.accuracy import Predictions, whole
 from sepconvert.measure.accuracy import compare as compare_predictions
 from sepconvert.measure.cost import count
 from sepconvert.measure.latency import Speedup, latency, session, speedup, time_all
@@ -186,7 +186,7 @@ def _answers(
     labels: list[npt.NDArray[np.int64]] = []
     outputs: list[list[OutputComparison] | None] = []
     classes = 0
-    for x, y in progress(data, "comparing outputs"):
+    for x, y in whole(data, lambda batches: progress(batches, "comparing outputs")):
         answers = [each.run_batch(x.numpy()) for each in sessions]
         if not labels:
             outputs = [_started(answers[0], own) for own in answers[1:]]

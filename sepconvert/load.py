@@ -35,7 +35,7 @@ from torch.export.pt2_archive import PT2ArchiveReader
 from torch.nn import functional as F
 from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
-from sepconvert.errors import SepconvertError
+from sepconvert.errors import SepconvertError, shortened
 from sepconvert.trace import unwrapped
 
 __all__ = ["LoadedModel", "load_model", "parse_input_shape", "resolve_callable"]
@@ -743,4 +743,4 @@ def _one_line(error: BaseException) -> str:
 def _some(names: Iterable[str], limit: int = 4) -> str:
     names = list(names)
     rest = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(names[:limit]) + rest
+    return ", ".join(map(shortened, names[:limit])) + rest

@@ -52,6 +52,7 @@ def result_directory(
         with _uninterrupted():
             try:
                 target.parent.mkdir(parents=True, exist_ok=True)
+                _check_replaceable(out, target, force, inputs)  # it may have come meanwhile
                 _move(folder, target, workplace / "old")
             except OSError as error:
                 raise _not_writable(out, error) from error

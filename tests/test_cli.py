@@ -91,6 +91,22 @@ def failing(workers=0):
 
 def failing_in_a_worker():
     return failing(1)
+
+class Short(Failing):
+    def __getitem__(self, index):
+        if index == 9:
+            raise StopIteration
+        return torch.zeros(3, 8, 8), 0
+
+def short():
+    return DataLoader(Short(), batch_size=4)
+
+class Leaving(Failing):
+    def __getitem__(self, index):
+        raise SystemExit(0)
+
+def leaving():
+    return DataLoader(Leaving(), batch_size=4)
 """
 
 
@@ -417,9 +433,19 @@ def test_an_existing_result_is_found_out_before_any_work(here, run, monkeypatch)
 
 def test_force_replaces_the_directory(here, run):
     (here / "net-sepconvert").mkdir()
-    (here / "net-sepconvert" / "old.txt").write_text("old")
+    (here / "net-sepconvert" / "plan.json").write_text("old")
     assert run("net.pt", *SHAPE, "--runs", "0", "--force").code == 0
     assert listing(here / "net-sepconvert") == RESULTS
+
+
+def test_force_keeps_what_is_no_result(here, run):
+    (here / "net-sepconvert").mkdir()
+    (here / "net-sepconvert" / "thesis.txt").write_text("mine")
+    before = listing(here)
+    outcome = run("net.pt", *SHAPE, "--runs", "0", "--force")
+    assert outcome.code == 2
+    assert "net-sepconvert: holds thesis.txt, which is no result of a conversion" in outcome.err
+    assert listing(here) == before
 
 
 def test_names_that_are_not_text(here, run):
@@ -482,6 +508,24 @@ CONVERSIONS = {
     "unknown mode": ("net.pt", "--mode", "magic"),
     "unknown command": ("convrt", "net.pt"),
     "no model": ("--quiet",),
+    "batch of too many": ("net.pt", *SHAPE, "--batch", "100000000"),
+    "threads without end": ("net.pt", *SHAPE, "--threads", "100000000"),
+    "seed of 70 bits": ("net.pt", *SHAPE, "--seed", str(2**70)),
+    "no memory": ("net.pt", *SHAPE, "--mode", "approx", "--rank", "1", "--memory", "nan"),
+    "device without data": ("net.pt", *SHAPE, "--device", "meta"),
+    "train without fine-tuning": (
+        "net.pt",
+        *SHAPE,
+        "--mode",
+        "approx",
+        "--rank",
+        "1",
+        "--train",
+        "data.npz",
+    ),
+    "checkpoint in exact mode": ("net.pt", *SHAPE, "--checkpoint", "c.pt"),
+    "dry run of another mode": ("net.pt", *SHAPE, "--mode", "auto", "--min-speedup", "2", "--dry-run"),
+    "loader that ends the program": ("net.pt", "--data", "cli_test_code.py:leaving"),
     "batch of none": ("net.pt", *SHAPE, "--batch", "0"),
     "runs of words": ("net.pt", *SHAPE, "--runs", "many"),
 }
@@ -520,22 +564,49 @@ def test_a_loader_that_fails_midway(here, run, loader):
     assert listing(here.parent) == before
 
 
+def test_a_loader_that_ends_too_soon(here, run):
+    """torch takes StopIteration out of a data set for the end of the data."""
+    before = listing(here.parent)
+    outcome = run("net.pt", "--data", "cli_test_code.py:short", "--runs", "0")
+    assert (outcome.code, outcome.out) == (2, "")
+    assert "data: the loader ended after 2 of 3 batches; mend its data set" in outcome.err
+    assert listing(here.parent) == before
+
+
+def test_an_output_that_cannot_be_written(here):
+    with Path("/dev/full").open("wb") as full:
+        process = start("inspect", here / "net.pt", *SHAPE, stdout=full)
+        _, err = process.communicate()
+    assert process.returncode == 2
+    assert err.decode() == (
+        "sepconvert: the output cannot be written: no space is left; write it elsewhere\n"
+    )
+
+
+def test_of_two_runs_to_one_place_the_first_stays(here):
+    """Neither found anything there when it began."""
+    arguments = ("net.pt", *SHAPE, "--runs", "0", "--out", "new")
+    both = [start(*arguments, cwd=here) for _ in range(2)]
+    ends = [(process.communicate()[1].decode(), process.returncode) for process in both]
+    assert sorted(code for _, code in ends) == [0, 2]
+    assert [err for err, code in ends if code] == [
+        "sepconvert: new: exists already; pass --force to replace it, or another --out\n"
+    ]
+    assert listing(here / "new") == RESULTS
+
+
 @pytest.mark.parametrize("arguments", [["--debug"], []])
 def test_only_debug_shows_a_traceback(here, run, arguments, monkeypatch):
     def broken(*_: object, **__: object) -> None:
         raise ZeroDivisionError("first\nsecond")
 
     monkeypatch.setattr(commands, "load_model", broken)
-    monkeypatch.setattr(sys, "argv", ["sepconvert", "net.pt", *SHAPE, *arguments])
-    if arguments:
-        with pytest.raises(ZeroDivisionError):
-            cli.main()
-    else:
-        outcome = run("net.pt", *SHAPE)
-        assert outcome.code == 2
-        assert outcome.err == (
-            "sepconvert: unexpected ZeroDivisionError: first; run again with --debug and report it\n"
-        )
+    outcome = run("net.pt", *SHAPE, *arguments)
+    assert outcome.code == 2
+    assert ("Traceback" in outcome.err) == bool(arguments)
+    assert outcome.err.endswith(
+        "sepconvert: unexpected ZeroDivisionError: first; run again with --debug and report it\n"
+    )
     assert not (here / "net-sepconvert").exists()
 
 
@@ -752,7 +823,7 @@ def test_a_reader_that_leaves_early_causes_no_traceback(here):
     process = start("inspect", "net.pt", *SHAPE, stdout=writer)
     os.close(writer)
     assert process.communicate()[1] == b""
-    assert process.returncode == 1
+    assert process.returncode == 2
 
 
 @contextlib.contextmanager

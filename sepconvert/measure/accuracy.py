@@ -1,19 +1,22 @@
 """Top-1 and top-5 accuracy, and the difference of two classifiers that saw the same samples."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, is_dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, IterableDataset
 
 from sepconvert.errors import SepconvertError, first_line
 from sepconvert.measure import Progress
 from sepconvert.measure.statistics import Interval, mcnemar, paired_difference_interval
 from sepconvert.trace import fresh, placed, quick_copy
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -141,7 +144,7 @@ def evaluate(
     ranked, labels, classes = [], [], 0
     running: nn.Module | None = None
     with torch.no_grad():
-        for batch in progress(loader) if progress else loader:
+        for batch in whole(loader, progress):
             x, y = _pair(batch)
             if running is None:  # a Sequential of nothing is false
                 running = quick_copy(model, x)
@@ -158,6 +161,26 @@ def evaluate(
     if not sum(map(len, labels)):
         raise SepconvertError("data: expected at least one labelled sample, got none; check the data path")
     return Predictions(torch.cat(ranked).numpy(), torch.cat(labels).numpy(), classes)
+
+
+def whole(loader: Iterable[T], progress: Callable[[Iterable[T]], Iterable[T]] | None = None) -> Iterator[T]:
+    """All that a loader yields, with `progress` around it.
+
+    A StopIteration out of a data set ends torch's loop as if that were all.
+
+    Raises `SepconvertError` if a loader of known length ends before it.
+    """
+    number = 0
+    for batch in progress(loader) if progress else loader:
+        yield batch
+        number += 1
+    if isinstance(loader, DataLoader) and not isinstance(loader.dataset, IterableDataset):
+        expected = len(loader)
+        if number < expected:
+            raise SepconvertError(
+                f"data: the loader ended after {number} of {expected} batches; mend its data set, whose "
+                "__getitem__ raises StopIteration, or __len__ is wrong"
+            )
 
 
 def compare(original: Predictions, converted: Predictions) -> AccuracyDelta:
