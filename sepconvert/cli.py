@@ -278,7 +278,7 @@ def main() -> None:
         code = _fail(str(error), error.exit_code)
     except SystemExit as end:
         code = 2
-        # Where the reader of its output has left, click puts another stream in its place, and ends the program.
+        # Where the reader of its output has left, click puts another stream in its place, and ends all.
         if sys.stdout is out:
             _fail(f"code of yours ended the program (sys.exit({end.code!r})); take that out", code)
     except Exception as error:

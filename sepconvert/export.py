@@ -187,11 +187,12 @@ def layer_onnx(branches: Sequence[Sequence[ConvSpec]], shape: Sequence[int]) -> 
 
 
 def _program(model: nn.Module, inputs: Inputs, dynamic_batch: bool) -> tuple[ExportedProgram, ExportNote]:
-    words = {word for name, _ in model.named_modules() for word in name.split(".")}
+    named = (*model.named_modules(), *model.named_parameters(), *model.named_buffers())
+    words = {word for name, _ in named for word in name.split(".")}
     if reserved := sorted(filter(keyword.iskeyword, words)):
         # It writes such archives, and cannot load them.
         raise ExportError(
-            f"torch.export makes Python of the model, in which the name of its module {reserved[0]!r} is "
+            f"torch.export makes Python of the model, in which the name {reserved[0]!r} of a part of it is "
             "reserved; give it another"
         )
     program, note = _exported(model, inputs, dynamic_batch)

@@ -18,6 +18,13 @@ from sepconvert.factorize.exact import analyse, factorize
 from sepconvert.rewrite import Obstacles, Replacement, rewrite
 from sepconvert.trace import private_copy, trace
 
+# Few tests, of minutes: begun last, they would leave one of two workers without work.
+LONG = ("test_examples", "test_benchmark_commands", "test_cli", "test_docs", "test_distributed")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.path.stem not in LONG)
+
 
 @pytest.fixture(scope="session")
 def planted():

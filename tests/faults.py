@@ -22,6 +22,8 @@ import click
 import small_net
 from tabulate import tabulate
 
+from sepconvert.output import FILES
+
 NET = ("net.pth", "--factory", "net.py:make", "--mode", "approx", "--rank", "1", "--runs", "0")
 DATA = ("--calib", "x.npz", "--calib-images", "120")
 TRAINED = (*NET, *DATA, "--finetune", "60")
@@ -232,6 +234,17 @@ def raising_loader(folder: Path, option: str) -> str:
     return outcome + check(not (folder / "out").exists(), "; nothing is left")
 
 
+def one_place(folder: Path) -> str:
+    """Two runs to one new directory."""
+    command = (*NET[:3], "--input-shape", "8x12x12", "--runs", "0", "--out", "out")
+    both = [start(folder, *command) for _ in range(2)]
+    said = [process.communicate()[1].strip() for process in both]
+    codes = sorted(process.returncode for process in both)
+    whole = {path.name for path in (folder / "out").iterdir()} == set(FILES)
+    refusal = next(each for each, process in zip(said, both, strict=True) if process.returncode)
+    return check(codes == [0, 2] and whole, f"exit codes 0 and 2: {refusal}; all files whole")
+
+
 FAULTS: dict[str, Callable[[Path], str]] = {
     "kill -9, exact": lambda f: killed(f, (*NET[:3], "--input-shape", "8x12x12", "--runs", "0"), False),
     "kill -9, auto (times in a cache)": lambda f: killed(f, (*TIMED, "--cache", "cache"), False),
@@ -246,6 +259,7 @@ FAULTS: dict[str, Callable[[Path], str]] = {
     "cache truncated": lambda f: bad_cache(f, "truncated"),
     "cache with one bit changed": lambda f: bad_cache(f, "flipped"),
     "cache shared by two processes at once": shared_cache,
+    "two runs to one new directory": one_place,
     "home that cannot be written": lambda f: home(f, HOME="/proc/1"),
     "home that is not there": lambda f: home(f, HOME="/nowhere/at/all"),
     "no HOME": lambda f: home(f, HOME=None),

@@ -421,6 +421,6 @@ def test_names_that_are_reserved_in_python(x, tmp_path):
     result = convert(model, x, runs=0, out=tmp_path)
     missing = result.report["export"]["missing"]
     assert set(missing) == {"original.onnx", "converted.onnx", "converted.pt2"}
-    assert all("the name of its module 'class' is reserved" in reason for reason in missing.values())
+    assert all("the name 'class' of a part of it is reserved" in reason for reason in missing.values())
     assert not {path.suffix for path in tmp_path.iterdir()} & {".onnx", ".pt2"}
     assert torch.allclose(result.model(x), model(x), atol=1e-4)

@@ -100,7 +100,7 @@ def _run(model: nn.Module, inputs: Inputs) -> tuple[float, dict[str, int]]:
 
 
 class _Uncounted(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's own
-    """Calls of operators that torch's counter has no rule for; views and copies compute nothing."""
+    """Calls of operators that torch's counter has no rule for; views compute nothing."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # torch's own
