@@ -108,8 +108,6 @@ def split_data(
     Raises:
         SepconvertError: there are too few, or none to train on.
     """
-    if images < 1 or epochs < 0:
-        raise SepconvertError(f"--calib-images {images} --finetune {epochs}: expected 1 and 0 or more")
     scored, source, origin = data, calib, "--calib"
     if source is None:
         source, origin = train, "--train"

@@ -1,6 +1,7 @@
 """Which plan to deliver: the trade-off curve, looked at where the budget is decided."""
 
 import math
+import numbers
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
@@ -9,7 +10,7 @@ from torch import nn
 
 from sepconvert.allocate import Allocation, Choice, allocate, cost_of
 from sepconvert.approximation import Fitted, LayerSurvey
-from sepconvert.errors import DemandNotMetError, SepconvertError, check_number
+from sepconvert.errors import DemandNotMetError, SepconvertError, quoted
 from sepconvert.factorize.structures import Form
 from sepconvert.measure.accuracy import AccuracyDelta
 from sepconvert.measure.latency import Speedup
@@ -40,7 +41,7 @@ class Budget:
     def __post_init__(self) -> None:
         """Check the ranges."""
         for name, value, low, high, expected in (
-            ("--rank", self.rank, 1, math.inf, "a channel multiplier of 1 or more"),
+            ("--rank", self.rank, 1, math.inf, "a whole channel multiplier, 1 or more"),
             ("--target-macs", self.target_macs, 1e-9, 1, "a share of the MACs, above 0 and up to 1"),
             (
                 "--target-params",
@@ -52,9 +53,9 @@ class Budget:
             ("--min-speedup", self.min_speedup, 1e-9, math.inf, "a ratio above 0"),
             ("--max-drop", self.max_drop, 0, 100, "percentage points, 0 to 100"),
         ):
-            check_number(name, value, -math.inf, whole=name == "--rank")
-            if value is not None and not low <= value <= high:
-                raise SepconvertError(f"{name} {value:g}: expected {expected}")
+            kind = numbers.Integral if name == "--rank" else numbers.Real
+            if value is not None and not (isinstance(value, kind) and low <= value <= high):  # type: ignore[operator]
+                raise SepconvertError(f"{name} {quoted(value)}: expected {expected}")
         fixing = {
             "--rank": self.rank,
             "--target-macs": self.target_macs,

@@ -235,7 +235,7 @@ def test_a_demanded_speed_holds_of_the_files_too(small, monkeypatch):
         ({}, "need a budget"),
         ({"rank": 1, "finetune": 2}, "--finetune: needs images to train on"),
         ({"max_drop": 1.0}, "--max-drop: needs labelled data"),
-        ({"rank": 1, "calib_images": 0}, "--calib-images 0"),
+        ({"rank": 1, "calib_images": 0}, "calib_images: expected a whole number from 1, got 0"),
     ],
 )
 def test_bad_demands(samples, options, message):

@@ -777,8 +777,8 @@ def test_tolerance(planted, x):
         ({"threads": 10**8}, "threads: expected a whole number from 1 to 1,024"),
         ({"memory": math.nan}, "memory: expected a number from 1, got nan"),
         ({"memory": -1}, "memory: expected a number from 1, got -1"),
-        ({"mode": "approx", "rank": 1.5}, "--rank: expected a whole number, got 1.5"),
-        ({"mode": "approx", "target_macs": math.nan}, "--target-macs: expected a number, got nan"),
+        ({"mode": "approx", "rank": 1.5}, "--rank 1.5: expected a whole channel multiplier"),
+        ({"mode": "approx", "target_macs": math.nan}, "--target-macs nan: expected a share"),
         ({"mode": "approx", "rank": 1, "calib": [1]}, r"calib: expected .*DataLoader, got list; make one"),
     ],
 )
