@@ -54,7 +54,7 @@ class Budget:
             ("--max-drop", self.max_drop, 0, 100, "percentage points, 0 to 100"),
         ):
             kind = numbers.Integral if name == "--rank" else numbers.Real
-            if value is not None and not (isinstance(value, kind) and low <= value <= high):  # type: ignore[operator]
+            if value is not None and not (isinstance(value, kind) and low <= value <= high):
                 raise SepconvertError(f"{name} {quoted(value)}: expected {expected}")
         fixing = {
             "--rank": self.rank,
