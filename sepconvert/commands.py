@@ -203,6 +203,8 @@ def _is_profile(path: Path) -> bool:
 
 def compare(**options: Any) -> None:
     """`sepconvert compare A B …`."""
+    if len(options["models"]) < 2:  # of which no condition of --fail-if would fail
+        raise SepconvertError("compare: expected two models or more, got one; profile measures one")
     demands = [Demand.parse(text) for text in options["fail_if"]]
     stored = any(path.suffix == ".json" for path in options["models"])
     for demand in demands:

@@ -1075,6 +1075,10 @@ def test_conditions_on_what_will_not_be_measured_are_refused_first(here, run, co
     assert outcome.code == 2
     assert f"--fail-if '{condition}': it is not measured; " in outcome.err
     assert "a.onnx" in run("compare", "a.onnx", "b.onnx", "--fail-if", "macs > 1%").err
+    # No condition would fail.
+    alone = run("compare", "a.onnx", "--fail-if", "macs > 1%")
+    assert (alone.code, alone.out) == (2, "")
+    assert "compare: expected two models or more, got one" in alone.err
 
 
 def test_profiles_from_elsewhere_are_warned_of(here, run):
