@@ -474,8 +474,7 @@ class OfADictionary(Answering):
         return self.answer(self.conv(parts["image"]), parts["scale"])
 
 
-@pytest.mark.parametrize("batch", [1, 2])
-@pytest.mark.parametrize("kind", ["list", "tuple", "dictionary"])
+@pytest.mark.parametrize(("kind", "batch"), [("list", 1), ("tuple", 2), ("dictionary", 1)])
 def test_inputs_in_containers(kind, batch, planted, tmp_path):
     one, two = torch.randn(2, batch, 3, 10, 10)
     cls = OfADictionary if kind == "dictionary" else OfAList
