@@ -84,7 +84,7 @@ _approx_options = _options(
                  "[default: a part of --data, which is then not scored]."),
     click.option("--calib-images", default=1536, show_default=True, type=click.IntRange(1),
                  help="How many; a quarter, or 256, are held out to judge plans by."),
-    click.option("--memory", type=click.FloatRange(0, 1e9, min_open=True), metavar="GB",
+    click.option("--memory", type=click.FloatRange(0, min_open=True), metavar="GB",
                  help="That the process may have while it calibrates; less takes longer "
                       "[default: half of what is free besides]."),
     click.option("--rank", type=click.IntRange(1), help="Depthwise multiplier of all layers, no search."),
