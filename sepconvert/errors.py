@@ -33,8 +33,8 @@ MAX_SEED = 2**63 - 1  # of torch and of numpy alike
 
 def check_number(name: str, value: Any, low: float, high: float = math.inf, *, whole: bool = False) -> None:
     """Raise `SepconvertError` unless `value` is None, or a finite number from `low` to `high`."""
-    kind = numbers.Integral if whole else numbers.Real
-    if value is None or (isinstance(value, kind) and low <= value <= high and math.isfinite(value)):  # type: ignore[operator]
+    kind: type[Any] = numbers.Integral if whole else numbers.Real
+    if value is None or (isinstance(value, kind) and low <= value <= high and math.isfinite(value)):
         return
     bounds = f" from {low:,}" * (low > -math.inf) + f" to {high:,}" * (high < math.inf)
     raise SepconvertError(f"{name}: expected a {'whole ' * whole}number{bounds}, got {quoted(value)}")
