@@ -65,6 +65,8 @@ def fisher_information(
             try:
                 with torch.enable_grad(), ConvolutionInterceptor(private, on_call).watching():
                     likelihood = _log_likelihood(outputs(private, images), generator)
+                if not probes:  # the images reach none of the layers
+                    break
                 gradients = torch.autograd.grad(likelihood, [probe for _, probe in probes], allow_unused=True)
             except (RuntimeError, SepconvertError):  # its operators have no derivative
                 break
