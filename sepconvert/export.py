@@ -27,12 +27,14 @@ from sepconvert.errors import ExportError, SepconvertError, first_line
 from sepconvert.fold import fold_batchnorms
 from sepconvert.load import MAX_INPUT_ELEMENTS
 from sepconvert.measure.accuracy import tensor_leaves
+from sepconvert.seal import read_file
 from sepconvert.spec import ConvSpec
 from sepconvert.trace import Inputs, floating, fresh, private_copy, tensors_in
 
 # ONNX Runtime's CPU kernels for convolutions take float32 and float16.
 _RUNTIME_DTYPES = {torch.float64: torch.float32, torch.bfloat16: torch.float32}
 
+_MOST_BYTES = 2**31  # of a protobuf message
 _OPSET, _IR_VERSION = 20, 10  # that torch's exporter writes as well
 _STACK_TRACE = "pkg.torch.onnx.stack_trace"  # paths and lines of this machine, which are nobody's business
 _PAD_MODES = {"zeros": "constant", "reflect": "reflect", "replicate": "edge", "circular": "wrap"}
@@ -308,8 +310,10 @@ def read_onnx(path: Path) -> OnnxFile:
         SepconvertError: no such file, or no ONNX model.
     """
     try:
-        content = path.read_bytes()
+        content = read_file(path, _MOST_BYTES)
         model = onnx.load_from_string(content)
+    except SepconvertError:
+        raise
     except OSError as error:
         raise SepconvertError(f"{path}: cannot be read: {error.strerror}; check the path") from error
     except Exception as error:  # protobuf's own

@@ -36,11 +36,13 @@ from torch.nn import functional as F
 from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
 from sepconvert.errors import SepconvertError, shortened
+from sepconvert.pickles import check_archive, check_pickle
 from sepconvert.trace import unwrapped
 
 __all__ = ["LoadedModel", "load_model", "parse_input_shape", "resolve_callable"]
 
-MAX_INPUT_ELEMENTS = 2**28  # 1 GiB of float32 for one sample: beyond it, a shape is a slip of the pen
+MAX_INPUT_ELEMENTS = 2**26  # 256 MiB of float32 for one sample: beyond it, a shape is a slip of the pen
+_MAX_EXAMPLE = 2**22  # elements of an input of which a file, and not its user, tells the shape
 
 
 @dataclass(frozen=True)
@@ -89,13 +91,20 @@ def load_model(
         else:
             content = _load_pickle(path, allow, trust, legacy=kind == "legacy torch.save")
         found = _unwrap(content, path)
+        if isinstance(found, nn.Module):
+            _check_state(found)
         weights = found.state_dict() if isinstance(found, nn.Module) else found
+        _check_tensors(found, weights, path)
     except SepconvertError:
         raise
     except Exception as error:  # a damaged or hostile file can make the readers raise anything
+        advice = (
+            "install what it needs, or run from the directory that holds it"
+            if isinstance(error, ImportError)  # of a file that is trusted
+            else "it is damaged, or of another version of torch: save it again"
+        )
         raise SepconvertError(
-            f"{path}: cannot be read as a {kind} file ({_one_line(error)}); "
-            "it is damaged, or of another version of torch: save it again"
+            f"{path}: cannot be read as a {kind} file ({_one_line(error)}); {advice}"
         ) from error
     if any(isinstance(value, Tensor) and value.is_meta for value in weights.values()):
         raise SepconvertError(f"{path}: has weights without data (on the meta device); save a trained model")
@@ -155,6 +164,8 @@ def _format(path: Path) -> str:
     expected = "expected a model saved by torch.save, a .safetensors or a .pt2 file"
     if path.is_dir():
         raise SepconvertError(f"{path}: is a directory; {expected}")
+    if path.exists() and not path.is_file():
+        raise SepconvertError(f"{path}: is no regular file; {expected}")
     try:
         with path.open("rb") as file:
             head = file.read(64)
@@ -278,8 +289,10 @@ def _load_pickle(path: Path, allow: Sequence[str], trust: bool, *, legacy: bool)
             _make_importable(Path.cwd())  # as for --allow
             return torch.load(file, map_location="cpu", weights_only=False)
         if legacy:
-            readable, names = _legacy_file(file)
+            readable, names = _legacy_file(file, path)
         else:
+            check_archive(file, str(path))
+            file.seek(0)
             readable, names = file, set(get_unsafe_globals_in_checkpoint(file))
         admitted = {name: _admit(name, allow) for name in sorted(names)}
         refused = [name for name, found in admitted.items() if found is None]
@@ -353,6 +366,15 @@ def _refusal(names: list[str], path: Path) -> SepconvertError:
             f"{path}: needs {_some(names)}, and the script that saved it, __main__, cannot be imported; "
             "save model.state_dict() there, and pass --factory file.py:callable"
         )
+    if any(name.startswith(("torch.ao.", "torch.nn.quantized.", "torchao.")) for name in names):
+        return SepconvertError(
+            f"{path}: is quantised ({_some(names)}), and factors need kernels in floating point; convert the "
+            "model before it is quantised, and quantise the result"
+        )
+    if "torch.nn.parameter.UninitializedParameter" in names:
+        return SepconvertError(
+            f"{path}: has layers without a shape yet (lazy modules); run the model once, and save it anew"
+        )
     dangerous = [name for name in names if _is_standard_library(name)]
     if dangerous:
         return SepconvertError(
@@ -377,7 +399,7 @@ def _is_standard_library(name: str) -> bool:
     return name.partition(".")[0] in sys.stdlib_module_names
 
 
-def _legacy_file(file: BinaryIO) -> tuple[BinaryIO, set[str]]:
+def _legacy_file(file: BinaryIO, path: Path) -> tuple[BinaryIO, set[str]]:
     """A file of torch < 1.6 (five pickles, then data), made readable, and names that torch refuses."""
     pickles = []
     for _ in range(5):
@@ -392,6 +414,8 @@ def _legacy_file(file: BinaryIO) -> tuple[BinaryIO, set[str]]:
     if rewritten != pickles[3]:
         pickles[3] = rewritten
         file = io.BytesIO(b"".join([*pickles, file.read()]))
+    for pickled in pickles:
+        check_pickle(pickled, str(path))
     return file, set().union(*map(_unsafe_globals, pickles))
 
 
@@ -492,6 +516,9 @@ def _check_pt2(file: BinaryIO, path: Path) -> None:
         raise SepconvertError(f"{path}: holds compiled code (AOTInductor); write it with torch.export.save")
     if [name for name in members if name.startswith("models/")] != ["models/model.json"]:
         raise SepconvertError(f"{path}: expected one program, called model; write it with torch.export.save")
+    for name in members:
+        if name.endswith(".pt"):
+            check_archive(io.BytesIO(archive.read_bytes(name)), str(path))
     configs = {f"data/{kind}/model_{kind}_config.json" for kind in ("weights", "constants")}
     for name in ["models/model.json", *configs.intersection(members)]:
         for key, text in _strings(json.loads(archive.read_bytes(name))):
@@ -596,6 +623,34 @@ def _unwrap(content: object, path: Path) -> nn.Module | Mapping[str, Tensor]:
     return {str(key): value for key, value in content.items()}
 
 
+def _check_state(model: nn.Module) -> None:
+    """Raise `ValueError` where a module's own dictionaries are others than its constructor makes."""
+    usual = {name: value for name, value in vars(nn.Module()).items() if isinstance(value, dict)}
+    for module in model.modules():
+        for name, value in usual.items():
+            held = vars(module).get(name, value)
+            called = name in ("_forward_hooks", "_forward_pre_hooks")
+            if not isinstance(held, type(value)) or (called and not all(map(callable, held.values()))):
+                raise ValueError(f"{name} of a {type(module).__name__} is not what torch makes")
+
+
+def _check_tensors(found: object, weights: Mapping[str, object], path: Path) -> None:
+    """Refuse sparse tensors, and views that repeat a few stored numbers until they fill the memory."""
+    own = [*found.parameters(), *found.buffers()] if isinstance(found, nn.Module) else []
+    tensors = [each for each in (*weights.values(), *own) if isinstance(each, Tensor)]
+    if any(each.layout is not torch.strided and not each.is_mkldnn for each in tensors):
+        raise SepconvertError(f"{path}: has sparse weights; save them dense (tensor.to_dense())")
+    stored = [each for each in tensors if each.layout is torch.strided and not each.is_meta]
+    distinct = {(each.data_ptr(), each.shape, each.stride()): each for each in stored}
+    claimed = sum(each.numel() * each.element_size() for each in distinct.values())
+    size = path.stat().st_size
+    if claimed > 2 * size + 2**26:
+        raise SepconvertError(
+            f"{path}: its weights take {claimed / 1e6:,.0f} MB, and the file {size / 1e6:,.1f}: they "
+            "repeat what is stored; save them whole (tensor.contiguous())"
+        )
+
+
 def _builder(spec: str) -> Callable[[], nn.Module]:
     function = resolve_callable(spec, "--factory")
 
@@ -657,9 +712,10 @@ def _plain_key(key: str, expected: Mapping[str, object]) -> str:
 
 
 def _timm_example(model: nn.Module) -> tuple[Tensor, ...] | None:
-    config = getattr(model, "pretrained_cfg", None) or getattr(model, "default_cfg", None)
-    size = config.get("input_size") if isinstance(config, dict) else None
-    if not isinstance(size, tuple | list) or len(size) != 3 or not _is_sensible(size):
+    configs = (getattr(model, name, None) for name in ("pretrained_cfg", "default_cfg"))
+    config: dict[str, Any] = next((each for each in configs if isinstance(each, dict) and each), {})
+    size = config.get("input_size")
+    if not isinstance(size, tuple | list) or len(size) != 3 or not _is_sensible(size, _MAX_EXAMPLE):
         return None
     # The configuration keeps its 3 channels when a model is created with in_chans=1.
     first = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
@@ -669,9 +725,9 @@ def _timm_example(model: nn.Module) -> tuple[Tensor, ...] | None:
     return (torch.zeros(1, *size, dtype=dtype),)
 
 
-def _is_sensible(shape: Sequence[object]) -> bool:
+def _is_sensible(shape: Sequence[object], most: int = MAX_INPUT_ELEMENTS) -> bool:
     sizes = [size for size in shape if isinstance(size, int) and size >= 1]
-    return len(sizes) == len(shape) and math.prod(sizes) <= MAX_INPUT_ELEMENTS
+    return len(sizes) == len(shape) and math.prod(sizes) <= most
 
 
 def _look_up(source: str, name: str, label: str) -> object:

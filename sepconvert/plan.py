@@ -15,7 +15,7 @@ from sepconvert.errors import SepconvertError, first_line, quoted, shortened
 from sepconvert.factorize.border import Border
 from sepconvert.factorize.exact import ZERO_BORDER, Analysis, Factorization, Finding, factorize
 from sepconvert.factorize.structures import FORMS
-from sepconvert.seal import CHECKSUM, is_intact
+from sepconvert.seal import CHECKSUM, is_intact, read_file
 from sepconvert.spec import ConvSpec, chain_params
 from sepconvert.trace import ConvSite
 
@@ -87,7 +87,7 @@ def read_plan(source: Path | Mapping[str, Any]) -> ConversionPlan:
     where = str(source) if isinstance(source, Path) else "plan"
     if isinstance(source, Path):
         try:
-            document = json.loads(source.read_text(encoding="utf-8"))
+            document = json.loads(read_file(source))
         except OSError as error:
             raise SepconvertError(f"{where}: cannot be read: {error.strerror}") from error
         except (ValueError, RecursionError) as error:

@@ -21,6 +21,7 @@ from sepconvert.measure.latency import Latency, Startup, measure_grid, measure_s
 from sepconvert.measure.operators import OperatorTime, operator_times
 from sepconvert.measure.statistics import Interval
 from sepconvert.progress import Progress, silent
+from sepconvert.seal import read_file
 from sepconvert.trace import Inputs, checked, private_copy, tensors_in
 
 SCHEMA = "sepconvert.profile/1"
@@ -169,7 +170,7 @@ def read_profile(path: Path) -> StoredProfile:
         SepconvertError: no such file, no profile, or of another version, with the key at fault.
     """
     try:
-        document = json.loads(path.read_text(encoding="utf-8"), parse_constant=_no_number)
+        document = json.loads(read_file(path), parse_constant=_no_number)
         if document["schema"] != SCHEMA:
             raise SepconvertError(
                 f"{path}: expected schema {SCHEMA!r}, got {quoted(document['schema'])}; make it anew with "
@@ -187,7 +188,7 @@ def read_profile(path: Path) -> StoredProfile:
         raise SepconvertError(
             f"{path}: lacks the key {first_line(error)}; make it anew with `sepconvert profile`"
         ) from error
-    except (ValueError, TypeError, AttributeError) as error:
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
         raise SepconvertError(
             f"{path}: not a profile that `sepconvert profile` wrote ({first_line(error)}); make it anew"
         ) from error

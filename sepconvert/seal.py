@@ -3,9 +3,29 @@
 import hashlib
 import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
+from sepconvert.errors import SepconvertError
+
 CHECKSUM = "checksum"
+MOST_BYTES = 2**26  # of a document: a plan takes some hundred for each layer
+
+
+def read_file(path: Path, most: int = MOST_BYTES) -> bytes:
+    """All of a file of at most so many bytes.
+
+    Raises:
+        SepconvertError: it is larger, or is none that has a size (a pipe, a device).
+        OSError: it cannot be read.
+    """
+    size = path.stat().st_size
+    if size > most or not path.is_file():
+        what = (
+            f"it has {size:,} bytes, expected at most {most:,}" if path.is_file() else "it is no regular file"
+        )
+        raise SepconvertError(f"{path}: cannot be read: {what}; check the path")
+    return path.read_bytes()
 
 
 def sealed(document: Mapping[str, Any]) -> dict[str, Any]:

@@ -466,6 +466,11 @@ class Search:
 
     def _fastest(self, point: Point | None, budget: Budget) -> Point | None:
         """Of all plans that were carried out and are within the budget of accuracy the one timed fastest."""
+        if point is None and budget.share is None and budget.max_drop is None:
+            # A cheaper plan need not be a faster one: others that were timed may meet the demand.
+            timed = [each for each in self.points if each.choice and each.speedup is not None]
+            fast = [each for each in timed if self._fast_enough(each, budget)]
+            return max(fast, key=lambda each: each.cost, default=None)
         if point is None or budget.max_drop is None or not self.timed:
             return point
         known = [

@@ -19,6 +19,7 @@ import numpy as np
 from torch import Tensor, nn
 
 from sepconvert.environment import Runtime, environment
+from sepconvert.errors import SepconvertError, first_line
 from sepconvert.export import cast, layer_onnx, onnx_feed, runtime_dtype, save_onnx
 from sepconvert.factorize.border import Border
 from sepconvert.factorize.exact import ZERO_BORDER, branches
@@ -28,7 +29,7 @@ from sepconvert.measure.statistics import Interval
 from sepconvert.profiling import batch_size
 from sepconvert.progress import Progress
 from sepconvert.rewrite import Replacement
-from sepconvert.seal import is_intact, sealed
+from sepconvert.seal import is_intact, read_file, sealed
 from sepconvert.spec import ConvSpec
 from sepconvert.trace import ConvSite, Inputs
 
@@ -43,6 +44,7 @@ _YARDSTICK = ConvSpec(64, 64, (3, 3), padding=((1, 1), (1, 1)), bias=True)
 _YARDSTICK_SHAPE = (1, 64, 24, 24)
 
 # What times hang on, of what `environment` tells.
+_NO_ENTRY = (SepconvertError, OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError)
 _RUNTIME = ("cpu", "threads", "graph_optimization", "provider", "onnxruntime")
 
 LAYOUT = 3
@@ -167,10 +169,19 @@ class Clock:
         missing = [index for index, key in enumerate(keys) if not self._recall(key, _usable_plan)]
         if missing:
             feed = onnx_feed(cast(inputs, runtime_dtype(original)))
-            first, again, *others = self._samples(
-                [(path, feed) for path in (paths[0], paths[0], *(paths[index] for index in missing))],
-                runs, lambda items: progress(items, "timing plans"),
-            )  # fmt: skip
+            timed = [(path, feed) for path in (paths[0], paths[0], *(paths[index] for index in missing))]
+            try:
+                first, again, *others = self._samples(
+                    timed, runs, lambda items: progress(items, "timing plans")
+                )
+            except SepconvertError as error:
+                # Without the path of a file that is not the user's.
+                cause = first_line(error.__cause__ or error).rpartition(" failed:")[2].strip()
+                raise SepconvertError(
+                    "plans are timed in ONNX Runtime, which does not run what this model is exported to "
+                    f"({cause}); "
+                    "convert it in exact mode, or in approx mode by --rank or --target-macs with --runs 0"
+                ) from error
             for index, times in zip(missing, others, strict=True):
                 found = speedup(first, again, times)
                 self._keep(keys[index], {"yardsticks": float(np.median(times)), "speedup": asdict(found)})
@@ -269,8 +280,8 @@ class Clock:
     def _recall(self, key: str, usable: Callable[[Any], bool]) -> dict[str, Any]:
         """What is known; nothing if that is none, not ours, or damaged."""
         if key not in self._known and self._cache is not None:
-            with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
-                found = json.loads((self._cache / f"{key}.json").read_text(encoding="utf-8"))
+            with contextlib.suppress(*_NO_ENTRY):
+                found = json.loads(read_file(self._cache / f"{key}.json"))
                 if is_intact(found) and usable(found):
                     self._known[key] = found
         return self._known.get(key, {})

@@ -391,14 +391,11 @@ def trace(model: nn.Module, inputs: Inputs) -> tuple[ConvSite, ...]:
             for calls in grouped.values()
         ]
     )
-    for module, count in hidden.items():
-        sites.append(
-            _unseen(
-                module, names[id(module)], "TorchScript or C++", f"{count} convolutions run outside Python"
-            )
-        )
+    for module, (kind, obstacle) in hidden.items():
+        sites.append(_unseen(module, names[id(module)], kind, obstacle))
     # By their weights too: `conv.forward(x)` is a call by the module that makes it.
     executed = {id(record.module) for record in records} | {id(r.arguments["weight"]) for r in records}
+    executed |= set(map(id, hidden))
     for module in model.modules():
         if isinstance(module, _ConvNd) and executed.isdisjoint((id(module), id(module.weight))):
             sites.append(
@@ -407,13 +404,19 @@ def trace(model: nn.Module, inputs: Inputs) -> tuple[ConvSite, ...]:
     return tuple(sites)
 
 
-def _run(model: nn.Module, inputs: Inputs) -> tuple[list[_Record], dict[nn.Module, int]]:
+def _run(model: nn.Module, inputs: Inputs) -> tuple[list[_Record], dict[nn.Module, tuple[str, str]]]:
+    """What was called, and of modules with calls that cannot be followed their kind and why."""
     records: list[_Record] = []
+    hidden: dict[nn.Module, tuple[str, str]] = {}
 
     def on_call(
         module: nn.Module, index: int, function: str, arguments: dict[str, Any], call: Callable[..., Tensor]
     ) -> Tensor:
         output = call()
+        if torch._C._functorch.peek_interpreter_stack() is not None:
+            kind = type(module).__name__ if isinstance(module, _ConvNd) else f"functional {function}"
+            hidden[module] = kind, "it runs under a transform of torch.func, such as vmap"
+            return output
         frame = interceptor.frames[-1]
         reads = any(arguments.get("input") is value for value in frame.inputs)
         module_inputs = None if frame.kwargs else frame.inputs
@@ -429,8 +432,8 @@ def _run(model: nn.Module, inputs: Inputs) -> tuple[list[_Record], dict[nn.Modul
                 records_of_call[-1].returns_output = output is records_of_call[-1].output
 
     interceptor = ConvolutionInterceptor(model, on_call)
-    hidden = _HiddenConvolutions(interceptor)
-    with torch.no_grad(), hidden, interceptor.watching(on_return):
+    outside = _HiddenConvolutions(interceptor)
+    with torch.no_grad(), outside, interceptor.watching(on_return):
         try:
             model(*fresh(inputs))
         except Exception as error:  # the model's own code may raise anything
@@ -444,7 +447,9 @@ def _run(model: nn.Module, inputs: Inputs) -> tuple[list[_Record], dict[nn.Modul
             raise SepconvertError(
                 f"the model's forward pass failed on input {shapes}: {reason}; {advice}"
             ) from error
-    return records, hidden.count
+    for module, count in outside.count.items():
+        hidden[module] = "TorchScript or C++", f"{count} convolutions run outside Python"
+    return records, hidden
 
 
 def _quantised(model: nn.Module) -> str | None:

@@ -88,8 +88,10 @@ def check_layer(conv: DenseConv, layer: FactorizedConv2d, tolerance: float) -> L
         dense = dense_convolution(spec, inputs, weight, bias)
         # Not by calling them: hooks of the user's may change values.
         factored: Tensor = double.forward(inputs)
-        own = dense_convolution(spec, seen, conv.weight, conv.bias)
-        own_factored = private_copy(layer).cpu().forward(seen)
+        # Under autocast a layer is handed another dtype than its kernel's.
+        own_input = seen.to(conv.weight.dtype)
+        own = dense_convolution(spec, own_input, conv.weight, conv.bias)
+        own_factored = private_copy(layer).cpu().forward(own_input)
         # All outputs of a group see the same patch.
         shared = spec.out_channels // spec.groups
         patches = dense_convolution(spec, inputs.square(), torch.ones_like(weight[::shared]), None)

@@ -24,6 +24,7 @@ import zipfile
 import zlib
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -89,8 +90,12 @@ def seeds(folder: Path) -> dict[str, list[bytes]]:
     for payload in (
         Payload(os.system, "touch pwned"), Payload(eval, "open('pwned', 'w')"), Payload(print, "ran"),
         Payload(__import__, "antigravity"), Payload(nn.Conv2d, 30_000, 30_000, 3),
+        Payload(bytearray, 9 * 10**9), Payload(partial, bytearray, 9 * 10**9), doubled(40),
     ):  # fmt: skip
         found["pt"] += [saved({"weight": payload}), pickle.dumps(payload)]
+    repeating = nn.Sequential(nn.Conv2d(3, 4, 3))
+    repeating[0].weight = nn.Parameter(torch.zeros(1).expand(20_000, 20_000, 3, 3))
+    found["pt"].append(saved(repeating))
     save_file(model.state_dict(), folder / "m.safetensors")
     found["safetensors"] = [(folder / "m.safetensors").read_bytes()]
     save_archive(model, (IMAGE,), folder / "m.pt2")
@@ -114,6 +119,17 @@ def seeds(folder: Path) -> dict[str, list[bytes]]:
         buffer = io.BytesIO()
         Image.fromarray(arrays["x"][0]).save(buffer, form)
         found["image"].append(buffer.getvalue())
+    found["image"].append(
+        b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 6 6\n%%EndComments\nshowpage\n%%EOF\n"
+    )
+    return found
+
+
+def doubled(times: int) -> tuple[Any, ...]:
+    """A tuple of one tuple twice, and so on: a few bytes that take for ever to be walked."""
+    found: tuple[Any, ...] = ()
+    for _ in range(times):
+        found = (found, found)
     return found
 
 

@@ -724,10 +724,22 @@ def test_apply_replays_the_plan(here, run, plan):
         torch.testing.assert_close(torch.from_numpy(actual), network()(x), rtol=1e-4, atol=1e-5)
 
 
-def test_apply_to_other_weights_says_that_nothing_was_compared(here, run, plan):
-    torch.save(network(), here / "twin.pt")
-    edit(plan, model_sha256="0" * 64)
-    outcome = run("apply", "twin.pt", plan, "--out", "again", "--json")
+def test_a_plan_is_for_the_file_that_it_was_made_of(here, run, plan):
+    twin = network()
+    with torch.no_grad():
+        next(twin.parameters()).mul_(2)
+    torch.save(twin, here / "twin.pt")
+    outcome = run("apply", "twin.pt", plan, "--out", "again")
+    assert (outcome.code, outcome.out) == (2, "")
+    assert re.fullmatch(
+        r"sepconvert: twin\.pt: is another file than the plan was made of \(SHA-256 .*\n", outcome.err
+    )
+    assert not (here / "again").exists()
+
+
+def test_where_a_plan_names_no_file_nothing_is_compared(here, run, plan):
+    edit(plan, model_sha256=None)
+    outcome = run("apply", "net.pt", plan, "--out", "again", "--json")
     assert (outcome.code, outcome.err) == (0, "")
     assert json.loads(outcome.out) == {"out": "again", "converted": 1, "verification": None}
 
@@ -939,6 +951,52 @@ def test_fine_tuning_that_was_killed_is_resumed_to_the_same_weights(here):
     weights = [(here / name / "converted.safetensors").read_bytes() for name in ("whole", "resumed")]
     assert weights[0] == weights[1]
     assert set(listing(here)) == {*before, *listing_of("whole"), *listing_of("resumed")}
+
+
+def test_what_is_in_the_place_of_a_checkpoint_and_was_not_used_is_left_alone(here):
+    """With nothing converted there is no fine-tuning: any file was taken for a checkpoint, and deleted."""
+    small_net.write(here)
+    arguments = ("net.pth", "--factory", "net.py:make", "--mode", "approx", "--rank", "1", "--runs", "0")
+    (here / "mine").write_text("precious")
+    (here / "mine.2").write_text("precious")
+    train = (
+        "--finetune",
+        "1",
+        "--calib",
+        "x.npz",
+        "--calib-images",
+        "120",
+        "--checkpoint",
+        "mine",
+        "--resume",
+    )
+    process = start(*arguments, *train, "--exclude", "*", "--out", "none")
+    _, err = process.communicate()
+    assert process.returncode == 0, err
+    process = start(*arguments, *train, "--out", "some")
+    _, err = process.communicate()
+    assert process.returncode == 2
+    assert b"mine: expected a checkpoint, got a damaged or foreign file" in err
+    assert [(here / name).read_text() for name in ("mine", "mine.2")] == ["precious", "precious"]
+
+
+def test_a_signal_while_torch_is_imported_raises_nothing(here, tmp_path):
+    """An exception out of a callback of torch's would abort the process."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import os, signal, sys\n"
+        "class Finder:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        if name == 'sepconvert.commands':\n"
+        "            try:\n"
+        "                os.kill(os.getpid(), signal.SIGTERM)\n"
+        "            except BaseException as error:\n"
+        "                os.write(2, f'raised {error!r}'.encode())\n"
+        "sys.meta_path.insert(0, Finder())\n"
+    )
+    places = [str(tmp_path), str(Path(cli.__file__).parents[1])]
+    process = start("net.pt", *SHAPE, env={**os.environ, "PYTHONPATH": os.pathsep.join(places)})
+    out, err = process.communicate()
+    assert (process.returncode, out, err) == (130, b"", b"sepconvert: interrupted\n")
 
 
 @pytest.fixture

@@ -1,4 +1,5 @@
 import io
+import os
 import sys
 import zipfile
 from pathlib import Path
@@ -243,6 +244,35 @@ def test_sizes_that_differ_need_resize(folder):
     Image.fromarray(IMAGES[0]).resize((9, 9)).save(folder / "dog" / "z.png")
     refused("8×6, .*z.png is 9×9.*--resize", folder)
     assert everything(load_data(str(folder), Preprocess(resize=5)))[0].shape == (7, 3, 5, 5)
+
+
+def test_images_are_told_by_their_content_and_run_no_program(folder, monkeypatch):
+    """Pillow hands PostScript to Ghostscript, whatever the file is called."""
+    for name in ("gs", "gswin32c", "gswin64c"):
+        (folder.parent / name).write_text(f"#!/bin/sh\necho ran >> {folder.parent}/ran\n")
+        (folder.parent / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folder.parent}:{os.environ['PATH']}")
+    (folder / "dog" / "z.png").write_bytes(
+        b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 6 8\n%%EndComments\n%%Page: 1 1\nshowpage\n%%EOF\n"
+    )
+    refused(r"z\.png: a broken image", folder, Preprocess(resize=5))
+    assert not (folder.parent / "ran").exists()
+
+
+def test_images_of_absurd_sizes_are_refused_unread(folder):
+    for side, said in (
+        (8200, "is 8200×8200, expected at most 67,108,864 pixels"),
+        (14000, "too large an image"),
+    ):
+        Image.new("1", (side, side)).save(folder / "dog" / "z.png")
+        refused(rf"z\.png: {said}", folder, Preprocess(resize=5))
+
+
+def test_resizing_is_pillows(folder):
+    """Bilinear and antialiased; Pillow rounds to whole numbers, at each of its two steps."""
+    x, _ = everything(load_data(str(folder), Preprocess(resize=(4, 3))))
+    first = Image.open(folder / "cat" / "0.png").resize((3, 4), Image.Resampling.BILINEAR)
+    assert np.abs(255 * x[0].permute(1, 2, 0).numpy() - np.asarray(first)).max() <= 1.0
 
 
 def test_broken_images_are_named(folder):

@@ -97,6 +97,26 @@ def snapshot(model):
     }
 
 
+def test_layers_under_autocast_are_compared_in_the_dtype_of_their_kernels(planted):
+    class Cast(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.convs = nn.Sequential(planted(3, 8), planted(8, 8, seed=1))
+
+        def forward(self, x):
+            with torch.autocast("cpu", torch.bfloat16):
+                return self.convs(x).float()
+
+    model, x = Cast().eval(), torch.randn(2, 3, 12, 12)
+    result = sepconvert.convert(model, x, runs=0, gate="none")
+    assert [layer["decision"] for layer in result.report["layers"]] == ["converted"] * 2
+    with torch.no_grad():
+        expected, actual = model(x), result.model(x)
+    # Two roundings to bfloat16 in place of one, in each of two layers.
+    assert (actual - expected).abs().max() <= 4 * torch.finfo(torch.bfloat16).eps * expected.abs().max()
+    assert not torch.equal(actual, expected)
+
+
 @pytest.fixture(scope="module")
 def conversion(net, x, tmp_path_factory):
     """Result, folder, and what the conversion left behind, of one conversion with everything on."""

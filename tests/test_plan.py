@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import json
+import os
 
 import pytest
 import torch
@@ -99,7 +100,10 @@ def test_a_layer_stands_in_a_plan_once(document):
 
 
 def test_files_that_cannot_be_read(tmp_path):
-    for path in (tmp_path, tmp_path / "none.json"):
+    with (tmp_path / "large.json").open("wb") as file:
+        file.truncate(10**9)  # which takes no room
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path, *(tmp_path / name for name in ("none.json", "large.json", "pipe"))):
         with pytest.raises(SepconvertError, match="cannot be read"):
             read_plan(path)
 

@@ -171,6 +171,12 @@ def test_a_value_out_of_range_is_named(stored, tmp_path, key, value):
         read_profile(tmp_path / "net.json")
 
 
+def test_nesting_without_end_is_no_profile(tmp_path):
+    (tmp_path / "net.json").write_text("[" * 200_000)
+    with pytest.raises(SepconvertError, match=r"net\.json: not a profile"):
+        read_profile(tmp_path / "net.json")
+
+
 def test_another_version_is_named(stored, tmp_path):
     stored["schema"] = "sepconvert.profile/2"
     (tmp_path / "net.json").write_text(json.dumps(stored))

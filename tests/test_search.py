@@ -364,6 +364,15 @@ def test_a_plan_is_on_the_curve_once_whatever_was_learnt_of_it(surveyed, allowed
     assert all(forms.count(each) == 1 for each in forms)
 
 
+def test_a_plan_that_was_timed_fast_enough_is_delivered_though_cheaper_ones_are_not():
+    surveyed = {name: layer(400, 1.0) for name in "abc"}
+    total, cheapest = Bench(surveyed).total, Bench(surveyed).cheapest
+    bench = Bench(surveyed, ratio=lambda cost: 0.5 if cost == cheapest else total / cost)
+    point = bench.search.run(Budget(min_speedup=1.2))
+    assert point.cost > cheapest
+    assert point.speedup.median >= 1.2
+
+
 def test_where_no_plan_is_fast_enough_it_is_shown_how_fast_plans_are():
     surveyed = {name: layer(400, 1.0) for name in "abc"}
     total = Bench(surveyed).total

@@ -248,6 +248,22 @@ def test_torchscript_convolutions_are_listed():
     assert [site.name for site in sites if site.obstacle is None] == ["conv"]
 
 
+def test_calls_under_a_transform_are_listed():
+    class Mapped(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.mapped = nn.Conv2d(3, 3, 3), nn.Conv2d(3, 9, 3)
+
+        def forward(self, x):
+            return torch.vmap(lambda image: self.mapped(image[None])[0])(self.first(x))
+
+    sites = by_name(Mapped(), torch.randn(2, 3, 8, 8))
+    assert sites["first"].obstacle is None
+    assert sites["mapped"].obstacle == "it runs under a transform of torch.func, such as vmap"
+    assert sites["mapped"].kind == "Conv2d"
+    assert len(sites) == 2
+
+
 def test_what_is_not_executed_is_listed():
     class Partly(nn.Module):
         def __init__(self):

@@ -19,6 +19,7 @@ import numpy.typing as npt
 import onnx
 
 from sepconvert.environment import Runtime
+from sepconvert.errors import SepconvertError, first_line
 from sepconvert.measure.latency import session
 
 _BLOCKED = "_nchwc"  # how names of operators on blocked layouts end
@@ -85,7 +86,13 @@ def operator_times(
         profiled = session(path, runtime, profile=Path(folder) / "profile")
         for _ in range(_WARMUP_RUNS + runs):
             profiled.run(None, dict(feeds))
-        events = json.loads(Path(profiled.end_profiling()).read_text(encoding="utf-8"))
+        try:
+            events = json.loads(Path(profiled.end_profiling()).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise SepconvertError(
+                f"{folder}: ONNX Runtime did not write its profile there ({first_line(error)}); make room or "
+                "set TMPDIR to another place"
+            ) from error
     each_run = list(_by_run(events))[_WARMUP_RUNS:]
     graph = _Graph(onnx.load(str(path), load_external_data=False).graph)
     found = []

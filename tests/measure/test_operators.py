@@ -1,5 +1,8 @@
 """Operators as ONNX Runtime runs them are found in the model that they come from."""
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -41,6 +44,20 @@ def times(path, level):
 
 
 KINDS = {"stem.0": "direct", "deep": "depthwise", "point": "pointwise", "grouped": "grouped"}
+
+
+def test_a_profile_that_did_not_fit_on_the_disk_is_told(path):
+    script = (
+        "import numpy as np, resource, sys; from pathlib import Path;"
+        "from sepconvert.environment import Runtime; from sepconvert.measure.operators import operator_times;"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000));"
+        "feeds = {'input': np.zeros((1, 3, 16, 16), np.float32)};"
+        "operator_times(Path(sys.argv[1]), feeds, runs=5, runtime=Runtime(1, 'all'))"
+    )
+    command = [sys.executable, "-c", script, path]
+    found = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603
+    assert "SepconvertError" in found.stderr
+    assert "did not write its profile there" in found.stderr
 
 
 def test_blocked_layouts(path):
