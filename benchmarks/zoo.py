@@ -516,7 +516,10 @@ def _cell(each: Mapping[str, Any]) -> str:
     seconds = f"{each.get('seconds', 0):.0f} s"
     if each["outcome"] != "passed":
         return f"{each['outcome']}, {seconds}"
-    speed = f"{each['speedup']['median']:.2f}× as fast, " if each["mode"] == "auto" else ""
+    speed = ""
+    if each["mode"] == "auto":
+        found = each["speedup"]
+        speed = f"{found['median']:.2f}× as fast{'' if found['significant'] else ' (noise)'}, "
     return f"{each['converted']} of {each['convolutions']}, {each['macs_ratio']:.2f}×, {speed}{seconds}"
 
 

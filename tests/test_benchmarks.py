@@ -95,7 +95,7 @@ def test_idx_files_are_read(tmp_path):
 def zoo_result(name: str, mode: str, outcome: str = "passed", **more: Any) -> dict[str, Any]:
     found = {"name": name, "family": name[:3], "mode": mode, "outcome": outcome, "error": None}
     costs = {"seconds": 2.4, "peak_gb": 1.25, "converted": 3, "convolutions": 7, "macs_ratio": 1.5}
-    costs |= {"speedup": {"median": 1.21}}
+    costs |= {"speedup": {"median": 1.21, "significant": True}}
     versions = {
         "environment": {"torch": "2.14", "onnxruntime": "1.32"},
         "libraries": {"torchvision": "0.29", "timm": "1.0"},
@@ -119,6 +119,8 @@ def test_the_zoo_shows_every_model_and_what_failed():
     ]  # fmt: skip
     assert "3 of 7, 1.50×, 2 s" in lines[0]
     assert "3 of 7, 1.50×, 1.21× as fast, 2 s" in lines[0]
+    noisy = zoo_result("UNet", "auto", speedup={"median": 0.98, "significant": False})
+    assert "0.98× as fast (noise), 2 s" in next(iter(zoo.table([noisy])))
     assert lines[2] == "approx: 1 failed; auto: 1 no plan is fast enough; auto: 1 passed; exact: 2 passed."
     assert lines[3:] == ["- timm dla34, approx: ValueError: no"]
 
