@@ -403,6 +403,10 @@ def _approximate(options: Options, out: Path) -> dict[str, Any]:
         "finetune", "precision", "resume",
     )  # fmt: skip
     checkpoint = _checkpoint(options, out)
+    if checkpoint is not None and out.resolve() in checkpoint.resolve().parents:
+        raise SepconvertError(
+            f"--checkpoint {checkpoint}: lies in {out}, which is written as a whole; pass a place beside it"
+        )
     if checkpoint is not None and checkpoint.exists() and not options["resume"]:
         raise SepconvertError(
             f"{checkpoint}: a run that was interrupted left it; pass --resume to go on, or remove it"

@@ -36,7 +36,7 @@ from torch.nn import functional as F
 from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
 from sepconvert.errors import SepconvertError, shortened
-from sepconvert.pickles import check_archive, check_pickle
+from sepconvert.pickles import check_length, check_pickle, pickle_of_archive
 from sepconvert.trace import unwrapped
 
 __all__ = ["LoadedModel", "load_model", "parse_input_shape", "resolve_callable"]
@@ -289,15 +289,18 @@ def _load_pickle(path: Path, allow: Sequence[str], trust: bool, *, legacy: bool)
             _make_importable(Path.cwd())  # as for --allow
             return torch.load(file, map_location="cpu", weights_only=False)
         if legacy:
-            readable, names = _legacy_file(file, path)
+            readable, names, pickles = _legacy_file(file, path)
         else:
-            check_archive(file, str(path))
+            pickles = [pickle_of_archive(file)]
+            check_length(pickles[0], str(path))
             file.seek(0)
             readable, names = file, set(get_unsafe_globals_in_checkpoint(file))
         admitted = {name: _admit(name, allow) for name in sorted(names)}
         refused = [name for name, found in admitted.items() if found is None]
         if refused:
             raise _refusal(refused, path)
+        for pickled in pickles:
+            check_pickle(pickled, str(path))
         readable.seek(0)
         # Pairs, since a class that has moved since is known to the file by its old name only.
         known: list[Any] = [(found, name) for name, found in admitted.items() if found is not None]
@@ -387,7 +390,8 @@ def _refusal(names: list[str], path: Path) -> SepconvertError:
         return SepconvertError(f"{path}: needs {' and '.join(absent)}, which is not installed; install it")
     options = " ".join(f"--allow {name}" for name in names)
     return SepconvertError(
-        f"{path}: refused, it needs classes that are not allowed; if you know them, pass {options}, {way_out}"
+        f"{path}: refused, it needs classes that are not allowed; if you know them, pass {options}, "
+        f"{way_out} (functions are admitted by no option)"
     )
 
 
@@ -399,13 +403,12 @@ def _is_standard_library(name: str) -> bool:
     return name.partition(".")[0] in sys.stdlib_module_names
 
 
-def _legacy_file(file: BinaryIO, path: Path) -> tuple[BinaryIO, set[str]]:
+def _legacy_file(file: BinaryIO, path: Path) -> tuple[BinaryIO, set[str], list[bytes]]:
     """A file of torch < 1.6 (five pickles, then data), made readable, and names that torch refuses."""
     pickles = []
     for _ in range(5):
         start = file.tell()
-        for _operation in pickletools.genops(file):
-            pass
+        check_length(file, str(path))
         length = file.tell() - start
         file.seek(start)
         pickles.append(file.read(length))
@@ -414,9 +417,7 @@ def _legacy_file(file: BinaryIO, path: Path) -> tuple[BinaryIO, set[str]]:
     if rewritten != pickles[3]:
         pickles[3] = rewritten
         file = io.BytesIO(b"".join([*pickles, file.read()]))
-    for pickled in pickles:
-        check_pickle(pickled, str(path))
-    return file, set().union(*map(_unsafe_globals, pickles))
+    return file, set().union(*map(_unsafe_globals, pickles)), pickles
 
 
 def _unsafe_globals(pickled: bytes) -> set[str]:
@@ -518,7 +519,8 @@ def _check_pt2(file: BinaryIO, path: Path) -> None:
         raise SepconvertError(f"{path}: expected one program, called model; write it with torch.export.save")
     for name in members:
         if name.endswith(".pt"):
-            check_archive(io.BytesIO(archive.read_bytes(name)), str(path))
+            pickled = pickle_of_archive(io.BytesIO(archive.read_bytes(name)))
+            check_pickle(pickled, str(path))
     configs = {f"data/{kind}/model_{kind}_config.json" for kind in ("weights", "constants")}
     for name in ["models/model.json", *configs.intersection(members)]:
         for key, text in _strings(json.loads(archive.read_bytes(name))):
@@ -627,11 +629,18 @@ def _check_state(model: nn.Module) -> None:
     """Raise `ValueError` where a module's own dictionaries are others than its constructor makes."""
     usual = {name: value for name, value in vars(nn.Module()).items() if isinstance(value, dict)}
     for module in model.modules():
+        if _makes_layers(vars(module).get("forward", id)):
+            raise ValueError(f"the forward of a {type(module).__name__} is not what torch makes")
         for name, value in usual.items():
             held = vars(module).get(name, value)
             called = name in ("_forward_hooks", "_forward_pre_hooks")
-            if not isinstance(held, type(value)) or (called and not all(map(callable, held.values()))):
+            if not isinstance(held, type(value)) or (called and any(map(_makes_layers, held.values()))):
                 raise ValueError(f"{name} of a {type(module).__name__} is not what torch makes")
+
+
+def _makes_layers(called: object) -> bool:
+    """Is it a class, or a call of one, of any size that a file may name, or nothing to call at all?"""
+    return isinstance(called, type | functools.partial) or not callable(called)
 
 
 def _check_tensors(found: object, weights: Mapping[str, object], path: Path) -> None:
@@ -640,11 +649,13 @@ def _check_tensors(found: object, weights: Mapping[str, object], path: Path) -> 
     tensors = [each for each in (*weights.values(), *own) if isinstance(each, Tensor)]
     if any(each.layout is not torch.strided and not each.is_mkldnn for each in tensors):
         raise SepconvertError(f"{path}: has sparse weights; save them dense (tensor.to_dense())")
-    stored = [each for each in tensors if each.layout is torch.strided and not each.is_meta]
-    distinct = {(each.data_ptr(), each.shape, each.stride()): each for each in stored}
-    claimed = sum(each.numel() * each.element_size() for each in distinct.values())
-    size = path.stat().st_size
-    if claimed > 2 * size + 2**26:
+    claims: dict[int, int] = {}  # by storage: slices of one take no more than it does
+    for each in tensors:
+        if each.layout is torch.strided and not each.is_meta:
+            storage = each.untyped_storage().data_ptr()
+            claims[storage] = max(claims.get(storage, 0), each.numel() * each.element_size())
+    claimed, size = sum(claims.values()), path.stat().st_size
+    if claimed > 2 * size + 2**28:
         raise SepconvertError(
             f"{path}: its weights take {claimed / 1e6:,.0f} MB, and the file {size / 1e6:,.1f}: they "
             "repeat what is stored; save them whole (tensor.contiguous())"
@@ -674,6 +685,8 @@ def _builder(spec: str) -> Callable[[], nn.Module]:
 def _load_weights(model: nn.Module, weights: Mapping[str, Tensor], path: Path) -> None:
     expected = model.state_dict()
     weights = {_plain_key(key, expected): value for key, value in weights.items()}
+    if "n_averaged" not in expected:  # of torch.optim.swa_utils.AveragedModel
+        weights.pop("n_averaged", None)
     shapes = [
         f"{key} {tuple(value.shape)} for {tuple(expected[key].shape)}"
         for key, value in weights.items()

@@ -9,7 +9,7 @@ from typing import Any
 from sepconvert.errors import SepconvertError
 
 CHECKSUM = "checksum"
-MOST_BYTES = 2**26  # of a document: a plan takes some hundred for each layer
+MOST_BYTES = 2**23  # of a document: a plan takes some hundred for each layer
 
 
 def read_file(path: Path, most: int = MOST_BYTES) -> bytes:

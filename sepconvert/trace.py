@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, fx, nn
+from torch._C._functorch import TransformType
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parameter import is_lazy
@@ -413,7 +414,12 @@ def _run(model: nn.Module, inputs: Inputs) -> tuple[list[_Record], dict[nn.Modul
         module: nn.Module, index: int, function: str, arguments: dict[str, Any], call: Callable[..., Tensor]
     ) -> Tensor:
         output = call()
-        if torch._C._functorch.peek_interpreter_stack() is not None:
+        if (transform := torch._C._functorch.peek_interpreter_stack()) is not None:
+            if transform.key() in (TransformType.Grad, TransformType.Jvp):
+                raise SepconvertError(
+                    "the model's forward differentiates a convolution (torch.func), which torch's exporters "
+                    "leave in disorder; convert the part that is differentiated, and put it back"
+                )
             kind = type(module).__name__ if isinstance(module, _ConvNd) else f"functional {function}"
             hidden[module] = kind, "it runs under a transform of torch.func, such as vmap"
             return output
@@ -436,6 +442,8 @@ def _run(model: nn.Module, inputs: Inputs) -> tuple[list[_Record], dict[nn.Modul
     with torch.no_grad(), outside, interceptor.watching(on_return):
         try:
             model(*fresh(inputs))
+        except SepconvertError:
+            raise
         except Exception as error:  # the model's own code may raise anything
             shapes = ", ".join("x".join(map(str, value.shape)) for value in tensors_in(inputs))
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -980,6 +980,15 @@ def test_what_is_in_the_place_of_a_checkpoint_and_was_not_used_is_left_alone(her
     assert [(here / name).read_text() for name in ("mine", "mine.2")] == ["precious", "precious"]
 
 
+def test_a_checkpoint_within_the_output_is_refused_before_the_training(here, run):
+    small_net.write(here)
+    arguments = ("net.pth", "--factory", "net.py:make", "--mode", "approx", "--rank", "1", "--calib", "x.npz")
+    outcome = run(*arguments, "--finetune", "1", "--out", "o", "--checkpoint", "o/c.checkpoint")
+    assert (outcome.code, outcome.out) == (2, "")
+    assert "--checkpoint o/c.checkpoint: lies in o, which is written as a whole" in outcome.err
+    assert not (here / "o").exists()
+
+
 def test_a_signal_while_torch_is_imported_raises_nothing(here, tmp_path):
     """An exception out of a callback of torch's would abort the process."""
     (tmp_path / "sitecustomize.py").write_text(

@@ -185,9 +185,7 @@ def test_inputs_of_absurd_shapes(folder, shape):
         onnx.helper.make_model(onnx.helper.make_graph([node], "g", ends[:1], ends[1:])),
         str(folder / "large.onnx"),
     )
-    with pytest.raises(
-        SepconvertError, match=r"large.onnx: its input x has the shape .*, of more than 268,4"
-    ):
+    with pytest.raises(SepconvertError, match=r"large.onnx: its input x has the shape .*, of more than 67,1"):
         read_onnx(folder / "large.onnx")
 
 

@@ -264,6 +264,28 @@ def test_calls_under_a_transform_are_listed():
     assert len(sites) == 2
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.*is deprecated")
+@pytest.mark.parametrize(
+    "differentiated",
+    [
+        lambda conv, x: torch.func.jvp(conv, (x,), (x,))[0],
+        lambda conv, x: torch.func.grad(lambda x: conv(x).sum())(x),
+    ],
+)
+def test_models_that_differentiate_a_convolution_are_refused(differentiated):
+    class Differentiating(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(3, 3, 3)
+
+        def forward(self, x):
+            return differentiated(self.conv, x)
+
+    with pytest.raises(SepconvertError, match="differentiates a convolution"):
+        trace(private_copy(Differentiating()), (torch.randn(2, 3, 8, 8),))
+    assert torch._C._functorch.peek_interpreter_stack() is None
+
+
 def test_what_is_not_executed_is_listed():
     class Partly(nn.Module):
         def __init__(self):
