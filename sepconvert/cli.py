@@ -227,7 +227,7 @@ def compare(**options: Any) -> None:
 @_output_options
 @_run_options
 def apply(**options: Any) -> None:
-    """Replay PLAN.json, with the weights beside it, on a fresh MODEL."""
+    """Replay PLAN.json, with the weights beside it, on the MODEL that it was made of."""
     _commands().apply(**options)
 
 

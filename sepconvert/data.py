@@ -316,9 +316,8 @@ def _floats(x: npt.NDArray[np.floating], preprocess: Preprocess, path: Path) -> 
         )
     with np.errstate(over="ignore"):  # what overflows becomes inf, which is refused below
         samples = torch.from_numpy(x.astype(np.float32))
-    if not all(
-        part.isfinite().all() for part in torch.split(samples, 256)
-    ):  # of all, masks would be as large again
+    # In parts: the masks of all would be as large again.
+    if not all(part.isfinite().all() for part in torch.split(samples, 256)):
         raise SepconvertError(f"{path}: x holds NaN or infinite values; expected finite numbers")
     return samples.__getitem__
 

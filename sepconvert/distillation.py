@@ -781,7 +781,7 @@ def _read(checkpoint: Path, resume: bool, accelerator: Accelerator) -> dict[str,
                 if (damaged := archive.testzip()) is not None:  # torch does not look at the checksums
                     raise ValueError(f"{damaged} is not what its checksum says")
             with checkpoint.open("rb") as file:
-                check_pickle(pickle_of_archive(file), str(checkpoint))
+                check_pickle(pickle_of_archive(file, str(checkpoint)), str(checkpoint))
             stored = torch.load(checkpoint, map_location="cpu", weights_only=True)
             matches = stored["format"] == FORMAT
         except Exception as error:  # a damaged archive makes zipfile, pickle and torch raise in many ways

@@ -291,8 +291,7 @@ def _load_pickle(path: Path, allow: Sequence[str], trust: bool, *, legacy: bool)
         if legacy:
             readable, names, pickles = _legacy_file(file, path)
         else:
-            pickles = [pickle_of_archive(file)]
-            check_length(pickles[0], str(path))
+            pickles = [pickle_of_archive(file, str(path))]
             file.seek(0)
             readable, names = file, set(get_unsafe_globals_in_checkpoint(file))
         admitted = {name: _admit(name, allow) for name in sorted(names)}
@@ -519,7 +518,7 @@ def _check_pt2(file: BinaryIO, path: Path) -> None:
         raise SepconvertError(f"{path}: expected one program, called model; write it with torch.export.save")
     for name in members:
         if name.endswith(".pt"):
-            pickled = pickle_of_archive(io.BytesIO(archive.read_bytes(name)))
+            pickled = pickle_of_archive(io.BytesIO(archive.read_bytes(name)), str(path))
             check_pickle(pickled, str(path))
     configs = {f"data/{kind}/model_{kind}_config.json" for kind in ("weights", "constants")}
     for name in ["models/model.json", *configs.intersection(members)]:

@@ -35,10 +35,11 @@ class _Value:
 _PLAIN = _Value()  # a number, None, a long text
 
 
-def pickle_of_archive(file: BinaryIO) -> bytes:
-    """The one in an archive that torch.save wrote. Leaves `file` where it happens to be."""
+def pickle_of_archive(file: BinaryIO, label: str) -> bytes:
+    """The one in an archive that torch.save wrote, no longer than `check_length` allows. Moves in `file`."""
     file.seek(0)
     found: bytes = torch._C.PyTorchFileReader(file).get_record("data.pkl")
+    check_length(found, label)
     return found
 
 
@@ -60,11 +61,10 @@ def check_pickle(pickled: bytes, label: str) -> None:
 
     Raises:
         SepconvertError: it makes tensors, storages or bytes of a size that it names, itself or through other
-            functions; nests containers whose walk takes a million steps more than it has bytes; or is too
-            long (`check_length`). Begins with `label`.
+            functions, or nests containers whose walk takes a million steps more than it has bytes. Begins
+            with `label`.
         Exception: any, for what is no pickle.
     """
-    check_length(pickled, label)
     try:
         _follow(pickled)
     except _RefusedError as reason:

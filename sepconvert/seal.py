@@ -20,12 +20,10 @@ def read_file(path: Path, most: int = MOST_BYTES) -> bytes:
         OSError: it cannot be read.
     """
     size = path.stat().st_size
-    if size > most or not path.is_file():
-        what = (
-            f"it has {size:,} bytes, expected at most {most:,}" if path.is_file() else "it is no regular file"
-        )
-        raise SepconvertError(f"{path}: cannot be read: {what}; check the path")
-    return path.read_bytes()
+    if path.is_file() and size <= most:
+        return path.read_bytes()
+    what = f"has {size:,} bytes, expected at most {most:,}" if path.is_file() else "is no regular file"
+    raise SepconvertError(f"{path}: cannot be read: it {what}; check the path")
 
 
 def sealed(document: Mapping[str, Any]) -> dict[str, Any]:

@@ -169,6 +169,8 @@ class Search:
             if point is not None or budget.share is None:
                 self._fill_curve(point)
                 self._time_carried_out()
+            if point is None and budget.share is None and budget.max_drop is None:
+                point = self._known_fast(budget)
             point = self._fastest(point, budget)
         if point is None or not self._fast_enough(point, budget):
             raise DemandNotMetError(_shortfall(budget, self.points), curve_table(self.to_json(None)))
@@ -464,13 +466,14 @@ class Search:
                 best = between
         return best
 
+    def _known_fast(self, budget: Budget) -> Point | None:
+        """Of all plans that were timed fast enough the dearest: a cheaper one need not be a faster one."""
+        timed = [each for each in self.points if each.choice and each.speedup is not None]
+        fast = [each for each in timed if self._fast_enough(each, budget)]
+        return max(fast, key=lambda each: each.cost, default=None)
+
     def _fastest(self, point: Point | None, budget: Budget) -> Point | None:
         """Of all plans that were carried out and are within the budget of accuracy the one timed fastest."""
-        if point is None and budget.share is None and budget.max_drop is None:
-            # A cheaper plan need not be a faster one: others that were timed may meet the demand.
-            timed = [each for each in self.points if each.choice and each.speedup is not None]
-            fast = [each for each in timed if self._fast_enough(each, budget)]
-            return max(fast, key=lambda each: each.cost, default=None)
         if point is None or budget.max_drop is None or not self.timed:
             return point
         known = [

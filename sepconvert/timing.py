@@ -43,8 +43,9 @@ FORM_RUNS = 20
 _YARDSTICK = ConvSpec(64, 64, (3, 3), padding=((1, 1), (1, 1)), bias=True)
 _YARDSTICK_SHAPE = (1, 64, 24, 24)
 
-# What times hang on, of what `environment` tells.
+# What reading a file of the cache that is none can end in.
 _NO_ENTRY = (SepconvertError, OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError)
+# What times hang on, of what `environment` tells.
 _RUNTIME = ("cpu", "threads", "graph_optimization", "provider", "onnxruntime")
 
 LAYOUT = 3
@@ -175,12 +176,13 @@ class Clock:
                     timed, runs, lambda items: progress(items, "timing plans")
                 )
             except SepconvertError as error:
+                if error.__cause__ is None:  # not ONNX Runtime's, but of the provider, say
+                    raise
                 # Without the path of a file that is not the user's.
-                cause = first_line(error.__cause__ or error).rpartition(" failed:")[2].strip()
+                cause = first_line(error.__cause__).rpartition(" failed:")[2].strip()
                 raise SepconvertError(
                     "plans are timed in ONNX Runtime, which does not run what this model is exported to "
-                    f"({cause}); "
-                    "convert it in exact mode, or in approx mode by --rank or --target-macs with --runs 0"
+                    f"({cause}); convert it in exact mode, or by --rank or --target-macs with --runs 0"
                 ) from error
             for index, times in zip(missing, others, strict=True):
                 found = speedup(first, again, times)

@@ -379,6 +379,8 @@ def trace(model: nn.Module, inputs: Inputs) -> tuple[ConvSite, ...]:
             "model before it is quantised, and quantise the result"
         )
     records, hidden = _run(model, inputs)
+    # One entry for a layer of which some calls are followed and some are not.
+    records = [each for each in records if not (isinstance(each.module, _ConvNd) and each.module in hidden)]
     # Weights that the forward pass computes from its input differ on another input, or another batch.
     variable = _variable_weights(model, records, inputs)
     names = _names(model)

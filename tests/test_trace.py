@@ -255,7 +255,8 @@ def test_calls_under_a_transform_are_listed():
             self.first, self.mapped = nn.Conv2d(3, 3, 3), nn.Conv2d(3, 9, 3)
 
         def forward(self, x):
-            return torch.vmap(lambda image: self.mapped(image[None])[0])(self.first(x))
+            within = self.first(x)
+            return torch.vmap(lambda image: self.mapped(image[None])[0])(within) + self.mapped(within)
 
     sites = by_name(Mapped(), torch.randn(2, 3, 8, 8))
     assert sites["first"].obstacle is None
