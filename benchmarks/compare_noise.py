@@ -13,9 +13,9 @@ import torch
 from torch import nn
 from torchvision.models import resnet18
 
-from sepconvert.environment import Runtime, environment
-from sepconvert.head_to_head import Subject, measure
-from sepconvert.progress import silent
+from sepconvert.base.environment import Runtime, environment
+from sepconvert.base.progress import silent
+from sepconvert.measure.head_to_head import Subject, measure
 
 
 def networks() -> tuple[nn.Module, nn.Module]:

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sepconvert.data import Preprocess, load_data
-from sepconvert.measure.accuracy import evaluate
+from sepconvert.files.data import Preprocess, load_data
+from sepconvert.measure.metrics import evaluate
 
 MEAN, STD = (0.2860,), (0.3530,)
 _BATCH = 128

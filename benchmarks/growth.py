@@ -27,8 +27,8 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import sepconvert
-from sepconvert.calibrate import reestimate_batchnorm
-from sepconvert.environment import Runtime, available_cores, environment
+from sepconvert.base.environment import Runtime, available_cores, environment
+from sepconvert.calibration.batchnorm import reestimate_batchnorm
 
 
 def network(layers: int, width: int) -> nn.Module:

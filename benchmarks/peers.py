@@ -27,19 +27,21 @@ from tabulate import tabulate
 from torch import Tensor, nn
 
 import sepconvert
-from sepconvert.approx import split_data
-from sepconvert.approximation import FEWEST_CHANNELS, Calibration, Heldout
-from sepconvert.calibrate import reestimate_batchnorm
-from sepconvert.data import Preprocess, load_data
-from sepconvert.environment import Runtime, environment
-from sepconvert.errors import first_line
-from sepconvert.export import onnx_feed, save_onnx
-from sepconvert.load import load_model
-from sepconvert.measure.accuracy import compare, evaluate, evaluation_mode
+from sepconvert.base.environment import Runtime, environment
+from sepconvert.base.errors import first_line
+from sepconvert.calibration.batchnorm import reestimate_batchnorm
+from sepconvert.calibration.heldout import Heldout
+from sepconvert.calibration.split import Calibration, split_data
+from sepconvert.files.data import Preprocess, load_data
+from sepconvert.files.models import load_model
+from sepconvert.files.onnx.export import onnx_feed, save_onnx
 from sepconvert.measure.cost import count
 from sepconvert.measure.latency import session, speedup, time_all
+from sepconvert.measure.metrics import compare, evaluate
 from sepconvert.measure.statistics import median_interval
-from sepconvert.trace import ConvSite, private_copy, trace
+from sepconvert.network.copies import evaluation_mode, private_copy
+from sepconvert.network.trace import ConvSite, trace
+from sepconvert.planning.forms import FEWEST_CHANNELS
 
 ORIGINAL, POINTS, LATENCY = "original", "points", "latency.json"
 SEPCONVERT = "sepconvert"

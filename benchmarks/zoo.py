@@ -37,9 +37,9 @@ from torch.utils import _pytree as pytree
 from torch.utils.data import DataLoader, TensorDataset
 
 import sepconvert
-from sepconvert.calibrate import reestimate_batchnorm
-from sepconvert.environment import Runtime, available_cores, environment
-from sepconvert.errors import DemandNotMetError, first_line
+from sepconvert.base.environment import Runtime, available_cores, environment
+from sepconvert.base.errors import DemandNotMetError, first_line
+from sepconvert.calibration.batchnorm import reestimate_batchnorm
 
 # Keywords of each mode; of several, the first whose demand some plan meets.
 MODES: dict[str, tuple[dict[str, Any], ...]] = {

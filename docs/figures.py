@@ -22,17 +22,19 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import sepconvert
-from sepconvert.demo.images import evaluation_data
-from sepconvert.demo.net import load, to_input
-from sepconvert.environment import Runtime
-from sepconvert.export import layer_onnx
-from sepconvert.factorize.approximate import Moments, Problem, approximate
+from sepconvert.base.environment import Runtime
+from sepconvert.cli.demo.images import evaluation_data
+from sepconvert.cli.demo.net import load, to_input
+from sepconvert.factorize.approximate.problem import Problem, approximate
+from sepconvert.factorize.approximate.weighted import Moments
 from sepconvert.factorize.border import Border
-from sepconvert.factorize.exact import ZERO_BORDER, Finding, analyse, branches, factorize
+from sepconvert.factorize.exact.analysis import ZERO_BORDER, Finding, analyse
+from sepconvert.factorize.exact.factors import branches, factorize
+from sepconvert.factorize.geometry import ConvSpec, chain_macs
 from sepconvert.factorize.structures import FORMS
+from sepconvert.files.onnx.layer import layer_onnx
 from sepconvert.measure.latency import Speedup, speedup, time_all
-from sepconvert.report.terminal import layer_table, structure_table
-from sepconvert.spec import ConvSpec, chain_macs
+from sepconvert.report.tables import layer_table, structure_table
 
 BLUE, ORANGE, GREEN, VERMILION = "#0072B2", "#E69F00", "#009E73", "#D55E00"
 RUNS = 30  # timed rounds: the interval of a median is narrow enough to be drawn

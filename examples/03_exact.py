@@ -11,8 +11,8 @@ import torch
 from torch.utils.data import DataLoader, TensorDataset
 
 import sepconvert
-from sepconvert.demo.images import evaluation_data
-from sepconvert.demo.net import load, to_input
+from sepconvert.cli.demo.images import evaluation_data
+from sepconvert.cli.demo.net import load, to_input
 
 
 def main() -> None:

@@ -16,8 +16,8 @@ from matplotlib.figure import Figure
 from torch.utils.data import DataLoader, TensorDataset
 
 import sepconvert
-from sepconvert.demo.images import LabelledImages, evaluation_data, training_data
-from sepconvert.demo.net import load, to_input
+from sepconvert.cli.demo.images import LabelledImages, evaluation_data, training_data
+from sepconvert.cli.demo.net import load, to_input
 
 
 def loader(digits: LabelledImages, *, labelled: bool) -> DataLoader[tuple[torch.Tensor, ...]]:

@@ -10,8 +10,8 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 import sepconvert
-from sepconvert.demo.images import evaluation_data, training_data
-from sepconvert.demo.net import load, to_input
+from sepconvert.cli.demo.images import evaluation_data, training_data
+from sepconvert.cli.demo.net import load, to_input
 
 
 @torch.no_grad()

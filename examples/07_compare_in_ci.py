@@ -19,8 +19,8 @@ from pathlib import Path
 import numpy as np
 
 import sepconvert
-from sepconvert.demo.images import evaluation_data
-from sepconvert.demo.net import load, to_input
+from sepconvert.cli.demo.images import evaluation_data
+from sepconvert.cli.demo.net import load, to_input
 
 
 def main() -> None:

@@ -10,35 +10,35 @@ from typing import TYPE_CHECKING
 __version__ = "0.1.0"
 
 _PUBLIC = {
-    "ConversionResult": "pipeline",
-    "DemandNotMetError": "errors",
-    "FactorizedConv2d": "layers",
-    "Profile": "profiling",
-    "FinetuneResult": "distillation",
-    "SepconvertError": "errors",
-    "apply": "pipeline",
-    "compare": "comparison",
-    "convert": "pipeline",
-    "finetune": "distillation",
-    "inspect": "pipeline",
-    "profile": "profiling",
+    "ConversionResult": "pipeline.convert",
+    "DemandNotMetError": "base.errors",
+    "FactorizedConv2d": "network.layers",
+    "Profile": "measure.profiling",
+    "FinetuneResult": "distillation.results",
+    "SepconvertError": "base.errors",
+    "apply": "pipeline.replay",
+    "compare": "measure.comparison",
+    "convert": "pipeline.convert",
+    "finetune": "distillation.training",
+    "inspect": "pipeline.convert",
+    "profile": "measure.profiling",
 }
 
 __all__ = ["__version__", *sorted(_PUBLIC)]
 
 if TYPE_CHECKING:
-    from sepconvert.comparison import compare as compare
-    from sepconvert.distillation import FinetuneResult as FinetuneResult
-    from sepconvert.distillation import finetune as finetune
-    from sepconvert.errors import DemandNotMetError as DemandNotMetError
-    from sepconvert.errors import SepconvertError as SepconvertError
-    from sepconvert.layers import FactorizedConv2d as FactorizedConv2d
-    from sepconvert.pipeline import ConversionResult as ConversionResult
-    from sepconvert.pipeline import apply as apply
-    from sepconvert.pipeline import convert as convert
-    from sepconvert.pipeline import inspect as inspect
-    from sepconvert.profiling import Profile as Profile
-    from sepconvert.profiling import profile as profile
+    from sepconvert.base.errors import DemandNotMetError as DemandNotMetError
+    from sepconvert.base.errors import SepconvertError as SepconvertError
+    from sepconvert.distillation.results import FinetuneResult as FinetuneResult
+    from sepconvert.distillation.training import finetune as finetune
+    from sepconvert.measure.comparison import compare as compare
+    from sepconvert.measure.profiling import Profile as Profile
+    from sepconvert.measure.profiling import profile as profile
+    from sepconvert.network.layers import FactorizedConv2d as FactorizedConv2d
+    from sepconvert.pipeline.convert import ConversionResult as ConversionResult
+    from sepconvert.pipeline.convert import convert as convert
+    from sepconvert.pipeline.convert import inspect as inspect
+    from sepconvert.pipeline.replay import apply as apply
 
 
 def __getattr__(name: str) -> object:

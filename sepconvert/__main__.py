@@ -1,6 +1,6 @@
 """`python -m sepconvert`."""
 
-from sepconvert.cli import main
+from sepconvert.cli.main import main
 
 if __name__ == "__main__":
     main()

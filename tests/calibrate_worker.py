@@ -11,9 +11,11 @@ from pathlib import Path
 import torch
 from torch import distributed, nn
 
-from sepconvert.approximation import Calibration
-from sepconvert.calibrate import calibrate, record
-from sepconvert.trace import private_copy, trace
+from sepconvert.calibration.record import record
+from sepconvert.calibration.split import Calibration
+from sepconvert.calibration.stream import calibrate
+from sepconvert.network.copies import private_copy
+from sepconvert.network.trace import trace
 
 
 def fitted(batches):

@@ -14,9 +14,12 @@ import torch
 from strategies import plant
 from torch import nn
 
-from sepconvert.factorize.exact import analyse, factorize
-from sepconvert.rewrite import Obstacles, Replacement, rewrite
-from sepconvert.trace import private_copy, trace
+from sepconvert.factorize.exact.analysis import analyse
+from sepconvert.factorize.exact.factors import factorize
+from sepconvert.network.copies import private_copy
+from sepconvert.network.obstacles import Obstacles
+from sepconvert.network.rewrite import Replacement, rewrite
+from sepconvert.network.trace import trace
 
 # Few tests, of minutes: begun last, they would leave one of two workers without work.
 LONG = ("test_examples", "test_benchmark_commands", "test_cli", "test_docs", "test_distributed")

@@ -13,7 +13,7 @@ from accelerate import PartialState
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from sepconvert.distillation import finetune
+from sepconvert.distillation.training import finetune
 
 STEPS_PER_EPOCH = 15
 

@@ -22,7 +22,7 @@ import click
 import small_net
 from tabulate import tabulate
 
-from sepconvert.output import FILES
+from sepconvert.files.results import FILES
 
 NET = ("net.pth", "--factory", "net.py:make", "--mode", "approx", "--rank", "1", "--runs", "0")
 DATA = ("--calib", "x.npz", "--calib-images", "120")
@@ -157,7 +157,7 @@ def bad_cache(folder: Path, kind: str) -> str:
 
 
 def _is_whole(path: Path) -> bool:
-    from sepconvert.seal import is_intact
+    from sepconvert.base.documents import is_intact
 
     try:
         return is_intact(json.loads(path.read_text()))

@@ -37,12 +37,13 @@ from safetensors.torch import save_file
 from torch import nn
 
 import sepconvert
-from sepconvert.data import Preprocess, load_data
-from sepconvert.errors import SepconvertError
-from sepconvert.export import read_onnx, save_archive, save_onnx
-from sepconvert.load import load_model
-from sepconvert.profiling import read_profile
-from sepconvert.seal import sealed
+from sepconvert.base.documents import sealed
+from sepconvert.base.errors import SepconvertError
+from sepconvert.files.data import Preprocess, load_data
+from sepconvert.files.models import load_model
+from sepconvert.files.onnx.export import save_archive, save_onnx
+from sepconvert.files.onnx.facts import read_onnx
+from sepconvert.measure.profiling import read_profile
 
 SECONDS, BYTES = 10, 2e9
 

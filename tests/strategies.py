@@ -14,7 +14,7 @@ from hypothesis import assume, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from sepconvert.spec import ConvSpec
+from sepconvert.factorize.geometry import ConvSpec
 
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 

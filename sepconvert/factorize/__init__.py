@@ -1,1 +1,1 @@
-"""Tensors only: structures, exact analysis and factors. No `nn.Module` in here."""
+"""The mathematics: structures of a kernel, exact factors with a certificate, least-squares fits to data."""

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from sepconvert.spec import ConvSpec
+from sepconvert.factorize.geometry import ConvSpec
 
 
 @dataclass(frozen=True)

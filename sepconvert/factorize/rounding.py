@@ -1,9 +1,40 @@
-"""How far a stored kernel may lie from the kernel that was meant: the tolerance of every "exact"."""
+"""Exact structure: which unfoldings of a kernel have low rank, the factors, and the proof.
+
+Everything is decided in float64; the factors are cast once, to the dtype of the kernel.
+"""
 
 import math
 
 import torch
 from torch import Tensor
+
+# One output channel may carry this many times its own share of rounding noise, because the factors
+# are fitted to all channels together.
+CHANNEL_SHARE = 8.0
+
+
+def kernel_noise(weight: Tensor, terms: int, tol: float | None) -> Tensor:
+    return rounding_noise(weight, terms) if tol is None else tol * weight.double().abs()
+
+
+def channel_norms(weight: Tensor) -> Tensor:
+    """Frobenius norm of each output channel, O × 1 × 1 × 1."""
+    weight = weight.double()
+    # Squares of the largest and the smallest float64 would leave the range.
+    largest = weight.abs().amax(dim=(1, 2, 3), keepdim=True)
+    largest = torch.where(largest > 0, largest, torch.ones_like(largest))
+    norms: Tensor = largest * torch.linalg.vector_norm(weight / largest, dim=(1, 2, 3), keepdim=True)
+    return norms
+
+
+def channel_scale(weight: Tensor) -> Tensor:
+    """What each output channel of a stored kernel is divided by to have unit norm.
+
+    A channel of subnormal numbers stays below: as large as the others, its rounding noise would drown
+    them.
+    """
+    norms = channel_norms(weight)
+    return norms.clamp(min=torch.finfo(weight.dtype).smallest_normal * math.sqrt(weight[0].numel()))
 
 
 def unit_roundoff(dtype: torch.dtype) -> float:

@@ -15,7 +15,7 @@ from math import ceil, prod
 from einops import rearrange
 from torch import Tensor
 
-from sepconvert.spec import ConvSpec
+from sepconvert.factorize.geometry import ConvSpec
 
 Form = tuple[str, int]
 """Name of a structure, and rank."""
@@ -265,8 +265,10 @@ class Nested:
 
 BY_NAME = {structure.name: structure for structure in STRUCTURES}
 
+
 # W[o,c,i,j] = Σ_s Q[o,s] Σ_r K[s,r,i,j] P[r,c]  (Tucker's decomposition over the channels)
 CHANNEL_SUBSPACE = Nested("channel-subspace", BY_NAME["input-subspace"], BY_NAME["output-subspace"], block=8)
+
 
 FORMS: dict[str, Structure | Nested] = {**BY_NAME, CHANNEL_SUBSPACE.name: CHANNEL_SUBSPACE}
 """All that a layer can be replaced by; a nested one is never found exact, as both of its parts are."""

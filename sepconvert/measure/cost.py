@@ -12,15 +12,16 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
-from sepconvert.errors import SepconvertError, first_line
-from sepconvert.measure.accuracy import evaluation_mode, tensor_leaves
-from sepconvert.trace import Inputs, fresh, tensors_in
+from sepconvert.base.errors import SepconvertError, first_line
+from sepconvert.network.copies import evaluation_mode
+from sepconvert.network.tensors import Inputs, fresh, tensor_leaves, tensors_in
 
 with warnings.catch_warnings():
     # fvcore scripts one of its losses on import, which recent torch calls deprecated.
     warnings.simplefilter("ignore", FutureWarning)
     from fvcore.nn import FlopCountAnalysis
     from fvcore.nn.jit_handles import conv_flop_count, get_shape
+
 
 _ROOT = "model"
 

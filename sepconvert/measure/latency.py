@@ -17,18 +17,30 @@ import numpy as np
 import numpy.typing as npt
 import onnxruntime as ort
 
-from sepconvert.environment import Runtime
-from sepconvert.errors import SepconvertError, first_line
-from sepconvert.measure import Progress
+from sepconvert.base.environment import Runtime
+from sepconvert.base.errors import SepconvertError, first_line
+from sepconvert.base.progress import LoopProgress
 from sepconvert.measure.statistics import Interval, median_interval
 
 # Of one timed sample. The clock and the call around it cost about 0.1 µs, a preemption far more.
 _SHORTEST_SAMPLE_NS = 1_000_000
+
+
 _WARMUP_BLOCK = 3
+
+
 _WARMUP_TOLERANCE = 0.05
+
+
 _WARMUP_MOST_BLOCKS = 10
+
+
 _WARMUP_MOST_NS = 5_000_000_000
+
+
 _CPU = "CPUExecutionProvider"
+
+
 _LEVELS = {
     "all": ort.GraphOptimizationLevel.ORT_ENABLE_ALL,
     "extended": ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED,
@@ -196,7 +208,7 @@ def measure_pair(
     runtime: Runtime,
     batch: int,
     seed: int,
-    progress: Progress | None = None,
+    progress: LoopProgress | None = None,
 ) -> tuple[Latency, Latency, Speedup]:
     """Time two ONNX models against each other in `runs` interleaved rounds: `(original, converted, ratio)`.
 
@@ -221,7 +233,7 @@ def time_all(
     runs: int,
     runtime: Runtime,
     seed: int,
-    progress: Progress | None = None,
+    progress: LoopProgress | None = None,
 ) -> npt.NDArray[np.float64]:
     """Milliseconds of every model, on its feeds, in every round: `models × runs`; see `measure_pair`."""
     tasks = [_runner(session(model, runtime), feeds) for model, feeds in models]
@@ -248,7 +260,7 @@ def measure_single(
     runtime: Runtime,
     batch: int,
     seed: int,
-    progress: Progress | None = None,
+    progress: LoopProgress | None = None,
 ) -> Latency:
     """Time one ONNX model, by the same loop and with the same parameters as `measure_pair`.
 
@@ -266,7 +278,7 @@ def measure_grid(
     *,
     runs: int,
     seed: int,
-    progress: Progress | None = None,
+    progress: LoopProgress | None = None,
 ) -> tuple[Latency, ...]:
     """One ONNX model in several batches, in several sessions, all interleaved: each session in every batch.
 
@@ -283,7 +295,7 @@ def measure_grid(
 
 
 def interleave(
-    tasks: Sequence[Callable[[], object]], *, runs: int, seed: int, progress: Progress | None = None
+    tasks: Sequence[Callable[[], object]], *, runs: int, seed: int, progress: LoopProgress | None = None
 ) -> npt.NDArray[np.float64]:
     """Time every task once per round, in an order drawn anew for each round: milliseconds, `tasks × runs`.
 
@@ -304,7 +316,7 @@ def interleave(
         raise SepconvertError(f"runs: expected at least 1, got {runs}; 50 give a usable interval")
     calls = [_calls_per_sample(task) for task in tasks]
 
-    def rounds(count: int, wrap: Progress | None = None) -> npt.NDArray[np.float64]:
+    def rounds(count: int, wrap: LoopProgress | None = None) -> npt.NDArray[np.float64]:
         rng = np.random.default_rng(seed)  # anew, so that the order does not hang on how long warm-up took
         times = np.empty((len(tasks), count))
         for column in wrap(range(count)) if wrap else range(count):

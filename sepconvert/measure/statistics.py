@@ -7,7 +7,7 @@ import numpy as np
 import numpy.typing as npt
 from scipy import stats
 
-from sepconvert.errors import SepconvertError
+from sepconvert.base.errors import SepconvertError
 
 
 @dataclass(frozen=True)

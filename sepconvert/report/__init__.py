@@ -1,1 +1,1 @@
-"""Renders only: the report document, terminal tables, and HTML."""
+"""Rendering of results as text, JSON and HTML."""

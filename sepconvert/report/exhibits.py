@@ -8,11 +8,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import BatchSampler, DataLoader, SequentialSampler
 
-from sepconvert.data import Batch
-from sepconvert.layers import FactorizedConv2d
-from sepconvert.report.document import LayerReport
+from sepconvert.files.data import Batch
+from sepconvert.network.layers import FactorizedConv2d
+from sepconvert.planning.conversion import LayerReport
 
 _LAYERS = 4
+
+
 _FILTERS = 12
 
 

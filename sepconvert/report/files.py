@@ -6,10 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from sepconvert.export import writing
+from sepconvert.base.documents import sealed, writing
 from sepconvert.report.exhibits import Exhibits
 from sepconvert.report.html import render_html
-from sepconvert.seal import sealed
 
 
 def write_documents(

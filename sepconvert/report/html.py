@@ -6,10 +6,11 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 from markupsafe import Markup
 
-from sepconvert.comparison import Comparison
+from sepconvert.measure.comparison import Comparison
 from sepconvert.report import plots
 from sepconvert.report.exhibits import Exhibits
-from sepconvert.report.terminal import Document, causes, sentences
+from sepconvert.report.numbers import Document
+from sepconvert.report.sentences import causes, sentences
 
 
 def render_html(document: Document, exhibits: Exhibits | None = None) -> str:
@@ -41,7 +42,7 @@ def render_comparison(comparison: Comparison, note: str) -> str:
 
 def _template(name: str) -> Template:
     return Environment(
-        loader=PackageLoader("sepconvert", "report"),
+        loader=PackageLoader("sepconvert", "report/templates"),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,

@@ -16,13 +16,21 @@ from PIL import Image
 from torch import Tensor
 
 from sepconvert.report.exhibits import KernelPair
-from sepconvert.report.terminal import Document
+from sepconvert.report.numbers import Document
 
 # Stand-ins for what the page's light or dark scheme says: its text, and its colours for before and after.
 _INK, _BEFORE, _AFTER = "#010203", "#010204", "#010205"
+
+
 _OF_THE_PAGE = {_INK: "currentColor", _BEFORE: "var(--bar)", _AFTER: "var(--after)"}
+
+
 _KERNELS = "RdBu_r"
+
+
 _STYLES = ("-", "--", ":", "-.")  # of the lines of all models but the first
+
+
 _ENLARGED = 12  # pixels of the page for one weight
 
 

@@ -7,7 +7,7 @@ from strategies import geometries, numbered, run, spec_of
 from torch.nn import functional as F
 
 from sepconvert.factorize.border import Border, zero_border
-from sepconvert.spec import ConvSpec
+from sepconvert.factorize.geometry import ConvSpec
 
 NOTHING = torch.zeros(1)
 

@@ -15,8 +15,8 @@ from strategies import (
 )
 from torch.nn import functional as F
 
+from sepconvert.factorize.geometry import ConvSpec
 from sepconvert.factorize.structures import BY_NAME, STRUCTURES
-from sepconvert.spec import ConvSpec
 
 
 @st.composite

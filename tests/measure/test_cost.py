@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from sepconvert.errors import SepconvertError
+from sepconvert.base.errors import SepconvertError
 from sepconvert.measure.cost import count
 
 X = torch.randn(1, 8, 16, 12)

@@ -7,7 +7,7 @@ from scipy.special import rel_entr, softmax
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from sepconvert.errors import SepconvertError
+from sepconvert.base.errors import SepconvertError
 from sepconvert.measure.divergence import divergence, is_logits, mean_divergence, outputs, relative_error
 
 

@@ -4,8 +4,7 @@ from typing import Any
 
 import pytest
 
-from sepconvert.measure.execution import Gain, by_layer, layer_executions, model_execution
-from sepconvert.measure.operators import OperatorTime
+from sepconvert.measure.execution import Gain, OperatorTime, by_layer, layer_executions, model_execution
 
 BLOCKED, DEPTHWISE, POINTWISE = (
     "direct, blocked layout",

@@ -10,8 +10,8 @@ import onnxruntime as ort
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from sepconvert.environment import GRAPH_OPTIMIZATIONS, Runtime
-from sepconvert.errors import SepconvertError
+from sepconvert.base.environment import GRAPH_OPTIMIZATIONS, Runtime
+from sepconvert.base.errors import SepconvertError
 from sepconvert.measure import latency
 from sepconvert.measure.latency import (
     Latency,

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import nn
 
-from sepconvert.environment import Runtime
-from sepconvert.export import save_onnx
-from sepconvert.measure.operators import operator_times
+from sepconvert.base.environment import Runtime
+from sepconvert.files.onnx.export import save_onnx
+from sepconvert.measure.execution import operator_times
 
 
 class Net(nn.Module):

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sepconvert.errors import SepconvertError
+from sepconvert.base.errors import SepconvertError
 from sepconvert.measure.statistics import Interval, mcnemar, median_interval, paired_difference_interval
 
 

@@ -12,7 +12,7 @@ from PIL import Image
 
 from sepconvert.report.exhibits import Exhibits, KernelPair
 from sepconvert.report.html import render_html
-from sepconvert.report.terminal import sentences
+from sepconvert.report.sentences import sentences
 
 VOID = {"meta", "br", "img", "input"}
 

@@ -5,7 +5,7 @@ import copy
 import pytest
 
 from sepconvert.report.risks import risks
-from sepconvert.report.terminal import warnings_of
+from sepconvert.report.sentences import warnings_of
 
 
 @pytest.fixture

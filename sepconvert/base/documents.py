@@ -1,0 +1,63 @@
+"""Reading and writing of small documents, with a checksum that reveals damage on disk."""
+
+import contextlib
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from sepconvert.base.errors import SepconvertError, first_line
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn what libraries raise when they cannot write `path` into one line.
+
+    It tells the name alone: a result directory has another until it is whole.
+    """
+    try:
+        yield
+    except SepconvertError:
+        raise
+    except OSError as error:
+        reason = error.strerror or first_line(error)
+        raise SepconvertError(f"{path.name}: cannot be written: {reason}; pass another --out") from error
+    except Exception as error:  # torch and safetensors have errors of their own for a full disk
+        reason = first_line(error)
+        raise SepconvertError(f"{path.name}: cannot be written: {reason}; pass another --out") from error
+
+
+CHECKSUM = "checksum"
+
+
+MOST_BYTES = 2**23  # of a document: a plan takes some hundred for each layer
+
+
+def read_file(path: Path, most: int = MOST_BYTES) -> bytes:
+    """All of a file of at most so many bytes.
+
+    Raises:
+        SepconvertError: it is larger, or is none that has a size (a pipe, a device).
+        OSError: it cannot be read.
+    """
+    size = path.stat().st_size
+    if path.is_file() and size <= most:
+        return path.read_bytes()
+    what = f"has {size:,} bytes, expected at most {most:,}" if path.is_file() else "is no regular file"
+    raise SepconvertError(f"{path}: cannot be read: it {what}; check the path")
+
+
+def sealed(document: Mapping[str, Any]) -> dict[str, Any]:
+    """With the SHA-256 of all else that it holds, as JSON with sorted keys."""
+    return {**document, CHECKSUM: _checksum(document)}
+
+
+def is_intact(document: Mapping[str, Any]) -> bool:
+    """Does the document have the checksum that it says?"""
+    return document.get(CHECKSUM) == _checksum(document)
+
+
+def _checksum(document: Mapping[str, Any]) -> str:
+    content = {key: value for key, value in document.items() if key != CHECKSUM}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

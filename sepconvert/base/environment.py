@@ -1,0 +1,82 @@
+"""Where numbers were measured: versions and processor."""
+
+import os
+import platform
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+from sepconvert import __version__
+from sepconvert.base.errors import SepconvertError, check_number
+
+GRAPH_OPTIMIZATIONS = ("all", "extended", "basic", "none")
+"""Levels of ONNX Runtime, its default first. Blocked layouts of convolutions come with "all" alone."""
+
+
+MAX_THREADS = 1024  # more are a slip of the pen, for which ONNX Runtime takes gigabytes
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """How ONNX Runtime runs what is timed.
+
+    Raises:
+        SepconvertError: a value is out of range.
+    """
+
+    threads: int  # of one operator
+    graph_optimization: str = GRAPH_OPTIMIZATIONS[0]
+    provider: str = "cpu"  # of execution, in small letters: cuda, tensorrt, openvino, coreml, …
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        check_number("threads", self.threads, 1, MAX_THREADS, whole=True)
+        if self.graph_optimization not in GRAPH_OPTIMIZATIONS:
+            raise SepconvertError(
+                f"graph optimization: expected one of {', '.join(GRAPH_OPTIMIZATIONS)}, "
+                f"got {self.graph_optimization!r}"
+            )
+        if self.provider not in _providers():
+            raise SepconvertError(
+                f"provider: expected one that the installed onnxruntime has ({', '.join(_providers())}), "
+                f"got {self.provider!r}; install the onnxruntime package that brings it"
+            )
+
+    @property
+    def execution_provider(self) -> str:
+        """What ONNX Runtime calls the provider."""
+        return _providers()[self.provider]
+
+
+def _providers() -> dict[str, str]:
+    """ONNX Runtime's execution providers by the names that they have here."""
+    import onnxruntime as ort  # not loaded for --help
+
+    return {each.removesuffix("ExecutionProvider").lower(): each for each in ort.get_available_providers()}
+
+
+def environment(runtime: Runtime) -> dict[str, str | int]:
+    """The `environment` object of reports and profiles."""
+    return {
+        "sepconvert": __version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cpu": _cpu(),
+        "cores": os.cpu_count() or 1,
+        **asdict(runtime),
+        **{name: version(name) for name in ("torch", "onnx", "onnxruntime", "onnxscript", "fvcore", "numpy")},
+    }
+
+
+def available_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _cpu() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.machine())

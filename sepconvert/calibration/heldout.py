@@ -1,0 +1,98 @@
+"""Held-out calibration images, on which converted models are compared with the original."""
+
+import contextlib
+import functools
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from sepconvert.base.distributed import once
+from sepconvert.base.errors import SepconvertError
+from sepconvert.calibration.record import Kernel, substitute
+from sepconvert.files.data import UNLABELLED
+from sepconvert.measure.divergence import divergence, is_logits, outputs
+from sepconvert.network.copies import quick_copy
+from sepconvert.network.tensors import placed
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """How far a model is from the original on the images held out, and from their labels if they have some.
+
+    All but the divergence are None where the outputs are no logits, and the last two without labels.
+    """
+
+    divergence: float  # `sepconvert.measure.divergence`
+    agreement: float | None  # share of equal predictions
+    accuracy: float | None = None  # of top-1, a fraction
+    label_loss: float | None = None  # cross-entropy
+
+    @property
+    def loss(self) -> float:
+        """By which models are ranked: what fine-tuning lowers, at the temperature 1."""
+        return self.divergence + (self.label_loss or 0.0)
+
+
+class Heldout:
+    """The original's answers on images that nothing is fitted to."""
+
+    def __init__(
+        self, original: nn.Module, batches: Sequence[Tensor], labels: Sequence[Tensor] | None = None
+    ) -> None:
+        """`labels`: integers for each batch, -1 where there is none."""
+        self._original = quick_copy(original, batches[0])
+        self.batches = [placed(batch, self._original) for batch in batches]
+        self._labels = labels or [torch.full((len(batch),), UNLABELLED) for batch in batches]
+
+    @functools.cached_property
+    def expected(self) -> list[list[Tensor]]:
+        """One list of outputs for every batch."""
+        with torch.no_grad():
+            found = [outputs(self._original, batch) for batch in self.batches]
+        if not all(output.isfinite().all() for batch in found for output in batch):
+            raise SepconvertError("calibration: the model answers NaN or Inf to images; check both")
+        return found
+
+    def first(self, most: int) -> "Heldout":
+        """The same of no more than `most` images."""
+        starts = itertools.accumulate((len(batch) for batch in self.batches), initial=0)
+        shown = [
+            (batch[: most - start], labels[: most - start])
+            for batch, labels, start in zip(self.batches, self._labels, starts, strict=False)
+            if start < most
+        ]
+        return Heldout(self._original, *zip(*shown, strict=True))
+
+    def measure(
+        self, model: nn.Module, kernels: Mapping[tuple[str, int], Kernel] | None = None
+    ) -> Divergence:
+        """Of `model`, in eval mode and with some kernels replaced."""
+        return once(lambda: self._measure(quick_copy(model, self.batches[0]), kernels or {}))
+
+    def _measure(self, private: nn.Module, kernels: Mapping[tuple[str, int], Kernel]) -> Divergence:
+        total, equal, count, classified = 0.0, 0, 0, True
+        loss, right, labelled = 0.0, 0, 0
+        watching = substitute(private, kernels).watching() if kernels else contextlib.nullcontext()
+        with torch.no_grad(), watching:
+            for batch, labels, expected in zip(self.batches, self._labels, self.expected, strict=True):
+                actual = outputs(private, batch)
+                total += len(batch) * float(divergence(expected, actual))
+                classified = len(expected) == 1 and expected[0].ndim == 2 and is_logits(expected[0])
+                if classified:
+                    equal += int((expected[0].argmax(1) == actual[0].argmax(1)).sum())
+                    known = (labels >= 0) & (labels < expected[0].shape[1])
+                    logits, truth = actual[0].cpu().double()[known], labels[known]
+                    loss += float(F.cross_entropy(logits, truth, reduction="sum"))
+                    right += int((logits.argmax(1) == truth).sum())
+                    labelled += len(truth)
+                count += len(batch)
+        return Divergence(
+            max(total / count, 0.0),  # which nothing but rounding falls below
+            equal / count if classified else None,
+            right / labelled if labelled else None,
+            loss / labelled if labelled else None,
+        )

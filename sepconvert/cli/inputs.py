@@ -1,0 +1,192 @@
+"""Models, data and example inputs that a command's options name."""
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import click
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from sepconvert.base.environment import Runtime, available_cores
+from sepconvert.base.errors import SepconvertError, first_line
+from sepconvert.calibration.footprint import images_at_once
+from sepconvert.factorize.geometry import MAX_INPUT_ELEMENTS
+from sepconvert.files.data import (
+    Batch,
+    Preprocess,
+    check_against_model,
+    has_labels,
+    is_own,
+    load_data,
+    sample_shape,
+)
+from sepconvert.files.models import LoadedModel, load_model, parse_input_shape
+from sepconvert.files.onnx.facts import OnnxFile
+from sepconvert.network.tensors import Inputs, cast, model_dtype
+
+Options = Mapping[str, Any]
+
+
+TRAINING_BATCH = 64
+"""Images to a step of fine-tuning.
+
+Five epochs of a ResNet-9 end at 87.3 %, at 86.6 % with 128 and the learning rate 5e-3 (a run each)."""
+
+
+def example_of_file(file: OnnxFile) -> Inputs | None:
+    """Inputs of the shapes that an ONNX file gives; None if it leaves more open than the batch."""
+    if any(None in shape[1:] for shape in file.shapes):
+        return None
+    return tuple(
+        torch.from_numpy(np.zeros((1, *(size or 1 for size in shape[1:]))[: len(shape)], dtype))
+        for shape, dtype in zip(file.shapes, file.dtypes, strict=True)
+    )
+
+
+def runtime_of(options: Options) -> Runtime:
+    return Runtime(
+        options["threads"] or available_cores(), options["graph_optimization"], options["provider"]
+    )
+
+
+def batch_sizes(options: Options) -> list[int] | None:
+    """Those of --batches; None where nothing is asked but a comparison."""
+    text = options.get("batches")
+    if text is None:
+        return None
+    found = [int(part) for part in text.split(",") if part.strip().isdecimal()]
+    if len(found) != len(text.split(",")) or not all(found):
+        raise SepconvertError(
+            f"--batches {text}: expected whole numbers from 1, joined by commas, e.g. 1,8,32"
+        )
+    return found
+
+
+def read_images(options: Options, name: str) -> DataLoader[Batch] | None:
+    """Images of --calib or --train, with labels where there are any."""
+    spec = options[name]
+    if spec is None:
+        return None
+    labelled = has_labels(spec)
+    return load_data(
+        spec, _preprocess(options), batch_size=TRAINING_BATCH, labelled=labelled, option=f"--{name}"
+    )
+
+
+def _preprocess(options: Options) -> Preprocess:
+    return Preprocess(
+        _numbers(options["mean"], "--mean"), _numbers(options["std"], "--std"), _size(options["resize"])
+    )
+
+
+def load_subject(options: Options) -> LoadedModel:
+    if options["trust"]:
+        click.echo(f"sepconvert: --trust: {options['model']} is run as a program", err=True)
+    loaded = load_model(
+        options["model"], factory=options["factory"], allow=options["allow"], trust=options["trust"]
+    )
+    if loaded.stored_dtype is not None:
+        stored, own = (
+            str(dtype).removeprefix("torch.") for dtype in (loaded.stored_dtype, model_dtype(loaded.model))
+        )
+        click.echo(
+            f"sepconvert: {options['model']}: {stored} weights, in the {own} model of --factory", err=True
+        )
+    try:
+        loaded.model.to(options["device"])
+        if torch.device(options["device"]).type == "meta":
+            raise ValueError("it holds no data")
+    except Exception as error:  # torch's errors for unknown and for missing devices share no base class
+        raise SepconvertError(
+            f"--device {options['device']}: cannot be used: {first_line(error)}; pass --device cpu"
+        ) from error
+    return loaded
+
+
+def read_data_and_inputs(options: Options, loaded: LoadedModel) -> tuple[Iterable[Batch] | None, Inputs]:
+    """Evaluation data if any, and the inputs to trace, verify and time the model on."""
+    data, inputs = read_data_and_examples(options, loaded.example_inputs)
+    placed = tuple(value.to(options["device"]) for value in cast(inputs, model_dtype(loaded.model)))
+    return None if data is None else _that_fit(data, loaded.model, placed), placed
+
+
+def _that_fit(data: Iterable[Batch], model: nn.Module, inputs: Inputs) -> Iterable[Batch]:
+    """The data in batches that leave memory for large activations; a loader of the user's as it is."""
+    if not is_own(data):
+        return data
+    try:
+        at_once = images_at_once(model, inputs, data.batch_size or 1)
+    except Exception:  # the model cannot run on these inputs, of which tracing gives a better account
+        return data
+    return DataLoader(data.dataset, at_once)
+
+
+def read_data_and_examples(
+    options: Options, example_inputs: Inputs | None
+) -> tuple[Iterable[Batch] | None, Inputs]:
+    """The same, in the dtype in which they come; `example_inputs` give a shape where nothing else does."""
+    data = None
+    batch = options["batch"]
+    unused = [f"--{name}" for name in ("mean", "std", "resize") if options[name] is not None]
+    images = next((name for name in ("data", "calib", "train") if options.get(name) is not None), None)
+    if unused and images is None:
+        raise SepconvertError(f"{', '.join(unused)}: for the images of --data, which is not given; pass both")
+    if options["data"] is None and images is not None and not options["input_shape"]:
+        found = read_images(options, images)
+        options = {**options, "input_shape": "x".join(map(str, sample_shape(found)))} if found else options
+    if options["data"] is not None:
+        data = load_data(options["data"], _preprocess(options))
+        shape = parse_input_shape(options["input_shape"]) if options["input_shape"] else sample_shape(data)
+        check_against_model(data, shape, None)
+        images = next(iter(data))[0]
+        if len(images) < batch:
+            raise SepconvertError(
+                f"--batch {batch}: the data begins with a batch of {len(images)}; pass a smaller --batch"
+            )
+        inputs: Inputs = (images[:batch],)
+    elif options["input_shape"]:
+        shape = parse_input_shape(options["input_shape"])
+        if batch * math.prod(shape) > MAX_INPUT_ELEMENTS:
+            raise SepconvertError(
+                f"--batch {batch}: {batch:,} samples of {options['input_shape']} are more than "
+                f"{MAX_INPUT_ELEMENTS:,} elements; pass a smaller one"
+            )
+        generator = torch.Generator().manual_seed(options["seed"])
+        inputs = (torch.randn(batch, *shape, generator=generator),)
+    elif example_inputs is not None:
+        inputs = tuple(_random(value, batch, options["seed"]) for value in example_inputs)
+    else:
+        raise SepconvertError(
+            "the input's shape is not known; pass --input-shape, e.g. --input-shape 3x224x224, or --data"
+        )
+    return data, inputs
+
+
+def _random(value: Tensor, batch: int, seed: int) -> Tensor:
+    if not value.is_floating_point() or value.ndim == 0:
+        return value
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn((batch, *value.shape[1:]), generator=generator).to(value)
+
+
+def _numbers(text: str | None, option: str) -> tuple[float, ...] | None:
+    if text is None:
+        return None
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError as error:
+        raise SepconvertError(
+            f"{option} {text}: expected numbers joined by commas, e.g. 0.485,0.456,0.406"
+        ) from error
+
+
+def _size(text: str | None) -> int | tuple[int, int] | None:
+    if text is None:
+        return None
+    parts = text.lower().split("x")
+    if not all(part.isdigit() for part in parts) or len(parts) > 2:
+        raise SepconvertError(f"--resize {text}: expected N or HxW in pixels, e.g. 224")
+    return int(parts[0]) if len(parts) == 1 else (int(parts[0]), int(parts[1]))

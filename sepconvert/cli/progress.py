@@ -1,0 +1,88 @@
+"""Progress on a terminal or in a log file."""
+
+import contextlib
+import logging
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sized
+from typing import Any, TypeVar
+
+import click
+from tqdm import tqdm
+
+from sepconvert.base.progress import Progress, silent
+from sepconvert.cli.inputs import Options
+from sepconvert.distillation.results import Step
+
+T = TypeVar("T")
+
+
+_LINE_EVERY = 10.0  # seconds between lines that show progress where there is no terminal
+
+
+def progress_for(options: Options) -> Progress:
+    """A bar for each loop on a terminal, else a line from time to time."""
+    if options["quiet"] or sys.stderr is None:
+        return silent
+    return _progress_bar if sys.stderr.isatty() else _progress_lines()
+
+
+def _progress_bar(items: Iterable[T], description: str, /) -> Iterable[T]:
+    # Of a terminal that does not tell its size, tqdm would think that it has no room for a bar.
+    bar: Iterable[T] = tqdm(items, description, file=sys.stderr, leave=False, nrows=2)
+    return bar
+
+
+def _progress_lines() -> Progress:
+    due = time.monotonic() + _LINE_EVERY
+
+    def progress(items: Iterable[T], description: str, /) -> Iterable[T]:
+        nonlocal due
+        total = f" of {len(items)}" if isinstance(items, Sized) else ""
+        for number, item in enumerate(items, start=1):
+            if time.monotonic() >= due:
+                click.echo(f"{description}: {number}{total}", err=True)
+                due = time.monotonic() + _LINE_EVERY
+            yield item
+
+    return progress
+
+
+def training_progress(options: Options) -> Callable[[Step], None]:
+    """Steps, loss and time left of fine-tuning: a bar on a terminal, else a line for every tenth of it."""
+    if options["quiet"] or sys.stderr is None:
+        return lambda step: None
+    if not sys.stderr.isatty():
+        return _training_line
+    bar: tqdm[Any] | None = None
+
+    def show(step: Step) -> None:
+        nonlocal bar
+        if bar is None:
+            bar = tqdm(None, "fine-tuning", step.steps, file=sys.stderr, leave=False, nrows=2)
+        bar.set_postfix(epoch=step.epoch, loss=f"{step.loss:.3f}", refresh=False)
+        bar.update(step.step - bar.n)
+
+    return show
+
+
+def _training_line(step: Step) -> None:
+    if step.step * 10 // step.steps > (step.step - 1) * 10 // step.steps:
+        click.echo(
+            f"fine-tuning: step {step.step} of {step.steps}, epoch {step.epoch}, loss {step.loss:.3f}, "
+            f"{step.seconds_left:.0f} s left",
+            err=True,
+        )
+
+
+@contextlib.contextmanager
+def quietly() -> Iterator[None]:
+    """Libraries' warnings are not the user's business; ours are errors or sentences of the report.
+
+    What the user's own code prints goes to standard error: standard output is for our tables and JSON.
+    """
+    logging.getLogger("torch").setLevel(logging.ERROR)
+    with warnings.catch_warnings(), contextlib.redirect_stdout(sys.stderr):
+        warnings.simplefilter("ignore")
+        yield

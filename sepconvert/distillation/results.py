@@ -1,0 +1,63 @@
+"""Results of fine-tuning: steps, epochs and the tuned model."""
+
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from torch import nn
+
+Precision = Literal["no", "bf16", "fp16"]
+
+
+@dataclass(frozen=True)
+class Step:
+    """How far training is: `loss` is that of the step just done; `seconds_left` an estimate."""
+
+    step: int
+    steps: int
+    epoch: int
+    loss: float
+    seconds_left: float
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """The student on held-out data after an epoch; epoch 0 is before the first.
+
+    `heldout_loss` (as in training, but for embedding and features), `divergence` (see
+    `sepconvert.measure.divergence`) and `accuracy`, a fraction (None without labels), are those of the
+    trained weights or of their moving average, whichever loses less, as `weights` says. `loss` is the mean
+    over the epoch, `seconds` the time since the start.
+    """
+
+    epoch: int
+    step: int
+    loss: float | None
+    weights: Literal["start", "trained", "average"]
+    heldout_loss: float
+    divergence: float
+    accuracy: float | None
+    seconds: float
+
+
+@dataclass(frozen=True, eq=False)
+class FinetuneResult:
+    """A student of the same class, dtype, device and training flags, and how it came about.
+
+    `model` has the weights of the entry `delivered` of `history`. `precision` is the mixed one of the steps,
+    or "no". `stopped` says why training ended early; None if it did not.
+    """
+
+    model: nn.Module
+    history: tuple[Epoch, ...]
+    delivered: Epoch
+    precision: str
+    stopped: str | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The `finetune` object of the JSON report."""
+        return {
+            "history": [asdict(epoch) for epoch in self.history],
+            "delivered": asdict(self.delivered),
+            "precision": self.precision,
+            "stopped": self.stopped,
+        }

@@ -1,0 +1,1 @@
+"""Exact structures: analysis by singular values, factors, certificates."""

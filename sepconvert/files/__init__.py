@@ -1,0 +1,1 @@
+"""Everything on disk: model files, data, ONNX files, result directories."""

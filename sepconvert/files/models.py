@@ -1,0 +1,362 @@
+"""Model files: recognised by their content and loaded without running what they say.
+
+A pickle is a program, and so is a torch.export archive: both are read by interpreters that know a short list
+of harmless names. Everything else is refused by name, with the option that admits it.
+"""
+
+import functools
+import hashlib
+import math
+import os
+import re
+import zipfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from sepconvert.base.errors import SepconvertError, one_line, some_of
+from sepconvert.factorize.geometry import MAX_INPUT_ELEMENTS
+from sepconvert.files.archives import load_archive
+from sepconvert.files.callables import resolve_callable
+from sepconvert.files.pickles import load_pickle
+from sepconvert.network.copies import unwrapped
+
+__all__ = ["LoadedModel", "load_model", "parse_input_shape", "resolve_callable"]
+
+
+_MAX_EXAMPLE = 2**22  # elements of an input of which a file, and not its user, tells the shape
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model and where it came from.
+
+    `model` is on the CPU, in the mode (train or eval) in which it was saved or built. `example_inputs` have a
+    batch dimension: those stored in a .pt2 archive, or zeros of the input size that a timm model names.
+    `stored_dtype` is that of a checkpoint's weights where the model of the factory has another.
+    """
+
+    model: nn.Module
+    path: Path
+    sha256: str
+    example_inputs: tuple[Tensor, ...] | None
+    stored_dtype: torch.dtype | None = None
+
+
+def load_model(
+    path: str | os.PathLike[str],
+    *,
+    factory: str | None = None,
+    allow: Sequence[str] = (),
+    trust: bool = False,
+) -> LoadedModel:
+    """Read a model file; its content, not its extension, decides the format.
+
+    Formats: a module or a state_dict saved by `torch.save` (zip or legacy), `.safetensors`, a `.pt2` archive
+    of `torch.export.save`. `factory` (see `resolve_callable`) builds the model that takes the weights of the
+    file, and is needed where the file holds a state_dict; of several, plain weights go before averaged (EMA)
+    ones. `allow` admits further classes to the pickle, by their full name. `trust` runs the file as the
+    program that it is, unrestricted.
+
+    Raises `SepconvertError` for every file that is no model, is damaged, or asks for more than is allowed.
+    """
+    path = Path(path)
+    build = _builder(factory) if factory else None
+    kind = _format(path)
+    examples: tuple[Tensor, ...] | None = None
+    content: object
+    try:
+        if kind == "pt2":
+            content, examples = load_archive(path, trust)
+        elif kind == "safetensors":
+            content = load_file(path)
+        else:
+            content = load_pickle(path, allow, trust, legacy=kind == "legacy torch.save")
+        found = _unwrap(content, path)
+        if isinstance(found, nn.Module):
+            _check_state(found)
+        weights = found.state_dict() if isinstance(found, nn.Module) else found
+        _check_tensors(found, weights, path)
+    except SepconvertError:
+        raise
+    except Exception as error:  # a damaged or hostile file can make the readers raise anything
+        advice = (
+            "install what it needs, or run from the directory that holds it"
+            if isinstance(error, ImportError)  # of a file that is trusted
+            else "it is damaged, or of another version of torch: save it again"
+        )
+        raise SepconvertError(
+            f"{path}: cannot be read as a {kind} file ({one_line(error)}); {advice}"
+        ) from error
+    if any(isinstance(value, Tensor) and value.is_meta for value in weights.values()):
+        raise SepconvertError(f"{path}: has weights without data (on the meta device); save a trained model")
+    cast_from = None
+    if build is not None:
+        model = build()
+        stored, own = _float_dtypes(weights), _float_dtypes(model.state_dict())
+        cast_from = stored.pop() if len(stored) == len(own) == 1 and stored != own else None
+        _load_weights(model, weights, path)
+    elif isinstance(found, nn.Module):
+        model = found
+    else:
+        raise SepconvertError(
+            f"{path}: holds a state_dict ({len(found)} entries), which does not say how to build the model; "
+            "pass --factory pkg.mod:callable or --factory file.py:callable that returns it"
+        )
+    model = model.cpu()
+    return LoadedModel(model, path, _sha256(path), examples or _timm_example(model), cast_from)
+
+
+def parse_input_shape(text: str) -> tuple[int, ...]:
+    """`"3x224x224"` as `(3, 224, 224)`: the shape of one sample, without the batch dimension."""
+    sizes = text.strip().lower().replace("×", "x").split("x")
+    if not all(re.fullmatch(r"[0-9]{1,9}", size.strip()) for size in sizes):
+        raise SepconvertError(f"input shape {text!r}: expected sizes joined by x, such as 3x224x224")
+    shape = tuple(int(size) for size in sizes)
+    if not _is_sensible(shape):
+        raise SepconvertError(
+            f"input shape {text!r}: sizes must be at least 1, their product at most {MAX_INPUT_ELEMENTS}; "
+            "give the shape of one sample, such as 3x224x224"
+        )
+    return shape
+
+
+# Formats ------------------------------------------------------------------------------------------
+
+_LEGACY_MAGIC = b"\x80\x02\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19."
+
+
+def _format(path: Path) -> str:
+    """`"torch.save"`, `"legacy torch.save"`, `"pt2"` or `"safetensors"`."""
+    expected = "expected a model saved by torch.save, a .safetensors or a .pt2 file"
+    if path.is_dir():
+        raise SepconvertError(f"{path}: is a directory; {expected}")
+    if path.exists() and not path.is_file():
+        raise SepconvertError(f"{path}: is no regular file; {expected}")
+    try:
+        with path.open("rb") as file:
+            head = file.read(64)
+    except FileNotFoundError:
+        raise SepconvertError(f"{path}: there is no such file; {expected}") from None
+    except OSError as error:
+        raise SepconvertError(f"{path}: cannot be read ({error.strerror}); {expected}") from error
+    if head.startswith(b"PK\x03\x04"):
+        return _zip_format(path, expected)
+    if head.startswith(_LEGACY_MAGIC):
+        return "legacy torch.save"
+    if head[8:9] == b"{" and int.from_bytes(head[:8], "little") < 2**27:
+        return "safetensors"
+    if not head:
+        got = "is empty: its download or copy was cut short"
+    elif head.startswith(b"version https://git-lfs"):
+        got = "is a Git LFS pointer, not the model: run git lfs pull"
+    elif head.startswith(b"\x80"):
+        got = "is a pickle that torch.save did not write"
+    elif path.suffix == ".onnx":
+        got = "is an ONNX model, not a PyTorch one"
+    elif head.isascii():
+        got = f"is a text file that begins {head[:20].decode()!r}"
+    else:
+        got = f"is no model file, or damaged (it begins with the bytes {head[:8].hex(' ')})"
+    raise SepconvertError(f"{path}: {got}; {expected}")
+
+
+def _zip_format(path: Path, expected: str) -> str:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            members = archive.namelist()
+            inflated = sum(member.file_size for member in archive.infolist())
+    except Exception as error:  # not only BadZipFile: a damaged directory also fails to decode
+        raise SepconvertError(
+            f"{path}: a truncated or damaged archive ({one_line(error)}); copy it again"
+        ) from error
+    # torch compresses nothing: what inflates was made to fill the memory of whoever reads it.
+    if inflated > 2 * path.stat().st_size + 2**26:
+        raise SepconvertError(
+            f"{path}: inflates from {path.stat().st_size / 1e6:,.1f} to {inflated / 1e6:,.0f} MB, and torch "
+            f"writes no compressed archives; {expected}"
+        )
+    inner = {name.partition("/")[2] for name in members}
+    if "constants.pkl" in inner:
+        raise SepconvertError(
+            f"{path}: a TorchScript archive, whose layers cannot be replaced; {expected}: save the module "
+            "that was scripted with torch.save(model, 'model.pt'), or its state_dict to use with --factory"
+        )
+    if "archive_format" in inner:
+        return "pt2"
+    if "data.pkl" in inner:
+        return "torch.save"
+    if "serialized_exported_program.json" in members:
+        raise SepconvertError(
+            f"{path}: written by torch.export of torch < 2.8; export it again with a newer torch"
+        )
+    raise SepconvertError(f"{path}: a zip file that is no model (it holds {some_of(members)}); {expected}")
+
+
+# State dicts --------------------------------------------------------------------------------------
+
+_WRAPPERS = (
+    "state_dict",
+    "model_state_dict",
+    "model_state",
+    "model",
+    "net",
+    "network",
+    "module",
+    "state_dict_ema",
+    "model_ema",
+    "ema",
+)
+
+
+def _unwrap(content: object, path: Path) -> nn.Module | Mapping[str, Tensor]:
+    for _ in range(8):  # a hostile wrapper may hold itself
+        if isinstance(content, nn.DataParallel | nn.parallel.DistributedDataParallel):
+            content = content.module
+        if isinstance(content, nn.Module):
+            return content
+        if not isinstance(content, Mapping):
+            break
+        inner = [content[key] for key in _WRAPPERS if isinstance(content.get(key), Mapping | nn.Module)]
+        if not inner:
+            break
+        content = inner[0]
+    if not isinstance(content, Mapping):
+        raise SepconvertError(f"{path}: holds a {type(content).__name__}; expected a module or a state_dict")
+    if not any(isinstance(value, Tensor) for value in content.values()):
+        raise SepconvertError(
+            f"{path}: holds no weights, only {some_of(map(str, content)) or 'an empty dict'}; "
+            "expected a module or a state_dict"
+        )
+    return {str(key): value for key, value in content.items()}
+
+
+def _check_state(model: nn.Module) -> None:
+    """Raise `ValueError` where a module's own dictionaries are others than its constructor makes."""
+    usual = {name: value for name, value in vars(nn.Module()).items() if isinstance(value, dict)}
+    for module in model.modules():
+        if _makes_layers(vars(module).get("forward", id)):
+            raise ValueError(f"the forward of a {type(module).__name__} is not what torch makes")
+        for name, value in usual.items():
+            held = vars(module).get(name, value)
+            called = name in ("_forward_hooks", "_forward_pre_hooks")
+            if not isinstance(held, type(value)) or (called and any(map(_makes_layers, held.values()))):
+                raise ValueError(f"{name} of a {type(module).__name__} is not what torch makes")
+
+
+def _makes_layers(called: object) -> bool:
+    """Is it a class, or a call of one, of any size that a file may name, or nothing to call at all?"""
+    return isinstance(called, type | functools.partial) or not callable(called)
+
+
+def _check_tensors(found: object, weights: Mapping[str, object], path: Path) -> None:
+    """Refuse sparse tensors, and views that repeat a few stored numbers until they fill the memory."""
+    own = [*found.parameters(), *found.buffers()] if isinstance(found, nn.Module) else []
+    tensors = [each for each in (*weights.values(), *own) if isinstance(each, Tensor)]
+    if any(each.layout is not torch.strided and not each.is_mkldnn for each in tensors):
+        raise SepconvertError(f"{path}: has sparse weights; save them dense (tensor.to_dense())")
+    claims: dict[int, int] = {}  # by storage: slices of one take no more than it does
+    for each in tensors:
+        if each.layout is torch.strided and not each.is_meta:
+            storage = each.untyped_storage().data_ptr()
+            claims[storage] = max(claims.get(storage, 0), each.numel() * each.element_size())
+    claimed, size = sum(claims.values()), path.stat().st_size
+    if claimed > 2 * size + 2**28:
+        raise SepconvertError(
+            f"{path}: its weights take {claimed / 1e6:,.0f} MB, and the file {size / 1e6:,.1f}: they "
+            "repeat what is stored; save them whole (tensor.contiguous())"
+        )
+
+
+def _builder(spec: str) -> Callable[[], nn.Module]:
+    function = resolve_callable(spec, "--factory")
+
+    def build() -> nn.Module:
+        try:
+            model = function()
+        except (Exception, SystemExit) as error:
+            raise SepconvertError(
+                f"--factory {spec}: calling it without arguments failed ({one_line(error)}); "
+                "give a callable that returns the model"
+            ) from error
+        if not isinstance(model, nn.Module):
+            raise SepconvertError(
+                f"--factory {spec}: returned a {type(model).__name__}; expected an nn.Module"
+            )
+        return unwrapped(model)
+
+    return build
+
+
+def _load_weights(model: nn.Module, weights: Mapping[str, Tensor], path: Path) -> None:
+    expected = model.state_dict()
+    weights = {_plain_key(key, expected): value for key, value in weights.items()}
+    if "n_averaged" not in expected:  # of torch.optim.swa_utils.AveragedModel
+        weights.pop("n_averaged", None)
+    shapes = [
+        f"{key} {tuple(value.shape)} for {tuple(expected[key].shape)}"
+        for key, value in weights.items()
+        if isinstance(value, Tensor)
+        and isinstance(expected.get(key), Tensor)
+        and value.shape != expected[key].shape
+    ]
+    problems = []
+    try:
+        outcome = model.load_state_dict(weights, strict=False)
+        problems += [f"lacks {some_of(outcome.missing_keys)}"] if outcome.missing_keys else []
+        problems += [f"also holds {some_of(outcome.unexpected_keys)}"] if outcome.unexpected_keys else []
+    except Exception as error:  # size mismatches, and whatever load hooks of user code raise
+        problems += [f"has shapes that differ: {some_of(shapes)}" if shapes else one_line(error)]
+    if problems:
+        raise SepconvertError(
+            f"{path}: does not fit the model of --factory: it {' and '.join(problems)}; "
+            "pass the --factory that builds the model which was trained"
+        )
+
+
+def _float_dtypes(weights: Mapping[str, object]) -> set[torch.dtype]:
+    tensors = [value for value in weights.values() if isinstance(value, Tensor)]
+    return {tensor.dtype for tensor in tensors if tensor.is_floating_point()}
+
+
+def _plain_key(key: str, expected: Mapping[str, object]) -> str:
+    """The key without what torch.compile and DataParallel put into it."""
+    key = key if key in expected else key.replace("_orig_mod.", "")
+    while key not in expected and key.startswith("module."):
+        key = key.removeprefix("module.")
+    return key
+
+
+# Small helpers ------------------------------------------------------------------------------------
+
+
+def _timm_example(model: nn.Module) -> tuple[Tensor, ...] | None:
+    configs = (getattr(model, name, None) for name in ("pretrained_cfg", "default_cfg"))
+    config: dict[str, Any] = next((each for each in configs if isinstance(each, dict) and each), {})
+    size = config.get("input_size")
+    if not isinstance(size, tuple | list) or len(size) != 3 or not _is_sensible(size, _MAX_EXAMPLE):
+        return None
+    # The configuration keeps its 3 channels when a model is created with in_chans=1.
+    first = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
+    if first is not None and first.in_channels % size[0]:
+        return None
+    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+    return (torch.zeros(1, *size, dtype=dtype),)
+
+
+def _is_sensible(shape: Sequence[object], most: int = MAX_INPUT_ELEMENTS) -> bool:
+    sizes = [size for size in shape if isinstance(size, int) and size >= 1]
+    return len(sizes) == len(shape) and math.prod(sizes) <= most
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()

@@ -1,0 +1,197 @@
+"""Facts read from an ONNX file: inputs, parameters, MACs, activation memory and size."""
+
+import contextlib
+import hashlib
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+
+from sepconvert.base.documents import read_file
+from sepconvert.base.errors import SepconvertError, first_line
+from sepconvert.factorize.geometry import MAX_INPUT_ELEMENTS
+
+_MOST_BYTES = 2**31  # of a protobuf message
+
+
+@dataclass(frozen=True)
+class OnnxFile:
+    """What an ONNX file says of itself: inputs, parameters, and MACs of convolutions and matrix products.
+
+    `shapes` has the shape of each input, None for a size that is open. `macs` are of one sample: one fused
+    multiply-add is 1. Operators that are not counted, or whose shapes cannot be inferred, are in
+    `uncounted_ops`. `peak_activation_bytes` are what is alive at once, of one batch (one sample, if the
+    batch is open), when each value lives from the operator that writes it to the last that reads it; None
+    where a shape cannot be inferred. `sizes` are as in `onnx_sizes`.
+    """
+
+    shapes: tuple[tuple[int | None, ...], ...]
+    dtypes: tuple[np.dtype[Any], ...]
+    params: int
+    macs: int
+    uncounted_ops: dict[str, int]
+    peak_activation_bytes: int | None
+    sizes: tuple[int, int]
+    sha256: str
+
+
+def read_onnx(path: Path) -> OnnxFile:
+    """Look into an ONNX file.
+
+    Raises:
+        SepconvertError: no such file, or no ONNX model.
+    """
+    try:
+        content = read_file(path, _MOST_BYTES)
+        model = onnx.load_from_string(content)
+    except SepconvertError:
+        raise
+    except OSError as error:
+        raise SepconvertError(f"{path}: cannot be read: {error.strerror}; check the path") from error
+    except Exception as error:  # protobuf's own
+        raise SepconvertError(f"{path}: not an ONNX model ({first_line(error)}); export it anew") from error
+    if not model.graph.node:
+        raise SepconvertError(f"{path}: not an ONNX model (it has no operators); export it anew")
+    known = {tensor.name: tuple(tensor.dims) for tensor in model.graph.initializer}
+    inputs = [value for value in model.graph.input if value.name not in known]
+    for value in inputs:
+        if value.type.tensor_type.elem_type in (onnx.TensorProto.UNDEFINED, onnx.TensorProto.STRING):
+            raise SepconvertError(
+                f"{path}: its input {value.name} is no tensor of numbers; take a file whose inputs all are"
+            )
+        sizes = [size.dim_value for size in value.type.tensor_type.shape.dim if size.HasField("dim_value")]
+        if not (all(size >= 0 for size in sizes) and math.prod(sizes) <= MAX_INPUT_ELEMENTS):
+            raise SepconvertError(
+                f"{path}: its input {value.name} has the shape {'×'.join(map(str, sizes))}, of more than "
+                f"{MAX_INPUT_ELEMENTS:,} elements; export it anew for a smaller one"
+            )
+    shapes = tuple(
+        tuple(
+            size.dim_value if size.HasField("dim_value") else None
+            for size in value.type.tensor_type.shape.dim
+        )
+        for value in inputs
+    )
+    batch = _fix_batch(model, [value.name for value in inputs])
+    with contextlib.suppress(Exception):  # what cannot be inferred is not counted
+        model = onnx.shape_inference.infer_shapes(model, data_prop=True)
+    types = _types_of_values(model)
+    macs, uncounted = _macs_of_graph(model, {name: shape for name, (shape, _) in types.items()} | known)
+    floating = {onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.DOUBLE,
+                onnx.TensorProto.BFLOAT16}  # fmt: skip
+    return OnnxFile(
+        shapes,
+        tuple(onnx.helper.tensor_dtype_to_np_dtype(value.type.tensor_type.elem_type) for value in inputs),
+        sum(math.prod(tensor.dims) for tensor in model.graph.initializer if tensor.data_type in floating),
+        macs // batch,
+        uncounted,
+        _peak_of_values(model, types),
+        _sizes(model, path),
+        hashlib.sha256(content).hexdigest(),
+    )
+
+
+def onnx_sizes(path: Path) -> tuple[int, int]:
+    """Bytes of an ONNX file, with the files beside it that hold weights, and bytes of the weights."""
+    return _sizes(onnx.load(str(path), load_external_data=False), path)
+
+
+def _sizes(model: onnx.ModelProto, path: Path) -> tuple[int, int]:
+    tensors = model.graph.initializer
+    weights = sum(
+        math.prod(tensor.dims) * onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
+        for tensor in tensors
+    )
+    beside = {
+        path.parent / entry.value
+        for tensor in tensors
+        for entry in tensor.external_data
+        if entry.key == "location"
+    }
+    return path.stat().st_size + sum(each.stat().st_size for each in beside if each.is_file()), weights
+
+
+def _fix_batch(model: onnx.ModelProto, inputs: Sequence[str]) -> int:
+    """Give an open batch the size 1, and tell the largest there is."""
+    batch = 1
+    for value in model.graph.input:
+        sizes = value.type.tensor_type.shape.dim
+        if value.name in inputs and len(sizes):
+            if not sizes[0].HasField("dim_value"):
+                sizes[0].dim_value = 1
+            batch = max(batch, sizes[0].dim_value)
+    del model.graph.value_info[:]  # it names the batch that has just been fixed
+    return batch
+
+
+def _types_of_values(model: onnx.ModelProto) -> dict[str, tuple[tuple[int, ...], int]]:
+    """Shape and element type of each value of which they are known."""
+    found: dict[str, tuple[tuple[int, ...], int]] = {}
+    for value in (*model.graph.value_info, *model.graph.input, *model.graph.output):
+        kind = value.type.tensor_type
+        if kind.HasField("shape") and all(size.HasField("dim_value") for size in kind.shape.dim):
+            found.setdefault(
+                value.name, (tuple(size.dim_value for size in kind.shape.dim), int(kind.elem_type))
+            )
+    return found
+
+
+def _peak_of_values(model: onnx.ModelProto, types: Mapping[str, tuple[tuple[int, ...], int]]) -> int | None:
+    """Bytes of the values that are alive at once, weights and constants left out."""
+    constants = {tensor.name for tensor in model.graph.initializer}
+    constants |= {output for node in model.graph.node if node.op_type == "Constant" for output in node.output}
+    last_read = {name: index for index, node in enumerate(model.graph.node) for name in node.input}
+    returned = {value.name for value in model.graph.output}
+    sizes: dict[str, int] = {}
+
+    def begin(names: Iterable[str]) -> bool:
+        for name in names:
+            if name and name not in constants:
+                if name not in types:
+                    return False
+                shape, kind = types[name]
+                sizes[name] = math.prod(shape) * onnx.helper.tensor_dtype_to_np_dtype(kind).itemsize
+        return True
+
+    if not begin(value.name for value in model.graph.input):
+        return None
+    peak = 0
+    for index, node in enumerate(model.graph.node):
+        if not begin(node.output):
+            return None
+        peak = max(peak, sum(sizes.values()))
+        for name in [name for name in sizes if last_read.get(name, -1) <= index and name not in returned]:
+            del sizes[name]
+    return peak
+
+
+def _macs_of_graph(
+    model: onnx.ModelProto, shapes: Mapping[str, tuple[int, ...]]
+) -> tuple[int, dict[str, int]]:
+    """Of one batch, and the operators left out with their number."""
+    total, uncounted = 0, dict[str, int]()
+    for node in model.graph.node:
+        macs = _macs_of_node(node, shapes)
+        if macs is None:
+            uncounted[node.op_type] = uncounted.get(node.op_type, 0) + 1
+        else:
+            total += macs
+    return total, uncounted
+
+
+def _macs_of_node(node: onnx.NodeProto, shapes: Mapping[str, tuple[int, ...]]) -> int | None:
+    if node.op_type not in ("Conv", "ConvTranspose", "Gemm", "MatMul"):
+        return None
+    left, right, output = (shapes.get(name) for name in (*node.input[:2], node.output[0]))
+    if left is None or right is None or output is None:
+        return None
+    if node.op_type == "Conv":
+        return math.prod(output) * math.prod(right[1:])
+    if node.op_type == "ConvTranspose":
+        return math.prod(left) * math.prod(right[1:])
+    transposed = any(each.name == "transA" and each.i for each in node.attribute)
+    return math.prod(output) * left[0 if transposed else -1]

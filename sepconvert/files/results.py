@@ -1,0 +1,122 @@
+"""Result directories that appear whole or not at all."""
+
+import contextlib
+import hashlib
+import os
+import shutil
+import signal
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+from sepconvert.base.errors import SepconvertError
+
+FILES = (
+    "original.onnx", "converted.onnx", "converted.pt2", "plan.json",
+    "converted.safetensors", "report.json", "report.html",
+)  # fmt: skip
+"""What a conversion leaves."""
+
+
+@contextlib.contextmanager
+def result_directory(
+    out: Path, *, force: bool, inputs: Sequence[Path] = (), resumed: bool = False
+) -> Iterator[Path]:
+    """An empty directory to fill; it takes its name when the block ends well, and is removed otherwise.
+
+    It is filled in the nearest directory that exists, so that moving it is one step of the file system. With
+    `force` it takes the place of a whole directory of such `FILES`, but of none that holds anything else, or
+    one of the `inputs`, or is where the user stands. If it is `resumed`, nothing else writes to `out`, and
+    what a run that was killed left beside it is removed.
+
+    Raises:
+        SepconvertError: `out` exists and may not be replaced, or the place is not writable.
+    """
+    try:
+        target = out.resolve()
+        _check_replaceable(out, target, force, inputs)
+        existing = next(parent for parent in target.parents if parent.exists())
+        prefix = f".sepconvert-{hashlib.sha256(os.fsencode(target)).hexdigest()[:16]}-"
+        if resumed:
+            _remove(path for path in existing.iterdir() if path.name.startswith(prefix))
+        workplace = Path(tempfile.mkdtemp(prefix=prefix, dir=existing))
+    except (OSError, RuntimeError) as error:  # a RuntimeError is a loop of links
+        raise _not_writable(out, error) from error
+    try:
+        folder = workplace / "new"
+        folder.mkdir()  # unlike mkdtemp's, its permissions are those that the user's umask leaves
+        yield folder
+        for file in folder.rglob("*"):  # safetensors leaves its file to the owner alone
+            if file.is_file():
+                file.chmod(folder.stat().st_mode & 0o666)
+        with _uninterrupted():
+            try:
+                target.parent.mkdir(parents=True, exist_ok=True)
+                _check_replaceable(out, target, force, inputs)  # it may have come meanwhile
+                _move(folder, target, workplace / "old")
+            except OSError as error:
+                raise _not_writable(out, error) from error
+    finally:
+        with _uninterrupted():
+            _remove([workplace])
+
+
+def _remove(folders: Iterable[Path]) -> None:
+    for folder in folders:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _check_replaceable(out: Path, target: Path, force: bool, inputs: Sequence[Path]) -> None:
+    if not target.exists():
+        return
+    if not target.is_dir():
+        raise SepconvertError(f"{out}: is a file, expected a directory or nothing; pass another --out")
+    if not force:
+        raise SepconvertError(f"{out}: exists already; pass --force to replace it, or another --out")
+    if target.is_mount():
+        raise SepconvertError(f"{out}: is a mount point and cannot be replaced; pass --out {out / 'results'}")
+    for needed in (Path.cwd(), *inputs):
+        if needed.resolve().is_relative_to(target):
+            raise SepconvertError(
+                f"{out}: holds {needed}, which replacing it would delete; pass another --out"
+            )
+    for path in target.rglob("*"):
+        if path.name not in FILES and (path.is_symlink() or not path.is_dir()):
+            raise SepconvertError(
+                f"{out}: holds {path.relative_to(target)}, which is no result of a conversion and which "
+                "replacing it would delete; move it away or pass another --out"
+            )
+
+
+def _move(folder: Path, target: Path, aside: Path) -> None:
+    if not target.exists():
+        folder.rename(target)
+        return
+    # A directory that is not empty cannot be replaced in one step: the old one steps aside first.
+    target.rename(aside)
+    try:
+        folder.rename(target)
+    except OSError:
+        aside.rename(target)
+        raise
+
+
+def _not_writable(out: Path, error: Exception) -> SepconvertError:
+    cause = getattr(error, "strerror", None) or error
+    return SepconvertError(f"{out}: cannot be written: {cause}; pass another --out")
+
+
+def ignore_signal(number: int, frame: object) -> None:
+    """A handler that does nothing: with SIG_IGN Python complains of a signal that came just before."""
+
+
+@contextlib.contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Let neither Ctrl-C nor termination stop what must not be left half done."""
+    numbers = signal.SIGINT, signal.SIGTERM
+    handlers = [signal.signal(number, ignore_signal) for number in numbers]
+    try:
+        yield
+    finally:
+        for number, handler in zip(numbers, handlers, strict=True):
+            signal.signal(number, handler)

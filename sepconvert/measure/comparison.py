@@ -1,0 +1,207 @@
+"""Models side by side: what was measured of each, and of each against the first; conditions on that."""
+
+import csv
+import io
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from tabulate import tabulate
+
+from sepconvert.measure.divergence import OutputDifference
+from sepconvert.measure.latency import Speedup
+from sepconvert.measure.metrics import AccuracyDelta
+from sepconvert.measure.profiling import Profile
+
+Style = Literal["table", "markdown", "csv"]
+
+
+_THOUSANDS = re.compile(r"(?<=\d),(?=\d)")  # separators that people read and programs do not
+
+
+@dataclass(frozen=True)
+class Delta:
+    """A model against the first one, on the same inputs in the same rounds; None is what was not measured.
+
+    `outputs` are empty where they were not compared, and None where they differ in number or shape.
+    """
+
+    speedup: Speedup | None = None
+    accuracy: AccuracyDelta | None = None
+    outputs: tuple[OutputDifference, ...] | None = ()
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Profiles side by side; `print` it. The first is the base of the ratios.
+
+    `names` are what the profiles are called. `deltas`, one for each but the first, are empty where profiles
+    were measured apart.
+    """
+
+    profiles: tuple[Profile, ...]
+    names: tuple[str, ...] = ()
+    deltas: tuple[Delta, ...] = ()
+
+    def __str__(self) -> str:
+        return self.text("table")
+
+    def rows(self) -> list[list[str]]:
+        """What was measured, a row each: its name, and its value for each profile."""
+        base = self.profiles[0]
+        deltas = (None, *(self.deltas or (Delta(),) * (len(self.profiles) - 1)))
+        columns = [
+            _column(profile, base, delta) for profile, delta in zip(self.profiles, deltas, strict=True)
+        ]
+        wanted = [name for name in columns[0] if any(column[name] != "-" for column in columns)]
+        rows = [[name, *(column[name] for column in columns)] for name in wanted]
+        if any(self.dominated):
+            rows.append(["", *("dominated" if each else "" for each in self.dominated)])
+        return rows
+
+    def text(self, style: Style) -> str:
+        """As a table for the terminal, in Markdown, or as comma-separated values."""
+        rows = self.rows()
+        headers = ["", "base", *(f"#{index}" for index in range(2, len(self.profiles) + 1))]
+        if style == "csv":
+            lines = io.StringIO()
+            table = [
+                ["", *(self.names or headers[1:])],
+                *([_THOUSANDS.sub("", cell) for cell in row] for row in rows),
+            ]
+            csv.writer(lines, lineterminator="\n").writerows(table)
+            return lines.getvalue().rstrip("\n")
+        text = tabulate(
+            rows,
+            headers=headers,
+            disable_numparse=True,
+            tablefmt="github" if style == "markdown" else "simple",
+        )
+        legend = [f"{header}: {name}" for header, name in zip(headers[1:], self.names, strict=False)]
+        return "\n".join([*legend, "", text] if legend else [text])
+
+    def to_json(self) -> dict[str, Any]:
+        """`{"names": […], "profiles": […], "deltas": […]}`, each delta against the first profile.
+
+        Separate runs are not paired: they allow no statement about speed-up or agreement.
+        """
+        base = self.profiles[0]
+        deltas = self.deltas or (Delta(),) * (len(self.profiles) - 1)
+        return {
+            "names": list(self.names),
+            "profiles": [profile.to_json() for profile in self.profiles],
+            "deltas": [
+                {
+                    "params_ratio": base.params / profile.params if profile.params else None,
+                    "macs_ratio": base.macs / profile.macs if profile.macs else None,
+                    "latency_speedup": None if delta.speedup is None else delta.speedup.to_dict(),
+                    **(
+                        {"accuracy_drop_pp": None, "agreement": None}
+                        if delta.accuracy is None
+                        else delta.accuracy.to_dict()
+                    ),
+                    "outputs": None
+                    if delta.outputs is None
+                    else [difference.to_dict() for difference in delta.outputs],
+                }
+                for profile, delta in zip(self.profiles[1:], deltas, strict=True)
+            ],
+            "dominated": list(self.dominated),
+        }
+
+    @property
+    def dominated(self) -> tuple[bool, ...]:
+        """Of more than two with latency and accuracy: whether another is as good in both, and better in one.
+
+        A latency is better where the intervals of the medians do not overlap.
+        """
+        if len(self.profiles) < 3 or not self.deltas:
+            return (False,) * len(self.profiles)
+        return tuple(any(_dominates(other, own) for other in self.profiles) for own in self.profiles)
+
+
+def _dominates(one: Profile, other: Profile) -> bool:
+    if one.latency is None or one.accuracy is None or other.latency is None or other.accuracy is None:
+        return False
+    faster = one.latency.ci95_ms.hi < other.latency.ci95_ms.lo
+    slower = other.latency.ci95_ms.hi < one.latency.ci95_ms.lo
+    if one.accuracy.top1 == other.accuracy.top1:
+        return faster
+    return one.accuracy.top1 > other.accuracy.top1 and not slower
+
+
+def compare(*profiles: Profile) -> Comparison:
+    """Put profiles side by side. Latencies of separate runs are shown without a claim of significance.
+
+    Example:
+        >>> from sepconvert import Profile, compare
+        >>> before, after = (
+        ...     Profile(params, macs, None, None, None, None, {})
+        ...     for params, macs in ((19_200, 1_228_800), (843, 53_952))
+        ... )
+        >>> print(compare(before, after))
+                    base       #2
+        ----------  ---------  ---------------
+        parameters  19,200     843 (22.78×)
+        MACs        1,228,800  53,952 (22.78×)
+        FLOPs       2,457,600  107,904
+    """
+    return Comparison(profiles)
+
+
+# Text ----------------------------------------------------------------------------------------------
+
+
+def _column(profile: Profile, base: Profile, delta: Delta | None) -> dict[str, str]:
+    def against(value: float | None, reference: float | None) -> str:
+        return "" if profile is base or not value or not reference else f" ({reference / value:.2f}×)"
+
+    accuracy, latency, size = profile.accuracy, profile.latency, profile.onnx_bytes
+    column = {
+        "parameters": f"{profile.params:,}{against(profile.params, base.params)}",
+        "MACs": f"{profile.macs:,}{against(profile.macs, base.macs)}",
+        "FLOPs": f"{profile.flops:,}",
+        "weights, bytes": "-" if profile.weight_bytes is None else f"{profile.weight_bytes:,}",
+        "ONNX bytes": "-" if size is None else f"{size:,}",
+        "latency, ms": "-"
+        if latency is None
+        else f"{latency.median_ms:.3f} [{latency.ci95_ms.lo:.3f}, {latency.ci95_ms.hi:.3f}]",
+        "top-1": "-" if accuracy is None else f"{100 * accuracy.top1:.2f} % of {accuracy.n}",
+    }
+    return column | _paired(delta or Delta())
+
+
+def _paired(delta: Delta) -> dict[str, str]:
+    ratio, accuracy = delta.speedup, delta.accuracy
+    return {
+        "speed-up": "-"
+        if ratio is None
+        else f"{ratio.median:.3f}× [{ratio.ci95.lo:.3f}, {ratio.ci95.hi:.3f}]"
+        if ratio.significant
+        else "~ within noise",
+        "noise": "-" if ratio is None else f"[{ratio.noise_floor.lo:.3f}, {ratio.noise_floor.hi:.3f}]",
+        "drop, pp": "-"
+        if accuracy is None
+        else f"{accuracy.drop_pp:.2f} [{accuracy.ci95_pp.lo:.2f}, {accuracy.ci95_pp.hi:.2f}]",
+        "McNemar p": "-" if accuracy is None else f"{accuracy.p_value:.3g}",
+        "agreement": "-" if accuracy is None else f"{100 * accuracy.agreement:.2f} %",
+        "max abs Δ": "other shapes"
+        if delta.outputs is None
+        else _each(delta, lambda output: "not finite" if output.max_abs is None else _number(output.max_abs)),
+        "mean abs Δ": _each(delta, lambda output: _number(output.mean_abs)),
+        "relative Δ": _each(delta, lambda output: _number(output.relative)),
+        "cosine": _each(delta, lambda output: _number(output.cosine, ".6f")),
+        "SNR, dB": _each(delta, lambda output: _number(output.snr_db, ".1f")),
+        "same argmax": _each(delta, lambda output: _number(output.agreement, ".2%")),
+    }
+
+
+def _each(delta: Delta, cell: Callable[[OutputDifference], str]) -> str:
+    """Of every output, in the order in which the models return them; a dash where there is nothing to say."""
+    cells = [cell(output) for output in delta.outputs or ()]
+    return ", ".join(cells) if set(cells) - {"-"} else "-"
+
+
+def _number(value: float | None, style: str = ".2e") -> str:
+    return "-" if value is None else f"{value:{style}}"

@@ -1,0 +1,146 @@
+"""Copies of models: private ones for experiments, in eval mode, sharing the parameters' memory."""
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import chain
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.nn.parameter import is_lazy
+from torch.utils import _pytree as pytree
+
+from sepconvert.base.errors import SepconvertError, quoted
+from sepconvert.network.tensors import fresh, placed
+
+M = TypeVar("M", bound=nn.Module)
+
+
+def duplicate(model: M, memo: dict[int, Any] | None = None) -> M:
+    """A deep copy, whatever the model holds; `memo` is deepcopy's: copies made beforehand, by id.
+
+    Weights computed by the old `torch.nn.utils.weight_norm` hooks and activations that a module keeps
+    are no leaves of the autograd graph, and deepcopy refuses those: they are copied detached. Wrappers of
+    `torch.compile` and of data parallelism are left out: they hold on to what the model was.
+    """
+    memo = {} if memo is None else memo
+    for module in model.modules():
+        for value in pytree.tree_leaves(vars(module)):
+            if isinstance(value, Tensor) and not value.is_leaf:
+                memo[id(value)] = value.detach().clone()
+    for module in reversed(list(model.modules())):  # one may be wrapped in another
+        if (wrapped := _wrapped(module)) is not None:
+            memo[id(module)] = copy.deepcopy(wrapped, memo)
+    return copy.deepcopy(model, memo)
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """What `torch.compile` or data parallelism wraps; else the model itself."""
+    while (inner := _wrapped(model)) is not None:
+        model = inner
+    return model
+
+
+def checked(model: nn.Module) -> nn.Module:
+    """The model, `unwrapped`.
+
+    Raises:
+        SepconvertError: it is no module, or has parameters without a shape, without data, or complex ones.
+    """
+    if not isinstance(model, nn.Module):
+        raise SepconvertError(
+            f"model: expected a torch.nn.Module, got {quoted(model)}; pass the trained model itself"
+        )
+    model = unwrapped(model)
+    for name, tensor in chain(model.named_parameters(), model.named_buffers()):
+        if is_lazy(tensor):
+            raise SepconvertError(f"{name} has no shape yet; run the model on all of its parts once")
+        if tensor.is_meta:
+            raise SepconvertError(f"{name} has no data (it is on the meta device); load its weights first")
+        if tensor.is_complex():
+            raise SepconvertError(
+                f"{name} is complex, and models are verified in real numbers; give it two real parts"
+            )
+    return model
+
+
+def _wrapped(module: nn.Module) -> nn.Module | None:
+    if isinstance(module, nn.DataParallel | DistributedDataParallel):
+        inner: nn.Module = module.module
+        return inner
+    return getattr(module, "_orig_mod", None)  # of torch.compile, whose class is costly to import
+
+
+def private_copy(model: M, dtype: torch.dtype | None = None) -> M:
+    """A copy in eval mode, on which a forward pass may do what it likes; in another `dtype` if one is given.
+
+    Its parameters are new objects on the old memory, since large models come in many copies here and
+    no forward pass in eval mode writes to parameters; changing their dtype leaves the original alone.
+    """
+    copied = duplicate(model, shared_parameters(model))
+    for module in copied.modules():  # not .eval(): modules from torch.export refuse it
+        module.training = False
+    return copied if dtype is None else _in_dtype(copied, dtype)
+
+
+def shared_parameters(model: nn.Module) -> dict[int, Any]:
+    """For `duplicate`: its parameters as new objects on the old memory."""
+    return {
+        id(parameter): nn.Parameter(
+            parameter.clone() if parameter.is_inference() else parameter.detach(), parameter.requires_grad
+        )
+        for parameter in model.parameters()
+        if type(parameter) is nn.Parameter
+    }
+
+
+def quick_copy(model: M, images: Tensor, dtype: torch.dtype | None = None) -> M:
+    """A `private_copy` with channels last in memory, as convolutions run fastest, if it runs on `images` so.
+
+    A model may look at a tensor through `view`, which takes one layout alone.
+    """
+    copied = private_copy(model, dtype)
+    try:
+        copied = copied.to(memory_format=torch.channels_last)  # which tensors of rank 5 refuse
+        with torch.no_grad():
+            copied(placed(fresh(images[:1]), copied))
+    except Exception:  # if there is another cause, whoever runs the other copy will say so
+        return private_copy(model, dtype)
+    return copied
+
+
+def _in_dtype(model: M, dtype: torch.dtype) -> M:
+    """`model.to(dtype)`, in place, and with it the tensors that modules hold as plain attributes."""
+    for module in model.modules():
+        for name, value in vars(module).items():
+            if isinstance(value, Tensor) and value.is_floating_point():
+                setattr(module, name, value.to(dtype))
+    return model.to(dtype)
+
+
+@contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Put `model` in eval mode for a while, then give every module its own training flag back.
+
+    Models loaded by `torch.export` refuse `eval()` and `train()`: they compute in the mode that they were
+    exported in, whatever their flags say.
+    """
+    flags = {module: module.training for module in model.modules()}
+    _set_mode(model, training=False)
+    try:
+        yield
+    finally:
+        # Through train() first: some classes override it, to merge weights for eval and unmerge them.
+        _set_mode(model, training=flags[model])
+        for module, flag in flags.items():
+            module.training = flag
+
+
+def _set_mode(model: nn.Module, *, training: bool) -> None:
+    try:
+        model.train() if training else model.eval()
+    except NotImplementedError:
+        for module in model.modules():
+            module.training = training

@@ -1,0 +1,97 @@
+"""Plan → converted model: a copy in which modules and functional convolutions are replaced."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+from torch.nn.utils.prune import BasePruningMethod
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
+
+from sepconvert.factorize.border import Border
+from sepconvert.network.copies import duplicate, shared_parameters
+from sepconvert.network.graph import call_graph, replace_calls
+from sepconvert.network.layers import FactorizedConv2d
+from sepconvert.network.trace import ConvSite
+
+
+@dataclass(frozen=True)
+class Replacement:
+    """What takes the place of one convolution."""
+
+    scheme: str
+    rank: int
+    border: Border
+    weights: tuple[Tensor, ...]
+    bias: Tensor | None
+
+
+def rewrite(
+    model: nn.Module,
+    sites: Sequence[ConvSite],
+    replacements: Mapping[str, Replacement],
+    *,
+    old_memory: bool = False,
+) -> nn.Module:
+    """A copy of `model` with replacements for the convolutions named; training flags and hooks are kept.
+
+    Args:
+        model: left as it is.
+        sites: its convolutions.
+        replacements: by name.
+        old_memory: leave all other parameters where they are, for a model that is only looked at.
+
+    Raises:
+        UntraceableError: see `call_graph`.
+    """
+    converted = duplicate(model, shared_parameters(model) if old_memory else None)
+    chosen = [site for site in sites if site.name in replacements]
+    # Forwards first: they are traced as they were, and may read the weight of a layer that is replaced.
+    owners = {site.owner: site for site in chosen if site.index is not None}
+    for owner in owners:
+        calls = {site.index: site for site in chosen if site.owner == owner and site.index is not None}
+        dense = converted.get_submodule(owner)
+        module = call_graph(dense, owners[owner].owner_inputs, max(calls) + 1)
+        layers = {index: _layer(site, replacements[site.name]) for index, site in calls.items()}
+        names = {index: site.name.rpartition(".")[2] for index, site in calls.items()}
+        replace_calls(dense, module, layers, names)
+    for site in chosen:
+        if site.index is None:
+            dense = converted.get_submodule(site.owner)
+            layer = _layer(site, replacements[site.name])
+            _keep_mode_and_hooks(dense, layer)
+            converted = _put(converted, site, layer)
+    return converted
+
+
+def _layer(site: ConvSite, replacement: Replacement) -> FactorizedConv2d:
+    layer = FactorizedConv2d(site.dense.spec, replacement.scheme, replacement.rank, replacement.border)
+    layer.set_factors(replacement.weights, replacement.bias, fixed=site.params == 0, frozen=site.frozen)
+    return layer.to(site.dense.device)
+
+
+def _put(model: nn.Module, site: ConvSite, module: nn.Module) -> nn.Module:
+    """Set `module` at every path of a convolution; returns the model, which is `module` for the root."""
+    if not site.owner:
+        return module
+    for path in (site.owner, *site.aliases):
+        model.set_submodule(path, module)
+    return model
+
+
+def _keep_mode_and_hooks(dense: nn.Module, layer: nn.Module) -> None:
+    layer.train(dense.training)
+    for name in ("_forward_hooks", "_forward_pre_hooks"):
+        for key, hook in getattr(dense, name).items():
+            # These compute the dense weight that is no longer there.
+            if not isinstance(hook, WeightNorm | SpectralNorm | BasePruningMethod):
+                getattr(layer, name)[key] = hook
+    for name in (
+        "_forward_hooks_with_kwargs",
+        "_forward_hooks_always_called",
+        "_forward_pre_hooks_with_kwargs",
+        "_backward_hooks",
+        "_backward_pre_hooks",
+    ):
+        getattr(layer, name).update(getattr(dense, name))
+    layer._is_full_backward_hook = dense._is_full_backward_hook

@@ -1,0 +1,1 @@
+"""Public operations: convert, inspect, apply."""

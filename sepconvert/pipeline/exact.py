@@ -1,0 +1,154 @@
+"""Exact conversion: analyse → plan → rewrite → verify."""
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+
+from torch import nn
+
+from sepconvert.base.environment import Runtime
+from sepconvert.base.progress import Progress, silent
+from sepconvert.factorize.exact.analysis import Analysis, Spectrum, analyse
+from sepconvert.factorize.exact.factors import Factorization
+from sepconvert.measure.verification import (
+    Comparison,
+    LayerCheck,
+    Reference,
+    check_layer,
+    compare_with,
+    reference,
+)
+from sepconvert.network.layers import FactorizedConv2d
+from sepconvert.network.obstacles import Obstacles
+from sepconvert.network.rewrite import Replacement, rewrite
+from sepconvert.network.tensors import Inputs
+from sepconvert.network.trace import ConvSite
+from sepconvert.planning.conversion import Conversion, LayerReport
+from sepconvert.planning.plan import LayerPlan, plan_layer, selected
+from sepconvert.planning.timing import not_faster
+
+
+def convert_exactly(
+    model: nn.Module,
+    inputs: Inputs,
+    sites: tuple[ConvSite, ...],
+    *,
+    gate: str,
+    tol: float | None,
+    include: Sequence[str],
+    exclude: Sequence[str],
+    runs: int,
+    runtime: Runtime,
+    seed: int,
+    progress: Progress,
+) -> Conversion:
+    """Replace every convolution that has an exact structure and passes the gate; see `pipeline.convert`."""
+    analyses = analyse_model(sites, tol, include, exclude, progress)
+    layers, factorizations = plan_model(
+        model, inputs, sites, analyses, gate, tol, runs, runtime, seed, progress
+    )
+    by_name = {site.name: site for site in sites}
+    replacements = {name: replacement(each, by_name[name]) for name, each in factorizations.items()}
+    converted = rewrite(model, sites, replacements)
+    certificates = {name: each.certificate for name, each in factorizations.items()}
+    tolerances = {name: certificate.channel_tolerance for name, certificate in certificates.items()}
+    checks, expected, torch_check = verify_model(model, converted, inputs, sites, tolerances, seed, progress)
+    reports = tuple(
+        LayerReport(
+            layer,
+            site,
+            analyses.get(site.name),
+            certificates.get(site.name),
+            checks.get(site.name),
+            spectrum=_spectrum(layer, analyses.get(site.name)),
+        )
+        for layer, site in zip(layers, sites, strict=True)
+    )
+    return Conversion(converted, tuple(layers), replacements, reports, (expected, None), torch_check, checks)
+
+
+def analyse_model(
+    sites: Sequence[ConvSite],
+    tol: float | None,
+    include: Sequence[str],
+    exclude: Sequence[str],
+    progress: Progress,
+) -> dict[str, Analysis]:
+    """What is known of each kernel that may be replaced."""
+    eligible = [site for site in sites if site.obstacle is None and selected(site.name, include, exclude)]
+    return {
+        site.name: analyse(site.conv.spec, site.conv.weight, site.sizes, tol)
+        for site in progress(eligible, "analysing kernels")
+        if site.conv is not None
+    }
+
+
+def plan_model(
+    model: nn.Module,
+    inputs: Inputs,
+    sites: Sequence[ConvSite],
+    analyses: Mapping[str, Analysis],
+    gate: str,
+    tol: float | None,
+    runs: int,
+    runtime: Runtime,
+    seed: int,
+    progress: Progress,
+) -> tuple[list[LayerPlan], dict[str, Factorization]]:
+    """A decision for every convolution, and the factors of those to replace."""
+    layers: list[LayerPlan] = []
+    factorizations: dict[str, Factorization] = {}
+    obstacles = Obstacles(model, inputs, sites)
+    for site in progress(sites, "planning"):
+
+        def is_slower(factorization: Factorization, site: ConvSite = site) -> str | None:
+            return not_faster(site, replacement(factorization, site), runs, runtime, seed)
+
+        layer, factorization = plan_layer(
+            site, analyses.get(site.name), partial(obstacles.of, site), gate, tol, is_slower
+        )
+        layers.append(layer)
+        if factorization is not None:
+            factorizations[site.name] = factorization
+    return layers, factorizations
+
+
+def _spectrum(layer: LayerPlan, analysis: Analysis | None) -> Spectrum | None:
+    """In the structure that a layer was replaced by, or that comes nearest to being worth it."""
+    findings = [each for each in analysis.findings if each.spectrum] if analysis else []
+    if not findings:
+        return None
+    if layer.decision == "converted":
+        own = [each for each in findings if each.scheme == layer.scheme]
+        return Spectrum(own[0].scheme, own[0].spectrum, layer.rank) if own else None
+    nearest = min(findings, key=lambda each: each.best_error)
+    return Spectrum(nearest.scheme, nearest.spectrum, max(nearest.paying_rank, 1))
+
+
+def replacement(factorization: Factorization, site: ConvSite) -> Replacement:
+    """The factors, and the dense layer's bias."""
+    bias = None if site.conv is None else site.conv.bias
+    return Replacement(
+        factorization.scheme, factorization.rank, factorization.border, factorization.weights, bias
+    )
+
+
+def verify_model(
+    model: nn.Module,
+    converted: nn.Module,
+    inputs: Inputs,
+    sites: Sequence[ConvSite],
+    tolerances: Mapping[str, float],
+    seed: int,
+    progress: Progress = silent,
+) -> tuple[dict[str, LayerCheck], Reference, Comparison]:
+    """Every replaced layer on the input it had, and the whole model in float64 on given and random inputs.
+
+    `tolerances` hold the relative error that each replaced kernel may have.
+    """
+    checks: dict[str, LayerCheck] = {}
+    for site in progress([site for site in sites if site.name in tolerances], "verifying layers"):
+        layer = converted.get_submodule(site.name)
+        if site.conv is not None and isinstance(layer, FactorizedConv2d):
+            checks[site.name] = check_layer(site.conv, layer, tolerances[site.name])
+    expected = reference(model, inputs, sites, tolerances, seed)
+    return checks, expected, compare_with(expected, converted)

@@ -1,0 +1,157 @@
+"""Replay of a plan and its weights on a fresh model."""
+
+import hashlib
+import os
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from sepconvert.base.determinism import reproducible
+from sepconvert.base.errors import DemandNotMetError, SepconvertError, first_line, shortened
+from sepconvert.base.progress import Progress, silent
+from sepconvert.factorize.exact.factors import split
+from sepconvert.files.onnx.export import save_archive, save_onnx
+from sepconvert.measure.profiling import as_inputs
+from sepconvert.network.copies import checked, private_copy
+from sepconvert.network.merge import merge
+from sepconvert.network.rewrite import Replacement, rewrite
+from sepconvert.network.tensors import Inputs, placed
+from sepconvert.network.trace import ConvSite, trace
+from sepconvert.pipeline.delivered import state_tensors
+from sepconvert.pipeline.exact import verify_model
+from sepconvert.planning.conversion import Verification
+from sepconvert.planning.plan import ConversionPlan, LayerPlan, read_plan
+
+
+@reproducible()
+def apply(
+    model: nn.Module,
+    plan: str | os.PathLike[str],
+    example_inputs: Tensor | Inputs | None = None,
+) -> nn.Module:
+    """A copy of `model`, converted as a `plan.json` says, with the weights in the file beside it.
+
+    Args:
+        model: left as it is.
+        plan: of a model of the same architecture.
+        example_inputs: as for `convert`, if the model takes more than floating-point tensors.
+
+    Raises:
+        SepconvertError: plan, weights and model do not belong together, or the model does not run.
+    """
+    path = Path(plan)
+    inputs = None if example_inputs is None else as_inputs(example_inputs)
+    return _replayed(model, read_plan(path), path.parent / "converted.safetensors", inputs)[0]
+
+
+def apply_plan(
+    model: nn.Module,
+    plan: ConversionPlan,
+    weights: Path,
+    out: Path,
+    *,
+    model_sha256: str | None,
+    dynamic_batch: bool = True,
+    progress: Progress = silent,
+) -> dict[str, Any] | None:
+    """Replay a plan and its weights on a fresh model, and write the converted one to `out`.
+
+    Returns:
+        The comparison of outputs, if the plan is exact and `model` comes from the very file that it was
+        made of; else None: weights are the plan's, and there is nothing to compare with.
+
+    Raises:
+        SepconvertError: plan, weights and model do not belong together.
+        ExportError: torch cannot export the model.
+        DemandNotMetError: the outputs differ from the original's.
+    """
+    converted, sites, inputs = _replayed(model, plan, weights)
+    verified = None
+    if plan.mode == "exact" and plan.model_sha256 is not None and plan.model_sha256 == model_sha256:
+        tolerances = {layer.name: layer.tolerance for layer in plan.replaced if layer.tolerance is not None}
+        checks, _, comparison = verify_model(model, converted, inputs, sites, tolerances, plan.seed, progress)
+        demand_verified(Verification(comparison, None, None, checks))
+        verified = asdict(comparison)
+    save_onnx(converted, inputs, out / "converted.onnx", dynamic_batch=dynamic_batch)
+    save_archive(converted, inputs, out / "converted.pt2", dynamic_batch=dynamic_batch)
+    return verified
+
+
+def _replayed(
+    model: nn.Module, plan: ConversionPlan, weights: Path, inputs: Inputs | None = None
+) -> tuple[nn.Module, tuple[ConvSite, ...], Inputs]:
+    """The converted model, the convolutions that the plan found, and inputs of the shape that it is for."""
+    model = checked(model)
+    if inputs is None:
+        inputs = tuple(
+            placed(torch.randn(shape, generator=torch.Generator().manual_seed(plan.seed)), model)
+            for shape in plan.input_shapes
+        )
+    sites, start = trace(private_copy(model), inputs), model
+    if plan.merges:
+        start = merge(model, sites, plan.merges)
+        sites = trace(private_copy(start), inputs)
+    by_name = {site.name: site for site in sites}
+    for layer in plan.replaced:
+        site = by_name.get(layer.name)
+        if site is None or site.conv is None or site.conv.spec != layer.spec:
+            found = (
+                "none of that name"
+                if site is None
+                else site.obstacle
+                if site.conv is None
+                else site.conv.spec
+            )
+            raise SepconvertError(
+                f"plan: expected a convolution {shortened(layer.name)}, {layer.spec}; the model has {found}"
+            )
+    replacements = {layer.name: _planned_replacement(layer, by_name[layer.name]) for layer in plan.replaced}
+    converted = rewrite(start, sites, replacements)
+    _load_weights(converted, weights, plan.weights_sha256)
+    return converted, sites, inputs
+
+
+def _planned_replacement(layer: LayerPlan, site: ConvSite) -> Replacement:
+    """Factors of the planned shapes, to be filled from the plan's weights."""
+    assert layer.scheme is not None  # noqa: S101  (`read_plan` checked it)
+    assert layer.rank is not None  # noqa: S101  (likewise)
+    specs = split(site.dense.spec, layer.scheme, layer.rank, layer.border)
+    empty = tuple(site.dense.weight.new_zeros(spec.weight_shape) for spec in specs)
+    bias = site.dense.weight.new_zeros(site.dense.spec.out_channels) if layer.bias else None
+    return Replacement(layer.scheme, layer.rank, layer.border, empty, bias)
+
+
+def _load_weights(model: nn.Module, path: Path, sha256: str | None) -> None:
+    try:
+        found = hashlib.sha256(path.read_bytes()).hexdigest()
+    except OSError as error:
+        raise SepconvertError(
+            f"{path}: cannot be read: {error.strerror}; it belongs beside the plan"
+        ) from error
+    if found != sha256:
+        raise SepconvertError(
+            f"{path}: is not the file that the plan was written with; use the files of one conversion"
+        )
+    try:
+        weights = load_file(path)
+        if different := weights.keys() ^ state_tensors(model).keys():
+            raise ValueError(f"one of them lacks {min(different)}")
+        model.load_state_dict(weights, strict=False)
+    except Exception as error:  # safetensors' own error, or that of load_state_dict
+        raise SepconvertError(
+            f"{path}: does not fit the model: {first_line(error)}; use the plan's model"
+        ) from error
+
+
+def demand_verified(verification: Verification) -> None:
+    if verification.holds:
+        return
+    culprit = verification.worst_layer
+    raise DemandNotMetError(
+        f"verification failed: {verification.failure}; the layer that moved most: {culprit or 'none'}; "
+        f"leave it out with --exclude{f' {culprit}' if culprit else ''}, or report this as a defect"
+    )

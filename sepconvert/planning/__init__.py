@@ -1,0 +1,1 @@
+"""Choice of a form for each layer: forms and prices, survey, allocation, search, the plan."""

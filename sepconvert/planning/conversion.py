@@ -1,0 +1,273 @@
+"""Results of a conversion, layer by layer and for the whole model."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, Literal
+
+from torch import nn
+
+from sepconvert.factorize.border import Border
+from sepconvert.factorize.exact.analysis import Analysis, Finding, Spectrum
+from sepconvert.factorize.exact.certificate import Certificate
+from sepconvert.factorize.geometry import ConvSpec
+from sepconvert.measure.execution import LayerExecution
+from sepconvert.measure.latency import Latency, Speedup
+from sepconvert.measure.verification import Comparison, LayerCheck, Reference
+from sepconvert.network.rewrite import Replacement
+from sepconvert.network.trace import ConvSite
+from sepconvert.planning.plan import MERGED, LayerPlan
+
+
+@dataclass(frozen=True)
+class Merge:
+    """What becomes of a linear pair. MACs are those of one sample."""
+
+    first: str  # the convolution that takes both places
+    second: str
+    decision: Literal["merged", "kept"]
+    reason: str
+    spec: ConvSpec | None  # of the dense form; None where there is none
+    macs: tuple[int, int] | None  # of the pair, and of the dense form
+    speedup: Speedup | None  # of the dense form over the pair, where it was measured
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values, for the report."""
+        return {**asdict(self), "speedup": None if self.speedup is None else self.speedup.to_dict()}
+
+
+# Singular values shown on either side of the cut.
+_AROUND = 3
+
+
+# Steps in which a spectrum is drawn.
+_VALUES = 64
+
+
+@dataclass(frozen=True)
+class LayerApproximation:
+    """How near depthwise and pointwise factors come to a layer, as calibration saw it.
+
+    Output errors are √(E‖y − ŷ‖² / E‖y − E y‖²), y being the original's output.
+    """
+
+    weight_error: float
+    output_error: float  # on the inputs from the converted network, as delivered
+    output_error_of_weight_fit: float  # fitted to the weights, on the original's inputs
+    output_error_alone: float  # fitted to the outputs, on the original's inputs
+    sensitivity: float | None  # divergence of the model's output over squared output error, replaced alone
+    sweeps: int
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """Everything known of one convolution."""
+
+    plan: LayerPlan
+    site: ConvSite
+    analysis: Analysis | None = None
+    certificate: Certificate | None = None
+    check: LayerCheck | None = None
+    latency: tuple[Latency, Latency, Speedup] | None = None
+    approximation: LayerApproximation | None = None
+    spectrum: Spectrum | None = None
+    execution: LayerExecution | None = None
+
+    @property
+    def weight_error(self) -> float | None:
+        """‖ΔW‖ / ‖W‖ of a converted layer."""
+        if self.approximation is not None:
+            return self.approximation.weight_error
+        return None if self.certificate is None else self.certificate.relative_error
+
+    @property
+    def output_error(self) -> float | None:
+        """‖Δy‖ / ‖y‖ of a converted layer."""
+        if self.approximation is not None:
+            return self.approximation.output_error
+        return None if self.check is None else self.check.output_error
+
+    def to_json(self) -> dict[str, Any]:
+        """One entry of `layers`."""
+        plan, conv = self.plan, self.site.conv
+        return {
+            "name": plan.name,
+            "aliases": list(self.site.aliases),
+            "kind": plan.kind,
+            "kernel": None if conv is None else asdict(conv.spec),
+            "calls": self.site.calls,
+            "decision": plan.decision,
+            "reason": plan.reason,
+            "scheme": plan.scheme,
+            "rank": plan.rank,
+            "exact": plan.scheme == MERGED or (self.certificate is not None and self.certificate.exact),
+            "macs": list(plan.macs),
+            "params": list(plan.params),
+            "weight_error": self.weight_error,
+            "output_error": self.output_error,
+            "approximation": None if self.approximation is None else asdict(self.approximation),
+            "latency_ms": None if self.latency is None else [each.median_ms for each in self.latency[:2]],
+            "latency_speedup": None if self.latency is None else self.latency[2].to_dict(),
+            "execution": None if self.execution is None else self.execution.to_dict(),
+            "spectrum": None if self.spectrum is None else _spectrum_json(self.spectrum),
+            "certificate": None
+            if self.certificate is None
+            else {**asdict(self.certificate), "holds": self.certificate.holds},
+            "check": None if self.check is None else {**asdict(self.check), "holds": self.check.holds},
+            "structures": [] if self.analysis is None else [finding_json(f) for f in self.analysis.findings],
+        }
+
+
+@dataclass(frozen=True)
+class Verification:
+    """Whole-model and per-layer checks."""
+
+    torch: Comparison
+    onnx: Comparison | None
+    onnx_reason: str | None  # why the runtime could not be asked
+    layers: Mapping[str, LayerCheck]
+
+    @property
+    def holds(self) -> bool:
+        """Did every check that ran pass?"""
+        return self.failure is None
+
+    @property
+    def failure(self) -> str | None:
+        """The first check that failed, with its numbers."""
+        for name, check in self.layers.items():
+            if not check.kernel_error <= check.kernel_tolerance:
+                error, tolerance = check.kernel_error, check.kernel_tolerance
+                return f"the kernel of {name} is off by {error:.3g} (relative), tolerance {tolerance:.3g}"
+            if not check.holds:
+                moved, explained = check.max_abs_diff_float64, check.bound_float64
+                return f"the output of {name} moved by {moved:.3g} where {explained:.3g} is explained"
+        for where, comparison in (("PyTorch", self.torch), ("ONNX Runtime", self.onnx)):
+            if comparison is not None and not comparison.holds:
+                difference = comparison.max_abs_diff
+                return f"{where} outputs differ by {difference:.3g}, tolerance {comparison.tolerance:.3g}"
+        return None
+
+    @property
+    def worst_layer(self) -> str | None:
+        """The replaced layer whose output moved most, relative to its size."""
+        moved = {
+            n: c.output_error if not math.isnan(c.output_error) else math.inf for n, c in self.layers.items()
+        }
+        return max(moved, key=moved.__getitem__, default=None)
+
+    def to_json(self) -> dict[str, Any]:
+        """The `verification` object."""
+        return {
+            "torch_max_abs_diff": self.torch.max_abs_diff,
+            "torch_tolerance": self.torch.tolerance,
+            "torch_dtype": self.torch.dtype,
+            "onnx_max_abs_diff": None if self.onnx is None else self.onnx.max_abs_diff,
+            "onnx_tolerance": None if self.onnx is None else self.onnx.tolerance,
+            "onnx_dtype": None if self.onnx is None else self.onnx.dtype,
+            "onnx_reason": self.onnx_reason,
+            "passed": self.holds,
+            "worst_layer": self.worst_layer,
+        }
+
+
+def finding_json(finding: Finding) -> dict[str, Any]:
+    """One structure of one layer, the spectrum reduced to what lies around the cut."""
+    cut = max(finding.rank, 1)
+    return {
+        "scheme": finding.scheme,
+        "rank": finding.rank,
+        "full_rank": finding.full_rank,
+        "holds": finding.holds,
+        "macs": finding.macs,
+        "paying_rank": finding.paying_rank,
+        "best_relative_error": finding.best_error,
+        "tolerance": finding.tolerance,
+        "singular_values_kept": list(finding.spectrum[max(cut - _AROUND, 0) : cut]),
+        "singular_values_dropped": list(finding.spectrum[cut : cut + _AROUND]),
+    }
+
+
+def _spectrum_json(spectrum: Spectrum) -> dict[str, Any]:
+    """With some of many singular values, the first and the last among them: number (from 1) and value."""
+    count = len(spectrum.values)
+    numbers = sorted({round(1 + (count - 1) * step / _VALUES) for step in range(_VALUES + 1)})
+    return {
+        "scheme": spectrum.scheme,
+        "cut": spectrum.cut,
+        "full_rank": count,
+        "values": [[number, spectrum.values[number - 1]] for number in numbers],
+    }
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """A converted model, and how it is known to be what it should be."""
+
+    model: nn.Module
+    layers: tuple[LayerPlan, ...]  # one for each site
+    replacements: Mapping[str, Replacement]
+    reports: tuple[LayerReport, ...]
+    expected: tuple[
+        Reference, Reference | None
+    ]  # of the original; of the converted where it is another function
+    torch_check: Comparison
+    checks: Mapping[str, LayerCheck] = field(default_factory=dict)
+    approximation: Mapping[str, Any] | None = None  # for the report
+    merges: tuple[tuple[str, str], ...] = ()  # of convolutions of the original, the second into the first
+
+    def with_merges(self, sites: Sequence[ConvSite], merges: Sequence[Merge]) -> "Conversion":
+        """The conversion of a merged model as that of the original, whose convolutions are `sites`."""
+        merged = {each.second: each.first for each in merges if each.decision == "merged"}
+        found = {each.plan.name: each for each in self.reports}
+        reports = tuple(
+            LayerReport(_merged_into(merged[site.name], site), site)
+            if site.name in merged
+            else _takes_in(
+                [second for second, first in merged.items() if first == site.name], found[site.name], site
+            )
+            for site in sites
+        )
+        return replace(
+            self,
+            layers=tuple(report.plan for report in reports),
+            reports=reports,
+            # Factors of a dense form are not those of the layer that was there.
+            replacements={k: v for k, v in self.replacements.items() if k not in merged.values()},
+            approximation={**(self.approximation or {}), "merges": [each.to_json() for each in merges]},
+            merges=tuple((first, second) for second, first in merged.items()),
+        )
+
+
+def _merged_into(first: str, site: ConvSite) -> LayerPlan:
+    return LayerPlan(
+        name=site.name,
+        kind=site.kind,
+        decision="converted",
+        reason=f"merged into {first}",
+        spec=None if site.conv is None else site.conv.spec,
+        scheme=MERGED,
+        rank=None,
+        border=Border(),
+        bias=False,
+        macs=(site.macs, 0),
+        params=(site.params, 0),
+        tolerance=None,
+    )
+
+
+def _takes_in(seconds: Sequence[str], report: LayerReport, site: ConvSite) -> LayerReport:
+    """What became of a dense form is what became of the first convolution of its pair."""
+    if not seconds:
+        return report
+    plan = report.plan
+    scheme = plan.scheme if plan.decision == "converted" else MERGED
+    plan = replace(
+        plan,
+        decision="converted",
+        reason=f"takes in {', '.join(seconds)}; {plan.reason}",
+        scheme=scheme,
+        macs=(site.macs, plan.macs[1]),
+        params=(site.params, plan.params[1]),
+    )
+    return replace(report, plan=plan, site=site)

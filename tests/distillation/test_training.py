@@ -1,0 +1,564 @@
+"""Distillation of small networks; two networks that differ by noise stand for a conversion."""
+
+import copy
+import os
+import signal
+import subprocess
+import sys
+import zipfile
+from dataclasses import replace
+from pathlib import Path
+
+import distillation_worker
+import pytest
+import torch
+from distillation_worker import STEPS_PER_EPOCH, disturbed, loader, network, tuned
+from torch import nn
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
+
+from sepconvert.base.errors import SepconvertError
+from sepconvert.cli.demo import images, net
+from sepconvert.distillation import training as distillation
+from sepconvert.distillation.checkpoint import write_checkpoint
+from sepconvert.distillation.training import finetune
+from sepconvert.factorize.border import Border
+from sepconvert.factorize.geometry import ConvSpec
+from sepconvert.measure.divergence import mean_divergence, relative_error
+from sepconvert.measure.metrics import evaluate
+from sepconvert.network.layers import FactorizedConv2d
+
+WORKER = Path(distillation_worker.__file__)
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Sums in the same order as in the worker's processes."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def assert_same(a, b):
+    a, b = (model if isinstance(model, dict) else model.state_dict() for model in (a, b))
+    assert a.keys() == b.keys()
+    for name, tensor in a.items():
+        assert torch.equal(tensor, b[name]), name
+
+
+def disturbed_copy(layer, model):
+    """A copy of `model` whose `layer` is off by noise."""
+    place = next(name for name, module in model.named_modules() if module is layer)
+    result, generator = copy.deepcopy(model), torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in result.get_submodule(place).parameters():
+            parameter += 0.2 * torch.randn(parameter.shape, generator=generator)
+    return result
+
+
+def same(a, b):
+    return all(
+        torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True)
+    )
+
+
+def untimed(history):
+    return [replace(epoch, seconds=0) for epoch in history]
+
+
+# Results -------------------------------------------------------------------------------------------
+
+
+def test_the_demo_network_recovers():
+    teacher = net.load()
+    student = copy.deepcopy(teacher)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for layer in (student.head.conv, student.narrow.conv, student.widen.conv):
+            layer.weight *= 1 + 2 * torch.randn(layer.weight.shape, generator=generator)
+
+    digits, unseen = images.training_data(384), images.evaluation_data(128)
+    x, y = net.to_input(digits.x), torch.from_numpy(digits.y)
+    train, heldout = (DataLoader(TensorDataset(x[a:b], y[a:b]), 32) for a, b in ((0, 320), (320, 384)))
+    unseen = DataLoader(TensorDataset(net.to_input(unseen.x), torch.from_numpy(unseen.y)), 32)
+    result = finetune(student, teacher, train, heldout, epochs=3, labelled=False)
+    before, after = (mean_divergence(teacher, model, unseen) for model in (student, result.model))
+    assert after < before / 10
+    assert evaluate(result.model, unseen).accuracy().top1 > evaluate(student, unseen).accuracy().top1 + 0.3
+
+
+@pytest.mark.parametrize(("learning_rate", "weights"), [(0.1, "trained"), (0.08, "average")])
+def test_what_is_delivered_is_what_the_history_says(learning_rate, weights):
+    result = tuned(epochs=4, learning_rate=learning_rate)
+    assert result.delivered.weights == weights
+    assert result.delivered != result.history[-1]  # else later epochs could not have spoilt it
+    teacher, heldout = network(), loader(21, seed=1)
+    assert [epoch.step for epoch in result.history] == [0, *(STEPS_PER_EPOCH * n for n in range(1, 5))]
+    assert result.delivered == min(result.history, key=lambda epoch: epoch.heldout_loss)
+    assert result.delivered.divergence < result.history[0].divergence
+    measured = mean_divergence(teacher, result.model, heldout)
+    assert measured == pytest.approx(result.delivered.divergence, rel=1e-4)
+    accuracy = evaluate(result.model, heldout).accuracy().top1
+    assert accuracy == pytest.approx(result.delivered.accuracy)
+    assert result.stopped is None
+    assert result.to_dict()["delivered"]["divergence"] == result.delivered.divergence
+
+
+def test_never_worse_than_the_start():
+    result = tuned(learning_rate=30.0)  # leads far away
+    assert all(epoch.heldout_loss > result.history[0].heldout_loss for epoch in result.history[1:])
+    assert result.delivered == result.history[0]
+    assert_same(result.model, disturbed(network()))
+
+
+def test_inputs_are_left_alone_and_the_result_is_like_the_student():
+    teacher, student = network().train(), disturbed(network())
+    student[2].train()  # a mixture of modes
+    calls = []
+    student[3].register_forward_hook(lambda *_: calls.append(1))
+    students, teachers = copy.deepcopy(student.state_dict()), copy.deepcopy(teacher.state_dict())
+    random = torch.get_rng_state()
+    result = finetune(student, teacher, loader(), loader(), epochs=1, labelled=True, learning_rate=1e-2)
+    assert_same(student, students)
+    assert_same(teacher, teachers)
+    assert torch.equal(torch.get_rng_state(), random)
+    assert all(parameter.grad is None for model in (student, teacher) for parameter in model.parameters())
+    assert [m.training for m in student.modules()] == [m.training for m in result.model.modules()]
+    assert [m.training for m in student.modules()] == [False, False, False, True, *[False] * 4]
+    assert all(module.training for module in teacher.modules())
+    assert not same(result.model, student)
+    calls.clear()
+    result.model(torch.zeros(1, 3, 8, 8))
+    assert calls == [1]
+    strides = [tensor.stride() for tensor in student.state_dict().values()]
+    assert [tensor.stride() for tensor in result.model.state_dict().values()] == strides
+
+
+def test_frozen_parameters_stay_as_they_are():
+    teacher, student = network(), disturbed(network())
+    student[0].requires_grad_(False)
+    student[1].requires_grad_(False)
+    result = finetune(student, teacher, loader(), loader(), epochs=1, labelled=False, learning_rate=1e-2)
+    for index in (0, 1):  # the statistics of a frozen BatchNorm too
+        assert_same(result.model[index], student[index])
+        assert not any(parameter.requires_grad for parameter in result.model[index].parameters())
+    assert not same(result.model[3], student[3])
+
+
+def test_the_seed_decides():
+    a, b, other = tuned(seed=3), tuned(seed=3), tuned(seed=4)
+    assert_same(a.model, b.model)
+    assert untimed(a.history) == untimed(b.history)
+    assert not same(a.model, other.model)
+
+
+def test_dropout_is_off():
+    teacher, student = (nn.Sequential(*model, nn.Dropout(0.9)) for model in (network(), disturbed(network())))
+    a, b = (finetune(student, teacher, loader(), loader(), epochs=1, labelled=False) for _ in range(2))
+    assert_same(a.model, b.model)
+
+
+def test_labels_are_used_where_there_are_any():
+    unlabelled = tuned(labelled=False)
+    assert unlabelled.delivered.accuracy is None
+    assert not same(tuned(labelled=True).model, unlabelled.model)
+    teacher = network()
+    without = loader(labels=False)
+    heldout = loader(21, seed=1)
+    options = {"epochs": 3, "learning_rate": 1e-2}
+    a = finetune(disturbed(teacher), teacher, without, heldout, labelled=True, **options)
+    # The same steps, of which labels may choose others.
+    assert [epoch.loss for epoch in a.history] == [epoch.loss for epoch in unlabelled.history]
+    assert a.delivered.accuracy is not None
+
+
+class BrighterHalf(nn.Module):
+    """Two logits: how bright the left and the right half are; or the brighter and the darker one, as pictures
+    and their mirror images have them alike."""
+
+    def __init__(self, alike):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(2))
+        self.alike = alike
+
+    def forward(self, x):
+        halves = torch.stack([half.mean(dim=(1, 2, 3)) for half in x.chunk(2, dim=3)], 1)
+        return self.scale * (halves.sort(1).values if self.alike else halves)
+
+
+@pytest.mark.parametrize("alike", [True, False])
+def test_mirrored_pictures_keep_the_labels_that_the_teacher_gives_them(monkeypatch, alike):
+    teacher = BrighterHalf(alike)
+    x = torch.zeros(40, 3, 8, 8)
+    x[:20, ..., :4] = x[20:, ..., 4:] = 1
+    data = DataLoader(TensorDataset(x, teacher(x).argmax(1)), 8)
+    targets = []
+    cross_entropy = distillation.F.cross_entropy
+
+    def watched(logits, target, **options):
+        targets.append(target)
+        return cross_entropy(logits, target, **options)
+
+    monkeypatch.setattr(distillation.F, "cross_entropy", watched)
+    finetune(BrighterHalf(alike), teacher, data, data, epochs=1, labelled=True)
+    without = int((torch.cat(targets) == -1).sum())
+    assert without == 0 if alike else 8 < without < 32
+
+
+def asked(epochs, **options):
+    """How often the teacher answered a batch, evaluations and trials of layout and classifier aside."""
+    teacher, calls = network(), []
+    teacher.register_forward_hook(lambda *_: calls.append(1))
+    student = disturbed(network())
+    finetune(student, teacher, loader(), loader(4), epochs=epochs, labelled=True, **options)
+    return len(calls) - (epochs + 1) - 2
+
+
+def test_the_teacher_is_asked_once_for_several_epochs(monkeypatch):
+    assert asked(1) == STEPS_PER_EPOCH
+    assert asked(3) == STEPS_PER_EPOCH
+    assert asked(4) == 2 * STEPS_PER_EPOCH
+    # A byte less than what 58 samples take, of 4 classes and 6 inputs of the classifier.
+    monkeypatch.setattr(distillation, "MOST_KEPT", 58 * (4 + 6) * 4 - 1)
+    assert asked(3) == 3 * STEPS_PER_EPOCH
+
+
+class Flattening(nn.Module):
+    """Takes one layout of memory alone."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.last = nn.Conv2d(3, 6, 3), nn.Linear(6 * 36, 4)
+
+    def forward(self, x):
+        return self.last(self.conv(x).view(len(x), -1))
+
+
+def test_a_model_that_views_tensors_is_trained_too():
+    torch.manual_seed(0)
+    teacher, student = Flattening().eval(), Flattening().eval()
+    result = finetune(student, teacher, loader(), loader(4), epochs=2, labelled=False, learning_rate=1e-2)
+    assert result.delivered.divergence < result.history[0].divergence
+
+
+def test_half_precision_models_stay_what_they_are():
+    teacher, student = network().bfloat16(), disturbed(network()).bfloat16()
+    result = finetune(student, teacher, loader(), loader(), epochs=2, labelled=False, learning_rate=1e-2)
+    assert {parameter.dtype for parameter in result.model.parameters()} == {torch.bfloat16}
+    assert result.delivered.divergence < result.history[0].divergence
+
+
+class Several(nn.Module):
+    """Logits of each pixel, or a mapping of two outputs that are no logits."""
+
+    def __init__(self, body, mapping):
+        super().__init__()
+        self.body = body
+        self.mapping = mapping
+
+    def forward(self, x):
+        y = self.body(x)
+        return (
+            {"picture": y, "sizes": (y.mean(dim=(1, 2, 3)), torch.zeros(3, dtype=torch.int64))}
+            if self.mapping
+            else y
+        )
+
+
+@pytest.mark.parametrize("mapping", [False, True])
+def test_outputs_other_than_a_row_of_logits(mapping):
+    teacher, student = (Several(model[:4], mapping).eval() for model in (network(), disturbed(network())))
+    result = finetune(student, teacher, loader(), loader(), epochs=2, labelled=False, learning_rate=5e-2)
+    assert result.delivered.divergence < result.history[0].divergence / 2
+
+
+def test_features_of_replaced_layers_are_followed():
+    teacher = network()
+    spec = ConvSpec(6, 6, (3, 3), (1, 1), ((1, 1), (1, 1)), (1, 1), 1, "zeros", True)
+    layer = FactorizedConv2d(spec, "output-subspace", 2, Border())
+    generator = torch.Generator().manual_seed(0)
+    weights = [torch.randn(c.weight.shape, generator=generator) / 4 for c in layer.convolutions]
+    layer.set_factors(weights, teacher[3].bias.detach())
+    student = copy.deepcopy(teacher)
+    student[3] = layer
+
+    @torch.no_grad()
+    def error(model):
+        (x, _) = loader().dataset.tensors
+        return float((model[:4](x) - teacher[:4](x)).square().mean())
+
+    plain, followed = (
+        finetune(student, teacher, loader(), loader(), epochs=3, labelled=False, feature_weight=weight,
+                 learning_rate=1e-2)
+        for weight in (0.0, 100.0)
+    )  # fmt: skip
+    assert error(followed.model) < 0.9 * error(plain.model)
+    with pytest.raises(SepconvertError, match="feature_weight: expected replaced layers"):
+        finetune(teacher, teacher, loader(), loader(), epochs=1, labelled=False, feature_weight=1)
+
+
+class Embedded(nn.Module):
+    """A row of logits from an embedding, by way of a classifier that may be another kind of layer."""
+
+    def __init__(self, linear):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 6, 3)
+        self.last = nn.Linear(6, 4) if linear else nn.Conv2d(6, 4, 1)
+
+    def embed(self, x):
+        return self.conv(x).relu().mean((2, 3))
+
+    def forward(self, x):
+        embedding = self.embed(x)
+        if isinstance(self.last, nn.Linear):
+            return self.last(embedding)
+        return self.last(embedding[..., None, None]).flatten(1)
+
+
+def test_what_the_classifier_is_given_is_followed():
+    """At equal logits the embedding still differs where the classifier does not look."""
+
+    def farther(linear):
+        torch.manual_seed(0)
+        teacher = Embedded(linear)
+        with torch.no_grad():
+            teacher.last.weight[:, 3:] = 0
+        student = disturbed_copy(teacher.conv, teacher)
+        result = finetune(
+            student, teacher, loader(), loader(21), epochs=4, labelled=False, learning_rate=2e-2
+        )
+        x = loader(40, seed=3).dataset.tensors[0]
+        with torch.no_grad():
+            unseen = [model.embed(x)[:, 3:] for model in (teacher, student, result.model)]
+        return relative_error(unseen[0], unseen[2]) / relative_error(unseen[0], unseen[1])
+
+    assert farther(linear=True) < 0.5
+    assert farther(linear=False) > 0.9
+
+
+def test_progress_counts_every_step():
+    steps = []
+    tuned(progress=steps.append)
+    assert [step.step for step in steps] == list(range(1, 3 * STEPS_PER_EPOCH + 1))
+    assert {step.steps for step in steps} == {3 * STEPS_PER_EPOCH}
+    assert [step.epoch for step in steps] == [epoch for epoch in (1, 2, 3) for _ in range(STEPS_PER_EPOCH)]
+    assert steps[-1].seconds_left == 0 < steps[0].seconds_left
+
+
+# Failures ------------------------------------------------------------------------------------------
+
+
+def test_a_loss_that_is_not_finite_ends_training():
+    heldout = loader(21, seed=1)
+    bad = loader()
+    bad.dataset.tensors[0][5] = float("nan")
+    teacher, student = network(), disturbed(network())
+    result = finetune(student, teacher, bad, heldout, epochs=1, labelled=False)
+    assert result.stopped.startswith("the loss was nan at step ")
+    assert_same(result.model, student)
+    with pytest.raises(SepconvertError, match="expected finite outputs on held-out data"):
+        finetune(student, teacher, heldout, bad, epochs=1, labelled=False)
+
+
+def of(n, channels=3, label=0, dtype=torch.int64):
+    return DataLoader(TensorDataset(torch.zeros(n, channels, 8, 8), torch.full((n,), label, dtype=dtype)), 8)
+
+
+class Stream(IterableDataset):
+    def __iter__(self):
+        return iter(loader().dataset)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"epochs": 0}, "epochs: expected at least 1, got 0"),
+        ({"learning_rate": -1.0}, "learning_rate: expected a number above 0"),
+        ({"temperature": float("nan")}, "temperature: expected"),
+        ({"feature_weight": -1.0}, "feature_weight: expected"),
+        ({"checkpoint_every": 0}, "checkpoint_every: expected"),
+        ({"resume": True}, "resume: expected a checkpoint"),
+        ({"precision": "fp8000"}, "precision: expected one that this machine"),
+        ({"data": of(0)}, "data: expected a sample"),
+        ({"data": DataLoader(Stream())}, "data: expected a DataLoader that makes batches from a map-style"),
+        ({"data": DataLoader(torch.zeros(4, 3, 8, 8))}, r"data: expected batches of two tensors \(x, y\)"),
+        ({"data": of(8, channels=1)}, "data: expected inputs that the model takes"),
+        ({"data": of(8, dtype=torch.float32)}, "data: expected 1 integer labels"),
+        ({"data": of(8, label=9)}, "labels: expected"),
+        ({"heldout": loader(labels=False)}, "held-out data: expected labels"),
+        ({"teacher": nn.Sequential(*network(), nn.Linear(4, 5))}, "outputs: expected"),
+        ({"student": network().requires_grad_(False)}, "student: expected parameters"),
+    ],
+)  # fmt: skip
+def test_bad_input_is_named(options, message):
+    arguments = {
+        "student": disturbed(network()),
+        "teacher": network(),
+        "data": loader(),
+        "heldout": loader(),
+        "epochs": 1,
+        "labelled": True,
+    } | options
+    with pytest.raises(SepconvertError, match=message) as caught:
+        finetune(**arguments)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_student_that_equals_its_teacher_stays_what_it_is():
+    teacher = network()
+    for seed in range(6):  # divergences of equal answers are rounding, of either sign
+        found = finetune(
+            copy.deepcopy(teacher),
+            teacher,
+            loader(seed=seed),
+            loader(seed=seed + 10),
+            epochs=1,
+            labelled=False,
+        )
+        assert 0 <= found.delivered.divergence < 1e-6
+        assert_same(found.model, teacher)
+
+
+# Checkpoints ---------------------------------------------------------------------------------------
+
+
+def run_worker(*arguments, launcher=(), **environment):
+    return subprocess.run(  # noqa: S603  (our own script)
+        [sys.executable, *launcher, WORKER, *map(str, arguments)],
+        env=os.environ | {"OMP_NUM_THREADS": "1"} | environment,
+        capture_output=True,
+        timeout=120,
+        check=False,
+    )
+
+
+def test_a_killed_run_resumes_to_the_same_weights(tmp_path):
+    checkpoint = tmp_path / "deep" / "checkpoint"
+    for step, kept in ((11, 8), (39, 36)):  # in the middle of epochs
+        killed = run_worker(tmp_path / "result", checkpoint, step)
+        assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
+        assert torch.load(checkpoint, weights_only=True)["step"] == kept
+    steps = []
+    resumed = tuned(checkpoint=checkpoint, resume=True, progress=steps.append)
+    assert steps[0].step == 37
+    uninterrupted = tuned(checkpoint=tmp_path / "whole")
+    assert_same(resumed.model, uninterrupted.model)
+    a, b = (torch.load(path, weights_only=True) for path in (checkpoint, tmp_path / "whole"))
+    for weights in ("student", "average"):
+        assert_same(a[weights], b[weights])
+    assert not torch.equal(a["student"]["0.weight"], a["average"]["0.weight"])
+    assert untimed(resumed.history) == untimed(uninterrupted.history)
+    assert list(checkpoint.parent.iterdir()) == [checkpoint]
+    # Of the finished run nothing is left to do.
+    again = tuned(checkpoint=checkpoint, resume=True, progress=steps.clear)
+    assert_same(again.model, uninterrupted.model)
+    assert steps
+
+
+def test_answers_of_several_views_are_recalled(tmp_path):
+    uninterrupted = tuned(epochs=4)
+    for interrupted in (20, 50):  # while the second view is new, and when the first is met again
+
+        def interrupt(step, at=interrupted):
+            if step.step == at:
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            tuned(epochs=4, checkpoint=tmp_path / "checkpoint", resume=True, progress=interrupt)
+    resumed = tuned(epochs=4, checkpoint=tmp_path / "checkpoint", resume=True)
+    assert_same(resumed.model, uninterrupted.model)
+    assert untimed(resumed.history) == untimed(uninterrupted.history)
+
+
+def test_an_unfinished_checkpoint_does_no_harm(tmp_path):
+    checkpoint = tmp_path / "checkpoint"
+    (tmp_path / "checkpoint.unfinished").write_bytes(b"half")
+    assert_same(tuned(checkpoint=checkpoint, resume=True).model, tuned().model)
+    assert list(tmp_path.iterdir()) == [checkpoint]
+
+
+class Interrupts:
+    def __reduce__(self):
+        raise KeyboardInterrupt
+
+
+def test_a_checkpoint_that_is_stopped_half_way_leaves_nothing(tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        write_checkpoint(tmp_path / "checkpoint", {"weights": torch.zeros(3), "then": Interrupts()})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_checkpoints_of_other_runs_are_refused(tmp_path):
+    checkpoint = tmp_path / "checkpoint"
+    tuned(checkpoint=checkpoint)
+    with pytest.raises(SepconvertError, match="expected no file, got the checkpoint of an earlier run"):
+        tuned(checkpoint=checkpoint)
+    with pytest.raises(SepconvertError, match=r"with other options .*seed=0.*not .*seed=1"):
+        tuned(checkpoint=checkpoint, resume=True, seed=1)
+    options = {"epochs": 3, "labelled": True, "learning_rate": 1e-2, "checkpoint": checkpoint, "resume": True}
+    teacher, student, heldout = network(), disturbed(network()), loader(21, seed=1)
+    for part, models, data in (
+        ("student", (disturbed(teacher, seed=9), teacher), (loader(), heldout)),
+        ("teacher", (student, student), (loader(), heldout)),
+        ("data", (student, teacher), (loader(seed=5), heldout)),
+        ("held-out data", (student, teacher), (loader(), loader(20, seed=1))),
+    ):
+        with pytest.raises(SepconvertError, match=f"got one with other {part} "):
+            finetune(*models, *data, **options)
+
+
+@pytest.mark.parametrize("cut", [0, 100, 5000])
+def test_a_damaged_checkpoint_is_named(tmp_path, cut):
+    checkpoint = tmp_path / "checkpoint"
+    tuned(checkpoint=checkpoint)
+    checkpoint.write_bytes(checkpoint.read_bytes()[:cut])
+    with pytest.raises(SepconvertError, match="damaged or foreign file"):
+        tuned(checkpoint=checkpoint, resume=True)
+
+
+def test_a_bit_that_flipped_in_a_checkpoint_is_found(tmp_path):
+    checkpoint = tmp_path / "checkpoint"
+    tuned(checkpoint=checkpoint)
+    with zipfile.ZipFile(checkpoint) as archive:
+        offsets = [each.header_offset for each in archive.infolist() if each.filename.endswith("data/0")]
+    content = bytearray(checkpoint.read_bytes())
+    content[offsets[0] + 120] ^= 1  # in the first tensor
+    checkpoint.write_bytes(content)
+    torch.load(checkpoint, weights_only=True)  # which sees nothing amiss
+    with pytest.raises(SepconvertError, match=r"damaged or foreign file .*checksum"):
+        tuned(checkpoint=checkpoint, resume=True)
+
+
+def test_a_place_that_cannot_be_written_is_named(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(SepconvertError, match="expected a place to write to"):
+        tuned(checkpoint=tmp_path / "file" / "checkpoint")
+
+
+# Processes -----------------------------------------------------------------------------------------
+
+
+def test_two_processes_train_what_one_does(tmp_path):
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    done = run_worker(tmp_path / "result", launcher=launcher)
+    assert done.returncode == 0, done.stderr.decode()
+    state, loss, accuracy, divergences, processes = torch.load(tmp_path / "result", weights_only=True)
+    assert processes == 2
+    alone = tuned(norm=False)
+    assert loss == pytest.approx(alone.history[-1].loss, rel=1e-4)
+    assert accuracy == pytest.approx(alone.history[-1].accuracy)
+    assert divergences == pytest.approx([epoch.divergence for epoch in alone.history], rel=1e-3)
+    for name, tensor in alone.model.state_dict().items():
+        torch.testing.assert_close(state[name], tensor, rtol=1e-3, atol=1e-4)
+
+
+def test_mixed_precision(tmp_path):
+    # In a process of its own: Accelerate knows one precision for each.
+    done = run_worker(tmp_path / "result", ACCELERATE_MIXED_PRECISION="bf16")
+    assert done.returncode == 0, done.stderr.decode()
+    _, loss, _, divergences, _ = torch.load(tmp_path / "result", weights_only=True)
+    alone = tuned(norm=False)
+    assert divergences[0] == alone.history[0].divergence
+    assert min(divergences) < divergences[0]
+    assert loss != alone.history[-1].loss
+    assert loss == pytest.approx(alone.history[-1].loss, rel=0.02)

@@ -1,0 +1,88 @@
+"""A BatchNorm behind a sum of convolutions goes into them, in the file alone, and the answer stays."""
+
+import copy
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from torch import nn
+
+import sepconvert
+from sepconvert.files.onnx.export import save_onnx
+
+X = torch.randn(3, 4, 9, 9, generator=torch.Generator().manual_seed(0))
+
+
+class Sums(nn.Module):
+    """Sums of which the BatchNorm can be folded, and such of which it cannot."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.plain = nn.ModuleList(
+            nn.Conv2d(4, 8, 3, padding=1, bias=bias) for bias in (False, True, False, True, False, True)
+        )
+        self.shared = nn.Conv2d(8, 8, 1, groups=2)
+        self.norms = nn.ModuleList(nn.BatchNorm2d(8) for _ in range(4))
+        self.head = nn.Conv2d(8, 5, 3)
+
+    def forward(self, x):
+        first, second, third, fourth, fifth, sixth = self.plain
+        y = self.norms[0](first(x) + second(x) + third(x)).relu()  # three branches
+        y = self.norms[1](self.shared(y) + self.shared(2 * y)).relu()  # one kernel in two places
+        y = self.norms[2](self.shared(y) + fourth(x) + y)  # not of convolutions alone
+        total = fifth(x) + sixth(x)
+        return self.head(self.norms[3](total) * y + total)  # read elsewhere
+
+
+def trained(model: nn.Module) -> nn.Module:
+    """With statistics and weights of BatchNorm that are not those of a new one."""
+    torch.manual_seed(0)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.normal_(module.weight)
+            nn.init.normal_(module.bias)
+    for _ in range(3):
+        model.train()(3 * torch.randn_like(X) + 1)
+    return model.eval()
+
+
+def answer(path, x):
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    return session.run(None, {"input": x.numpy()})[0]
+
+
+def operators(path, kind):
+    return sum(node.op_type == kind for node in onnx.load(str(path)).graph.node)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_sums_of_convolutions_take_in_their_batchnorm(tmp_path, dtype):
+    model = trained(Sums())
+    with torch.no_grad():
+        expected = copy.deepcopy(model).double()(X.double()).numpy()
+    model.to(dtype)
+    state = copy.deepcopy(model.state_dict())
+    save_onnx(model, (X.to(dtype),), tmp_path / "sums.onnx")
+    assert operators(tmp_path / "sums.onnx", "BatchNormalization") == 2
+    error = np.abs(answer(tmp_path / "sums.onnx", X.to(dtype)) - expected).max() / np.abs(expected).max()
+    assert error < 20 * torch.finfo(dtype).eps
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+
+
+def test_nothing_is_left_of_what_is_folded(tmp_path):
+    save_onnx(trained(Sums()), (X,), tmp_path / "sums.onnx")
+    graph = onnx.load(str(tmp_path / "sums.onnx")).graph
+    read = {name for node in graph.node for name in node.input}
+    assert {tensor.name for tensor in graph.initializer} <= read
+
+
+@pytest.mark.parametrize("rank", [1, 3])
+def test_branches_of_replaced_layers_need_no_batchnorm(tmp_path, rank):
+    net = nn.Sequential(
+        nn.Conv2d(4, 16, 3), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 8, 3), nn.BatchNorm2d(8), nn.ReLU()
+    )
+    sepconvert.convert(trained(net), X, "approx", rank=rank, include=["*"], runs=0, out=tmp_path)
+    assert operators(tmp_path / "converted.onnx", "BatchNormalization") == 0
+    assert operators(tmp_path / "converted.onnx", "Conv") == 4 * rank

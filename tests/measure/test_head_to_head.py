@@ -1,0 +1,320 @@
+"""Models and ONNX files measured in one process; the files are real, and run by ONNX Runtime."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from sepconvert.base.environment import Runtime
+from sepconvert.base.errors import SepconvertError
+from sepconvert.base.progress import silent
+from sepconvert.cli.conditions import Demand
+from sepconvert.files.onnx.export import save_onnx
+from sepconvert.files.onnx.facts import onnx_sizes, read_onnx
+from sepconvert.measure.comparison import Comparison, Delta
+from sepconvert.measure.divergence import OutputDifference
+from sepconvert.measure.head_to_head import Subject, measure
+from sepconvert.measure.latency import Latency, Speedup
+from sepconvert.measure.metrics import evaluate
+from sepconvert.measure.profiling import Profile
+from sepconvert.measure.statistics import Interval
+from sepconvert.report.html import render_comparison
+
+
+def network(width=8, seed=0, classes=7):
+    torch.manual_seed(seed)
+    return nn.Sequential(
+        nn.Conv2d(3, width, 3, padding=1, stride=2), nn.ReLU(), nn.ConvTranspose2d(width, 4, 2), nn.ReLU(),
+        nn.Conv2d(4, 8, 3, groups=2), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, classes),
+    ).eval()  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("onnx")
+
+
+def exported(model, folder, name, *, batch=None, dtype=torch.float32):
+    """A file that this package did not make."""
+    path, x = folder / name, torch.randn(batch or 2, 3, 12, 12).to(dtype)
+    model = model.to(dtype)
+    shapes = None if batch else ({0: torch.export.Dim("n")},)
+    torch.onnx.export(model, (x,), path, dynamo=True, verbose=False, dynamic_shapes=shapes)
+    return path
+
+
+@pytest.fixture(scope="module")
+def files(folder):
+    return [
+        exported(network(), folder, "first.onnx"),
+        exported(network(16, seed=1), folder, "wide.onnx"),
+        exported(network(), folder, "four.onnx", batch=4),
+    ]
+
+
+def subjects(paths):
+    return [Subject.of_file(path, read_onnx(path)) for path in paths]
+
+
+def measured(subjects, data=None, runs=0, batch=4):
+    inputs = [np.random.default_rng(0).standard_normal((batch, 3, 12, 12))]
+    return measure(subjects, inputs, data=data, runs=runs, runtime=Runtime(1), seed=0, progress=silent)
+
+
+@pytest.fixture(scope="module")
+def data():
+    x, y = torch.randn(42, 3, 12, 12, generator=torch.Generator().manual_seed(2)), torch.arange(42) % 7
+    return DataLoader(TensorDataset(x, y), batch_size=10)
+
+
+def test_a_file_says_what_it_costs(files):
+    found = read_onnx(files[0])
+    model = network()
+    assert found.params == sum(each.numel() for each in model.parameters())
+    assert found.macs == 36 * 8 * 27 + 36 * 8 * 4 * 4 + 25 * 8 * 18 + 8 * 7
+    assert found.shapes == ((None, 3, 12, 12),)
+    assert "Relu" in found.uncounted_ops
+    assert "Conv" not in found.uncounted_ops
+    assert read_onnx(files[2]).shapes == ((4, 3, 12, 12),)
+    assert read_onnx(files[2]).macs == found.macs
+
+
+def test_accuracy_and_outputs_are_those_of_the_models(files, data):
+    """A file that fixes the batch, and samples of which the last do not fill one, make no difference."""
+    found = measured(subjects(files), data)
+    models = [network(), network(16, seed=1), network()]
+    expected = [evaluate(model, data) for model in models]
+    assert [each.accuracy for each in found.profiles] == [each.accuracy() for each in expected]
+    x = data.dataset.tensors[0]
+    with torch.no_grad():
+        base, other = models[0](x), models[1](x)
+    wide, four = found.deltas
+    assert wide.outputs[0].max_abs == pytest.approx(float((other - base).abs().max()), rel=1e-4)
+    assert wide.outputs[0].relative == pytest.approx(float((other - base).norm() / base.norm()), rel=1e-4)
+    assert wide.accuracy.agreement == pytest.approx(float((base.argmax(1) == other.argmax(1)).float().mean()))
+    assert four.accuracy.drop_pp == 0
+    assert four.accuracy.p_value == 1
+    assert four.outputs[0].relative < 1e-5
+    assert wide.speedup is None
+    assert found.profiles[0].latency is None
+
+
+def test_models_and_files_are_measured_together(files, folder):
+    inputs = (torch.randn(4, 3, 12, 12),)
+    whole = Subject.of_model("whole", network().double(), inputs, folder / "whole.onnx")
+    slow = Subject.of_model("slow", network(width=512), inputs, folder / "slow.onnx")
+    found = measured([whole, *subjects(files[2:]), slow], runs=12)
+    same, slower = found.deltas
+    assert same.outputs[0].relative < 1e-5
+    assert same.speedup.noise_floor == slower.speedup.noise_floor
+    assert [each.latency.batch for each in found.profiles] == [4, 4, 4]
+    text = str(found)
+    assert "whole" in text
+    assert "slow" in text
+    document = json.loads(json.dumps(found.to_json(), allow_nan=False))
+    assert document["deltas"][1]["latency_speedup"]["median"] == slower.speedup.median > 0
+    assert len(document["names"]) == len(document["profiles"]) == 3
+
+
+def test_files_in_other_dtypes_are_fed_in_theirs(folder, files):
+    half = exported(network(), folder, "half.onnx", dtype=torch.float16)
+    found = measured(subjects([files[0], half]))
+    assert 1e-6 < found.deltas[0].outputs[0].relative < 1e-2
+
+
+def test_outputs_of_other_shapes_are_not_compared(files, folder):
+    other = exported(network(classes=5), folder, "five.onnx")
+    found = measured(subjects([files[0], other]))
+    assert found.deltas[0].outputs is None
+    assert "other shapes" in str(found)
+    assert Demand.parse("max_abs > 1").failures(found)
+
+
+class Two(nn.Module):
+    def forward(self, a, b):
+        return a + b
+
+
+def test_what_cannot_be_compared_is_named(files, folder, data):
+    with pytest.raises(SepconvertError, match=r"wide.onnx: ONNX Runtime cannot run it: expected .*12, 12"):
+        measure(
+            subjects(files[1:2] * 2), [np.zeros((1, 3, 9, 9), np.float32)],
+            data=None, runs=0, runtime=Runtime(1), seed=0, progress=silent,
+        )  # fmt: skip
+    two = folder / "two.onnx"
+    x = torch.zeros(4, 3, 12, 12)
+    torch.onnx.export(Two().eval(), (x, x), two, dynamo=True, verbose=False)
+    with pytest.raises(SepconvertError, match=r"two.onnx: takes 2 inputs, the others 1"):
+        measured(subjects([files[0], two]))
+    few = exported(network(classes=3), folder, "three.onnx")
+    with pytest.raises(SepconvertError, match=r"three.onnx: answers with 3 classes, .* labels from 0 to 6"):
+        measured(subjects([few, files[0]]), data)
+    headless = exported(network()[:5].eval(), folder, "headless.onnx")
+    with pytest.raises(SepconvertError, match=r"headless.onnx: expected finite logits"):
+        measured(subjects([headless, files[0]]), data)
+
+
+@pytest.mark.parametrize("content", [b"", b"no model at all", b"\x08\x0a"])
+def test_what_is_no_onnx_file(folder, content):
+    path = folder / "odd.onnx"
+    path.write_bytes(content)
+    with pytest.raises(SepconvertError, match=r"odd.onnx: not an ONNX model"):
+        read_onnx(path)
+    with pytest.raises(SepconvertError, match=r"gone.onnx: cannot be read"):
+        read_onnx(folder / "gone.onnx")
+
+
+def test_inputs_that_are_no_numbers(folder):
+    text = onnx.helper.make_tensor_value_info("text", onnx.TensorProto.STRING, [1])
+    answer = onnx.helper.make_tensor_value_info("answer", onnx.TensorProto.STRING, [1])
+    node = onnx.helper.make_node("Identity", ["text"], ["answer"])
+    onnx.save(onnx.helper.make_model(onnx.helper.make_graph([node], "g", [text], [answer])),
+              str(folder / "text.onnx"))  # fmt: skip
+    with pytest.raises(SepconvertError, match=r"text.onnx: its input text is no tensor of numbers"):
+        read_onnx(folder / "text.onnx")
+
+
+@pytest.mark.parametrize("shape", [(1, 3, 2**16, 2**16), (2**31, 2**31), (1, -5)])
+def test_inputs_of_absurd_shapes(folder, shape):
+    ends = [onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, shape) for name in ("x", "y")]
+    node = onnx.helper.make_node("Relu", ["x"], ["y"])
+    onnx.save(
+        onnx.helper.make_model(onnx.helper.make_graph([node], "g", ends[:1], ends[1:])),
+        str(folder / "large.onnx"),
+    )
+    with pytest.raises(SepconvertError, match=r"large.onnx: its input x has the shape .*, of more than 67,1"):
+        read_onnx(folder / "large.onnx")
+
+
+# Conditions and text
+
+
+def profile(milliseconds, top1=None, macs=1000):
+    from sepconvert.measure.metrics import Accuracy
+
+    latency = Latency(
+        milliseconds, Interval(0.9 * milliseconds, 1.1 * milliseconds), (milliseconds,) * 21, 9, 1, 1
+    )
+    return Profile(100, macs, 4000, 400, latency, None if top1 is None else Accuracy(top1, None, 50), {})
+
+
+def speedup(ratio, noise=0.02):
+    return Speedup(ratio, Interval(0.99 * ratio, 1.01 * ratio), Interval(1 - noise, 1 + noise))
+
+
+@pytest.mark.parametrize(
+    ("text", "ratio", "fails"),
+    [
+        ("latency > +5%", 1 / 1.06, True),
+        ("latency > +5%", 1 / 1.04, False),
+        ("latency > 1%", 1 / 1.02, False),  # within noise
+        ("latency>-20%", 1.2, True),
+        ("speedup < 2x", 1.9, True),
+        ("speedup < 2", 2.1, False),
+        ("macs > -40%", 1, True),
+        ("MACS > -10 %", 1, False),
+    ],
+)
+def test_conditions(text, ratio, fails):
+    comparison = Comparison((profile(1), profile(1, macs=700)), ("a", "b"), (Delta(speedup(ratio)),))
+    assert bool(Demand.parse(text).failures(comparison)) is fails
+
+
+@pytest.mark.parametrize(
+    "text", ["", "latency", "latency > 5", "size > 5%", "drop > 1%", "drop = 1", "latency > x%", "drop > nan"]
+)
+def test_what_is_no_condition(text):
+    with pytest.raises(SepconvertError, match=r"--fail-if .*: expected one of latency, "):
+        Demand.parse(text)
+
+
+@pytest.mark.parametrize("text", ["latency > 5%", "drop > 1", "agreement < 90%", "max_abs > 1"])
+def test_conditions_on_what_was_not_measured(text):
+    with pytest.raises(SepconvertError, match="it is not measured"):
+        Demand.parse(text).failures(Comparison((profile(1), profile(1))))
+
+
+def test_who_is_dominated():
+    profiles = profile(1, 0.9), profile(2, 0.9), profile(0.5, 0.8), profile(0.5, 0.8), profile(0.7, 0.79)
+    deltas = (Delta(),) * 4
+    assert Comparison(profiles, "abcde", deltas).dominated == (False, True, False, False, True)
+    assert "dominated" in str(Comparison(profiles, "abcde", deltas))
+    # Of two, or of what was measured apart, nothing is said.
+    assert Comparison(profiles[:2], "ab", deltas[:1]).dominated == (False, False)
+    assert not any(Comparison(profiles).dominated)
+    unmeasured = (replace(profiles[0], accuracy=None), *profiles[1:])
+    assert Comparison(unmeasured, "abcde", deltas).dominated == (False, False, False, False, True)
+
+
+def test_differences_within_noise_are_no_speedups():
+    found = str(Comparison((profile(1), profile(0.99)), ("a", "b"), (Delta(speedup(1.01)),)))
+    assert "~ within noise" in found
+    assert "1.010×" not in found
+
+
+def test_other_styles():
+    found = Comparison((profile(1), profile(0.5)), ("a", "b,c"), (Delta(speedup(2)),))
+    assert found.text("markdown").splitlines()[3].startswith("|")
+    header, *rows = found.text("csv").splitlines()
+    assert header == ',a,"b,c"'
+    assert rows[0] == "parameters,100,100 (1.00×)"
+    assert all(len(line) <= 80 for line in str(found).splitlines())
+
+
+def test_a_latency_within_the_intervals_dominates_nothing():
+    deltas = (Delta(),) * 2
+    alike = (profile(1.0, 0.9), profile(1.05, 0.9), profile(0.5, 0.8))
+    assert Comparison(alike, "abc", deltas).dominated == (False, False, False)
+    better = (profile(1.0, 0.8), profile(1.05, 0.9), profile(0.5, 0.7))  # more accurate, and not slower
+    assert Comparison(better, "abc", deltas).dominated == (True, False, False)
+
+
+def test_answers_that_are_not_finite_are_told_of():
+    nothing = OutputDifference(None, None, None, None, None, None)
+    text = str(Comparison((profile(1.0), profile(1.0)), "ab", (Delta(outputs=(nothing,)),)))
+    assert "not finite" in text
+
+
+def test_every_output_has_its_numbers():
+    outputs = (
+        OutputDifference(1.5, 0.5, 0.25, 0.875, 12.0, 0.75),
+        OutputDifference(2.5, 0.5, 0.25, 0.875, None, None),
+    )  # fmt: skip
+    comparison = Comparison((profile(1.0), profile(1.0)), "ab", (Delta(outputs=outputs),))
+    rows = {name: cells for name, *cells in comparison.rows()}
+    assert rows["max abs Δ"] == ["-", "1.50e+00, 2.50e+00"]
+    assert rows["SNR, dB"] == ["-", "12.0, -"]
+    assert rows["same argmax"] == ["-", "75.00%, -"]
+
+
+def test_conditions_have_units():
+    comparison = Comparison((profile(1.0), profile(2.0)), ("a", "b"), (Delta(speedup(0.5)),))
+    assert Demand.parse("latency > 5%").failures(comparison) == ["b: latency is 100 % (latency > 5%)"]
+
+
+def test_weights_beside_a_file_count_as_the_file(tmp_path):
+    model = nn.Sequential(nn.Conv2d(3, 64, 3), nn.ReLU(), nn.Conv2d(64, 64, 3))
+    save_onnx(model, (torch.randn(1, 3, 8, 8),), tmp_path / "one.onnx")
+    onnx.save(
+        onnx.load(str(tmp_path / "one.onnx")), str(tmp_path / "two.onnx"), save_as_external_data=True,
+        location="weights.bin",
+    )  # fmt: skip
+    whole, weights = onnx_sizes(tmp_path / "one.onnx")
+    assert weights == sum(4 * parameter.numel() for parameter in model.parameters())
+    assert (tmp_path / "two.onnx").stat().st_size < weights
+    split = onnx_sizes(tmp_path / "two.onnx")
+    assert split[1] == weights
+    assert split[0] == pytest.approx(whole, rel=0.05)
+
+
+def test_models_of_one_name_are_all_drawn():
+    page = render_comparison(
+        Comparison((profile(1.0), profile(2.0), profile(3.0)), ("net.onnx",) * 3), "note"
+    )
+    legend = page[page.index("legend_1") :]
+    assert legend.count(">net.onnx<") == 3

@@ -1,0 +1,131 @@
+"""Forms of layers timed in the runtime: what is built, and what is remembered."""
+
+import copy
+import json
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from strategies import geometries, numbered, spec_of
+from torch import nn
+
+from sepconvert.base.documents import sealed
+from sepconvert.base.environment import Runtime
+from sepconvert.base.progress import silent
+from sepconvert.factorize.border import Border
+from sepconvert.factorize.exact.analysis import ZERO_BORDER
+from sepconvert.factorize.exact.factors import branches
+from sepconvert.factorize.structures import FORMS
+from sepconvert.files.onnx.layer import layer_onnx
+from sepconvert.network.layers import FactorizedConv2d
+from sepconvert.network.trace import trace
+from sepconvert.planning.timing import FORM_RUNS, Clock
+
+FORMS_TIMED = [("spatial-vh", 4), ("depthwise-pointwise", 2), ("channel-subspace", 8)]
+
+
+@numbered(120)
+@given(geometries(), st.data())
+def test_the_model_that_is_timed_is_the_layer(geometry, data):
+    spec = spec_of(geometry.conv())
+    offered = [ZERO_BORDER, *(name for name, form in FORMS.items() if form.applies(spec))]
+    scheme = data.draw(st.sampled_from(offered))
+    rank = 0 if scheme == ZERO_BORDER else data.draw(st.integers(1, FORMS[scheme].full_rank(spec)))
+    x = torch.randn(2, *geometry.inputs().shape[-3:])
+    model = onnx.load_model_from_string(layer_onnx(branches(spec, scheme, rank, Border()), x.shape))
+    onnx.checker.check_model(model, full_check=True)
+    layer = FactorizedConv2d(spec, scheme, rank, Border())
+    weights = {each.name: onnx.numpy_helper.to_array(each) for each in model.graph.initializer}
+    nodes = [node for node in model.graph.node if node.op_type == "Conv"]
+    for convolution, node in zip(layer.convolutions, nodes, strict=True):
+        for name, constant in zip(("weight", "bias"), node.input[1:], strict=False):
+            setattr(convolution, name, nn.Parameter(torch.from_numpy(weights[constant].copy())))
+    expected = layer(x).relu().detach()
+    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    (actual,) = session.run(None, {"input": x.numpy()})
+    scale = float(expected.abs().max()) or 1.0
+    np.testing.assert_allclose(actual, expected.numpy(), rtol=0, atol=1e-4 * scale)
+
+
+@pytest.fixture(scope="module")
+def site():
+    (found,) = trace(nn.Conv2d(16, 16, 3, padding=1), (torch.randn(1, 16, 12, 12),))
+    return found
+
+
+def test_times_are_remembered_on_disk(site, tmp_path):
+    cache = tmp_path / "cache"
+    first = Clock(Runtime(1), 0, cache, 60).forms(site, FORMS_TIMED)
+    assert list(first.forms) == FORMS_TIMED
+    assert first.dense_milliseconds > 0
+    assert all(each.milliseconds > 0 for each in first.forms.values())
+    assert first.best_ratio == max(
+        first.dense_milliseconds / each.milliseconds for each in first.forms.values()
+    )
+    # With no time left, what is known is all there is.
+    assert Clock(Runtime(1), 0, cache, 0).forms(site, FORMS_TIMED) == first
+    assert Clock(Runtime(1), 0, cache, 0).forms(site, FORMS_TIMED[:1]).forms == {
+        FORMS_TIMED[0]: first.forms[FORMS_TIMED[0]]
+    }
+    assert Clock(Runtime(2), 0, cache, 0).forms(site, FORMS_TIMED) is None
+    assert Clock(Runtime(1), 0, cache, 0).forms(site, [("spatial-hv", 4)]) is None
+    more = Clock(Runtime(1), 0, cache, 60).forms(site, [*FORMS_TIMED, ("spatial-hv", 4)])
+    assert {form: more.forms[form] for form in FORMS_TIMED} == dict(first.forms)
+
+
+@pytest.mark.parametrize(
+    "damage", ["", "[]", "{}", '{"dense_yardsticks": -1, "forms": {}}', "ratio", "digit"]
+)
+def test_a_damaged_memory_is_measured_anew(site, tmp_path, damage):
+    Clock(Runtime(1), 0, tmp_path, 60).forms(site, FORMS_TIMED[:1])
+    (path,) = [each for each in tmp_path.iterdir() if "forms" in each.read_text()]
+    good = json.loads(path.read_text())
+    if damage == "ratio":
+        spoiled = copy.deepcopy(good)
+        spoiled["forms"]["spatial-vh 4"]["ratio"] = 0
+        damage = json.dumps(sealed(spoiled))
+    elif damage == "digit":
+        damage = path.read_text().replace('"ratio": ', '"ratio": 1', 1)
+    elif damage:
+        damage = json.dumps(sealed(json.loads(damage))) if damage.startswith("{") else damage
+    path.write_text(damage)
+    assert Clock(Runtime(1), 0, tmp_path, 0).forms(site, FORMS_TIMED[:1]) is None
+    assert Clock(Runtime(1), 0, tmp_path, 60).forms(site, FORMS_TIMED[:1]) is not None
+    assert json.loads(path.read_text())["forms"].keys() == good["forms"].keys()
+
+
+def test_calls_are_counted(tmp_path):
+    shared = nn.Conv2d(16, 16, 3, padding=1)
+    (twice,) = trace(nn.Sequential(shared, shared), (torch.randn(1, 16, 12, 12),))
+    clock = Clock(Runtime(1), 0, None, 60)
+    (once,) = trace(shared, (torch.randn(1, 16, 12, 12),))
+    assert clock.forms(twice, FORMS_TIMED).dense_milliseconds == pytest.approx(
+        2 * clock.forms(once, FORMS_TIMED).dense_milliseconds
+    )
+
+
+def test_plans_are_remembered_by_what_they_are(tmp_path):
+    torch.manual_seed(0)
+    models = [nn.Sequential(nn.Conv2d(16, width, 3), nn.Conv2d(width, 16, 3)).eval() for width in (64, 4, 5)]
+    inputs = (torch.randn(1, 16, 24, 24),)
+    milliseconds, found = Clock(Runtime(1), 0, tmp_path, 0).plans(models[0], models[1:], inputs, 10, silent)
+    assert milliseconds > 0
+    assert len(found) == 2
+    assert all(each.ci95.lo <= each.median <= each.ci95.hi for each in found)
+    again = Clock(Runtime(1), 0, tmp_path, 0).plans(models[0], models[:0:-1], inputs, 10, silent)
+    assert again == (milliseconds, found[::-1])
+    for path in [each for each in tmp_path.iterdir() if "speedup" in each.read_text()]:
+        path.write_text(json.dumps(sealed({"yardsticks": 1, "speedup": {"median": "fast"}})))
+    anew = Clock(Runtime(1), 0, tmp_path, 0).plans(models[0], models[1:], inputs, 10, silent)
+    assert all(each.median > 0 for each in anew[1])
+
+
+def test_where_nothing_can_be_kept(site, tmp_path):
+    place = tmp_path / "file"
+    place.write_text("")
+    assert Clock(Runtime(1), 0, place / "cache", 60).forms(site, FORMS_TIMED[:1]) is not None
+    assert FORM_RUNS >= 10

@@ -1,0 +1,525 @@
+"""README and documentation say what is so: commands parse and run, Python blocks run, messages are ours."""
+
+import ast
+import doctest
+import functools
+import importlib
+import io
+import json
+import pkgutil
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+import pages
+import pytest
+import test_examples
+import torch
+from pages import BENCHMARKS, DOCS, FENCE, PAGES, ROOT, canonical, commands, fences, inline
+from PIL import Image
+from torch.utils.data import DataLoader, TensorDataset
+
+import sepconvert
+from sepconvert.cli import main as cli
+from sepconvert.cli.conditions import _UNITS, Demand
+from sepconvert.cli.inputs import _numbers, batch_sizes
+from sepconvert.files.models import parse_input_shape
+
+SHORT = ("--runs", "3")
+NONE = ("--runs", "0")
+
+FIT = (*NONE, "--calib-images", "32", "--measure-seconds", "0")
+
+# Commands that run here, with what makes them quick. `prepared` has run the first two of them.
+RUN: dict[str, tuple[str, ...]] = {
+    "sepconvert model.pt --input-shape 3x224x224": NONE,
+    "sepconvert checkpoint.pth --factory mynets.py:resnet20 --data val.npz --mean .485,.456,.406 "
+    "--std .229,.224,.225": NONE,
+    "sepconvert checkpoint.pth --factory mynets.py:resnet20 --input-shape 3x224x224": NONE,
+    "sepconvert resnet.pt --allow mynets.ResNet --input-shape 3x224x224": NONE,
+    "sepconvert resnet.pt --trust --input-shape 3x224x224": NONE,
+    "sepconvert model.pt --input-shape 3x224x224 --debug": NONE,
+    "sepconvert model.pt --input-shape 3x224x224 --dry-run": (),
+    "sepconvert model.pt --input-shape 3x224x224 --gate latency --threads 1 --runs 200": SHORT,
+    "sepconvert model.pt --mode auto --calib images/ --data val.npz --max-drop 1.0 --threads 1": FIT,
+    "sepconvert model.pt --mode auto --calib images/ --min-speedup 1.5": FIT,
+    "sepconvert model.pt --mode approx --calib images/ --data val.npz --max-drop 1.0": FIT,
+    "sepconvert model.pt --mode approx --calib train.npz --data val.npz --rank 2 --finetune 5": FIT,
+    "sepconvert model.pt --mode approx --calib train.npz --data val.npz --max-drop 0.5 "
+    "--exclude 'layer1.*' --finetune 5": FIT,
+    "accelerate launch -m sepconvert model.pt --mode approx --calib train.npz --data val.npz --rank 2 "
+    "--finetune 5": FIT,
+    "sepconvert inspect model.pt --input-shape 3x224x224": (),
+    "sepconvert inspect checkpoint.pth --factory mynets.py:resnet20 --data val.npz": (),
+    "sepconvert profile model.pt --input-shape 3x224x224 --threads 1": SHORT,
+    "sepconvert profile converted.onnx --batches 1,8,32 --out converted.json": SHORT,
+    "sepconvert profile model-sepconvert/converted.onnx --threads 1": SHORT,
+    "sepconvert compare original.onnx converted.onnx --data val.npz --threads 1": SHORT,
+    "sepconvert compare original.onnx converted.onnx other.pt --data val.npz --fail-if 'latency > +5%' "
+    "--fail-if 'drop > 0.5'": SHORT,
+    "sepconvert compare original.onnx converted.onnx --data val.npz --fail-if 'latency > +5%' "
+    "--fail-if 'drop > 0.5'": SHORT,
+    "sepconvert compare original.onnx converted.onnx --format html": SHORT,
+    "sepconvert compare original.onnx converted.onnx --graph-optimization none": SHORT,
+    "sepconvert apply model.pt model-sepconvert/plan.json --out replayed": (),
+}
+
+# One that another test runs, on fewer images.
+ELSEWHERE = {"sepconvert demo": "cli/test_main.py::test_demo"}
+
+_PROGRAM = r"(?:sepconvert|python3?|pip3?|accelerate|torchrun|pytest|sphinx-build|\S+\.(?:py|sh))"
+# A line that would be shown as a command, or reads as one.
+_COMMAND = re.compile(rf"(?: {{4,}}|\t)\s*\$?\s*{_PROGRAM}\s|\s*(?:\$\s*)?{_PROGRAM}\s+\S+\s+-")
+
+# Commands within sentences whose words in capitals, or …, stand for any.
+FORMS = {
+    "sepconvert apply MODEL plan.json",
+    "sepconvert profile MODEL",
+    "sepconvert COMMAND --help",
+    "accelerate launch -m sepconvert …",
+}
+
+FOREIGN = {"--keep-going", "--figure"}  # options of other programs
+
+MYNETS = """
+import torch
+from collections import OrderedDict
+from torch import nn
+
+def resnet20():
+    torch.manual_seed(0)
+    mix = nn.Conv2d(16, 16, 3, padding=1)
+    vertical, horizontal = torch.randn(2, 16, 3), torch.randn(16, 2, 3)
+    mix.weight.data = torch.einsum("rci,orj->ocij", vertical, horizontal) / 17
+    return nn.Sequential(OrderedDict(
+        conv1=nn.Conv2d(3, 16, 7, stride=4, padding=3), bn1=nn.BatchNorm2d(16), relu=nn.ReLU(),
+        layer1=nn.Sequential(OrderedDict(conv1=mix, relu=nn.ReLU(), conv2=nn.Conv2d(16, 16, 3, padding=1))),
+        pool=nn.AdaptiveAvgPool2d(1), flat=nn.Flatten(), fc=nn.Linear(16, 10),
+    )).eval()
+
+class ResNet(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.net = resnet20()
+
+    def forward(self, x):
+        return self.net(x)
+"""
+
+
+ALL = {shlex.join(words): words for page in PAGES for words in commands(page)}
+OURS = [text for text, words in ALL.items() if "sepconvert" in words[:4]]
+
+
+def parsed(words: list[str]) -> dict[str, Any]:
+    """The options of a command of ours as the real command line reads them; it raises what it would say."""
+    arguments = words[words.index("sepconvert") + 1 :]
+    options = pages.parsed(
+        cli.cli, arguments if arguments[0] in cli.cli.commands else ["convert", *arguments]
+    )
+    for condition in options.get("fail_if", ()):
+        Demand.parse(condition)
+    if options.get("input_shape"):
+        parse_input_shape(options["input_shape"])
+    for name in ("mean", "std"):
+        _numbers(options.get(name), f"--{name}")
+    batch_sizes(options)
+    return options
+
+
+# Shell --------------------------------------------------------------------------------------------
+
+
+def test_every_command_of_ours_is_run():
+    assert set(OURS) == {canonical(text) for text in (*RUN, *ELSEWHERE)}
+
+
+@pytest.mark.parametrize("text", OURS)
+def test_command_lines_parse(text):
+    parsed(ALL[text])
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "sepconvert model.pt --inputshape 3x224x224",
+        "sepconvert model.pt --mode magic",
+        "sepconvert compare a.onnx b.onnx --fail-if 'latency > much'",
+        "sepconvert inspect model.pt --input-shape 3xx",
+    ],
+)
+def test_a_command_line_that_is_wrong_does_not_parse(text):
+    with pytest.raises((click.UsageError, sepconvert.SepconvertError)):
+        parsed(shlex.split(text))
+
+
+@pytest.mark.parametrize("test", ELSEWHERE.values())
+def test_other_tests_are_there(test):
+    file, name = test.split("::")
+    assert f"def {name}(" in (Path(__file__).parents[1] / file).read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("page", [*PAGES, BENCHMARKS], ids=lambda page: str(page.relative_to(ROOT)))
+def test_every_block_is_of_a_kind_that_is_tested(page):
+    """Or is no command, or is made from what is."""
+    text = page.read_text(encoding="utf-8")
+    assert not [line for line in FENCE.sub("", text).splitlines() if _COMMAND.match(line)]
+    assert not re.search(rf"^\s*\$|^\s*{_PROGRAM}\s", "\n".join(fences(page, "text")), re.MULTILINE)
+    assert not [body for body in fences(page, "{eval-rst}") if "code" in body or "::\n" in body]
+    # No fence of another kind, none that is quoted or not closed, and no block of HTML.
+    assert not re.search(r"~~~|````|^ *>\s*```|<(pre|code)\b", text, re.MULTILINE)
+    assert "```" not in FENCE.sub("", text)
+    infos = [info for _, info, _ in FENCE.findall(text)]
+    found = {info if info.startswith("sh") else info.partition(" ")[0] for info in infos}
+    assert found <= {"sh", "python", "text", "{include}", "{literalinclude}", "{toctree}", "{eval-rst}"}
+
+
+def test_other_commands_are_run():
+    """By `.ci/run`, more quietly, or as examples."""
+    lines = (ROOT / ".ci/run").read_text(encoding="utf-8").splitlines()
+    ci = {
+        canonical(line.replace(" --quiet", "").replace(" -q", ""))
+        for line in lines
+        if line.startswith(("pip ", "pytest", "sphinx-build "))
+    }
+    extras = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    installations = {shlex.join(words): words for words in commands(BENCHMARKS) if words[0] == "pip"}
+    for text, words in (ALL | installations).items():
+        if text in OURS:
+            continue
+        if words[0] == "python":
+            name = Path(words[1]).name
+            assert words[1] == f"examples/{name}"
+            arguments = test_examples.ARGUMENTS.get(name, [])
+            assert shlex.join(words[2:]) in shlex.join(arguments), text
+        else:
+            assert text in ci, text
+            # pip does not fail for want of an extra.
+            named = re.findall(r"\[(\w+)\]", text)
+            assert all(f"\n{extra} = [" in extras for extra in named), text
+
+
+@pytest.mark.parametrize("page", [*PAGES, BENCHMARKS], ids=lambda page: str(page.relative_to(ROOT)))
+def test_commands_within_sentences_stand_in_a_block_too(page):
+    """Where it is seen that they run; but for forms of commands, and names."""
+    known = {*ALL, *(shlex.join(each) for each in commands(BENCHMARKS))}
+    known |= {f"sepconvert {name}" for name in cli.cli.commands} | FORMS
+    commands_of_ours = "|".join(cli.cli.commands)
+    for text in inline(page):
+        if re.match(rf"\$?\s*({_PROGRAM}|git|apt|apt-get|{commands_of_ours})\s", text):
+            assert text in FORMS or canonical(text) in known, text
+
+
+@pytest.mark.parametrize("page", [*PAGES, BENCHMARKS], ids=lambda page: str(page.relative_to(ROOT)))
+def test_options_within_sentences_have_values_that_they_take(page):
+    """`--gate latency`; what stands in capitals is any."""
+    for text in inline(page):
+        name, *values = text.replace("=", " ", 1).split()
+        if name.startswith("--") and values and not all(value.isupper() for value in values):
+            owners = [
+                each for each in cli.cli.commands.values() if name in {o for p in each.params for o in p.opts}
+            ]
+            assert owners, text
+            required = [parameter.name for parameter in owners[0].params if parameter.required]
+            parsed(["sepconvert", owners[0].name, *required, *shlex.split(text)])
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "````sh\nsepconvert model.pt\n````\n",
+        "> ```sh\n> sepconvert model.pt\n> ```\n",
+        "<pre>sepconvert model.pt</pre>\n",
+        "    sepconvert model.pt\n",
+        "    ./run.sh now\n",
+        "```sh\nsepconvert model.pt\n",
+        "~~~\nsepconvert model.pt\n~~~\n",
+        "```console\n$ sepconvert model.pt\n```\n",
+        "```text\nsepconvert model.pt --json\n```\n",
+        "```text\nsepconvert demo\n```\n",
+        "```{eval-rst}\n.. code-block:: sh\n\n   sepconvert model.pt\n```\n",
+    ],
+)
+def test_a_block_that_is_not_tested_is_found(tmp_path, text):
+    (tmp_path / "page.md").write_text(f"Text.\n\n{text}")
+    with pytest.raises(AssertionError):
+        test_every_block_is_of_a_kind_that_is_tested(tmp_path / "page.md")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "`sepconvert prune`",
+        "``sepconvert model.pt``",
+        "`sepconvert my.pt --mode AUTO`",
+        "`compare a.onnx b.onnx`",
+        "`python3 x.py -v`",
+        "`torchrun train.py`",
+        "`./x.sh now`",
+        "`git clone x`",
+    ],
+)
+def test_a_command_within_a_sentence_that_stands_in_no_block_is_found(tmp_path, text):
+    (tmp_path / "page.md").write_text(f"Run {text}.\n")
+    with pytest.raises(AssertionError):
+        test_commands_within_sentences_stand_in_a_block_too(tmp_path / "page.md")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "`--gate speed`",
+        "`--gate=speed`",
+        "`--rank 0`",
+        "`--tempo 3`",
+        "`--input-shape 3,2`",
+        "`--fail-if 'x > 1'`",
+    ],
+)
+def test_an_option_with_a_value_that_it_does_not_take_is_found(tmp_path, text):
+    (tmp_path / "page.md").write_text(f"Pass {text}.\n")
+    with pytest.raises((AssertionError, click.UsageError, sepconvert.SepconvertError)):
+        test_options_within_sentences_have_values_that_they_take(tmp_path / "page.md")
+
+
+@pytest.mark.parametrize("name", test_examples.SAYS)
+def test_commands_of_examples(name):
+    """At the top of each, which the pages show: its own, with options that the tests try, and others."""
+    text = ast.get_docstring(ast.parse((ROOT / "examples" / name).read_text(encoding="utf-8")))
+    lines = [line.strip() for line in text.replace("\\\n", " ").splitlines()]
+    own, *others = [line for line in lines if line.startswith(("python ", "sepconvert "))]
+    words = own.replace("[", "").replace("]", "").split()
+    assert words[:2] == ["python", f"examples/{name}"]
+    named = {word for word in words if word.startswith("-")}
+    assert named == {word for word in test_examples.ARGUMENTS.get(name, ()) if word.startswith("-")}
+    assert {canonical(line) for line in others} <= {*ALL}
+
+
+def test_options_that_are_named_exist():
+    options = [option for command in cli.cli.commands.values() for option in command.params]
+    ours = {name for option in options for name in (*option.opts, *option.secondary_opts)}
+    scripts = [*BENCHMARKS.parent.glob("*.py"), ROOT / "tests/fuzz.py"]
+    theirs = {
+        name for path in scripts for name in re.findall(r'"(--[a-z-]+)"', path.read_text(encoding="utf-8"))
+    }
+    for page in [*PAGES, BENCHMARKS]:
+        named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", page.read_text(encoding="utf-8")))
+        known = ours | (theirs if page == BENCHMARKS else set())
+        assert named <= known | FOREIGN | {"--help"}, page
+
+
+def test_conditions_are_explained():
+    text = (DOCS / "howto/measure.md").read_text(encoding="utf-8")
+    assert all(f"`{metric}`" in text for metric in _UNITS)
+    for condition in re.findall(r"`'([^'`]+)'`", text):
+        Demand.parse(condition)
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory) -> Path:
+    """The files that the commands name, and what the first two commands leave."""
+    folder = tmp_path_factory.mktemp("docs")
+    (folder / "mynets.py").write_text(MYNETS)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(folder)
+        mynets = importlib.import_module("mynets")
+        torch.save(mynets.ResNet(), folder / "resnet.pt")
+        del sys.modules["mynets"]
+    model = mynets.resnet20()
+    torch.save(model, folder / "model.pt")
+    torch.save(model, folder / "other.pt")
+    torch.save(model.state_dict(), folder / "checkpoint.pth")
+    random = np.random.default_rng(0)
+    for name, count in (("val", 64), ("train", 128)):
+        x = random.integers(0, 256, (count, 24, 24, 3), dtype=np.uint8)
+        with torch.no_grad():
+            y = model(torch.from_numpy(x).permute(0, 3, 1, 2) / 255).argmax(1).numpy()
+        np.savez(folder / f"{name}.npz", x=x, y=y)
+    (folder / "images").mkdir()
+    for index, image in enumerate(x[:64]):
+        Image.fromarray(image).save(folder / f"images/{index}.png")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setattr(sys, "path", list(sys.path))
+        for text in list(RUN)[:2]:
+            call(text, *RUN[text])
+    for name in ("original", "converted"):
+        shutil.copy(folder / f"checkpoint-sepconvert/{name}.onnx", folder)
+    return folder
+
+
+def call(text: str, *more: str) -> None:
+    """A command in this process, or by its launcher."""
+    launcher, *words = ALL[canonical(text)]
+    if launcher == "sepconvert":
+        cli.cli.main([*words, *more], prog_name="sepconvert", standalone_mode=False)
+    else:
+        command = [Path(sys.executable).with_name(launcher), *words, *more]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603
+        assert done.returncode == 0, done.stderr
+        print(done.stdout)
+
+
+@pytest.mark.parametrize("text", list(RUN)[2:])
+def test_commands_run(prepared, monkeypatch, capsys, text):
+    monkeypatch.chdir(prepared)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    options = parsed(ALL[canonical(text)])
+    force = ("--force",) if "force" in options else ()
+    out = () if options.get("out") or not force else ("--out", "again")
+    try:
+        call(text, *RUN[text], *force, *out)
+    except sepconvert.DemandNotMetError as error:
+        # Three runs of so small a network may find the one slower or not: both are answers.
+        demands = {"--fail-if", "--min-speedup", "--gate"}
+        assert demands & set(text.split())
+        print(error)
+    assert capsys.readouterr().out
+
+
+def test_the_first_command_leaves_what_is_promised(prepared):
+    promised = set()
+    for line in (DOCS / "quickstart.md").read_text(encoding="utf-8").splitlines():
+        if line.startswith("| `"):
+            promised |= set(re.findall(r"`([\w.]+)`", line.split("|")[1]))
+    assert {path.name for path in (prepared / "model-sepconvert").iterdir()} == promised
+    report = json.loads((prepared / "model-sepconvert/report.json").read_text(encoding="utf-8"))
+    assert {each["name"]: each["decision"] for each in report["layers"]} == {
+        "conv1": "kept",
+        "layer1.conv1": "converted",
+        "layer1.conv2": "kept",
+    }
+
+
+# Python -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def quick_convert() -> Callable[..., Any]:
+    """`sepconvert.convert` in little time; pages that ask for the same share the answer."""
+    known: dict[tuple[Any, ...], Any] = {}
+    defaults = {"runs": 0, "measure_seconds": 0.0, "threads": 1, "calib_images": 32}
+
+    @functools.wraps(sepconvert.convert)
+    def convert(*arguments: Any, **options: Any) -> Any:
+        mode = options.pop("mode", arguments[2] if len(arguments) > 2 else "exact")
+        key = (mode, *sorted(options))
+        if key not in known:
+            known[key] = original(*arguments[:2], mode, **{**defaults, **options})
+        return known[key]
+
+    original = sepconvert.convert
+    return convert
+
+
+@pytest.fixture(scope="module")
+def quick_profile() -> Callable[..., Any]:
+    """`sepconvert.profile`, once for each model."""
+    known: dict[int, Any] = {}
+
+    @functools.wraps(sepconvert.profile)
+    def profile(model: torch.nn.Module, *arguments: Any, **options: Any) -> Any:
+        if id(model) not in known:
+            known[id(model)] = original(model, *arguments, **{"runs": 3, **options})
+        return known[id(model)]
+
+    original = sepconvert.profile
+    return profile
+
+
+@pytest.fixture(scope="module")
+def stand_ins(quick_convert, quick_profile) -> dict[str, Callable[..., Any]]:
+    """The package's functions, made quick."""
+    return {"convert": quick_convert, "profile": quick_profile}
+
+
+@pytest.fixture(scope="module")
+def names(prepared) -> dict[str, Any]:
+    """What the pages take for granted."""
+    model = torch.load(prepared / "model.pt", weights_only=False)
+    x = torch.rand(96, 3, 24, 24, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        y = model(x).argmax(1)
+    parts = (slice(0, 48), slice(48, 72), slice(72, 96))
+    loader, heldout, labelled = (DataLoader(TensorDataset(x[p], y[p]), batch_size=24) for p in parts)
+    return {
+        "model": model, "example_inputs": x[:1], "loader": loader, "train": loader, "heldout": heldout,
+        "labelled": labelled,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "page", [page for page in PAGES if fences(page, "python")], ids=lambda page: page.stem
+)
+def test_python_blocks_run(prepared, names, stand_ins, monkeypatch, page):
+    monkeypatch.chdir(prepared)
+    for name, function in stand_ins.items():
+        monkeypatch.setitem(vars(sepconvert), name, function)
+    names = {**names, "converted": names["model"]}
+    for block in fences(page, "python"):
+        exec(compile(block, str(page), "exec"), names)  # noqa: S102
+
+
+def test_docstring_examples():
+    """Wherever they stand; those who call `sepconvert` from Python find one for each of these."""
+    tests = [
+        test
+        for module in pkgutil.walk_packages(sepconvert.__path__, "sepconvert.")
+        if not module.name.endswith("__main__")
+        for test in doctest.DocTestFinder().find(importlib.import_module(module.name))
+        if test.examples
+    ]
+    assert {"convert", "inspect", "profile", "compare"} <= {test.name.rpartition(".")[2] for test in tests}
+    for test in tests:
+        said = io.StringIO()
+        assert doctest.DocTestRunner().run(test, out=said.write).failed == 0, said.getvalue()
+
+
+# Pages --------------------------------------------------------------------------------------------
+
+
+def test_every_public_name_is_in_the_reference():
+    text = (DOCS / "api.md").read_text(encoding="utf-8")
+    assert {*re.findall(r":: sepconvert\.(\w+)$", text, re.MULTILINE)} == {*sepconvert._PUBLIC}
+
+
+def test_every_command_is_in_the_reference():
+    text = (DOCS / "cli.md").read_text(encoding="utf-8")
+    (listed,) = re.findall(r":commands: (.*)", text)
+    assert {*listed.split(", ")} == {*cli.cli.commands}
+
+
+def test_every_example_is_shown():
+    text = (DOCS / "examples.md").read_text(encoding="utf-8")
+    shown = re.findall(r"{literalinclude} \.\./examples/(\S+)", text)
+    run = [Path(words[1]).name for words in commands(DOCS / "examples.md") if words[0] == "python"]
+    assert sorted(shown) == sorted(run) == sorted(test_examples.SAYS)
+
+
+def messages() -> Iterator[str]:
+    """Every text in the package, with … for what is filled in."""
+    for path in (ROOT / "sepconvert").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.JoinedStr):
+                yield "".join(str(p.value) if isinstance(p, ast.Constant) else "…" for p in node.values)
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                yield node.value
+
+
+def test_messages_are_quoted_as_they_are():
+    text = (DOCS / "troubleshooting.md").read_text(encoding="utf-8")
+    quoted = re.findall(r"^> `(.+)`$", text, re.MULTILINE)
+    quoted += re.findall(r"^\| `([^`]+)` \|", text.partition("## Other messages")[2], re.MULTILINE)
+    assert len(quoted) > 8
+    said = list(messages())
+    for message in quoted:
+        parts = [part.strip() for part in message.removeprefix("model.pt: ").split("…")]
+        pattern = re.compile(".*".join(re.escape(part) for part in parts), re.DOTALL)
+        assert any(pattern.search(each) for each in said), message
