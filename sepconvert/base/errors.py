@@ -1,4 +1,8 @@
-"""The errors that a user sees: one line that says what happened, what was expected, and what to do next."""
+"""Errors that a user sees: one line that says what happened, what was expected, and what to do next.
+
+Messages name parameters of the Python API between backticks, such as `max_drop`. The command line shows them as
+its own flags, `--max-drop` (see `sepconvert.cli.options.in_flags`).
+"""
 
 import math
 import numbers
@@ -13,20 +17,27 @@ class SepconvertError(Exception):
 
 
 class DemandNotMetError(SepconvertError):
-    """A demanded budget or the verification of the result was not met.
+    """No plan meets a demanded budget, or the converted model turned out not to meet it.
 
-    `details` are what to look at then, several lines, or nothing.
+    `curve` holds the plans that were found, as in the report's `approximation.curve`; it is empty where the
+    demand failed after a plan was chosen.
     """
 
     exit_code = 3
 
-    def __init__(self, message: str, details: str = "") -> None:
+    def __init__(self, message: str, curve: Iterable[dict[str, Any]] = ()) -> None:
         super().__init__(message)
-        self.details = details
+        self.curve = tuple(curve)
+
+
+class VerificationError(SepconvertError):
+    """The converted model, or an exported file, does not compute what it has to compute."""
+
+    exit_code = 3
 
 
 class ExportError(SepconvertError):
-    """Torch's exporters cannot translate a model; the model itself is as good as it was."""
+    """Torch's exporters cannot translate a model; the converted model itself is unaffected."""
 
 
 MAX_SEED = 2**63 - 1  # of torch and of numpy alike
@@ -38,38 +49,40 @@ def check_number(name: str, value: Any, low: float, high: float = math.inf, *, w
     if value is None or (isinstance(value, kind) and low <= value <= high and math.isfinite(value)):
         return
     bounds = f" from {low:,}" * (low > -math.inf) + f" to {high:,}" * (high < math.inf)
-    raise SepconvertError(f"{name}: expected a {'whole ' * whole}number{bounds}, got {quoted(value)}")
+    raise SepconvertError(f"`{name}`: expected a {'whole ' * whole}number{bounds}, got {quoted(value)}")
 
 
 _MOST_QUOTED, _MOST_OF_A_VALUE = 400, 80
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of a foreign error's message, to quote in a message of ours that is one line long."""
+    """Return the first line of a foreign error's message, to be quoted in a message of one line."""
     line = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
     return shortened(line, _MOST_QUOTED)
 
 
 def quoted(value: object) -> str:
-    """A value that was not expected, or the beginning of it."""
+    """Return the `repr` of an unexpected value on one line, cut to a reasonable length."""
     return shortened(" ".join(repr(value).split()))
 
 
 def shortened(text: str, most: int = _MOST_OF_A_VALUE) -> str:
-    """A text, or the beginning of it."""
+    """Return a text, cut to at most `most` characters."""
     return text if len(text) <= most else f"{text[: most - 1]}…"
 
 
+def some_of(names: Iterable[str], limit: int = 4) -> str:
+    """Return the first `limit` names, joined by commas, and how many more there are."""
+    names = list(names)
+    rest = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(map(shortened, names[:limit])) + rest
+
+
 def one_line(error: BaseException) -> str:
+    """Return the type and the cause of a foreign error on one line."""
     # torch.load puts its cause after advice to switch the restrictions off
     text = str(error).rpartition("WeightsUnpickler error: ")[2].strip()
     first, _, rest = text.partition("\n")
     if first.endswith(":"):
         first += f" {rest.strip().partition(chr(10))[0].strip()}"
     return f"{type(error).__name__}: {first[:200]}" if first else type(error).__name__
-
-
-def some_of(names: Iterable[str], limit: int = 4) -> str:
-    names = list(names)
-    rest = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(map(shortened, names[:limit])) + rest

@@ -174,8 +174,10 @@ def main() -> None:
     except SepconvertError as error:
         if debug:
             traceback.print_exc()
-        if isinstance(error, DemandNotMetError) and error.details:
-            click.echo(error.details, err=True)
+        if isinstance(error, DemandNotMetError) and error.curve:
+            from sepconvert.report.tables import curve_table
+
+            click.echo(curve_table(error.curve), err=True)
         code = _fail(str(error), error.exit_code)
     except SystemExit as end:
         code = 2

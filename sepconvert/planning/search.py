@@ -16,7 +16,6 @@ from sepconvert.measure.metrics import AccuracyDelta
 from sepconvert.planning.allocate import Allocation, Choice, allocate, cost_of
 from sepconvert.planning.carry_out import Fitted
 from sepconvert.planning.survey import LayerSurvey
-from sepconvert.report.tables import curve_table
 
 _POINTS = 7
 
@@ -128,7 +127,7 @@ class Search:
                 point = self._known_fast(budget)
             point = self._fastest(point, budget)
         if point is None or not self._fast_enough(point, budget):
-            raise DemandNotMetError(_shortfall(budget, self.points), curve_table(self.to_json(None)))
+            raise DemandNotMetError(_shortfall(budget, self.points), self.to_json(None))
         point = self._paying(point, budget) if self.timed else point
         fitted = self.carried_out(point)
         if self.accuracy is not None and point.accuracy is None:
