@@ -6,7 +6,6 @@ from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 
-from sepconvert import __version__
 from sepconvert.base.errors import SepconvertError, check_number
 
 GRAPH_OPTIMIZATIONS = ("all", "extended", "basic", "none")
@@ -31,14 +30,9 @@ class Runtime:
     def __post_init__(self) -> None:
         """Check the ranges."""
         check_number("threads", self.threads, 1, MAX_THREADS, whole=True)
-        if self.graph_optimization not in GRAPH_OPTIMIZATIONS:
-            raise SepconvertError(
-                f"graph optimization: expected one of {', '.join(GRAPH_OPTIMIZATIONS)}, "
-                f"got {self.graph_optimization!r}"
-            )
         if self.provider not in _providers():
             raise SepconvertError(
-                f"provider: expected one that the installed onnxruntime has ({', '.join(_providers())}), "
+                f"`provider`: expected one that the installed onnxruntime has ({', '.join(_providers())}), "
                 f"got {self.provider!r}; install the onnxruntime package that brings it"
             )
 
@@ -58,13 +52,15 @@ def _providers() -> dict[str, str]:
 def environment(runtime: Runtime) -> dict[str, str | int]:
     """The `environment` object of reports and profiles."""
     return {
-        "sepconvert": __version__,
         "python": platform.python_version(),
         "platform": platform.platform(),
         "cpu": _cpu(),
         "cores": os.cpu_count() or 1,
         **asdict(runtime),
-        **{name: version(name) for name in ("torch", "onnx", "onnxruntime", "onnxscript", "fvcore", "numpy")},
+        **{
+            name: version(name)
+            for name in ("sepconvert", "torch", "onnx", "onnxruntime", "onnxscript", "fvcore", "numpy")
+        },
     }
 
 
