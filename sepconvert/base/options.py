@@ -1,10 +1,10 @@
 """Options as values: frozen, checked when they are made, and defined once.
 
-The metadata of a field is all that the command line needs to know of an option: its flag, help, type and default are
-made from it (see `sepconvert.cli.options`). No torch in here: `--help` answers without importing it.
+The metadata of a field is all that the command line needs to know of an option: its flag, help, type and
+default are made from it (see `sepconvert.cli.options`). Nothing here imports torch: `--help` does without.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import Field, dataclass, field, fields
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -88,7 +88,7 @@ class Budget:
         metavar="X",
     )
     max_drop: float | None = option(
-        "Largest drop of top-1 accuracy on --data, in percentage points.",
+        "Largest drop of top-1 accuracy on `data`, in percentage points.",
         low=0,
         high=100,
         metavar="PP",
@@ -178,19 +178,18 @@ class Timing:
         300.0,
         low=0,
         metavar="S",
-        convert_only=True,
     )
     cache: Path | None = option(
         "Folder in which the times of layers are kept.",
         metavar="DIR",
         shown_default="sepconvert in the user's cache",
-        convert_only=True,
     )
 
     def __post_init__(self) -> None:
         """Check the ranges, and that the runtime has the provider."""
         check_options(self)
         object.__setattr__(self, "cache", None if self.cache is None else Path(self.cache))
+        object.__setattr__(self, "provider", self.provider.lower())
         _ = self.runtime
 
     @property
@@ -212,7 +211,8 @@ class Calibration:
         flag="calib-images",
     )
     memory: float | None = option(
-        "Memory limit of the process during calibration, in GB; a lower limit is slower but gives the same result.",
+        "Memory limit of the process during calibration, in GB; a lower limit is slower but gives the same "
+        "result.",
         low=1,
         unit=1e9,
         metavar="GB",
@@ -233,7 +233,7 @@ class Finetuning:
     """
 
     epochs: int = option(
-        "Epochs of distillation from the original after the conversion, on --train or --calib.",
+        "Epochs of distillation from the original after the conversion, on `train` or `calib`.",
         0,
         low=0,
         whole=True,
@@ -247,7 +247,7 @@ class Finetuning:
     checkpoint: Path | None = option(
         "File that keeps the state of fine-tuning while it runs.",
         metavar="FILE",
-        shown_default="beside --out",
+        shown_default="beside the result directory",
     )
     resume: bool = option("Continue from the checkpoint of an interrupted run.", False)
     on_step: Callable[[Any], None] | None = None  # called with a distillation step
@@ -271,12 +271,12 @@ class Finetuning:
 
 @dataclass(frozen=True)
 class Origin:
-    """Where a model came from, for the report."""
+    """Provenance of a model and of its conversion, for the report."""
 
-    path: str
-    sha256: str
+    path: str | None = None  # of the model file
+    sha256: str | None = None  # of its content
     command: str | None = None  # the command line that asked for the conversion
 
-    def to_json(self) -> Mapping[str, Any]:
-        """Return the `model` object of the report."""
-        return {"path": self.path, "sha256": self.sha256}
+    def to_json(self) -> dict[str, Any] | None:
+        """Return the `model` object of the report; None where there is no file."""
+        return None if self.path is None else {"path": self.path, "sha256": self.sha256}

@@ -1,18 +1,19 @@
 """Models, data and example inputs that a command's options name."""
 
 import math
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Iterable
 
 import click
 import numpy as np
 import torch
+from platformdirs import user_cache_path
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from sepconvert.base.environment import Runtime, available_cores
 from sepconvert.base.errors import SepconvertError, first_line
+from sepconvert.base.options import Timing
 from sepconvert.calibration.footprint import images_at_once
+from sepconvert.cli.options import Options, value_of
 from sepconvert.factorize.geometry import MAX_INPUT_ELEMENTS
 from sepconvert.files.data import (
     Batch,
@@ -26,9 +27,6 @@ from sepconvert.files.data import (
 from sepconvert.files.models import LoadedModel, load_model, parse_input_shape
 from sepconvert.files.onnx.facts import OnnxFile
 from sepconvert.network.tensors import Inputs, cast, model_dtype
-
-Options = Mapping[str, Any]
-
 
 TRAINING_BATCH = 64
 """Images to a step of fine-tuning.
@@ -46,10 +44,10 @@ def example_of_file(file: OnnxFile) -> Inputs | None:
     )
 
 
-def runtime_of(options: Options) -> Runtime:
-    return Runtime(
-        options["threads"] or available_cores(), options["graph_optimization"], options["provider"]
-    )
+def timing_of(options: Options) -> Timing:
+    """Return how models are timed; the times of layers are kept in the user's cache."""
+    cache = options.get("cache") or user_cache_path("sepconvert") / "latency"
+    return value_of(Timing, options, cache=cache)
 
 
 def batch_sizes(options: Options) -> list[int] | None:

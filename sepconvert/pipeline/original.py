@@ -74,15 +74,29 @@ def examine(
     Raises:
         SepconvertError: the model cannot be run, or the data do not suit it.
     """
+    for name, loader in (("calib", calib), ("train", job.finetuning.train)):
+        if loader is not None and not isinstance(loader, DataLoader):
+            raise SepconvertError(
+                f"`{name}`: expected a torch.utils.data.DataLoader, got {type(loader).__name__}; make one, "
+                "e.g. DataLoader(dataset, batch_size=64)"
+            )
+    if job.mode == "exact" and calib is not None:
+        raise SepconvertError("`calib`: is for the modes approx and auto; pass one of them, or leave it out")
     model, inputs = checked(model), as_inputs(example_inputs)
     sites = select_sites(model, inputs, job.selection)
     parts = Parts(data, None, None, None, False)
     if job.mode != "exact":
         at_once = images_at_once(model, inputs, MOST_AT_ONCE)
         parts = split_data(
-            data, calib, job.finetuning.train, job.calibration.images, job.finetuning.epochs, job.seed, at_once,
+            data,
+            calib,
+            job.finetuning.train,
+            job.calibration.images,
+            job.finetuning.epochs,
+            job.seed,
+            at_once,
             job.calibration.memory,
-        )  # fmt: skip
+        )
         check_shapes(parts, inputs)
     elif calib is not None:
         raise SepconvertError(

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from sepconvert.base.determinism import reproducible
-from sepconvert.base.errors import DemandNotMetError, SepconvertError, first_line, shortened
+from sepconvert.base.errors import SepconvertError, first_line, shortened
 from sepconvert.base.progress import Progress, silent
 from sepconvert.factorize.exact.factors import split
 from sepconvert.files.onnx.export import save_archive, save_onnx
@@ -21,8 +21,8 @@ from sepconvert.network.merge import merge
 from sepconvert.network.rewrite import Replacement, rewrite
 from sepconvert.network.tensors import Inputs, placed
 from sepconvert.network.trace import ConvSite, trace
-from sepconvert.pipeline.delivered import state_tensors
 from sepconvert.pipeline.exact import verify_model
+from sepconvert.pipeline.stages import demand_verified, state_tensors
 from sepconvert.planning.conversion import Verification
 from sepconvert.planning.plan import ConversionPlan, LayerPlan, read_plan
 
@@ -33,7 +33,7 @@ def apply(
     plan: str | os.PathLike[str],
     example_inputs: Tensor | Inputs | None = None,
 ) -> nn.Module:
-    """A copy of `model`, converted as a `plan.json` says, with the weights in the file beside it.
+    """Return a copy of `model`, converted as a `plan.json` says, with the weights in the file beside it.
 
     Args:
         model: left as it is.
@@ -67,7 +67,7 @@ def apply_plan(
     Raises:
         SepconvertError: plan, weights and model do not belong together.
         ExportError: torch cannot export the model.
-        DemandNotMetError: the outputs differ from the original's.
+        VerificationError: the outputs differ from the original's.
     """
     converted, sites, inputs = _replayed(model, plan, weights)
     verified = None
@@ -145,13 +145,3 @@ def _load_weights(model: nn.Module, path: Path, sha256: str | None) -> None:
         raise SepconvertError(
             f"{path}: does not fit the model: {first_line(error)}; use the plan's model"
         ) from error
-
-
-def demand_verified(verification: Verification) -> None:
-    if verification.holds:
-        return
-    culprit = verification.worst_layer
-    raise DemandNotMetError(
-        f"verification failed: {verification.failure}; the layer that moved most: {culprit or 'none'}; "
-        f"leave it out with --exclude{f' {culprit}' if culprit else ''}, or report this as a defect"
-    )
