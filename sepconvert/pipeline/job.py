@@ -24,6 +24,8 @@ from sepconvert.base.progress import Progress, silent
 
 Check = Literal["onnx", "torch"]
 
+_VALUES = {"selection": Selection, "timing": Timing, "calibration": Calibration}
+
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
@@ -67,6 +69,12 @@ class Job:
         if self.gate is None:
             object.__setattr__(self, "gate", "latency" if self.mode == "auto" else "macs")
         check_options(self)
+        for name, kind in _VALUES.items():
+            if not isinstance(value := getattr(self, name), kind):
+                raise SepconvertError(
+                    f"`{name}`: expected a sepconvert.{kind.__name__}, got {quoted(value)}; "
+                    f"pass {name}=sepconvert.{kind.__name__}(…)"
+                )
         if self.tol is not None and self.tol >= 1:
             raise SepconvertError(f"`tol`: expected a relative error in [0, 1), got {self.tol}")
         if self.check not in ("onnx", "torch"):
