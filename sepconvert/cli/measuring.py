@@ -12,7 +12,6 @@ from sepconvert.base.environment import environment
 from sepconvert.base.errors import DemandNotMetError, SepconvertError
 from sepconvert.cli.conditions import Demand
 from sepconvert.cli.inputs import (
-    batch_sizes,
     example_of_file,
     load_subject,
     read_data_and_examples,
@@ -137,7 +136,7 @@ def _profile(options: Options) -> StoredProfile:
     if path.suffix == ".onnx":
         file = read_onnx(path)
         data, inputs = read_data_and_examples(options, example_of_file(file))
-        batches = batch_sizes(options) if options["runs"] else None
+        batches = options.get("batches") if options["runs"] else None
         # What is timed in detail is not timed before.
         timing = options if batches is None else {**options, "runs": 0}
         found = _measured([Subject.of_file(path, file)], data, inputs, timing).profiles[0]
@@ -157,7 +156,7 @@ def _profile(options: Options) -> StoredProfile:
         inputs,
         data=data,
         timing=timing_of(options),
-        batches=batch_sizes(options),
+        batches=options.get("batches"),
         seed=options["seed"],
         progress=progress_for(options),
     )

@@ -21,6 +21,40 @@ Options = Mapping[str, Any]
 V = TypeVar("V")
 
 
+def numbers(
+    kind: type[int] | type[float], example: str
+) -> Callable[[click.Context, click.Parameter, Any], Any]:
+    """Return a callback that reads numbers joined by commas; whole ones must be above 0."""
+    what = "whole numbers from 1" if kind is int else "numbers"
+
+    def read(
+        context: click.Context, parameter: click.Parameter, text: str | None
+    ) -> tuple[float, ...] | None:
+        if text is None:
+            return None
+        try:
+            found = tuple(kind(part) for part in text.split(","))
+        except ValueError:
+            found = ()
+        if not found or (kind is int and min(found) < 1):
+            raise click.BadParameter(f"expected {what}, joined by commas, e.g. {example}, got {text!r}")
+        return found
+
+    return read
+
+
+def size(
+    context: click.Context, parameter: click.Parameter, text: str | None
+) -> int | tuple[int, int] | None:
+    """Read a size in pixels: N, or HxW."""
+    if text is None:
+        return None
+    parts = text.lower().split("x")
+    if len(parts) > 2 or not all(part.isdecimal() for part in parts):
+        raise click.BadParameter(f"expected N or HxW in pixels, e.g. 224, got {text!r}")
+    return int(parts[0]) if len(parts) == 1 else (int(parts[0]), int(parts[1]))
+
+
 def in_flags(text: str) -> str:
     """Return a text in which parameters between backticks, such as `max_drop`, are flags: --max-drop."""
     return re.sub(r"`([a-z][a-z_]*)`", lambda found: _flag(_RENAMED.get(found[1], found[1])), text)
@@ -114,9 +148,19 @@ data_options = _options(
     click.option(
         "--data", metavar="PATH", help="Labelled data: .npz, a folder of class folders, or pkg.mod:callable."
     ),
-    click.option("--mean", metavar="R,G,B", help="Mean of x/255 per channel, for uint8 images."),
-    click.option("--std", metavar="R,G,B", help="Standard deviation of x/255 per channel, for uint8 images."),
-    click.option("--resize", metavar="N|HxW", help="Size to which uint8 images are resized."),
+    click.option(
+        "--mean",
+        callback=numbers(float, "0.485,0.456,0.406"),
+        metavar="R,G,B",
+        help="Mean of x/255 per channel, for uint8 images.",
+    ),
+    click.option(
+        "--std",
+        callback=numbers(float, "0.229,0.224,0.225"),
+        metavar="R,G,B",
+        help="Standard deviation of x/255 per channel, for uint8 images.",
+    ),
+    click.option("--resize", callback=size, metavar="N|HxW", help="Size to which uint8 images are resized."),
 )
 mode_options = _options(*_of(Job, "mode", "gate"))
 selection_options = _options(*_of(Selection), *_of(Job, "tol"))
