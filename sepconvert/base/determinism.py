@@ -14,9 +14,9 @@ def reproducible() -> Iterator[None]:
     """Forbid TensorFloat-32 and non-deterministic cuDNN algorithms; restore the user's settings on leaving.
 
     By default, where the GPU can, cuDNN rounds the factors of float32 products to 10 bits of mantissa
-    (TensorFloat-32): an error a thousand times larger than the differences that verification must detect. Some
-    gradients on a GPU have no deterministic algorithm, those of reflected borders for instance; there, weights
-    may differ in their last digits. The state of torch's random number generators is restored, too.
+    (TensorFloat-32): an error a thousand times larger than the differences that verification must detect.
+    Some gradients on a GPU have no deterministic algorithm, those of reflected borders for instance; there,
+    weights may differ in their last digits. The state of torch's random generators is restored, too.
 
     Raises:
         SepconvertError: torch cannot report its settings.

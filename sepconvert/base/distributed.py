@@ -1,7 +1,7 @@
 """Several processes that do one job: `accelerate launch -m sepconvert …` or `torchrun -m sepconvert …`.
 
-All of them calibrate, each on its share of the images, and train. Measurements that decide something are taken
-in the main process alone, so that all decide alike; it alone writes and prints.
+All of them calibrate, each on its share of the images, and train. Measurements that decide something are
+taken in the main process alone, so that all decide alike; it alone writes and prints.
 """
 
 import os

@@ -9,7 +9,7 @@ from pathlib import Path
 from sepconvert.base.errors import SepconvertError, check_number
 
 GRAPH_OPTIMIZATIONS = ("all", "extended", "basic", "none")
-"""Optimization levels of ONNX Runtime, its default first. Only "all" uses blocked layouts for convolutions."""
+"""Optimization levels of ONNX Runtime, its default first; blocked layouts of convolutions come with "all"."""
 
 
 MAX_THREADS = 1024  # more is a typing error, for which ONNX Runtime would allocate gigabytes

@@ -92,7 +92,7 @@ def inspect(**options: Any) -> None:
 @data_options
 @click.option("--out", type=click.Path(path_type=Path), help="Write the profile to this JSON file.")
 @click.option("--batches", default="8", show_default=True, metavar="N,N…", callback=numbers(int, "1,8,32"),
-              help="Batch sizes to time in addition to --batch, if the file leaves the batch open.")  # fmt: skip
+              help="Batch sizes to time beside --batch, if the file leaves the batch open.")  # fmt: skip
 @timing_options
 @run_options
 def profile(**options: Any) -> None:
