@@ -1,4 +1,4 @@
-"""The commands that convert: `convert`, `inspect` and `apply`."""
+"""Commands that convert: `convert`, `inspect` and `apply`."""
 
 import contextlib
 import dataclasses
@@ -32,7 +32,7 @@ from sepconvert.report.tables import layer_table, structure_table, summary
 
 
 def convert(**options: Any) -> None:
-    """`sepconvert MODEL`."""
+    """Run `sepconvert MODEL`."""
     _check_used(options)
     if options["dry_run"]:
         _dry_run(options)
@@ -66,7 +66,7 @@ def convert(**options: Any) -> None:
     if main:
         if finetuning.checkpoint is not None:
             training = (result.report["approximation"] or {}).get("finetune")
-            # Files that this run has read or written, and no others that were in their place.
+            # Only files that this run has read or written.
             used = 0 if training is None else max(1, len(training["attempts"]))
             for path in checkpoints(finetuning.checkpoint)[:used]:
                 path.unlink(missing_ok=True)
@@ -88,7 +88,7 @@ def _check_used(options: Options) -> None:
 
 
 def inspect(**options: Any) -> None:
-    """`sepconvert inspect MODEL`."""
+    """Run `sepconvert inspect MODEL`."""
     with quietly():
         loaded = load_subject(options)
         _, inputs = read_data_and_inputs(options, loaded)
@@ -103,15 +103,15 @@ def inspect(**options: Any) -> None:
 
 
 def apply(**options: Any) -> None:
-    """`sepconvert apply MODEL PLAN.json`."""
+    """Run `sepconvert apply MODEL PLAN.json`."""
     out = out_of(options)
     with quietly(), result_directory_of(options, out) as folder:
         plan = read_plan(options["plan"])
         loaded = load_subject(options)
         if plan.model_sha256 not in (None, loaded.sha256):
             raise SepconvertError(
-                f"{loaded.path}: is another file than the plan was made of (SHA-256 {loaded.sha256[:12]}…, "
-                f"expected {plan.model_sha256[:12]}…), and would take the plan's weights; pass that file, or "
+                f"{loaded.path}: is not the file that the plan was made from (SHA-256 {loaded.sha256[:12]}…, "
+                f"expected {plan.model_sha256[:12]}…), and would get the plan's weights; pass that file, or "
                 "call sepconvert.apply in Python, which takes any model of the architecture"
             )
         verified = run_apply(
@@ -179,7 +179,7 @@ def _show(options: Options, result: ConversionResult, out: Path) -> None:
 def _verdict(verified: Mapping[str, Any] | None) -> str:
     if verified is None:
         return (
-            "Weights are the plan's; no outputs were compared, as the plan is approximate or names no file."
+            "The weights are the plan's; outputs were not compared, as the plan is approximate or names no file."
         )
     return (
         f"Verified: outputs differ by {verified['max_abs_diff']:.1e} (tolerance {verified['tolerance']:.1e})."

@@ -31,7 +31,7 @@ from sepconvert.network.tensors import Inputs, cast, model_dtype
 TRAINING_BATCH = 64
 """Images in a step of fine-tuning.
 
-Five epochs of a ResNet-9 end at 87.3 %; with 128 images and the learning rate 5e-3, at 86.6 % (a run each)."""
+Five epochs of a ResNet-9 end at 87.3 %; with 128 images and the learning rate 5e-3, at 86.6 %."""
 
 
 def example_of_file(file: OnnxFile) -> Inputs | None:

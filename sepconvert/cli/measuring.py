@@ -1,4 +1,4 @@
-"""The commands that measure: `profile` and `compare`."""
+"""Commands that measure: `profile` and `compare`."""
 
 import json
 import tempfile
@@ -35,9 +35,9 @@ from sepconvert.report.tables import anatomy_text
 
 
 def profile(**options: Any) -> None:
-    """`sepconvert profile MODEL`."""
+    """Run `sepconvert profile MODEL`."""
     out: Path | None = options["out"]
-    if out is not None and not out.parent.is_dir():  # which is better known before all is measured
+    if out is not None and not out.parent.is_dir():  # reported before anything is measured
         raise SepconvertError(f"{out}: cannot be written: there is no {out.parent}; pass another --out")
     if out is not None and out.exists() and not _is_profile(out):
         raise SepconvertError(f"{out}: exists and is no profile of this version; pass another --out")
@@ -65,8 +65,8 @@ def _is_profile(path: Path) -> bool:
 
 
 def compare(**options: Any) -> None:
-    """`sepconvert compare A B …`."""
-    if len(options["models"]) < 2:  # of which no condition of --fail-if would fail
+    """Run `sepconvert compare A B …`."""
+    if len(options["models"]) < 2:  # no condition of --fail-if could fail
         raise SepconvertError("compare: expected two models or more, got one; profile measures one")
     demands = [Demand.parse(text) for text in options["fail_if"]]
     stored = any(path.suffix == ".json" for path in options["models"])
@@ -86,24 +86,24 @@ def compare(**options: Any) -> None:
 
 
 def _stored(options: Options) -> tuple[Comparison, str]:
-    """Profiles, and models that are profiled now, one after the other."""
+    """Return stored profiles beside models that are profiled now, one after the other."""
     found = [
         read_profile(path) if path.suffix == ".json" else _profile({**options, "model": path})
         for path in options["models"]
     ]
-    notes = ["Measured apart: differences of latency are not tested for significance."]
+    notes = ["Measured separately: differences in latency are not tested for significance."]
     for path, each in zip(options["models"][1:], found[1:], strict=True):
         if differences := found[0].differences(each.environment):
-            notes.append(f"Warning: {path} was measured elsewhere than {options['models'][0]}:")
+            notes.append(f"Warning: {path} was measured in another environment than {options['models'][0]}:")
             notes += [f"  {difference}" for difference in differences]
         if each.model == found[0].model and each.sha256 != found[0].sha256:
-            notes.append(f"Warning: {path} is of another file of the name {each.model} (sha256 differs).")
+            notes.append(f"Warning: {path} was made from a different file named {each.model} (the SHA-256 differs).")
     names = tuple(map(str, options["models"]))
     return Comparison(tuple(each.profile for each in found), names), "\n".join(notes)
 
 
 def _together(options: Options) -> tuple[Comparison, str]:
-    """Models and ONNX files, measured in this process."""
+    """Return models and ONNX files measured in turns in this process."""
     paths = options["models"]
     files = {path: read_onnx(path) for path in paths if path.suffix == ".onnx"}
     loaded = {path: load_subject({**options, "model": path}) for path in paths if path not in files}
@@ -123,21 +123,21 @@ def _together(options: Options) -> tuple[Comparison, str]:
     seen = "of the data" if data is not None else "of the timed batch"
     rounds = (
         f"{options['runs']} interleaved rounds, batch {options['batch']}.\n"
-        "Medians with 95 % intervals; noise is the base against itself."
+        "Medians with 95 % intervals; the noise is that of the base against itself."
         if options["runs"]
         else "not timed (--runs 0)."
     )
-    return comparison, (f"Measured together: {rounds}\nDifferences are those {seen}, of each output in turn.")
+    return comparison, f"Measured together: {rounds}\nDifferences are those {seen}, output by output."
 
 
 def _profile(options: Options) -> StoredProfile:
-    """Of a model or an ONNX file."""
+    """Return the profile of a model or of an ONNX file."""
     path, runtime = options["model"], timing_of(options).runtime
     if path.suffix == ".onnx":
         file = read_onnx(path)
         data, inputs = read_data_and_examples(options, example_of_file(file))
         batches = options.get("batches") if options["runs"] else None
-        # What is timed in detail is not timed before.
+        # The detailed timing below includes the plain one.
         timing = options if batches is None else {**options, "runs": 0}
         found = _measured([Subject.of_file(path, file)], data, inputs, timing).profiles[0]
         if batches is not None:

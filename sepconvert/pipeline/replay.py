@@ -37,8 +37,8 @@ def apply(
 
     Args:
         model: left as it is.
-        plan: of a model of the same architecture.
-        example_inputs: as for `convert`, if the model takes more than floating-point tensors.
+        plan: path of the plan, which may come from another model of the same architecture.
+        example_inputs: as for `convert`; needed if the model takes more than floating-point tensors.
 
     Raises:
         SepconvertError: plan, weights and model do not belong together, or the model does not run.
@@ -61,8 +61,8 @@ def apply_plan(
     """Replay a plan and its weights on a fresh model, and write the converted one to `out`.
 
     Returns:
-        The comparison of outputs, if the plan is exact and `model` comes from the very file that it was
-        made of; else None: weights are the plan's, and there is nothing to compare with.
+        The comparison of outputs, if the plan is exact and `model` comes from the very file that the plan was
+        made from. Otherwise None: the weights are the plan's, and there is nothing to compare with.
 
     Raises:
         SepconvertError: plan, weights and model do not belong together.
@@ -84,7 +84,7 @@ def apply_plan(
 def _replayed(
     model: nn.Module, plan: ConversionPlan, weights: Path, inputs: Inputs | None = None
 ) -> tuple[nn.Module, tuple[ConvSite, ...], Inputs]:
-    """The converted model, the convolutions that the plan found, and inputs of the shape that it is for."""
+    """Return the converted model, the convolutions that the plan refers to, and inputs of its shape."""
     model = checked(model)
     if inputs is None:
         inputs = tuple(
@@ -116,7 +116,7 @@ def _replayed(
 
 
 def _planned_replacement(layer: LayerPlan, site: ConvSite) -> Replacement:
-    """Factors of the planned shapes, to be filled from the plan's weights."""
+    """Return factors of the planned shapes, to be filled with the plan's weights."""
     assert layer.scheme is not None  # noqa: S101  (`read_plan` checked it)
     assert layer.rank is not None  # noqa: S101  (likewise)
     specs = split(site.dense.spec, layer.scheme, layer.rank, layer.border)

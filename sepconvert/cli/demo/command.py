@@ -1,4 +1,4 @@
-"""The command `demo`: the three modes on an embedded network and its data."""
+"""Command `demo`: the three modes on an embedded network and its data."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -19,7 +19,7 @@ from sepconvert.pipeline.convert import convert as run_convert
 from sepconvert.report.sentences import story
 from sepconvert.report.tables import modes_table
 
-# What `sepconvert demo` shows: what each mode is about, and how it is asked for.
+# For each mode: what it is about, and the arguments of its conversion.
 _DEMO: Mapping[Mode, tuple[str, Mapping[str, Any]]] = {
     "exact": ("EXACT: what separates for free, proved.", {}),
     "approx": (
@@ -37,7 +37,7 @@ _DEMO_SCORED, _DEMO_IMAGES, _DEMO_SECONDS = 2000, 512, 10.0
 
 
 def demo(**options: Any) -> None:
-    """`sepconvert demo`."""
+    """Run `sepconvert demo`."""
     from torch.utils.data import TensorDataset
 
     from sepconvert.cli.demo.images import evaluation_data, training_data
@@ -69,6 +69,6 @@ def demo(**options: Any) -> None:
             reports[mode] = result.report
             told += [title, "", *story(result.report), ""]
     show(options, reports, *told, modes_table(reports), "",
-           f"Written to {out}/, a folder for each mode. Open {out}/exact/report.html in a browser\n"
-           "for the whole account, and the reports of the other modes beside it. Options that\n"
-           "are named above are those of `sepconvert MODEL`.")  # fmt: skip
+           f"Written to {out}/, one folder per mode. Open {out}/exact/report.html in a browser\n"
+           "for the full report; the other modes have theirs beside it. The options named\n"
+           "above are those of `sepconvert MODEL`.")  # fmt: skip
