@@ -141,7 +141,7 @@ class WeightedProblem:
     constant: float  # E‖Lᵀ(e − E e)‖²
 
     def unweighted(self, rows: Tensor) -> Tensor:
-        """Return L⁻ᵀ times `rows`, g × O × …."""
+        """Return L⁻ᵀ times `rows`, g × O × n."""
         found: Tensor = torch.linalg.solve_triangular(self.importance_factor.mT, rows, upper=True)
         return found
 
