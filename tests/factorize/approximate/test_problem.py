@@ -119,7 +119,7 @@ def test_of_white_noise_it_is_the_truncated_svd(scheme, data, case):
 @pytest.mark.parametrize("zero", ["all", "outputs", "inputs", "corner"])
 @pytest.mark.parametrize("data", ["plenty", "dead", "few", "constant"])
 def test_kernels_with_zeros(scheme, zero, data):
-    """The singular twin of every form: dead channels of the kernel and of the data, and data without any variance."""
+    """The singular twin of every form: dead channels of kernel and data, too few samples, constant data."""
     spec = ConvSpec(3, 6, (3, 3), groups=3) if scheme in CHANNELWISE else ConvSpec(4, 6, (3, 3))
     case = make(spec, data)
     parts = {
