@@ -14,13 +14,14 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrizations, prune
 from torch.utils.data import DataLoader, TensorDataset
 
-from sepconvert import convert
+from sepconvert import Timing, convert
 from sepconvert.base.environment import Runtime
 from sepconvert.base.errors import SepconvertError
 from sepconvert.measure.latency import Speedup
 from sepconvert.measure.statistics import Interval
 from sepconvert.measure.verification import dense_convolution
 from sepconvert.network import trace
+from sepconvert.network.copies import private_copy
 from sepconvert.network.merge import LinearPair, compose, dense_spec, linear_pairs, merge, obstacle
 from sepconvert.pipeline.merging import merge_pairs
 from sepconvert.pipeline.replay import apply_plan
@@ -656,7 +657,7 @@ def automatic(tmp_path_factory):
     x = torch.randn(64, 3, 13, 13, generator=torch.Generator().manual_seed(0))
     images = DataLoader(TensorDataset(x, model(x).argmax(1)), batch_size=32)
     # The dense forms alone take 0.26 of the MACs.
-    options = {"calib": images, "data": images, "target_macs": 0.2, "runs": 0, "out": folder}
+    options = {"calib": images, "data": images, "target_macs": 0.2, "timing": Timing(runs=0), "out": folder}
     result = convert(model, x[:2], "auto", gate="macs", **options)
     return model, result, folder
 
