@@ -31,7 +31,7 @@ from sepconvert.base.environment import Runtime, environment
 from sepconvert.base.errors import first_line
 from sepconvert.calibration.batchnorm import reestimate_batchnorm
 from sepconvert.calibration.heldout import Heldout
-from sepconvert.calibration.split import Calibration, split_data
+from sepconvert.calibration.split import CalibrationSet, split_data
 from sepconvert.files.data import Preprocess, load_data
 from sepconvert.files.models import load_model
 from sepconvert.files.onnx.export import onnx_feed, save_onnx
@@ -59,7 +59,7 @@ class Net:
 
     model: nn.Module
     inputs: tuple[Tensor, ...]  # one sample of the evaluation data, which models are run and timed on
-    calibration: Calibration
+    calibration: CalibrationSet
     calib: torch.utils.data.DataLoader[tuple[Tensor, Tensor]]  # where those of `calibration` come from
     heldout: Heldout
     cache: Path  # for the times of layers
@@ -328,7 +328,7 @@ def convert_command(
     preprocess = Preprocess(mean, std)
     scored, images = load_data(data, preprocess), load_data(calib, preprocess, batch_size=128)
     original = load_model(model, factory=factory).model.eval()
-    parts = split_data(scored, images, None, images=1024, epochs=0, seed=0)
+    parts = split_data(scored, images, None, sepconvert.Calibration(images=1024), epochs=0, seed=0)
     assert parts.calibration is not None  # `images` are given
     net = Net(
         original,

@@ -16,10 +16,9 @@ from torch import nn
 
 from sepconvert.factorize.exact.analysis import analyse
 from sepconvert.factorize.exact.factors import factorize
-from sepconvert.network.copies import private_copy
 from sepconvert.network.obstacles import Obstacles
 from sepconvert.network.rewrite import Replacement, rewrite
-from sepconvert.network.trace import trace
+from sepconvert.network.trace import traced
 
 # Few tests, of minutes: begun last, they would leave one of two workers without work.
 LONG = ("test_examples", "test_benchmark_commands", "test_cli", "test_docs", "test_distributed")
@@ -61,10 +60,9 @@ def separated():
     """Converts all that separates and can be rewritten, without export. Returns model, names, obstacles."""
 
     def convert(model, *inputs):
-        private = private_copy(model)
-        sites = trace(private, inputs)
-        replacements, obstacles, in_the_way = {}, {}, Obstacles(model, inputs, sites)
-        for site in sites:
+        found = traced(model, inputs)
+        replacements, obstacles, in_the_way = {}, {}, Obstacles(found)
+        for site in found.sites:
             if site.obstacle is not None:
                 obstacles[site.name] = site.obstacle
                 continue
@@ -75,10 +73,10 @@ def separated():
             if obstacle is not None:
                 obstacles[site.name] = obstacle
                 continue
-            found = factorize(analysis, analysis.holding()[0], site.conv.weight)
+            factors = factorize(analysis, analysis.holding()[0], site.conv.weight)
             replacements[site.name] = Replacement(
-                found.scheme, found.rank, found.border, found.weights, site.conv.bias
+                factors.scheme, factors.rank, factors.border, factors.weights, site.conv.bias
             )
-        return rewrite(model, sites, replacements), set(replacements), obstacles
+        return rewrite(found, replacements), set(replacements), obstacles
 
     return convert

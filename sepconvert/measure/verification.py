@@ -2,9 +2,8 @@
 
 import contextlib
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +13,7 @@ from sepconvert.base.errors import SepconvertError
 from sepconvert.factorize.exact.certificate import channel_errors
 from sepconvert.factorize.geometry import ConvSpec
 from sepconvert.files.onnx.export import runtime_dtype
-from sepconvert.network.calls import ConvolutionInterceptor
+from sepconvert.network.calls import Call, ConvolutionInterceptor
 from sepconvert.network.copies import private_copy
 from sepconvert.network.layers import FactorizedConv2d
 from sepconvert.network.tensors import Inputs, cast, floating, fresh, model_dtype, tensor_leaves
@@ -196,19 +195,14 @@ def _perturbed(
     model: nn.Module, inputs: Inputs, sites: Sequence[ConvSite], tolerances: Mapping[str, float], seed: int
 ) -> Outputs:
     generator = torch.Generator().manual_seed(seed)
-    permitted = {
-        (model.get_submodule(site.owner), site.index or 0): tolerances[site.name]
-        for site in sites
-        if site.name in tolerances
-    }
+    permitted = {site.place: tolerances[site.name] for site in sites if site.name in tolerances}
 
-    def on_call(
-        module: nn.Module, index: int, function: str, arguments: dict[str, Any], call: Callable[..., Tensor]
-    ) -> Tensor:
-        output, tolerance = call(), permitted.get((module, index))
+    def on_call(call: Call) -> Tensor:
+        output, tolerance = call.run(), permitted.get(call.place)
         if tolerance is None:
             return output
-        magnitude = call(input=arguments["input"].abs(), weight=arguments["weight"].abs(), bias=None)
+        inputs, weight = call.arguments["input"], call.arguments["weight"]
+        magnitude = call.run(input=inputs.abs(), weight=weight.abs(), bias=None)
         signs = torch.randint(0, 2, output.shape, generator=generator).to(output) * 2 - 1
         return output + tolerance * signs * magnitude
 

@@ -9,10 +9,10 @@ from torch import Tensor, nn
 from sepconvert.base.distributed import once
 from sepconvert.base.options import Budget, Selection
 from sepconvert.base.progress import Progress
+from sepconvert.calibration.evidence import Evidence, collect_evidence
 from sepconvert.calibration.heldout import Heldout
-from sepconvert.calibration.importance import fisher_information
-from sepconvert.calibration.record import PATCHES, record
-from sepconvert.calibration.split import Calibration
+from sepconvert.calibration.record import PATCHES
+from sepconvert.calibration.split import CalibrationSet
 from sepconvert.calibration.stream import too_large
 from sepconvert.factorize.approximate.weighted import DEPTHWISE_POINTWISE, POINTWISE_DEPTHWISE
 from sepconvert.factorize.border import Border
@@ -20,11 +20,10 @@ from sepconvert.factorize.exact.analysis import Spectrum, kernel_spectrum
 from sepconvert.factorize.structures import BY_NAME, FORMS
 from sepconvert.measure.latency import Speedup
 from sepconvert.measure.verification import compare_with, reference
-from sepconvert.network.copies import duplicate, private_copy
+from sepconvert.network.copies import duplicate
 from sepconvert.network.merge import linear_pairs
 from sepconvert.network.obstacles import Obstacles
-from sepconvert.network.tensors import Inputs, placed
-from sepconvert.network.trace import ConvSite, trace
+from sepconvert.network.trace import ConvSite, TracedModel, traced
 from sepconvert.pipeline.delivery import Finetuning as DeliveryFinetuning
 from sepconvert.pipeline.delivery import delivered
 from sepconvert.pipeline.job import Job
@@ -52,24 +51,28 @@ from sepconvert.planning.timing import FORM_RUNS, Clock
 def convert_approximately(original: Original, job: Job) -> Conversion:
     """Replace convolutions by factors, depthwise and pointwise ones or all kinds, under a budget."""
     model, inputs, sites = original.model, original.inputs, original.sites
-    start, start_sites, start_cost, merges = model, sites, original.cost, tuple[Merge, ...]()
+    start, traced_start, start_cost, merges = model, original.traced, original.cost, tuple[Merge, ...]()
     if job.mode == "auto":
         start, merges = merge_pairs(
             model, inputs,
-            linear_pairs(model, inputs, [site for site in sites if job.selection.admits(site.name)]),
+            [
+                pair for pair in linear_pairs(original.traced)
+                if job.selection.admits(pair.first.name) and job.selection.admits(pair.second.name)
+            ],
             gate=job.gate, clock=original.clock, seed=job.seed, progress=job.progress,
         )  # fmt: skip
     if start is not model:
-        start_sites, start_cost = trace(private_copy(start), inputs), original.count(start)
+        traced_start, start_cost = traced(start, inputs), original.count(start)
     parts = original.data
     made = _convert(
-        start, inputs, start_sites, original=model, mode=job.mode, gate=job.gate, clock=original.clock,
+        traced_start, original=model, mode=job.mode, gate=job.gate, clock=original.clock,
         include=job.selection.include, exclude=job.selection.exclude, budget=job.budget,
         calibration=parts.calibration,
         finetuning=DeliveryFinetuning(
-            job.finetuning.epochs, parts.train, parts.heldout, parts.labelled, job.finetuning.precision,
-            job.finetuning.checkpoint, job.finetuning.resume, job.finetuning.on_step,
-        ) if job.finetuning and parts.train and parts.heldout else None,
+            job.finetuning.epochs, parts.training.train, parts.training.judge, parts.training.labelled,
+            job.finetuning.precision, job.finetuning.checkpoint, job.finetuning.resume,
+            job.finetuning.on_step,
+        ) if job.finetuning and parts.training else None,
         accuracy=None if original.predictions is None else original.delta,
         total_macs=original.cost.macs, total_params=original.cost.params,
         saved_macs=original.cost.macs - start_cost.macs,
@@ -80,9 +83,7 @@ def convert_approximately(original: Original, job: Job) -> Conversion:
 
 
 def _convert(
-    model: nn.Module,
-    inputs: Inputs,
-    sites: tuple[ConvSite, ...],
+    start: TracedModel,
     *,
     original: nn.Module,
     mode: str,
@@ -91,7 +92,7 @@ def _convert(
     include: Sequence[str],
     exclude: Sequence[str],
     budget: Budget,
-    calibration: Calibration | None,
+    calibration: CalibrationSet | None,
     finetuning: DeliveryFinetuning | None,
     accuracy: Callable[[nn.Module], Any] | None,
     total_macs: int,
@@ -106,15 +107,15 @@ def _convert(
 
     See `pipeline.convert`.
 
-    `original` is `model` before pairs were merged, which saved MACs and parameters of the totals. `accuracy`
-    compares a model with it on the evaluation data.
+    `original` is the model of `start` before pairs were merged, which saved MACs and parameters of the
+    totals. `accuracy` compares a model with it on the evaluation data.
     """
-    reasons = _obstacles(model, inputs, sites, mode, include, exclude)
+    model, inputs, sites = start.model, start.inputs, start.sites
+    reasons = _obstacles(start, mode, include, exclude)
     layers = [site for site in sites if site.name not in reasons]
     if calibration is not None:
-        share = {number: placed(batch, model) for number, batch in calibration.share.items()}
-        images = sum(map(len, calibration.fit))
-        reasons |= too_large(model, share, layers, images=images, memory=calibration.memory)
+        share = calibration.share(model)
+        reasons |= too_large(model, share, layers, images=calibration.images, memory=calibration.memory)
         layers = [site for site in layers if site.name not in reasons]
     heldout = (
         Heldout(model, calibration.heldout, calibration.labels)
@@ -134,13 +135,10 @@ def _convert(
             unit, prices = "milliseconds", times
         else:
             prices = {name: prices[name].of(each.forms) for name, each in times.items()}
+    evidence: Evidence | None = None
     if calibration is not None:
-        calibration = replace(
-            calibration,
-            answers=record(model, share, layers, images=images, seed=seed),
-            importance=fisher_information(model, share, layers, seed=seed),
-        )
-    surveyed = survey(model, layers, calibration, heldout, prices, progress)
+        evidence = collect_evidence(model, layers, calibration, seed=seed)
+    surveyed = survey(model, layers, evidence, heldout, prices, progress)
 
     def timed(models: Sequence[nn.Module]) -> tuple[float, list[Speedup]]:
         return once(lambda: clock.plans(original, models, inputs, runs or FORM_RUNS, progress))
@@ -148,7 +146,7 @@ def _convert(
     earlier: list[Fitted] = []
 
     def carried_out(choice: Choice) -> Fitted:
-        found = carry_out(model, layers, choice, surveyed, calibration, heldout, progress, tuple(earlier))
+        found = carry_out(start, choice, surveyed, evidence, heldout, progress, tuple(earlier))
         earlier.append(found)
         return found
 
@@ -164,9 +162,9 @@ def _convert(
         total,
         carry_out=carried_out,
         sketched=lambda choice: restored(
-            model, layers, {name: surveyed[name].offer(each).fitted for name, each in choice.items()}
+            start, {name: surveyed[name].offer(each).fitted for name, each in choice.items()}
         ),
-        restored=lambda fitted, name: restored(model, layers, fitted.layers, name),
+        restored=lambda fitted, name: restored(start, fitted.layers, name),
         divergence=None if heldout is None else lambda each: heldout.measure(each).divergence,
         accuracy=accuracy,
         speedups=(lambda models: timed(models)[1]) if runs or by_time else None,
@@ -205,17 +203,15 @@ def _convert(
 
 
 def _obstacles(
-    model: nn.Module,
-    inputs: Inputs,
-    sites: Sequence[ConvSite],
+    traced: TracedModel,
     mode: str,
     include: Sequence[str],
     exclude: Sequence[str],
 ) -> dict[str, str]:
     """Why layers are kept, whatever the budget."""
-    obstacles = Obstacles(model, inputs, sites)
+    obstacles = Obstacles(traced)
     reasons = {}
-    for site in sites:
+    for site in traced.sites:
         if not Selection(include, exclude).admits(site.name):
             reason: str | None = "not selected"
         else:
@@ -288,7 +284,7 @@ def _spectrum(plan: LayerPlan, site: ConvSite, mode: str) -> Spectrum | None:
 
 
 def _document(
-    calibration: Calibration | None,
+    calibration: CalibrationSet | None,
     budget: Budget,
     unit: str,
     search: Search,
@@ -306,7 +302,7 @@ def _document(
         if calibration is None
         else {
             "origin": calibration.origin,
-            "images": count(calibration.fit),
+            "images": calibration.images,
             "heldout": count(calibration.heldout),
             "patches_per_unknown": PATCHES,
         },

@@ -18,6 +18,7 @@ from sepconvert.measure.metrics import AccuracyDelta
 from sepconvert.measure.profiling import Profile, as_inputs
 from sepconvert.network.copies import checked
 from sepconvert.network.tensors import Inputs, model_dtype, tensors_in
+from sepconvert.network.trace import TracedModel
 from sepconvert.pipeline.approximate import convert_approximately
 from sepconvert.pipeline.exact import analyse_model, convert_exactly, plan_model
 from sepconvert.pipeline.job import Check, Job
@@ -86,7 +87,7 @@ def inspect(
     job = Job(gate=gate, tol=tol, selection=selection, timing=Timing(runs=_RUNS), progress=progress)
     sites = select_sites(model, inputs, selection)
     analyses = analyse_model(sites, tol, selection, progress)
-    layers, factorizations = plan_model(model, inputs, sites, analyses, job)
+    layers, factorizations = plan_model(TracedModel(model, inputs, sites), analyses, job)
     certificates = {name: each.certificate for name, each in factorizations.items()}
     reports = (
         LayerReport(layer, site, analyses.get(site.name), certificates.get(site.name))

@@ -21,7 +21,7 @@ from sepconvert.network.layers import FactorizedConv2d
 from sepconvert.network.obstacles import Obstacles
 from sepconvert.network.rewrite import Replacement, rewrite
 from sepconvert.network.tensors import Inputs
-from sepconvert.network.trace import ConvSite
+from sepconvert.network.trace import ConvSite, TracedModel
 from sepconvert.pipeline.job import Job
 from sepconvert.pipeline.original import Original
 from sepconvert.planning.conversion import Conversion, LayerReport
@@ -33,10 +33,10 @@ def convert_exactly(original: Original, job: Job) -> Conversion:
     """Replace every convolution that has an exact structure and passes the gate; see `pipeline.convert`."""
     model, inputs, sites = original.model, original.inputs, original.sites
     analyses = analyse_model(sites, job.tol, job.selection, job.progress)
-    layers, factorizations = plan_model(model, inputs, sites, analyses, job)
+    layers, factorizations = plan_model(original.traced, analyses, job)
     by_name = {site.name: site for site in sites}
     replacements = {name: replacement(each, by_name[name]) for name, each in factorizations.items()}
-    converted = rewrite(model, sites, replacements)
+    converted = rewrite(original.traced, replacements)
     certificates = {name: each.certificate for name, each in factorizations.items()}
     tolerances = {name: certificate.channel_tolerance for name, certificate in certificates.items()}
     checks, expected, torch_check = verify_model(
@@ -72,17 +72,15 @@ def analyse_model(
 
 
 def plan_model(
-    model: nn.Module,
-    inputs: Inputs,
-    sites: Sequence[ConvSite],
+    traced: TracedModel,
     analyses: Mapping[str, Analysis],
     job: Job,
 ) -> tuple[list[LayerPlan], dict[str, Factorization]]:
     """A decision for every convolution, and the factors of those to replace."""
     layers: list[LayerPlan] = []
     factorizations: dict[str, Factorization] = {}
-    obstacles = Obstacles(model, inputs, sites)
-    for site in job.progress(sites, "planning"):
+    obstacles = Obstacles(traced)
+    for site in job.progress(traced.sites, "planning"):
 
         def is_slower(factorization: Factorization, site: ConvSite = site) -> str | None:
             return not_faster(

@@ -12,7 +12,7 @@ from sepconvert.base.errors import SepconvertError
 from sepconvert.base.options import Selection
 from sepconvert.base.progress import Progress
 from sepconvert.calibration.footprint import images_at_once
-from sepconvert.calibration.split import MOST_AT_ONCE, Parts, check_shapes, split_data
+from sepconvert.calibration.split import MOST_AT_ONCE, DataSplit, check_shapes, split_data
 from sepconvert.files.data import Batch
 from sepconvert.measure.cost import Cost, count
 from sepconvert.measure.metrics import AccuracyDelta, Predictions, evaluate
@@ -20,7 +20,7 @@ from sepconvert.measure.metrics import compare as compare_predictions
 from sepconvert.measure.profiling import as_inputs
 from sepconvert.network.copies import checked, private_copy
 from sepconvert.network.tensors import Inputs
-from sepconvert.network.trace import ConvSite, trace
+from sepconvert.network.trace import ConvSite, TracedModel, trace
 from sepconvert.pipeline.job import Job
 from sepconvert.planning.timing import Clock
 
@@ -32,12 +32,17 @@ class Original:
     model: nn.Module  # the user's own, left as it is
     inputs: Inputs
     sites: tuple[ConvSite, ...]
-    data: Parts
+    data: DataSplit
     cost: Cost
     predictions: Predictions | None  # on the data that are scored; None where there are none
     clock: Clock
     progress: Progress
     _scored: dict[nn.Module, Predictions] = field(default_factory=dict, repr=False)
+
+    @property
+    def traced(self) -> TracedModel:
+        """The model with its inputs and convolutions."""
+        return TracedModel(self.model, self.inputs, self.sites)
 
     def count(self, model: nn.Module) -> Cost:
         """Return the cost of another model, counted as the original's: the two are compared."""
@@ -84,18 +89,17 @@ def examine(
         raise SepconvertError("`calib`: is for the modes approx and auto; pass one of them, or leave it out")
     model, inputs = checked(model), as_inputs(example_inputs)
     sites = select_sites(model, inputs, job.selection)
-    parts = Parts(data, None, None, None, False)
+    parts = DataSplit(data)
     if job.mode != "exact":
         at_once = images_at_once(model, inputs, MOST_AT_ONCE)
         parts = split_data(
             data,
             calib,
             job.finetuning.train,
-            job.calibration.images,
-            job.finetuning.epochs,
-            job.seed,
-            at_once,
-            job.calibration.memory,
+            job.calibration,
+            epochs=job.finetuning.epochs,
+            seed=job.seed,
+            at_once=at_once,
         )
         check_shapes(parts, inputs)
     elif calib is not None:

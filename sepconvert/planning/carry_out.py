@@ -10,16 +10,16 @@ from torch import nn
 from sepconvert.base.errors import SepconvertError
 from sepconvert.base.progress import Progress
 from sepconvert.calibration.batchnorm import reestimate_batchnorm
+from sepconvert.calibration.evidence import Evidence
 from sepconvert.calibration.heldout import Divergence, Heldout
-from sepconvert.calibration.record import Kernel
-from sepconvert.calibration.split import Calibration
 from sepconvert.factorize.approximate.problem import Approximation, output_error
 from sepconvert.factorize.approximate.weighted import Moments
 from sepconvert.factorize.structures import Form
+from sepconvert.network.calls import Kernel
 from sepconvert.network.copies import duplicate, quick_copy, shared_parameters
 from sepconvert.network.rewrite import rewrite
 from sepconvert.network.tensors import placed
-from sepconvert.network.trace import ConvSite
+from sepconvert.network.trace import ConvSite, TracedModel
 from sepconvert.planning.allocate import Choice
 from sepconvert.planning.fitting import bias_of, fit_problem, for_each_layer, kernel_of, replacement
 from sepconvert.planning.survey import LayerSurvey, form_of
@@ -52,11 +52,10 @@ class Fitted:
 
 
 def carry_out(
-    model: nn.Module,
-    sites: Sequence[ConvSite],
+    traced: TracedModel,
     choice: Choice,
     surveyed: Mapping[str, LayerSurvey],
-    calibration: Calibration | None,
+    evidence: Evidence | None,
     heldout: Heldout | None,
     progress: Progress,
     earlier: Sequence[Fitted] = (),
@@ -65,7 +64,7 @@ def carry_out(
 
     Layers behind which the same was done in one of the `earlier` plans are as they were fitted there.
     """
-    chosen = [site for site in sites if site.name in choice]
+    chosen = [site for site in traced.sites if site.name in choice]
     shared = [(_in_common(plan, choice, surveyed), plan.by_weights) for plan in earlier]
     fits, errors = max(shared, key=lambda each: len(each[0]), default=({}, {}))
     by_weights = {name: errors[name] for name in fits}
@@ -73,7 +72,7 @@ def carry_out(
 
     def fit(site: ConvSite, moments: Moments) -> Kernel:
         offer = surveyed[site.name].offer(choice[site.name])
-        before, problem = offer.fitted, fit_problem(site, moments, calibration)
+        before, problem = offer.fitted, fit_problem(site, moments, evidence)
         simple, _ = surveyed[site.name].fitted_to_weights(site, form_of(offer))
         by_weights[site.name] = output_error(site.dense.spec, site.dense.weight, simple, moments)
         found = problem.fit(before.scheme, before.rank, basis=before.basis)
@@ -81,17 +80,18 @@ def carry_out(
         fits[site.name] = replace(found, kernel=torch.empty(0), basis=torch.empty(0))
         return found.kernel, bias_of(site, found)
 
-    for_each_layer(model, chosen, calibration, fit, progress, "fitting layers", known)
+    for_each_layer(traced.model, chosen, evidence, fit, progress, "fitting layers", known)
     if missing := choice.keys() - fits.keys():
         raise SepconvertError(
-            f"calibration: the images do not reach {', '.join(sorted(missing))}; leave it out with --exclude"
+            f"calibration: the images do not reach {', '.join(sorted(missing))}; leave it out (`exclude`)"
         )
-    converted = restored(model, sites, fits)
-    if heldout is None or calibration is None:
+    converted = restored(traced, fits)
+    if heldout is None or evidence is None:
         return Fitted(choice, converted, fits, by_weights, False)
     steps = [Step("follow the drift, correct the bias", heldout.measure(converted), kept=True)]
-    running = quick_copy(converted, calibration.fit[0])
-    if not reestimate_batchnorm(running, [placed(batch, running) for batch in calibration.fit]):
+    images = evidence.calibration.fit
+    running = quick_copy(converted, images[0])
+    if not reestimate_batchnorm(running, [placed(batch, running) for batch in images]):
         return Fitted(choice, converted, fits, by_weights, False, tuple(steps))
     candidate = duplicate(converted, shared_parameters(converted))
     for buffer, found in zip(candidate.buffers(), running.buffers(), strict=True):
@@ -115,18 +115,15 @@ def _in_common(plan: Fitted, choice: Choice, order: Iterable[str]) -> dict[str, 
 
 
 def restored(
-    model: nn.Module,
-    sites: Sequence[ConvSite],
-    fits: Mapping[str, Approximation],
-    left_out: str | None = None,
+    traced: TracedModel, fits: Mapping[str, Approximation], left_out: str | None = None
 ) -> nn.Module:
     """The model with layers replaced as they were fitted, but for one; BatchNorms are as they were.
 
     Its other parameters are on the memory of the model's: plans are many.
     """
-    chosen = [site for site in sites if site.name in fits and site.name != left_out]
+    chosen = [site for site in traced.sites if site.name in fits and site.name != left_out]
     layers = {site.name: replacement(site, fits[site.name]) for site in chosen}
-    return rewrite(model, sites, layers, old_memory=True)
+    return rewrite(traced, layers, old_memory=True)
 
 
 def explain(

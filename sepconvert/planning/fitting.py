@@ -5,27 +5,26 @@ from collections.abc import Callable, Mapping, Sequence
 from torch import Tensor, nn
 
 from sepconvert.base.progress import Progress
-from sepconvert.calibration.record import Kernel
-from sepconvert.calibration.split import Calibration
+from sepconvert.calibration.evidence import Evidence
 from sepconvert.calibration.stream import calibrate
 from sepconvert.factorize.approximate.problem import Approximation, Problem
 from sepconvert.factorize.approximate.weighted import Moments
 from sepconvert.factorize.border import Border
 from sepconvert.factorize.structures import FORMS
+from sepconvert.network.calls import Kernel
 from sepconvert.network.rewrite import Replacement
-from sepconvert.network.tensors import placed
 from sepconvert.network.trace import ConvSite
 
 
-def fit_problem(site: ConvSite, moments: Moments, calibration: Calibration | None) -> Problem:
-    importance = None if calibration is None else calibration.importance.get(site.name)
+def fit_problem(site: ConvSite, moments: Moments, evidence: Evidence | None) -> Problem:
+    importance = None if evidence is None else evidence.importance.get(site.name)
     return Problem(site.dense.spec, site.dense.weight, moments, importance)
 
 
 def for_each_layer(
     model: nn.Module,
     sites: Sequence[ConvSite],
-    calibration: Calibration | None,
+    evidence: Evidence | None,
     fit: Callable[[ConvSite, Moments], Kernel | None],
     progress: Progress,
     description: str,
@@ -37,14 +36,13 @@ def for_each_layer(
     """
     everyone = [site for site in sites if site.conv is not None]
     layers = [site for site in everyone if not known or site.name not in known]
-    if calibration is None:
+    if evidence is None:
         for site in progress(layers, description):
             if site.conv is not None:
                 fit(site, Moments.of_weights(site.conv.spec, site.conv.weight))
         return
-    assert calibration.answers is not None  # noqa: S101  (`convert_approximately` recorded them)
-    share = {number: placed(batch, model) for number, batch in calibration.share.items()}
-    stream = calibrate(model, share, everyone, calibration.answers, known, calibration.memory)
+    share, memory = evidence.calibration.share(model), evidence.calibration.memory
+    stream = calibrate(model, share, everyone, evidence.recorded, known, memory)
     kernel: Kernel | None = None
     for _ in progress(layers, description):
         try:

@@ -7,12 +7,12 @@ import torch
 from torch import nn
 
 from sepconvert.base.progress import Progress
+from sepconvert.calibration.evidence import Evidence
 from sepconvert.calibration.heldout import Heldout
-from sepconvert.calibration.record import Kernel
-from sepconvert.calibration.split import Calibration
 from sepconvert.factorize.approximate.problem import Approximation, nearest
 from sepconvert.factorize.approximate.weighted import Moments
 from sepconvert.factorize.structures import Form
+from sepconvert.network.calls import Kernel
 from sepconvert.network.trace import ConvSite
 from sepconvert.planning.allocate import Candidate
 from sepconvert.planning.fitting import fit_problem, for_each_layer, kernel_of
@@ -106,7 +106,7 @@ class LayerSurvey:
 def survey(
     model: nn.Module,
     sites: Sequence[ConvSite],
-    calibration: Calibration | None,
+    evidence: Evidence | None,
     heldout: Heldout | None,
     prices: Mapping[str, Prices],
     progress: Progress,
@@ -116,7 +116,7 @@ def survey(
     Args:
         model: the original.
         sites: the layers.
-        calibration: None to fit in the metric of the weights.
+        evidence: None to fit in the metric of the weights.
         heldout: for sensitivities.
         prices: what may take a layer's place; layers of which nothing may are left out.
         progress: shows it.
@@ -125,7 +125,7 @@ def survey(
 
     def fit(site: ConvSite, moments: Moments) -> None:
         costs = prices[site.name].forms
-        problem = fit_problem(site, moments, calibration)
+        problem = fit_problem(site, moments, evidence)
         first = [_offer(site, problem.fit(*form, 1), costs[form]) for form in costs]
         # What one sweep leaves far from the best at its cost does not get there in some more.
         promising = [each for each in first if each.error <= _HOPE * _least_error(first, each.cost)]
@@ -139,7 +139,7 @@ def survey(
             found[site.name] = LayerSurvey(site.macs, prices[site.name].dense, tuple(offers), 1.0)
 
     wanted = [site for site in sites if site.name in prices and prices[site.name].forms]
-    for_each_layer(model, wanted, calibration, fit, progress, "surveying layers")
+    for_each_layer(model, wanted, evidence, fit, progress, "surveying layers")
     if heldout is None:
         return found
     by_name = {site.name: site for site in sites}

@@ -28,7 +28,7 @@ from sepconvert.measure.verification import (
 from sepconvert.network.copies import private_copy
 from sepconvert.network.layers import FactorizedConv2d
 from sepconvert.network.rewrite import Replacement, rewrite
-from sepconvert.network.trace import DenseConv, trace
+from sepconvert.network.trace import DenseConv, trace, traced
 
 
 def factors(conv, scheme, rank=None, size=(16, 16)):
@@ -261,7 +261,8 @@ def model_of(dtype=torch.float32):
 
 def conversion(model, inputs, schemes):
     """(sites, converted model, tolerances by layer)"""
-    sites = trace(private_copy(model), inputs)
+    found = traced(model, inputs)
+    sites = found.sites
     replacements, tolerances = {}, {}
     for site in sites:
         if site.name in schemes:
@@ -275,7 +276,7 @@ def conversion(model, inputs, schemes):
                 site.conv.bias,
             )
             tolerances[site.name] = factorization.certificate.channel_tolerance
-    return sites, rewrite(model, sites, replacements), tolerances
+    return sites, rewrite(found, replacements), tolerances
 
 
 SCHEMES = {"stem": "spatial-vh", "right": "spatial-hv"}

@@ -14,15 +14,15 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrizations, prune
 from torch.utils.data import DataLoader, TensorDataset
 
-from sepconvert import convert
+from sepconvert import Timing, convert
 from sepconvert.base.environment import Runtime
 from sepconvert.base.errors import SepconvertError
 from sepconvert.measure.latency import Speedup
 from sepconvert.measure.statistics import Interval
 from sepconvert.measure.verification import dense_convolution
+from sepconvert.network import trace
 from sepconvert.network.copies import private_copy
 from sepconvert.network.merge import LinearPair, compose, dense_spec, linear_pairs, merge, obstacle
-from sepconvert.network.trace import trace
 from sepconvert.pipeline.merging import merge_pairs
 from sepconvert.pipeline.replay import apply_plan
 from sepconvert.planning import timing
@@ -52,17 +52,17 @@ def image(channels, height=9, width=11, batch=2):
 def traced(model, *inputs):
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Using padding='same' with even kernel lengths")
-        return trace(private_copy(model), inputs)
+        return trace.traced(model, inputs)
 
 
 def found(model, *inputs):
     """Names of the linear pairs."""
-    pairs = linear_pairs(model, inputs, traced(model, *inputs))
+    pairs = linear_pairs(traced(model, *inputs))
     return [(pair.first.name, pair.second.name) for pair in pairs]
 
 
 def decided(model, *inputs, gate="none", **options):
-    pairs = linear_pairs(model, inputs, traced(model, *inputs))
+    pairs = linear_pairs(traced(model, *inputs))
     clock = Clock(Runtime(1), 0, options.get("cache"), options.get("seconds", 60.0))
     return merge_pairs(model, inputs, pairs, gate=gate, clock=clock, seed=0)
 
@@ -106,7 +106,7 @@ def test_what_is_let_through_is_the_same_function(case):
     first, second, size = case
     model, x = nn.Sequential(first, second), image(first.in_channels, *size)
     expected = run(model, x)
-    merged = merge(model, traced(model, x), [("0", "1")])
+    merged = merge(traced(model, x), [("0", "1")])
     assert isinstance(merged[1], nn.Identity)
     assert torch.equal(run(merged, x), expected)
     spec = dense_spec(spec_of(first), spec_of(second))
@@ -205,7 +205,7 @@ def test_what_can_be_merged_is_merged(case):
     first, second = two(*case)
     assert obstacle(spec_of(first), spec_of(second)) is None
     model, x = nn.Sequential(first, second), image(4, 19, 22)
-    assert torch.equal(run(merge(model, traced(model, x), [("0", "1")]), x), run(model, x))
+    assert torch.equal(run(merge(traced(model, x), [("0", "1")]), x), run(model, x))
 
 
 @pytest.mark.parametrize("case", REFUSED.values(), ids=REFUSED)
@@ -215,7 +215,7 @@ def test_what_cannot_be_merged_is_refused_with_the_reason(case):
     assert case[2] in reason
     model, x = nn.Sequential(first, second), image(4, 10, 12)
     with pytest.raises(SepconvertError, match=r"^plan: cannot merge 1 into 0: .*; use the plan's model$"):
-        merge(model, traced(model, x), [("0", "1")])
+        merge(traced(model, x), [("0", "1")])
     merged, (decision,) = decided(model, x)
     assert merged is model
     assert (decision.decision, decision.reason, decision.spec) == ("kept", reason, None)
@@ -234,7 +234,7 @@ SIMPLY_REFUSED = {
 def test_what_is_refused_would_be_another_function(name):
     first, second = two(*REFUSED[name][:2])
     model, x = nn.Sequential(first, second), image(4, 10, 12)
-    sites = traced(model, x)
+    sites = traced(model, x).sites
     dense = compose(sites[0].conv, sites[1].conv)
     wrong = dense_convolution(dense.spec, x, dense.weight, dense.bias)
     expected = run(model, x)
@@ -243,7 +243,7 @@ def test_what_is_refused_would_be_another_function(name):
 
 def test_the_dense_kernel_by_its_definition():
     first, second = conv(4, 6, 3, groups=2), conv(6, 6, (1, 2), groups=3)
-    sites = traced(nn.Sequential(first, second), image(4))
+    sites = traced(nn.Sequential(first, second), image(4)).sites
     dense = compose(sites[0].conv, sites[1].conv)
     expected = torch.zeros(6, 4, 3, 4, dtype=torch.float64)
     for o in range(6):
@@ -445,10 +445,10 @@ def test_a_network(training):
     model, x = Net().train(training), image(4)
     model.block.requires_grad_(False)
     before, modules = copy.deepcopy(model.state_dict()), list(model.modules())
-    pairs = linear_pairs(model, (x,), traced(model, x))
+    pairs = linear_pairs(traced(model, x))
     names = [("depthwise", "pointwise"), ("block.0", "block.2")]
     assert [(pair.first.name, pair.second.name) for pair in pairs] == names
-    merged = merge(model, traced(model, x), names)
+    merged = merge(traced(model, x), names)
     with torch.no_grad():
         expected = model.eval()(x)
         assert torch.equal(private_copy(merged)(x), expected)
@@ -465,7 +465,7 @@ def test_a_network(training):
 
 def test_dtype_of_the_model():
     model = nn.Sequential(conv(4, 4, 1), conv(4, 4, 3)).half()
-    merged = merge(model, traced(model, image(4).half()), [("0", "1")])
+    merged = merge(traced(model, image(4).half()), [("0", "1")])
     assert merged[0].weight.dtype == merged[0].bias.dtype == torch.float16
 
 
@@ -501,7 +501,7 @@ def test_pairs_that_continue_one_another():
     assert {each.decision for each in decisions} == {"merged"}
     assert merged[0].weight.shape == (3, 4, 3, 3)
     assert torch.equal(run(merged, x), run(model, x))
-    again = merge(model, traced(model, x), [(each.first, each.second) for each in decisions])
+    again = merge(traced(model, x), [(each.first, each.second) for each in decisions])
     assert torch.equal(again[0].weight, merged[0].weight)
 
 
@@ -587,7 +587,7 @@ def test_a_model_that_needs_the_second_convolution_keeps_it():
 def test_a_pair_that_is_none_is_noticed(monkeypatch):
     """Whatever the watch overlooks, the outputs show."""
     model, x = Functional(residual, conv(4, 4, 1), conv(4, 4, 1)), image(4)
-    sites = traced(model, x)
+    sites = traced(model, x).sites
     pairs = (LinearPair(sites[0], sites[1]),)
     clock = Clock(Runtime(1), 0, None, 1.0)
     merged, (decision,) = merge_pairs(model, (x,), pairs, gate="none", clock=clock, seed=0)
@@ -620,10 +620,15 @@ def test_trained_weights_in_float32():
 
 def test_names_that_a_model_lacks():
     model, x = Net(), image(4)
-    sites = [replace(site, obstacle="kept") for site in traced(model, x)]
-    for names in ([("depthwise", "nowhere")], [("depthwise", "pointwise"), ("pointwise", "head.1")]):
+    found = traced(model, x)
+    kept = replace(found, sites=tuple(replace(site, obstacle="kept") for site in found.sites))
+    for host, names in (
+        (found, [("depthwise", "nowhere")]),
+        (found, [("depthwise", "pointwise"), ("pointwise", "head.1")]),
+        (kept, [("depthwise", "pointwise")]),
+    ):
         with pytest.raises(SepconvertError, match="the model has no two plain convolutions of these names"):
-            merge(model, sites if names[0][1] == "pointwise" else traced(model, x), names)
+            merge(host, names)
 
 
 class Factored(nn.Module):
@@ -652,7 +657,7 @@ def automatic(tmp_path_factory):
     x = torch.randn(64, 3, 13, 13, generator=torch.Generator().manual_seed(0))
     images = DataLoader(TensorDataset(x, model(x).argmax(1)), batch_size=32)
     # The dense forms alone take 0.26 of the MACs.
-    options = {"calib": images, "data": images, "target_macs": 0.2, "runs": 0, "out": folder}
+    options = {"calib": images, "data": images, "target_macs": 0.2, "timing": Timing(runs=0), "out": folder}
     result = convert(model, x[:2], "auto", gate="macs", **options)
     return model, result, folder
 
