@@ -4,6 +4,7 @@ torch's restricted unpickler runs no code, but a few bytes suffice to make it al
 (`bytearray(9_000_000_000)`), or hash a tuple that holds one tuple twice, and so on, 40 levels deep.
 """
 
+import faulthandler
 import os
 import pickletools
 import signal
@@ -91,6 +92,7 @@ def _read_within_limits(read: Callable[[], object], memory: int, seconds: int) -
         nowhere = os.open(os.devnull, os.O_WRONLY)  # warnings appear when the parent reads the file
         os.dup2(nowhere, 1)
         os.dup2(nowhere, 2)
+        faulthandler.disable()  # the parent reports a crash
         torch.set_num_threads(1)  # OpenMP's threads do not survive a fork: see torch's DataLoader
         signal.signal(signal.SIGALRM, signal.SIG_DFL)
         signal.alarm(_MOST_WAITING)

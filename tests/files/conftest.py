@@ -1,7 +1,10 @@
 import importlib
 import sys
 
+import numpy as np
 import pytest
+from data_files import IMAGES
+from PIL import Image
 
 
 @pytest.fixture
@@ -46,3 +49,24 @@ def marker(tmp_path):
     path = tmp_path / "ran"
     yield path
     assert not path.exists(), "code of the file ran"
+
+
+@pytest.fixture
+def npz(tmp_path):
+    def save(**arrays):
+        path = tmp_path / "data.npz"
+        np.savez(path, **arrays)
+        return str(path)
+
+    return save
+
+
+@pytest.fixture
+def folder(tmp_path):
+    root = tmp_path / "images"
+    for index, name in enumerate(("cat", "dog")):
+        (root / name).mkdir(parents=True)
+        for number in range(3):
+            Image.fromarray(IMAGES[3 * index + number]).save(root / name / f"{number}.png")
+        (root / name / "notes.txt").write_text("no image")
+    return root

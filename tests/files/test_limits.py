@@ -7,7 +7,6 @@ import threading
 
 import pytest
 import torch
-import torch
 
 from sepconvert.base.errors import SepconvertError
 from sepconvert.files import limits
