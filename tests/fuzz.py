@@ -41,7 +41,7 @@ from sepconvert.base.documents import sealed
 from sepconvert.base.errors import SepconvertError
 from sepconvert.files.data import Preprocess, load_data
 from sepconvert.files.models import load_model
-from sepconvert.files.onnx.export import save_archive, save_onnx
+from sepconvert.files.onnx.export import export_program, save_archive, save_onnx
 from sepconvert.files.onnx.facts import read_onnx
 from sepconvert.measure.profiling import read_profile
 
@@ -99,9 +99,9 @@ def seeds(folder: Path) -> dict[str, list[bytes]]:
     found["pt"].append(saved(repeating))
     save_file(model.state_dict(), folder / "m.safetensors")
     found["safetensors"] = [(folder / "m.safetensors").read_bytes()]
-    save_archive(model, (IMAGE,), folder / "m.pt2")
+    save_archive(export_program(model, (IMAGE,)), folder / "m.pt2")
     found["pt2"] = [(folder / "m.pt2").read_bytes()]
-    save_onnx(model, (IMAGE,), folder / "m.onnx")
+    save_onnx(export_program(model, (IMAGE,)), folder / "m.onnx")
     found["onnx"] = [(folder / "m.onnx").read_bytes()]
     found["plan"] = [(converted() / "plan.json").read_bytes()]
     report = json.loads((converted() / "report.json").read_bytes())

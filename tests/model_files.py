@@ -111,6 +111,7 @@ COSTLY = {
     "a function that calls": (FROM_TYPE + b"(" + BYTES + TENSOR + NINE_GIGABYTES + b"\x85}tR", MEMORY),
     "a tuple that is hashed for ever": (b"}" + TUPLES + b"K\x01s", TIME),
     "a list that is called, and printed for ever": (LISTS + b")R", TIME),
+    "a tuple that is walked for ever": (TUPLES, TIME),
     "a slow codec": (named("_codecs", "encode") + SLOWLY_ENCODED + b"\x86R", TIME),
     "a tuple so deep that its hash overflows the C stack": (
         b"}" + DEEP_TUPLE + b"K\x01s",

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from sepconvert.base.errors import SepconvertError
-from sepconvert.files.images import UNLABELLED, Preprocess, Samples, check_channels
+from sepconvert.files.images import UNLABELLED, Preprocess, StoredSamples, check_channels
 
 
-def read_npz(path: Path, preprocess: Preprocess, labelled: bool) -> Samples:
+def read_npz(path: Path, preprocess: Preprocess, labelled: bool) -> StoredSamples:
     """Return the samples in an .npz file, in its order.
 
     Args:
@@ -64,7 +64,7 @@ def read_npz(path: Path, preprocess: Preprocess, labelled: bool) -> Samples:
             f"{path}: x holds {len(x)} samples and y {len(labels)} labels; expected as many"
         )
     images = _images if x.dtype == np.uint8 else _floats
-    return Samples(images(x, preprocess, path), labels)
+    return StoredSamples(images(x, preprocess, path), labels)
 
 
 def _check_size(archive: zipfile.ZipFile | None, name: str, path: Path) -> None:

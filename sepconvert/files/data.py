@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, IterableDataset, RandomSampler, Subset
 from sepconvert.base.errors import SepconvertError
 from sepconvert.files.arrays import read_npz
 from sepconvert.files.callables import resolve_callable
-from sepconvert.files.images import UNLABELLED, Batch, Preprocess, Samples, dimensions, read_folder
+from sepconvert.files.images import UNLABELLED, Batch, Preprocess, StoredSamples, dimensions, read_folder
 
 __all__ = [
     "UNLABELLED",
@@ -79,12 +79,12 @@ def has_labels(spec: str) -> bool:
 
 def is_own(loader: object) -> TypeGuard[DataLoader[Batch]]:
     """Return whether `load_data` read the samples itself, so that they may be batched anew."""
-    return isinstance(loader, DataLoader) and isinstance(loader.dataset, Samples)
+    return isinstance(loader, DataLoader) and isinstance(loader.dataset, StoredSamples)
 
 
 def sample_shape(loader: DataLoader[Batch]) -> tuple[int, ...]:
     """Return the shape of one sample, without the batch dimension: (C, H, W) for images."""
-    if isinstance(loader.dataset, Samples):
+    if isinstance(loader.dataset, StoredSamples):
         return tuple(loader.dataset[0][0].shape)
     return tuple(next(iter(loader))[0].shape[1:])
 
@@ -110,7 +110,7 @@ def check_against_model(
             f"`data`: samples are {dimensions(shape)}, the model takes {dimensions(input_shape)} (C×H×W); "
             "pass `resize`, another `input_shape` or other data"
         )
-    labels = loader.dataset.labels if isinstance(loader.dataset, Samples) else next(iter(loader))[1]
+    labels = loader.dataset.labels if isinstance(loader.dataset, StoredSamples) else next(iter(loader))[1]
     if num_classes is not None and int(labels.max()) >= num_classes:
         raise SepconvertError(
             f"`data`: holds the label {int(labels.max())}, the model has {num_classes} outputs, labels 0 to "

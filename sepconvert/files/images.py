@@ -32,8 +32,8 @@ _IMAGE_FORMATS = ("JPEG", "PNG", "BMP", "GIF", "PPM", "TIFF", "WEBP")
 _MAX_PIXELS = 2**26  # of an image: 8192 × 8192
 
 
-class Samples(Dataset[Batch]):
-    """Samples that are read when they are indexed.
+class StoredSamples(Dataset[Batch]):
+    """StoredSamples that are read when they are indexed.
 
     Attributes:
         read: returns the sample of an index, float32 C × H × W.
@@ -107,7 +107,7 @@ def _resized(channel: Tensor, size: tuple[int, int]) -> Tensor:
     return F.interpolate(channel[None, None], size, mode="bilinear", antialias=True)[0]
 
 
-def read_folder(path: Path, preprocess: Preprocess, labelled: bool) -> Samples:
+def read_folder(path: Path, preprocess: Preprocess, labelled: bool) -> StoredSamples:
     """Return the images of a folder, sorted by path, decoded and preprocessed when they are indexed.
 
     Args:
@@ -145,7 +145,7 @@ def read_folder(path: Path, preprocess: Preprocess, labelled: bool) -> Samples:
                 ) from error
         return preprocess(torch.from_numpy(np.atleast_3d(pixels)).permute(2, 0, 1))
 
-    return Samples(read, torch.tensor(labels))
+    return StoredSamples(read, torch.tensor(labels))
 
 
 def _check_images(files: Sequence[Path], folder: Path, preprocess: Preprocess) -> bool:

@@ -23,6 +23,7 @@ import torch
 from torch import fx, nn
 from torch.nn import functional as F
 from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
+from torch.utils import _pytree as pytree
 
 from sepconvert.base.errors import SepconvertError, some_of
 from sepconvert.files.callables import look_up, make_importable
@@ -120,8 +121,15 @@ def load_pickle(path: Path, allow: Sequence[str], trust: bool, *, legacy: bool) 
         with source, safe_globals(known), _no_constructors():
             return torch.load(source, map_location="cpu", weights_only=True)
 
-    check_cost(read, path.stat().st_size, str(path))
+    check_cost(lambda: _walk(read()), path.stat().st_size, str(path))
     return read()
+
+
+def _walk(content: object) -> None:
+    """Walk through everything in a file, attributes of modules too, as a copy of a model does later."""
+    for value in pytree.tree_leaves(content):
+        for module in value.modules() if isinstance(value, nn.Module) else ():
+            pytree.tree_leaves(vars(module))
 
 
 @contextmanager

@@ -21,7 +21,6 @@ from model_files import (
     PARTIAL,
     RELU,
     TENSOR,
-    TUPLES,
     Evil,
     assert_same,
     built,
@@ -262,7 +261,6 @@ NOT_CALLED = {
         "cannot be read",
     ),
     "what a function made": (BYTES + b")R)R", "Trying to call reduce for unrecognized function"),
-    "a tuple that could be printed for ever": (TUPLES, "holds no weights"),
     "a list within itself": (b"]q\x00h\x00a", "holds no weights"),
 }
 
