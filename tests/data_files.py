@@ -1,4 +1,4 @@
-"""Images, labels, and what `load_data` makes of files with them."""
+"""Images and labels for tests of data, and checks of what `load_data` returns or refuses."""
 
 import numpy as np
 import pytest

@@ -51,7 +51,7 @@ def naming(name):
 
 
 class Evil:
-    """Runs when it is unpickled: creates the file `marker`."""
+    """Object that creates the directory `marker` when it is unpickled."""
 
     def __init__(self, marker):
         self.marker = marker
