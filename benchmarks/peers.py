@@ -34,7 +34,7 @@ from sepconvert.calibration.heldout import Heldout
 from sepconvert.calibration.split import CalibrationSet, split_data
 from sepconvert.files.data import Preprocess, load_data
 from sepconvert.files.models import load_model
-from sepconvert.files.onnx.export import onnx_feed, save_onnx
+from sepconvert.files.onnx.export import export_program, onnx_feed, save_onnx
 from sepconvert.measure.cost import count
 from sepconvert.measure.latency import session, speedup, time_all
 from sepconvert.measure.metrics import compare, evaluate
@@ -263,7 +263,7 @@ def point(net: Net, stem: Path, convert: Callable[[], Converted], judge: Judge) 
     try:
         found = convert()
         seconds = time.perf_counter() - start
-        save_onnx(found.model, net.inputs, stem.with_suffix(".onnx"), dynamic_batch=False)
+        save_onnx(export_program(found.model, net.inputs, dynamic_batch=False), stem.with_suffix(".onnx"))
         session(stem.with_suffix(".onnx"), Runtime(1)).run(None, onnx_feed(net.inputs))
         cost = count(found.model, net.inputs)
         return {
@@ -339,7 +339,7 @@ def convert_command(
         folder / "times",
     )
     expected = evaluate(original, scored)
-    save_onnx(original, net.inputs, folder / f"{ORIGINAL}.onnx", dynamic_batch=False)
+    save_onnx(export_program(original, net.inputs, dynamic_batch=False), folder / f"{ORIGINAL}.onnx")
     cost = count(original, net.inputs)
     write(
         folder / f"{ORIGINAL}.json",

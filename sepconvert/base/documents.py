@@ -1,4 +1,4 @@
-"""Reading and writing of small documents, with a checksum that reveals damage on disk."""
+"""Small documents (plans, profiles, caches) read and written, with a checksum that reveals damage on disk."""
 
 import contextlib
 import hashlib
@@ -9,55 +9,53 @@ from typing import Any
 
 from sepconvert.base.errors import SepconvertError, first_line
 
+CHECKSUM = "checksum"
+"""Key of a document's checksum."""
+
+MOST_BYTES = 2**23
+"""Bytes of the largest document that is read; a plan takes some hundred for each layer."""
+
 
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Turn what libraries raise when they cannot write `path` into one line.
+    """Turn every exception of a library that writes `path` within the block into a `SepconvertError`.
 
-    It tells the name alone: a result directory has another until it is whole.
+    The message gives the file's name alone: a result directory has a temporary path until it is complete.
     """
     try:
         yield
     except SepconvertError:
         raise
-    except OSError as error:
-        reason = error.strerror or first_line(error)
-        raise SepconvertError(f"{path.name}: cannot be written: {reason}; pass another --out") from error
     except Exception as error:  # torch and safetensors have errors of their own for a full disk
-        reason = first_line(error)
-        raise SepconvertError(f"{path.name}: cannot be written: {reason}; pass another --out") from error
-
-
-CHECKSUM = "checksum"
-
-
-MOST_BYTES = 2**23  # of a document: a plan takes some hundred for each layer
+        reason = (error.strerror if isinstance(error, OSError) else None) or first_line(error)
+        raise SepconvertError(f"{path.name}: cannot be written: {reason}; pass another `out`") from error
 
 
 def read_file(path: Path, most: int = MOST_BYTES) -> bytes:
-    """All of a file of at most so many bytes.
+    """Return the content of a file of at most `most` bytes.
 
     Raises:
-        SepconvertError: it is larger, or is none that has a size (a pipe, a device).
+        SepconvertError: the file is larger, or is no regular file (a pipe, a device).
         OSError: it cannot be read.
     """
     size = path.stat().st_size
     if path.is_file() and size <= most:
         return path.read_bytes()
-    what = f"has {size:,} bytes, expected at most {most:,}" if path.is_file() else "is no regular file"
-    raise SepconvertError(f"{path}: cannot be read: it {what}; check the path")
+    problem = f"has {size:,} bytes, expected at most {most:,}" if path.is_file() else "is no regular file"
+    raise SepconvertError(f"{path}: cannot be read: it {problem}; check the path")
 
 
 def sealed(document: Mapping[str, Any]) -> dict[str, Any]:
-    """With the SHA-256 of all else that it holds, as JSON with sorted keys."""
+    """Return a document with its checksum: the SHA-256 of everything else in it, as JSON with sorted keys."""
     return {**document, CHECKSUM: _checksum(document)}
 
 
 def is_intact(document: Mapping[str, Any]) -> bool:
-    """Does the document have the checksum that it says?"""
+    """Return whether a document has the checksum that it gives."""
     return document.get(CHECKSUM) == _checksum(document)
 
 
 def _checksum(document: Mapping[str, Any]) -> str:
+    """Return the checksum of a document, whether or not it is sealed."""
     content = {key: value for key, value in document.items() if key != CHECKSUM}
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

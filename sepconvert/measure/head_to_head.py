@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from sepconvert.base.environment import Runtime
 from sepconvert.base.errors import SepconvertError, first_line
 from sepconvert.base.progress import Progress
-from sepconvert.files.onnx.export import save_onnx
+from sepconvert.files.onnx.export import export_program, save_onnx
 from sepconvert.files.onnx.facts import OnnxFile, onnx_sizes
 from sepconvert.measure.comparison import Comparison, Delta
 from sepconvert.measure.cost import count
@@ -59,7 +59,7 @@ class Subject:
             value.to(device) if isinstance(value, Tensor) else value
             for value in cast(inputs, model_dtype(model))
         )
-        save_onnx(model, own, path)
+        save_onnx(export_program(model, own), path)
         cost = count(private_copy(model), own)
         sizes = onnx_sizes(path)
         return cls(name, path, Profile(cost.params, cost.macs, *sizes, None, None, cost.uncounted_ops))

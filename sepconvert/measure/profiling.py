@@ -17,7 +17,7 @@ from sepconvert.base.environment import Runtime
 from sepconvert.base.errors import MAX_SEED, SepconvertError, check_number, first_line, quoted
 from sepconvert.base.options import Timing
 from sepconvert.base.progress import Progress, silent
-from sepconvert.files.onnx.export import onnx_feed, runtime_dtype, save_onnx
+from sepconvert.files.onnx.export import export_program, onnx_feed, runtime_dtype, save_onnx
 from sepconvert.files.onnx.facts import onnx_sizes, read_onnx
 from sepconvert.measure.cost import count
 from sepconvert.measure.execution import OperatorTime, operator_times
@@ -295,7 +295,7 @@ def profile(
     latency, detail = None, None
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.onnx"
-        save_onnx(model, inputs, path)
+        save_onnx(export_program(model, inputs), path)
         feed = onnx_feed(cast(inputs, runtime_dtype(model)))
         batch = batch_size(inputs)
         if runs and batches is None:

@@ -14,12 +14,12 @@ from sepconvert.base.determinism import reproducible
 from sepconvert.base.errors import SepconvertError, first_line, shortened
 from sepconvert.base.progress import Progress, silent
 from sepconvert.factorize.exact.factors import factor_specs
-from sepconvert.files.onnx.export import save_archive, save_onnx
+from sepconvert.files.onnx.export import export_program, save_archive, save_onnx
 from sepconvert.measure.profiling import as_inputs
 from sepconvert.network.copies import checked
 from sepconvert.network.merge import merge
 from sepconvert.network.rewrite import Replacement, rewrite
-from sepconvert.network.tensors import Inputs, placed
+from sepconvert.network.tensors import Inputs, model_dtype, placed
 from sepconvert.network.trace import ConvSite, traced
 from sepconvert.pipeline.exact import verify_model
 from sepconvert.pipeline.stages import demand_verified, state_tensors
@@ -76,8 +76,11 @@ def apply_plan(
         checks, _, comparison = verify_model(model, converted, inputs, sites, tolerances, plan.seed, progress)
         demand_verified(Verification(comparison, None, None, checks))
         verified = asdict(comparison)
-    save_onnx(converted, inputs, out / "converted.onnx", dynamic_batch=dynamic_batch)
-    save_archive(converted, inputs, out / "converted.pt2", dynamic_batch=dynamic_batch)
+    export = export_program(converted, inputs, dynamic_batch=dynamic_batch)
+    save_onnx(export, out / "converted.onnx")
+    if export.dtype != model_dtype(converted):  # ONNX Runtime has no kernels for it
+        export = export_program(converted, inputs, model_dtype(converted), dynamic_batch=dynamic_batch)
+    save_archive(export, out / "converted.pt2")
     return verified
 
 

@@ -17,7 +17,15 @@ from sepconvert.base.documents import writing
 from sepconvert.base.environment import Runtime
 from sepconvert.base.errors import DemandNotMetError, ExportError, SepconvertError, VerificationError
 from sepconvert.base.progress import Progress
-from sepconvert.files.onnx.export import ExportNote, onnx_feed, runtime_dtype, save_archive, save_onnx
+from sepconvert.files.onnx.export import (
+    Export,
+    ExportNote,
+    export_program,
+    onnx_feed,
+    runtime_dtype,
+    save_archive,
+    save_onnx,
+)
 from sepconvert.files.onnx.facts import onnx_sizes
 from sepconvert.measure.cost import Cost
 from sepconvert.measure.execution import (
@@ -32,7 +40,7 @@ from sepconvert.measure.latency import Latency, Speedup, session
 from sepconvert.measure.metrics import AccuracyDelta, ChangedPredictions, Predictions, changes
 from sepconvert.measure.profiling import Profile, batch_size
 from sepconvert.measure.verification import Comparison, Outputs, Reference, compare_export, compare_runs
-from sepconvert.network.tensors import Inputs, cast
+from sepconvert.network.tensors import Inputs, cast, model_dtype
 from sepconvert.pipeline.job import Job
 from sepconvert.pipeline.original import Original
 from sepconvert.planning.conversion import Conversion, LayerReport, Verification
@@ -204,13 +212,19 @@ def write_models(
     note = ExportNote(False, str(runtime_dtype(converted)).removeprefix("torch."), None)
     missing = {}
     files = {"original.onnx": model, "converted.onnx": converted, "converted.pt2": converted}
+    exports: dict[tuple[nn.Module, torch.dtype], Export] = {}  # both files of the converted model share one
     for name, each in progress(files.items(), "exporting"):
         path = folder / name
+        is_onnx = path.suffix == ".onnx"
+        key = each, runtime_dtype(each) if is_onnx else model_dtype(each)
         try:
-            if path.suffix == ".onnx":
-                note = save_onnx(each, inputs, path, dynamic_batch=dynamic_batch)
+            if key not in exports:
+                exports[key] = export_program(each, inputs, key[1], dynamic_batch=dynamic_batch)
+            if is_onnx:
+                save_onnx(exports[key], path)
+                note = exports[key].note
             else:
-                save_archive(each, inputs, path, dynamic_batch=dynamic_batch)
+                save_archive(exports[key], path)
         except ExportError as error:
             path.unlink(missing_ok=True)
             _LOG.debug("%s is not written", name, exc_info=error)

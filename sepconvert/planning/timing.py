@@ -27,7 +27,7 @@ from sepconvert.factorize.exact.analysis import ZERO_BORDER
 from sepconvert.factorize.exact.factors import branches
 from sepconvert.factorize.geometry import ConvSpec
 from sepconvert.factorize.structures import Form
-from sepconvert.files.onnx.export import onnx_feed, runtime_dtype, save_onnx
+from sepconvert.files.onnx.export import export_program, onnx_feed, runtime_dtype, save_onnx
 from sepconvert.files.onnx.layer import layer_onnx
 from sepconvert.measure.latency import Latency, Speedup, measure_pair, speedup, time_all
 from sepconvert.measure.profiling import batch_size
@@ -173,7 +173,7 @@ class Clock:
         new = [model for model in models if model not in self._files]
         for model in progress(new, "exporting plans"):
             path = self._folder / f"{uuid.uuid4()}.onnx"
-            save_onnx(model, inputs, path, dynamic_batch=False, check=False)
+            save_onnx(export_program(model, inputs, dynamic_batch=False), path, check=False)
             self._files[model] = path
         paths = [self._files[model] for model in models]
         files = [hashlib.sha256(path.read_bytes()).hexdigest() for path in paths]

@@ -14,7 +14,7 @@ from sepconvert.base.environment import Runtime
 from sepconvert.base.errors import SepconvertError
 from sepconvert.base.progress import silent
 from sepconvert.cli.conditions import Demand
-from sepconvert.files.onnx.export import save_onnx
+from sepconvert.files.onnx.export import export_program, save_onnx
 from sepconvert.files.onnx.facts import onnx_sizes, read_onnx
 from sepconvert.measure.comparison import Comparison, Delta
 from sepconvert.measure.divergence import OutputDifference
@@ -299,7 +299,7 @@ def test_conditions_have_units():
 
 def test_weights_beside_a_file_count_as_the_file(tmp_path):
     model = nn.Sequential(nn.Conv2d(3, 64, 3), nn.ReLU(), nn.Conv2d(64, 64, 3))
-    save_onnx(model, (torch.randn(1, 3, 8, 8),), tmp_path / "one.onnx")
+    save_onnx(export_program(model, (torch.randn(1, 3, 8, 8),)), tmp_path / "one.onnx")
     onnx.save(
         onnx.load(str(tmp_path / "one.onnx")), str(tmp_path / "two.onnx"), save_as_external_data=True,
         location="weights.bin",

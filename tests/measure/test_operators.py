@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from sepconvert.base.environment import Runtime
-from sepconvert.files.onnx.export import save_onnx
+from sepconvert.files.onnx.export import export_program, save_onnx
 from sepconvert.measure.execution import operator_times
 
 
@@ -34,7 +34,7 @@ class Net(nn.Module):
 def path(tmp_path_factory):
     torch.manual_seed(0)
     path = tmp_path_factory.mktemp("onnx") / "net.onnx"
-    save_onnx(Net().eval(), (torch.randn(1, 3, 16, 16),), path)
+    save_onnx(export_program(Net().eval(), (torch.randn(1, 3, 16, 16),)), path)
     return path
 
 
@@ -109,7 +109,7 @@ class Blurred(nn.Module):
 
 
 def test_equal_weights_do_not_make_one_layer_of_two(tmp_path):
-    save_onnx(Blurred().eval(), (torch.randn(1, 3, 16, 16),), tmp_path / "net.onnx")
+    save_onnx(export_program(Blurred().eval(), (torch.randn(1, 3, 16, 16),)), tmp_path / "net.onnx")
     found = times(tmp_path / "net.onnx", "all")
     names = [each.layer for each in found if each.operator == "Conv"]
     assert names == ["stem", "first", "second", "deep.0", "deep.1"]

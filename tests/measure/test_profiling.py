@@ -9,7 +9,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import sepconvert
 from sepconvert.base.environment import Runtime
 from sepconvert.base.errors import SepconvertError
-from sepconvert.files.onnx.export import save_onnx
+from sepconvert.files.onnx.export import export_program, save_onnx
 from sepconvert.measure.profiling import anatomy, read_profile
 
 
@@ -79,7 +79,7 @@ def test_anatomy(model, measured):
 def test_a_file_that_fixes_the_batch_is_timed_in_that_alone(model, tmp_path):
     path = tmp_path / "model.onnx"
     x = torch.randn(2, 3, 8, 8)
-    save_onnx(model, (x,), path, dynamic_batch=False)
+    save_onnx(export_program(model, (x,), dynamic_batch=False), path)
     found = anatomy(path, [x.numpy()], batches=[1, 8], runs=3, runtime=Runtime(1), seed=0)
     assert [each.batch for each in found.latencies] == [2]
     assert found.peak_activation_bytes == 2 * 4 * 64 * (8 + 8)
