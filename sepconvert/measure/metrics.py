@@ -145,7 +145,7 @@ def evaluate(
     running: nn.Module | None = None
     with torch.no_grad():
         for batch in whole(loader, progress):
-            x, y = _pair(batch)
+            x, y = checked_batch(batch)
             if running is None:  # a Sequential of nothing is false
                 running = quick_copy(model, x)
             logits = _logits(_run(running, placed(x, running)), len(y))
@@ -205,17 +205,22 @@ def compare(original: Predictions, converted: Predictions) -> AccuracyDelta:
     )
 
 
-def _pair(batch: Any) -> tuple[Tensor, Tensor]:
-    if not isinstance(batch, (tuple, list)) or len(batch) != 2 or not isinstance(batch[0], Tensor):
+def checked_batch(batch: object) -> tuple[Tensor, Tensor]:
+    """Return a batch `(x, y)` of N samples and N integer labels, which become int64.
+
+    Raises:
+        SepconvertError: it is no such pair.
+    """
+    if not isinstance(batch, tuple | list) or len(batch) != 2 or not isinstance(batch[0], Tensor):
         raise SepconvertError(
-            f"data: expected batches of a tensor and its labels, got {type(batch).__name__};"
-            " wrap the loader so that it yields such pairs"
+            f"data: expected batches of two tensors (x, y), got {type(batch).__name__}; wrap the dataset so"
+            " that it yields a sample and its label, -1 where there is none"
         )
     x, y = batch[0], torch.as_tensor(batch[1])
-    if y.ndim != 1 or y.is_floating_point() or len(y) != len(x):
+    if y.ndim != 1 or y.is_floating_point() or y.shape != x.shape[:1]:
         raise SepconvertError(
-            f"labels: expected {len(x)} integers, one for each input, got {y.dtype} of shape"
-            f" {tuple(y.shape)}; give class indices"
+            f"labels: expected {len(x)} integers, one for each sample, got {y.dtype} of shape"
+            f" {tuple(y.shape)}; give a class, or -1 where there is none, for each"
         )
     return x, y.long()
 

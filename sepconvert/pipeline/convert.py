@@ -19,7 +19,7 @@ from sepconvert.base.options import Budget
 from sepconvert.base.progress import Progress, silent
 from sepconvert.calibration.footprint import images_at_once
 from sepconvert.calibration.split import MOST_AT_ONCE, check_shapes, split_data
-from sepconvert.distillation.results import Precision, Step
+from sepconvert.distillation.results import Precision, TrainingStep
 from sepconvert.files.data import Batch
 from sepconvert.files.onnx.facts import onnx_sizes
 from sepconvert.measure.cost import Cost, Counter, count
@@ -142,7 +142,7 @@ def convert(
     precision: Precision | None = None,
     checkpoint: Path | None = None,
     resume: bool = False,
-    on_step: Callable[[Step], None] | None = None,
+    on_step: Callable[[TrainingStep], None] | None = None,
     measure_seconds: float = 300.0,
     cache: Path | None = None,
     dynamic_batch: bool = True,

@@ -10,8 +10,7 @@ from torch.utils.data import DataLoader
 
 from sepconvert.base.options import Budget
 from sepconvert.calibration.heldout import Heldout
-from sepconvert.distillation.results import Precision
-from sepconvert.distillation.results import Step as TrainingStep
+from sepconvert.distillation.results import Precision, TrainingStep
 from sepconvert.distillation.training import finetune
 from sepconvert.files.data import Batch
 from sepconvert.measure.metrics import AccuracyDelta

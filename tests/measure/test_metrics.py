@@ -185,7 +185,7 @@ X, Y = torch.zeros(3, 6), torch.tensor([0, 1, 2])
         (Echo(), (X, Y[:2]), r"labels: expected 3 integers, .* of shape \(2,\)"),
         (Echo(), (X, Y.float()), r"got torch.float32"),
         (Echo(), (X, torch.eye(6)[:3]), r"shape \(3, 6\)"),
-        (Echo(), X, r"data: expected batches of a tensor and its labels, got Tensor"),
+        (Echo(), X, r"data: expected batches of two tensors \(x, y\), got Tensor"),
         (Echo(), (X, Y, Y), r"got tuple"),
         (Echo(lambda t: t / 0), (X, Y), r"finite logits, got NaN for 3 of 3 samples"),
         (Echo(lambda t: t[:, 0]), (X, Y), r"logits of shape \(3, classes\), got shape \(3,\)"),
