@@ -5,9 +5,13 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+import msgspec
 
 from sepconvert.base.errors import SepconvertError, first_line
+
+T = TypeVar("T")
 
 
 @contextlib.contextmanager
@@ -46,6 +50,23 @@ def read_file(path: Path, most: int = MOST_BYTES) -> bytes:
         return path.read_bytes()
     what = f"has {size:,} bytes, expected at most {most:,}" if path.is_file() else "is no regular file"
     raise SepconvertError(f"{path}: cannot be read: it {what}; check the path")
+
+
+def decode(text: bytes | str, kind: type[T], where: str, advice: str = "make it anew") -> T:
+    """Return a JSON document as a value of type `kind`, its types and constraints checked.
+
+    Unknown keys are ignored; numbers that are not finite are refused. `where` says what the document should
+    be, with its path, and `advice` what to do next.
+
+    Raises:
+        SepconvertError: the document is malformed, or does not have this form; the message names the place.
+    """
+    try:
+        return msgspec.json.decode(text, type=kind)
+    except (msgspec.DecodeError, RecursionError) as error:
+        # Without backticks, which would make parameters of keys.
+        reason = first_line(error).replace("`", "'")
+        raise SepconvertError(f"{where} ({reason}); {advice}") from error
 
 
 def sealed(document: Mapping[str, Any]) -> dict[str, Any]:

@@ -24,8 +24,7 @@ from sepconvert.files.data import Batch
 from sepconvert.files.onnx.facts import onnx_sizes
 from sepconvert.measure.cost import Cost, Counter, count
 from sepconvert.measure.latency import Latency
-from sepconvert.measure.metrics import AccuracyDelta, Predictions, changes, evaluate
-from sepconvert.measure.metrics import compare as compare_predictions
+from sepconvert.measure.metrics import AccuracyDelta, Predictions, accuracy_delta, changes, evaluate
 from sepconvert.measure.profiling import Profile, as_inputs
 from sepconvert.network.copies import checked, private_copy
 from sepconvert.network.merge import linear_pairs
@@ -294,7 +293,7 @@ def convert(
         def accuracy(converted: nn.Module) -> AccuracyDelta:
             found = predicted(converted)
             assert predictions is not None and found is not None  # noqa: S101, PT018  (passed on with data alone)
-            return compare_predictions(predictions, found)
+            return accuracy_delta(predictions, found)
 
         conversion = convert_approximately(
             start, inputs, start_sites, original=model, mode=mode, gate=gate, clock=clock,
@@ -338,25 +337,26 @@ def convert(
         timing = (
             time_files(model, paths, inputs, runs, runtime, seed, progress) if onnx_check and runs else None
         )
-        if gate == "latency" and timing and timing[2].significant and timing[2].median < 1:
+        speedup = timing.speedup if timing else None
+        if gate == "latency" and speedup and speedup.significant and speedup.median < 1:
             raise DemandNotMetError(
-                f"--gate latency: the converted model is measured {timing[2].median:.2f}× as fast as the "
+                f"--gate latency: the converted model is measured {speedup.median:.2f}× as fast as the "
                 "original, though each replaced layer is faster alone; change the budget or pass --gate macs"
             )
-        if min_speedup is not None and timing and timing[2].ci95.hi < min_speedup:
+        if min_speedup is not None and speedup and speedup.ci95.hi < min_speedup:
             raise DemandNotMetError(
-                f"--min-speedup {min_speedup:g}: the converted model is measured {timing[2].median:.2f}× as "
-                f"fast [{timing[2].ci95.lo:.2f}, {timing[2].ci95.hi:.2f}], though its plan was timed as fast "
+                f"--min-speedup {min_speedup:g}: the converted model is measured {speedup.median:.2f}× as "
+                f"fast [{speedup.ci95.lo:.2f}, {speedup.ci95.hi:.2f}], though its plan was timed as fast "
                 "enough; measure on an idle machine with more --runs, or relax the demand"
             )
         delta = (
-            compare_predictions(predictions, converted_predictions)
+            accuracy_delta(predictions, converted_predictions)
             if predictions and converted_predictions
             else None
         )
-        if delta is not None and max_drop is not None and delta.drop_pp > max_drop:
+        if delta is not None and max_drop is not None and delta.drop > max_drop:
             raise DemandNotMetError(
-                f"--max-drop {max_drop:g}: the fine-tuned model loses {delta.drop_pp:.2f} pp; "
+                f"--max-drop {max_drop:g}: the fine-tuned model loses {delta.drop:.2f} pp; "
                 "fine-tune for longer or relax a demand"
             )
         layer_timings = (
@@ -380,9 +380,11 @@ def convert(
             runtime=runtime,
             seed=seed,
             dtype=str(model_dtype(model)).removeprefix("torch."),
-            original=_profile(original_cost, predictions, timing and timing[0], paths[0]),
-            converted=_profile(counted(converted), converted_predictions, timing and timing[1], paths[1]),
-            speedup=timing[2] if timing else None,
+            original=_profile(original_cost, predictions, timing.original if timing else None, paths[0]),
+            converted=_profile(
+                counted(converted), converted_predictions, timing.converted if timing else None, paths[1]
+            ),
+            speedup=speedup,
             accuracy=delta,
             changed=changed,
             layers=layers,
@@ -436,7 +438,7 @@ def _check_unwritten(name: str, parameter: Tensor, before: Tensor) -> None:
 def _predict(
     name: str, model: nn.Module, data: Iterable[tuple[Tensor, Tensor]], progress: Progress
 ) -> Predictions:
-    return evaluate(model, data, lambda batches: progress(batches, f"accuracy, {name}"))
+    return evaluate(model, data, progress, f"accuracy, {name}")
 
 
 def _counted(model: nn.Module, *, inputs: Inputs, counter: Counter) -> Cost:

@@ -26,9 +26,9 @@ from sepconvert.measure.execution import (
     model_execution,
     operator_times,
 )
-from sepconvert.measure.latency import session
+from sepconvert.measure.latency import Deployed, Speedup, session
 from sepconvert.measure.profiling import batch_size
-from sepconvert.measure.verification import Comparison, Outputs, Reference, compare_export, compare_runs
+from sepconvert.measure.verification import OutputCheck, Outputs, Reference, compare_export, compare_runs
 from sepconvert.network.tensors import Inputs, cast
 from sepconvert.planning.conversion import LayerReport
 
@@ -45,7 +45,7 @@ def executed_layers(
 ) -> tuple[tuple[LayerReport, ...], ModelExecution]:
     """What the runtime made of both files, and of each converted layer that was timed."""
     feed = onnx_feed(cast(inputs, runtime_dtype(model)))
-    before, after = (list(operator_times(path, feed, runs=runs, runtime=runtime)) for path in paths)
+    before, after = (list(operator_times(Deployed(path, runtime), feed, runs=runs)) for path in paths)
     functional: dict[str, list[str]] = {}
     for each in sorted(layers, key=lambda each: each.site.place):
         if each.site.index is not None:
@@ -55,7 +55,7 @@ def executed_layers(
     gains = {
         each.plan.name: Gain(
             (batch * each.plan.macs[0], batch * each.plan.macs[1]),
-            each.latency[2].median if each.latency[2].significant else max(each.latency[2].median, 1.0),
+            _measured_gain(each.latency.speedup),
             (each.plan.spec, each.plan.macs, each.plan.scheme, each.plan.rank),
         )
         for each in layers
@@ -67,6 +67,11 @@ def executed_layers(
         tuple(replace(each, execution=found.get(each.plan.name)) for each in layers),
         model_execution(before, after, converted),
     )
+
+
+def _measured_gain(speedup: Speedup) -> float:
+    """Return the measured speedup, at least 1 unless the layer is slower beyond noise."""
+    return speedup.median if speedup.significant else max(speedup.median, 1.0)
 
 
 def state_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -111,7 +116,7 @@ def write_models(
 
 def check_onnx(
     model: nn.Module, expected: tuple[Reference, Reference | None], paths: tuple[Path, Path], runtime: Runtime
-) -> tuple[Comparison | None, str | None]:
+) -> tuple[OutputCheck | None, str | None]:
     """Both ONNX files in the runtime on the inputs of `expected`; or None and why it cannot run them.
 
     The converted file is held against the original's, or, if there is a reference of its own, against that.
@@ -137,7 +142,7 @@ def check_onnx(
 
 
 def _run_onnx(path: Path, inputs: Sequence[Inputs], dtype: torch.dtype, runtime: Runtime) -> list[Outputs]:
-    runner = session(path, runtime)
+    runner = session(Deployed(path, runtime))
     results = []
     for value in inputs:
         try:

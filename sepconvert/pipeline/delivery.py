@@ -69,7 +69,7 @@ def delivered(
             break
         fitted = search.carried_out(point)
         found.append((point, *_finetune(model, fitted, finetuning, heldout, seed, len(attempts))))
-        attempts.append(Attempt(accuracy(fitted.model).drop_pp, accuracy(found[-1][1]).drop_pp))
+        attempts.append(Attempt(accuracy(fitted.model).drop, accuracy(found[-1][1]).drop))
     within = [each for each, attempt in zip(found, attempts, strict=True) if attempt.after <= budget.max_drop]
     training = found[-1][-1] if found else None
     if within:
