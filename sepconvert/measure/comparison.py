@@ -22,10 +22,10 @@ _THOUSANDS = re.compile(r"(?<=\d),(?=\d)")  # separators that people read and pr
 
 @dataclass(frozen=True)
 class Delta:
-    """Measurements of a model against the first one, on the same inputs in the same rounds; None if not
-    measured.
+    """Measurements of a model against the first one, on the same inputs in the same rounds.
 
-    `outputs` are empty where they were not compared, and None where they differ in number or shape.
+    What was not measured is None. `outputs` are empty where they were not compared, and None where they
+    differ in number or shape.
     """
 
     speedup: Speedup | None = None
@@ -113,8 +113,7 @@ class Comparison:
 
     @property
     def dominated(self) -> tuple[bool, ...]:
-        """Whether another profile is as good in latency and accuracy and better in one of them, for each
-        profile.
+        """Whether each profile is dominated: another is as good in latency and accuracy, and better in one.
 
         It is False for all if there are no more than two profiles. A latency is better if the intervals of
         the medians do not overlap.

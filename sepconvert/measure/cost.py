@@ -51,8 +51,7 @@ class Cost:
 
 
 def count(model: nn.Module, inputs: Inputs, counter: Counter = "fvcore") -> Cost:
-    """Count the operators of `model(*inputs)` in eval mode; the model's training flags and hooks stay as they
-    are.
+    """Count the operators of `model(*inputs)` in eval mode; training flags and hooks are left as they are.
 
     fvcore counts on a trace: operators that do not reach the output are not counted, nor would ONNX keep
     them. A model that cannot be traced (with a part in TorchScript, inputs in lists, …) is counted by torch's

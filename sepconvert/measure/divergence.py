@@ -16,8 +16,7 @@ from sepconvert.network.tensors import fresh, tensor_leaves
 
 
 def divergence(expected: Sequence[Tensor], actual: Sequence[Tensor], temperature: float = 1) -> Tensor:
-    """Return the divergence of `actual` from `expected`, the outputs for one batch: lower is better, 0 is
-    equal.
+    """Return the divergence of `actual` from `expected`, the outputs for one batch; 0 means equal.
 
     Both are floating-point tensors with the batch in dimension 0, as `outputs` returns them. The outputs
     decide which of two divergences it is:

@@ -210,8 +210,7 @@ def _layer_of(holder: onnx.NodeProto) -> str | None:
 
 
 def _scopes(node: onnx.NodeProto) -> list[str]:
-    """Return the paths of the modules in whose forwards it is called, the innermost last, and its own name
-    there.
+    """Return the paths of the modules that call it, the innermost last, and its own name there.
 
     The list is empty for files that do not hold them.
     """

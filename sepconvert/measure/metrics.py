@@ -162,8 +162,7 @@ def evaluate(
     progress: Progress = silent,
     description: str = "accuracy",
 ) -> Predictions:
-    """Run a copy of a classifier over a labelled data set, in eval mode, on its own device and in its own
-    dtype.
+    """Run a copy of a classifier, in eval mode, over a labelled data set and return its predictions.
 
     `loader` yields batches `(x, y)`: inputs, and N integer labels. The inputs are moved to the device and
     dtype of the model's first floating-point parameter (or buffer; a model without any gets them as they
@@ -216,8 +215,7 @@ def whole(loader: Iterable[T], progress: Progress = silent, description: str = "
 
 
 def accuracy_delta(original: Predictions, converted: Predictions) -> AccuracyDelta:
-    """Return the drop of top-1 accuracy from `original` to `converted`, paired by sample, and their
-    agreement.
+    """Return the drop of top-1 accuracy from `original` to `converted`, paired by sample.
 
     Raises `SepconvertError` if the two were not evaluated on the same labels in the same order.
     """

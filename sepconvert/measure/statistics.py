@@ -85,8 +85,7 @@ def paired_difference_interval(
 
 
 def mcnemar(only_first: int, only_second: int) -> float:
-    """Return the two-sided p-value of McNemar's exact test: both are equally likely to win a discordant
-    subject.
+    """Return the two-sided p-value of McNemar's exact test that discordant subjects favour neither.
 
     (McNemar, "Note on the sampling error of the difference between correlated proportions", Psychometrika 12,
     1947; exact by the binomial distribution.) 1 where no subject is discordant.
