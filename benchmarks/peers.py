@@ -36,8 +36,8 @@ from sepconvert.files.data import Preprocess, load_data
 from sepconvert.files.models import load_model
 from sepconvert.files.onnx.export import export_program, onnx_feed, save_onnx
 from sepconvert.measure.cost import count
-from sepconvert.measure.latency import session, speedup, time_all
-from sepconvert.measure.metrics import compare, evaluate
+from sepconvert.measure.latency import Deployed, session, speedup, time_all
+from sepconvert.measure.metrics import accuracy_delta, evaluate
 from sepconvert.measure.statistics import median_interval
 from sepconvert.network.copies import evaluation_mode, private_copy
 from sepconvert.network.trace import ConvSite, trace
@@ -264,7 +264,7 @@ def point(net: Net, stem: Path, convert: Callable[[], Converted], judge: Judge) 
         found = convert()
         seconds = time.perf_counter() - start
         save_onnx(export_program(found.model, net.inputs, dynamic_batch=False), stem.with_suffix(".onnx"))
-        session(stem.with_suffix(".onnx"), Runtime(1)).run(None, onnx_feed(net.inputs))
+        session(Deployed(stem.with_suffix(".onnx"), Runtime(1))).run(None, onnx_feed(net.inputs))
         cost = count(found.model, net.inputs)
         return {
             "seconds": seconds,
@@ -348,7 +348,7 @@ def convert_command(
 
     def judge(converted: nn.Module) -> dict[str, Any]:
         found = evaluate(converted, scored)
-        return {"accuracy": found.accuracy().to_dict(), **compare(expected, found).to_dict()}
+        return {"accuracy": found.accuracy().to_dict(), **accuracy_delta(expected, found).to_dict()}
 
     for tool in chosen:
         for setting in tool.settings:
@@ -371,10 +371,10 @@ def time_command(folders: Sequence[Path], runs: int) -> None:
             for path in sorted((folder / POINTS).glob("*.json"))
             if "error" not in read(path)
         ]
-        shape = session(original, Runtime(1)).get_inputs()[0].shape
+        shape = session(Deployed(original, Runtime(1))).get_inputs()[0].shape
         image = np.random.default_rng(0).standard_normal(shape, dtype=np.float32)
-        models = [(path, {"input": image}) for path in (original, original, *others)]
-        first, again, *times = time_all(models, runs=runs, runtime=Runtime(1), seed=0)
+        models = [(Deployed(path, Runtime(1)), {"input": image}) for path in (original, original, *others)]
+        first, again, *times = time_all(models, runs=runs, seed=0)
         median, ci95 = median_interval(first)
         write(
             folder / LATENCY,

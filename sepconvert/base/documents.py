@@ -5,7 +5,9 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+import msgspec
 
 from sepconvert.base.errors import SepconvertError, first_line
 
@@ -14,6 +16,8 @@ CHECKSUM = "checksum"
 
 MOST_BYTES = 2**23
 """Bytes of the largest document that is read; a plan takes some hundred for each layer."""
+
+T = TypeVar("T")
 
 
 @contextlib.contextmanager
@@ -43,6 +47,23 @@ def read_file(path: Path, most: int = MOST_BYTES) -> bytes:
         return path.read_bytes()
     problem = f"has {size:,} bytes, expected at most {most:,}" if path.is_file() else "is no regular file"
     raise SepconvertError(f"{path}: cannot be read: it {problem}; check the path")
+
+
+def decode(text: bytes | str, kind: type[T], where: str, advice: str = "make it anew") -> T:
+    """Return a JSON document as a value of type `kind`, its types and constraints checked.
+
+    Unknown keys are ignored; numbers that are not finite are refused. `where` says what the document should
+    be, with its path, and `advice` what to do next.
+
+    Raises:
+        SepconvertError: the document is malformed, or does not have this form; the message names the place.
+    """
+    try:
+        return msgspec.json.decode(text, type=kind)
+    except (msgspec.DecodeError, RecursionError) as error:
+        # Without backticks, which would make parameters of keys.
+        reason = first_line(error).replace("`", "'")
+        raise SepconvertError(f"{where} ({reason}); {advice}") from error
 
 
 def sealed(document: Mapping[str, Any]) -> dict[str, Any]:

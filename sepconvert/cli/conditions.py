@@ -108,7 +108,7 @@ class Demand:
             "macs": _change(profile.macs, base.macs),
             "params": _change(profile.params, base.params),
             "bytes": _change(profile.onnx_bytes, base.onnx_bytes),
-            "drop": None if delta.accuracy is None else delta.accuracy.drop_pp,
+            "drop": None if delta.accuracy is None else delta.accuracy.drop,
             "agreement": None if delta.accuracy is None else 100 * delta.accuracy.agreement,
             # What is not finite is beyond all bounds.
             "max_abs": math.inf

@@ -10,8 +10,7 @@ from torch.utils.data import DataLoader
 
 from sepconvert.base.options import Budget
 from sepconvert.calibration.heldout import Heldout
-from sepconvert.distillation.results import Precision
-from sepconvert.distillation.results import Step as TrainingStep
+from sepconvert.distillation.results import Precision, TrainingStep
 from sepconvert.distillation.training import finetune
 from sepconvert.files.data import Batch
 from sepconvert.measure.metrics import AccuracyDelta
@@ -70,7 +69,7 @@ def delivered(
             break
         fitted = search.carried_out(point)
         found.append((point, *_finetune(model, fitted, finetuning, heldout, seed, len(attempts))))
-        attempts.append(Attempt(accuracy(fitted.model).drop_pp, accuracy(found[-1][1]).drop_pp))
+        attempts.append(Attempt(accuracy(fitted.model).drop, accuracy(found[-1][1]).drop))
     within = [each for each, attempt in zip(found, attempts, strict=True) if attempt.after <= budget.max_drop]
     training = found[-1][-1] if found else None
     if within:

@@ -10,8 +10,8 @@ from sepconvert.base.progress import Progress, silent
 from sepconvert.factorize.exact.analysis import Analysis, Spectrum, analyse
 from sepconvert.factorize.exact.factors import Factorization
 from sepconvert.measure.verification import (
-    Comparison,
     LayerCheck,
+    OutputCheck,
     Reference,
     check_layer,
     compare_with,
@@ -124,7 +124,7 @@ def verify_model(
     tolerances: Mapping[str, float],
     seed: int,
     progress: Progress = silent,
-) -> tuple[dict[str, LayerCheck], Reference, Comparison]:
+) -> tuple[dict[str, LayerCheck], Reference, OutputCheck]:
     """Every replaced layer on the input it had, and the whole model in float64 on given and random inputs.
 
     `tolerances` hold the relative error that each replaced kernel may have.

@@ -15,8 +15,7 @@ from sepconvert.calibration.footprint import images_at_once
 from sepconvert.calibration.split import MOST_AT_ONCE, DataSplit, check_shapes, split_data
 from sepconvert.files.data import Batch
 from sepconvert.measure.cost import Cost, count
-from sepconvert.measure.metrics import AccuracyDelta, Predictions, evaluate
-from sepconvert.measure.metrics import compare as compare_predictions
+from sepconvert.measure.metrics import AccuracyDelta, Predictions, accuracy_delta, evaluate
 from sepconvert.measure.profiling import as_inputs
 from sepconvert.network.copies import checked, private_copy
 from sepconvert.network.tensors import Inputs
@@ -64,7 +63,7 @@ class Original:
         converted = self.predict(model)
         if self.predictions is None or converted is None:
             return None
-        return compare_predictions(self.predictions, converted)
+        return accuracy_delta(self.predictions, converted)
 
 
 def examine(
@@ -147,4 +146,4 @@ def _check_unwritten(name: str, parameter: Tensor, before: Tensor) -> None:
 
 
 def _predict(name: str, model: nn.Module, data: Iterable[Any], progress: Progress) -> Predictions:
-    return evaluate(model, data, lambda batches: progress(batches, f"accuracy, {name}"))
+    return evaluate(model, data, lambda batches, _: progress(batches, f"accuracy, {name}"))

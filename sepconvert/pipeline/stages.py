@@ -36,16 +36,15 @@ from sepconvert.measure.execution import (
     model_execution,
     operator_times,
 )
-from sepconvert.measure.latency import Latency, Speedup, session
+from sepconvert.measure.latency import Deployed, Latency, PairTiming, Speedup, session
 from sepconvert.measure.metrics import AccuracyDelta, ChangedPredictions, Predictions, changes
 from sepconvert.measure.profiling import Profile, batch_size
-from sepconvert.measure.verification import Comparison, Outputs, Reference, compare_export, compare_runs
+from sepconvert.measure.verification import OutputCheck, Outputs, Reference, compare_export, compare_runs
 from sepconvert.network.tensors import Inputs, cast, model_dtype
 from sepconvert.pipeline.job import Job
 from sepconvert.pipeline.original import Original
 from sepconvert.planning.conversion import Conversion, LayerReport, Verification
 from sepconvert.planning.plan import ConversionPlan
-from sepconvert.planning.timing import Timing as PairTiming
 from sepconvert.planning.timing import time_files, time_layers
 
 _LOG = logging.getLogger(__name__)
@@ -153,9 +152,9 @@ def measure(
             layers, original.model, written.paths, original.inputs, runs, runtime
         )
     return Measured(
-        original=_profile(original.cost, original.predictions, timing and timing[0], written.paths[0]),
-        converted=_profile(original.count(made.model), converted, timing and timing[1], written.paths[1]),
-        speedup=timing and timing[2],
+        original=_profile(original.cost, original.predictions, timing and timing.original, written.paths[0]),
+        converted=_profile(original.count(made.model), converted, timing and timing.converted, written.paths[1]),
+        speedup=timing and timing.speedup,
         accuracy=accuracy,
         changed=changes(original.predictions, converted, _SHOWN)
         if original.predictions and converted
@@ -167,7 +166,7 @@ def measure(
 
 def hold_to_speed(timing: PairTiming, job: Job) -> None:
     """Raise `DemandNotMetError` if the files are slower than the gate or the budget demands."""
-    speedup, least = timing[2], job.budget.min_speedup
+    speedup, least = timing.speedup, job.budget.min_speedup
     if job.gate == "latency" and speedup.significant and speedup.median < 1:
         raise DemandNotMetError(
             f"`gate` latency: the converted model is measured {speedup.median:.2f}× as fast as the "
@@ -184,9 +183,9 @@ def hold_to_speed(timing: PairTiming, job: Job) -> None:
 def hold_to_accuracy(accuracy: AccuracyDelta | None, job: Job) -> None:
     """Raise `DemandNotMetError` if the converted model loses more accuracy than the budget allows."""
     most = job.budget.max_drop
-    if accuracy is not None and most is not None and accuracy.drop_pp > most:
+    if accuracy is not None and most is not None and accuracy.drop > most:
         raise DemandNotMetError(
-            f"`max_drop` {most:g}: the fine-tuned model loses {accuracy.drop_pp:.2f} pp; "
+            f"`max_drop` {most:g}: the fine-tuned model loses {accuracy.drop:.2f} pp; "
             "fine-tune for longer or relax a demand"
         )
 
@@ -195,6 +194,11 @@ def _profile(cost: Cost, predictions: Predictions | None, latency: Latency | Non
     size, weights = onnx_sizes(path) if path.exists() else (None, None)
     accuracy = None if predictions is None else predictions.accuracy()
     return Profile(cost.params, cost.macs, size, weights, latency, accuracy, cost.uncounted_ops)
+
+
+def _gain(speedup: Speedup) -> float:
+    """Return the measured speed-up, at least 1 unless the layer is slower beyond noise."""
+    return speedup.median if speedup.significant else max(speedup.median, 1.0)
 
 
 def write_models(
@@ -239,7 +243,7 @@ def state_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 def check_onnx(
     model: nn.Module, expected: tuple[Reference, Reference | None], paths: tuple[Path, Path], runtime: Runtime
-) -> tuple[Comparison | None, str | None]:
+) -> tuple[OutputCheck | None, str | None]:
     """Run both ONNX files on the inputs of `expected` and compare; or return None and why they do not run.
 
     The converted file is held against the original's, or, if there is a reference of its own, against that.
@@ -265,7 +269,7 @@ def check_onnx(
 
 
 def _run_onnx(path: Path, inputs: Sequence[Inputs], dtype: torch.dtype, runtime: Runtime) -> list[Outputs]:
-    runner = session(path, runtime)
+    runner = session(Deployed(path, runtime))
     results = []
     for value in inputs:
         try:
@@ -286,7 +290,7 @@ def executed_layers(
 ) -> tuple[tuple[LayerReport, ...], ModelExecution]:
     """Return the layers with what the runtime made of each, and the same of the whole model."""
     feed = onnx_feed(cast(inputs, runtime_dtype(model)))
-    before, after = (list(operator_times(path, feed, runs=runs, runtime=runtime)) for path in paths)
+    before, after = (list(operator_times(Deployed(path, runtime), feed, runs=runs)) for path in paths)
     functional: dict[str, list[str]] = {}
     for each in sorted(layers, key=lambda each: each.site.place):
         if each.site.index is not None:
@@ -296,7 +300,7 @@ def executed_layers(
     gains = {
         each.plan.name: Gain(
             (batch * each.plan.macs[0], batch * each.plan.macs[1]),
-            each.latency[2].median if each.latency[2].significant else max(each.latency[2].median, 1.0),
+            _gain(each.latency.speedup),
             (each.plan.spec, each.plan.macs, each.plan.scheme, each.plan.rank),
         )
         for each in layers

@@ -12,8 +12,8 @@ from sepconvert.factorize.exact.analysis import Analysis, Finding, Spectrum
 from sepconvert.factorize.exact.certificate import Certificate
 from sepconvert.factorize.geometry import ConvSpec
 from sepconvert.measure.execution import LayerExecution
-from sepconvert.measure.latency import Latency, Speedup
-from sepconvert.measure.verification import Comparison, LayerCheck, Reference
+from sepconvert.measure.latency import PairTiming, Speedup
+from sepconvert.measure.verification import LayerCheck, OutputCheck, Reference
 from sepconvert.network.rewrite import Replacement
 from sepconvert.network.trace import ConvSite
 from sepconvert.planning.plan import MERGED, LayerPlan
@@ -68,7 +68,7 @@ class LayerReport:
     analysis: Analysis | None = None
     certificate: Certificate | None = None
     check: LayerCheck | None = None
-    latency: tuple[Latency, Latency, Speedup] | None = None
+    latency: PairTiming | None = None
     approximation: LayerApproximation | None = None
     spectrum: Spectrum | None = None
     execution: LayerExecution | None = None
@@ -106,8 +106,10 @@ class LayerReport:
             "weight_error": self.weight_error,
             "output_error": self.output_error,
             "approximation": None if self.approximation is None else asdict(self.approximation),
-            "latency_ms": None if self.latency is None else [each.median_ms for each in self.latency[:2]],
-            "latency_speedup": None if self.latency is None else self.latency[2].to_dict(),
+            "latency_ms": None
+            if self.latency is None
+            else [self.latency.original.median_ms, self.latency.converted.median_ms],
+            "latency_speedup": None if self.latency is None else self.latency.speedup.to_dict(),
             "execution": None if self.execution is None else self.execution.to_dict(),
             "spectrum": None if self.spectrum is None else _spectrum_json(self.spectrum),
             "certificate": None
@@ -122,8 +124,8 @@ class LayerReport:
 class Verification:
     """Whole-model and per-layer checks."""
 
-    torch: Comparison
-    onnx: Comparison | None
+    torch: OutputCheck
+    onnx: OutputCheck | None
     onnx_reason: str | None  # why the runtime could not be asked
     layers: Mapping[str, LayerCheck]
 
@@ -211,7 +213,7 @@ class Conversion:
     expected: tuple[
         Reference, Reference | None
     ]  # of the original; of the converted where it is another function
-    torch_check: Comparison
+    torch_check: OutputCheck
     checks: Mapping[str, LayerCheck] = field(default_factory=dict)
     approximation: Mapping[str, Any] | None = None  # for the report
     merges: tuple[tuple[str, str], ...] = ()  # of convolutions of the original, the second into the first

@@ -434,7 +434,7 @@ class Search:
             each
             for each in self.points
             if each.accuracy is not None
-            and each.accuracy.drop_pp <= budget.max_drop
+            and each.accuracy.drop <= budget.max_drop
             and each.speedup is not None
         ]
         return max(known, key=lambda each: each.speedup.median if each.speedup else 0.0, default=point)
@@ -506,7 +506,7 @@ class Search:
         assert self.accuracy is not None  # noqa: S101  (`Budget.or_default` saw to it)
         if point.accuracy is None:
             point.accuracy = self.accuracy(self.carried_out(point).model)
-        return point.accuracy.drop_pp <= budget.max_drop
+        return point.accuracy.drop <= budget.max_drop
 
     def _fast_enough(self, point: Point, budget: Budget, *, surely: bool = False) -> bool:
         """`surely`: beyond the interval of the measurement."""
@@ -530,7 +530,7 @@ def _shortfall(budget: Budget, points: Sequence[Point]) -> str:
         )
         if value is not None
     ]
-    drops = [point.accuracy.drop_pp for point in points if point.accuracy is not None]
+    drops = [point.accuracy.drop for point in points if point.accuracy is not None]
     speeds = [point.speedup.median for point in points if point.speedup is not None]
     reached = [
         *([f"smallest drop {min(drops):.2f} pp of {len(drops)} measured"] if drops else []),

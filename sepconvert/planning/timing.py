@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from sepconvert.base.documents import is_intact, read_file, sealed
 from sepconvert.base.environment import Runtime, environment
 from sepconvert.base.errors import SepconvertError, first_line
-from sepconvert.base.progress import Progress
+from sepconvert.base.progress import Progress, silent
 from sepconvert.factorize.border import Border
 from sepconvert.factorize.exact.analysis import ZERO_BORDER
 from sepconvert.factorize.exact.factors import branches
@@ -29,15 +29,12 @@ from sepconvert.factorize.geometry import ConvSpec
 from sepconvert.factorize.structures import Form
 from sepconvert.files.onnx.export import export_program, onnx_feed, runtime_dtype, save_onnx
 from sepconvert.files.onnx.layer import layer_onnx
-from sepconvert.measure.latency import Latency, Speedup, measure_pair, speedup, time_all
+from sepconvert.measure.latency import Deployed, PairTiming, Speedup, measure_pair, speedup, time_all
 from sepconvert.measure.profiling import batch_size
 from sepconvert.measure.statistics import Interval
 from sepconvert.network.rewrite import Replacement
 from sepconvert.network.tensors import Inputs, cast
 from sepconvert.network.trace import ConvSite
-
-Timing = tuple[Latency, Latency, Speedup]
-
 
 FORM_RUNS = 20
 """Interleaved runs of each form of a layer."""
@@ -71,13 +68,13 @@ def time_files(
     runtime: Runtime,
     seed: int,
     progress: Progress,
-) -> Timing:
+) -> PairTiming:
     """Two ONNX files of `model` and of what it became, on its inputs."""
     feed = onnx_feed(cast(inputs, runtime_dtype(model)))
+    original, converted = (Deployed(path, runtime) for path in paths)
     return measure_pair(
-        *paths, feed, runs=runs, runtime=runtime, batch=batch_size(inputs), seed=seed,
-        progress=lambda items: progress(items, "timing"),
-    )  # fmt: skip
+        original, converted, feed, runs=runs, batch=batch_size(inputs), seed=seed, progress=progress
+    )
 
 
 def time_layers(
@@ -87,9 +84,9 @@ def time_layers(
     runtime: Runtime,
     seed: int,
     progress: Progress,
-) -> dict[str, Timing]:
+) -> dict[str, PairTiming]:
     """Dense layer against factors for each converted one; layers of the same shape share one measurement."""
-    measured: dict[Any, Timing] = {}
+    measured: dict[Any, PairTiming] = {}
     timings = {}
     converted = [site for site in sites if site.name in replacements]
     for site in progress(converted, "timing layers"):
@@ -102,21 +99,21 @@ def time_layers(
     return timings
 
 
-def time_layer(site: ConvSite, replacement: Replacement, runs: int, runtime: Runtime, seed: int) -> Timing:
+def time_layer(
+    site: ConvSite, replacement: Replacement, runs: int, runtime: Runtime, seed: int
+) -> PairTiming:
     """The dense layer and its factors as they run within a graph, on inputs as large as there."""
     spec, shape = site.dense.spec, _input_shape(site.dense.inputs)
     forms = (ZERO_BORDER, 0, Border()), (replacement.scheme, replacement.rank, replacement.border)
-    before, after = (layer_onnx(branches(spec, *form), shape) for form in forms)
-    return measure_pair(
-        before, after, _feed(shape, seed), runs=runs, runtime=runtime, batch=shape[0], seed=seed
-    )
+    before, after = (Deployed(layer_onnx(branches(spec, *form), shape), runtime) for form in forms)
+    return measure_pair(before, after, _feed(shape, seed), runs=runs, batch=shape[0], seed=seed)
 
 
 def not_faster(
     site: ConvSite, replacement: Replacement, runs: int, runtime: Runtime, seed: int
 ) -> str | None:
     """Why a replacement does not pay in the runtime; None if it is measured to be faster."""
-    _, _, speedup = time_layer(site, replacement, max(runs, 1), runtime, seed)
+    speedup = time_layer(site, replacement, max(runs, 1), runtime, seed).speedup
     if speedup.significant and speedup.median > 1:
         return None
     return f"is measured {speedup.median:.2f}× as fast [{speedup.ci95.lo:.2f}, {speedup.ci95.hi:.2f}]"
@@ -183,9 +180,7 @@ class Clock:
             feed = onnx_feed(cast(inputs, runtime_dtype(original)))
             timed = [(path, feed) for path in (paths[0], paths[0], *(paths[index] for index in missing))]
             try:
-                first, again, *others = self._samples(
-                    timed, runs, lambda items: progress(items, "timing plans")
-                )
+                first, again, *others = self._samples(timed, runs, progress)
             except SepconvertError as error:
                 if error.__cause__ is None:  # not ONNX Runtime's, but of the provider, say
                     raise
@@ -265,12 +260,13 @@ class Clock:
         self,
         models: Sequence[tuple[Path | bytes, Mapping[str, Any]]],
         runs: int = FORM_RUNS,
-        progress: Any = None,
+        progress: Progress = silent,
     ) -> Any:
         """Times of models in units of the yardstick of the same round, models × runs."""
         yardstick = layer_onnx([[_YARDSTICK]], _YARDSTICK_SHAPE), _feed(_YARDSTICK_SHAPE, self._seed)
+        deployed = [(Deployed(model, self._runtime), feed) for model, feed in (*models, yardstick)]
         *samples, unit = time_all(
-            [*models, yardstick], runs=runs, runtime=self._runtime, seed=self._seed, progress=progress
+            deployed, runs=runs, seed=self._seed, progress=progress, description="timing plans"
         )
         key = self._key(yardstick=asdict(_YARDSTICK), layout=LAYOUT)
         if not self._recall(key, _usable_yardstick):

@@ -570,7 +570,7 @@ def test_a_loader_that_ends_too_soon(here, run):
     before = listing(here.parent)
     outcome = run("net.pt", "--data", "cli_test_code.py:short", "--runs", "0")
     assert (outcome.code, outcome.out) == (2, "")
-    assert "data: the loader ended after 2 of 3 batches; mend its data set" in outcome.err
+    assert "data: the loader ended after 2 of 3 batches; fix its data set" in outcome.err
     assert listing(here.parent) == before
 
 

@@ -147,7 +147,7 @@ def test_a_missing_key_is_named(stored, tmp_path, key):
     inside = stored[outer[0]] if outer else stored
     del inside[last]
     (tmp_path / "net.json").write_text(json.dumps(stored))
-    with pytest.raises(SepconvertError, match=rf"net.json: lacks the key '{last}'"):
+    with pytest.raises(SepconvertError, match=rf"net.json: not a profile .* missing required field '{last}'"):
         read_profile(tmp_path / "net.json")
 
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from dataclasses import replace
 from typing import Any
 
 import onnx
@@ -21,7 +22,7 @@ from sepconvert.calibration.record import record
 from sepconvert.calibration.split import Calibration, split_data
 from sepconvert.cli.demo.images import evaluation_data
 from sepconvert.cli.demo.net import load, to_input
-from sepconvert.measure.latency import Speedup
+from sepconvert.measure.latency import PairTiming, Speedup
 from sepconvert.measure.statistics import Interval
 from sepconvert.network.copies import private_copy
 from sepconvert.network.layers import FactorizedConv2d
@@ -32,7 +33,7 @@ from sepconvert.planning.carry_out import carry_out
 from sepconvert.planning.forms import Prices, depthwise_forms, measured_prices
 from sepconvert.planning.plan import read_plan
 from sepconvert.planning.survey import survey
-from sepconvert.planning.timing import FormTime, FormTimes, Timing
+from sepconvert.planning.timing import FormTime, FormTimes
 from sepconvert.report.sentences import warnings_of
 from sepconvert.report.tables import summary
 
@@ -220,9 +221,9 @@ def test_a_demanded_speed_holds_of_the_files_too(small, monkeypatch):
     model, loader = small
     measured = pipeline.time_files
 
-    def slower(*arguments: Any) -> Timing:
-        before, after, _ = measured(*arguments)
-        return before, after, Speedup(0.005, Interval(0.004, 0.006), Interval(0.9, 1.1))
+    def slower(*arguments: Any) -> PairTiming:
+        speedup = Speedup(0.005, Interval(0.004, 0.006), Interval(0.9, 1.1))
+        return replace(measured(*arguments), speedup=speedup)
 
     monkeypatch.setattr(pipeline, "time_files", slower)
     options = {"mode": "approx", "calib": loader, "calib_images": 64, "runs": 5}
