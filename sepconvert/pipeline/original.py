@@ -146,4 +146,4 @@ def _check_unwritten(name: str, parameter: Tensor, before: Tensor) -> None:
 
 
 def _predict(name: str, model: nn.Module, data: Iterable[Any], progress: Progress) -> Predictions:
-    return evaluate(model, data, lambda batches, _: progress(batches, f"accuracy, {name}"))
+    return evaluate(model, data, progress, f"accuracy, {name}")

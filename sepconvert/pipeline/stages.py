@@ -152,9 +152,9 @@ def measure(
             layers, original.model, written.paths, original.inputs, runs, runtime
         )
     return Measured(
-        original=_profile(original.cost, original.predictions, timing and timing.original, written.paths[0]),
-        converted=_profile(original.count(made.model), converted, timing and timing.converted, written.paths[1]),
-        speedup=timing and timing.speedup,
+        original=_profile(original.cost, original.predictions, timing.original if timing else None, written.paths[0]),
+        converted=_profile(original.count(made.model), converted, timing.converted if timing else None, written.paths[1]),
+        speedup=timing.speedup if timing else None,
         accuracy=accuracy,
         changed=changes(original.predictions, converted, _SHOWN)
         if original.predictions and converted
