@@ -1,13 +1,17 @@
-"""Reading and writing of small documents, with a checksum that reveals damage on disk."""
+"""Reading and writing of small JSON documents, with a checksum that reveals damage on disk."""
 
 import contextlib
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from sepconvert.base.errors import SepconvertError, first_line
+import msgspec
+
+from sepconvert.base.errors import SepconvertError, first_line, shortened
+
+T = TypeVar("T")
 
 
 @contextlib.contextmanager
@@ -56,6 +60,43 @@ def sealed(document: Mapping[str, Any]) -> dict[str, Any]:
 def is_intact(document: Mapping[str, Any]) -> bool:
     """Does the document have the checksum that it says?"""
     return document.get(CHECKSUM) == _checksum(document)
+
+
+def decode(content: bytes | str, kind: type[T], where: str) -> T:
+    """Return the value of type `kind` that a JSON document holds.
+
+    Args:
+        content: the JSON text.
+        kind: a type whose fields say what is expected: dataclasses, tuples, literals, `msgspec.Meta` for bounds.
+        where: begins the message of an error, as the path of the file.
+
+    Raises:
+        SepconvertError: it is no JSON, or a field is missing or of another type.
+    """
+    try:
+        document = json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise SepconvertError(
+            f"{where}: expected JSON that sepconvert wrote, got none: {first_line(error)}"
+        ) from error
+    return structured(document, kind, where)
+
+
+def structured(document: Any, kind: type[T], where: str) -> T:
+    """Return the value of type `kind` that a parsed JSON document holds; see `decode`.
+
+    Raises:
+        SepconvertError: a field is missing or of another type.
+    """
+    try:
+        return msgspec.convert(document, kind)
+    except (msgspec.ValidationError, RecursionError) as error:
+        # Backticks are for parameters of our own (see `sepconvert.base.errors`).
+        problem, _, path = first_line(error).replace("`", "").partition(" - at $")
+        field = shortened(path.lstrip(".")) or "the document"
+        raise SepconvertError(
+            f"{where}: {field}: {problem[:1].lower()}{problem[1:]}; make it anew"
+        ) from error
 
 
 def _checksum(document: Mapping[str, Any]) -> str:

@@ -1,6 +1,6 @@
 """The conversion from model to result: find, convert, write, verify, measure, report."""
 
-import functools
+import hashlib
 import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
@@ -11,26 +11,20 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from sepconvert.base.determinism import reproducible
-from sepconvert.base.distributed import once
 from sepconvert.base.distributed import rank as rank_of_process
-from sepconvert.base.environment import Runtime, available_cores
-from sepconvert.base.errors import MAX_SEED, DemandNotMetError, SepconvertError, check_number
-from sepconvert.base.options import Budget
+from sepconvert.base.errors import DemandNotMetError, SepconvertError
+from sepconvert.base.options import Budget, Calibration, Finetuning, Gate, Selection, Timing
 from sepconvert.base.progress import Progress, silent
-from sepconvert.calibration.footprint import images_at_once
-from sepconvert.calibration.split import MOST_AT_ONCE, check_shapes, split_data
 from sepconvert.distillation.results import Precision, Step
 from sepconvert.files.data import Batch
 from sepconvert.files.onnx.facts import onnx_sizes
-from sepconvert.measure.cost import Cost, Counter, count
+from sepconvert.measure.cost import Cost
 from sepconvert.measure.latency import Latency
-from sepconvert.measure.metrics import AccuracyDelta, Predictions, changes, evaluate
+from sepconvert.measure.metrics import Predictions, changes
 from sepconvert.measure.metrics import compare as compare_predictions
 from sepconvert.measure.profiling import Profile, as_inputs
-from sepconvert.network.copies import checked, private_copy
-from sepconvert.network.merge import linear_pairs
+from sepconvert.network.copies import checked
 from sepconvert.network.tensors import Inputs, model_dtype, tensors_in
-from sepconvert.network.trace import ConvSite, trace
 from sepconvert.pipeline.approximate import convert_approximately
 from sepconvert.pipeline.delivered import (
     check_onnx,
@@ -39,13 +33,13 @@ from sepconvert.pipeline.delivered import (
     result_folder,
     write_models,
 )
-from sepconvert.pipeline.delivery import Finetuning
 from sepconvert.pipeline.exact import analyse_model, convert_exactly, plan_model
-from sepconvert.pipeline.merging import merge_pairs
+from sepconvert.pipeline.job import Job
+from sepconvert.pipeline.original import examine, select_sites
 from sepconvert.pipeline.replay import demand_verified
 from sepconvert.planning.conversion import LayerReport, Verification
-from sepconvert.planning.plan import GATES, ConversionPlan, selected
-from sepconvert.planning.timing import Clock, time_files, time_layers
+from sepconvert.planning.plan import ConversionPlan
+from sepconvert.planning.timing import time_files, time_layers
 from sepconvert.report.document import Report, report_document
 from sepconvert.report.exhibits import Exhibits, images_at, kernel_pairs
 from sepconvert.report.files import write_documents
@@ -76,7 +70,7 @@ def inspect(
     model: nn.Module,
     example_inputs: Tensor | Inputs,
     *,
-    gate: str = "macs",
+    gate: Gate = "macs",
     tol: float | None = None,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
@@ -100,12 +94,12 @@ def inspect(
         0.101
     """
     model, inputs = checked(model), as_inputs(example_inputs)
-    if gate not in GATES:
-        raise SepconvertError(f"gate: expected one of {', '.join(GATES)}, got {gate!r}")
-    sites = _traced(model, inputs, tol, include, exclude)
-    analyses = analyse_model(sites, tol, include, exclude, progress)
-    runtime = Runtime(available_cores())
-    layers, factorizations = plan_model(model, inputs, sites, analyses, gate, tol, 30, runtime, 0, progress)
+    job = Job(
+        gate=gate, tol=tol, selection=Selection(include, exclude), timing=Timing(runs=30), progress=progress
+    )
+    sites = select_sites(model, inputs, job.selection)
+    analyses = analyse_model(sites, tol, job.selection, progress)
+    layers, factorizations = plan_model(model, inputs, sites, analyses, job)
     reports = [
         LayerReport(
             layer,
@@ -225,99 +219,38 @@ def convert(
         >>> [tuple(each.kernel_size) for each in result.model[0].convolutions]
         [(3, 1), (1, 3)]
     """
-    if mode not in MODES:
-        raise SepconvertError(f"mode: expected {' or '.join(MODES)}, got {mode!r}")
-    gate = gate or ("latency" if mode == "auto" else "macs")
-    if gate not in GATES:
-        raise SepconvertError(f"gate: expected one of {', '.join(GATES)}, got {gate!r}")
-    model, inputs = checked(model), as_inputs(example_inputs)
-    check_number("runs", runs, 0, whole=True)
-    check_number("seed", seed, 0, MAX_SEED, whole=True)
-    check_number("calib_images", calib_images, 1, whole=True)
-    check_number("memory", memory, 1)
-    check_number("finetune", finetune, 0, whole=True)
-    check_number("measure_seconds", measure_seconds, 0)
-    runtime = Runtime(available_cores() if threads is None else threads, graph_optimization, provider)
-    budget = Budget(rank, target_macs, target_params, min_speedup, max_drop)
-    if mode == "exact" and (budget != Budget() or finetune or calib is not None):
-        raise SepconvertError(
-            "mode: budgets, calibration and fine-tuning are for the modes approx and auto; pass one of them"
-        )
     for name, given in (("calib", calib), ("train", train)):
         if given is not None and not isinstance(given, DataLoader):
             raise SepconvertError(
-                f"{name}: expected a torch.utils.data.DataLoader, got {type(given).__name__}; make one, e.g. "
+                f"`{name}`: expected a torch.utils.data.DataLoader, got {type(given).__name__}; make one, e.g. "
                 "DataLoader(dataset, batch_size=64)"
             )
-    if mode == "auto" and rank is not None:
-        raise SepconvertError("--rank: fixes the multiplier of mode approx; in auto mode pass another budget")
+    job = Job.of(
+        mode=mode, gate=gate, tol=tol, seed=seed, dynamic_batch=dynamic_batch,
+        budget=Budget(rank, target_macs, target_params, min_speedup, max_drop),
+        selection=Selection(include, exclude),
+        timing=Timing(threads, graph_optimization, provider, runs, measure_seconds, cache),
+        calibration=Calibration(calib_images, memory),
+        finetune=Finetuning(finetune, train, precision, checkpoint, resume, on_step),
+        out=out, progress=progress,
+    )  # fmt: skip
+    gate, runtime = job.gate, job.timing.runtime
     place = checked_place(out) if rank_of_process() == 0 else None
-    sites = _traced(model, inputs, tol, include, exclude)
-    parts = None
-    if mode != "exact":
-        at_once = images_at_once(model, inputs, MOST_AT_ONCE)
-        parts = split_data(data, calib, train, calib_images, finetune, seed, at_once, memory)
-        check_shapes(parts, inputs)
-        data = parts.scored
-    # Before the long work, as this is where data that do not suit the model are found out.
-    predictions = None if data is None else _predict("original", private_copy(model), data, progress)
-    if parts is not None:
-        by_time = gate == "latency" and budget.share is None
-        budget = budget.or_default(labelled=predictions is not None, timed=runs > 0 or by_time)
-    original_cost = count(private_copy(model), inputs)
-    # As the original's, whatever the converted model would allow: the two are compared.
-    counted = functools.partial(_counted, inputs=inputs, counter=original_cost.counter)
-    start, start_sites, start_cost = model, sites, original_cost
-    clock = Clock(runtime, seed, cache, measure_seconds)
-    if mode == "auto":
-        start, merges = merge_pairs(
-            model, inputs,
-            linear_pairs(model, inputs, [site for site in sites if selected(site.name, include, exclude)]),
-            gate=gate, clock=clock, seed=seed, progress=progress,
-        )  # fmt: skip
-    if start is not model:
-        start_sites, start_cost = trace(private_copy(start), inputs), counted(start)
-
-    @functools.cache  # a plan that was measured and then delivered is not run again
-    def predicted(converted: nn.Module) -> Predictions | None:
-        if data is None:
-            return None
-        return once(lambda: _predict("converted", private_copy(converted), data, progress))
-
-    if parts is None:
-        conversion = convert_exactly(
-            model, inputs, sites, gate=gate, tol=tol, include=include, exclude=exclude,
-            runs=runs, runtime=runtime, seed=seed, progress=progress,
-        )  # fmt: skip
+    original = examine(model, example_inputs, data, calib, job)
+    model, inputs, sites = original.model, original.inputs, original.sites
+    data, predictions, original_cost = original.data.scored, original.predictions, original.cost
+    if mode == "exact":
+        conversion = convert_exactly(original, job)
     else:
-
-        def accuracy(converted: nn.Module) -> AccuracyDelta:
-            found = predicted(converted)
-            assert predictions is not None and found is not None  # noqa: S101, PT018  (passed on with data alone)
-            return compare_predictions(predictions, found)
-
-        conversion = convert_approximately(
-            start, inputs, start_sites, original=model, mode=mode, gate=gate, clock=clock,
-            include=include, exclude=exclude,
-            budget=budget,
-            calibration=parts.calibration,
-            finetuning=Finetuning(
-                finetune, parts.train, parts.heldout, parts.labelled, precision, checkpoint, resume, on_step
-            )
-            if finetune and parts.train and parts.heldout
-            else None,
-            accuracy=None if predictions is None else accuracy,
-            total_macs=original_cost.macs, total_params=original_cost.params,
-            saved_macs=original_cost.macs - start_cost.macs,
-            saved_params=original_cost.params - start_cost.params,
-            runs=runs, seed=seed, progress=progress,
-        )  # fmt: skip
-    if mode == "auto":
-        conversion = conversion.with_merges(sites, merges)
+        by_time = gate == "latency" and job.budget.share is None
+        budget = job.budget.or_default(labelled=predictions is not None, timed=runs > 0 or by_time)
+        job = replace(job, budget=budget)
+        conversion = convert_approximately(original, job)
+    max_drop, counted = job.budget.max_drop, original.count
     converted = conversion.model
-    converted_predictions = predicted(converted)
+    converted_predictions = original.predict(converted)
     plan = ConversionPlan(
-        mode=mode, gate=gate, tol=tol, seed=seed,
+        mode=job.mode, gate=gate, tol=tol, seed=seed,
         model_sha256=None if source is None else source["sha256"],
         weights_sha256=None,
         input_shapes=tuple(tuple(value.shape) for value in tensors_in(inputs)),
@@ -328,6 +261,8 @@ def convert(
         return ConversionResult(converted, plan.to_json(), {})
     with result_folder(place) as folder:
         note = write_models(model, converted, inputs, folder, dynamic_batch, progress)
+        weights = hashlib.sha256((folder / "converted.safetensors").read_bytes()).hexdigest()
+        plan = replace(plan, weights_sha256=weights)
         paths = folder / "original.onnx", folder / "converted.onnx"
         onnx_reason = next((note.missing[each.name] for each in paths if each.name in note.missing), None)
         onnx_check = None
@@ -401,46 +336,6 @@ def convert(
         if place is not None:
             write_documents(result.report, result.plan, place, result.exhibits)
     return result
-
-
-def _traced(
-    model: nn.Module, inputs: Inputs, tol: float | None, include: Sequence[str], exclude: Sequence[str]
-) -> tuple[ConvSite, ...]:
-    """Every convolution, the options that select some of them having been checked."""
-    check_number("tol", tol, 0)
-    if tol is not None and tol >= 1:
-        raise SepconvertError(f"tol: expected a relative error in [0, 1), got {tol}")
-    shared = {name: each for name, each in model.named_parameters() if type(each) is nn.Parameter}
-    before = {name: parameter.detach().clone() for name, parameter in shared.items()}
-    sites = trace(private_copy(model), inputs)
-    for name, parameter in shared.items():
-        _check_unwritten(name, parameter, before[name])
-    for pattern in (*include, *exclude):
-        if not any(selected(site.name, [pattern], ()) for site in sites):
-            raise SepconvertError(f"{pattern}: matches none of the {len(sites)} convolutions; see inspect")
-    return sites
-
-
-def _check_unwritten(name: str, parameter: Tensor, before: Tensor) -> None:
-    """Copies of the model share the memory of its parameters, to which some forwards write."""
-    now = parameter.detach()
-    if bool(((now == before) | (now.isnan() & before.isnan())).all()):
-        return
-    now.copy_(before)
-    raise SepconvertError(
-        f"the forward pass writes to the parameter {name} (to limit its norm, maybe), which a converted "
-        "model would not do; do so after the steps of training instead"
-    )
-
-
-def _predict(
-    name: str, model: nn.Module, data: Iterable[tuple[Tensor, Tensor]], progress: Progress
-) -> Predictions:
-    return evaluate(model, data, lambda batches: progress(batches, f"accuracy, {name}"))
-
-
-def _counted(model: nn.Module, *, inputs: Inputs, counter: Counter) -> Cost:
-    return count(private_copy(model), inputs, counter)
 
 
 def _profile(cost: Cost, predictions: Predictions | None, latency: Latency | None, path: Path) -> Profile:

@@ -1,11 +1,11 @@
-"""Exact conversion: analyse → plan → rewrite → verify."""
+"""Mode exact: analyse each kernel, plan, rewrite the model, and verify it."""
 
 from collections.abc import Mapping, Sequence
 from functools import partial
 
 from torch import nn
 
-from sepconvert.base.environment import Runtime
+from sepconvert.base.options import Selection
 from sepconvert.base.progress import Progress, silent
 from sepconvert.factorize.exact.analysis import Analysis, Spectrum, analyse
 from sepconvert.factorize.exact.factors import Factorization
@@ -22,36 +22,29 @@ from sepconvert.network.obstacles import Obstacles
 from sepconvert.network.rewrite import Replacement, rewrite
 from sepconvert.network.tensors import Inputs
 from sepconvert.network.trace import ConvSite
+from sepconvert.pipeline.job import Job
+from sepconvert.pipeline.original import Original
 from sepconvert.planning.conversion import Conversion, LayerReport
-from sepconvert.planning.plan import LayerPlan, plan_layer, selected
+from sepconvert.planning.plan import LayerPlan, plan_layer
 from sepconvert.planning.timing import not_faster
 
 
-def convert_exactly(
-    model: nn.Module,
-    inputs: Inputs,
-    sites: tuple[ConvSite, ...],
-    *,
-    gate: str,
-    tol: float | None,
-    include: Sequence[str],
-    exclude: Sequence[str],
-    runs: int,
-    runtime: Runtime,
-    seed: int,
-    progress: Progress,
-) -> Conversion:
-    """Replace every convolution that has an exact structure and passes the gate; see `pipeline.convert`."""
-    analyses = analyse_model(sites, tol, include, exclude, progress)
-    layers, factorizations = plan_model(
-        model, inputs, sites, analyses, gate, tol, runs, runtime, seed, progress
-    )
+def convert_exactly(original: Original, job: Job) -> Conversion:
+    """Replace every selected convolution that has an exact structure and passes the gate.
+
+    The result is verified in PyTorch, and holds the checks, whether they passed or not.
+    """
+    model, inputs, sites = original.model, original.inputs, original.sites
+    analyses = analyse_model(sites, job.tol, job.selection, job.progress)
+    layers, factorizations = plan_model(model, inputs, sites, analyses, job)
     by_name = {site.name: site for site in sites}
     replacements = {name: replacement(each, by_name[name]) for name, each in factorizations.items()}
     converted = rewrite(model, sites, replacements)
     certificates = {name: each.certificate for name, each in factorizations.items()}
     tolerances = {name: certificate.channel_tolerance for name, certificate in certificates.items()}
-    checks, expected, torch_check = verify_model(model, converted, inputs, sites, tolerances, seed, progress)
+    checks, expected, torch_check = verify_model(
+        model, converted, inputs, sites, tolerances, job.seed, job.progress
+    )
     reports = tuple(
         LayerReport(
             layer,
@@ -67,14 +60,10 @@ def convert_exactly(
 
 
 def analyse_model(
-    sites: Sequence[ConvSite],
-    tol: float | None,
-    include: Sequence[str],
-    exclude: Sequence[str],
-    progress: Progress,
+    sites: Sequence[ConvSite], tol: float | None, selection: Selection, progress: Progress
 ) -> dict[str, Analysis]:
-    """What is known of each kernel that may be replaced."""
-    eligible = [site for site in sites if site.obstacle is None and selected(site.name, include, exclude)]
+    """Return the analysis of each kernel that may be replaced, by layer."""
+    eligible = [site for site in sites if site.obstacle is None and selection.admits(site.name)]
     return {
         site.name: analyse(site.conv.spec, site.conv.weight, site.sizes, tol)
         for site in progress(eligible, "analysing kernels")
@@ -83,28 +72,31 @@ def analyse_model(
 
 
 def plan_model(
-    model: nn.Module,
-    inputs: Inputs,
-    sites: Sequence[ConvSite],
-    analyses: Mapping[str, Analysis],
-    gate: str,
-    tol: float | None,
-    runs: int,
-    runtime: Runtime,
-    seed: int,
-    progress: Progress,
+    model: nn.Module, inputs: Inputs, sites: Sequence[ConvSite], analyses: Mapping[str, Analysis], job: Job
 ) -> tuple[list[LayerPlan], dict[str, Factorization]]:
-    """A decision for every convolution, and the factors of those to replace."""
+    """Decide on every convolution, and factorize those to replace.
+
+    Args:
+        model: is left as it is.
+        inputs: positional arguments of its forward.
+        sites: all its convolutions.
+        analyses: from `analyse_model`.
+        job: gate, tolerance, seed, and how layers are timed under the gate "latency".
+
+    Returns:
+        A decision for each of `sites`, and the factors by layer.
+    """
     layers: list[LayerPlan] = []
     factorizations: dict[str, Factorization] = {}
     obstacles = Obstacles(model, inputs, sites)
-    for site in progress(sites, "planning"):
+    for site in job.progress(sites, "planning"):
 
         def is_slower(factorization: Factorization, site: ConvSite = site) -> str | None:
-            return not_faster(site, replacement(factorization, site), runs, runtime, seed)
+            factors, timing = replacement(factorization, site), job.timing
+            return not_faster(site, factors, timing.runs, timing.runtime, job.seed)
 
         layer, factorization = plan_layer(
-            site, analyses.get(site.name), partial(obstacles.of, site), gate, tol, is_slower
+            site, analyses.get(site.name), partial(obstacles.of, site), job.gate, job.tol, is_slower
         )
         layers.append(layer)
         if factorization is not None:
@@ -113,7 +105,7 @@ def plan_model(
 
 
 def _spectrum(layer: LayerPlan, analysis: Analysis | None) -> Spectrum | None:
-    """In the structure that a layer was replaced by, or that comes nearest to being worth it."""
+    """Return a layer's spectrum in the structure that it was given, or in the one that nearly holds."""
     findings = [each for each in analysis.findings if each.spectrum] if analysis else []
     if not findings:
         return None
@@ -125,7 +117,7 @@ def _spectrum(layer: LayerPlan, analysis: Analysis | None) -> Spectrum | None:
 
 
 def replacement(factorization: Factorization, site: ConvSite) -> Replacement:
-    """The factors, and the dense layer's bias."""
+    """Return the factors of a layer, and the dense layer's bias."""
     bias = None if site.conv is None else site.conv.bias
     return Replacement(
         factorization.scheme, factorization.rank, factorization.border, factorization.weights, bias
@@ -141,9 +133,19 @@ def verify_model(
     seed: int,
     progress: Progress = silent,
 ) -> tuple[dict[str, LayerCheck], Reference, Comparison]:
-    """Every replaced layer on the input it had, and the whole model in float64 on given and random inputs.
+    """Check every replaced layer on the input that it had, and the whole model on given and random inputs.
 
-    `tolerances` hold the relative error that each replaced kernel may have.
+    Args:
+        model: the original.
+        converted: its conversion; both are compared in float64.
+        inputs: positional arguments of the forward.
+        sites: the original's convolutions.
+        tolerances: relative error that each replaced kernel may have, by layer.
+        seed: of the random inputs.
+        progress: shows the progress.
+
+    Returns:
+        The check of each replaced layer, the original's outputs, and the comparison with them.
     """
     checks: dict[str, LayerCheck] = {}
     for site in progress([site for site in sites if site.name in tolerances], "verifying layers"):
