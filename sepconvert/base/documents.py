@@ -39,10 +39,10 @@ MOST_BYTES = 2**23  # of a document: a plan takes some hundred for each layer
 
 
 def read_file(path: Path, most: int = MOST_BYTES) -> bytes:
-    """All of a file of at most so many bytes.
+    """Return the content of a file of at most `most` bytes.
 
     Raises:
-        SepconvertError: it is larger, or is none that has a size (a pipe, a device).
+        SepconvertError: it is larger, or no regular file (but a pipe, say, or a device).
         OSError: it cannot be read.
     """
     size = path.stat().st_size
@@ -53,12 +53,12 @@ def read_file(path: Path, most: int = MOST_BYTES) -> bytes:
 
 
 def sealed(document: Mapping[str, Any]) -> dict[str, Any]:
-    """With the SHA-256 of all else that it holds, as JSON with sorted keys."""
+    """Return a document with a checksum: the SHA-256 of all its other content, as JSON with sorted keys."""
     return {**document, CHECKSUM: _checksum(document)}
 
 
 def is_intact(document: Mapping[str, Any]) -> bool:
-    """Does the document have the checksum that it says?"""
+    """Return whether the checksum of a document is that of its content."""
     return document.get(CHECKSUM) == _checksum(document)
 
 
@@ -67,7 +67,7 @@ def decode(content: bytes | str, kind: type[T], where: str) -> T:
 
     Args:
         content: the JSON text.
-        kind: a type whose fields say what is expected: dataclasses, tuples, literals, `msgspec.Meta` for bounds.
+        kind: usually a dataclass; annotations of its fields may hold bounds, as `msgspec.Meta`.
         where: begins the message of an error, as the path of the file.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Modes approx and auto: merge pairs, survey the layers, search for a plan, deliver it, and describe each layer."""
+"""Modes approx and auto: merge pairs, survey the layers, search for a plan, deliver and describe it."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -111,7 +111,7 @@ def _survey(original: Original, start: Start, job: Job) -> _Findings:
 def _prices(
     original: Original, layers: Sequence[ConvSite], job: Job
 ) -> tuple[Unit, Mapping[str, Prices], Mapping[str, Reason]]:
-    """Return the unit of costs, the prices of each layer's forms in it, and why layers have no form that pays."""
+    """Return the unit of costs, the prices of each layer's forms, and why other layers have none."""
     unit: Unit = "params" if job.budget.target_params else "macs"
     exact = {site.name: exact_forms(site) for site in layers} if job.mode == "auto" else {}
     forms = {site.name: candidate_forms(site, job.budget.rank, exact.get(site.name)) for site in layers}
@@ -260,7 +260,7 @@ def _layer_approximation(
 
 
 def _spectrum(plan: LayerPlan, site: ConvSite, mode: Mode) -> Spectrum | None:
-    """Return a layer's spectrum in the form that it was given, or in the first form that its mode considers."""
+    """Return a layer's spectrum in the form that it was given, or in the first that its mode considers."""
     if site.conv is None:
         return None
     scheme = plan.scheme

@@ -77,8 +77,8 @@ def merge_pairs(
     under "macs" and "none", if it has no more MACs. Where pairs follow one another, the dense form of one is
     the first convolution of the next.
 
-    After each merge, the model is compared with the original in float64, on the given and on random inputs, and
-    may differ by no more than float64's rounding; otherwise the pair is kept.
+    After each merge, the model is compared with the original in float64, on the given and on random inputs,
+    and may differ by no more than float64's rounding; otherwise the pair is kept.
 
     Args:
         model: is left as it is.

@@ -18,7 +18,7 @@ from sepconvert.network.trace import ConvSite
 
 
 def fit_problem(site: ConvSite, moments: Moments, calibration: Calibration | None) -> Problem:
-    """Return the fit of a layer to some moments, its outputs weighted by their importance if that is known."""
+    """Return the fit of a layer to some moments, its outputs weighted by their importance where known."""
     importance = None if calibration is None else calibration.importance.get(site.name)
     return Problem(site.dense.spec, site.dense.weight, moments, importance)
 

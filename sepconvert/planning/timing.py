@@ -156,7 +156,7 @@ def time_layer(site: ConvSite, replacement: Replacement, runs: int, runtime: Run
 def not_faster(
     site: ConvSite, replacement: Replacement, runs: int, runtime: Runtime, seed: int
 ) -> str | None:
-    """Why a replacement does not pay in the runtime; None if it is measured to be faster."""
+    """Return why a replacement does not pay in the runtime; None if it is measured to be faster."""
     _, _, speedup = time_layer(site, replacement, max(runs, 1), runtime, seed)
     if speedup.significant and speedup.median > 1:
         return None

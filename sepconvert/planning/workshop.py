@@ -162,7 +162,7 @@ class Workshop:
         return self._earlier[-1]
 
     def sketched(self, choice: Choice) -> nn.Module:
-        """Return a plan's model with the factors of the survey: as fast as the plan, but not fitted for it."""
+        """Return a plan's model with the survey's factors: as fast as the plan, but not fitted for it."""
         offers = {name: self.surveyed[name].offer(candidate) for name, candidate in choice.items()}
         return self._rewritten({name: offer.fitted for name, offer in offers.items()})
 

@@ -166,7 +166,10 @@ class Curve:
         return joined
 
     def between(self, point: Point) -> Point | None:
-        """Return a plan halfway, in cost, to the next cheaper point; None if there is none. It joins the curve."""
+        """Return a plan whose cost is halfway to that of the next cheaper point, and which joins the curve.
+
+        None if there is no other plan in between.
+        """
         cheaper = next((each for each in self.frontier if each.plan.cost < point.plan.cost), None)
         if cheaper is None:
             return None

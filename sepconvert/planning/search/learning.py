@@ -1,7 +1,7 @@
 """Corrections of the survey by whole plans.
 
-The survey looks at each layer alone. Where other layers are replaced too, errors do not add up, the inputs of a
-layer are no longer the original's, and times of layers do not add up either.
+The survey looks at each layer alone. Where other layers are replaced too, errors do not add up, the inputs of
+a layer are no longer the original's, and times of layers do not add up either.
 """
 
 import math
@@ -20,8 +20,8 @@ Surveyed = Mapping[str, LayerSurvey]
 _LARGEST_GAIN = 2.0
 
 
-# Weight of the assumption that savings add up, against the measured plans: the relative noise of a plan's measured
-# time, divided by the relative error that the sum of its layers' savings usually has.
+# Weight of the assumption that savings add up, against the measured plans: the relative noise of a plan's
+# measured time, divided by the relative error that the sum of its layers' savings usually has.
 _PRIOR = 0.03
 
 
@@ -110,10 +110,11 @@ def corrected_sensitivities(surveyed: Surveyed, choice: Choice, brought: Mapping
 
 
 def corrected_forms(surveyed: Surveyed, choice: Choice, brought: Mapping[str, float]) -> Surveyed | None:
-    """Return the survey with the errors of a plan's forms raised to what they have `brought`; None if none is.
+    """Return the survey with errors of a plan's forms raised to what they have `brought`; None if none is.
 
-    Only one form per layer is measured in the survey; the others are extrapolated, assuming that the divergence
-    is quadratic in the error. A form that drops a whole direction of the outputs may diverge far beyond that.
+    Only one form per layer is measured in the survey; the others are extrapolated, assuming that the
+    divergence is quadratic in the error. A form that drops a whole direction of the outputs may diverge far
+    beyond that.
     """
     excess = {
         name: brought[name] / candidate.error
@@ -129,9 +130,9 @@ def corrected_forms(surveyed: Surveyed, choice: Choice, brought: Mapping[str, fl
 def corrected_savings(surveyed: Surveyed, totals: Totals, timed: Sequence[tuple[Plan, Speedup]]) -> Surveyed:
     """Return the survey with all savings scaled by one factor, so that they add up to those of whole plans.
 
-    Timed alone, a layer has surroundings whose time cancels in differences; within a model, all differences may
-    be larger or smaller alike. The factor is the least-squares estimate over the relative errors of the plans'
-    times, with a prior that it is 1.
+    Timed alone, a layer has surroundings whose time cancels in differences; within a model, all differences
+    may be larger or smaller alike. The factor is the least-squares estimate over the relative errors of the
+    plans' times, with a prior that it is 1.
     """
     dense = sum(layer.cost for layer in surveyed.values())
     squares, products = _PRIOR**2, _PRIOR**2

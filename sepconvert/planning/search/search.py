@@ -153,7 +153,7 @@ class Search:
         return max(fast, key=lambda point: point.plan.cost, default=None)
 
     def _fastest(self, point: Point | None, budget: Budget, max_drop: float) -> Point | None:
-        """Return the plan timed fastest of all that were measured to be accurate enough, in place of a point."""
+        """Return the plan timed fastest of all that were measured to be accurate enough, or else `point`."""
         speeds = {
             each: each.measured.speedup.median
             for each in self.points

@@ -41,7 +41,7 @@ def layer(macs, sensitivity, ranks=(3, 2, 1)):
 
 
 class Bench:
-    """A workshop whose measurements depend on the cost alone, and which remembers what it was asked to measure."""
+    """A workshop whose measurements depend on the cost alone, and which remembers what it has measured."""
 
     progress = staticmethod(silent)
 
@@ -247,7 +247,11 @@ def test_the_fastest_of_the_plans_within_the_budget_is_delivered():
 
     bench = Bench(surveyed, drop=lambda cost: 0.0, ratio=ratio, timed=True)
     point = bench.search.run(Budget(max_drop=1.0))
-    within = [each.measured.speedup.median for each in bench.search.points if each.measured.accuracy and each.measured.speedup]
+    within = [
+        each.measured.speedup.median
+        for each in bench.search.points
+        if each.measured.accuracy and each.measured.speedup
+    ]
     assert point.measured.speedup.median == max(within)
     assert point.measured.speedup.median > 1.3
 
