@@ -1,7 +1,7 @@
 """Allocation of a form to each layer: a multiple-choice knapsack over error and cost.
 
 A layer may stay as it is, at no error, or take one of its candidates; errors and costs add up. Plans that
-minimise error + λ·cost for some λ ≥ 0 form the lower convex hull of all plans. Each of them consists of points
+minimise error + λ·cost for some λ ≥ 0 form the lower convex hull of all plans. Each of them is made of points
 on the layers' own hulls, and taking the steps of these hulls in order of their slope gives every such plan
 (H. Everett, "Generalized Lagrange multiplier method for solving problems of optimum allocation of
 resources", Operations Research 11 (1963)). Interpolation between the plans of the hull is the linear
