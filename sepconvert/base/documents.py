@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from sepconvert.base.errors import SepconvertError, first_line
+from sepconvert.base.errors import SepconvertError, first_line, shortened
 
 CHECKSUM = "checksum"
 """Key of a document's checksum."""
@@ -64,6 +64,23 @@ def decode(text: bytes | str, kind: type[T], where: str, advice: str = "make it 
         # Without backticks, which would make parameters of keys.
         reason = first_line(error).replace("`", "'")
         raise SepconvertError(f"{where} ({reason}); {advice}") from error
+
+
+def structured(document: Any, kind: type[T], where: str) -> T:
+    """Return a parsed JSON document as a value of type `kind`; see `decode`.
+
+    `where` begins the message of an error, as the path of the file.
+
+    Raises:
+        SepconvertError: a field is missing or of another type.
+    """
+    try:
+        return msgspec.convert(document, kind)
+    except (msgspec.ValidationError, RecursionError) as error:
+        # Without backticks, which would make parameters of keys.
+        problem, _, path = first_line(error).replace("`", "").partition(" - at $")
+        key = shortened(path.lstrip(".")) or "the document"
+        raise SepconvertError(f"{where}: {key}: {problem[:1].lower()}{problem[1:]}; make it anew") from error
 
 
 def sealed(document: Mapping[str, Any]) -> dict[str, Any]:

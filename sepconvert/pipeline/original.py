@@ -19,7 +19,7 @@ from sepconvert.measure.metrics import AccuracyDelta, Predictions, accuracy_delt
 from sepconvert.measure.profiling import as_inputs
 from sepconvert.network.copies import checked, private_copy
 from sepconvert.network.tensors import Inputs
-from sepconvert.network.trace import ConvSite, TracedModel, trace
+from sepconvert.network.trace import ConvSite, TracedModel, traced
 from sepconvert.pipeline.job import Job
 from sepconvert.planning.timing import Clock
 
@@ -28,9 +28,7 @@ from sepconvert.planning.timing import Clock
 class Original:
     """A model to convert, and what is known of it beforehand."""
 
-    model: nn.Module  # the user's own, left as it is
-    inputs: Inputs
-    sites: tuple[ConvSite, ...]
+    traced: TracedModel  # the user's own model, left as it is
     data: DataSplit
     cost: Cost
     predictions: Predictions | None  # on the data that are scored; None where there are none
@@ -39,9 +37,19 @@ class Original:
     _scored: dict[nn.Module, Predictions] = field(default_factory=dict, repr=False)
 
     @property
-    def traced(self) -> TracedModel:
-        """The model with its inputs and convolutions."""
-        return TracedModel(self.model, self.inputs, self.sites)
+    def model(self) -> nn.Module:
+        """The model."""
+        return self.traced.model
+
+    @property
+    def inputs(self) -> Inputs:
+        """Inputs that it is run, verified and timed on."""
+        return self.traced.inputs
+
+    @property
+    def sites(self) -> tuple[ConvSite, ...]:
+        """Its convolutions, in order of execution."""
+        return self.traced.sites
 
     def count(self, model: nn.Module) -> Cost:
         """Return the cost of another model, counted as the original's: the two are compared."""
@@ -87,7 +95,7 @@ def examine(
     if job.mode == "exact" and calib is not None:
         raise SepconvertError("`calib`: is for the modes approx and auto; pass one of them, or leave it out")
     model, inputs = checked(model), as_inputs(example_inputs)
-    sites = select_sites(model, inputs, job.selection)
+    found = trace_selected(model, inputs, job.selection)
     parts = DataSplit(data)
     if job.mode != "exact":
         at_once = images_at_once(model, inputs, MOST_AT_ONCE)
@@ -101,33 +109,29 @@ def examine(
             at_once=at_once,
         )
         check_shapes(parts, inputs)
-    elif calib is not None:
-        raise SepconvertError(
-            "`calib`: only for the modes approx and auto; pass one of them, or leave it out"
-        )
     # Before the long work, as this is where data that do not suit the model are found out.
     scored = parts.scored
     predictions = None if scored is None else _predict("original", private_copy(model), scored, job.progress)
     cost = count(private_copy(model), inputs)
     clock = Clock(job.timing.runtime, job.seed, job.timing.cache, job.timing.measure_seconds)
-    return Original(model, inputs, sites, parts, cost, predictions, clock, job.progress)
+    return Original(found, parts, cost, predictions, clock, job.progress)
 
 
-def select_sites(model: nn.Module, inputs: Inputs, selection: Selection) -> tuple[ConvSite, ...]:
-    """Return every convolution of a model, having checked the globs that select some of them.
+def trace_selected(model: nn.Module, inputs: Inputs, selection: Selection) -> TracedModel:
+    """Find every convolution of a model, and check the globs that select some of them.
 
     Raises:
         SepconvertError: a glob matches no convolution, or the forward pass writes to a parameter.
     """
     shared = {name: each for name, each in model.named_parameters() if type(each) is nn.Parameter}
     before = {name: parameter.detach().clone() for name, parameter in shared.items()}
-    sites = trace(private_copy(model), inputs)
+    found = traced(model, inputs)
     for name, parameter in shared.items():
         _check_unwritten(name, parameter, before[name])
     for glob in (*selection.include, *selection.exclude):
-        if not any(Selection(include=(glob,)).admits(site.name) for site in sites):
-            raise SepconvertError(f"{glob}: matches none of the {len(sites)} convolutions; see inspect")
-    return sites
+        if not any(Selection(include=(glob,)).admits(site.name) for site in found.sites):
+            raise SepconvertError(f"{glob}: matches none of the {len(found.sites)} convolutions; see inspect")
+    return found
 
 
 def _check_unwritten(name: str, parameter: Tensor, before: Tensor) -> None:

@@ -152,8 +152,12 @@ def measure(
             layers, original.model, written.paths, original.inputs, runs, runtime
         )
     return Measured(
-        original=_profile(original.cost, original.predictions, timing.original if timing else None, written.paths[0]),
-        converted=_profile(original.count(made.model), converted, timing.converted if timing else None, written.paths[1]),
+        original=_profile(
+            original.cost, original.predictions, timing.original if timing else None, written.paths[0]
+        ),
+        converted=_profile(
+            original.count(made.model), converted, timing.converted if timing else None, written.paths[1]
+        ),
         speedup=timing.speedup if timing else None,
         accuracy=accuracy,
         changed=changes(original.predictions, converted, _SHOWN)

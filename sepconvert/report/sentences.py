@@ -119,7 +119,7 @@ def _verification(check: Document) -> str:
 
 def _untimed_sentences(document: Document) -> list[str]:
     """Where more time may find more."""
-    untimed = [layer["name"] for layer in document["layers"] if "--measure-seconds" in layer["reason"]]
+    untimed = [layer["name"] for layer in document["layers"] if layer["reason_code"] == "untimed"]
     if not untimed:
         return []
     return [f"Kept, since no time was left to measure their forms: {', '.join(untimed)} (--measure-seconds)."]

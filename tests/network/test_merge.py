@@ -15,6 +15,7 @@ from torch.nn.utils import parametrizations, prune
 from torch.utils.data import DataLoader, TensorDataset
 
 from sepconvert import Timing, convert
+from sepconvert.base.notes import ReasonCode
 from sepconvert.base.environment import Runtime
 from sepconvert.base.errors import SepconvertError
 from sepconvert.measure.latency import Speedup
@@ -218,7 +219,7 @@ def test_what_cannot_be_merged_is_refused_with_the_reason(case):
         merge(traced(model, x), [("0", "1")])
     merged, (decision,) = decided(model, x)
     assert merged is model
-    assert (decision.decision, decision.reason, decision.spec) == ("kept", reason, None)
+    assert (decision.decision, decision.reason.text, decision.spec) == ("kept", reason, None)
 
 
 # The same function at least on images of some size, yet refused: the rules are kept simple.
@@ -479,7 +480,7 @@ def test_the_gates_count_macs():
         ]
         assert merged is model
         assert decisions[0].macs == (68 * 99, 288 * 99)
-        assert decisions[0].reason == "the dense form has 28,512 MACs instead of 6,732"
+        assert decisions[0].reason.text == "the dense form has 28,512 MACs instead of 6,732"
     wide = nn.Sequential(conv(2, 16, 1), conv(16, 2, 3), nn.ReLU(), conv(2, 2, 1))
     merged, (decision,) = decided(wide, image(2))
     assert decision.decision == "merged"
@@ -533,7 +534,7 @@ def test_what_is_measured_decides(ratio, decision, timed_as):
     assert [each.decision for each in decisions] == [decision] * 2
     assert all(each.speedup == ratio for each in decisions)
     low, high = ratio.ci95.to_list()
-    assert decisions[0].reason == (
+    assert decisions[0].reason.text == (
         f"the dense form is measured {ratio.median:.2f}× as fast [{low:.2f}, {high:.2f}]"
     )
     assert torch.equal(run(merged.eval(), x), run(model.eval(), x))
@@ -554,7 +555,7 @@ def test_a_real_measurement_and_the_decision_agree():
 
 def test_time_may_be_up():
     _, decisions = decided(Net(), image(4), gate="latency", seconds=0.0)
-    assert {each.reason for each in decisions} == {"was not timed within --measure-seconds"}
+    assert {each.reason.code for each in decisions} == {ReasonCode.UNTIMED}
 
 
 def test_pairs_of_one_shape_are_timed_once(timed_as):
@@ -581,7 +582,7 @@ def test_a_model_that_needs_the_second_convolution_keeps_it():
     model, x = Functional(reads_the_weight, conv(4, 4, 1), conv(4, 4, 1)), image(4)
     merged, (decision,) = decided(model, x)
     assert merged is model
-    assert decision.reason.startswith("the model does not run without it: ")
+    assert decision.reason.text.startswith("the model does not run without it: ")
 
 
 def test_a_pair_that_is_none_is_noticed(monkeypatch):
@@ -592,7 +593,7 @@ def test_a_pair_that_is_none_is_noticed(monkeypatch):
     clock = Clock(Runtime(1), 0, None, 1.0)
     merged, (decision,) = merge_pairs(model, (x,), pairs, gate="none", clock=clock, seed=0)
     assert merged is model
-    assert decision.reason.startswith("merged, the outputs of the model move by ")
+    assert decision.reason.text.startswith("merged, the outputs of the model move by ")
 
 
 def test_a_kernel_that_overflows_stays_in_two():
@@ -603,7 +604,7 @@ def test_a_kernel_that_overflows_stays_in_two():
     x = image(4).half() / 1000
     merged, (decision,) = decided(model, x)
     assert merged is model
-    assert decision.reason == "the dense kernel overflows torch.float16"
+    assert decision.reason.text == "the dense kernel overflows torch.float16"
 
 
 def test_trained_weights_in_float32():

@@ -1,6 +1,5 @@
 """Approximate mode from beginning to end, on the small trained network of the demonstration."""
 
-import hashlib
 import json
 from dataclasses import replace
 from typing import Any
@@ -15,6 +14,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from sepconvert import DemandNotMetError, SepconvertError, convert
+from sepconvert.base.notes import ReasonCode
 from sepconvert.base.options import Budget
 from sepconvert.base.progress import silent
 from sepconvert.calibration.heldout import Heldout
@@ -29,11 +29,11 @@ from sepconvert.network.layers import FactorizedConv2d
 from sepconvert.network.trace import trace
 from sepconvert.pipeline import convert as pipeline
 from sepconvert.pipeline.replay import apply_plan
-from sepconvert.planning.carry_out import carry_out
 from sepconvert.planning.forms import Prices, depthwise_forms, measured_prices
 from sepconvert.planning.plan import read_plan
 from sepconvert.planning.survey import survey
 from sepconvert.planning.timing import FormTime, FormTimes
+from sepconvert.planning.workshop import Workshop
 from sepconvert.report.sentences import warnings_of
 from sepconvert.report.tables import summary
 
@@ -98,6 +98,7 @@ def test_report(fixed):
     }
     names = [step["name"] for step in found["steps"]]
     assert names[:3] == ["fit the weights", "fit the outputs", "follow the drift, correct the bias"]
+    assert [step["kind"] for step in found["steps"]] == ["weights", "data", "data", "batchnorm"][: len(names)]
     by_name = {step["name"]: step["divergence"] for step in found["steps"]}
     assert by_name["follow the drift, correct the bias"] < by_name["fit the weights"]
     assert converted(result.report)
@@ -152,7 +153,7 @@ def test_multipliers_become_branches_in_onnx_too(fixed):
 def test_a_plan_can_be_replayed(fixed, tmp_path):
     result, folder = fixed
     weights = folder / "converted.safetensors"
-    plan = read_plan({**result.plan, "weights_sha256": hashlib.sha256(weights.read_bytes()).hexdigest()})
+    plan = read_plan(result.plan)
     assert apply_plan(load(), plan, weights, tmp_path, model_sha256=None) is None
     assert (tmp_path / "converted.onnx").read_bytes() == (folder / "converted.onnx").read_bytes()
 
@@ -200,19 +201,20 @@ def test_budgets(small):
     for point in found["curve"]:
         if point["accuracy_drop_pp"] and point["accuracy_drop_pp"]["value"] <= 5.0:
             assert point["macs"] >= delivered["macs"]
-    with pytest.raises(DemandNotMetError, match=r"no plan meets --target-macs 0.01") as caught:
+    with pytest.raises(DemandNotMetError, match=r"no plan meets `target_macs` 0.01") as caught:
         convert_small(small, target_macs=0.01)
-    assert "speed-up" in caught.value.details
-    with pytest.raises(DemandNotMetError, match=r"--rank 1 and --max-drop 0 .*smallest drop"):
+    assert all("latency_speedup" in point for point in caught.value.curve)
+    assert len(caught.value.curve) >= 3
+    with pytest.raises(DemandNotMetError, match=r"`rank` 1 and `max_drop` 0 .*smallest drop"):
         convert_small(small, rank=1, max_drop=0, data=small[1])
 
 
 def test_a_demanded_speed_is_measured(small):
     model, loader = small
     options = {"mode": "approx", "calib": loader, "calib_images": 64, "runs": 5}
-    with pytest.raises(DemandNotMetError, match=r"--min-speedup 50 .*largest speed-up") as caught:
+    with pytest.raises(DemandNotMetError, match=r"`min_speedup` 50 .*largest speed-up") as caught:
         convert(model, torch.randn(1, 3, 14, 14), min_speedup=50, **options)
-    assert "×" in caught.value.details
+    assert any(point["latency_speedup"] for point in caught.value.curve)
     report = convert(model, torch.randn(1, 3, 14, 14), min_speedup=0.01, **options).report
     assert any(point["latency_speedup"] for point in report["approximation"]["curve"])
 
@@ -234,15 +236,15 @@ def test_a_demanded_speed_holds_of_the_files_too(small, monkeypatch):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"rank": 0}, "--rank 0: expected"),
-        ({"target_macs": 1.5}, "--target-macs 1.5: expected"),
-        ({"min_speedup": -1}, "--min-speedup -1: expected"),
-        ({"max_drop": float("nan")}, "--max-drop nan: expected"),
+        ({"rank": 0}, "`rank`: expected"),
+        ({"target_macs": 1.5}, "`target_macs`: expected"),
+        ({"min_speedup": -1}, "`min_speedup`: expected"),
+        ({"max_drop": float("nan")}, "`max_drop`: expected"),
         ({"rank": 1, "target_macs": 0.5}, "pass one of them"),
         ({}, "need a budget"),
         ({"rank": 1, "finetune": 2}, "--finetune: needs images to train on"),
-        ({"max_drop": 1.0}, "--max-drop: needs labelled data"),
-        ({"rank": 1, "calib_images": 0}, "calib_images: expected a whole number from 1, got 0"),
+        ({"max_drop": 1.0}, "`max_drop`: needs labelled data"),
+        ({"rank": 1, "calib_images": 0}, "`images`: expected a whole number from 1, got 0"),
     ],
 )
 def test_bad_demands(samples, options, message):
@@ -353,7 +355,7 @@ def test_few_channels_are_kept_unless_they_are_named(calib):
     loader = DataLoader(TensorDataset(x, torch.zeros(8).long()))
     report = convert(model, x[:1], mode="approx", rank=1, calib=loader, runs=0).report
     reasons = [layer["reason"] for layer in report["layers"]]
-    assert "--include 0 converts it nonetheless" in reasons[0]
+    assert "including 0 by name converts it nonetheless" in reasons[0]
     assert reasons[1:] == [
         "a 1×1 convolution is pointwise already",
         "it does not mix channels: it is depthwise already",
@@ -389,7 +391,7 @@ def test_full_rank_is_the_original_on_every_kind_of_layer(geometry):
     heldout = Heldout(model, calibration.heldout)
     found = survey(model, sites, calibration, heldout, prices, silent)
     choice = {name: each.candidates()[0] for name, each in found.items()}
-    fitted = carry_out(model, sites, choice, found, calibration, heldout, silent)
+    fitted = Workshop(model, sites, found, calibration, heldout, silent).carry_out(choice)
     with torch.no_grad():
         expected, actual = model(images), fitted.model(images)
         magnitude = nn.functional.conv2d(
@@ -450,26 +452,30 @@ def test_what_plans_have_in_common_is_fitted_once():
         fitted.extend([description] * len(each))
         return each
 
-    def plan(ranks, earlier=()):
+    def workshop():
+        return Workshop(model, sites, found, calibration, heldout, counted)
+
+    def plan(ranks, shop):
         fitted.clear()
         offered = {name: {c.rank: c for c in each.candidates()} for name, each in found.items()}
-        choice = {name: offered[name][rank] for name, rank in ranks.items()}
-        return carry_out(model, sites, choice, found, calibration, heldout, counted, earlier)
+        return shop.carry_out({name: offered[name][rank] for name, rank in ranks.items()})
 
     first, second = {"2": 1, "4": 2, "8": 1}, {"2": 1, "4": 2, "8": 3}
-    known, alone = (plan(first), plan({"4": 2})), plan(second)
+    alone = plan(second, workshop())
     assert len(fitted) == 3
-    after = plan(second, known)
+    shop = workshop()
+    known = plan(first, shop), plan({"4": 2}, shop)
+    after = plan(second, shop)
     assert len(fitted) == 1
     assert list(after.layers) == list(alone.layers)
     for one, other in zip(after.model.state_dict().values(), alone.model.state_dict().values(), strict=True):
         assert torch.equal(one, other)
     # The module that is called twice is the first to be fitted, and here it differs.
-    plan({"2": 1, "4": 1, "8": 1}, known)
+    plan({"2": 1, "4": 1, "8": 1}, shop)
     assert len(fitted) == 3
-    plan({"4": 2, "8": 1}, known)
+    plan({"4": 2, "8": 1}, shop)
     assert len(fitted) == 1
-    assert plan(first, known).layers == known[0].layers
+    assert plan(first, shop).layers == known[0].layers
     assert not fitted
     # What was not replaced is held once, however many plans there are.
     assert {each.model[0].weight.data_ptr() for each in (*known, alone)} == {model[0].weight.data_ptr()}
@@ -637,7 +643,7 @@ def test_shares_of_parameters(small):
     report = convert_small(small, mode="auto", gate="macs", target_params=0.7).report
     assert report["delta"]["params_ratio"] >= 1 / 0.7
     assert report["approximation"]["unit"] == "params"
-    with pytest.raises(DemandNotMetError, match=r"--target-params 0\.01"):
+    with pytest.raises(DemandNotMetError, match=r"`target_params` 0\.01"):
         convert_small(small, mode="auto", gate="macs", target_params=0.01)
 
 
@@ -695,7 +701,7 @@ def test_layers_of_many_macs_for_each_form_are_timed_first():
     ]  # fmt: skip
     assert found == {"large.conv": Prices(1.0, {held: 0.4})}
     assert reasons.keys() == {"contrast.conv2d_0", "head.conv"}
-    assert all("--measure-seconds" in reason for reason in reasons.values())
+    assert {reason.code for reason in reasons.values()} == {ReasonCode.UNTIMED}
 
 
 def test_fixed_filters_take_exact_forms_in_auto_mode(binomial):
