@@ -31,6 +31,7 @@ from sepconvert.cli.inputs import (
     read_images,
     runtime_of,
 )
+from sepconvert.cli.options import in_flags
 from sepconvert.cli.progress import progress_for, quietly, training_progress
 from sepconvert.files.data import Batch
 from sepconvert.files.onnx.facts import read_onnx
@@ -420,7 +421,7 @@ def _common(options: Options) -> dict[str, Any]:
 def _show(options: Options, result: ConversionResult, out: Path) -> None:
     if options["quiet"]:
         for warning in warnings_of(result.report):
-            click.echo(warning, err=True)
+            click.echo(in_flags(str(warning)), err=True)
     written = [name for name in FILES if name not in result.report["export"]["missing"]]
     _print(options, result.report, layer_table(result.report["layers"]), "", summary(result.report), "",
            f"Written to {out}/:\n  {', '.join(written[:4])},\n  {', '.join(written[4:])}")  # fmt: skip
@@ -440,4 +441,4 @@ def _print(options: Options, document: Mapping[str, Any], *text: str) -> None:
     if options["as_json"]:
         click.echo(json.dumps(document, indent=2, allow_nan=False))
     elif not options["quiet"]:
-        click.echo("\n".join(text))
+        click.echo(in_flags("\n".join(text)))

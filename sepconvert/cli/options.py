@@ -1,5 +1,6 @@
 """Options of the command line, grouped by what they configure."""
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,11 @@ from sepconvert.base.environment import GRAPH_OPTIMIZATIONS, MAX_THREADS
 from sepconvert.base.errors import MAX_SEED
 
 Command = Callable[..., Any]
+
+
+def in_flags(text: str) -> str:
+    """Return a text with names of parameters, in backticks, turned into options of the command line."""
+    return re.sub(r"`([a-z][a-z_]*)`", lambda name: f"--{name[1].replace('_', '-')}", text)
 
 
 def _options(*decorators: Command) -> Callable[[Command], Command]:

@@ -282,6 +282,8 @@ def _document(
         "plans_measured_on_data": sum(each.accuracy is not None for each in search.points)
         if accuracy is not None
         else 0,
-        "steps": [{"name": step.name, **asdict(step.reached), "kept": step.kept} for step in steps],
+        "steps": [
+            {"name": step.name, "kind": step.kind, **asdict(step.reached), "kept": step.kept} for step in steps
+        ],
         "finetune": training,
     }

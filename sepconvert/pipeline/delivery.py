@@ -117,7 +117,7 @@ def _finetune(
         seed=seed,
         progress=finetuning.on_step,
     )
-    step = () if heldout is None else (Step("fine-tune", heldout.measure(trained.model), kept=True),)
+    step = () if heldout is None else (Step("fine-tune", heldout.measure(trained.model), True, "finetune"),)
     return trained.model, step, {**trained.to_dict(), "attempts": []}
 
 

@@ -3,6 +3,7 @@
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 from torch import nn
@@ -32,6 +33,7 @@ class Step:
     name: str
     reached: Divergence
     kept: bool
+    kind: Literal["weights", "data", "batchnorm", "finetune"]
 
 
 @dataclass(frozen=True)
@@ -89,7 +91,7 @@ def carry_out(
     converted = restored(model, sites, fits)
     if heldout is None or calibration is None:
         return Fitted(choice, converted, fits, by_weights, False)
-    steps = [Step("follow the drift, correct the bias", heldout.measure(converted), kept=True)]
+    steps = [Step("follow the drift, correct the bias", heldout.measure(converted), kept=True, kind="data")]
     running = quick_copy(converted, calibration.fit[0])
     if not reestimate_batchnorm(running, [placed(batch, running) for batch in calibration.fit]):
         return Fitted(choice, converted, fits, by_weights, False, tuple(steps))
@@ -100,7 +102,7 @@ def carry_out(
     before = steps[-1].reached
     # Labels may forbid the step, but not make up for answers that are further from the original's.
     kept = reached.divergence < before.divergence and reached.loss < before.loss
-    steps.append(Step("re-estimate BatchNorm", reached, kept))
+    steps.append(Step("re-estimate BatchNorm", reached, kept, "batchnorm"))
     return Fitted(choice, candidate if kept else converted, fits, by_weights, kept, tuple(steps))
 
 
@@ -146,6 +148,8 @@ def explain(
         offer = surveyed[site.name].offer(fitted.choice[site.name])
         by_weights[site.place] = surveyed[site.name].fitted_to_weights(site, form_of(offer))
         by_outputs[site.place] = kernel_of(site, offer.fitted)
-    simpler = (("fit the weights", by_weights), ("fit the outputs", by_outputs))
-    steps = [Step(name, heldout.measure(model, kernels), kept=False) for name, kernels in simpler]
-    return (*steps, *fitted.steps)
+    return (
+        Step("fit the weights", heldout.measure(model, by_weights), kept=False, kind="weights"),
+        Step("fit the outputs", heldout.measure(model, by_outputs), kept=False, kind="data"),
+        *fitted.steps,
+    )

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from torch import nn
 
+from sepconvert.base.notes import ReasonCode
 from sepconvert.factorize.border import Border
 from sepconvert.factorize.exact.analysis import Analysis, Finding, Spectrum
 from sepconvert.factorize.exact.certificate import Certificate
@@ -33,7 +34,11 @@ class Merge:
 
     def to_json(self) -> dict[str, Any]:
         """Plain values, for the report."""
-        return {**asdict(self), "speedup": None if self.speedup is None else self.speedup.to_dict()}
+        return {
+            **asdict(self),
+            "reason_code": _merge_reason_code(self),
+            "speedup": None if self.speedup is None else self.speedup.to_dict(),
+        }
 
 
 # Singular values shown on either side of the cut.
@@ -98,6 +103,7 @@ class LayerReport:
             "calls": self.site.calls,
             "decision": plan.decision,
             "reason": plan.reason,
+            "reason_code": _reason_code(plan, self.approximation is not None),
             "scheme": plan.scheme,
             "rank": plan.rank,
             "exact": plan.scheme == MERGED or (self.certificate is not None and self.certificate.exact),
@@ -169,6 +175,31 @@ class Verification:
             "passed": self.holds,
             "worst_layer": self.worst_layer,
         }
+
+
+def _reason_code(plan: LayerPlan, approximate: bool) -> str:
+    if plan.decision == "converted":
+        converted = ReasonCode.FITTED if approximate else ReasonCode.SEPARATES
+        return (ReasonCode.MERGED if plan.scheme == MERGED else converted).value
+    signs = {
+        "not selected": ReasonCode.NOT_SELECTED,
+        "not timed": ReasonCode.UNTIMED,
+        "kept by the budget": ReasonCode.BUDGET,
+        "memory": ReasonCode.TOO_LARGE,
+        "gate": ReasonCode.COSTS_MORE,
+        "holds but": ReasonCode.COSTS_MORE,
+        "no exact structure": ReasonCode.FULL_RANK,
+        "would need more weights": ReasonCode.FULL_RANK,
+    }
+    return next((code for sign, code in signs.items() if sign in plan.reason), ReasonCode.OBSTACLE).value
+
+
+def _merge_reason_code(merge: Merge) -> str:
+    if merge.decision == "merged":
+        return ReasonCode.MERGED.value
+    if "not timed" in merge.reason:
+        return ReasonCode.UNTIMED.value
+    return (ReasonCode.OBSTACLE if merge.macs is None else ReasonCode.COSTS_MORE).value
 
 
 def finding_json(finding: Finding) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""plan.json, report.json and report.html of a result directory."""
+"""Writing of plan.json, report.json and report.html into a result directory."""
 
 import hashlib
 import json
@@ -14,7 +14,13 @@ from sepconvert.report.html import render_html
 def write_documents(
     report: Mapping[str, Any], plan: Mapping[str, Any], folder: Path, exhibits: Exhibits | None = None
 ) -> None:
-    """Write the three documents; the plan is tied to `converted.safetensors` beside it by its hash."""
+    """Write the three documents into `folder`, which holds `converted.safetensors` already.
+
+    The plan records the SHA-256 of that file, and a checksum of itself.
+
+    Raises:
+        SepconvertError: a file cannot be written.
+    """
     weights = hashlib.sha256((folder / "converted.safetensors").read_bytes()).hexdigest()
     for name, text in {
         "plan.json": _json(sealed({**plan, "weights_sha256": weights})),
@@ -22,7 +28,7 @@ def write_documents(
         "report.html": render_html(report, exhibits),
     }.items():
         with writing(folder / name):
-            # A path need not be text: what of it is none is escaped.
+            # Paths may hold bytes that are no text (surrogates): those are escaped.
             (folder / name).write_text(text, encoding="utf-8", errors="backslashreplace")
 
 

@@ -67,7 +67,7 @@ class Bench:
         self.carried.append(choice)
         model = self.model(choice)
         reached = self.search.divergence(model) if self.search.divergence else 0.5
-        return Fitted(choice, model, {}, {}, False, (Step("all", Divergence(reached, None), kept=True),))
+        return Fitted(choice, model, {}, {}, False, (Step("all", Divergence(reached, None), True, "data"),))
 
     def restored(self, fitted, name):
         return self.model({n: each for n, each in fitted.choice.items() if n != name})
