@@ -58,7 +58,8 @@ def _template(name: str) -> Template:
 
 def _with_code(text: object) -> Markup:
     """Return escaped text, with what stands in backticks marked up as code."""
-    return Markup(re.sub(r"`([^`]+)`", r"<code>\1</code>", escape(str(text))))  # noqa: S704  (escaped)
+    escaped = str(escape(str(text)))  # re.sub of a Markup would escape the tags, too
+    return Markup(re.sub(r"`([^`]+)`", r"<code>\1</code>", escaped))  # noqa: S704
 
 
 def _pictures(document: Document, exhibits: Exhibits) -> Mapping[str, Any]:
