@@ -33,9 +33,9 @@ _CONDITION = re.compile(
 class Demand:
     """A condition that fails a comparison, such as `latency > +5%`, for use in continuous integration.
 
-    `latency`, `macs`, `params` and `bytes` are changes in percent of the first model's value; `speedup` is the
-    ratio of latencies, `drop` that of top-1 accuracy in percentage points, `agreement` the percentage of equal
-    predictions, and `max_abs` the largest absolute difference of any output.
+    `latency`, `macs`, `params` and `bytes` are changes in percent of the first model's value. `speedup` is
+    the ratio of latencies, `drop` the loss of top-1 accuracy in percentage points, `agreement` the percentage
+    of equal predictions, and `max_abs` the largest absolute difference of any output.
     """
 
     text: str
@@ -131,7 +131,7 @@ def _change(value: float | None, base: float | None) -> float | None:
 
 
 def _largest_difference(delta: Delta) -> float | None:
-    """Return the largest absolute difference of any output; infinity if one is not finite or not comparable."""
+    """Return the largest absolute difference of any output: infinity if outputs cannot be compared."""
     if delta.outputs is None:
         return math.inf
     differences = [math.inf if output.max_abs is None else output.max_abs for output in delta.outputs]

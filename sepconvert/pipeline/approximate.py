@@ -283,7 +283,8 @@ def _document(
         if accuracy is not None
         else 0,
         "steps": [
-            {"name": step.name, "kind": step.kind, **asdict(step.reached), "kept": step.kept} for step in steps
+            {"name": step.name, "kind": step.kind, **asdict(step.reached), "kept": step.kept}
+            for step in steps
         ],
         "finetune": training,
     }

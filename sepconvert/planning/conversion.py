@@ -180,7 +180,7 @@ class Verification:
 def _reason_code(plan: LayerPlan, approximate: bool) -> str:
     if plan.decision == "converted":
         converted = ReasonCode.FITTED if approximate else ReasonCode.SEPARATES
-        return (ReasonCode.MERGED if plan.scheme == MERGED else converted).value
+        return str((ReasonCode.MERGED if plan.scheme == MERGED else converted).value)
     signs = {
         "not selected": ReasonCode.NOT_SELECTED,
         "not timed": ReasonCode.UNTIMED,
@@ -191,15 +191,16 @@ def _reason_code(plan: LayerPlan, approximate: bool) -> str:
         "no exact structure": ReasonCode.FULL_RANK,
         "would need more weights": ReasonCode.FULL_RANK,
     }
-    return next((code for sign, code in signs.items() if sign in plan.reason), ReasonCode.OBSTACLE).value
+    found = next((code for sign, code in signs.items() if sign in plan.reason), ReasonCode.OBSTACLE)
+    return str(found.value)
 
 
 def _merge_reason_code(merge: Merge) -> str:
     if merge.decision == "merged":
-        return ReasonCode.MERGED.value
+        return str(ReasonCode.MERGED.value)
     if "not timed" in merge.reason:
-        return ReasonCode.UNTIMED.value
-    return (ReasonCode.OBSTACLE if merge.macs is None else ReasonCode.COSTS_MORE).value
+        return str(ReasonCode.UNTIMED.value)
+    return str((ReasonCode.OBSTACLE if merge.macs is None else ReasonCode.COSTS_MORE).value)
 
 
 def finding_json(finding: Finding) -> dict[str, Any]:

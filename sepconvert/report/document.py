@@ -41,7 +41,7 @@ class Report:
 def report_document(report: Report) -> dict[str, Any]:
     """Return the content of report.json, as plain values.
 
-    `sepconvert.report.schema.ReportDocument` describes it.
+    `sepconvert.report.schema.report.ReportDocument` describes it.
 
     Raises:
         ValueError: a number is NaN or infinite, which JSON cannot express.

@@ -1,4 +1,4 @@
-"""Reports and comparisons as self-contained HTML pages, made from the same values as the text and the JSON."""
+"""Reports and comparisons as self-contained HTML pages."""
 
 import re
 from collections.abc import Mapping

@@ -37,7 +37,8 @@ def risks(document: Document) -> list[Note]:
     if approximation is None or approximation["calibration"] is None or not layers:
         return []
     if drop is not None:
-        if drop["value"] <= _DROP_PP or drop["ci95"][0] <= 0 or approximation["budget"]["max_drop"] is not None:
+        allowed = approximation["budget"]["max_drop"] is not None
+        if allowed or drop["value"] <= _DROP_PP or drop["ci95"][0] <= 0:
             return []
         notes = [warning(f"accuracy falls by {drop_text(drop)}.")]
     else:

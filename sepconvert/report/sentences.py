@@ -20,7 +20,8 @@ from sepconvert.report.risks import risks
 _PLACES = ("converted", "kept", "layout", "other")  # keys of `execution` that partition the time
 
 
-# Too few even for a layer of 64 channels, which has 576 unknowns per filter: an 8×8 image shows it 64 patches.
+# Too few even for a 3×3 layer of 64 channels, which has 576 unknowns per filter, and sees 64 patches in an
+# image of 8×8.
 _FEW_IMAGES = 64
 
 
@@ -72,8 +73,8 @@ def story(document: Document) -> list[str]:
     if (drop := delta["accuracy_drop_pp"]) is not None:
         before, after = (document[side]["accuracy"] for side in ("original", "converted"))
         lines.append(
-            f"It classifies {percent_text(after['top1'])} % of {before['n']:,} images correctly, the original "
-            f"{percent_text(before['top1'])} %: a drop of {drop_text(drop)}."
+            f"It classifies {percent_text(after['top1'])} % of {before['n']:,} images correctly, the "
+            f"original {percent_text(before['top1'])} %: a drop of {drop_text(drop)}."
         )
     notes = [*_untimed(document["layers"]), *warnings_of(document)]
     return [fold(line) for line in (*lines, *map(str, notes))]
@@ -91,7 +92,8 @@ def causes(document: Document) -> list[str]:
     lines = [
         f"The whole model: {ratio_text(delta['macs_ratio'] or 1.0)} fewer MACs, measured "
         f"{ratio_text(speedup['median'])} as fast; {kept:.0f} % of the remaining time is in layers that were "
-        f"not replaced, {layout:.0f} % in copies to other memory layouts; {after} operators instead of {before}."
+        f"not replaced, {layout:.0f} % in copies to other memory layouts; {after} operators instead of "
+        f"{before}."
     ]
     for layer in document["layers"]:
         if layer["execution"] is not None and layer["execution"]["cause"] is not None:
@@ -217,8 +219,8 @@ def _latency(document: Document) -> list[Note]:
     low, high = speedup["noise_floor"]
     notes = [
         info(
-            f"Latency: {latency['runs']} interleaved runs, batch {latency['batch']}, {threads}{optimization}, "
-            f"median and 95 % interval; the original against itself: [{low:.3f}, {high:.3f}]."
+            f"Latency: {latency['runs']} interleaved runs, batch {latency['batch']}, {threads}"
+            f"{optimization}, median and 95 % interval; the original against itself: [{low:.3f}, {high:.3f}]."
         )
     ]
     if not low <= 1 <= high:
@@ -270,8 +272,8 @@ def _missed_speedup(document: Document) -> list[Note]:
     return [
         warning(
             f"{demand:g}× was demanded, and met when plans were timed, but the files are measured "
-            f"{estimate_text(speedup['median'], speedup['ci95'], '×')} as fast, which leaves it open; measure "
-            "on an idle machine with more `runs`."
+            f"{estimate_text(speedup['median'], speedup['ci95'], '×')} as fast, which leaves it open; "
+            "measure on an idle machine with more `runs`."
         )
     ]
 
@@ -280,4 +282,5 @@ def _untimed(layers: Sequence[Document]) -> list[Note]:
     names = [layer["name"] for layer in layers if layer["reason_code"] == ReasonCode.UNTIMED]
     if not names:
         return []
-    return [info(f"Kept because no time was left to measure their forms: {', '.join(names)} (`measure_seconds`).")]
+    listed = ", ".join(names)
+    return [info(f"Kept because no time was left to measure their forms: {listed} (`measure_seconds`).")]

@@ -44,7 +44,7 @@ def layer_table(layers: Sequence[Document]) -> str:
 
 
 def structure_table(layers: Sequence[Document]) -> str:
-    """Return, for every structure of every layer, its rank, its error at a rank that pays, and its spectrum."""
+    """Return rank, error at a rank that pays, and singular values, for every structure of every layer."""
     rows = []
     for layer in layers:
         rows.append([layer["name"], "", "", "" if layer["structures"] else "none applies"])
@@ -96,7 +96,8 @@ def curve_table(curve: Sequence[Document]) -> str:
                 "<-" if point["delivered"] else "",
             ]
         )
-    return _table(rows, ["fewer\nMACs", "layers", "diver-\ngence", "drop", "speed-up,\npredicted", "measured", ""])
+    headers = ["fewer\nMACs", "layers", "diver-\ngence", "drop", "speed-up,\npredicted", "measured", ""]
+    return _table(rows, headers)
 
 
 def anatomy_text(anatomy: Document) -> str:

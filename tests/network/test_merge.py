@@ -691,7 +691,7 @@ def test_the_report_tells_of_merges(automatic):
     _, result, folder = automatic
     text = summary(result.report)
     assert "Merged: stem.1 into stem.0; the dense form has " in text
-    assert "Linear pairs of convolutions kept: 1 of 3; report.json says why." in text
+    assert "Not merged: 1 of 3 linear pairs of convolutions; report.json says why." in text
     assert "None" not in layer_table(result.report["layers"])
     assert "merged into stem.0" in (folder / "report.html").read_text()
 

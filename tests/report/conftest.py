@@ -184,9 +184,7 @@ def approximate() -> dict[str, Any]:
         ],
         "finetune": None,
     }  # fmt: skip
-    verification = replace(
-        EXACT.verification, torch=Comparison(3.5e-8, None, "float64"), layers={}
-    )
+    verification = replace(EXACT.verification, torch=Comparison(3.5e-8, None, "float64"), layers={})
     return report_document(
         replace(
             EXACT, mode="approx", layers=(STEM, large), verification=verification,

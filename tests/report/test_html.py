@@ -52,8 +52,8 @@ def widths(page: Page) -> list[float]:
 def test_the_page_says_what_the_document_says(document):
     text = Page(render_html(document)).text
     for expected in [
-        "models/net.pt", "2.00×", "2,012,345 → 1,006,172", "4.00×", "1.50×", "95 % interval [1.40, 1.60]", "0.25 pp",
-        "stem.conv", "large.conv", "spatial-vh, 2", "4.5e-08", "0.250 → 0.125", "rank 2 of 24",
+        "models/net.pt", "2.00×", "2,012,345 → 1,006,172", "4.00×", "1.50×", "95 % interval [1.40, 1.60]",
+        "0.25 pp", "stem.conv", "large.conv", "spatial-vh, 2", "4.5e-08", "0.250 → 0.125", "rank 2 of 24",
         *map(str, sentences(document)),
     ]:  # fmt: skip
         assert expected in text
@@ -191,7 +191,10 @@ def test_an_approximate_conversion(approximate):
     assert "Measured on 256 held-out images." in text
     assert "re-estimate BatchNorm (not kept)" in text
     assert "0.25 [-0.05, 0.55]" in text
-    assert "output if fitted to the weights 0.88; output if replaced alone 0.50; weights 1.25; sensitivity 2.5." in text
+    assert (
+        "output if fitted to the weights 0.88; output if replaced alone 0.50; weights 1.25; sensitivity 2.5."
+        in text
+    )
     assert "Fine-tuning" not in text
     epoch = {"epoch": 1, "weights": "average", "loss": 0.5, "divergence": 0.03125, "accuracy": 0.875}
     approximate["approximation"]["finetune"] = {

@@ -42,7 +42,9 @@ def svg(request, document) -> str:
         return plots.trade_off(points(3, [0.25]))
     if request.param == "spectrum":
         return plots.spectrum(SPECTRUM)
-    return plots.distributions([("a < b", document[side]["latency_ms"]) for side in ("original", "converted")])
+    return plots.distributions(
+        [("a < b", document[side]["latency_ms"]) for side in ("original", "converted")]
+    )
 
 
 def test_plots_are_well_formed_and_need_nothing_from_elsewhere(svg):

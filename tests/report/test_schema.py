@@ -11,7 +11,9 @@ import torch
 from pages import DOCS
 
 from sepconvert.cli.main import cli
-from sepconvert.report.schema import DOCUMENTS, ProfileDocument, ReportDocument, json_schema, write_schemas
+from sepconvert.report.schema.profile import ProfileDocument
+from sepconvert.report.schema.published import DOCUMENTS, json_schema, write_schemas
+from sepconvert.report.schema.report import ReportDocument
 
 NETS = """
 import torch
@@ -104,7 +106,7 @@ def test_the_commands_show_most_of_what_there_is(results):
     assert [merge["decision"] for merge in auto["approximation"]["merges"]] == ["merged"]
     assert {layer["reason_code"] for layer in auto["layers"]} >= {"merged", "fitted"}
     assert {merge["reason_code"] for merge in untimed["approximation"]["merges"]} == {"untimed"}
-    assert {layer["reason_code"] for layer in untimed["layers"]} == {"untimed"}
+    assert "untimed" in {layer["reason_code"] for layer in untimed["layers"]}
     assert untimed["approximation"]["calibration"] is None
     assert "anatomy" in read(results / "profile.json")
     assert "anatomy" not in read(results / "plain.json")

@@ -107,8 +107,9 @@ def test_export_limits_are_told(document):
     document["export"]["reason"] = "the model fixes the batch size"
     found = texts(document)
     assert (
-        "The ONNX files are float32, as ONNX Runtime has no float64 convolutions; converted.pt2 keeps float64."
-    ) in found
+        "The ONNX files are float32, as ONNX Runtime has no float64 convolutions; converted.pt2 keeps "
+        "float64." in found
+    )
     assert "The batch dimension of the ONNX files is fixed: the model fixes the batch size." in found
 
 

@@ -185,7 +185,8 @@ def test_the_anatomy_of_a_file(document):
         "operators": operators,
     }
     text = anatomy_text(anatomy)
-    assert "Creating a session takes 12.2 ms, its first run 1.50 ms (medians of 5 sessions)." in unfolded(text)
+    startup = "Creating a session takes 12.2 ms, its first run 1.50 ms (medians of 5 sessions)."
+    assert startup in unfolded(text)
     assert "Peak memory of activations: 1.50 MiB." in text
     rows = cells(text)
     assert rows["2"] == ["1", "1.000 [0.900, 1.100]", "1.080", "1,234"]

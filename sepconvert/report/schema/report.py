@@ -1,158 +1,30 @@
-"""Types of the JSON documents: report.json, plan.json, and the profiles of `sepconvert profile`.
+"""Types of report.json.
 
-The JSON Schemas in docs/schemas are made from them:
-
-    python -m sepconvert.report.schema docs/schemas
-
-Readers may turn a document into these types, which checks it: `msgspec.convert(document, ReportDocument)`, or
-`msgspec.json.decode(Path("report.json").read_bytes(), type=ReportDocument)`. Keys that a type does not have are
-allowed, as later versions may add some.
+Pairs are (before, after): of the original and of the converted model or layer.
 """
 
-import json
-import sys
-from collections.abc import Mapping
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-import msgspec
 from msgspec import UNSET, Meta, Struct, UnsetType
 
 from sepconvert.base.notes import ReasonCode
-from sepconvert.planning.plan import ConversionPlan
-
-# What comes in pairs is (before, after): of the original and of the converted model or layer.
-
-Count = Annotated[int, Meta(ge=0)]
-Positive = Annotated[int, Meta(ge=1)]
-Share = Annotated[float, Meta(ge=0, le=1)]
-Milliseconds = Annotated[float, Meta(ge=0)]
-Bytes = Annotated[int, Meta(ge=0)]
-Sha256 = Annotated[str, Meta(pattern="^[0-9a-f]{64}$")]
-Interval = Annotated[tuple[float, float], Meta(description="95 % interval: lower and upper bound")]
-
-
-class Document(Struct, frozen=True):
-    """An object of a document."""
-
-
-# Measurements --------------------------------------------------------------------------------------
-
-
-class Latency(Document):
-    """Time of one run of a model, in milliseconds for the whole batch."""
-
-    median: Milliseconds
-    ci95: Interval
-    p90: Milliseconds
-    quantiles: Annotated[
-        tuple[float, ...],
-        Meta(min_length=21, max_length=21, description="from the fastest run to the slowest, in steps of 5 %"),
-    ]
-    runs: Positive
-    threads: Positive
-    batch: Positive
-
-
-class GridLatency(Latency):
-    """Latency with one number of threads and one batch size."""
-
-    per_second: Annotated[float, Meta(ge=0, description="samples per second")]
-
-
-class Speedup(Document):
-    """Ratio of latencies, original over converted: above 1 the converted model is faster."""
-
-    median: float
-    ci95: Interval
-    significant: Annotated[bool, Meta(description="whether noise cannot explain the difference")]
-    noise_floor: Annotated[Interval, Meta(description="95 % interval of the original against itself")]
-
-
-class Accuracy(Document):
-    """Shares of correct predictions among `n` samples."""
-
-    top1: Share
-    top5: Annotated[Share | None, Meta(description="null for five classes or fewer")]
-    n: Positive
-
-
-class AccuracyDrop(Document):
-    """Top-1 accuracy lost, in percentage points; negative if accuracy was gained."""
-
-    value: float
-    ci95: Interval
-    mcnemar_p: Annotated[Share, Meta(description="p-value of McNemar's test")]
-
-
-class Startup(Document):
-    """Medians over new sessions in one process."""
-
-    session_ms: Milliseconds
-    first_run_ms: Milliseconds
-    sessions: Positive
-
-
-class Operator(Document):
-    """One operator as ONNX Runtime runs it."""
-
-    name: str
-    layer: Annotated[str | None, Meta(description="the module that it belongs to, if known")]
-    operator: Annotated[str, Meta(description="type of the operator, such as Conv")]
-    kernel: Annotated[str | None, Meta(description="code path of a convolution")]
-    milliseconds: Milliseconds
-    bytes_moved: Bytes
-
-
-class Anatomy(Document):
-    """How an ONNX file runs, in detail."""
-
-    peak_activation_bytes: Annotated[Bytes | None, Meta(description="null if shapes are not known")]
-    startup: Startup
-    latencies_ms: tuple[GridLatency, ...]
-    operators: Annotated[tuple[Operator, ...], Meta(description="in the order of execution")]
-
-
-class Profile(Document, kw_only=True):
-    """Costs of one sample, latency and accuracy of one model."""
-
-    params: Count
-    macs: Annotated[Count, Meta(description="fvcore's count: a fused multiply-add is 1")]
-    flops: Annotated[Count, Meta(description="2 × macs")]
-    onnx_bytes: Bytes | None
-    weight_bytes: Annotated[Bytes | None, Meta(description="of the weights in the ONNX file")]
-    latency_ms: Latency | None
-    accuracy: Accuracy | None
-    uncounted_ops: Annotated[dict[str, Positive], Meta(description="operators that fvcore does not count")]
-    anatomy: Anatomy | UnsetType = UNSET
-
-
-Environment = Annotated[
-    dict[str, str | int],
-    Meta(description="versions, processor, and the settings of ONNX Runtime: threads, provider, …"),
-]
-
-
-class Model(Document):
-    """The file that a model was read from."""
-
-    path: str
-    sha256: Sha256 | None
-
-
-class ProfileDocument(Profile, kw_only=True):
-    """What `sepconvert profile` prints and writes."""
-
-    schema: Literal["sepconvert.profile/1"]
-    model: Model
-    environment: Environment
-
+from sepconvert.report.schema.profile import (
+    AccuracyDrop,
+    Bytes,
+    Count,
+    Environment,
+    Milliseconds,
+    Model,
+    Positive,
+    Profile,
+    Share,
+    Speedup,
+)
 
 # Layers --------------------------------------------------------------------------------------------
 
 
-class Kernel(Document):
+class Kernel(Struct, frozen=True):
     """Geometry of a convolution; axes are (vertical, horizontal)."""
 
     in_channels: Positive
@@ -169,7 +41,7 @@ class Kernel(Document):
     bias: bool
 
 
-class Approximation(Document):
+class Approximation(Struct, frozen=True):
     """Errors of an approximated layer, relative, as the calibration images showed them."""
 
     weight_error: float
@@ -182,7 +54,7 @@ class Approximation(Document):
     sweeps: Count
 
 
-class LayerExecution(Document):
+class LayerExecution(Struct, frozen=True):
     """How ONNX Runtime runs a layer, before and after."""
 
     milliseconds: tuple[Milliseconds, Milliseconds]
@@ -192,7 +64,7 @@ class LayerExecution(Document):
     cause: Annotated[str | None, Meta(description="why the gain is much less than the ratio of MACs")]
 
 
-class Spectrum(Document):
+class Spectrum(Struct, frozen=True):
     """Singular values of a kernel in one structure, normalised to a root sum of squares of 1."""
 
     scheme: str
@@ -206,7 +78,7 @@ class Spectrum(Document):
     ]
 
 
-class Certificate(Document):
+class Certificate(Struct, frozen=True):
     """Proof that factors reproduce a kernel W up to a difference ΔW."""
 
     relative_error: Annotated[float, Meta(description="‖ΔW‖ / ‖W‖")]
@@ -220,7 +92,7 @@ class Certificate(Document):
     holds: bool
 
 
-class Check(Document):
+class Check(Struct, frozen=True):
     """The dense layer against its factors, on the input that it had in the model."""
 
     max_abs_diff_float64: float
@@ -232,7 +104,7 @@ class Check(Document):
     holds: bool
 
 
-class StructureFinding(Document):
+class StructureFinding(Struct, frozen=True):
     """How near a kernel is to one exact structure."""
 
     scheme: str
@@ -247,7 +119,7 @@ class StructureFinding(Document):
     singular_values_dropped: tuple[float, ...]
 
 
-class Layer(Document):
+class Layer(Struct, frozen=True):
     """One convolution: what was decided, why, and what it costs before and after."""
 
     name: str
@@ -278,7 +150,7 @@ class Layer(Document):
 # Approximation -------------------------------------------------------------------------------------
 
 
-class CalibrationSet(Document):
+class CalibrationSet(Struct, frozen=True):
     """Images that factors were fitted to, and that plans were compared on."""
 
     origin: str
@@ -287,7 +159,7 @@ class CalibrationSet(Document):
     patches_per_unknown: float
 
 
-class Budget(Document):
+class Budget(Struct, frozen=True):
     """What was demanded; null where nothing was."""
 
     rank: int | None
@@ -297,7 +169,7 @@ class Budget(Document):
     max_drop: float | None
 
 
-class Divergence(Document):
+class Divergence(Struct, frozen=True):
     """A model against the original on the held-out images."""
 
     divergence: float
@@ -306,7 +178,7 @@ class Divergence(Document):
     label_loss: float | None
 
 
-class CurvePoint(Document):
+class CurvePoint(Struct, frozen=True):
     """One plan on the trade-off curve; null for what was not measured."""
 
     macs: Count
@@ -324,7 +196,7 @@ class CurvePoint(Document):
     ranks: Annotated[dict[str, tuple[str, int]], Meta(description="scheme and rank by layer")]
 
 
-class Step(Divergence):
+class Step(Divergence, frozen=True):
     """The model after one step of the fit, on the held-out images."""
 
     name: str
@@ -332,7 +204,7 @@ class Step(Divergence):
     kept: bool
 
 
-class Epoch(Document):
+class Epoch(Struct, frozen=True):
     """The fine-tuned model after one epoch; epoch 0 is the start."""
 
     epoch: Count
@@ -345,7 +217,7 @@ class Epoch(Document):
     seconds: float
 
 
-class Attempt(Document):
+class Attempt(Struct, frozen=True):
     """Drops of one plan before and after fine-tuning, in percentage points."""
 
     drop_before_pp: float
@@ -353,7 +225,7 @@ class Attempt(Document):
     delivered: bool
 
 
-class Finetune(Document):
+class Finetune(Struct, frozen=True):
     """How fine-tuning went."""
 
     history: tuple[Epoch, ...]
@@ -363,7 +235,7 @@ class Finetune(Document):
     attempts: tuple[Attempt, ...]
 
 
-class Merge(Document):
+class Merge(Struct, frozen=True):
     """What became of a pair of convolutions with nothing but linear maps between them."""
 
     first: str
@@ -376,7 +248,7 @@ class Merge(Document):
     speedup: Speedup | None
 
 
-class ModelApproximation(Document):
+class ModelApproximation(Struct, frozen=True):
     """How an approximate conversion came about."""
 
     metric: Literal["weights", "data"]
@@ -393,7 +265,7 @@ class ModelApproximation(Document):
 # Documents -----------------------------------------------------------------------------------------
 
 
-class Delta(Document):
+class Delta(Struct, frozen=True):
     """The converted model against the original; ratios are original over converted."""
 
     params_ratio: float | None
@@ -403,7 +275,7 @@ class Delta(Document):
     agreement: Annotated[Share | None, Meta(description="share of equal predictions")]
 
 
-class ChangedPrediction(Document):
+class ChangedPrediction(Struct, frozen=True):
     """A sample that the two models classify differently."""
 
     index: Count
@@ -412,7 +284,7 @@ class ChangedPrediction(Document):
     converted: int
 
 
-class ChangedPredictions(Document):
+class ChangedPredictions(Struct, frozen=True):
     """How many predictions changed, and some of them."""
 
     count: Count
@@ -421,7 +293,7 @@ class ChangedPredictions(Document):
     shown: tuple[ChangedPrediction, ...]
 
 
-class ModelExecution(Document):
+class ModelExecution(Struct, frozen=True):
     """Where the profiler's milliseconds go, before and after."""
 
     converted: tuple[Milliseconds, Milliseconds]
@@ -432,7 +304,7 @@ class ModelExecution(Document):
     layout_changes: tuple[Count, Count]
 
 
-class Verification(Document):
+class Verification(Struct, frozen=True):
     """Largest differences of outputs, and their tolerances; null for what was not compared."""
 
     torch_max_abs_diff: float
@@ -446,7 +318,7 @@ class Verification(Document):
     worst_layer: str | None
 
 
-class Export(Document):
+class Export(Struct, frozen=True):
     """How the models were exported."""
 
     dynamic_batch: bool
@@ -455,7 +327,7 @@ class Export(Document):
     missing: Annotated[dict[str, str], Meta(description="files that could not be written, and why")]
 
 
-class ReportDocument(Document):
+class ReportDocument(Struct, frozen=True):
     """The content of report.json."""
 
     schema: Literal["sepconvert.report/1"]
@@ -474,31 +346,3 @@ class ReportDocument(Document):
     export: Export
     approximation: ModelApproximation | None
     command: str | None
-
-
-@dataclass(frozen=True, kw_only=True)
-class PlanDocument(ConversionPlan):
-    """The content of plan.json."""
-
-    schema: Literal["sepconvert.plan/1"]
-    checksum: Sha256
-
-
-DOCUMENTS: Mapping[str, type] = {"report": ReportDocument, "plan": PlanDocument, "profile": ProfileDocument}
-
-
-def json_schema(kind: type) -> dict[str, Any]:
-    """Return the JSON Schema (draft 2020-12) of one of `DOCUMENTS`."""
-    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **msgspec.json.schema(kind)}
-
-
-def write_schemas(folder: Path) -> None:
-    """Write the JSON Schema of each document to `<name>.schema.json`."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, kind in DOCUMENTS.items():
-        text = json.dumps(json_schema(kind), indent=2, ensure_ascii=False) + "\n"
-        (folder / f"{name}.schema.json").write_text(text, encoding="utf-8")
-
-
-if __name__ == "__main__":
-    write_schemas(Path(sys.argv[1]))
