@@ -90,14 +90,15 @@ def curve_table(curve: Sequence[Document]) -> str:
                 ratio_text(point["macs_ratio"]),
                 point["converted"],
                 "-" if heldout is None else f"{heldout['divergence']:.4f}",
-                "-" if drop is None else drop_text(drop),
+                # Units are in the header: with them, rows would be wider than a terminal.
+                "-" if drop is None else estimate_text(drop["value"], drop["ci95"]),
                 ratio_text(point["predicted_speedup"]) or "-",
-                "-" if speedup is None else estimate_text(speedup["median"], speedup["ci95"], "×"),
+                "-" if speedup is None else estimate_text(speedup["median"], speedup["ci95"]),
                 "<-" if point["delivered"] else "",
             ]
         )
-    headers = ["fewer\nMACs", "layers", "diver-\ngence", "drop", "speed-up,\npredicted", "measured", ""]
-    return _table(rows, headers)
+    predicted, measured = "speed-\nup, pre-\ndicted", "speed-up\nmeasured"
+    return _table(rows, ["fewer\nMACs", "lay-\ners", "diver-\ngence", "drop, pp", predicted, measured, ""])
 
 
 def anatomy_text(anatomy: Document) -> str:

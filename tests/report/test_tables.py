@@ -84,7 +84,7 @@ def test_steps_and_curve_of_an_approximation(approximate):
     assert "On the held-out images:" in rows
     assert "fit the weights 9.5000 15.0 12.5" in rows
     assert "re-estimate BatchNorm (not kept) 0.7500 50.0 -" in rows
-    assert "2.00× 1 0.0625 0.25 pp [-0.05, 0.55] - - <-" in rows
+    assert "2.00× 1 0.0625 0.25 [-0.05, 0.55] - - <-" in rows
     assert "1 plan was measured on `data`; <- is delivered." in rows
 
 
@@ -168,8 +168,9 @@ def test_the_curve_has_a_row_for_each_plan(approximate):
     lines = [unfolded(line) for line in curve_table(curve).splitlines()]
     assert lines[-2:] == [
         "1.00× 0 - - - -",
-        "2.00× 1 0.0625 0.25 pp [-0.05, 0.55] 1.75× 1.50× [1.40, 1.60] <-",
+        "2.00× 1 0.0625 0.25 [-0.05, 0.55] 1.75× 1.50 [1.40, 1.60] <-",
     ]
+    assert max(map(len, curve_table(curve).splitlines())) <= 80
 
 
 def test_the_anatomy_of_a_file(document):
