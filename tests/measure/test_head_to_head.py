@@ -239,7 +239,7 @@ def test_what_is_no_condition(text):
 
 @pytest.mark.parametrize("text", ["latency > 5%", "drop > 1", "agreement < 90%", "max_abs > 1"])
 def test_conditions_on_what_was_not_measured(text):
-    with pytest.raises(SepconvertError, match="it is not measured"):
+    with pytest.raises(SepconvertError, match="is not measured"):
         Demand.parse(text).failures(Comparison((profile(1), profile(1))))
 
 

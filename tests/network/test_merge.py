@@ -15,9 +15,9 @@ from torch.nn.utils import parametrizations, prune
 from torch.utils.data import DataLoader, TensorDataset
 
 from sepconvert import Timing, convert
-from sepconvert.base.notes import ReasonCode
 from sepconvert.base.environment import Runtime
 from sepconvert.base.errors import SepconvertError
+from sepconvert.base.notes import ReasonCode
 from sepconvert.measure.latency import Speedup
 from sepconvert.measure.statistics import Interval
 from sepconvert.measure.verification import dense_convolution
@@ -697,7 +697,7 @@ def test_the_report_tells_of_merges(automatic):
     _, result, folder = automatic
     text = summary(result.report)
     assert "Merged: stem.1 into stem.0; the dense form has " in text
-    assert "Linear pairs of convolutions kept: 1 of 3; report.json says why." in text
+    assert "Not merged: 1 of 3 linear pairs of convolutions; report.json says why." in text
     assert "None" not in layer_table(result.report["layers"])
     assert "merged into stem.0" in (folder / "report.html").read_text()
 
