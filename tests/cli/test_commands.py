@@ -20,7 +20,7 @@ from command_line import RESULTS, SHAPE, Outcome, listing, listing_of, network, 
 from safetensors.torch import load_file, save_file
 
 from sepconvert.base.documents import sealed
-from sepconvert.cli import commands, inputs
+from sepconvert.cli import inputs
 
 
 def test_json_is_all_that_is_printed(converted):
@@ -309,10 +309,7 @@ def test_a_missing_part_of_the_plan_is_named(here, run, plan, name):
 
 
 @pytest.mark.slow
-def test_demo(here, run, monkeypatch):
-    monkeypatch.setattr(commands, "_DEMO_IMAGES", 128)
-    monkeypatch.setattr(commands, "_DEMO_SCORED", 400)
-    monkeypatch.setattr(commands, "_DEMO_SECONDS", 3.0)
+def test_demo(here, run):
     outcome = run("demo", "--runs", "3", "--quiet")
     assert outcome.code == 0
     modes = ("approx", "auto", "exact")

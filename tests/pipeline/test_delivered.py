@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
+from command_line import RESULTS, listing
 from conversions import Answering, close, convert, decisions, run
 from torch import nn
 
@@ -17,10 +18,7 @@ from sepconvert.report.sentences import warnings_of
 
 def test_files(net, conversion, x):
     result, folder, _ = conversion
-    assert {path.name for path in folder.iterdir()} == {
-        "original.onnx", "converted.onnx", "converted.pt2", "plan.json", "converted.safetensors",
-        "report.json", "report.html",
-    }  # fmt: skip
+    assert listing(folder) == RESULTS
     original, converted = copy.deepcopy(net).eval(), copy.deepcopy(result.model).eval()
     archive = torch.export.load(folder / "converted.pt2").module()
     for batch in (1, 7):
@@ -162,11 +160,7 @@ def test_what_torch_cannot_export_is_converted_all_the_same(planted, x, tmp_path
 def test_results_go_to_a_directory_that_is_made_or_empty(net, x, tmp_path):
     folder = tmp_path / "of mine" / "results"
     convert(net, x, runs=0, out=str(folder))
-    names = {path.name for path in folder.iterdir()}
-    assert names == {
-        "original.onnx", "converted.onnx", "converted.pt2", "converted.safetensors",
-        "plan.json", "report.json", "report.html",
-    }  # fmt: skip
+    assert listing(folder) == RESULTS
     before = {path: path.read_bytes() for path in folder.iterdir()}
     with pytest.raises(SepconvertError, match="results is not empty; pass an empty directory"):
         convert(net, x, runs=0, out=folder)
