@@ -2,6 +2,9 @@
 and by depthwise and pointwise ones, fitted to the data, where it does not.
 
 The public names are resolved on first use, so that `sepconvert --help` answers without loading torch.
+
+No module or package directly below this one may bear the name of a public function (`convert`, `inspect`,
+`profile`, `compare`, `apply`, `finetune`): importing the submodule would replace the function.
 """
 
 from importlib import import_module

@@ -159,7 +159,7 @@ def test_budgets(small):
             assert point["macs"] >= delivered["macs"]
     with pytest.raises(DemandNotMetError, match=r"no plan meets --target-macs 0.01") as caught:
         convert_small(small, target_macs=0.01)
-    assert "speed-up" in caught.value.details
+    assert min(point["macs"] for point in caught.value.curve) > 0.01 * result.report["original"]["macs"]
     with pytest.raises(DemandNotMetError, match=r"--rank 1 and --max-drop 0 .*smallest drop"):
         convert_small(small, rank=1, max_drop=0, data=small[1])
 
@@ -170,7 +170,9 @@ def test_a_demanded_speed_is_measured(small):
     options = {"mode": "approx", "calib": loader, "calib_images": 64, "runs": 5}
     with pytest.raises(DemandNotMetError, match=r"--min-speedup 50 .*largest speed-up") as caught:
         convert(model, torch.randn(1, 3, 14, 14), min_speedup=50, **options)
-    assert "×" in caught.value.details
+    assert all(
+        point["latency_speedup"]["median"] < 50 for point in caught.value.curve if point["latency_speedup"]
+    )
     report = convert(model, torch.randn(1, 3, 14, 14), min_speedup=0.01, **options).report
     assert any(point["latency_speedup"] for point in report["approximation"]["curve"])
 
@@ -201,7 +203,7 @@ def test_a_demanded_speed_holds_of_the_files_too(small, monkeypatch):
         ({}, "need a budget"),
         ({"rank": 1, "finetune": 2}, "--finetune: needs images to train on"),
         ({"max_drop": 1.0}, "--max-drop: needs labelled data"),
-        ({"rank": 1, "calib_images": 0}, "calib_images: expected a whole number from 1, got 0"),
+        ({"rank": 1, "calib_images": 0}, "`calib_images`: expected a whole number from 1, got 0"),
     ],
 )
 def test_bad_demands(samples, options, message):

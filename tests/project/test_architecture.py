@@ -155,7 +155,8 @@ def test_few_entries_in_every_package():
 
 def test_no_entry_bears_the_name_of_a_public_function():
     """Importing `sepconvert.convert`, a module, would set the attribute `convert` of the package to it."""
-    assert not {Path(entry).stem for entry in entries(PACKAGE)} & PUBLIC_FUNCTIONS
+    replaced = {Path(entry).stem for entry in entries(PACKAGE)} & PUBLIC_FUNCTIONS
+    assert not replaced, replaced
 
 
 def test_the_public_functions_are_those():
