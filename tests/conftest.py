@@ -180,6 +180,7 @@ def converted(files, tmp_path_factory) -> SimpleNamespace:
     folder = tmp_path_factory.mktemp("converted")
     process = start(
         files / "net.pt", "--data", files / "data.npz", "--runs", "3", "--out", folder / "out", "--json",
+        "--quiet",
         preexec_fn=lambda: os.umask(0o027),
     )  # fmt: skip
     out, err = process.communicate()

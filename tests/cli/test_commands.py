@@ -359,30 +359,19 @@ def test_fine_tuning_that_was_killed_is_resumed_to_the_same_weights(here):
     assert set(listing(here)) == {*before, *listing_of("whole"), *listing_of("resumed")}
 
 
-def test_what_is_in_the_place_of_a_checkpoint_and_was_not_used_is_left_alone(here):
+def test_what_is_in_the_place_of_a_checkpoint_and_was_not_used_is_left_alone(here, run):
     """With nothing converted there is no fine-tuning: any file was taken for a checkpoint, and deleted."""
     small_net.write(here)
     arguments = ("net.pth", "--factory", "net.py:make", "--mode", "approx", "--rank", "1", "--runs", "0")
+    train = ("--finetune", "1", "--calib", "x.npz", "--calib-images", "120")
     (here / "mine").write_text("precious")
     (here / "mine.2").write_text("precious")
-    train = (
-        "--finetune",
-        "1",
-        "--calib",
-        "x.npz",
-        "--calib-images",
-        "120",
-        "--checkpoint",
-        "mine",
-        "--resume",
-    )
-    process = start(*arguments, *train, "--exclude", "*", "--out", "none")
-    _, err = process.communicate()
-    assert process.returncode == 0, err
-    process = start(*arguments, *train, "--out", "some")
-    _, err = process.communicate()
-    assert process.returncode == 2
-    assert b"mine: expected a checkpoint, got a damaged or foreign file" in err
+    resumed = (*train, "--checkpoint", "mine", "--resume")
+    outcome = run(*arguments, *resumed, "--exclude", "*", "--out", "none")
+    assert outcome.code == 0, outcome.err
+    outcome = run(*arguments, *resumed, "--out", "some")
+    assert outcome.code == 2
+    assert "mine: expected a checkpoint, got a damaged or foreign file" in outcome.err
     assert [(here / name).read_text() for name in ("mine", "mine.2")] == ["precious", "precious"]
 
 
@@ -414,13 +403,12 @@ def tiny_disk(tmp_path) -> Iterator[Path]:
         (15, "(plan|report).json"),
     ],
 )
-def test_a_full_disk(here, tiny_disk, pages, file):
+def test_a_full_disk(here, run, tiny_disk, pages, file):
     """With so many pages of 4 KiB left, this is the file that fails."""
     (tiny_disk / "ballast").write_bytes(bytes(4096 * (16 - pages)))
-    process = start("net.pt", *SHAPE, "--runs", "0", "--out", tiny_disk / "out")
-    out, err = process.communicate()
-    assert (process.returncode, out) == (2, b""), err
-    assert re.fullmatch(rf"sepconvert: .*{file}: cannot be written: .*\n", err.decode())
+    outcome = run("net.pt", *SHAPE, "--runs", "0", "--out", tiny_disk / "out")
+    assert (outcome.code, outcome.out) == (2, ""), outcome.err
+    assert re.fullmatch(rf"sepconvert: .*{file}: cannot be written: .*\n", outcome.err)
     assert listing(tiny_disk) == ["ballast"]
 
 

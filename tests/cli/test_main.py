@@ -113,7 +113,7 @@ def test_no_standard_streams_at_all(here, run, monkeypatch):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_conversion_leaves_nothing(here, number):
     before = listing(here.parent)
-    process = start("net.pt", *SHAPE, "--out", "new/out", "--runs", "100000")
+    process = start("net.pt", *SHAPE, "--out", "new/out", "--runs", "100000", "--quiet")
     while listing(here.parent) == before and process.poll() is None:
         time.sleep(0.01)
     time.sleep(1)  # well into the work
