@@ -92,7 +92,7 @@ def test_an_image_pipeline(x):
     assert result.report["original"]["params"] == result.report["converted"]["params"] == 0
 
 
-def test_gates_and_globs(net, x):
+def test_globs(net, x):
     chosen = decided(net, x, include=("body.*", "stem"), exclude=("*.0",)).report
     assert {name for name, decision in decisions(chosen).items() if decision == "converted"} == {"stem"}
     assert {layer["reason"] for layer in chosen["layers"] if layer["name"] in ("conv2d_0", "body.0")} == {
