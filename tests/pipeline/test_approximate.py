@@ -170,9 +170,8 @@ def test_a_demanded_speed_is_measured(small):
     options = {"mode": "approx", "calib": loader, "calib_images": 64, "runs": 5}
     with pytest.raises(DemandNotMetError, match=r"--min-speedup 50 .*largest speed-up") as caught:
         convert(model, torch.randn(1, 3, 14, 14), min_speedup=50, **options)
-    assert all(
-        point["latency_speedup"]["median"] < 50 for point in caught.value.curve if point["latency_speedup"]
-    )
+    speedups = [point["latency_speedup"] for point in caught.value.curve]
+    assert 0 < max(each["median"] for each in speedups if each) < 50
     report = convert(model, torch.randn(1, 3, 14, 14), min_speedup=0.01, **options).report
     assert any(point["latency_speedup"] for point in report["approximation"]["curve"])
 
