@@ -16,8 +16,9 @@ from sepconvert.cli import inputs
 from sepconvert.cli import main as cli
 
 
-def test_no_heavy_library_is_imported_for_help():
-    arguments = [sys.executable, "-X", "importtime", "-m", "sepconvert", "convert", "--help"]
+@pytest.mark.parametrize("command", [[], *([name] for name in COMMANDS)], ids=["sepconvert", *COMMANDS])
+def test_no_heavy_library_is_imported_for_help(command):
+    arguments = [sys.executable, "-X", "importtime", "-m", "sepconvert", *command, "--help"]
     imports = subprocess.run(arguments, capture_output=True, text=True, check=True).stderr  # noqa: S603
     names = {line.rpartition("|")[2].strip().partition(".")[0] for line in imports.splitlines()}
     assert {"click", "sepconvert"} <= names
@@ -57,7 +58,7 @@ def test_a_file_named_like_a_command(here, run, name):
 
 def test_an_output_that_cannot_be_written(here):
     with Path("/dev/full").open("wb") as full:
-        process = start("inspect", here / "net.pt", *SHAPE, stdout=full)
+        process = start("inspect", here / "net.pt", *SHAPE, "--json", "--quiet", stdout=full)
         _, err = process.communicate()
     assert process.returncode == 2
     assert err.decode() == (
@@ -94,7 +95,7 @@ def test_the_encoding_of_the_terminal(here, run, monkeypatch, encoding, kernel):
 def test_a_reader_that_leaves_early_causes_no_traceback(here):
     reader, writer = os.pipe()
     os.close(reader)
-    process = start("inspect", "net.pt", *SHAPE, stdout=writer)
+    process = start("inspect", "net.pt", *SHAPE, "--json", "--quiet", stdout=writer)
     os.close(writer)
     assert process.communicate()[1] == b""
     assert process.returncode == 2
