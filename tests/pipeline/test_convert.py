@@ -295,7 +295,7 @@ def test_nothing_to_convert(x):
 )
 def test_bad_arguments(options, message, net, x):
     with pytest.raises(SepconvertError, match=message):
-        decided(net, x, **options)
+        convert(net, x, **options)
 
 
 def test_a_gate_that_inspect_does_not_know(net, x):
