@@ -72,7 +72,7 @@ RUN: dict[str, tuple[str, ...]] = {
 }
 
 # One that another test runs, on fewer images.
-ELSEWHERE = {"sepconvert demo": "cli/test_main.py::test_demo"}
+ELSEWHERE = {"sepconvert demo": "cli/test_commands.py::test_demo"}
 
 _PROGRAM = r"(?:sepconvert|python3?|pip3?|accelerate|torchrun|pytest|sphinx-build|\S+\.(?:py|sh))"
 # A line that would be shown as a command, or reads as one.
