@@ -177,15 +177,15 @@ def with_batchnorm(net: Net, model: nn.Module, dense: Mapping[str, str]) -> Conv
 
 def plain_svd(net: Net, *, rank: int) -> Converted:
     """Depthwise and pointwise factors by each kernel's own SVD: no data but for BatchNorm."""
-    found = sepconvert.convert(net.model, net.inputs, "approx", rank=rank, gate="none", runs=0)
+    untimed = sepconvert.Timing(runs=0)
+    found = sepconvert.convert(net.model, net.inputs, "approx", rank=rank, gate="none", timing=untimed)
     return with_batchnorm(net, found.model, {})
 
 
 def convert(net: Net, **keywords: Any) -> Converted:
     """sepconvert as its user calls it; no label is seen."""
-    found = sepconvert.convert(
-        net.model, net.inputs, mode="auto", calib=net.calib, threads=1, cache=net.cache, **keywords
-    )
+    timing = sepconvert.Timing(threads=1, cache=net.cache)
+    found = sepconvert.convert(net.model, net.inputs, mode="auto", calib=net.calib, timing=timing, **keywords)
     kept = [step["name"] for step in found.report["approximation"]["steps"] if step["kept"]]
     return Converted(found.model, "re-estimate BatchNorm" in kept, {})
 
