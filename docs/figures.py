@@ -190,7 +190,7 @@ def _matrix(axes: Axes, values: Tensor, largest: float) -> None:
 
 
 def two_spectra() -> dict[str, Finding]:
-    """Return spectra of a layer trained as a pair with 16 inner channels and merged, and of an ordinary one."""
+    """Return the spectra of a layer that was trained as a pair and merged, and of an ordinary one."""
     net, found = load(), {}
     for name, layer in (("large.conv, 7×7", net.large.conv), ("head.conv, 3×3", net.head.conv)):
         analysis = analyse(_spec(layer), layer.weight.detach(), [(24, 24)])
@@ -364,7 +364,7 @@ class FormOf:
 
 
 def two_forms() -> dict[str, list[FormOf]]:
-    """Fit the demo network's `head.conv`, 32 → 32 channels, 3×3, in depthwise form and, at no lower cost, spatially."""
+    """Fit the demo network's `head.conv` (3×3, 32 → 32) in depthwise and, at no lower cost, spatial form."""
     net, images = load(), _images(IMAGES)
     layer, seen = net.head.conv, []
     handle = layer.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))

@@ -4,7 +4,7 @@
 
 The dense layer slides 256 kernels of 5×5×3 over 8×8 positions: it transforms the image 256 times. The
 separable one transforms it once, channel by channel, and then mixes the three results into 256 channels.
-sepconvert builds the second and counts both.
+Both are counted by sepconvert, which builds the second from the first.
 """
 
 import torch
