@@ -1,4 +1,4 @@
-"""README and documentation are correct: commands parse, commands and Python blocks run, quotes are literal."""
+"""README and documentation are correct: commands parse, commands and Python blocks run, quotes match."""
 
 import ast
 import doctest
