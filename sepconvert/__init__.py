@@ -1,7 +1,8 @@
-"""Replace the convolutions of a trained CNN by separable ones, exactly where the kernel allows it,
-and by depthwise and pointwise ones, fitted to the data, where it does not.
+"""Make a trained CNN faster: its convolutions replaced by separable ones, exactly or within a budget.
 
-The public names are resolved on first use, so that `sepconvert --help` answers without loading torch.
+Public names are resolved on first use, so that `sepconvert --help` answers without importing torch. No module
+or package directly in here may bear the name of a public function (convert, inspect, profile, compare, apply,
+finetune): importing it would put the module in the function's place.
 """
 
 from importlib import import_module
@@ -10,11 +11,16 @@ from typing import TYPE_CHECKING
 __version__ = "0.1.0"
 
 _PUBLIC = {
+    "Calibration": "base.options",
     "ConversionResult": "pipeline.convert",
     "DemandNotMetError": "base.errors",
     "FactorizedConv2d": "network.layers",
     "Profile": "measure.profiling",
     "FinetuneResult": "distillation.results",
+    "Finetuning": "base.options",
+    "Selection": "base.options",
+    "Timing": "base.options",
+    "VerificationError": "base.errors",
     "SepconvertError": "base.errors",
     "apply": "pipeline.replay",
     "compare": "measure.comparison",
@@ -29,6 +35,11 @@ __all__ = ["__version__", *sorted(_PUBLIC)]
 if TYPE_CHECKING:
     from sepconvert.base.errors import DemandNotMetError as DemandNotMetError
     from sepconvert.base.errors import SepconvertError as SepconvertError
+    from sepconvert.base.errors import VerificationError as VerificationError
+    from sepconvert.base.options import Calibration as Calibration
+    from sepconvert.base.options import Finetuning as Finetuning
+    from sepconvert.base.options import Selection as Selection
+    from sepconvert.base.options import Timing as Timing
     from sepconvert.distillation.results import FinetuneResult as FinetuneResult
     from sepconvert.distillation.training import finetune as finetune
     from sepconvert.measure.comparison import compare as compare

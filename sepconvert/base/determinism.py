@@ -1,4 +1,4 @@
-"""Float32 products in float32, and the same sums in every run where torch has an algorithm for it."""
+"""Full float32 precision, and the same sums in every run where torch has an algorithm for it."""
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -11,22 +11,23 @@ from sepconvert.base.errors import SepconvertError
 
 @contextmanager
 def reproducible() -> Iterator[None]:
-    """Forbid TensorFloat-32, and cuDNN what differs from run to run; then all is as the user had it.
+    """Forbid TensorFloat-32 and non-deterministic cuDNN algorithms; restore the user's settings on leaving.
 
-    By default cuDNN rounds the factors of float32 products to 10 bits of mantissa where the GPU can
-    (TensorFloat-32): a thousand times what a comparison with another runtime, or of an exact form with its
-    kernel, is to tell. Some gradients on a GPU have no algorithm that sums in one order, those of reflected
-    borders for instance: there, weights may differ in their last digits. torch's random numbers go on, too,
-    where they were.
+    By default, where the GPU can, cuDNN rounds the factors of float32 products to 10 bits of mantissa
+    (TensorFloat-32): an error a thousand times larger than the differences that verification must detect.
+    Some gradients on a GPU have no deterministic algorithm, those of reflected borders for instance; there,
+    weights may differ in their last digits. The state of torch's random generators is restored, too.
 
     Raises:
-        SepconvertError: torch cannot say what the settings are.
+        SepconvertError: torch cannot report its settings.
     """
     with ExitStack() as stack:
-        stack.enter_context(torch.inference_mode(False))  # parameters made there could never be trained
+        stack.enter_context(
+            torch.inference_mode(False)
+        )  # parameters made in inference mode could never be trained
         stack.enter_context(torch.random.fork_rng(devices=[]))
         try:
-            # By the older interface, of which torch.export asks as well; the newer must not be mixed with it.
+            # The older interface, which torch.export reads as well; it must not be mixed with the newer one.
             stack.enter_context(
                 cudnn.flags(enabled=cudnn.enabled, benchmark=False, deterministic=True, allow_tf32=False)
             )

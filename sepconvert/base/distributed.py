@@ -1,7 +1,7 @@
 """Several processes that do one job: `accelerate launch -m sepconvert …` or `torchrun -m sepconvert …`.
 
-All of them calibrate, on a share of the images each, and train; what a decision hangs on is measured in
-the main process alone, so that all decide alike. It alone writes and prints.
+All of them calibrate, each on its share of the images, and train. Measurements that decide something are
+taken in the main process alone, so that all decide alike; it alone writes and prints.
 """
 
 import os
@@ -15,26 +15,26 @@ T = TypeVar("T")
 
 
 def join() -> None:
-    """Meet the other processes, if a launcher started several."""
+    """Join the other processes, if a launcher started several."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         from accelerate import PartialState
 
-        # Unless it is told, Accelerate takes several processes without GPUs for strangers.
+        # Otherwise Accelerate treats CPU-only processes as unrelated runs.
         PartialState(cpu=not torch.accelerator.is_available())
 
 
 def rank() -> int:
-    """Number of this process; 0 is the main one."""
+    """Return the number of this process; 0 is the main one."""
     return distributed.get_rank() if _joined() else 0
 
 
 def processes() -> int:
-    """How many there are."""
+    """Return the number of processes."""
     return distributed.get_world_size() if _joined() else 1
 
 
 def gather(value: T) -> list[T]:
-    """What each process holds, by rank; all must call it."""
+    """Return the values that all processes hold, by rank; all of them must call this."""
     if not _joined():
         return [value]
     everyone: list[Any] = [None] * processes()
@@ -43,7 +43,7 @@ def gather(value: T) -> list[T]:
 
 
 def once(function: Callable[[], T]) -> T:
-    """Call `function` in the main process, and give its result, or raise its error, in all."""
+    """Call `function` in the main process, and return its result or raise its error in all."""
     if not _joined():
         return function()
     outcome: list[Any] = [None, None]

@@ -1,4 +1,4 @@
-"""Where numbers were measured: versions and processor."""
+"""Description of where numbers are measured: runtime settings, versions, processor."""
 
 import os
 import platform
@@ -6,70 +6,66 @@ from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 
-from sepconvert import __version__
 from sepconvert.base.errors import SepconvertError, check_number
 
 GRAPH_OPTIMIZATIONS = ("all", "extended", "basic", "none")
-"""Levels of ONNX Runtime, its default first. Blocked layouts of convolutions come with "all" alone."""
+"""Optimization levels of ONNX Runtime, its default first; blocked layouts of convolutions come with "all"."""
 
 
-MAX_THREADS = 1024  # more are a slip of the pen, for which ONNX Runtime takes gigabytes
+MAX_THREADS = 1024  # more is a typing error, for which ONNX Runtime would allocate gigabytes
 
 
 @dataclass(frozen=True)
 class Runtime:
-    """How ONNX Runtime runs what is timed.
+    """Settings of ONNX Runtime for what is timed.
 
     Raises:
         SepconvertError: a value is out of range.
     """
 
-    threads: int  # of one operator
+    threads: int  # within one operator
     graph_optimization: str = GRAPH_OPTIMIZATIONS[0]
-    provider: str = "cpu"  # of execution, in small letters: cuda, tensorrt, openvino, coreml, …
+    provider: str = "cpu"  # execution provider in lower case: cuda, tensorrt, openvino, coreml, …
 
     def __post_init__(self) -> None:
         """Check the ranges."""
         check_number("threads", self.threads, 1, MAX_THREADS, whole=True)
-        if self.graph_optimization not in GRAPH_OPTIMIZATIONS:
-            raise SepconvertError(
-                f"graph optimization: expected one of {', '.join(GRAPH_OPTIMIZATIONS)}, "
-                f"got {self.graph_optimization!r}"
-            )
         if self.provider not in _providers():
             raise SepconvertError(
-                f"provider: expected one that the installed onnxruntime has ({', '.join(_providers())}), "
+                f"`provider`: expected one that the installed onnxruntime has ({', '.join(_providers())}), "
                 f"got {self.provider!r}; install the onnxruntime package that brings it"
             )
 
     @property
     def execution_provider(self) -> str:
-        """What ONNX Runtime calls the provider."""
+        """Name of the provider in ONNX Runtime."""
         return _providers()[self.provider]
 
 
 def _providers() -> dict[str, str]:
-    """ONNX Runtime's execution providers by the names that they have here."""
+    """Return ONNX Runtime's execution providers by their short names."""
     import onnxruntime as ort  # not loaded for --help
 
     return {each.removesuffix("ExecutionProvider").lower(): each for each in ort.get_available_providers()}
 
 
 def environment(runtime: Runtime) -> dict[str, str | int]:
-    """The `environment` object of reports and profiles."""
+    """Return the `environment` object of reports and profiles."""
     return {
-        "sepconvert": __version__,
         "python": platform.python_version(),
         "platform": platform.platform(),
         "cpu": _cpu(),
         "cores": os.cpu_count() or 1,
         **asdict(runtime),
-        **{name: version(name) for name in ("torch", "onnx", "onnxruntime", "onnxscript", "fvcore", "numpy")},
+        **{
+            name: version(name)
+            for name in ("sepconvert", "torch", "onnx", "onnxruntime", "onnxscript", "fvcore", "numpy")
+        },
     }
 
 
 def available_cores() -> int:
-    """Cores that this process may use."""
+    """Return the number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 

@@ -1,7 +1,7 @@
 """Errors that a user sees: one line that says what happened, what was expected, and what to do next.
 
-Messages name parameters of the Python API between backticks, such as `max_drop`. The command line shows them as
-its own flags, `--max-drop` (see `sepconvert.cli.options.in_flags`).
+Messages name parameters of the Python API between backticks, such as `max_drop`. The command line shows them
+as its own flags, such as --max-drop (see `sepconvert.cli.options.in_flags`).
 """
 
 import math

@@ -1,69 +1,282 @@
-"""Options as values: frozen, and checked when they are made."""
+"""Options as values: frozen, checked when they are made, and defined once.
 
-import math
-import numbers
-from dataclasses import dataclass
+The metadata of a field is all that the command line needs to know of an option: its flag, help, type and
+default are made from it (see `sepconvert.cli.options`). Nothing here imports torch: `--help` does without.
+"""
 
-from sepconvert.base.errors import SepconvertError, quoted
+from collections.abc import Callable, Sequence
+from dataclasses import Field, dataclass, field, fields
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from sepconvert.base.environment import GRAPH_OPTIMIZATIONS, MAX_THREADS, Runtime, available_cores
+from sepconvert.base.errors import SepconvertError, check_number, quoted
+
+if TYPE_CHECKING:
+    from torch.utils.data import DataLoader
+
+Mode = Literal["exact", "approx", "auto"]
+MODES: tuple[Mode, ...] = ("exact", "approx", "auto")
+
+Gate = Literal["macs", "latency", "none"]
+GATES: tuple[Gate, ...] = ("macs", "latency", "none")
+
+Precision = Literal["no", "bf16", "fp16"]
+PRECISIONS: tuple[Precision, ...] = ("no", "bf16", "fp16")
+
+_ABOVE_ZERO = 1e-9
+
+
+def option(help: str, default: Any = None, **metadata: Any) -> Any:
+    """Declare a field as an option.
+
+    Args:
+        help: one sentence for `--help`.
+        default: of the field and of the flag.
+        metadata: `low`, `high` and `whole` bound a number; `choices` are the admitted strings; `flag` is the
+            name on the command line where it is not the field's; `metavar` and `shown_default` are for
+            `--help`; `unit` is what one unit of the flag is worth in the field (`--memory` counts gigabytes).
+    """
+    return field(default=default, metadata={"help": help, **metadata})
+
+
+def options_of(kind: Any) -> tuple[Field[Any], ...]:
+    """Return the fields of a value that are options."""
+    return tuple(each for each in fields(kind) if "help" in each.metadata)
+
+
+def check_options(value: Any) -> None:
+    """Raise `SepconvertError` for the first option of a value that is out of its range."""
+    for each in options_of(value):
+        given, bounds = getattr(value, each.name), each.metadata
+        if "low" in bounds:
+            if given is None and each.default is not None:
+                raise SepconvertError(f"`{each.name}`: expected a number, got None")
+            check_number(
+                each.name,
+                given,
+                bounds["low"],
+                bounds.get("high", float("inf")),
+                whole=bounds.get("whole", False),
+            )
+        if "choices" in bounds and given is not None and given not in bounds["choices"]:
+            raise SepconvertError(
+                f"`{each.name}`: expected one of {', '.join(bounds['choices'])}, got {quoted(given)}"
+            )
 
 
 @dataclass(frozen=True)
 class Budget:
-    """What is demanded of a plan; None where nothing is."""
+    """Demands on a plan; None where nothing is demanded.
 
-    rank: int | None = None
-    target_macs: float | None = None  # most MACs, as a share of the original's
-    target_params: float | None = None  # most parameters, likewise
-    min_speedup: float | None = None  # least measured latency ratio
-    max_drop: float | None = None  # largest measured drop of top-1 accuracy, in percentage points
+    `rank`, `target_macs` and `target_params` each fix the plan; the others are limits to be met.
+    """
+
+    rank: int | None = option(
+        "Depthwise multiplier of all layers, instead of a search.", low=1, whole=True, metavar="N"
+    )
+    target_macs: float | None = option(
+        "Largest MACs, as a share of the original's.", low=_ABOVE_ZERO, high=1, metavar="F"
+    )
+    target_params: float | None = option(
+        "Largest number of parameters, as a share of the original's.", low=_ABOVE_ZERO, high=1, metavar="F"
+    )
+    min_speedup: float | None = option(
+        "Smallest speed-up: measured latency of the original over that of the converted model.",
+        low=_ABOVE_ZERO,
+        metavar="X",
+    )
+    max_drop: float | None = option(
+        "Largest drop of top-1 accuracy on `data`, in percentage points.",
+        low=0,
+        high=100,
+        metavar="PP",
+        shown_default="1, if nothing else is demanded",
+    )
 
     def __post_init__(self) -> None:
-        """Check the ranges."""
-        for name, value, low, high, expected in (
-            ("--rank", self.rank, 1, math.inf, "a whole channel multiplier, 1 or more"),
-            ("--target-macs", self.target_macs, 1e-9, 1, "a share of the MACs, above 0 and up to 1"),
-            (
-                "--target-params",
-                self.target_params,
-                1e-9,
-                1,
-                "a share of the parameters, above 0 and up to 1",
-            ),
-            ("--min-speedup", self.min_speedup, 1e-9, math.inf, "a ratio above 0"),
-            ("--max-drop", self.max_drop, 0, 100, "percentage points, 0 to 100"),
-        ):
-            kind = numbers.Integral if name == "--rank" else numbers.Real
-            if value is not None and not (isinstance(value, kind) and low <= value <= high):
-                raise SepconvertError(f"{name} {quoted(value)}: expected {expected}")
-        fixing = {
-            "--rank": self.rank,
-            "--target-macs": self.target_macs,
-            "--target-params": self.target_params,
-        }
-        given = [name for name, value in fixing.items() if value is not None]
+        """Check the ranges, and that at most one demand fixes the plan."""
+        check_options(self)
+        given = [
+            f"`{name}`"
+            for name in ("rank", "target_macs", "target_params")
+            if getattr(self, name) is not None
+        ]
         if len(given) > 1:
             raise SepconvertError(f"{' and '.join(given)}: each fixes the plan by itself; pass one of them")
 
     @property
     def share(self) -> float | None:
-        """Of the original's cost that a plan may have."""
+        """Fraction of the original's MACs or parameters that the plan may have, if one is demanded."""
         return self.target_params if self.target_macs is None else self.target_macs
 
     def or_default(self, *, labelled: bool, timed: bool) -> "Budget":
-        """With a drop of one point where nothing is demanded.
+        """Return the budget, or a drop of one percentage point where nothing is demanded.
 
         Raises:
-            SepconvertError: what is demanded cannot be measured, for want of labelled data or timed runs.
+            SepconvertError: a demand cannot be measured, for want of labelled data or of timed runs.
         """
         if self == Budget():
             if not labelled:
                 raise SepconvertError(
-                    "mode: approx and auto need a budget; pass --rank, --target-macs, --target-params or "
-                    "--min-speedup, or --data to hold accuracy"
+                    "`mode`: approx and auto need a budget; pass `rank`, `target_macs`, `target_params` or "
+                    "`min_speedup`, or `data` to hold accuracy"
                 )
             return Budget(max_drop=1.0)
         if self.max_drop is not None and not labelled:
-            raise SepconvertError("--max-drop: needs labelled data to measure the drop on; pass --data")
+            raise SepconvertError("`max_drop`: needs labelled data to measure the drop on; pass `data`")
         if self.min_speedup is not None and not timed:
-            raise SepconvertError("--min-speedup: needs timed runs; leave out --runs 0")
+            raise SepconvertError("`min_speedup`: needs timed runs; pass `runs` above 0")
         return self
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Layers that may be replaced, by globs of their names."""
+
+    include: Sequence[str] = option("Replace only layers with such names. Repeatable.", (), metavar="GLOB")
+    exclude: Sequence[str] = option("Replace no layers with such names. Repeatable.", (), metavar="GLOB")
+
+    def __post_init__(self) -> None:
+        """Refuse a single string, whose letters would be taken for globs."""
+        for name in ("include", "exclude"):
+            value = getattr(self, name)
+            if isinstance(value, str) or not all(isinstance(glob, str) for glob in value):
+                raise SepconvertError(f"`{name}`: expected a list of globs, got {quoted(value)}")
+
+    def admits(self, name: str) -> bool:
+        """Return whether a layer of this name may be replaced."""
+        return (not self.include or any(fnmatchcase(name, glob) for glob in self.include)) and not any(
+            fnmatchcase(name, glob) for glob in self.exclude
+        )
+
+
+@dataclass(frozen=True)
+class Timing:
+    """How ONNX Runtime runs what is timed, and how often it is run."""
+
+    threads: int | None = option(
+        "Threads of ONNX Runtime.",
+        low=1,
+        high=MAX_THREADS,
+        whole=True,
+        metavar="N",
+        shown_default="all cores",
+    )
+    graph_optimization: str = option(
+        "Graph optimization of ONNX Runtime for what is timed: the level that you deploy with.",
+        GRAPH_OPTIMIZATIONS[0],
+        choices=GRAPH_OPTIMIZATIONS,
+    )
+    provider: str = option(
+        "Execution provider of ONNX Runtime: cpu, cuda, tensorrt, openvino, coreml, …", "cpu", metavar="NAME"
+    )
+    runs: int = option("Timed runs of each model; 0 for none.", 50, low=0, whole=True)
+    measure_seconds: float = option(
+        "Time limit for timing single layers in approx and auto mode.",
+        300.0,
+        low=0,
+        metavar="S",
+    )
+    cache: Path | None = option(
+        "Folder in which the times of layers are kept.",
+        metavar="DIR",
+        shown_default="sepconvert in the user's cache",
+    )
+
+    def __post_init__(self) -> None:
+        """Check the ranges, and that the runtime has the provider."""
+        check_options(self)
+        object.__setattr__(self, "cache", None if self.cache is None else Path(self.cache))
+        object.__setattr__(self, "provider", self.provider.lower())
+        _ = self.runtime
+
+    @property
+    def runtime(self) -> Runtime:
+        """Settings of ONNX Runtime."""
+        threads = available_cores() if self.threads is None else self.threads
+        return Runtime(threads, self.graph_optimization, self.provider)
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """How many calibration images are used, and how much memory their statistics may take."""
+
+    images: int = option(
+        "Calibration images; a quarter of them, at most 256, are held out to judge plans by.",
+        1536,
+        low=1,
+        whole=True,
+        flag="calib-images",
+    )
+    memory: float | None = option(
+        "Memory limit of the process during calibration, in GB; a lower limit is slower but gives the same "
+        "result.",
+        low=1,
+        unit=1e9,
+        metavar="GB",
+        shown_default="half of the free memory",
+    )
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        check_options(self)
+
+
+@dataclass(frozen=True)
+class Finetuning:
+    """Distillation from the original after the conversion.
+
+    `train` holds batches (x, y) of a map-style dataset, labels of -1 meaning none; without it the calibration
+    images are trained on. `on_step` is called after each step.
+    """
+
+    epochs: int = option(
+        "Epochs of distillation from the original after the conversion, on `train` or `calib`.",
+        0,
+        low=0,
+        whole=True,
+        flag="finetune",
+        metavar="EPOCHS",
+    )
+    train: "DataLoader[Any] | None" = None
+    precision: Precision | None = option(
+        "Mixed precision of fine-tuning.", choices=PRECISIONS, shown_default="that of accelerate launch"
+    )
+    checkpoint: Path | None = option(
+        "File that keeps the state of fine-tuning while it runs.",
+        metavar="FILE",
+        shown_default="beside the result directory",
+    )
+    resume: bool = option("Continue from the checkpoint of an interrupted run.", False)
+    on_step: Callable[[Any], None] | None = None  # called with a distillation step
+
+    def __post_init__(self) -> None:
+        """Check the ranges, and that nothing is set that would be ignored."""
+        check_options(self)
+        object.__setattr__(self, "checkpoint", None if self.checkpoint is None else Path(self.checkpoint))
+        ignored = [
+            f"`{name}`" for name in ("train", "precision", "checkpoint", "resume") if getattr(self, name)
+        ]
+        if ignored and not self.epochs:
+            raise SepconvertError(
+                f"{', '.join(ignored)}: only for fine-tuning; pass `finetune` too, or leave {ignored[0]} out"
+            )
+
+    def __bool__(self) -> bool:
+        """Return whether there is anything to do."""
+        return self.epochs > 0
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Provenance of a model and of its conversion, for the report."""
+
+    path: str | None = None  # of the model file
+    sha256: str | None = None  # of its content
+    command: str | None = None  # the command line that asked for the conversion
+
+    def to_json(self) -> dict[str, Any] | None:
+        """Return the `model` object of the report; None where there is no file."""
+        return None if self.path is None else {"path": self.path, "sha256": self.sha256}

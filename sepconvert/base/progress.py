@@ -4,14 +4,14 @@ from collections.abc import Callable, Iterable
 from typing import Any, Protocol, TypeVar
 
 LoopProgress = Callable[[Iterable[Any]], Iterable[Any]]
-"""Wraps what a long measurement iterates over and shows how far it is, as `tqdm` does."""
+"""Wrapper of an iterable that shows how far its consumer is, as `tqdm` does."""
 
 
 T = TypeVar("T")
 
 
 class Progress(Protocol):
-    """Wraps a loop whose progress may be shown."""
+    """Wrapper of a loop that shows its progress."""
 
     def __call__(self, items: Iterable[T], description: str, /) -> Iterable[T]:
         """Yield the items."""
@@ -19,5 +19,5 @@ class Progress(Protocol):
 
 
 def silent(items: Iterable[T], description: str, /) -> Iterable[T]:
-    """Show nothing."""
+    """Return the items; show nothing."""
     return items

@@ -1,18 +1,19 @@
 """Models, data and example inputs that a command's options name."""
 
 import math
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Iterable
 
 import click
 import numpy as np
 import torch
+from platformdirs import user_cache_path
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from sepconvert.base.environment import Runtime, available_cores
 from sepconvert.base.errors import SepconvertError, first_line
+from sepconvert.base.options import Timing
 from sepconvert.calibration.footprint import images_at_once
+from sepconvert.cli.options import Options, value_of
 from sepconvert.factorize.geometry import MAX_INPUT_ELEMENTS
 from sepconvert.files.data import (
     Batch,
@@ -27,17 +28,14 @@ from sepconvert.files.models import LoadedModel, load_model, parse_input_shape
 from sepconvert.files.onnx.facts import OnnxFile
 from sepconvert.network.tensors import Inputs, cast, model_dtype
 
-Options = Mapping[str, Any]
-
-
 TRAINING_BATCH = 64
-"""Images to a step of fine-tuning.
+"""Images in a step of fine-tuning.
 
-Five epochs of a ResNet-9 end at 87.3 %, at 86.6 % with 128 and the learning rate 5e-3 (a run each)."""
+Five epochs of a ResNet-9 end at 87.3 %; with 128 images and the learning rate 5e-3, at 86.6 %."""
 
 
 def example_of_file(file: OnnxFile) -> Inputs | None:
-    """Inputs of the shapes that an ONNX file gives; None if it leaves more open than the batch."""
+    """Return inputs of the shapes that an ONNX file gives, or None if more than the batch is open."""
     if any(None in shape[1:] for shape in file.shapes):
         return None
     return tuple(
@@ -46,27 +44,14 @@ def example_of_file(file: OnnxFile) -> Inputs | None:
     )
 
 
-def runtime_of(options: Options) -> Runtime:
-    return Runtime(
-        options["threads"] or available_cores(), options["graph_optimization"], options["provider"]
-    )
-
-
-def batch_sizes(options: Options) -> list[int] | None:
-    """Those of --batches; None where nothing is asked but a comparison."""
-    text = options.get("batches")
-    if text is None:
-        return None
-    found = [int(part) for part in text.split(",") if part.strip().isdecimal()]
-    if len(found) != len(text.split(",")) or not all(found):
-        raise SepconvertError(
-            f"--batches {text}: expected whole numbers from 1, joined by commas, e.g. 1,8,32"
-        )
-    return found
+def timing_of(options: Options) -> Timing:
+    """Return how models are timed; the times of layers are kept in the user's cache."""
+    cache = options.get("cache") or user_cache_path("sepconvert") / "latency"
+    return value_of(Timing, options, cache=cache)
 
 
 def read_images(options: Options, name: str) -> DataLoader[Batch] | None:
-    """Images of --calib or --train, with labels where there are any."""
+    """Return the images of --calib or --train, with labels where there are any."""
     spec = options[name]
     if spec is None:
         return None
@@ -77,12 +62,15 @@ def read_images(options: Options, name: str) -> DataLoader[Batch] | None:
 
 
 def _preprocess(options: Options) -> Preprocess:
-    return Preprocess(
-        _numbers(options["mean"], "--mean"), _numbers(options["std"], "--std"), _size(options["resize"])
-    )
+    return Preprocess(options["mean"], options["std"], options["resize"])
 
 
 def load_subject(options: Options) -> LoadedModel:
+    """Load the model that the options name, and move it to --device.
+
+    Raises:
+        SepconvertError: the file or the device cannot be used.
+    """
     if options["trust"]:
         click.echo(f"sepconvert: --trust: {options['model']} is run as a program", err=True)
     loaded = load_model(
@@ -107,19 +95,19 @@ def load_subject(options: Options) -> LoadedModel:
 
 
 def read_data_and_inputs(options: Options, loaded: LoadedModel) -> tuple[Iterable[Batch] | None, Inputs]:
-    """Evaluation data if any, and the inputs to trace, verify and time the model on."""
+    """Return the evaluation data, if any, and the inputs to trace, verify and time a model on."""
     data, inputs = read_data_and_examples(options, loaded.example_inputs)
     placed = tuple(value.to(options["device"]) for value in cast(inputs, model_dtype(loaded.model)))
     return None if data is None else _that_fit(data, loaded.model, placed), placed
 
 
 def _that_fit(data: Iterable[Batch], model: nn.Module, inputs: Inputs) -> Iterable[Batch]:
-    """The data in batches that leave memory for large activations; a loader of the user's as it is."""
+    """Return our own data in batches small enough for large activations; a user's loader is left as it is."""
     if not is_own(data):
         return data
     try:
         at_once = images_at_once(model, inputs, data.batch_size or 1)
-    except Exception:  # the model cannot run on these inputs, of which tracing gives a better account
+    except Exception:  # the model cannot run on these inputs: tracing reports that better
         return data
     return DataLoader(data.dataset, at_once)
 
@@ -127,13 +115,18 @@ def _that_fit(data: Iterable[Batch], model: nn.Module, inputs: Inputs) -> Iterab
 def read_data_and_examples(
     options: Options, example_inputs: Inputs | None
 ) -> tuple[Iterable[Batch] | None, Inputs]:
-    """The same, in the dtype in which they come; `example_inputs` give a shape where nothing else does."""
+    """Return evaluation data and inputs in the dtype in which they come.
+
+    `example_inputs` give the shape where neither data nor --input-shape do.
+    """
     data = None
     batch = options["batch"]
     unused = [f"--{name}" for name in ("mean", "std", "resize") if options[name] is not None]
     images = next((name for name in ("data", "calib", "train") if options.get(name) is not None), None)
     if unused and images is None:
-        raise SepconvertError(f"{', '.join(unused)}: for the images of --data, which is not given; pass both")
+        raise SepconvertError(
+            f"{', '.join(unused)}: only for uint8 images; pass --data, --calib or --train too"
+        )
     if options["data"] is None and images is not None and not options["input_shape"]:
         found = read_images(options, images)
         options = {**options, "input_shape": "x".join(map(str, sample_shape(found)))} if found else options
@@ -170,23 +163,3 @@ def _random(value: Tensor, batch: int, seed: int) -> Tensor:
         return value
     generator = torch.Generator().manual_seed(seed)
     return torch.randn((batch, *value.shape[1:]), generator=generator).to(value)
-
-
-def _numbers(text: str | None, option: str) -> tuple[float, ...] | None:
-    if text is None:
-        return None
-    try:
-        return tuple(float(part) for part in text.split(","))
-    except ValueError as error:
-        raise SepconvertError(
-            f"{option} {text}: expected numbers joined by commas, e.g. 0.485,0.456,0.406"
-        ) from error
-
-
-def _size(text: str | None) -> int | tuple[int, int] | None:
-    if text is None:
-        return None
-    parts = text.lower().split("x")
-    if not all(part.isdigit() for part in parts) or len(parts) > 2:
-        raise SepconvertError(f"--resize {text}: expected N or HxW in pixels, e.g. 224")
-    return int(parts[0]) if len(parts) == 1 else (int(parts[0]), int(parts[1]))

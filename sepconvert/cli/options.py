@@ -1,15 +1,112 @@
-"""Options of the command line, grouped by what they configure."""
+"""Options of the command line, made from the values that they fill.
 
-from collections.abc import Callable
+An option that Python has too is a field of a value in `sepconvert.base.options`, or of the job in
+`sepconvert.pipeline.job`; its flag, type, help and default come from there. Options of files and of the
+terminal are defined here.
+"""
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import Field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import click
 
-from sepconvert.base.environment import GRAPH_OPTIMIZATIONS, MAX_THREADS
-from sepconvert.base.errors import MAX_SEED
+from sepconvert.base.options import Budget, Calibration, Finetuning, Selection, Timing, options_of
+from sepconvert.pipeline.job import Job
 
 Command = Callable[..., Any]
+Options = Mapping[str, Any]
+V = TypeVar("V")
+
+
+def numbers(
+    kind: type[int] | type[float], example: str
+) -> Callable[[click.Context, click.Parameter, Any], Any]:
+    """Return a callback that reads numbers joined by commas; whole ones must be above 0."""
+    what = "whole numbers from 1" if kind is int else "numbers"
+
+    def read(
+        context: click.Context, parameter: click.Parameter, text: str | None
+    ) -> tuple[float, ...] | None:
+        if text is None:
+            return None
+        try:
+            found = tuple(kind(part) for part in text.split(","))
+        except ValueError:
+            found = ()
+        if not found or (kind is int and min(found) < 1):
+            raise click.BadParameter(f"expected {what}, joined by commas, e.g. {example}, got {text!r}")
+        return found
+
+    return read
+
+
+def size(
+    context: click.Context, parameter: click.Parameter, text: str | None
+) -> int | tuple[int, int] | None:
+    """Read a size in pixels: N, or HxW."""
+    if text is None:
+        return None
+    parts = text.lower().split("x")
+    if len(parts) > 2 or not all(part.isdecimal() for part in parts):
+        raise click.BadParameter(f"expected N or HxW in pixels, e.g. 224, got {text!r}")
+    return int(parts[0]) if len(parts) == 1 else (int(parts[0]), int(parts[1]))
+
+
+def in_flags(text: str) -> str:
+    """Return a text in which parameters between backticks, such as `max_drop`, are flags: --max-drop."""
+    return re.sub(r"`([a-z][a-z_]*)`", lambda found: _flag(_RENAMED.get(found[1], found[1])), text)
+
+
+def value_of(kind: type[V], options: Options, **others: Any) -> V:
+    """Return a value of which the options hold the fields; `others` are the fields that no flag fills."""
+    given = {}
+    for each in options_of(kind):
+        name = _name(each)
+        if each.name in others or name not in options:
+            continue
+        given[each.name] = options[name]
+        if options[name] is not None and "unit" in each.metadata:
+            given[each.name] *= each.metadata["unit"]
+    return kind(**given, **others)
+
+
+def _name(option: Field[Any]) -> str:
+    """Return the name of an option among the command line's."""
+    name: str = option.metadata.get("flag", option.name)
+    return name.replace("-", "_")
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
+def _made_from(option: Field[Any]) -> Command:
+    """Return click's option for a field."""
+    name, about = _name(option), option.metadata
+    shown = f" [default: {about['shown_default']}]" if "shown_default" in about else ""
+    settings: dict[str, Any] = {
+        "help": in_flags(about["help"]).rstrip(".") + f"{shown}.",
+        "metavar": about.get("metavar"),
+    }
+    if isinstance(option.default, bool):
+        declaration = f"{_flag(name)}/--no-{name.replace('_', '-')}" if option.default else _flag(name)
+        return click.option(
+            declaration, default=option.default, is_flag=True, show_default=option.default, **settings
+        )
+    if isinstance(option.default, tuple):
+        return click.option(_flag(name), multiple=True, **settings)
+    if "choices" in about:
+        settings["type"] = click.Choice(about["choices"])
+    elif "low" in about:
+        settings["type"] = int if about.get("whole") else float
+    elif "Path" in str(option.type):
+        settings["type"] = click.Path(path_type=Path)
+    return click.option(
+        _flag(name), default=option.default, show_default=option.default is not None, **settings
+    )
 
 
 def _options(*decorators: Command) -> Callable[[Command], Command]:
@@ -21,104 +118,84 @@ def _options(*decorators: Command) -> Callable[[Command], Command]:
     return decorate
 
 
+def _of(kind: Any, *names: str) -> list[Command]:
+    """Return the options of a value, or those of these names."""
+    return [_made_from(each) for each in options_of(kind) if not names or each.name in names]
+
+
+_RENAMED = {
+    each.name: _name(each)
+    for kind in (Budget, Calibration, Finetuning, Selection, Timing, Job)
+    for each in options_of(kind)
+}
+
 loading_options = _options(
     click.option(
         "--factory",
         metavar="PKG.MOD:CALLABLE",
-        help="Builds the model of a state_dict checkpoint; also file.py:callable.",
+        help="Callable that builds the model of a state_dict checkpoint; also file.py:callable.",
     ),
     click.option(
-        "--allow", multiple=True, metavar="CLASS", help="Admit this class of a pickled model. Repeatable."
+        "--allow", multiple=True, metavar="CLASS", help="Admit this class in a pickled model. Repeatable."
     ),
-    click.option("--trust", is_flag=True, help="Run the file as the program that a pickle is. Last resort."),
+    click.option(
+        "--trust", is_flag=True, help="Run the file as the program that a pickle is. The last resort."
+    ),
     click.option("--input-shape", metavar="CxHxW", help="Shape of one sample, e.g. 3x224x224."),
 )
-
-
 model_options = _options(click.argument("model", type=click.Path(path_type=Path)), loading_options)
-
-
 data_options = _options(
     click.option(
         "--data", metavar="PATH", help="Labelled data: .npz, a folder of class folders, or pkg.mod:callable."
     ),
-    click.option("--mean", metavar="R,G,B", help="Mean of x/255 per channel, for uint8 images."),
-    click.option("--std", metavar="R,G,B", help="Standard deviation, likewise."),
-    click.option("--resize", metavar="N|HxW", help="Size to which uint8 images are resized."),
-)
-
-
-selection_options = _options(
-    click.option("--include", multiple=True, metavar="GLOB", help="Only layers with such names. Repeatable."),
-    click.option("--exclude", multiple=True, metavar="GLOB", help="No layers with such names. Repeatable."),
     click.option(
-        "--tol",
-        type=float,
-        help="Relative kernel error that counts as exact [default: rounding of its dtype].",
+        "--mean",
+        callback=numbers(float, "0.485,0.456,0.406"),
+        metavar="R,G,B",
+        help="Mean of x/255 per channel, for uint8 images.",
+    ),
+    click.option(
+        "--std",
+        callback=numbers(float, "0.229,0.224,0.225"),
+        metavar="R,G,B",
+        help="Standard deviation of x/255 per channel, for uint8 images.",
+    ),
+    click.option("--resize", callback=size, metavar="N|HxW", help="Size to which uint8 images are resized."),
+)
+mode_options = _options(*_of(Job, "mode", "gate"))
+selection_options = _options(*_of(Selection), *_of(Job, "tol"))
+approx_options = _options(
+    click.option(
+        "--calib",
+        metavar="PATH",
+        help="Calibration images that factors are fitted to, in the forms of --data "
+        "[default: a part of --data, which is then not scored].",
+    ),
+    *_of(Calibration),
+    *_of(Budget),
+    *_of(Finetuning),
+    click.option(
+        "--train", metavar="PATH", help="Images to fine-tune on; labels are used where there are any."
     ),
 )
-
-
-approx_options = _options(
-    click.option("--calib", metavar="PATH", help="Images to fit to, in the forms of --data "
-                 "[default: a part of --data, which is then not scored]."),
-    click.option("--calib-images", default=1536, show_default=True, type=click.IntRange(1),
-                 help="How many; a quarter, or 256, are held out to judge plans by."),
-    click.option("--memory", type=click.FloatRange(0, min_open=True), metavar="GB",
-                 help="That the process may have while it calibrates; less takes longer "
-                      "[default: half of what is free besides]."),
-    click.option("--rank", type=click.IntRange(1), help="Depthwise multiplier of all layers, no search."),
-    click.option("--target-macs", type=float, metavar="F", help="Most MACs, as a share of the original's."),
-    click.option("--target-params", type=float, metavar="F", help="Most parameters, likewise."),
-    click.option("--min-speedup", type=float, metavar="X", help="Least measured latency ratio."),
-    click.option("--max-drop", type=float, metavar="PP",
-                 help="Largest drop of top-1 on --data [default: 1, if nothing else is demanded]."),
-    click.option("--finetune", default=0, metavar="EPOCHS", type=click.IntRange(0),
-                 help="Distil from the original afterwards, on --train or --calib."),
-    click.option("--train", metavar="PATH", help="Images to fine-tune on; their labels are used if there."),
-    click.option("--precision", type=click.Choice(["no", "bf16", "fp16"]),
-                 help="Mixed precision of fine-tuning [default: that of accelerate launch]."),
-    click.option("--checkpoint", type=click.Path(path_type=Path), metavar="FILE",
-                 help="Keep fine-tuning in this file while it runs [default: beside --out]."),
-    click.option("--resume", is_flag=True, help="Go on from the checkpoint of a run that was interrupted."),
-)  # fmt: skip
-
-
 run_options = _options(
     click.option(
         "--batch", default=1, show_default=True, type=click.IntRange(1), help="Batch that is run and timed."
     ),
-    click.option("--device", default="cpu", show_default=True, help="Where torch runs it, e.g. cuda."),
-    click.option("--seed", default=0, show_default=True, type=click.IntRange(0, MAX_SEED), metavar="N",
-                 help="Of random inputs and of the order of runs."),
-    click.option("--quiet", is_flag=True, help="No progress, no tables; warnings remain."),
+    click.option(
+        "--device", default="cpu", show_default=True, help="Device that torch runs the model on, e.g. cuda."
+    ),
+    *_of(Job, "seed"),
+    click.option("--quiet", is_flag=True, help="Print warnings and errors alone."),
     click.option("--json", "as_json", is_flag=True, help="Print the JSON document on standard output."),
     click.option("--debug", is_flag=True, help="Show tracebacks."),
-)  # fmt: skip
-
-
-timing_options = _options(
-    click.option("--threads", type=click.IntRange(1, MAX_THREADS), metavar="N",
-                 help="Threads of ONNX Runtime [default: all cores]."),
-    click.option(
-        "--graph-optimization",
-        type=click.Choice(GRAPH_OPTIMIZATIONS),
-        default="all",
-        show_default=True,
-        help="Of ONNX Runtime, for what is timed: that with which you deploy.",
-    ),
-    click.option("--provider", default="cpu", show_default=True, metavar="NAME",
-                 callback=lambda context, parameter, name: name.lower(),
-                 help="Execution provider of ONNX Runtime: cpu, cuda, tensorrt, openvino, coreml, …"),
-    click.option(
-        "--runs", default=50, show_default=True, type=click.IntRange(0), help="Timed runs; 0 for none."
-    ),
-)  # fmt: skip
-
-
+)
+timing_options = _options(*_of(Timing, "threads", "graph_optimization", "provider", "runs"))
+search_options = _options(*_of(Timing, "measure_seconds", "cache"))
 output_options = _options(
-    click.option("--out", type=click.Path(path_type=Path), help="Results [default: STEM-sepconvert]."),
+    click.option(
+        "--out", type=click.Path(path_type=Path), help="Result directory [default: STEM-sepconvert]."
+    ),
     click.option("--force", is_flag=True, help="Replace an existing result directory."),
-    click.option("--dynamic-batch/--no-dynamic-batch", default=True, show_default=True,
-                 help="Leave the batch dimension open where the model allows it."),
-)  # fmt: skip
+    *_of(Job, "dynamic_batch"),
+)

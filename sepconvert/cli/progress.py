@@ -12,7 +12,7 @@ import click
 from tqdm import tqdm
 
 from sepconvert.base.progress import Progress, silent
-from sepconvert.cli.inputs import Options
+from sepconvert.cli.options import Options
 from sepconvert.distillation.results import Step
 
 T = TypeVar("T")
@@ -22,14 +22,14 @@ _LINE_EVERY = 10.0  # seconds between lines that show progress where there is no
 
 
 def progress_for(options: Options) -> Progress:
-    """A bar for each loop on a terminal, else a line from time to time."""
+    """Return a bar for each loop on a terminal, else a line from time to time."""
     if options["quiet"] or sys.stderr is None:
         return silent
     return _progress_bar if sys.stderr.isatty() else _progress_lines()
 
 
 def _progress_bar(items: Iterable[T], description: str, /) -> Iterable[T]:
-    # Of a terminal that does not tell its size, tqdm would think that it has no room for a bar.
+    # Without nrows, tqdm shows no bar on a terminal that does not report its size.
     bar: Iterable[T] = tqdm(items, description, file=sys.stderr, leave=False, nrows=2)
     return bar
 
@@ -50,7 +50,7 @@ def _progress_lines() -> Progress:
 
 
 def training_progress(options: Options) -> Callable[[Step], None]:
-    """Steps, loss and time left of fine-tuning: a bar on a terminal, else a line for every tenth of it."""
+    """Return what shows steps, loss and time left of fine-tuning: a bar on a terminal, else ten lines."""
     if options["quiet"] or sys.stderr is None:
         return lambda step: None
     if not sys.stderr.isatty():
@@ -78,9 +78,9 @@ def _training_line(step: Step) -> None:
 
 @contextlib.contextmanager
 def quietly() -> Iterator[None]:
-    """Libraries' warnings are not the user's business; ours are errors or sentences of the report.
+    """Silence the warnings of libraries, and redirect to standard error what the user's code prints.
 
-    What the user's own code prints goes to standard error: standard output is for our tables and JSON.
+    Our own warnings are notes in the report, and standard output is for our tables and JSON alone.
     """
     logging.getLogger("torch").setLevel(logging.ERROR)
     with warnings.catch_warnings(), contextlib.redirect_stdout(sys.stderr):

@@ -13,8 +13,9 @@ import numpy.typing as npt
 from torch import Tensor, nn
 
 from sepconvert.base.documents import read_file
-from sepconvert.base.environment import Runtime, available_cores
+from sepconvert.base.environment import Runtime
 from sepconvert.base.errors import MAX_SEED, SepconvertError, check_number, first_line, quoted
+from sepconvert.base.options import Timing
 from sepconvert.base.progress import Progress, silent
 from sepconvert.files.onnx.export import onnx_feed, runtime_dtype, save_onnx
 from sepconvert.files.onnx.facts import onnx_sizes, read_onnx
@@ -260,10 +261,7 @@ def profile(
     example_inputs: Tensor | Inputs,
     *,
     data: Iterable[tuple[Tensor, Tensor]] | None = None,
-    runs: int = 50,
-    threads: int | None = None,
-    graph_optimization: str = "all",
-    provider: str = "cpu",
+    timing: Timing = Timing(),
     batches: Sequence[int] | None = None,
     seed: int = 0,
     progress: Progress = silent,
@@ -274,10 +272,7 @@ def profile(
         model: left as it is.
         example_inputs: N × … tensor, or a tuple of positional arguments; N is the batch that is timed.
         data: labelled batches (x, y), for accuracy.
-        runs: timed runs; 0 for no latency.
-        threads: of ONNX Runtime; all cores if None.
-        graph_optimization: of ONNX Runtime: "all" as is its default, "extended", "basic" or "none".
-        provider: of execution, one that the installed ONNX Runtime has: "cpu", "cuda", "openvino", …
+        timing: how often, and by which runtime, the model is timed; no runs for no latency.
         batches: where not None, the profile has an `anatomy`, with latencies of these sizes too.
         seed: of the order of runs.
         progress: shows it.
@@ -290,14 +285,13 @@ def profile(
 
         >>> import torch, sepconvert
         >>> dense = torch.nn.Conv2d(3, 256, 5, bias=False)
-        >>> found = sepconvert.profile(dense, torch.rand(1, 3, 12, 12), runs=0)
+        >>> found = sepconvert.profile(dense, torch.rand(1, 3, 12, 12), timing=sepconvert.Timing(runs=0))
         >>> found.macs, found.flops, found.params
         (1228800, 2457600, 19200)
     """
     model, inputs = checked(model), as_inputs(example_inputs)
-    check_number("runs", runs, 0, whole=True)
     check_number("seed", seed, 0, MAX_SEED, whole=True)
-    runtime = Runtime(available_cores() if threads is None else threads, graph_optimization, provider)
+    runs, runtime = timing.runs, timing.runtime
     latency, detail = None, None
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.onnx"

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from sepconvert.base.distributed import once
-from sepconvert.base.options import Budget
+from sepconvert.base.options import Budget, Selection
 from sepconvert.base.progress import Progress
 from sepconvert.calibration.heldout import Heldout
 from sepconvert.calibration.importance import fisher_information
@@ -19,16 +19,20 @@ from sepconvert.factorize.border import Border
 from sepconvert.factorize.exact.analysis import Spectrum, spectrum
 from sepconvert.factorize.structures import BY_NAME, FORMS
 from sepconvert.measure.latency import Speedup
-from sepconvert.measure.metrics import AccuracyDelta
 from sepconvert.measure.verification import compare_with, reference
-from sepconvert.network.copies import duplicate
+from sepconvert.network.copies import duplicate, private_copy
+from sepconvert.network.merge import linear_pairs
 from sepconvert.network.obstacles import Obstacles
 from sepconvert.network.tensors import Inputs, placed
-from sepconvert.network.trace import ConvSite
-from sepconvert.pipeline.delivery import Finetuning, delivered
+from sepconvert.network.trace import ConvSite, trace
+from sepconvert.pipeline.delivery import Finetuning as DeliveryFinetuning
+from sepconvert.pipeline.delivery import delivered
+from sepconvert.pipeline.job import Job
+from sepconvert.pipeline.merging import merge_pairs
+from sepconvert.pipeline.original import Original
 from sepconvert.planning.allocate import Choice
 from sepconvert.planning.carry_out import Fitted, Step, carry_out, explain, restored
-from sepconvert.planning.conversion import Conversion, LayerApproximation, LayerReport
+from sepconvert.planning.conversion import Conversion, LayerApproximation, LayerReport, Merge
 from sepconvert.planning.fitting import replacement
 from sepconvert.planning.forms import (
     candidate_forms,
@@ -39,13 +43,43 @@ from sepconvert.planning.forms import (
     measured_prices,
     params_of,
 )
-from sepconvert.planning.plan import LayerPlan, kept, selected
+from sepconvert.planning.plan import LayerPlan, kept
 from sepconvert.planning.search import Point, Search
 from sepconvert.planning.survey import LayerSurvey, survey
 from sepconvert.planning.timing import FORM_RUNS, Clock
 
 
-def convert_approximately(
+def convert_approximately(original: Original, job: Job) -> Conversion:
+    """Replace convolutions by factors, depthwise and pointwise ones or all kinds, under a budget."""
+    model, inputs, sites = original.model, original.inputs, original.sites
+    start, start_sites, start_cost, merges = model, sites, original.cost, tuple[Merge, ...]()
+    if job.mode == "auto":
+        start, merges = merge_pairs(
+            model, inputs,
+            linear_pairs(model, inputs, [site for site in sites if job.selection.admits(site.name)]),
+            gate=job.gate, clock=original.clock, seed=job.seed, progress=job.progress,
+        )  # fmt: skip
+    if start is not model:
+        start_sites, start_cost = trace(private_copy(start), inputs), original.count(start)
+    parts = original.data
+    made = _convert(
+        start, inputs, start_sites, original=model, mode=job.mode, gate=job.gate, clock=original.clock,
+        include=job.selection.include, exclude=job.selection.exclude, budget=job.budget,
+        calibration=parts.calibration,
+        finetuning=DeliveryFinetuning(
+            job.finetuning.epochs, parts.train, parts.heldout, parts.labelled, job.finetuning.precision,
+            job.finetuning.checkpoint, job.finetuning.resume, job.finetuning.on_step,
+        ) if job.finetuning and parts.train and parts.heldout else None,
+        accuracy=None if original.predictions is None else original.delta,
+        total_macs=original.cost.macs, total_params=original.cost.params,
+        saved_macs=original.cost.macs - start_cost.macs,
+        saved_params=original.cost.params - start_cost.params,
+        runs=job.timing.runs, seed=job.seed, progress=job.progress,
+    )  # fmt: skip
+    return made.with_merges(sites, merges) if job.mode == "auto" else made
+
+
+def _convert(
     model: nn.Module,
     inputs: Inputs,
     sites: tuple[ConvSite, ...],
@@ -58,8 +92,8 @@ def convert_approximately(
     exclude: Sequence[str],
     budget: Budget,
     calibration: Calibration | None,
-    finetuning: Finetuning | None,
-    accuracy: Callable[[nn.Module], AccuracyDelta] | None,
+    finetuning: DeliveryFinetuning | None,
+    accuracy: Callable[[nn.Module], Any] | None,
     total_macs: int,
     total_params: int,
     saved_macs: int,
@@ -182,7 +216,7 @@ def _obstacles(
     obstacles = Obstacles(model, inputs, sites)
     reasons = {}
     for site in sites:
-        if not selected(site.name, include, exclude):
+        if not Selection(include, exclude).admits(site.name):
             reason: str | None = "not selected"
         else:
             reason = site.obstacle
@@ -261,7 +295,7 @@ def _document(
     point: Point,
     steps: Sequence[Step],
     training: Mapping[str, Any] | None,
-    accuracy: Callable[[nn.Module], AccuracyDelta] | None,
+    accuracy: Callable[[nn.Module], Any] | None,
 ) -> dict[str, Any]:
     def count(batches: Sequence[Tensor]) -> int:
         return sum(map(len, batches))

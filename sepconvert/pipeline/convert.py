@@ -1,73 +1,57 @@
-"""The conversion from model to result: find, convert, write, verify, measure, report."""
+"""The operations `convert` and `inspect`: the stages of a conversion, in order."""
 
-import functools
 import os
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field, replace
-from pathlib import Path
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from sepconvert.base.determinism import reproducible
-from sepconvert.base.distributed import once
 from sepconvert.base.distributed import rank as rank_of_process
-from sepconvert.base.environment import Runtime, available_cores
-from sepconvert.base.errors import MAX_SEED, DemandNotMetError, SepconvertError, check_number
-from sepconvert.base.options import Budget
+from sepconvert.base.options import Budget, Calibration, Finetuning, Gate, Mode, Origin, Selection, Timing
 from sepconvert.base.progress import Progress, silent
-from sepconvert.calibration.footprint import images_at_once
-from sepconvert.calibration.split import MOST_AT_ONCE, check_shapes, split_data
-from sepconvert.distillation.results import Precision, Step
 from sepconvert.files.data import Batch
-from sepconvert.files.onnx.facts import onnx_sizes
-from sepconvert.measure.cost import Cost, Counter, count
-from sepconvert.measure.latency import Latency
-from sepconvert.measure.metrics import AccuracyDelta, Predictions, changes, evaluate
-from sepconvert.measure.metrics import compare as compare_predictions
+from sepconvert.measure.latency import Speedup
+from sepconvert.measure.metrics import AccuracyDelta
 from sepconvert.measure.profiling import Profile, as_inputs
-from sepconvert.network.copies import checked, private_copy
-from sepconvert.network.merge import linear_pairs
+from sepconvert.network.copies import checked
 from sepconvert.network.tensors import Inputs, model_dtype, tensors_in
-from sepconvert.network.trace import ConvSite, trace
 from sepconvert.pipeline.approximate import convert_approximately
-from sepconvert.pipeline.delivered import (
-    check_onnx,
-    checked_place,
-    executed_layers,
-    result_folder,
-    write_models,
-)
-from sepconvert.pipeline.delivery import Finetuning
 from sepconvert.pipeline.exact import analyse_model, convert_exactly, plan_model
-from sepconvert.pipeline.merging import merge_pairs
-from sepconvert.pipeline.replay import demand_verified
-from sepconvert.planning.conversion import LayerReport, Verification
-from sepconvert.planning.plan import GATES, ConversionPlan, selected
-from sepconvert.planning.timing import Clock, time_files, time_layers
+from sepconvert.pipeline.job import Check, Job
+from sepconvert.pipeline.original import Original, examine, select_sites
+from sepconvert.pipeline.stages import Measured, Written, checked_place, measure, result_folder, verify, write
+from sepconvert.planning.conversion import Conversion, LayerReport, Verification
+from sepconvert.planning.plan import ConversionPlan
 from sepconvert.report.document import Report, report_document
 from sepconvert.report.exhibits import Exhibits, images_at, kernel_pairs
 from sepconvert.report.files import write_documents
 
-MODES = ("exact", "approx", "auto")
-
-
-_SHOWN = 24  # predictions that changed
+_RUNS = 30  # of each layer under the gate "latency" of `inspect`
 
 
 @dataclass(frozen=True)
 class ConversionResult:
-    """What a conversion returns.
+    """The outcome of a conversion.
 
-    `model` is a converted copy, `plan` and `report` are plain JSON-able dictionaries (see
-    `sepconvert.plan.SCHEMA` and `sepconvert.report.document.SCHEMA`), `exhibits` what the HTML report shows
-    besides.
+    `model` is a converted copy of the user's model. `plan` and `report` are the JSON documents that the
+    command line writes, as plain dictionaries; a plan can be replayed with the weights of `model`. The other
+    fields hold the same results typed: profiles of both models, `speedup` (`.median`, `.ci95`), `accuracy`
+    (`.drop` in percentage points, `.ci95`), one report a convolution, and the verification. They are None in
+    all processes but the main one. `exhibits` holds the kernels and images shown in the HTML report.
     """
 
     model: nn.Module
     plan: dict[str, Any]
     report: dict[str, Any]
+    original: Profile | None = None
+    converted: Profile | None = None
+    speedup: Speedup | None = None
+    accuracy: AccuracyDelta | None = None
+    layers: tuple[LayerReport, ...] = ()
+    verification: Verification | None = None
     exhibits: Exhibits = field(default_factory=Exhibits)
 
 
@@ -76,15 +60,14 @@ def inspect(
     model: nn.Module,
     example_inputs: Tensor | Inputs,
     *,
-    gate: str = "macs",
+    gate: Gate = "macs",
     tol: float | None = None,
-    include: Sequence[str] = (),
-    exclude: Sequence[str] = (),
+    selection: Selection = Selection(),
     progress: Progress = silent,
 ) -> dict[str, Any]:
-    """Which convolutions separate, how exactly, and why not: `{"layers": […]}`, nothing converted.
+    """Report which convolutions separate, how exactly, and why not: `{"layers": […]}`; nothing is converted.
 
-    Arguments as those of `convert`. Each layer holds, for every structure, its rank, the best relative
+    Arguments are those of `convert`. Each layer holds, for every structure, its rank, the best relative
     error at a rank that would pay, and the singular values around the cut.
 
     Example:
@@ -100,21 +83,15 @@ def inspect(
         0.101
     """
     model, inputs = checked(model), as_inputs(example_inputs)
-    if gate not in GATES:
-        raise SepconvertError(f"gate: expected one of {', '.join(GATES)}, got {gate!r}")
-    sites = _traced(model, inputs, tol, include, exclude)
-    analyses = analyse_model(sites, tol, include, exclude, progress)
-    runtime = Runtime(available_cores())
-    layers, factorizations = plan_model(model, inputs, sites, analyses, gate, tol, 30, runtime, 0, progress)
-    reports = [
-        LayerReport(
-            layer,
-            site,
-            analyses.get(site.name),
-            factorizations[site.name].certificate if site.name in factorizations else None,
-        )
+    job = Job(gate=gate, tol=tol, selection=selection, timing=Timing(runs=_RUNS), progress=progress)
+    sites = select_sites(model, inputs, selection)
+    analyses = analyse_model(sites, tol, selection, progress)
+    layers, factorizations = plan_model(model, inputs, sites, analyses, job)
+    certificates = {name: each.certificate for name, each in factorizations.items()}
+    reports = (
+        LayerReport(layer, site, analyses.get(site.name), certificates.get(site.name))
         for layer, site in zip(layers, sites, strict=True)
-    ]
+    )
     return {"layers": [report.to_json() for report in reports]}
 
 
@@ -122,95 +99,70 @@ def inspect(
 def convert(
     model: nn.Module,
     example_inputs: Tensor | Inputs,
-    mode: str = "exact",
+    mode: Mode = "exact",
     *,
-    gate: str | None = None,
-    tol: float | None = None,
-    include: Sequence[str] = (),
-    exclude: Sequence[str] = (),
     data: Iterable[Batch] | None = None,
     calib: DataLoader[Batch] | None = None,
-    calib_images: int = 1536,
-    memory: float | None = None,
-    rank: int | None = None,
+    max_drop: float | None = None,
+    min_speedup: float | None = None,
     target_macs: float | None = None,
     target_params: float | None = None,
-    min_speedup: float | None = None,
-    max_drop: float | None = None,
-    finetune: int = 0,
-    train: DataLoader[Batch] | None = None,
-    precision: Precision | None = None,
-    checkpoint: Path | None = None,
-    resume: bool = False,
-    on_step: Callable[[Step], None] | None = None,
-    measure_seconds: float = 300.0,
-    cache: Path | None = None,
+    rank: int | None = None,
+    gate: Gate | None = None,
+    tol: float | None = None,
+    selection: Selection = Selection(),
+    timing: Timing = Timing(),
+    calibration: Calibration = Calibration(),
+    finetune: int | Finetuning = 0,
     dynamic_batch: bool = True,
-    runs: int = 50,
-    threads: int | None = None,
-    graph_optimization: str = "all",
-    provider: str = "cpu",
-    seed: int = 0,
-    source: dict[str, Any] | None = None,
-    command: str | None = None,
+    check: Check = "onnx",
     out: str | os.PathLike[str] | None = None,
+    seed: int = 0,
+    origin: Origin = Origin(),
     progress: Progress = silent,
 ) -> ConversionResult:
     """Replace convolutions by separable ones: exactly, with proof, or approximately, within a budget.
 
     Args:
         model: any module; it is left as it is.
-        example_inputs: N × C × H × W tensor, or a tuple of positional arguments. They are run, verified on
-            and timed; MACs are counted for one sample.
-        mode: "exact"; or in the metric of the data, "approx": depthwise and pointwise factors, or "auto":
-            for each layer the best of all structures under the budget.
-        gate: "macs" converts what has fewer MACs, "latency" what is measured to be faster in ONNX
-            Runtime, "none" all that has a structure, or all that can be approximated. By default "latency"
-            in auto mode, else "macs".
-        tol: exact mode: relative error of a kernel that counts as exact; by default what rounding to the
-            dtype in which it is stored explains.
-        include, exclude: globs of layer names.
-        data: labelled batches (x, y), on which accuracy is reported; read once for each model.
-        calib: approximate mode: images to fit to. Without it a part of `data` is split off, and not scored;
-            without either, the metric of the weights is used.
-        calib_images: how many of them; a quarter, or 256, are held out from the fit to judge plans by, with
-            their labels if there are any.
-        memory: bytes that the process may have while it calibrates; by default, half of what is free besides.
-            Time depends on it, results do not.
-        rank: the channel multiplier M of all layers, instead of a search.
-        target_macs: most MACs, as a share of the original's.
-        target_params: most parameters, likewise.
-        min_speedup: least measured latency ratio.
+        example_inputs: N × C × H × W tensor, or a tuple of positional arguments. The models are run, verified
+            and timed on them; MACs are counted for one sample.
+        mode: "exact" keeps the function. "approx" fits depthwise and pointwise factors to the data; "auto"
+            chooses for each layer among all structures, under the budget.
+        data: labelled batches (x, y) on which accuracy is reported; read once for each model.
+        calib: images that factors are fitted to, in approx and auto mode. Without it a part of `data` is
+            split off and not scored; without either, factors are fitted to the weights alone.
         max_drop: largest drop of top-1 accuracy on `data`, in percentage points; 1 if nothing else is
             demanded.
-        finetune: epochs of distillation afterwards, on `train`, or on what `calib` holds.
-        train: batches (x, y) with a map-style dataset; labels other than -1 are used. A quarter, or 256, are
-            held out to choose weights by.
-        precision: mixed precision of fine-tuning; by default that of `accelerate launch`.
-        checkpoint: file that fine-tuning is kept in while it runs.
-        resume: go on from `checkpoint`, if it exists.
-        on_step: called after each step of fine-tuning.
-        measure_seconds: for timing layers under the gate "latency", of all but exact mode.
-        cache: folder in which such times are kept for the next run; None to keep none.
+        min_speedup: smallest ratio of measured latencies, original over converted.
+        target_macs: largest MACs, as a share of the original's.
+        target_params: largest number of parameters, as a share of the original's.
+        rank: channel multiplier M of all layers, instead of a search.
+        gate: "macs" converts layers that get fewer MACs, "latency" those that are measured to be faster in
+            ONNX Runtime, "none" all that have a structure, or can be approximated. By default "latency" in
+            auto mode, else "macs".
+        tol: relative error of a kernel that counts as exact, in exact mode; by default what rounding to the
+            dtype in which the kernel is stored explains.
+        selection: names of the layers that may be replaced.
+        timing: how often, and by which runtime, models and layers are timed.
+        calibration: how many images are fitted to, and in how much memory.
+        finetune: epochs of distillation afterwards, or all its settings.
         dynamic_batch: export with a dynamic batch dimension where the model allows it.
-        runs: timed runs of each model; 0 to measure no latency.
-        threads: of ONNX Runtime; all cores if None.
-        graph_optimization: of ONNX Runtime: "all" as is its default, "extended", "basic" or "none".
-        provider: of execution, one that the installed ONNX Runtime has: "cpu", "cuda", "openvino", …
-        seed: of random inputs, of splits and positions, of training, and of the order of runs.
-        source: `{"path": …, "sha256": …}` of the model file, for the report.
-        command: that asked for the conversion, likewise.
-        out: directory to leave all files in that the command line writes; it must be empty, or is made. By
-            default files are temporary.
+        check: "onnx" exports both models, verifies them in ONNX Runtime and times them; "torch" verifies in
+            torch alone, which takes a fraction of the time.
+        out: empty directory, made if needed, for all files that the command line writes. By default files are
+            temporary.
+        seed: of random inputs, data splits, training and the order of runs.
+        origin: where the model came from, for the report.
         progress: shows the progress of loops.
 
-    Of several processes (`accelerate launch`), the main one exports, measures and reports; in the others the
-    report is empty.
+    With several processes (`accelerate launch`), the main one exports, measures and reports; in the others
+    the report is empty.
 
     Raises:
         SepconvertError: bad arguments, or a model that cannot be run or exported.
-        DemandNotMetError: an exactly converted model is not the original (the message names the layer), or
-            no plan meets the budget (`details` show the nearest).
+        VerificationError: the converted model does not compute what it has to; the message names the layer.
+        DemandNotMetError: no plan meets the budget; `curve` shows the nearest.
 
     Example:
         A binomial filter is a column times a row:
@@ -218,232 +170,92 @@ def convert(
         >>> import torch, sepconvert
         >>> blur = torch.nn.Conv2d(1, 1, 3, bias=False)
         >>> blur.weight.data = torch.tensor([[[[1.0, 2, 1], [2, 4, 2], [1, 2, 1]]]]) / 16
-        >>> result = sepconvert.convert(torch.nn.Sequential(blur), torch.rand(1, 1, 16, 16), runs=0)
+        >>> result = sepconvert.convert(torch.nn.Sequential(blur), torch.rand(1, 1, 16, 16), check="torch")
         >>> layer, = result.report["layers"]
         >>> layer["decision"], layer["reason"], layer["certificate"]["bitwise"]
         ('converted', 'rank 1 of 3', True)
         >>> [tuple(each.kernel_size) for each in result.model[0].convolutions]
         [(3, 1), (1, 3)]
     """
-    if mode not in MODES:
-        raise SepconvertError(f"mode: expected {' or '.join(MODES)}, got {mode!r}")
-    gate = gate or ("latency" if mode == "auto" else "macs")
-    if gate not in GATES:
-        raise SepconvertError(f"gate: expected one of {', '.join(GATES)}, got {gate!r}")
-    model, inputs = checked(model), as_inputs(example_inputs)
-    check_number("runs", runs, 0, whole=True)
-    check_number("seed", seed, 0, MAX_SEED, whole=True)
-    check_number("calib_images", calib_images, 1, whole=True)
-    check_number("memory", memory, 1)
-    check_number("finetune", finetune, 0, whole=True)
-    check_number("measure_seconds", measure_seconds, 0)
-    runtime = Runtime(available_cores() if threads is None else threads, graph_optimization, provider)
-    budget = Budget(rank, target_macs, target_params, min_speedup, max_drop)
-    if mode == "exact" and (budget != Budget() or finetune or calib is not None):
-        raise SepconvertError(
-            "mode: budgets, calibration and fine-tuning are for the modes approx and auto; pass one of them"
-        )
-    for name, given in (("calib", calib), ("train", train)):
-        if given is not None and not isinstance(given, DataLoader):
-            raise SepconvertError(
-                f"{name}: expected a torch.utils.data.DataLoader, got {type(given).__name__}; make one, e.g. "
-                "DataLoader(dataset, batch_size=64)"
-            )
-    if mode == "auto" and rank is not None:
-        raise SepconvertError("--rank: fixes the multiplier of mode approx; in auto mode pass another budget")
-    place = checked_place(out) if rank_of_process() == 0 else None
-    sites = _traced(model, inputs, tol, include, exclude)
-    parts = None
-    if mode != "exact":
-        at_once = images_at_once(model, inputs, MOST_AT_ONCE)
-        parts = split_data(data, calib, train, calib_images, finetune, seed, at_once, memory)
-        check_shapes(parts, inputs)
-        data = parts.scored
-    # Before the long work, as this is where data that do not suit the model are found out.
-    predictions = None if data is None else _predict("original", private_copy(model), data, progress)
-    if parts is not None:
-        by_time = gate == "latency" and budget.share is None
-        budget = budget.or_default(labelled=predictions is not None, timed=runs > 0 or by_time)
-    original_cost = count(private_copy(model), inputs)
-    # As the original's, whatever the converted model would allow: the two are compared.
-    counted = functools.partial(_counted, inputs=inputs, counter=original_cost.counter)
-    start, start_sites, start_cost = model, sites, original_cost
-    clock = Clock(runtime, seed, cache, measure_seconds)
-    if mode == "auto":
-        start, merges = merge_pairs(
-            model, inputs,
-            linear_pairs(model, inputs, [site for site in sites if selected(site.name, include, exclude)]),
-            gate=gate, clock=clock, seed=seed, progress=progress,
-        )  # fmt: skip
-    if start is not model:
-        start_sites, start_cost = trace(private_copy(start), inputs), counted(start)
-
-    @functools.cache  # a plan that was measured and then delivered is not run again
-    def predicted(converted: nn.Module) -> Predictions | None:
-        if data is None:
-            return None
-        return once(lambda: _predict("converted", private_copy(converted), data, progress))
-
-    if parts is None:
-        conversion = convert_exactly(
-            model, inputs, sites, gate=gate, tol=tol, include=include, exclude=exclude,
-            runs=runs, runtime=runtime, seed=seed, progress=progress,
-        )  # fmt: skip
-    else:
-
-        def accuracy(converted: nn.Module) -> AccuracyDelta:
-            found = predicted(converted)
-            assert predictions is not None and found is not None  # noqa: S101, PT018  (passed on with data alone)
-            return compare_predictions(predictions, found)
-
-        conversion = convert_approximately(
-            start, inputs, start_sites, original=model, mode=mode, gate=gate, clock=clock,
-            include=include, exclude=exclude,
-            budget=budget,
-            calibration=parts.calibration,
-            finetuning=Finetuning(
-                finetune, parts.train, parts.heldout, parts.labelled, precision, checkpoint, resume, on_step
-            )
-            if finetune and parts.train and parts.heldout
-            else None,
-            accuracy=None if predictions is None else accuracy,
-            total_macs=original_cost.macs, total_params=original_cost.params,
-            saved_macs=original_cost.macs - start_cost.macs,
-            saved_params=original_cost.params - start_cost.params,
-            runs=runs, seed=seed, progress=progress,
-        )  # fmt: skip
-    if mode == "auto":
-        conversion = conversion.with_merges(sites, merges)
-    converted = conversion.model
-    converted_predictions = predicted(converted)
-    plan = ConversionPlan(
-        mode=mode, gate=gate, tol=tol, seed=seed,
-        model_sha256=None if source is None else source["sha256"],
-        weights_sha256=None,
-        input_shapes=tuple(tuple(value.shape) for value in tensors_in(inputs)),
-        layers=conversion.layers,
-        merges=conversion.merges,
+    job = Job.of(
+        mode=mode, gate=gate, tol=tol, seed=seed, dynamic_batch=dynamic_batch, check=check, out=out,
+        budget=Budget(rank, target_macs, target_params, min_speedup, max_drop),
+        selection=selection, timing=timing, calibration=calibration, finetune=finetune,
+        origin=origin, progress=progress,
     )  # fmt: skip
-    if rank_of_process() != 0:
-        return ConversionResult(converted, plan.to_json(), {})
+    main = rank_of_process() == 0
+    place = checked_place(job.out) if main else None
+    original = examine(model, example_inputs, data, calib, job)
+    job = job.with_default_budget(labelled=original.predictions is not None)
+    convert_model = convert_exactly if job.mode == "exact" else convert_approximately
+    made = convert_model(original, job)
+    original.predict(made.model)  # all processes take part
+    plan = _plan(original, made, job)
+    if not main:
+        return ConversionResult(made.model, plan.to_json(), {})
     with result_folder(place) as folder:
-        note = write_models(model, converted, inputs, folder, dynamic_batch, progress)
-        paths = folder / "original.onnx", folder / "converted.onnx"
-        onnx_reason = next((note.missing[each.name] for each in paths if each.name in note.missing), None)
-        onnx_check = None
-        if onnx_reason is None:
-            onnx_check, onnx_reason = check_onnx(model, conversion.expected, paths, runtime)
-        verification = Verification(conversion.torch_check, onnx_check, onnx_reason, conversion.checks)
-        demand_verified(verification)
-        timing = (
-            time_files(model, paths, inputs, runs, runtime, seed, progress) if onnx_check and runs else None
-        )
-        if gate == "latency" and timing and timing[2].significant and timing[2].median < 1:
-            raise DemandNotMetError(
-                f"--gate latency: the converted model is measured {timing[2].median:.2f}× as fast as the "
-                "original, though each replaced layer is faster alone; change the budget or pass --gate macs"
-            )
-        if min_speedup is not None and timing and timing[2].ci95.hi < min_speedup:
-            raise DemandNotMetError(
-                f"--min-speedup {min_speedup:g}: the converted model is measured {timing[2].median:.2f}× as "
-                f"fast [{timing[2].ci95.lo:.2f}, {timing[2].ci95.hi:.2f}], though its plan was timed as fast "
-                "enough; measure on an idle machine with more --runs, or relax the demand"
-            )
-        delta = (
-            compare_predictions(predictions, converted_predictions)
-            if predictions and converted_predictions
-            else None
-        )
-        if delta is not None and max_drop is not None and delta.drop_pp > max_drop:
-            raise DemandNotMetError(
-                f"--max-drop {max_drop:g}: the fine-tuned model loses {delta.drop_pp:.2f} pp; "
-                "fine-tune for longer or relax a demand"
-            )
-        layer_timings = (
-            time_layers(sites, conversion.replacements, runs, runtime, seed, progress) if timing else {}
-        )
-        layers = tuple(
-            replace(each, latency=layer_timings.get(each.site.name)) for each in conversion.reports
-        )
-        execution = None
-        if timing:
-            layers, execution = executed_layers(layers, model, paths, inputs, runs, runtime)
-        changed = (
-            changes(predictions, converted_predictions, _SHOWN)
-            if predictions and converted_predictions
-            else None
-        )
-        report = Report(
-            mode=mode,
-            source=source,
-            command=command,
-            runtime=runtime,
-            seed=seed,
-            dtype=str(model_dtype(model)).removeprefix("torch."),
-            original=_profile(original_cost, predictions, timing and timing[0], paths[0]),
-            converted=_profile(counted(converted), converted_predictions, timing and timing[1], paths[1]),
-            speedup=timing[2] if timing else None,
-            accuracy=delta,
-            changed=changed,
-            layers=layers,
-            verification=verification,
-            export=note,
-            execution=execution,
-            approximation=conversion.approximation,
-        )
-        shown = () if changed is None else (each.index for each in changed.shown)
-        result = ConversionResult(
-            converted,
-            plan.to_json(),
-            report_document(report),
-            Exhibits(kernel_pairs(layers, converted), {} if data is None else images_at(data, shown)),
-        )
+        written = write(original, made, plan, folder, job)
+        verification = verify(original, made, written, job)
+        measured = measure(original, made, written, verification, job)
+        result = _result(original, made, written, verification, measured, job)
         if place is not None:
             write_documents(result.report, result.plan, place, result.exhibits)
     return result
 
 
-def _traced(
-    model: nn.Module, inputs: Inputs, tol: float | None, include: Sequence[str], exclude: Sequence[str]
-) -> tuple[ConvSite, ...]:
-    """Every convolution, the options that select some of them having been checked."""
-    check_number("tol", tol, 0)
-    if tol is not None and tol >= 1:
-        raise SepconvertError(f"tol: expected a relative error in [0, 1), got {tol}")
-    shared = {name: each for name, each in model.named_parameters() if type(each) is nn.Parameter}
-    before = {name: parameter.detach().clone() for name, parameter in shared.items()}
-    sites = trace(private_copy(model), inputs)
-    for name, parameter in shared.items():
-        _check_unwritten(name, parameter, before[name])
-    for pattern in (*include, *exclude):
-        if not any(selected(site.name, [pattern], ()) for site in sites):
-            raise SepconvertError(f"{pattern}: matches none of the {len(sites)} convolutions; see inspect")
-    return sites
-
-
-def _check_unwritten(name: str, parameter: Tensor, before: Tensor) -> None:
-    """Copies of the model share the memory of its parameters, to which some forwards write."""
-    now = parameter.detach()
-    if bool(((now == before) | (now.isnan() & before.isnan())).all()):
-        return
-    now.copy_(before)
-    raise SepconvertError(
-        f"the forward pass writes to the parameter {name} (to limit its norm, maybe), which a converted "
-        "model would not do; do so after the steps of training instead"
+def _plan(original: Original, made: Conversion, job: Job) -> ConversionPlan:
+    """Return the decisions of a conversion, to be replayed."""
+    return ConversionPlan(
+        mode=job.mode,
+        gate=job.gate,
+        tol=job.tol,
+        seed=job.seed,
+        model_sha256=job.origin.sha256,
+        weights_sha256=None,
+        input_shapes=tuple(tuple(value.shape) for value in tensors_in(original.inputs)),
+        layers=made.layers,
+        merges=made.merges,
     )
 
 
-def _predict(
-    name: str, model: nn.Module, data: Iterable[tuple[Tensor, Tensor]], progress: Progress
-) -> Predictions:
-    return evaluate(model, data, lambda batches: progress(batches, f"accuracy, {name}"))
-
-
-def _counted(model: nn.Module, *, inputs: Inputs, counter: Counter) -> Cost:
-    return count(private_copy(model), inputs, counter)
-
-
-def _profile(cost: Cost, predictions: Predictions | None, latency: Latency | None, path: Path) -> Profile:
-    size, weights = onnx_sizes(path) if path.exists() else (None, None)
-    accuracy = None if predictions is None else predictions.accuracy()
-    return Profile(cost.params, cost.macs, size, weights, latency, accuracy, cost.uncounted_ops)
+def _result(
+    original: Original,
+    made: Conversion,
+    written: Written,
+    verification: Verification,
+    measured: Measured,
+    job: Job,
+) -> ConversionResult:
+    """Return what was made, written, verified and measured as one result."""
+    report = Report(
+        mode=job.mode,
+        source=job.origin.to_json(),
+        command=job.origin.command,
+        runtime=job.timing.runtime,
+        seed=job.seed,
+        dtype=str(model_dtype(original.model)).removeprefix("torch."),
+        original=measured.original,
+        converted=measured.converted,
+        speedup=measured.speedup,
+        accuracy=measured.accuracy,
+        changed=measured.changed,
+        layers=measured.layers,
+        verification=verification,
+        export=written.export,
+        execution=measured.execution,
+        approximation=made.approximation,
+    )
+    shown = [each.index for each in measured.changed.shown] if measured.changed else []
+    images = {} if original.data.scored is None else images_at(original.data.scored, shown)
+    return ConversionResult(
+        made.model,
+        written.plan.to_json(),
+        report_document(report),
+        measured.original,
+        measured.converted,
+        measured.speedup,
+        measured.accuracy,
+        measured.layers,
+        verification,
+        Exhibits(kernel_pairs(measured.layers, made.model), images),
+    )

@@ -5,7 +5,7 @@ from functools import partial
 
 from torch import nn
 
-from sepconvert.base.environment import Runtime
+from sepconvert.base.options import Selection
 from sepconvert.base.progress import Progress, silent
 from sepconvert.factorize.exact.analysis import Analysis, Spectrum, analyse
 from sepconvert.factorize.exact.factors import Factorization
@@ -22,36 +22,26 @@ from sepconvert.network.obstacles import Obstacles
 from sepconvert.network.rewrite import Replacement, rewrite
 from sepconvert.network.tensors import Inputs
 from sepconvert.network.trace import ConvSite
+from sepconvert.pipeline.job import Job
+from sepconvert.pipeline.original import Original
 from sepconvert.planning.conversion import Conversion, LayerReport
-from sepconvert.planning.plan import LayerPlan, plan_layer, selected
+from sepconvert.planning.plan import LayerPlan, plan_layer
 from sepconvert.planning.timing import not_faster
 
 
-def convert_exactly(
-    model: nn.Module,
-    inputs: Inputs,
-    sites: tuple[ConvSite, ...],
-    *,
-    gate: str,
-    tol: float | None,
-    include: Sequence[str],
-    exclude: Sequence[str],
-    runs: int,
-    runtime: Runtime,
-    seed: int,
-    progress: Progress,
-) -> Conversion:
+def convert_exactly(original: Original, job: Job) -> Conversion:
     """Replace every convolution that has an exact structure and passes the gate; see `pipeline.convert`."""
-    analyses = analyse_model(sites, tol, include, exclude, progress)
-    layers, factorizations = plan_model(
-        model, inputs, sites, analyses, gate, tol, runs, runtime, seed, progress
-    )
+    model, inputs, sites = original.model, original.inputs, original.sites
+    analyses = analyse_model(sites, job.tol, job.selection, job.progress)
+    layers, factorizations = plan_model(model, inputs, sites, analyses, job)
     by_name = {site.name: site for site in sites}
     replacements = {name: replacement(each, by_name[name]) for name, each in factorizations.items()}
     converted = rewrite(model, sites, replacements)
     certificates = {name: each.certificate for name, each in factorizations.items()}
     tolerances = {name: certificate.channel_tolerance for name, certificate in certificates.items()}
-    checks, expected, torch_check = verify_model(model, converted, inputs, sites, tolerances, seed, progress)
+    checks, expected, torch_check = verify_model(
+        model, converted, inputs, sites, tolerances, job.seed, job.progress
+    )
     reports = tuple(
         LayerReport(
             layer,
@@ -69,12 +59,11 @@ def convert_exactly(
 def analyse_model(
     sites: Sequence[ConvSite],
     tol: float | None,
-    include: Sequence[str],
-    exclude: Sequence[str],
+    selection: Selection,
     progress: Progress,
 ) -> dict[str, Analysis]:
     """What is known of each kernel that may be replaced."""
-    eligible = [site for site in sites if site.obstacle is None and selected(site.name, include, exclude)]
+    eligible = [site for site in sites if site.obstacle is None and selection.admits(site.name)]
     return {
         site.name: analyse(site.conv.spec, site.conv.weight, site.sizes, tol)
         for site in progress(eligible, "analysing kernels")
@@ -87,24 +76,21 @@ def plan_model(
     inputs: Inputs,
     sites: Sequence[ConvSite],
     analyses: Mapping[str, Analysis],
-    gate: str,
-    tol: float | None,
-    runs: int,
-    runtime: Runtime,
-    seed: int,
-    progress: Progress,
+    job: Job,
 ) -> tuple[list[LayerPlan], dict[str, Factorization]]:
     """A decision for every convolution, and the factors of those to replace."""
     layers: list[LayerPlan] = []
     factorizations: dict[str, Factorization] = {}
     obstacles = Obstacles(model, inputs, sites)
-    for site in progress(sites, "planning"):
+    for site in job.progress(sites, "planning"):
 
         def is_slower(factorization: Factorization, site: ConvSite = site) -> str | None:
-            return not_faster(site, replacement(factorization, site), runs, runtime, seed)
+            return not_faster(
+                site, replacement(factorization, site), job.timing.runs, job.timing.runtime, job.seed
+            )
 
         layer, factorization = plan_layer(
-            site, analyses.get(site.name), partial(obstacles.of, site), gate, tol, is_slower
+            site, analyses.get(site.name), partial(obstacles.of, site), job.gate, job.tol, is_slower
         )
         layers.append(layer)
         if factorization is not None:

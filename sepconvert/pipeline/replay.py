@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from sepconvert.base.determinism import reproducible
-from sepconvert.base.errors import DemandNotMetError, SepconvertError, first_line, shortened
+from sepconvert.base.errors import SepconvertError, first_line, shortened
 from sepconvert.base.progress import Progress, silent
 from sepconvert.factorize.exact.factors import split
 from sepconvert.files.onnx.export import save_archive, save_onnx
@@ -21,8 +21,8 @@ from sepconvert.network.merge import merge
 from sepconvert.network.rewrite import Replacement, rewrite
 from sepconvert.network.tensors import Inputs, placed
 from sepconvert.network.trace import ConvSite, trace
-from sepconvert.pipeline.delivered import state_tensors
 from sepconvert.pipeline.exact import verify_model
+from sepconvert.pipeline.stages import demand_verified, state_tensors
 from sepconvert.planning.conversion import Verification
 from sepconvert.planning.plan import ConversionPlan, LayerPlan, read_plan
 
@@ -33,12 +33,12 @@ def apply(
     plan: str | os.PathLike[str],
     example_inputs: Tensor | Inputs | None = None,
 ) -> nn.Module:
-    """A copy of `model`, converted as a `plan.json` says, with the weights in the file beside it.
+    """Return a copy of `model`, converted as a `plan.json` says, with the weights in the file beside it.
 
     Args:
         model: left as it is.
-        plan: of a model of the same architecture.
-        example_inputs: as for `convert`, if the model takes more than floating-point tensors.
+        plan: path of the plan, which may come from another model of the same architecture.
+        example_inputs: as for `convert`; needed if the model takes more than floating-point tensors.
 
     Raises:
         SepconvertError: plan, weights and model do not belong together, or the model does not run.
@@ -61,13 +61,13 @@ def apply_plan(
     """Replay a plan and its weights on a fresh model, and write the converted one to `out`.
 
     Returns:
-        The comparison of outputs, if the plan is exact and `model` comes from the very file that it was
-        made of; else None: weights are the plan's, and there is nothing to compare with.
+        The comparison of outputs, if the plan is exact and `model` comes from the very file that the plan was
+        made from. Otherwise None: the weights are the plan's, and there is nothing to compare with.
 
     Raises:
         SepconvertError: plan, weights and model do not belong together.
         ExportError: torch cannot export the model.
-        DemandNotMetError: the outputs differ from the original's.
+        VerificationError: the outputs differ from the original's.
     """
     converted, sites, inputs = _replayed(model, plan, weights)
     verified = None
@@ -84,7 +84,7 @@ def apply_plan(
 def _replayed(
     model: nn.Module, plan: ConversionPlan, weights: Path, inputs: Inputs | None = None
 ) -> tuple[nn.Module, tuple[ConvSite, ...], Inputs]:
-    """The converted model, the convolutions that the plan found, and inputs of the shape that it is for."""
+    """Return the converted model, the convolutions that the plan refers to, and inputs of its shape."""
     model = checked(model)
     if inputs is None:
         inputs = tuple(
@@ -116,7 +116,7 @@ def _replayed(
 
 
 def _planned_replacement(layer: LayerPlan, site: ConvSite) -> Replacement:
-    """Factors of the planned shapes, to be filled from the plan's weights."""
+    """Return factors of the planned shapes, to be filled with the plan's weights."""
     assert layer.scheme is not None  # noqa: S101  (`read_plan` checked it)
     assert layer.rank is not None  # noqa: S101  (likewise)
     specs = split(site.dense.spec, layer.scheme, layer.rank, layer.border)
@@ -145,13 +145,3 @@ def _load_weights(model: nn.Module, path: Path, sha256: str | None) -> None:
         raise SepconvertError(
             f"{path}: does not fit the model: {first_line(error)}; use the plan's model"
         ) from error
-
-
-def demand_verified(verification: Verification) -> None:
-    if verification.holds:
-        return
-    culprit = verification.worst_layer
-    raise DemandNotMetError(
-        f"verification failed: {verification.failure}; the layer that moved most: {culprit or 'none'}; "
-        f"leave it out with --exclude{f' {culprit}' if culprit else ''}, or report this as a defect"
-    )

@@ -4,14 +4,13 @@ import dataclasses
 import json
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from pathlib import Path
 from types import NoneType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from sepconvert.base.documents import CHECKSUM, is_intact, read_file
+from sepconvert.base.documents import CHECKSUM, is_intact, read_file, sealed
 from sepconvert.base.errors import SepconvertError, first_line, quoted, shortened
 from sepconvert.factorize.border import Border
 from sepconvert.factorize.exact.analysis import ZERO_BORDER, Analysis, Finding
@@ -79,9 +78,8 @@ class ConversionPlan:
         return tuple(layer for layer in self.converted if layer.scheme != MERGED)
 
     def to_json(self) -> dict[str, Any]:
-        """Plain lists, numbers and strings."""
-        plain: dict[str, Any] = json.loads(json.dumps({"schema": SCHEMA, **dataclasses.asdict(self)}))
-        return plain
+        """Return the document, with its checksum, in plain lists, numbers and strings."""
+        return sealed(json.loads(json.dumps({"schema": SCHEMA, **dataclasses.asdict(self)})))
 
 
 def read_plan(source: Path | Mapping[str, Any]) -> ConversionPlan:
@@ -170,12 +168,6 @@ def _check(layer: LayerPlan) -> None:
             raise ValueError(f"layer {layer.name} cannot have the structure {layer.scheme!r}")
         if not 1 <= layer.rank <= structure.full_rank(trimmed):
             raise ValueError(f"layer {layer.name} cannot have rank {layer.rank}")
-
-
-def selected(name: str, include: Sequence[str], exclude: Sequence[str]) -> bool:
-    """Do the globs of --include and --exclude let this layer through?"""
-    included = not include or any(fnmatchcase(name, pattern) for pattern in include)
-    return included and not any(fnmatchcase(name, pattern) for pattern in exclude)
 
 
 def plan_layer(

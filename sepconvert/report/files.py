@@ -1,12 +1,11 @@
 """plan.json, report.json and report.html of a result directory."""
 
-import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from sepconvert.base.documents import sealed, writing
+from sepconvert.base.documents import writing
 from sepconvert.report.exhibits import Exhibits
 from sepconvert.report.html import render_html
 
@@ -14,10 +13,9 @@ from sepconvert.report.html import render_html
 def write_documents(
     report: Mapping[str, Any], plan: Mapping[str, Any], folder: Path, exhibits: Exhibits | None = None
 ) -> None:
-    """Write the three documents; the plan is tied to `converted.safetensors` beside it by its hash."""
-    weights = hashlib.sha256((folder / "converted.safetensors").read_bytes()).hexdigest()
+    """Write the three documents."""
     for name, text in {
-        "plan.json": _json(sealed({**plan, "weights_sha256": weights})),
+        "plan.json": _json(plan),
         "report.json": _json(report),
         "report.html": render_html(report, exhibits),
     }.items():

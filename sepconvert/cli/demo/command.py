@@ -1,0 +1,74 @@
+"""Command `demo`: the three modes on an embedded network and its data."""
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader
+
+from sepconvert.base.options import Mode, Origin
+from sepconvert.cli.inputs import (
+    TRAINING_BATCH,
+    timing_of,
+)
+from sepconvert.cli.outputs import command_line, result_directory_of, show
+from sepconvert.cli.progress import progress_for, quietly
+from sepconvert.pipeline.convert import convert as run_convert
+from sepconvert.report.sentences import story
+from sepconvert.report.tables import modes_table
+
+# For each mode: what it is about, and the arguments of its conversion.
+_DEMO: Mapping[Mode, tuple[str, Mapping[str, Any]]] = {
+    "exact": ("EXACT: what separates for free, proved.", {}),
+    "approx": (
+        "APPROX: a depthwise and a pointwise convolution in place of each dense one.",
+        {"rank": 1, "gate": "none"},
+    ),
+    "auto": (
+        "AUTO: a mix of structures, chosen by measured times, that loses at most a point of accuracy.",
+        {"max_drop": 1.0},
+    ),
+}
+
+
+_DEMO_SCORED, _DEMO_IMAGES, _DEMO_SECONDS = 2000, 512, 10.0
+
+
+def demo(**options: Any) -> None:
+    """Run `sepconvert demo`."""
+    from torch.utils.data import TensorDataset
+
+    from sepconvert.cli.demo.images import evaluation_data, training_data
+    from sepconvert.cli.demo.net import load, to_input
+
+    out, told = options["out"] or Path("demo-sepconvert"), []
+    with quietly(), result_directory_of(options, out) as folder:
+        scored, shown = evaluation_data(_DEMO_SCORED), training_data(_DEMO_IMAGES)
+        x, y = to_input(scored.x), torch.from_numpy(scored.y)
+        data = DataLoader(TensorDataset(x, y), batch_size=256)
+        unlabelled = TensorDataset(to_input(shown.x), torch.full((len(shown.x),), -1))
+        calib: DataLoader[Any] = DataLoader(unlabelled, TRAINING_BATCH)
+        reports: dict[str, Any] = {}
+        for mode, (title, keywords) in _DEMO.items():
+            result = run_convert(
+                load(),
+                x[: options["batch"]],
+                mode,
+                data=data,
+                calib=None if mode == "exact" else calib,
+                timing=dataclasses.replace(timing_of(options), measure_seconds=_DEMO_SECONDS),
+                dynamic_batch=options["dynamic_batch"],
+                seed=options["seed"],
+                origin=Origin(command=command_line()),
+                out=folder / mode,
+                progress=progress_for(options),
+                **keywords,
+            )
+            reports[mode] = result.report
+            told += [title, "", *story(result.report), ""]
+    show(options, reports, *told, modes_table(reports), "",
+           f"Written to {out}/, one folder per mode. Open {out}/exact/report.html in a browser\n"
+           "for the full report; the other modes have theirs beside it. The options named\n"
+           "above are those of `sepconvert MODEL`.")  # fmt: skip

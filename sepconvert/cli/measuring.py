@@ -1,0 +1,177 @@
+"""Commands that measure: `profile` and `compare`."""
+
+import json
+import tempfile
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from sepconvert.base.documents import writing
+from sepconvert.base.environment import environment
+from sepconvert.base.errors import DemandNotMetError, SepconvertError
+from sepconvert.cli.conditions import Demand
+from sepconvert.cli.inputs import (
+    example_of_file,
+    load_subject,
+    read_data_and_examples,
+    read_data_and_inputs,
+    timing_of,
+)
+from sepconvert.cli.options import Options
+from sepconvert.cli.outputs import show
+from sepconvert.cli.progress import progress_for, quietly
+from sepconvert.files.data import Batch
+from sepconvert.files.onnx.facts import read_onnx
+from sepconvert.measure.comparison import Comparison
+from sepconvert.measure.head_to_head import Subject
+from sepconvert.measure.head_to_head import measure as measure_together
+from sepconvert.measure.profiling import SCHEMA as PROFILE_SCHEMA
+from sepconvert.measure.profiling import StoredProfile, anatomy, batch_size, read_profile
+from sepconvert.measure.profiling import profile as run_profile
+from sepconvert.network.tensors import Inputs, tensors_in
+from sepconvert.report.html import render_comparison
+from sepconvert.report.tables import anatomy_text
+
+
+def profile(**options: Any) -> None:
+    """Run `sepconvert profile MODEL`."""
+    out: Path | None = options["out"]
+    if out is not None and not out.parent.is_dir():  # reported before anything is measured
+        raise SepconvertError(f"{out}: cannot be written: there is no {out.parent}; pass another --out")
+    if out is not None and out.exists() and not _is_profile(out):
+        raise SepconvertError(f"{out}: exists and is no profile of this version; pass another --out")
+    with quietly():
+        found = _profile(options)
+    document = {
+        "schema": PROFILE_SCHEMA,
+        "model": {"path": found.model, "sha256": found.sha256},
+        "environment": found.environment,
+        **found.profile.to_json(),
+    }
+    if out is not None:
+        with writing(out):
+            out.write_text(json.dumps(document, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    details = ("", anatomy_text(document["anatomy"])) if "anatomy" in document else ()
+    show(options, document, str(Comparison((found.profile,))), *details)
+
+
+def _is_profile(path: Path) -> bool:
+    try:
+        read_profile(path)
+    except SepconvertError:
+        return False
+    return True
+
+
+def compare(**options: Any) -> None:
+    """Run `sepconvert compare A B …`."""
+    if len(options["models"]) < 2:  # no condition of --fail-if could fail
+        raise SepconvertError("compare: expected two models or more, got one; profile measures one")
+    demands = [Demand.parse(text) for text in options["fail_if"]]
+    stored = any(path.suffix == ".json" for path in options["models"])
+    for demand in demands:
+        demand.require(together=not stored, timed=options["runs"] > 0, data=options["data"] is not None)
+    with quietly():
+        found, note = _stored(options) if stored else _together(options)
+    json_wanted = {**options, "as_json": options["as_json"] or options["style"] == "json"}
+    if options["style"] == "html":
+        text = render_comparison(found, note)
+    else:
+        text = "" if options["style"] == "json" else found.text(options["style"])
+    show(json_wanted, found.to_json(), text, *(("", note) if options["style"] == "table" else ()))
+    failures = [failure for demand in demands for failure in demand.failures(found)]
+    if failures:
+        raise DemandNotMetError(f"--fail-if: {'; '.join(failures)}")
+
+
+def _stored(options: Options) -> tuple[Comparison, str]:
+    """Return stored profiles beside models that are profiled now, one after the other."""
+    found = [
+        read_profile(path) if path.suffix == ".json" else _profile({**options, "model": path})
+        for path in options["models"]
+    ]
+    notes = ["Measured separately: differences in latency are not tested for significance."]
+    for path, each in zip(options["models"][1:], found[1:], strict=True):
+        if differences := found[0].differences(each.environment):
+            notes.append(f"Warning: {path} was measured in another environment than {options['models'][0]}:")
+            notes += [f"  {difference}" for difference in differences]
+        if each.model == found[0].model and each.sha256 != found[0].sha256:
+            notes.append(f"Warning: {path} was made from a different file named {each.model} (the SHA-256 differs).")
+    names = tuple(map(str, options["models"]))
+    return Comparison(tuple(each.profile for each in found), names), "\n".join(notes)
+
+
+def _together(options: Options) -> tuple[Comparison, str]:
+    """Return models and ONNX files measured in turns in this process."""
+    paths = options["models"]
+    files = {path: read_onnx(path) for path in paths if path.suffix == ".onnx"}
+    loaded = {path: load_subject({**options, "model": path}) for path in paths if path not in files}
+    examples = [each.example_inputs for each in loaded.values()] + [
+        example_of_file(each) for each in files.values()
+    ]
+    example = next((each for each in examples if each is not None), None)
+    data, inputs = read_data_and_examples(options, example)
+    with tempfile.TemporaryDirectory() as folder:
+        subjects = [
+            Subject.of_file(path, files[path])
+            if path in files
+            else Subject.of_model(str(path), loaded[path].model, inputs, Path(folder) / f"{index}.onnx")
+            for index, path in enumerate(paths)
+        ]
+        comparison = _measured(subjects, data, inputs, options)
+    seen = "of the data" if data is not None else "of the timed batch"
+    rounds = (
+        f"{options['runs']} interleaved rounds, batch {options['batch']}.\n"
+        "Medians with 95 % intervals; the noise is that of the base against itself."
+        if options["runs"]
+        else "not timed (--runs 0)."
+    )
+    return comparison, f"Measured together: {rounds}\nDifferences are those {seen}, output by output."
+
+
+def _profile(options: Options) -> StoredProfile:
+    """Return the profile of a model or of an ONNX file."""
+    path, runtime = options["model"], timing_of(options).runtime
+    if path.suffix == ".onnx":
+        file = read_onnx(path)
+        data, inputs = read_data_and_examples(options, example_of_file(file))
+        batches = options.get("batches") if options["runs"] else None
+        # The detailed timing below includes the plain one.
+        timing = options if batches is None else {**options, "runs": 0}
+        found = _measured([Subject.of_file(path, file)], data, inputs, timing).profiles[0]
+        if batches is not None:
+            arrays = [value.numpy() for value in tensors_in(inputs)]
+            detail = anatomy(
+                path, arrays, batches=batches, runs=options["runs"], runtime=runtime, seed=options["seed"],
+                progress=progress_for(options),
+            )  # fmt: skip
+            latency = detail.latency(runtime.threads, batch_size(inputs))
+            found = replace(found, latency=latency, anatomy=detail)
+        return StoredProfile(found, str(path), file.sha256, environment(runtime))
+    loaded = load_subject(options)
+    data, inputs = read_data_and_inputs(options, loaded)
+    found = run_profile(
+        loaded.model,
+        inputs,
+        data=data,
+        timing=timing_of(options),
+        batches=options.get("batches"),
+        seed=options["seed"],
+        progress=progress_for(options),
+    )
+    return StoredProfile(found, str(loaded.path), loaded.sha256, environment(runtime))
+
+
+def _measured(
+    subjects: Sequence[Subject], data: Iterable[Batch] | None, inputs: Inputs, options: Options
+) -> Comparison:
+    return measure_together(
+        subjects,
+        [value.numpy() for value in tensors_in(inputs)],
+        data=data,
+        runs=options["runs"],
+        runtime=timing_of(options).runtime,
+        seed=options["seed"],
+        progress=progress_for(options),
+    )

@@ -1,0 +1,118 @@
+"""One conversion's settings as a value, checked before any work begins."""
+
+import os
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from sepconvert.base.errors import MAX_SEED, SepconvertError, quoted
+from sepconvert.base.options import (
+    GATES,
+    MODES,
+    Budget,
+    Calibration,
+    Finetuning,
+    Gate,
+    Mode,
+    Origin,
+    Selection,
+    Timing,
+    check_options,
+    option,
+)
+from sepconvert.base.progress import Progress, silent
+
+Check = Literal["onnx", "torch"]
+
+_VALUES = {"selection": Selection, "timing": Timing, "calibration": Calibration}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """Settings of one conversion; see `sepconvert.convert`."""
+
+    mode: Mode = option(
+        "exact: only replacements that preserve the function; approx: depthwise and pointwise convolutions, "
+        "fitted to the data; auto: for each layer the best of all structures.",
+        "exact",
+        choices=MODES,
+    )
+    gate: Gate = option(
+        "Convert only layers that cost less: counted in MACs, or measured in ONNX Runtime.",
+        choices=GATES,
+        shown_default="macs; latency in auto mode",
+    )
+    tol: float | None = option(
+        "Relative kernel error that counts as exact.", low=0, shown_default="rounding of the kernel's dtype"
+    )
+    seed: int = option(
+        "Seed of random inputs, data splits, training and the order of runs.",
+        0,
+        low=0,
+        high=MAX_SEED,
+        whole=True,
+        metavar="N",
+    )
+    dynamic_batch: bool = option("Leave the batch dimension open where the model allows it.", True)
+    check: Check = "onnx"
+    budget: Budget = field(default_factory=Budget)
+    selection: Selection = field(default_factory=Selection)
+    timing: Timing = field(default_factory=Timing)
+    calibration: Calibration = field(default_factory=Calibration)
+    finetuning: Finetuning = field(default_factory=Finetuning)
+    out: Path | None = None
+    origin: Origin = field(default_factory=Origin)
+    progress: Progress = silent
+
+    def __post_init__(self) -> None:
+        """Fill in the gate of the mode, and check what no single value can."""
+        if self.gate is None:
+            object.__setattr__(self, "gate", "latency" if self.mode == "auto" else "macs")
+        check_options(self)
+        for name, kind in _VALUES.items():
+            if not isinstance(value := getattr(self, name), kind):
+                raise SepconvertError(
+                    f"`{name}`: expected a sepconvert.{kind.__name__}, got {quoted(value)}; "
+                    f"pass {name}=sepconvert.{kind.__name__}(…)"
+                )
+        if self.tol is not None and self.tol >= 1:
+            raise SepconvertError(f"`tol`: expected a relative error in [0, 1), got {self.tol}")
+        if self.check not in ("onnx", "torch"):
+            raise SepconvertError(f"`check`: expected onnx or torch, got {quoted(self.check)}")
+        if self.check == "torch" and self.out is not None:
+            raise SepconvertError("`check`: torch exports no files; leave `out` out, or check in onnx")
+        if self.mode == "exact" and (self.budget != Budget() or self.finetuning):
+            raise SepconvertError(
+                "`mode`: budgets, calibration and fine-tuning are for the modes approx and auto; pass one of "
+                "them"
+            )
+        if self.mode == "auto" and self.budget.rank is not None:
+            raise SepconvertError(
+                "`rank`: fixes the multiplier of approx mode; pass another budget in auto mode"
+            )
+
+    @property
+    def runs(self) -> int:
+        """Timed runs of the files; 0 where none are written."""
+        return self.timing.runs if self.check == "onnx" else 0
+
+    def with_default_budget(self, *, labelled: bool) -> "Job":
+        """Return the job with the budget that holds where none is given; see `Budget.or_default`."""
+        if self.mode == "exact":
+            return self
+        by_time = self.gate == "latency" and self.budget.share is None
+        return replace(
+            self, budget=self.budget.or_default(labelled=labelled, timed=self.timing.runs > 0 or by_time)
+        )
+
+    @classmethod
+    def of(
+        cls,
+        *,
+        finetune: int | Finetuning,
+        out: str | os.PathLike[str] | None,
+        **settings: Any,
+    ) -> "Job":
+        """Return a job of the arguments of `sepconvert.convert`."""
+        finetuning = finetune if isinstance(finetune, Finetuning) else Finetuning(epochs=finetune)
+        return cls(finetuning=finetuning, out=None if out is None else Path(out), **settings)

@@ -1,0 +1,146 @@
+"""The original: its convolutions, cost, data and predictions, known before any layer is replaced."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from sepconvert.base.distributed import once
+from sepconvert.base.errors import SepconvertError
+from sepconvert.base.options import Selection
+from sepconvert.base.progress import Progress
+from sepconvert.calibration.footprint import images_at_once
+from sepconvert.calibration.split import MOST_AT_ONCE, Parts, check_shapes, split_data
+from sepconvert.files.data import Batch
+from sepconvert.measure.cost import Cost, count
+from sepconvert.measure.metrics import AccuracyDelta, Predictions, evaluate
+from sepconvert.measure.metrics import compare as compare_predictions
+from sepconvert.measure.profiling import as_inputs
+from sepconvert.network.copies import checked, private_copy
+from sepconvert.network.tensors import Inputs
+from sepconvert.network.trace import ConvSite, trace
+from sepconvert.pipeline.job import Job
+from sepconvert.planning.timing import Clock
+
+
+@dataclass(frozen=True, eq=False)
+class Original:
+    """A model to convert, and what is known of it beforehand."""
+
+    model: nn.Module  # the user's own, left as it is
+    inputs: Inputs
+    sites: tuple[ConvSite, ...]
+    data: Parts
+    cost: Cost
+    predictions: Predictions | None  # on the data that are scored; None where there are none
+    clock: Clock
+    progress: Progress
+    _scored: dict[nn.Module, Predictions] = field(default_factory=dict, repr=False)
+
+    def count(self, model: nn.Module) -> Cost:
+        """Return the cost of another model, counted as the original's: the two are compared."""
+        return count(private_copy(model), self.inputs, self.cost.counter)
+
+    def predict(self, model: nn.Module) -> Predictions | None:
+        """Return the predictions of a converted model, computed once; None where there are no data."""
+        data = self.data.scored
+        if data is None:
+            return None
+        if model not in self._scored:  # a plan that was measured and then delivered is not run again
+            self._scored[model] = once(
+                lambda: _predict("converted", private_copy(model), data, self.progress)
+            )
+        return self._scored[model]
+
+    def delta(self, model: nn.Module) -> AccuracyDelta | None:
+        """Return the drop of accuracy of a converted model; None where there are no data."""
+        converted = self.predict(model)
+        if self.predictions is None or converted is None:
+            return None
+        return compare_predictions(self.predictions, converted)
+
+
+def examine(
+    model: nn.Module,
+    example_inputs: Tensor | Inputs,
+    data: Iterable[Batch] | None,
+    calib: DataLoader[Batch] | None,
+    job: Job,
+) -> Original:
+    """Find the convolutions of a model, divide the data, and score and count the original.
+
+    Raises:
+        SepconvertError: the model cannot be run, or the data do not suit it.
+    """
+    for name, loader in (("calib", calib), ("train", job.finetuning.train)):
+        if loader is not None and not isinstance(loader, DataLoader):
+            raise SepconvertError(
+                f"`{name}`: expected a torch.utils.data.DataLoader, got {type(loader).__name__}; make one, "
+                "e.g. DataLoader(dataset, batch_size=64)"
+            )
+    if job.mode == "exact" and calib is not None:
+        raise SepconvertError("`calib`: is for the modes approx and auto; pass one of them, or leave it out")
+    model, inputs = checked(model), as_inputs(example_inputs)
+    sites = select_sites(model, inputs, job.selection)
+    parts = Parts(data, None, None, None, False)
+    if job.mode != "exact":
+        at_once = images_at_once(model, inputs, MOST_AT_ONCE)
+        parts = split_data(
+            data,
+            calib,
+            job.finetuning.train,
+            job.calibration.images,
+            job.finetuning.epochs,
+            job.seed,
+            at_once,
+            job.calibration.memory,
+        )
+        check_shapes(parts, inputs)
+    elif calib is not None:
+        raise SepconvertError(
+            "`calib`: only for the modes approx and auto; pass one of them, or leave it out"
+        )
+    # Before the long work, as this is where data that do not suit the model are found out.
+    scored = parts.scored
+    predictions = None if scored is None else _predict("original", private_copy(model), scored, job.progress)
+    cost = count(private_copy(model), inputs)
+    clock = Clock(job.timing.runtime, job.seed, job.timing.cache, job.timing.measure_seconds)
+    return Original(model, inputs, sites, parts, cost, predictions, clock, job.progress)
+
+
+def select_sites(model: nn.Module, inputs: Inputs, selection: Selection) -> tuple[ConvSite, ...]:
+    """Return every convolution of a model, having checked the globs that select some of them.
+
+    Raises:
+        SepconvertError: a glob matches no convolution, or the forward pass writes to a parameter.
+    """
+    shared = {name: each for name, each in model.named_parameters() if type(each) is nn.Parameter}
+    before = {name: parameter.detach().clone() for name, parameter in shared.items()}
+    sites = trace(private_copy(model), inputs)
+    for name, parameter in shared.items():
+        _check_unwritten(name, parameter, before[name])
+    for glob in (*selection.include, *selection.exclude):
+        if not any(Selection(include=(glob,)).admits(site.name) for site in sites):
+            raise SepconvertError(f"{glob}: matches none of the {len(sites)} convolutions; see inspect")
+    return sites
+
+
+def _check_unwritten(name: str, parameter: Tensor, before: Tensor) -> None:
+    """Raise `SepconvertError` if a forward pass changed a parameter, having put the old values back.
+
+    Copies of the model share the memory of its parameters.
+    """
+    now = parameter.detach()
+    if bool(((now == before) | (now.isnan() & before.isnan())).all()):
+        return
+    now.copy_(before)
+    raise SepconvertError(
+        f"the forward pass writes to the parameter {name} (to limit its norm, perhaps), which a converted "
+        "model would not do; do so after the steps of training instead"
+    )
+
+
+def _predict(name: str, model: nn.Module, data: Iterable[Any], progress: Progress) -> Predictions:
+    return evaluate(model, data, lambda batches: progress(batches, f"accuracy, {name}"))

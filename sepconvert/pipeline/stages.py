@@ -1,0 +1,330 @@
+"""Stages of a conversion behind the modes: write, verify, measure, hold to the demands."""
+
+import contextlib
+import hashlib
+import logging
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from sepconvert.base.documents import writing
+from sepconvert.base.environment import Runtime
+from sepconvert.base.errors import DemandNotMetError, ExportError, SepconvertError, VerificationError
+from sepconvert.base.progress import Progress
+from sepconvert.files.onnx.export import ExportNote, onnx_feed, runtime_dtype, save_archive, save_onnx
+from sepconvert.files.onnx.facts import onnx_sizes
+from sepconvert.measure.cost import Cost
+from sepconvert.measure.execution import (
+    Gain,
+    ModelExecution,
+    by_layer,
+    layer_executions,
+    model_execution,
+    operator_times,
+)
+from sepconvert.measure.latency import Latency, Speedup, session
+from sepconvert.measure.metrics import AccuracyDelta, ChangedPredictions, Predictions, changes
+from sepconvert.measure.profiling import Profile, batch_size
+from sepconvert.measure.verification import Comparison, Outputs, Reference, compare_export, compare_runs
+from sepconvert.network.tensors import Inputs, cast
+from sepconvert.pipeline.job import Job
+from sepconvert.pipeline.original import Original
+from sepconvert.planning.conversion import Conversion, LayerReport, Verification
+from sepconvert.planning.plan import ConversionPlan
+from sepconvert.planning.timing import Timing as PairTiming
+from sepconvert.planning.timing import time_files, time_layers
+
+_LOG = logging.getLogger(__name__)
+
+_SHOWN = 24  # predictions that changed
+
+
+@dataclass(frozen=True)
+class Written:
+    """What a conversion left on disk, if anything.
+
+    `onnx_reason` says why there are no ONNX files, where there are none.
+    """
+
+    plan: ConversionPlan  # tied to the weights by their SHA-256
+    paths: tuple[Path, Path]  # original.onnx and converted.onnx
+    export: ExportNote
+    onnx_reason: str | None
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What was measured of the original and the converted model."""
+
+    original: Profile
+    converted: Profile
+    speedup: Speedup | None
+    accuracy: AccuracyDelta | None
+    changed: ChangedPredictions | None
+    layers: tuple[LayerReport, ...]
+    execution: ModelExecution | None
+
+
+def write(original: Original, made: Conversion, plan: ConversionPlan, folder: Path, job: Job) -> Written:
+    """Write the models and the weights of a conversion.
+
+    Under the check "torch" nothing is exported.
+    """
+    weights = save(
+        {
+            name: each.clone(memory_format=torch.contiguous_format)
+            for name, each in state_tensors(made.model).items()
+        }
+    )
+    plan = replace(plan, weights_sha256=hashlib.sha256(weights).hexdigest())
+    paths = folder / "original.onnx", folder / "converted.onnx"
+    if job.check == "torch":
+        note = ExportNote(False, str(runtime_dtype(made.model)).removeprefix("torch."), None)
+        return Written(plan, paths, note, "the conversion was checked in torch alone")
+    note = write_models(original.model, made.model, original.inputs, folder, job.dynamic_batch, job.progress)
+    path = folder / "converted.safetensors"
+    with writing(path):
+        path.write_bytes(weights)
+    return Written(
+        plan,
+        paths,
+        note,
+        next((note.missing[each.name] for each in paths if each.name in note.missing), None),
+    )
+
+
+def verify(original: Original, made: Conversion, written: Written, job: Job) -> Verification:
+    """Compare the converted model with the original in torch, and the files of both in ONNX Runtime.
+
+    Raises:
+        VerificationError: a model or a file does not compute what it has to compute.
+    """
+    onnx_check, reason = None, written.onnx_reason
+    if reason is None:
+        onnx_check, reason = check_onnx(original.model, made.expected, written.paths, job.timing.runtime)
+    verification = Verification(made.torch_check, onnx_check, reason, made.checks)
+    demand_verified(verification)
+    return verification
+
+
+def demand_verified(verification: Verification) -> None:
+    """Raise `VerificationError`, which names the layer that moved most, unless the verification holds."""
+    if verification.holds:
+        return
+    culprit = verification.worst_layer
+    raise VerificationError(
+        f"verification failed: {verification.failure}; the layer that moved most: {culprit or 'none'}; "
+        f"leave it out with `exclude`{f' {culprit}' if culprit else ''}, or report this as a defect"
+    )
+
+
+def measure(
+    original: Original, made: Conversion, written: Written, verification: Verification, job: Job
+) -> Measured:
+    """Time both models and each replaced layer, and compare their predictions."""
+    runs, runtime = job.runs if verification.onnx is not None else 0, job.timing.runtime
+    timing: PairTiming | None = None
+    layers, execution = made.reports, None
+    if runs:
+        timing = time_files(
+            original.model, written.paths, original.inputs, runs, runtime, job.seed, job.progress
+        )
+        hold_to_speed(timing, job)
+    converted, accuracy = original.predict(made.model), original.delta(made.model)
+    hold_to_accuracy(accuracy, job)
+    if timing is not None:
+        times = time_layers(original.sites, made.replacements, runs, runtime, job.seed, job.progress)
+        layers = tuple(replace(layer, latency=times.get(layer.site.name)) for layer in layers)
+        layers, execution = executed_layers(
+            layers, original.model, written.paths, original.inputs, runs, runtime
+        )
+    return Measured(
+        original=_profile(original.cost, original.predictions, timing and timing[0], written.paths[0]),
+        converted=_profile(original.count(made.model), converted, timing and timing[1], written.paths[1]),
+        speedup=timing and timing[2],
+        accuracy=accuracy,
+        changed=changes(original.predictions, converted, _SHOWN)
+        if original.predictions and converted
+        else None,
+        layers=layers,
+        execution=execution,
+    )
+
+
+def hold_to_speed(timing: PairTiming, job: Job) -> None:
+    """Raise `DemandNotMetError` if the files are slower than the gate or the budget demands."""
+    speedup, least = timing[2], job.budget.min_speedup
+    if job.gate == "latency" and speedup.significant and speedup.median < 1:
+        raise DemandNotMetError(
+            f"`gate` latency: the converted model is measured {speedup.median:.2f}× as fast as the "
+            "original, though each replaced layer is faster alone; change the budget or pass `gate` macs"
+        )
+    if least is not None and speedup.ci95.hi < least:
+        raise DemandNotMetError(
+            f"`min_speedup` {least:g}: the converted model is measured {speedup.median:.2f}× as "
+            f"fast [{speedup.ci95.lo:.2f}, {speedup.ci95.hi:.2f}], though its plan was timed as fast "
+            "enough; measure on an idle machine with more `runs`, or relax the demand"
+        )
+
+
+def hold_to_accuracy(accuracy: AccuracyDelta | None, job: Job) -> None:
+    """Raise `DemandNotMetError` if the converted model loses more accuracy than the budget allows."""
+    most = job.budget.max_drop
+    if accuracy is not None and most is not None and accuracy.drop_pp > most:
+        raise DemandNotMetError(
+            f"`max_drop` {most:g}: the fine-tuned model loses {accuracy.drop_pp:.2f} pp; "
+            "fine-tune for longer or relax a demand"
+        )
+
+
+def _profile(cost: Cost, predictions: Predictions | None, latency: Latency | None, path: Path) -> Profile:
+    size, weights = onnx_sizes(path) if path.exists() else (None, None)
+    accuracy = None if predictions is None else predictions.accuracy()
+    return Profile(cost.params, cost.macs, size, weights, latency, accuracy, cost.uncounted_ops)
+
+
+def write_models(
+    model: nn.Module,
+    converted: nn.Module,
+    inputs: Inputs,
+    folder: Path,
+    dynamic_batch: bool,
+    progress: Progress,
+) -> ExportNote:
+    """Write `original.onnx`, `converted.onnx` and `converted.pt2`, as far as torch exports the models.
+
+    A model that cannot be exported is still converted: the note says which files are missing, and why.
+    """
+    note = ExportNote(False, str(runtime_dtype(converted)).removeprefix("torch."), None)
+    missing = {}
+    files = {"original.onnx": model, "converted.onnx": converted, "converted.pt2": converted}
+    for name, each in progress(files.items(), "exporting"):
+        path = folder / name
+        try:
+            if path.suffix == ".onnx":
+                note = save_onnx(each, inputs, path, dynamic_batch=dynamic_batch)
+            else:
+                save_archive(each, inputs, path, dynamic_batch=dynamic_batch)
+        except ExportError as error:
+            path.unlink(missing_ok=True)
+            _LOG.debug("%s is not written", name, exc_info=error)
+            missing[name] = str(error)
+    return replace(note, missing=missing)
+
+
+def state_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Return the tensors of a model's `state_dict` by name; an extra state may hold anything else."""
+    return {name: value for name, value in model.state_dict().items() if isinstance(value, Tensor)}
+
+
+def check_onnx(
+    model: nn.Module, expected: tuple[Reference, Reference | None], paths: tuple[Path, Path], runtime: Runtime
+) -> tuple[Comparison | None, str | None]:
+    """Run both ONNX files on the inputs of `expected` and compare; or return None and why they do not run.
+
+    The converted file is held against the original's, or, if there is a reference of its own, against that.
+
+    Raises:
+        VerificationError: the original's file does not compute what the original computes.
+    """
+    dtype = runtime_dtype(model)
+    reference, own = expected
+    try:
+        original, converted = (_run_onnx(path, reference.inputs, dtype, runtime) for path in paths)
+    except SepconvertError as error:
+        return None, str(error)
+    export = compare_export(reference, original, dtype)
+    if not export.holds:
+        raise VerificationError(
+            f"verification failed: original.onnx is off the PyTorch model by {export.max_abs_diff:.3g}, "
+            f"tolerance {export.tolerance:.3g}; torch's exporter does not translate this model correctly"
+        )
+    if own is None:
+        return compare_runs(reference, original, converted, dtype), None
+    return compare_export(own, converted, dtype), None
+
+
+def _run_onnx(path: Path, inputs: Sequence[Inputs], dtype: torch.dtype, runtime: Runtime) -> list[Outputs]:
+    runner = session(path, runtime)
+    results = []
+    for value in inputs:
+        try:
+            arrays = runner.run(None, onnx_feed(cast(value, dtype)))
+        except Exception as error:  # ONNX Runtime's errors share no base class
+            raise SepconvertError(f"{path.name}: ONNX Runtime cannot run it: {error}") from error
+        results.append([torch.from_numpy(np.asarray(array)).double() for array in arrays])
+    return results
+
+
+def executed_layers(
+    layers: tuple[LayerReport, ...],
+    model: nn.Module,
+    paths: tuple[Path, Path],
+    inputs: Inputs,
+    runs: int,
+    runtime: Runtime,
+) -> tuple[tuple[LayerReport, ...], ModelExecution]:
+    """Return the layers with what the runtime made of each, and the same of the whole model."""
+    feed = onnx_feed(cast(inputs, runtime_dtype(model)))
+    before, after = (list(operator_times(path, feed, runs=runs, runtime=runtime)) for path in paths)
+    functional: dict[str, list[str]] = {}
+    for each in sorted(layers, key=lambda each: each.site.place):
+        if each.site.index is not None:
+            functional.setdefault(each.site.owner, []).append(each.site.name)
+    before = by_layer(before, functional)
+    batch = batch_size(inputs)
+    gains = {
+        each.plan.name: Gain(
+            (batch * each.plan.macs[0], batch * each.plan.macs[1]),
+            each.latency[2].median if each.latency[2].significant else max(each.latency[2].median, 1.0),
+            (each.plan.spec, each.plan.macs, each.plan.scheme, each.plan.rank),
+        )
+        for each in layers
+        if each.latency is not None
+    }
+    found = layer_executions(before, after, gains)
+    converted = [each.plan.name for each in layers if each.plan.decision == "converted"]
+    return (
+        tuple(replace(each, execution=found.get(each.plan.name)) for each in layers),
+        model_execution(before, after, converted),
+    )
+
+
+def checked_place(place: Path | None) -> Path | None:
+    """Return a directory to write to, made if needed.
+
+    Raises:
+        SepconvertError: it is not empty, or cannot be written.
+    """
+    if place is None:
+        return None
+    try:
+        if place.exists() and any(place.iterdir()):
+            raise SepconvertError(f"`out`: {place} is not empty; pass an empty directory or one to be made")
+        place.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SepconvertError(
+            f"`out`: {place}: {error.strerror}; pass a directory that can be written"
+        ) from error
+    return place
+
+
+@contextlib.contextmanager
+def result_folder(place: Path | None) -> Iterator[Path]:
+    """Yield the place, emptied again if the block fails, or a temporary folder where there is none."""
+    if place is None:
+        with tempfile.TemporaryDirectory() as folder:
+            yield Path(folder)
+        return
+    try:
+        yield place
+    except BaseException:
+        for path in place.iterdir():
+            path.unlink()
+        raise
