@@ -29,7 +29,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import sepconvert
 from sepconvert.cli import main as cli
 from sepconvert.cli.conditions import _UNITS, Demand
-from sepconvert.cli.inputs import _numbers, batch_sizes
+from sepconvert.cli.options import in_flags
 from sepconvert.files.models import parse_input_shape
 
 SHORT = ("--runs", "3")
@@ -128,9 +128,6 @@ def parsed(words: list[str]) -> dict[str, Any]:
         Demand.parse(condition)
     if options.get("input_shape"):
         parse_input_shape(options["input_shape"])
-    for name in ("mean", "std"):
-        _numbers(options.get(name), f"--{name}")
-    batch_sizes(options)
     return options
 
 
@@ -453,7 +450,7 @@ def test_every_example_is_shown():
 def messages() -> Iterator[str]:
     """Yield every text in the package as the command line shows it, with … for values that are filled in."""
     for text in texts():
-        yield re.sub("`([a-z_]+)`", lambda found: "--" + found[1].replace("_", "-"), text)
+        yield in_flags(text)
 
 
 def texts() -> Iterator[str]:
