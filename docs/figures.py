@@ -25,7 +25,7 @@ import sepconvert
 from sepconvert.base.environment import Runtime
 from sepconvert.cli.demo.images import evaluation_data
 from sepconvert.cli.demo.net import load, to_input
-from sepconvert.factorize.approximate.problem import Problem, approximate
+from sepconvert.factorize.approximate.problem import Problem
 from sepconvert.factorize.approximate.weighted import Moments
 from sepconvert.factorize.border import Border
 from sepconvert.factorize.exact.analysis import ZERO_BORDER, Finding, analyse
@@ -125,7 +125,7 @@ class RankOne:
         if finding.holds:
             column, row = factorize(analysis, finding, weight).weights
         else:
-            fit = approximate(spec, weight, Moments.of_weights(spec, weight), PER_CHANNEL, 1)
+            fit = Problem(spec, weight, Moments.of_weights(spec, weight)).fit(PER_CHANNEL, 1)
             column, row = fit.weights
             balance = (row.norm() / column.norm()).sqrt() * column.sum().sign()
             column, row = column * balance, row / balance

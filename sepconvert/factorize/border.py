@@ -1,4 +1,4 @@
-"""Zero borders: a kernel whose outer rows or columns vanish is a smaller kernel with less padding."""
+"""Zero borders: a kernel whose outer rows or columns are zero equals a smaller kernel with less padding."""
 
 from dataclasses import dataclass, replace
 
@@ -11,7 +11,7 @@ from sepconvert.factorize.geometry import ConvSpec
 
 @dataclass(frozen=True)
 class Border:
-    """Rows and columns to cut from each side of a kernel."""
+    """Numbers of rows and columns to cut from each side of a kernel."""
 
     top: int = 0
     bottom: int = 0
@@ -22,7 +22,10 @@ class Border:
         return any((self.top, self.bottom, self.left, self.right))
 
     def trim_spec(self, spec: ConvSpec) -> ConvSpec:
-        """The smaller convolution; where the padding falls below zero the input is cropped instead."""
+        """Return the geometry of the convolution without the border.
+
+        Its padding is smaller by what is cut, times the dilation; negative padding crops the input.
+        """
         (kh, kw), (dh, dw) = spec.kernel_size, spec.dilation
         (pad_top, pad_bottom), (pad_left, pad_right) = spec.padding
         return replace(
@@ -35,21 +38,21 @@ class Border:
         )
 
     def trim(self, weight: Tensor) -> Tensor:
-        """Kernel without its border."""
+        """Return a kernel … × kh × kw without its border."""
         kh, kw = weight.shape[-2:]
         return weight[..., self.top : kh - self.bottom, self.left : kw - self.right]
 
     def restore(self, weight: Tensor) -> Tensor:
-        """Kernel with its border of zeros."""
+        """Return a trimmed kernel … × kh × kw with its border of zeros; the inverse of `trim`."""
         return F.pad(weight, (self.left, self.right, self.top, self.bottom))
 
 
 def zero_border(weight: Tensor, allowance: Tensor) -> Border:
-    """The widest border that carries nothing, at least one tap being left.
+    """Return the widest border that can be cut, leaving at least one tap.
 
     Args:
         weight: kernel O × C/g × kh × kw.
-        allowance: O; the Frobenius norm that may be cut from each output channel.
+        allowance: Frobenius norm that may be cut from each output channel, O or broadcastable to it.
     """
     energy = weight.double().square().sum(dim=1)
     budget = allowance.double().square()
@@ -58,8 +61,8 @@ def zero_border(weight: Tensor, allowance: Tensor) -> Border:
         while True:
             wider = replace(border, **{side: getattr(border, side) + 1})
             kept = wider.trim(energy)
-            # Cut and kept parts are separated before they are summed: a difference of sums would
-            # leave a rounding error where the cut part is zero.
+            # Cut and kept taps are separated before they are summed: a difference of sums would leave a
+            # rounding error where the cut part is zero.
             if kept.numel() == 0 or bool(torch.any((energy - wider.restore(kept)).sum(dim=(1, 2)) > budget)):
                 break
             border = wider

@@ -1,10 +1,10 @@
-"""Geometry and cost of a convolution as plain values, independent of torch."""
+"""The geometry and cost of a convolution as plain values, independent of torch."""
 
 from dataclasses import dataclass, replace
 from math import prod
 from typing import Literal
 
-MAX_INPUT_ELEMENTS = 2**26  # 256 MiB of float32 for one sample: beyond it, a shape is a slip of the pen
+MAX_INPUT_ELEMENTS = 2**26  # 256 MiB of float32 for one sample: a larger shape is taken for a typing error
 
 
 PaddingMode = Literal["zeros", "reflect", "replicate", "circular"]
@@ -17,8 +17,8 @@ Pair = tuple[int, int]
 class ConvSpec:
     """A two-dimensional convolution `in_channels → out_channels`, as `torch.nn.Conv2d` defines it.
 
-    Axes are (vertical, horizontal). `padding` holds (before, after) for each axis, so that the
-    asymmetric 'same' of even kernels has a place; a negative entry crops.
+    Axes are (vertical, horizontal). `padding` is (before, after) for each axis, since 'same' is asymmetric
+    for even kernels; a negative entry crops.
     """
 
     in_channels: int
@@ -33,16 +33,16 @@ class ConvSpec:
 
     @property
     def weight_shape(self) -> tuple[int, int, int, int]:
-        """O × C/groups × kh × kw."""
+        """The shape of the kernel, O × C/groups × kh × kw."""
         return (self.out_channels, self.in_channels // self.groups, *self.kernel_size)
 
     @property
     def params(self) -> int:
-        """Number of weights, bias included."""
+        """The number of weights, including the bias."""
         return prod(self.weight_shape) + self.bias * self.out_channels
 
     def output_size(self, size: Pair) -> Pair:
-        """Height and width of the output for an input of height and width `size`."""
+        """Return the height and width of the output for an input of height and width `size`."""
         vertical, horizontal = (
             (size[a] + sum(self.padding[a]) - self.dilation[a] * (self.kernel_size[a] - 1) - 1)
             // self.stride[a]
@@ -52,17 +52,17 @@ class ConvSpec:
         return vertical, horizontal
 
     def macs(self, size: Pair) -> int:
-        """Multiply-adds of one sample of height and width `size`; as fvcore counts, without the bias."""
+        """Return the MACs of one sample of height and width `size`, as fvcore counts: without the bias."""
         return prod(self.output_size(size)) * prod(self.weight_shape)
 
     def with_channels(self, in_channels: int, out_channels: int, groups: int, *, bias: bool) -> "ConvSpec":
-        """The same geometry between other numbers of channels."""
+        """Return the same geometry between other numbers of channels."""
         return replace(self, in_channels=in_channels, out_channels=out_channels, groups=groups, bias=bias)
 
     def restricted_to(self, axes: tuple[bool, bool]) -> "ConvSpec":
-        """The part of the geometry along `axes` (vertical, horizontal); the identity along the others.
+        """Return the part of the geometry along `axes` (vertical, horizontal), the identity along others.
 
-        Stride, padding and dilation act on each axis by themselves, and so does every padding mode.
+        Stride, padding, every padding mode and dilation act on each axis separately.
         """
         vertical, horizontal = axes
         return replace(
@@ -75,7 +75,7 @@ class ConvSpec:
 
 
 def chain_macs(chain: tuple[ConvSpec, ...], size: Pair) -> int:
-    """Multiply-adds of one sample of height and width `size` through convolutions in a row."""
+    """Return the MACs of one sample of height and width `size` through convolutions in a row."""
     total = 0
     for spec in chain:
         total += spec.macs(size)
@@ -84,5 +84,5 @@ def chain_macs(chain: tuple[ConvSpec, ...], size: Pair) -> int:
 
 
 def chain_params(chain: tuple[ConvSpec, ...]) -> int:
-    """Number of weights of convolutions applied one after another."""
+    """Return the number of weights of convolutions in a row, including biases."""
     return sum(spec.params for spec in chain)

@@ -3,8 +3,8 @@
 A kernel `W[o,c,i,j]` (per group, `O/g × C/g × kh × kw`) splits into two convolutions through an
 inner dimension of size R exactly when a certain unfolding of it into matrices has rank R. Each
 structure is therefore three einops patterns: the unfolding, whose rows belong to the first
-convolution and whose columns belong to the second, and where the two factors of that matrix go.
-All patterns are invertible, so composing the two convolutions is the same table read backwards.
+convolution and whose columns belong to the second, and the layouts of the two factors of that matrix as
+kernels. All patterns are invertible, so composing the two convolutions is the same table read backwards.
 """
 
 import re
@@ -18,12 +18,12 @@ from torch import Tensor
 from sepconvert.factorize.geometry import ConvSpec
 
 Form = tuple[str, int]
-"""Name of a structure, and rank."""
+"""The name of a structure or nested form, and its rank."""
 
 
 @dataclass(frozen=True)
 class Structure:
-    """One way to write a dense convolution as two convolutions, applied one after another.
+    """A way to write a dense convolution as two convolutions in a row.
 
     Axes: `g` groups, `o` and `c` output and input channels of a group, `i` and `j` kernel rows and
     columns, `r` the inner dimension (rank; channel multiplier where the factor is depthwise).
@@ -34,39 +34,40 @@ class Structure:
     first: str  # batch × rows × r → kernel of the first convolution
     second: str  # batch × r × columns → kernel of the second convolution
     applies: Callable[[ConvSpec], bool]
-    # A rank above 1 is a sum of branches of rank 1: a runtime's depthwise kernels serve multiplier 1 alone.
+    # A rank above 1 is laid out as a sum of branches of rank 1: fast depthwise kernels of runtimes support
+    # channel multiplier 1 alone.
     parallel: bool = False
 
     def unfold(self, spec: ConvSpec, weight: Tensor) -> Tensor:
-        """Kernel O × C/g × kh × kw → matrices B × m × n, whose common rank decides."""
+        """Return a kernel O × C/g × kh × kw as matrices B × m × n, the largest rank of which decides."""
         return rearrange(weight, self.unfolding, **_sizes(self.unfolding, spec))
 
     def fold(self, spec: ConvSpec, matrices: Tensor) -> Tensor:
-        """Inverse of `unfold`."""
+        """Return matrices B × m × n as a kernel O × C/g × kh × kw, the inverse of `unfold`."""
         pattern = _reverse(self.unfolding)
         return rearrange(matrices, pattern, **_sizes(pattern, spec))
 
     def kernels(self, spec: ConvSpec, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
-        """Matrix factors B × m × r and B × r × n → kernels of the two convolutions."""
+        """Return matrix factors B × m × r and B × r × n as the kernels of the two convolutions."""
         first = rearrange(left, self.first, **_sizes(self.first, spec))
         return first, rearrange(right, self.second, **_sizes(self.second, spec))
 
     def factors(self, spec: ConvSpec, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
-        """Inverse of `kernels`."""
+        """Return the kernels of the two convolutions as matrix factors, the inverse of `kernels`."""
         to_left, to_right = _reverse(self.first), _reverse(self.second)
         left = rearrange(first, to_left, **_sizes(to_left, spec))
         return left, rearrange(second, to_right, **_sizes(to_right, spec))
 
     def compose(self, spec: ConvSpec, *kernels: Tensor) -> Tensor:
-        """The dense kernel O × C/g × kh × kw that the two convolutions amount to."""
+        """Return the dense kernel O × C/g × kh × kw that equals the two convolutions."""
         left, right = self.factors(spec, *kernels)
         return self.fold(spec, left @ right)
 
     def split(self, spec: ConvSpec, rank: int) -> tuple[ConvSpec, ConvSpec]:
-        """Geometry of the two convolutions at inner dimension `rank`.
+        """Return the geometries of the two convolutions at inner dimension `rank`.
 
         Each axis of stride, padding and dilation goes to the convolution whose kernel extends along
-        it. The first has no bias: at a zero-padded border it would be missing from the second's input.
+        it. The first has no bias, since the second's zero padding would lack it at the border.
         """
         inner, per_group = _channels(self.first, spec, rank)
         first_groups = spec.in_channels // per_group
@@ -81,18 +82,19 @@ class Structure:
 
     @property
     def axes(self) -> tuple[list[str], list[str], list[str]]:
-        """The kernel's axes that the unfolding makes batches, rows and columns of."""
+        """The axes of the kernel that the unfolding makes batches, rows and columns of."""
         batch, rows, columns = _output_groups(self.unfolding)
         return batch, rows, columns
 
     def full_rank(self, spec: ConvSpec) -> int:
-        """The rank at which every kernel has this form."""
+        """Return the rank at which every kernel has this form."""
         _, rows, columns = self.axes
         sizes = _axis_sizes(spec)
         return min(prod(sizes[axis] for axis in rows), prod(sizes[axis] for axis in columns))
 
 
 def _axis_sizes(spec: ConvSpec) -> dict[str, int]:
+    """Return the sizes of a kernel's axes by their letters in the patterns."""
     out_per_group, in_per_group = spec.out_channels // spec.groups, spec.in_channels // spec.groups
     return {
         "g": spec.groups,
@@ -104,31 +106,32 @@ def _axis_sizes(spec: ConvSpec) -> dict[str, int]:
 
 
 def _sizes(pattern: str, spec: ConvSpec) -> dict[str, int]:
-    """Sizes of the axes that einops cannot infer: all but the rank."""
+    """Return the sizes of the axes in a pattern that einops cannot infer, which are all but the rank."""
     named = set(re.findall("[a-z]", pattern))
     return {axis: size for axis, size in _axis_sizes(spec).items() if axis in named}
 
 
 def _reverse(pattern: str) -> str:
+    """Return the inverse of an einops pattern."""
     source, target = pattern.split("->")
     return f"{target.strip()} -> {source.strip()}"
 
 
 def _output_groups(pattern: str) -> list[list[str]]:
-    """Axes of each output dimension: "… -> g (c i) (o j)" gives [[g], [c, i], [o, j]]."""
+    """Return the axes of each output dimension: "… -> g (c i) (o j)" gives [[g], [c, i], [o, j]]."""
     target = pattern.split("->")[1]
     return [re.findall("[a-z]", group) for group in re.findall(r"\([^)]*\)|\S+", target)]
 
 
 def _channels(pattern: str, spec: ConvSpec, rank: int) -> tuple[int, int]:
-    """(output channels, input channels of a group) of the kernel that `pattern` makes."""
+    """Return the output channels, and input channels of a group, of the kernel that `pattern` makes."""
     sizes = _axis_sizes(spec) | {"r": rank}
     outputs, inputs = (prod(sizes[axis] for axis in group) for group in _output_groups(pattern)[:2])
     return outputs, inputs
 
 
 def _extends(pattern: str) -> tuple[bool, bool]:
-    """Does the kernel extend along (vertical, horizontal)?"""
+    """Return whether the kernel that `pattern` makes extends along (vertical, horizontal)."""
     axes = _output_groups(pattern)
     return "i" in axes[2], "j" in axes[3]
 
@@ -153,7 +156,7 @@ def _mixes(spec: ConvSpec) -> bool:
     return _in_per_group(spec) > 1 and _out_per_group(spec) > 1
 
 
-# Each predicate leaves out the cases in which another row of the table is the same matrix.
+# Each predicate excludes the cases in which another row of the table gives the same matrix.
 STRUCTURES: tuple[Structure, ...] = (
     # W[o,c,i,j] = Σ_r H[o,r,j] V[r,c,i]
     Structure(
@@ -225,10 +228,10 @@ STRUCTURES: tuple[Structure, ...] = (
 
 @dataclass(frozen=True)
 class Nested:
-    """One structure within another: the second convolution of `outer` is written as two of `inner`.
+    """A structure within another: the second convolution of `outer` is written as two by `inner`.
 
-    Its rank is that of `outer`; `inner` has as many channels for each output as that has for each input,
-    rounded up to `block`.
+    Its rank is that of `outer`. The rank of `inner` is the same share of the output channels as that of
+    `outer` is of the input channels, rounded up to a multiple of `block`.
     """
 
     name: str
@@ -238,37 +241,35 @@ class Nested:
     parallel = False
 
     def applies(self, spec: ConvSpec) -> bool:
-        """To kernels that both apply to."""
+        """Return whether both structures apply to a layer of this geometry."""
         return self.outer.applies(spec) and self.inner.applies(spec)
 
     def inner_rank(self, spec: ConvSpec, rank: int) -> int:
-        """Of `inner`, at a rank of `outer`."""
+        """Return the rank of `inner` for a rank of `outer`."""
         share = rank * _out_per_group(spec) / _in_per_group(spec)
         _, second = self.outer.split(spec, rank)
         return min(ceil(share / self.block) * self.block, self.inner.full_rank(second))
 
     def split(self, spec: ConvSpec, rank: int) -> tuple[ConvSpec, ...]:
-        """Geometry of the three convolutions."""
+        """Return the geometries of the three convolutions."""
         first, second = self.outer.split(spec, rank)
         return first, *self.inner.split(second, self.inner_rank(spec, rank))
 
     def compose(self, spec: ConvSpec, *kernels: Tensor) -> Tensor:
-        """The dense kernel O × C/g × kh × kw that the three convolutions amount to."""
+        """Return the dense kernel O × C/g × kh × kw that equals the three convolutions."""
         first, *others = kernels
         _, second = self.outer.split(spec, len(first) // spec.groups)
         return self.outer.compose(spec, first, self.inner.compose(second, *others))
 
     def full_rank(self, spec: ConvSpec) -> int:
-        """The rank at which every kernel has this form."""
+        """Return the rank at which every kernel has this form."""
         return self.outer.full_rank(spec)
 
 
 BY_NAME = {structure.name: structure for structure in STRUCTURES}
 
-
 # W[o,c,i,j] = Σ_s Q[o,s] Σ_r K[s,r,i,j] P[r,c]  (Tucker's decomposition over the channels)
 CHANNEL_SUBSPACE = Nested("channel-subspace", BY_NAME["input-subspace"], BY_NAME["output-subspace"], block=8)
 
-
 FORMS: dict[str, Structure | Nested] = {**BY_NAME, CHANNEL_SUBSPACE.name: CHANNEL_SUBSPACE}
-"""All that a layer can be replaced by; a nested one is never found exact, as both of its parts are."""
+"""Every form that a layer can be replaced by. Nested forms are never found exact; their parts are."""

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from sepconvert.factorize.border import Border
-from sepconvert.factorize.exact.factors import branches, compose
+from sepconvert.factorize.exact.factors import branches, compose_factors
 from sepconvert.factorize.geometry import ConvSpec, PaddingMode
 
 _PADS: dict[PaddingMode, type[nn.Module]] = {
@@ -99,7 +99,7 @@ class FactorizedConv2d(nn.Module):
     @property
     def weight(self) -> Tensor:
         """The dense kernel O × C/groups × kh × kw that the factors amount to."""
-        return compose(self.spec, self.scheme, self.border, self.factors)
+        return compose_factors(self.spec, self.scheme, self.border, self.factors)
 
     @property
     def bias(self) -> Tensor | None:

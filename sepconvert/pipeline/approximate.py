@@ -16,7 +16,7 @@ from sepconvert.calibration.split import Calibration
 from sepconvert.calibration.stream import too_large
 from sepconvert.factorize.approximate.weighted import DEPTHWISE_POINTWISE, POINTWISE_DEPTHWISE
 from sepconvert.factorize.border import Border
-from sepconvert.factorize.exact.analysis import Spectrum, spectrum
+from sepconvert.factorize.exact.analysis import Spectrum, kernel_spectrum
 from sepconvert.factorize.structures import BY_NAME, FORMS
 from sepconvert.measure.latency import Speedup
 from sepconvert.measure.verification import compare_with, reference
@@ -284,7 +284,7 @@ def _spectrum(plan: LayerPlan, site: ConvSite, mode: str) -> Spectrum | None:
     if scheme is None:
         schemes = (DEPTHWISE_POINTWISE, POINTWISE_DEPTHWISE) if mode == "approx" else tuple(BY_NAME)
         scheme = next((name for name in schemes if BY_NAME[name].applies(site.conv.spec)), None)
-    return None if scheme is None else spectrum(site.conv.spec, site.conv.weight, scheme, plan.rank)
+    return None if scheme is None else kernel_spectrum(site.conv.spec, site.conv.weight, scheme, plan.rank)
 
 
 def _document(

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from sepconvert.base.determinism import reproducible
 from sepconvert.base.errors import SepconvertError, first_line, shortened
 from sepconvert.base.progress import Progress, silent
-from sepconvert.factorize.exact.factors import split
+from sepconvert.factorize.exact.factors import factor_specs
 from sepconvert.files.onnx.export import save_archive, save_onnx
 from sepconvert.measure.profiling import as_inputs
 from sepconvert.network.copies import checked, private_copy
@@ -119,7 +119,7 @@ def _planned_replacement(layer: LayerPlan, site: ConvSite) -> Replacement:
     """Return factors of the planned shapes, to be filled with the plan's weights."""
     assert layer.scheme is not None  # noqa: S101  (`read_plan` checked it)
     assert layer.rank is not None  # noqa: S101  (likewise)
-    specs = split(site.dense.spec, layer.scheme, layer.rank, layer.border)
+    specs = factor_specs(site.dense.spec, layer.scheme, layer.rank, layer.border)
     empty = tuple(site.dense.weight.new_zeros(spec.weight_shape) for spec in specs)
     bias = site.dense.weight.new_zeros(site.dense.spec.out_channels) if layer.bias else None
     return Replacement(layer.scheme, layer.rank, layer.border, empty, bias)

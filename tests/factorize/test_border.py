@@ -3,7 +3,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import geometries, numbered, run, spec_of
+from strategies import geometries, run, spec_of
 from torch.nn import functional as F
 
 from sepconvert.factorize.border import Border, zero_border
@@ -55,7 +55,6 @@ def test_allowance_is_what_each_channel_may_lose_in_all():
         assert zero_border(weight, torch.tensor(allowance)) == Border(top, bottom, 1, 1)
 
 
-@numbered(150)
 @given(geometries(), st.data())
 def test_the_trimmed_geometry_computes_the_same(geometry, data):
     kh, kw = geometry.kernel_size

@@ -2,7 +2,7 @@ import warnings
 
 import torch
 from hypothesis import given
-from strategies import geometries, numbered, run, spec_of
+from strategies import geometries, run, spec_of
 
 from sepconvert.factorize.geometry import ConvSpec, chain_macs, chain_params
 
@@ -11,7 +11,6 @@ with warnings.catch_warnings():
     from fvcore.nn.jit_handles import conv_flop_count
 
 
-@numbered(200)
 @given(geometries())
 def test_sizes_and_costs_are_those_of_torch_and_fvcore(geometry):
     conv = geometry.conv()

@@ -9,7 +9,6 @@ from strategies import (
     distinct_schemes,
     factor_shapes,
     geometries,
-    numbered,
     spec_of,
     unfolded,
 )
@@ -33,7 +32,6 @@ def test_the_table_is_complete():
     assert tuple(BY_NAME) == SCHEMES
 
 
-@numbered(200)
 @given(geometries(), st.booleans())
 def test_a_structure_applies_unless_another_is_the_same(geometry, depthwise):
     conv = geometry.conv()
@@ -41,7 +39,6 @@ def test_a_structure_applies_unless_another_is_the_same(geometry, depthwise):
     assert applying == [scheme for scheme in SCHEMES if scheme in distinct_schemes(geometry.axes)]
 
 
-@numbered(200)
 @given(structured())
 def test_unfolding_is_the_one_of_the_mathematics_and_is_invertible(case):
     geometry, structure = case
@@ -58,7 +55,6 @@ def test_unfolding_is_the_one_of_the_mathematics_and_is_invertible(case):
     assert torch.equal(structure.fold(spec, matrices), weight)
 
 
-@numbered(300)
 @given(structured())
 def test_every_kernel_has_the_form_at_full_rank(case):
     """M = K: the identity that everything rests on."""
@@ -74,7 +70,6 @@ def test_every_kernel_has_the_form_at_full_rank(case):
     assert [tuple(first.shape), tuple(second.shape)] == [factor.weight_shape for factor in specs]
 
 
-@numbered(400)
 @given(structured(), st.integers(1, 5))
 def test_two_convolutions_of_the_split_geometry_are_the_composed_one(case, rank):
     """Any two factors, in torch's own convolutions: composing and splitting tell the same story."""

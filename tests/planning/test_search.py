@@ -14,7 +14,7 @@ from sepconvert.base.errors import DemandNotMetError, SepconvertError
 from sepconvert.base.options import Budget
 from sepconvert.base.progress import silent
 from sepconvert.calibration.heldout import Divergence
-from sepconvert.factorize.approximate.problem import approximate
+from sepconvert.factorize.approximate.problem import Problem
 from sepconvert.factorize.approximate.weighted import Moments
 from sepconvert.factorize.geometry import ConvSpec
 from sepconvert.measure.latency import Speedup
@@ -27,7 +27,7 @@ from sepconvert.planning.survey import LayerSurvey, Offer
 SPEC = ConvSpec(4, 4, (3, 3))
 WEIGHT = torch.randn(SPEC.weight_shape, generator=torch.Generator().manual_seed(0))
 FITS = [
-    approximate(SPEC, WEIGHT, Moments.of_weights(SPEC, WEIGHT), "depthwise-pointwise", rank)
+    Problem(SPEC, WEIGHT, Moments.of_weights(SPEC, WEIGHT)).fit("depthwise-pointwise", rank)
     for rank in range(1, 5)
 ]
 REST = 100  # MACs outside of the layers

@@ -1,4 +1,8 @@
-"""Fit of a layer in any structure, in the metric of its data."""
+"""The fit of a layer in any structure, in the metric of its data.
+
+The notation and the objective are those of `weighted`; a solver for each structure is in `depthwise` and
+`pairs`.
+"""
 
 import functools
 import math
@@ -17,8 +21,8 @@ from sepconvert.factorize.approximate.weighted import (
     Moments,
     Solution,
     WeightedProblem,
-    importance_half,
-    kernel_by_group,
+    flatten_by_group,
+    importance_factor,
 )
 from sepconvert.factorize.geometry import ConvSpec
 from sepconvert.factorize.structures import FORMS, Nested, Structure
@@ -28,29 +32,29 @@ _SWEEPS = 60
 
 @dataclass(frozen=True)
 class Approximation:
-    """Factors of a kernel, and how near they come."""
+    """Factors of a kernel in one form, and how near to the layer they come. Tensors are float64."""
 
     scheme: str
     rank: int
-    weights: tuple[Tensor, ...]  # float64, as the structure's table has them
-    kernel: Tensor  # O × C × kh × kw, float64: what the factors amount to
-    bias_shift: Tensor  # O: what the bias must be raised by
-    basis: Tensor  # orthonormal rows, from which the fit can be taken up again
+    weights: tuple[Tensor, ...]  # kernels of the convolutions, first to last
+    kernel: Tensor  # g·O × C × kh × kw, composed of the factors
+    bias_shift: Tensor  # g·O, to be added to the layer's bias
+    basis: Tensor  # orthonormal rows, from which the fit can be resumed
     weight_error: float  # ‖W − Ŵ‖ / ‖W‖
     output_error: float  # √(E‖y − ŷ‖² / E‖y − E y‖²)
-    weighted_error: float | None  # E tr(G (y − ŷ)(y − ŷ)ᵀ), where G is known
+    weighted_error: float | None  # E (y − ŷ)ᵀ G (y − ŷ); None without G
     objective: tuple[float, ...]  # after each sweep, as a share of E‖Lᵀ(y − E y)‖²
 
 
 @dataclass(frozen=True)
 class Problem:
-    """One layer, to be fitted in several forms.
+    """A layer that is to be fitted in several forms.
 
     Args:
         spec: geometry of the dense layer.
-        weight: O × C/g × kh × kw.
+        weight: its kernel, g·O × C × kh × kw.
         moments: of the layer's data.
-        importance: G of the outputs, g × O/g × O/g, positive semidefinite; None where all matter alike.
+        importance: G of the outputs, g × O × O, positive semidefinite; None if all matter alike.
     """
 
     spec: ConvSpec
@@ -61,32 +65,32 @@ class Problem:
     def fit(
         self, scheme: str, rank: int, sweeps: int = _SWEEPS, basis: Tensor | None = None
     ) -> Approximation:
-        """Factors of `rank` by alternating least squares; no sweep raises the objective.
+        """Fit factors of one form by alternating least squares, in which no sweep raises the objective.
 
-        Fewer sweeps are made where a layer is so wide that they would take minutes.
+        A wide layer, whose sweeps would take minutes, gets fewer of them.
 
         Args:
-            scheme: name of a structure that applies to the layer.
+            scheme: name of a form that applies to the layer.
             rank: from 1 to `full_rank`, at which every kernel has the form.
-            sweeps: at most so many.
-            basis: that of an earlier fit in the same form to start from.
+            sweeps: at most this many.
+            basis: that of an earlier fit in the same form and rank, to resume it.
         """
         spec, moments = self.spec, self.moments
         form = FORMS[scheme]
-        # Which factors are given anew for each output cannot take up a mixture of outputs.
+        # Factors of their own for each output cannot represent a mixture of outputs, as Lᵀ W is one.
         separate = isinstance(form, Structure) and "o" in form.axes[0]
         problem = self._separate if separate else self._mixed
         solve = _SOLVERS.get(scheme, fit_pair)
         if self.is_closed(scheme):
             basis, sweeps = None, 1
-        if basis is not None:  # it may have been kept in single precision
+        if basis is not None:  # may have been stored in single precision
             basis = torch.linalg.qr(basis.double().mT).Q.mT
-        weights, filtered, basis, objective = solve(problem, scheme, rank, sweeps, basis)
+        weights, product, basis, objective = solve(problem, scheme, rank, sweeps, basis)
         *others, last = weights
-        last = problem.unweighted(last.reshape(*problem.half.shape[:2], -1)).reshape(last.shape)
+        last = problem.unweighted(last.reshape(*problem.importance_factor.shape[:2], -1)).reshape(last.shape)
         kernel = form.compose(spec, *others, last)
-        difference = kernel_by_group(spec, self.weight.double() - kernel)
-        filtered = problem.spread * problem.unweighted(problem.filtered - filtered)
+        difference = flatten_by_group(spec, self.weight.double() - kernel)
+        product = problem.spread * problem.unweighted(problem.product - product)
         norm = float(self.weight.double().square().sum()) or 1.0
         return Approximation(
             scheme=scheme,
@@ -96,17 +100,17 @@ class Problem:
             bias_shift=moments.missed + (difference @ moments.mean[..., None]).flatten(),
             basis=basis,
             weight_error=float(difference.square().sum() / norm) ** 0.5,
-            output_error=math.sqrt(moments.error(difference, filtered) / (moments.power or 1.0)),
+            output_error=math.sqrt(moments.error(difference, product) / (moments.power or 1.0)),
             weighted_error=None
             if self.importance is None
-            else moments.error(difference, filtered, self.importance),
+            else moments.error(difference, product, self.importance),
             objective=tuple(value * problem.scale / (problem.power or 1.0) for value in objective),
         )
 
     def is_closed(self, scheme: str) -> bool:
-        """Whether one sweep gives the best there is: reduced-rank regression, of pairs that end pointwise.
+        """Return whether the optimum is known in closed form, so that one sweep reaches it.
 
-        (See `_reduced` for the source.)
+        It is for pairs whose second convolution is pointwise, by reduced-rank regression (Izenman, 1975).
         """
         form = FORMS[scheme]
         if isinstance(form, Nested) or form.parallel or "o" in form.axes[0]:
@@ -115,51 +119,54 @@ class Problem:
         return "c" not in form.axes[2] and all(taps.get(axis, 1) == 1 for axis in form.axes[2])
 
     @functools.cached_property
-    def _mixed(self) -> "WeightedProblem":
-        return self._weighted(importance_half(self.spec, self.importance))
+    def _mixed(self) -> WeightedProblem:
+        """The weighted problem with outputs mixed by Lᵀ."""
+        return self._weighted(importance_factor(self.spec, self.importance))
 
     @functools.cached_property
-    def _separate(self) -> "WeightedProblem":
-        half = importance_half(self.spec, self.importance)
-        return self._weighted(half.square().sum(-1).sqrt().diag_embed())
+    def _separate(self) -> WeightedProblem:
+        """The weighted problem in which the diagonal of LLᵀ alone weights the outputs."""
+        factor = importance_factor(self.spec, self.importance)
+        return self._weighted(factor.square().sum(-1).sqrt().diag_embed())
 
-    def _weighted(self, half: Tensor) -> "WeightedProblem":
+    def _weighted(self, factor: Tensor) -> WeightedProblem:
+        """Return the problem with outputs weighted by Lᵀ; `factor` is L, g × O × O."""
         spec, moments = self.spec, self.moments
         scale = float(moments.covariance.diagonal(dim1=-2, dim2=-1).mean())
         spread, cross = scale, moments.cross
         metric = torch.eye(moments.covariance.shape[-1], dtype=torch.float64)
         if scale <= torch.finfo(torch.float32).eps ** 2 * float(moments.mean.square().mean()):
-            # Images that are all alike vary by rounding alone, of which there is nothing to learn.
+            # Identical images vary by rounding alone, which is not to be fitted.
             scale, spread, cross = 1.0, 0.0, torch.zeros_like(cross)
             metric = metric.repeat(spec.groups, 1, 1)
         else:
             metric = moments.covariance / scale + RIDGE * metric
-        dense = half.mT @ kernel_by_group(spec, self.weight.double())
-        importance = half @ half.mT
+        dense = factor.mT @ flatten_by_group(spec, self.weight.double())
+        importance = factor @ factor.mT
         return WeightedProblem(
             spec=spec,
-            half=half,
+            importance_factor=factor,
             scale=scale,
             spread=spread,
             power=float((importance * moments.output_covariance).sum()),
             dense=dense.view(spec.groups, *dense.shape[1:2], spec.weight_shape[1], -1),
             metric=metric,
-            cross=half.mT @ cross / scale,
+            cross=factor.mT @ cross / scale,
             constant=float((importance * moments.missed_covariance).sum()) / scale,
         )
 
 
-def approximate(
-    spec: ConvSpec, weight: Tensor, moments: Moments, scheme: str, rank: int, sweeps: int = _SWEEPS
-) -> Approximation:
-    """Fit a layer in one form; see `Problem`."""
-    return Problem(spec, weight, moments).fit(scheme, rank, sweeps)
-
-
 def nearest(spec: ConvSpec, weight: Tensor, scheme: str, rank: int) -> Tensor:
-    """A kernel of a form near to another in its weights, by truncated SVD (Eckart and Young); float64.
+    """Return a kernel that has a form and is near to another in its weights, by truncated SVD; float64.
 
-    That of a nested form is truncated twice, outside first.
+    It is the nearest one if the form is a structure (Eckart and Young). For a nested form the SVD of the
+    outer structure is truncated first, then that of the inner one.
+
+    Args:
+        spec: geometry of the layer.
+        weight: its kernel, g·O × C × kh × kw.
+        scheme: name of a form that applies to the layer.
+        rank: from 1 to `full_rank`.
     """
     form = FORMS[scheme]
     structure = form.outer if isinstance(form, Nested) else form
@@ -173,8 +180,15 @@ def nearest(spec: ConvSpec, weight: Tensor, scheme: str, rank: int) -> Tensor:
 
 
 def output_error(spec: ConvSpec, weight: Tensor, kernel: Tensor, moments: Moments) -> float:
-    """√(E‖y − ŷ‖² / E‖y − E y‖²) of another kernel in the place of `weight`, the bias being refitted."""
-    difference = kernel_by_group(spec, weight.double() - kernel.double())
+    """Return √(E‖y − ŷ‖² / E‖y − E y‖²) for another kernel in the place of `weight`, the bias being refitted.
+
+    Args:
+        spec: geometry of the layer.
+        weight: its kernel, g·O × C × kh × kw.
+        kernel: the other kernel, of the same shape.
+        moments: of the layer's data.
+    """
+    difference = flatten_by_group(spec, weight.double() - kernel.double())
     return math.sqrt(moments.error(difference, difference @ moments.covariance) / (moments.power or 1.0))
 
 

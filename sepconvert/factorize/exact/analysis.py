@@ -1,4 +1,7 @@
-"""Which exact structures a kernel has, decided by the singular values of its unfoldings."""
+"""The analysis of a kernel: which exact structures it has, by the singular values of its unfoldings.
+
+`sepconvert.factorize.rounding` defines the tolerance of "exact".
+"""
 
 import math
 from collections.abc import Sequence
@@ -9,7 +12,7 @@ from torch import Tensor
 
 from sepconvert.factorize.border import Border, zero_border
 from sepconvert.factorize.geometry import ConvSpec, Pair, chain_macs, chain_params
-from sepconvert.factorize.rounding import channel_norms, channel_scale, kernel_noise, unit_roundoff
+from sepconvert.factorize.rounding import channel_norms, channel_scale, tolerated_error, unit_roundoff
 from sepconvert.factorize.structures import FORMS, STRUCTURES, Structure
 
 ZERO_BORDER = "zero-border"
@@ -17,35 +20,43 @@ ZERO_BORDER = "zero-border"
 
 @dataclass(frozen=True)
 class Finding:
-    """What one structure has to say about one kernel.
+    """The result of comparing one kernel with one structure.
 
     Rank, tolerance and singular values are those of the kernel with every output channel scaled to
     unit norm: rank does not depend on that scale, but a threshold does, and the layers that follow
     (BatchNorm above all) undo it. `best_error` is that of the kernel itself.
+
+    A zero border has no inner dimension. Its "ranks" are numbers of taps: `rank` those inside the border,
+    `full_rank` all of the kernel, `paying_rank` those without one row or column. Plans and reports record
+    them under the same names.
     """
 
     scheme: str
-    rank: int  # smallest inner dimension that reproduces the kernel; for a zero border, taps kept
-    full_rank: int
-    holds: bool  # rank is so low that the factors have fewer weights than the kernel
-    macs: int  # of the factors at this rank, over all calls of one forward pass
-    paying_rank: int  # largest inner dimension with fewer MACs than the dense layer
+    rank: int  # smallest inner dimension that reproduces the kernel (taps for a zero border)
+    full_rank: int  # inner dimension that reproduces every kernel (taps for a zero border)
+    holds: bool  # whether the rank is so low that the factors have fewer weights than the kernel
+    macs: int  # of the factors at this rank, over all calls in one forward pass
+    paying_rank: int  # largest inner dimension with fewer MACs than the dense layer (taps for a zero border)
     best_error: float  # smallest ‖ΔW‖_F / ‖W‖_F at inner dimension max(paying_rank, 1)
     tolerance: float  # relative Frobenius error that still counts as exact
-    spectrum: tuple[float, ...]  # root sum of squares over the matrices, the whole having norm 1
+    # Singular values, root sum of squares over the matrices, of norm 1 together; empty for a zero border.
+    spectrum: tuple[float, ...]
 
 
 @dataclass(frozen=True)
 class Analysis:
-    """All findings for one kernel, in the order of the table, the zero border first if there is one."""
+    """The findings for one kernel: the zero border, unless it has one tap, then structures in table order.
+
+    The structures are those of the kernel inside its border.
+    """
 
     spec: ConvSpec
-    border: Border
-    dense_macs: int
+    border: Border  # the widest that counts as zero
+    dense_macs: int  # over all calls in one forward pass
     findings: tuple[Finding, ...]
 
     def holding(self) -> list[Finding]:
-        """The structures that the kernel has, cheapest first."""
+        """Return the findings of the structures that the kernel has, in ascending order of MACs."""
         return sorted(
             (finding for finding in self.findings if finding.holds), key=lambda finding: finding.macs
         )
@@ -53,14 +64,11 @@ class Analysis:
 
 @dataclass(frozen=True)
 class Spectrum:
-    """Singular values of a kernel in one structure, as in `Finding`, and how many of them are kept.
-
-    Of a layer that is not replaced, `cut` is how many could be kept for less work, if that is known.
-    """
+    """Singular values of a kernel in one structure, as in `Finding`, and how many of them are kept."""
 
     scheme: str
     values: tuple[float, ...]
-    cut: int | None
+    cut: int | None  # for a layer that is not replaced, how many would still cost less work, if known
 
 
 def analyse(spec: ConvSpec, weight: Tensor, sizes: Sequence[Pair], tol: float | None = None) -> Analysis:
@@ -68,11 +76,11 @@ def analyse(spec: ConvSpec, weight: Tensor, sizes: Sequence[Pair], tol: float | 
 
     Args:
         spec: geometry of the dense layer.
-        weight: O × C/g × kh × kw, finite, in its stored dtype.
+        weight: kernel O × C/g × kh × kw, finite, in its stored dtype.
         sizes: height and width of the input at each call of the layer in one forward pass.
         tol: relative error that counts as exact, instead of the rounding of the stored dtype.
     """
-    noise = kernel_noise(weight, 1, tol)
+    noise = tolerated_error(weight, 1, tol)
     scale = channel_scale(weight)
     scaled = weight.double() / scale
     border = zero_border(scaled, channel_norms(noise) / scale)
@@ -87,15 +95,22 @@ def analyse(spec: ConvSpec, weight: Tensor, sizes: Sequence[Pair], tol: float | 
     for structure in STRUCTURES:
         if structure.applies(trimmed_spec):
             terms = structure.full_rank(trimmed_spec)
-            trimmed_noise = border.trim(kernel_noise(weight, terms, tol) / scale)
+            trimmed_noise = border.trim(tolerated_error(weight, terms, tol) / scale)
             findings.append(
                 _finding(structure, trimmed_spec, dense, scaled, trimmed_noise, sizes, dense_macs)
             )
     return Analysis(spec, border, dense_macs, tuple(findings))
 
 
-def spectrum(spec: ConvSpec, weight: Tensor, scheme: str, cut: int | None) -> Spectrum:
-    """Of a kernel O × C/g × kh × kw in a structure that applies to it; of a nested one, in the outer."""
+def kernel_spectrum(spec: ConvSpec, weight: Tensor, scheme: str, cut: int | None) -> Spectrum:
+    """Return the singular values of a kernel in one form.
+
+    Args:
+        spec: geometry of the layer.
+        weight: its kernel O × C/g × kh × kw.
+        scheme: name of a form that applies to it; a nested form has the spectrum of its outer structure.
+        cut: how many singular values are kept, if known.
+    """
     form = FORMS[scheme]
     structure = form if isinstance(form, Structure) else form.outer
     values = _singular_values(structure.unfold(spec, weight.double() / channel_scale(weight)))
@@ -104,27 +119,30 @@ def spectrum(spec: ConvSpec, weight: Tensor, scheme: str, cut: int | None) -> Sp
 
 
 def may_separate(spec: ConvSpec, weight: Tensor) -> bool:
-    """Whether any unfolding has so many singular values that nearly vanish as those that `analyse` finds.
+    """Return whether `analyse` could find a structure of a kernel O × C/g × kh × kw that has no zero border.
 
-    By Gram matrices, which is many times faster, and loses half of the digits.
+    It is a quick filter, generous enough not to miss a structure that is exact up to rounding: it computes
+    singular values by Gram matrices, which is many times faster but loses half of the digits.
     """
-    nothing = max(1e-3, 8 * unit_roundoff(weight.dtype))
+    negligible = max(1e-3, 8 * unit_roundoff(weight.dtype))
     for structure in STRUCTURES:
         if structure.applies(spec):
             matrices = structure.unfold(spec, weight.double())
             short = matrices if matrices.shape[-2] <= matrices.shape[-1] else matrices.mT
             values = torch.linalg.eigvalsh(short @ short.mT).flip(-1)
             most = (math.prod(spec.weight_shape) - 1) // _unit_params(structure, spec)
-            if most >= values.shape[-1] or (values[..., most] <= nothing**2 * values[..., 0]).all():
+            if most >= values.shape[-1] or (values[..., most] <= negligible**2 * values[..., 0]).all():
                 return True
     return False
 
 
 def _macs(chain: tuple[ConvSpec, ...], sizes: Sequence[Pair]) -> int:
+    """Return the MACs of a chain over inputs of all sizes."""
     return sum(chain_macs(chain, size) for size in sizes)
 
 
 def _singular_values(matrices: Tensor) -> Tensor:
+    """Return the singular values B × min(m, n) of matrices B × m × n, in descending order."""
     # LAPACK is several times faster on tall matrices than on wide ones.
     tall = matrices if matrices.shape[-2] >= matrices.shape[-1] else matrices.mT
     values: Tensor = torch.linalg.svdvals(tall)
@@ -140,6 +158,17 @@ def _finding(
     sizes: Sequence[Pair],
     dense_macs: int,
 ) -> Finding:
+    """Return what the singular values say of a kernel in one structure.
+
+    Args:
+        structure: one that applies to the layer.
+        spec: geometry of the layer inside its border.
+        dense: kernel inside its border, O × C/g × kh × kw, on the scale at which `best_error` is measured.
+        scaled: the same with every output channel scaled to unit norm.
+        noise: elementwise tolerated error of `scaled`.
+        sizes: height and width of the input at each call.
+        dense_macs: MACs of the dense layer over all calls.
+    """
     matrices = structure.unfold(spec, scaled)
     values = _singular_values(matrices)
     full_rank, tails = values.shape[-1], _tails(values)
@@ -150,7 +179,7 @@ def _finding(
     unit = structure.split(spec, 1)
     unit_macs = _macs(unit, sizes)
     paying_rank = min(full_rank, (dense_macs - 1) // unit_macs)
-    # Where the structure is exact at this rank, what is left is rounding on either scale.
+    # If the structure is exact at this rank, the rest is rounding on either scale.
     reached = max(paying_rank, 1) >= rank
     errors = tails if reached else _tails(_singular_values(structure.unfold(spec, dense)))
     best = torch.linalg.vector_norm(errors[:, max(paying_rank, 1)]) / (
@@ -170,14 +199,18 @@ def _finding(
 
 
 def _unit_params(structure: Structure, spec: ConvSpec) -> int:
-    """Weights of the factors for each unit of rank."""
+    """Return the number of weights of the factors for each unit of rank."""
     return chain_params(structure.split(spec, 1)) - spec.bias * spec.out_channels
 
 
 def _tails(values: Tensor) -> Tensor:
-    """B × k singular values → B × (k+1): Frobenius distance to the nearest matrix of rank 0, 1, … k.
+    """Return the Frobenius distances to the nearest matrices of rank 0, 1, … k (Eckart, Young and Mirsky).
 
-    (Eckart–Young–Mirsky.)
+    Args:
+        values: singular values, B × k.
+
+    Returns:
+        B × (k + 1).
     """
     squares = values.square().flip(-1).cumsum(-1).flip(-1)
     return torch.cat([squares.sqrt(), squares.new_zeros(len(values), 1)], dim=1)
@@ -186,6 +219,16 @@ def _tails(values: Tensor) -> Tensor:
 def _border_finding(
     spec: ConvSpec, weight: Tensor, border: Border, sizes: Sequence[Pair], dense_macs: int, noise: Tensor
 ) -> Finding:
+    """Return the finding for a zero border, its ranks being numbers of taps; `best_error` cuts one line.
+
+    Args:
+        spec: geometry of the dense layer.
+        weight: kernel O × C/g × kh × kw in its stored dtype.
+        border: the widest that counts as zero.
+        sizes: height and width of the input at each call.
+        dense_macs: MACs of the dense layer over all calls.
+        noise: elementwise tolerated error of `weight`.
+    """
     kept = border.trim_spec(spec)
     taps, all_taps = math.prod(kept.kernel_size), math.prod(spec.kernel_size)
     scale = channel_scale(weight)

@@ -1,4 +1,4 @@
-"""Factors of a kernel that has an exact structure."""
+"""The factors of a kernel that has an exact structure."""
 
 import math
 from collections.abc import Sequence
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from sepconvert.factorize.border import Border
 from sepconvert.factorize.exact.analysis import ZERO_BORDER, Analysis, Finding
-from sepconvert.factorize.exact.certificate import OVERSAMPLING, Certificate, certify
+from sepconvert.factorize.exact.certificate import Certificate, certify
 from sepconvert.factorize.geometry import ConvSpec
 from sepconvert.factorize.rounding import channel_norms, channel_scale, unit_roundoff
 from sepconvert.factorize.structures import BY_NAME, FORMS, Structure
@@ -18,30 +18,40 @@ from sepconvert.factorize.structures import BY_NAME, FORMS, Structure
 # small integers of fixed filters.
 _SKELETON_RANK = 16
 
-
-# A filter's integers are looked for up to what bfloat16 holds, the smallest of them up to this.
+# Integers of a filter are sought up to the largest that bfloat16 holds, the smallest of them up to this.
 _LARGEST_INTEGER = 256
-
-
 _SMALLEST_INTEGER = 16
+
+# Columns beyond the rank in a randomised SVD.
+_OVERSAMPLING = 8
 
 
 @dataclass(frozen=True)
 class Factorization:
-    """Convolutions that, applied one after another, replace a dense one."""
+    """Convolutions in a row that replace a dense one."""
 
     scheme: str
-    rank: int
-    border: Border
-    specs: tuple[ConvSpec, ...]
-    weights: tuple[Tensor, ...]  # in the dtype of the dense kernel
+    rank: int  # at least 1; the taps kept if the scheme is a zero border
+    border: Border  # cut from the kernel before it was split
+    specs: tuple[ConvSpec, ...]  # geometries of the convolutions
+    weights: tuple[Tensor, ...]  # their kernels, in the dtype of the dense one
     certificate: Certificate
 
 
 def factorize(
     analysis: Analysis, finding: Finding, weight: Tensor, tol: float | None = None
 ) -> Factorization:
-    """The factors of `weight` in the structure and at the rank of `finding`, with their certificate."""
+    """Return the factors of a kernel in the structure and at the rank of a finding, with their certificate.
+
+    Factors made of rows and columns of the kernel compete with those of the SVD; the smaller worst error of a
+    channel wins.
+
+    Args:
+        analysis: of the kernel.
+        finding: the structure, and the rank, which need not be that of the analysis.
+        weight: kernel O × C/g × kh × kw in its stored dtype.
+        tol: the tolerance that the analysis had.
+    """
     border = analysis.border
     spec = border.trim_spec(analysis.spec)
     if finding.scheme == ZERO_BORDER:
@@ -61,7 +71,7 @@ def factorize(
     errors = [(channel_norms(kernel - dense) / scale).nan_to_num(math.inf).max() for kernel in composed]
     best = min(range(len(stored)), key=lambda index: float(errors[index]))
     first, second = stored[best]
-    # Casting moves each weight by u relative, each product of two by 2u.
+    # Casting changes each weight by a relative error of u, and each product of two by 2u.
     casting = (
         2 * unit_roundoff(weight.dtype) * structure.compose(spec, first.double().abs(), second.double().abs())
     )
@@ -71,44 +81,64 @@ def factorize(
     )
 
 
-def compose(spec: ConvSpec, scheme: str, border: Border, weights: Sequence[Tensor]) -> Tensor:
-    """The dense kernel O × C/g × kh × kw that the factors of a layer of geometry `spec` amount to."""
+def compose_factors(spec: ConvSpec, scheme: str, border: Border, weights: Sequence[Tensor]) -> Tensor:
+    """Return the dense kernel O × C/g × kh × kw that equals the factors of a layer.
+
+    Args:
+        spec: geometry of the dense layer.
+        scheme: a zero border, a structure or a nested form.
+        border: cut from the kernel before it was split.
+        weights: kernels of the convolutions, first to last.
+    """
     if scheme == ZERO_BORDER:
         return border.restore(weights[0])
     return border.restore(FORMS[scheme].compose(border.trim_spec(spec), *weights))
 
 
-def split(spec: ConvSpec, scheme: str, rank: int, border: Border) -> tuple[ConvSpec, ...]:
-    """Geometry of the convolutions that replace a dense one."""
+def factor_specs(spec: ConvSpec, scheme: str, rank: int, border: Border) -> tuple[ConvSpec, ...]:
+    """Return the geometries of the convolutions in a row that replace a dense one."""
     trimmed = border.trim_spec(spec)
     return (trimmed,) if scheme == ZERO_BORDER else FORMS[scheme].split(trimmed, rank)
 
 
 def branches(spec: ConvSpec, scheme: str, rank: int, border: Border) -> tuple[tuple[ConvSpec, ...], ...]:
-    """Geometry of the convolutions as they are laid out: chains, the outputs of which are summed."""
+    """Return the geometries of the convolutions as they are laid out: chains whose outputs are summed.
+
+    Parallel structures have a chain for each unit of rank, of which the last carries the bias; others have
+    one chain.
+    """
     if scheme == ZERO_BORDER or not FORMS[scheme].parallel:
-        return (split(spec, scheme, rank, border),)
-    unbiased = split(replace(spec, bias=False), scheme, 1, border)
-    return (unbiased,) * (rank - 1) + (split(spec, scheme, 1, border),)
+        return (factor_specs(spec, scheme, rank, border),)
+    unbiased = factor_specs(replace(spec, bias=False), scheme, 1, border)
+    return (unbiased,) * (rank - 1) + (factor_specs(spec, scheme, 1, border),)
 
 
 def _truncated_svd(
     structure: Structure, spec: ConvSpec, dense: Tensor, scale: Tensor, rank: int
 ) -> tuple[Tensor, Tensor]:
+    """Return the kernels of the best factors by SVD, in float64.
+
+    Args:
+        structure: one that applies to the kernel.
+        spec: geometry of the layer inside its border.
+        dense: kernel inside its border, O × C/g × kh × kw, in float64.
+        scale: divisors O × 1 × 1 × 1 that give every output channel the same weight in the fit.
+        rank: inner dimension.
+    """
     matrices = structure.unfold(spec, dense / scale)
-    if 2 * (rank + OVERSAMPLING) < min(matrices.shape[-2:]):
-        # Of a matrix known to have this rank, a random projection finds the range to rounding (Halko,
+    if 2 * (rank + _OVERSAMPLING) < min(matrices.shape[-2:]):
+        # A random projection finds the range of a matrix known to have this rank up to rounding (Halko,
         # Martinsson, Tropp, "Finding structure with randomness", SIAM Review 53 (2011), theorem 10.6).
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(0)
-            left, values, right = torch.svd_lowrank(matrices, q=rank + OVERSAMPLING, niter=2)
+            left, values, right = torch.svd_lowrank(matrices, q=rank + _OVERSAMPLING, niter=2)
     else:
         left, values, right_h = torch.linalg.svd(matrices, full_matrices=False)
         right = right_h.mT
     left, right, root = left[..., :rank], right[..., :rank], values[:, None, :rank].sqrt()
     rows, columns = left * root, right * root
-    # Refined once by least squares: the SVD's own rounding, some hundred units in the last place, is
-    # more than a float64 kernel allows.
+    # One refinement by least squares: the rounding of the SVD itself, some hundred units in the last
+    # place, is more than a float64 kernel tolerates.
     inverse = torch.where(root > 0, 1 / root, torch.zeros_like(root))
     columns = columns + (matrices - rows @ columns.mT).mT @ left * inverse
     first, second = structure.kernels(spec, rows, columns.mT)
@@ -117,10 +147,16 @@ def _truncated_svd(
 
 
 def _skeleton(structure: Structure, spec: ConvSpec, dense: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """Cross approximation with complete pivoting: columns of the kernel, and rows divided by the pivot.
+    """Return factors by cross approximation with complete pivoting, in float64.
 
-    Unlike singular vectors these keep small integers, so that a Sobel or a binomial filter is
-    reproduced to the last bit.
+    They are columns of the unfolded kernel, and its rows divided by the pivot. Unlike singular vectors they
+    keep small integers, so that a Sobel or a binomial filter is reproduced to the last bit.
+
+    Args:
+        structure: one that applies to the kernel.
+        spec: geometry of the layer inside its border.
+        dense: kernel inside its border, O × C/g × kh × kw, in float64.
+        rank: inner dimension.
     """
     residual = structure.unfold(spec, dense).clone()
     batch, rows, columns = residual.shape
@@ -139,9 +175,9 @@ def _skeleton(structure: Structure, spec: ConvSpec, dense: Tensor, rank: int) ->
 
 
 def _small_integers(columns: Tensor) -> Tensor:
-    """Rows of B × m divided each by a number that leaves small integers, where there is one.
+    """Return the rows of B × m, each divided by a number that makes small integers of it, if there is one.
 
-    Dividing by the pivot would not do: a binomial filter, n/256, is no multiple of its largest element.
+    The pivot is not that number: a binomial filter, n/256, is no multiple of its largest element.
     """
     magnitudes = columns.abs()
     smallest = magnitudes.where(magnitudes > 0, math.inf).amin(1, keepdim=True)
@@ -154,7 +190,7 @@ def _small_integers(columns: Tensor) -> Tensor:
 
 
 def _stored(first: Tensor, second: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Kernels in `dtype`; if one would overflow, a power of two goes over to the other."""
+    """Return both kernels in `dtype`, moving a power of two to the other if one would overflow."""
     peaks = float(first.abs().max()), float(second.abs().max())
     if torch.finfo(dtype).max / 2 < max(peaks) < math.inf:
         shift = 2.0 ** round(math.log2(peaks[1] / peaks[0]) / 2)
