@@ -4,7 +4,7 @@
     peers.py time FOLDER …            all models of each folder, interleaved in one run
     peers.py report OUT FOLDER …      tables and a plot of them
 
-README.md beside this file explains what is compared and how.
+README.md explains what is compared and how.
 """
 
 import json
@@ -76,7 +76,7 @@ class Converted:
 
 @dataclass(frozen=True)
 class Tool:
-    """A tool with its settings; `convert` is called once for each, and makes one point of the tool's curve."""
+    """A tool with its settings; `convert` is called once for each and makes one point of its curve."""
 
     name: str
     settings: tuple[Mapping[str, Any], ...]
@@ -192,7 +192,7 @@ def convert(net: Net, **keywords: Any) -> Converted:
 
 HEADING = """# Peers: every point
 
-Written by `python benchmarks/peers.py report`; README.md beside this file explains what is compared and how."""
+Written by `python benchmarks/peers.py report`; README.md explains what is compared and how."""
 SPEEDUPS = (1.2, 1.5, 1.8, 2.2, 2.7, 3.4)
 SHARES = ({"rank": 0.6}, {"rank": 0.4}, {"rank": 0.25}, {"rank": 0.12})  # of the weights
 REMOVED = ({"percent_removed": 0.3}, {"percent_removed": 0.5}, {"percent_removed": 0.7})
