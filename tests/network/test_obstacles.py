@@ -42,7 +42,6 @@ class Fixed(nn.Module):
         self.register_buffer("bank", torch.stack([separable(seed) for seed in range(3)]))
         self.register_buffer("mean", torch.ones(4))
         self.conv, self.identity = conv(seed=2), nn.Identity()
-        self.kept, self.cache = [], {}
         self.list = [self.conv]
         self.conv.gain = 2.0
         self.embedding = nn.Embedding(3, 4)
