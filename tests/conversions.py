@@ -6,17 +6,20 @@ from torch import nn
 from torch.nn import functional as F
 
 import sepconvert
+from sepconvert import Calibration, Timing
 from sepconvert.measure.cost import FlopCountAnalysis
 
+UNTIMED = Timing(runs=0, threads=1)
 
-def convert(model, *inputs, **options):
-    """Convert `model`, with `inputs` as examples, without timing anything."""
-    return sepconvert.convert(model, inputs, **{"runs": 0, "threads": 1, **options})
+
+def convert(model, *inputs, timing=UNTIMED, **options):
+    """Convert `model`, with `inputs` as examples, by default without timing anything."""
+    return sepconvert.convert(model, inputs, timing=timing, **options)
 
 
 def decided(model, example_inputs, mode="exact", **options):
     """Convert where only the decisions, the plan and the model matter: no files, no times."""
-    return sepconvert.convert(model, example_inputs, mode, runs=0, **options)
+    return sepconvert.convert(model, example_inputs, mode, check="torch", **options)
 
 
 def decisions(report):
@@ -60,7 +63,7 @@ def convert_small(small, mode="approx", **options):
     """Convert the network of the fixture `small`, fitted to 64 of its images."""
     model, loader = small
     images = torch.cat([x for x, _ in loader])
-    return decided(model, images[:2], mode, calib=loader, calib_images=64, **options)
+    return decided(model, images[:2], mode, calib=loader, calibration=Calibration(images=64), **options)
 
 
 class Net(nn.Module):

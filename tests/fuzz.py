@@ -288,7 +288,9 @@ def _read_folder(path: Path) -> None:
 def conversion() -> tempfile.TemporaryDirectory[str]:
     """Convert the model once in each process; the files are the same in all of them."""
     folder = tempfile.TemporaryDirectory()
-    sepconvert.convert(small(), IMAGE, gate="none", tol=0.9, runs=0, out=folder.name)
+    sepconvert.convert(
+        small(), IMAGE, gate="none", tol=0.9, timing=sepconvert.Timing(runs=0), out=folder.name
+    )
     return folder
 
 

@@ -50,7 +50,7 @@ def test_settings_that_torch_cannot_tell():
     program = (
         "import torch, sepconvert\n"
         "torch.backends.cudnn.conv.fp32_precision = 'ieee'\n"
-        "try: sepconvert.convert(torch.nn.Conv2d(1, 1, 3), torch.rand(1, 1, 8, 8), runs=0)\n"
+        "try: sepconvert.convert(torch.nn.Conv2d(1, 1, 3), torch.rand(1, 1, 8, 8), check='torch')\n"
         "except sepconvert.SepconvertError as error: print(error)\n"
     )
     done = subprocess.run(  # noqa: S603

@@ -14,10 +14,11 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrizations, prune
 from torch.utils.data import DataLoader, TensorDataset
 
-from sepconvert import Timing, convert
+from sepconvert import convert
 from sepconvert.base.environment import Runtime
 from sepconvert.base.errors import SepconvertError
 from sepconvert.base.notes import ReasonCode
+from sepconvert.base.options import Timing
 from sepconvert.measure.latency import Speedup
 from sepconvert.measure.statistics import Interval
 from sepconvert.measure.verification import dense_convolution
@@ -568,9 +569,9 @@ def test_pairs_of_one_shape_are_timed_once(timed_as):
 def test_times_are_remembered(timed_as, tmp_path):
     timed_as(SLOWER)
     model, x = Net(), image(4)
-    first = decided(model, x, gate="latency", cache=tmp_path)
+    first = decided(model, x, gate="latency", timing=Timing(cache=tmp_path))
     calls = timed_as(FASTER)
-    assert decided(model, x, gate="latency", cache=tmp_path)[1] == first[1]
+    assert decided(model, x, gate="latency", timing=Timing(cache=tmp_path))[1] == first[1]
     assert calls == []
 
 

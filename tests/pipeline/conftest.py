@@ -4,6 +4,8 @@ from conversions import Net, convert, look, snapshot
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from sepconvert.base.options import Origin, Timing
+
 
 @pytest.fixture(scope="session")
 def net(planted):
@@ -27,10 +29,9 @@ def conversion(net, x, tmp_path_factory):
     before, random_state = snapshot(net), torch.get_rng_state()
     labelled = TensorDataset(torch.randn(30, 3, 12, 12, generator=torch.Generator().manual_seed(2)),
                              torch.arange(30) % 5)  # fmt: skip
-    result = convert(
-        net, x, runs=5, out=folder, data=DataLoader(labelled, batch_size=16, generator=torch.Generator()),
-        source={"path": "net.pt", "sha256": "ab" * 32}, command="sepconvert net.pt", seed=7,
-    )  # fmt: skip
+    data = DataLoader(labelled, batch_size=16, generator=torch.Generator())
+    origin = Origin("net.pt", "ab" * 32, "sepconvert net.pt")
+    result = convert(net, x, timing=Timing(runs=5), out=folder, data=data, seed=7, origin=origin)
     return result, folder, (before, random_state, torch.get_rng_state())
 
 

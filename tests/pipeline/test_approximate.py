@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from dataclasses import replace
 from typing import Any
 
 import onnx
@@ -13,14 +14,14 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 from sepconvert import DemandNotMetError, SepconvertError, convert
+from sepconvert.base.options import Calibration, Selection, Timing
 from sepconvert.cli.demo.net import load
-from sepconvert.measure.latency import Speedup
+from sepconvert.measure.latency import PairTiming, Speedup
 from sepconvert.measure.statistics import Interval
 from sepconvert.network.layers import FactorizedConv2d
-from sepconvert.pipeline import convert as pipeline
+from sepconvert.pipeline import stages
 from sepconvert.pipeline.replay import apply_plan
 from sepconvert.planning.plan import read_plan
-from sepconvert.planning.timing import Timing
 from sepconvert.report.sentences import warnings_of
 
 
@@ -51,8 +52,8 @@ def fixed(samples, calib, data, tmp_path_factory):
         rank=2,
         calib=calib,
         data=data,
-        calib_images=200,
-        runs=0,
+        calibration=Calibration(images=200),
+        timing=Timing(runs=0),
         out=folder,
     )
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
@@ -101,9 +102,9 @@ def test_a_conversion_that_puts_accuracy_at_risk_says_so(samples, calib, fixed):
     others = DataLoader(TensorDataset(x[200:], y[200:]), batch_size=200)
     poor = {"rank": 1, "gate": "none", "calib": calib}
     drop, few = warnings_of(approx(samples, **poor, data=others).report)
-    assert drop.startswith("Warning: accuracy falls by 1.")
-    assert few.startswith("Warning: accuracy is at risk: the model keeps 14,587 of 143,786 parameters")
-    assert "--finetune" in few
+    assert drop.text.startswith("accuracy falls by 1.")
+    assert few.text.startswith("accuracy is at risk: the model keeps 14,587 of 143,786 parameters")
+    assert "`finetune`" in few.text
     assert warnings_of(approx(samples, **poor).report) == [few]
     assert warnings_of(fixed[0].report) == []
 
@@ -157,18 +158,20 @@ def test_budgets(small):
     for point in found["curve"]:
         if point["accuracy_drop_pp"] and point["accuracy_drop_pp"]["value"] <= 5.0:
             assert point["macs"] >= delivered["macs"]
-    with pytest.raises(DemandNotMetError, match=r"no plan meets --target-macs 0.01") as caught:
+    with pytest.raises(DemandNotMetError, match=r"no plan meets `target_macs` 0.01") as caught:
         convert_small(small, target_macs=0.01)
     assert min(point["macs"] for point in caught.value.curve) > 0.01 * result.report["original"]["macs"]
-    with pytest.raises(DemandNotMetError, match=r"--rank 1 and --max-drop 0 .*smallest drop"):
+    with pytest.raises(DemandNotMetError, match=r"`rank` 1 and `max_drop` 0 .*smallest drop"):
         convert_small(small, rank=1, max_drop=0, data=small[1])
 
 
 @pytest.mark.slow
 def test_a_demanded_speed_is_measured(small):
     model, loader = small
-    options = {"mode": "approx", "calib": loader, "calib_images": 64, "runs": 5}
-    with pytest.raises(DemandNotMetError, match=r"--min-speedup 50 .*largest speed-up") as caught:
+    options = {
+        "mode": "approx", "calib": loader, "calibration": Calibration(images=64), "timing": Timing(runs=5),
+    }  # fmt: skip
+    with pytest.raises(DemandNotMetError, match=r"`min_speedup` 50 .*largest speed-up") as caught:
         convert(model, torch.randn(1, 3, 14, 14), min_speedup=50, **options)
     speedups = [point["latency_speedup"] for point in caught.value.curve]
     assert 0 < max(each["median"] for each in speedups if each) < 50
@@ -179,30 +182,31 @@ def test_a_demanded_speed_is_measured(small):
 @pytest.mark.slow
 def test_a_demanded_speed_holds_of_the_files_too(small, monkeypatch):
     model, loader = small
-    measured = pipeline.time_files
+    measured = stages.time_files
 
-    def slower(*arguments: Any) -> Timing:
-        before, after, _ = measured(*arguments)
-        return before, after, Speedup(0.005, Interval(0.004, 0.006), Interval(0.9, 1.1))
+    def slower(*arguments: Any) -> PairTiming:
+        speedup = Speedup(0.005, Interval(0.004, 0.006), Interval(0.9, 1.1))
+        return replace(measured(*arguments), speedup=speedup)
 
-    monkeypatch.setattr(pipeline, "time_files", slower)
-    options = {"mode": "approx", "calib": loader, "calib_images": 64, "runs": 5}
-    with pytest.raises(DemandNotMetError, match=r"--min-speedup 0.01: .*0.01× as fast \[0.00, 0.01\]"):
+    monkeypatch.setattr(stages, "time_files", slower)
+    options = {
+        "mode": "approx", "calib": loader, "calibration": Calibration(images=64), "timing": Timing(runs=5),
+    }  # fmt: skip
+    with pytest.raises(DemandNotMetError, match=r"`min_speedup` 0.01: .*0.01× as fast \[0.00, 0.01\]"):
         convert(model, torch.randn(1, 3, 14, 14), min_speedup=0.01, **options)
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"rank": 0}, "--rank 0: expected"),
-        ({"target_macs": 1.5}, "--target-macs 1.5: expected"),
-        ({"min_speedup": -1}, "--min-speedup -1: expected"),
-        ({"max_drop": float("nan")}, "--max-drop nan: expected"),
+        ({"rank": 0}, "`rank`: expected"),
+        ({"target_macs": 1.5}, "`target_macs`: expected"),
+        ({"min_speedup": -1}, "`min_speedup`: expected"),
+        ({"max_drop": float("nan")}, "`max_drop`: expected"),
         ({"rank": 1, "target_macs": 0.5}, "pass one of them"),
         ({}, "need a budget"),
-        ({"rank": 1, "finetune": 2}, "--finetune: needs images to train on"),
-        ({"max_drop": 1.0}, "--max-drop: needs labelled data"),
-        ({"rank": 1, "calib_images": 0}, "`calib_images`: expected a whole number from 1, got 0"),
+        ({"rank": 1, "finetune": 2}, "`finetune`: needs images to train on"),
+        ({"max_drop": 1.0}, "`max_drop`: needs labelled data"),
     ],
 )
 def test_bad_demands(samples, options, message):
@@ -259,8 +263,8 @@ def test_models_of_several_inputs_are_fitted_to_weights_alone(planted):
     x = torch.randn(8, 8, 10, 10)
     loader = DataLoader(TensorDataset(x, torch.full((8,), -1)))
     with pytest.raises(SepconvertError, match="the model takes 2 tensors, and can be shown one"):
-        convert(Sum(), (x[:1], x[1:2]), "approx", rank=1, calib=loader, runs=0)
-    result = convert(Sum(), (x[:1], x[1:2]), "approx", rank=1, runs=0)
+        convert(Sum(), (x[:1], x[1:2]), "approx", rank=1, calib=loader, timing=Timing(runs=0))
+    result = convert(Sum(), (x[:1], x[1:2]), "approx", rank=1, timing=Timing(runs=0))
     assert len(converted(result.report)) == 2
     assert result.report["verification"]["onnx_max_abs_diff"] is not None
 
@@ -271,14 +275,18 @@ def test_few_channels_are_kept_unless_they_are_named(calib):
     loader = DataLoader(TensorDataset(x, torch.zeros(8).long()))
     report = decided(model, x[:1], mode="approx", rank=1, calib=loader).report
     reasons = [layer["reason"] for layer in report["layers"]]
-    assert "--include 0 converts it nonetheless" in reasons[0]
+    assert "including 0 by name converts it nonetheless" in reasons[0]
     assert reasons[1:] == [
         "a 1×1 convolution is pointwise already",
         "it does not mix channels: it is depthwise already",
     ]
-    report = decided(model, x[:1], mode="approx", rank=1, calib=loader, include=["0"]).report
+    report = decided(
+        model, x[:1], mode="approx", rank=1, calib=loader, selection=Selection(include=["0"])
+    ).report
     assert [layer["name"] for layer in converted(report)] == ["0"]
-    report = decided(model, x[:1], mode="approx", rank=9, calib=loader, include=["0"]).report
+    report = decided(
+        model, x[:1], mode="approx", rank=9, calib=loader, selection=Selection(include=["0"])
+    ).report
     assert "no form passes the gate" in report["layers"][0]["reason"]
 
 
@@ -334,10 +342,17 @@ def timed(small, tmp_path_factory):
     """A function for auto mode at measured cost, which keeps the times of layers from call to call."""
     model, loader = small
     cache, images = tmp_path_factory.mktemp("cache"), torch.cat([x for x, _ in loader])
+    timing, calibration = Timing(threads=1, runs=10, cache=cache), Calibration(images=64)
     return lambda: convert(
-        model, images[:2], mode="auto", max_drop=5.0, calib=loader, calib_images=64, data=loader,
-        threads=1, runs=10, cache=cache,
-    )  # fmt: skip
+        model,
+        images[:2],
+        "auto",
+        max_drop=5.0,
+        calib=loader,
+        data=loader,
+        calibration=calibration,
+        timing=timing,
+    )
 
 
 def test_auto_mode(timed):
@@ -382,7 +397,7 @@ def test_shares_of_parameters(small):
     report = convert_small(small, mode="auto", gate="macs", target_params=0.7).report
     assert report["delta"]["params_ratio"] >= 1 / 0.7
     assert report["approximation"]["unit"] == "params"
-    with pytest.raises(DemandNotMetError, match=r"--target-params 0\.01"):
+    with pytest.raises(DemandNotMetError, match=r"`target_params` 0\.01"):
         convert_small(small, mode="auto", gate="macs", target_params=0.01)
 
 
@@ -394,7 +409,13 @@ def test_exact_forms_are_among_those_of_auto_mode(planted):
     x = torch.randn(64, 16, 10, 10)
     loader = DataLoader(TensorDataset(x, torch.zeros(64, dtype=torch.long)), batch_size=32)
     report = decided(
-        model, x[:1], mode="auto", gate="macs", target_macs=0.25, calib=loader, calib_images=64
+        model,
+        x[:1],
+        mode="auto",
+        gate="macs",
+        target_macs=0.25,
+        calib=loader,
+        calibration=Calibration(images=64),
     ).report
     (layer,) = converted(report)
     assert (layer["scheme"], layer["rank"]) == ("spatial-vh", 3)
@@ -419,7 +440,15 @@ def test_fixed_filters_take_exact_forms_in_auto_mode(binomial):
     torch.manual_seed(0)
     model, x = Blurred(binomial(8)).eval(), torch.randn(48, 8, 16, 16)
     loader = DataLoader(TensorDataset(x, torch.full((48,), -1)), batch_size=16)
-    result = decided(model, x[:1], mode="auto", gate="macs", target_macs=0.9, calib=loader, calib_images=48)
+    result = decided(
+        model,
+        x[:1],
+        mode="auto",
+        gate="macs",
+        target_macs=0.9,
+        calib=loader,
+        calibration=Calibration(images=48),
+    )
     layers = {layer["name"]: layer for layer in result.report["layers"]}
     assert layers["conv2d_0"]["scheme"].startswith("channelwise-spatial")
     assert (layers["conv2d_0"]["rank"], layers["conv2d_0"]["params"]) == (1, [0, 0])
@@ -429,7 +458,9 @@ def test_fixed_filters_take_exact_forms_in_auto_mode(binomial):
     assert sum(p.numel() for p in result.model.parameters()) == sum(p.numel() for p in model.parameters())
     with torch.no_grad():
         torch.testing.assert_close(result.model(x), model(x), rtol=1e-5, atol=1e-6)
-    report = decided(model, x[:1], mode="approx", rank=1, calib=loader, calib_images=48).report
+    report = decided(
+        model, x[:1], mode="approx", rank=1, calib=loader, calibration=Calibration(images=48)
+    ).report
     assert "fixed: exact forms alone" in report["layers"][0]["reason"]
 
 
@@ -442,7 +473,13 @@ def test_pointwise_and_depthwise_layers_have_forms_in_auto_mode(planted):
     x = torch.randn(64, 32, 12, 12)
     loader = DataLoader(TensorDataset(x, torch.zeros(64, dtype=torch.long)), batch_size=32)
     report = decided(
-        model, x[:1], mode="auto", gate="macs", target_macs=0.5, calib=loader, calib_images=64
+        model,
+        x[:1],
+        mode="auto",
+        gate="macs",
+        target_macs=0.5,
+        calib=loader,
+        calibration=Calibration(images=64),
     ).report
     schemes = {layer["name"]: layer["scheme"] for layer in converted(report)}
     assert schemes["0"] in ("output-subspace", "input-subspace")

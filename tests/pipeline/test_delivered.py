@@ -49,7 +49,7 @@ class Slices(nn.Module):
 def test_tensors_that_share_memory_are_written_and_read(planted, x, tmp_path):
     torch.manual_seed(0)
     model = Slices(planted).eval()
-    result = convert(model, x, runs=0, out=tmp_path)
+    result = convert(model, x, timing=sepconvert.Timing(runs=0), out=tmp_path)
     other = Slices(planted).eval()
     other.load_state_dict(model.state_dict())
     again = sepconvert.apply(other, tmp_path / "plan.json")
@@ -104,7 +104,7 @@ def test_inputs_in_containers(kind, batch, planted, tmp_path):
         "tuple": (one, two),
         "dictionary": {"image": one, "scale": one.mean()},
     }
-    result = sepconvert.convert(model, (parts[kind],), runs=0, out=tmp_path)
+    result = sepconvert.convert(model, (parts[kind],), timing=sepconvert.Timing(runs=0), out=tmp_path)
     assert decisions(result.report) == {"conv": "converted"}
     assert result.report["verification"]["onnx_max_abs_diff"] is not None
     assert result.report["export"]["missing"] == {}
@@ -140,7 +140,7 @@ class Branching(nn.Module):
 def test_what_torch_cannot_export_is_converted_all_the_same(planted, x, tmp_path):
     model = Branching(planted(3, 8))
     (tmp_path / "out").mkdir()
-    result = convert(model, x, runs=5, out=tmp_path / "out")
+    result = convert(model, x, timing=sepconvert.Timing(runs=5), out=tmp_path / "out")
     assert decisions(result.report) == {"conv": "converted"}
     assert close(result.model(x), model(x))
     missing, check = result.report["export"]["missing"], result.report["verification"]
@@ -159,14 +159,14 @@ def test_what_torch_cannot_export_is_converted_all_the_same(planted, x, tmp_path
 
 def test_results_go_to_a_directory_that_is_made_or_empty(net, x, tmp_path):
     folder = tmp_path / "of mine" / "results"
-    convert(net, x, runs=0, out=str(folder))
+    convert(net, x, timing=sepconvert.Timing(runs=0), out=str(folder))
     assert listing(folder) == RESULTS
     before = {path: path.read_bytes() for path in folder.iterdir()}
     with pytest.raises(SepconvertError, match="results is not empty; pass an empty directory"):
-        convert(net, x, runs=0, out=folder)
+        convert(net, x, timing=sepconvert.Timing(runs=0), out=folder)
     assert {path: path.read_bytes() for path in folder.iterdir()} == before
     with pytest.raises(SepconvertError, match=r"plan\.json.*pass a directory"):
-        convert(net, x, runs=0, out=folder / "plan.json")
+        convert(net, x, timing=sepconvert.Timing(runs=0), out=folder / "plan.json")
 
 
 def test_of_a_conversion_that_is_interrupted_no_file_is_left(net, x, tmp_path):
@@ -180,7 +180,7 @@ def test_of_a_conversion_that_is_interrupted_no_file_is_left(net, x, tmp_path):
                 raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        convert(net, x, runs=0, out=tmp_path, progress=interrupt)
+        convert(net, x, timing=sepconvert.Timing(runs=0), out=tmp_path, progress=interrupt)
     assert [path.name for path in seen] == ["original.onnx"]
     assert not list(tmp_path.iterdir())
 

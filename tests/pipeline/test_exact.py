@@ -93,7 +93,9 @@ def test_an_image_pipeline(x):
 
 
 def test_globs(net, x):
-    chosen = decided(net, x, include=("body.*", "stem"), exclude=("*.0",)).report
+    chosen = decided(
+        net, x, selection=sepconvert.Selection(include=("body.*", "stem"), exclude=("*.0",))
+    ).report
     assert {name for name, decision in decisions(chosen).items() if decision == "converted"} == {"stem"}
     assert {layer["reason"] for layer in chosen["layers"] if layer["name"] in ("conv2d_0", "body.0")} == {
         "not selected"
@@ -102,7 +104,7 @@ def test_globs(net, x):
 
 @pytest.mark.slow
 def test_the_gate_of_measured_time(net, x):
-    timed = convert(net, x, gate="latency", runs=5).report
+    timed = convert(net, x, gate="latency", timing=sepconvert.Timing(runs=5)).report
     for layer in timed["layers"]:
         assert (layer["decision"] == "kept") == (layer["scheme"] is None)
     # What has a structure is converted, or was measured to be no faster.
@@ -214,7 +216,7 @@ def test_what_is_within_tol_only_is_not_called_exact(x):
 
 def test_a_glob_that_matches_nothing_is_an_error(planted, x):
     with pytest.raises(SepconvertError, match="nosuch: matches none of the 1 convolutions"):
-        decided(planted(3, 8), x, include=["nosuch"])
+        decided(planted(3, 8), x, selection=sepconvert.Selection(include=["nosuch"]))
 
 
 class HoldsATensor(nn.Module):

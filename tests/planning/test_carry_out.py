@@ -3,6 +3,7 @@
 import pytest
 import torch
 from hypothesis import assume, given
+from sepconvert.planning.carry_out import carry_out
 from strategies import geometries, numbered
 from torch import nn
 
@@ -12,7 +13,6 @@ from sepconvert.calibration.record import record
 from sepconvert.calibration.split import Calibration
 from sepconvert.network.copies import private_copy
 from sepconvert.network.trace import trace
-from sepconvert.planning.carry_out import carry_out
 from sepconvert.planning.forms import Prices, depthwise_forms
 from sepconvert.planning.survey import survey
 

@@ -28,7 +28,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import sepconvert
 from sepconvert.cli import main as cli
-from sepconvert.cli.conditions import _UNITS, Demand
+from sepconvert.cli.conditions import UNITS, Demand
 from sepconvert.cli.options import in_flags
 from sepconvert.files.models import parse_input_shape
 

@@ -108,6 +108,14 @@ def test_branches_of_replaced_layers_need_no_batchnorm(tmp_path, rank):
     net = nn.Sequential(
         nn.Conv2d(4, 16, 3), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 8, 3), nn.BatchNorm2d(8), nn.ReLU()
     )
-    sepconvert.convert(trained(net), X, "approx", rank=rank, include=["*"], runs=0, out=tmp_path)
+    sepconvert.convert(
+        trained(net),
+        X,
+        "approx",
+        rank=rank,
+        selection=sepconvert.Selection(include=["*"]),
+        timing=sepconvert.Timing(runs=0),
+        out=tmp_path,
+    )
     assert operators(tmp_path / "converted.onnx", "BatchNormalization") == 0
     assert operators(tmp_path / "converted.onnx", "Conv") == 4 * rank
