@@ -17,7 +17,7 @@ from sepconvert.measure.latency import Latency, Speedup
 from sepconvert.measure.metrics import Accuracy, AccuracyDelta, ChangedPrediction, ChangedPredictions
 from sepconvert.measure.profiling import Profile
 from sepconvert.measure.statistics import Interval
-from sepconvert.measure.verification import Comparison, LayerCheck
+from sepconvert.measure.verification import LayerCheck, OutputCheck
 from sepconvert.network.trace import ConvSite, DenseConv
 from sepconvert.planning.conversion import LayerApproximation, LayerReport, Verification
 from sepconvert.planning.plan import kept
@@ -92,7 +92,7 @@ EXACT = Report(
     changed=ChangedPredictions(10, lost=6, won=1, shown=(ChangedPrediction(31, 7, 7, 2),)),
     layers=(STEM, LARGE),
     verification=Verification(
-        Comparison(3.5e-8, 4.5e-6, "float64"), Comparison(6.5e-8, 5.5e-6, "float32"), None,
+        OutputCheck(3.5e-8, 4.5e-6, "float64"), Comparison(6.5e-8, 5.5e-6, "float32"), None,
         {"large.conv": LARGE.check},
     ),
     export=ExportNote(dynamic_batch=True, onnx_dtype="float32", reason=None),
@@ -184,7 +184,7 @@ def approximate() -> dict[str, Any]:
         ],
         "finetune": None,
     }  # fmt: skip
-    verification = replace(EXACT.verification, torch=Comparison(3.5e-8, None, "float64"), layers={})
+    verification = replace(EXACT.verification, torch=OutputCheck(3.5e-8, None, "float64"), layers={})
     return report_document(
         replace(
             EXACT, mode="approx", layers=(STEM, large), verification=verification,
