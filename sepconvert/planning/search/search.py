@@ -1,7 +1,7 @@
 """The search itself: it measures the curve where the budget is decided, and chooses the plan to deliver."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 from sepconvert.base.errors import DemandNotMetError
 from sepconvert.base.options import Budget
@@ -25,6 +25,9 @@ _LESSONS = 2  # times that errors of forms are corrected by a plan that diverges
 
 
 _DOUBTFUL = 4  # layers, those that save least, that are tested for saving anything in the whole model
+
+
+Found = TypeVar("Found", bound=Point | None)
 
 
 class Search:
@@ -106,8 +109,8 @@ class Search:
             self._fill_curve(point or self.points[-1])
             return point or self._known_fast(budget)
         point = self._taught(lambda: self._cheapest(budget, refinements))
-        self._fill_curve(point or self.points[-1])
-        return self._fastest(point, budget, budget.max_drop) if self.curve.totals.by_time else point
+        self._fill_curve(point)
+        return self._fastest(point, budget.max_drop) if self.curve.totals.by_time else point
 
     def _most_accurate(self, budget: Budget, refinements: int) -> Point | None:
         def is_fast(point: Point) -> bool:
@@ -120,7 +123,7 @@ class Search:
         surely = dearest_that(self.curve, is_surely_fast, refinements)
         return surely or dearest_that(self.curve, is_fast, refinements)
 
-    def _taught(self, search: Callable[[], Point | None]) -> Point | None:
+    def _taught(self, search: Callable[[], Found]) -> Found:
         """Return the result of a search, repeated as long as its plans correct the errors of forms."""
         point = search()
         for _ in range(_LESSONS):
@@ -131,7 +134,7 @@ class Search:
             point = search()
         return point
 
-    def _cheapest(self, budget: Budget, refinements: int) -> Point | None:
+    def _cheapest(self, budget: Budget, refinements: int) -> Point:
         def is_accurate(point: Point) -> bool:
             return self.measurements.is_accurate(point, budget)
 
@@ -152,7 +155,7 @@ class Search:
         fast = [point for point in timed if self.measurements.is_fast(point, budget)]
         return max(fast, key=lambda point: point.plan.cost, default=None)
 
-    def _fastest(self, point: Point | None, budget: Budget, max_drop: float) -> Point | None:
+    def _fastest(self, point: Point, max_drop: float) -> Point:
         """Return the plan timed fastest of all that were measured to be accurate enough, or else `point`."""
         speeds = {
             each: each.measured.speedup.median
@@ -161,7 +164,7 @@ class Search:
             and each.measured.accuracy.drop <= max_drop
             and each.measured.speedup is not None
         }
-        return point and max(speeds, key=speeds.__getitem__, default=point)
+        return max(speeds, key=speeds.__getitem__, default=point)
 
     def _fill_curve(self, chosen: Point) -> None:
         """Carry out more plans, of costs near that of the chosen one, and time all that were carried out."""
@@ -185,7 +188,7 @@ class Search:
         Nothing is replaced if the whole plan is measured to be slower than the original.
 
         Raises:
-            DemandNotMetError: then, if a speed-up above 1 is demanded.
+            DemandNotMetError: it is slower, though a speed-up above 1 is demanded.
         """
         fitted, choice = self.measurements.fitted(point), point.plan.choice
         if not choice:
