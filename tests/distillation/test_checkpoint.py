@@ -22,6 +22,7 @@ def stored(checkpoint):
         return document, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
 
 
+@pytest.mark.slow
 def test_a_killed_run_resumes_to_the_same_weights(tmp_path):
     checkpoint = tmp_path / "deep" / "checkpoint"
     for step, kept in ((11, 8), (39, 36)):  # in the middle of epochs

@@ -48,6 +48,7 @@ def mean_divergence(original, converted, batches):
 # Results -------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_demo_network_recovers():
     teacher = net.load()
     student = copy.deepcopy(teacher)
@@ -350,6 +351,7 @@ def test_a_student_that_equals_its_teacher_stays_what_it_is():
 # Processes -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_two_processes_train_what_one_does(tmp_path):
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
     done = run_worker(tmp_path / "result", launcher=launcher)
@@ -364,6 +366,7 @@ def test_two_processes_train_what_one_does(tmp_path):
         torch.testing.assert_close(state[name], tensor, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_mixed_precision(tmp_path):
     # In a process of its own: Accelerate knows one precision for each.
     done = run_worker(tmp_path / "result", ACCELERATE_MIXED_PRECISION="bf16")
