@@ -31,13 +31,13 @@ from sepconvert.base.environment import Runtime, environment
 from sepconvert.base.errors import first_line
 from sepconvert.calibration.batchnorm import reestimate_batchnorm
 from sepconvert.calibration.heldout import Heldout
-from sepconvert.calibration.split import Calibration, split_data
+from sepconvert.calibration.split import CalibrationSet, split_data
 from sepconvert.files.data import Preprocess, load_data
 from sepconvert.files.models import load_model
-from sepconvert.files.onnx.export import onnx_feed, save_onnx
+from sepconvert.files.onnx.export import export_program, onnx_feed, save_onnx
 from sepconvert.measure.cost import count
-from sepconvert.measure.latency import session, speedup, time_all
-from sepconvert.measure.metrics import compare, evaluate
+from sepconvert.measure.latency import Deployed, session, speedup, time_all
+from sepconvert.measure.metrics import accuracy_delta, evaluate
 from sepconvert.measure.statistics import median_interval
 from sepconvert.network.copies import evaluation_mode, private_copy
 from sepconvert.network.trace import ConvSite, trace
@@ -59,7 +59,7 @@ class Net:
 
     model: nn.Module
     inputs: tuple[Tensor, ...]  # one sample of the evaluation data, which models are run and timed on
-    calibration: Calibration
+    calibration: CalibrationSet
     calib: torch.utils.data.DataLoader[tuple[Tensor, Tensor]]  # where those of `calibration` come from
     heldout: Heldout
     cache: Path  # for the times of layers
@@ -263,8 +263,8 @@ def point(net: Net, stem: Path, convert: Callable[[], Converted], judge: Judge) 
     try:
         found = convert()
         seconds = time.perf_counter() - start
-        save_onnx(found.model, net.inputs, stem.with_suffix(".onnx"), dynamic_batch=False)
-        session(stem.with_suffix(".onnx"), Runtime(1)).run(None, onnx_feed(net.inputs))
+        save_onnx(export_program(found.model, net.inputs, dynamic_batch=False), stem.with_suffix(".onnx"))
+        session(Deployed(stem.with_suffix(".onnx"), Runtime(1))).run(None, onnx_feed(net.inputs))
         cost = count(found.model, net.inputs)
         return {
             "seconds": seconds,
@@ -328,7 +328,7 @@ def convert_command(
     preprocess = Preprocess(mean, std)
     scored, images = load_data(data, preprocess), load_data(calib, preprocess, batch_size=128)
     original = load_model(model, factory=factory).model.eval()
-    parts = split_data(scored, images, None, images=1024, epochs=0, seed=0)
+    parts = split_data(scored, images, None, sepconvert.Calibration(images=1024), epochs=0, seed=0)
     assert parts.calibration is not None  # `images` are given
     net = Net(
         original,
@@ -339,7 +339,7 @@ def convert_command(
         folder / "times",
     )
     expected = evaluate(original, scored)
-    save_onnx(original, net.inputs, folder / f"{ORIGINAL}.onnx", dynamic_batch=False)
+    save_onnx(export_program(original, net.inputs, dynamic_batch=False), folder / f"{ORIGINAL}.onnx")
     cost = count(original, net.inputs)
     write(
         folder / f"{ORIGINAL}.json",
@@ -348,7 +348,7 @@ def convert_command(
 
     def judge(converted: nn.Module) -> dict[str, Any]:
         found = evaluate(converted, scored)
-        return {"accuracy": found.accuracy().to_dict(), **compare(expected, found).to_dict()}
+        return {"accuracy": found.accuracy().to_dict(), **accuracy_delta(expected, found).to_dict()}
 
     for tool in chosen:
         for setting in tool.settings:
@@ -371,10 +371,10 @@ def time_command(folders: Sequence[Path], runs: int) -> None:
             for path in sorted((folder / POINTS).glob("*.json"))
             if "error" not in read(path)
         ]
-        shape = session(original, Runtime(1)).get_inputs()[0].shape
+        shape = session(Deployed(original, Runtime(1))).get_inputs()[0].shape
         image = np.random.default_rng(0).standard_normal(shape, dtype=np.float32)
-        models = [(path, {"input": image}) for path in (original, original, *others)]
-        first, again, *times = time_all(models, runs=runs, runtime=Runtime(1), seed=0)
+        models = [(Deployed(path, Runtime(1)), {"input": image}) for path in (original, original, *others)]
+        first, again, *times = time_all(models, runs=runs, seed=0)
         median, ci95 = median_interval(first)
         write(
             folder / LATENCY,

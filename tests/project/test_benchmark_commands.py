@@ -17,6 +17,8 @@ from sepconvert.cli import main as cli
 
 sys.path.append(str(BENCHMARKS.parent))
 
+pytestmark = pytest.mark.slow  # minutes, and of no part of the package
+
 FASHION_MNIST = "/usr/share/datasets/fashion-mnist"
 FIT = ("--runs", "0", "--calib-images", "64", "--measure-seconds", "0")
 # What makes them quick: of each program, by how its commands begin.

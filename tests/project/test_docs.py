@@ -28,7 +28,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import sepconvert
 from sepconvert.cli import main as cli
-from sepconvert.cli.conditions import _UNITS, Demand
+from sepconvert.cli.conditions import UNITS, Demand
 from sepconvert.cli.options import in_flags
 from sepconvert.files.models import parse_input_shape
 
@@ -257,7 +257,7 @@ def test_options_that_are_named_exist():
 
 def test_conditions_are_explained():
     text = (DOCS / "howto/measure.md").read_text(encoding="utf-8")
-    assert all(f"`{metric}`" in text for metric in _UNITS)
+    assert all(f"`{metric}`" in text for metric in UNITS)
     for condition in re.findall(r"`'([^'`]+)'`", text):
         Demand.parse(condition)
 

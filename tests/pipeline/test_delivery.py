@@ -1,10 +1,13 @@
-"""How far a plan may go before fine-tuning."""
+"""How far a plan may go before fine-tuning, and which of several is delivered."""
 
 import pytest
+from conversions import convert_small
 from hypothesis import given
 from hypothesis import strategies as st
 
+from sepconvert.pipeline import delivery
 from sepconvert.pipeline.delivery import MOST, Attempt, next_drop
+from sepconvert.report.tables import summary
 
 
 def test_the_first_is_guessed_at():
@@ -55,3 +58,27 @@ def test_what_comes_back_in_proportion_is_found_within_three(ratio, plans, most)
     assert len(attempts) <= MOST
     if ratio > 1 / 0.9 and plans >= 1:
         assert any(each.after <= most for each in attempts)
+
+
+def test_of_plans_that_fine_tuning_brings_back_the_last_is_delivered(small, monkeypatch):
+    def far(attempts, most):
+        return next_drop(attempts, most) if attempts else 100.0  # the cheapest plan of all
+
+    monkeypatch.setattr(delivery, "next_drop", far)
+    report = convert_small(small, max_drop=0.5, data=small[1], finetune=1).report
+    attempts = report["approximation"]["finetune"]["attempts"]
+    assert attempts[0]["drop_pp"] > 0.5
+    assert 1 <= len(attempts) <= 3
+    assert report["delta"]["accuracy_drop_pp"]["value"] <= 0.5
+    within = [each for each in attempts if each["drop_pp"] <= 0.5]
+    assert [each for each in attempts if each["delivered"]] == within[-1:]
+    used = "fine-tune" in [step["name"] for step in report["approximation"]["steps"]]
+    assert used is bool(within)
+    assert "of a plan that is not delivered" in " ".join(summary(report).split())
+
+
+def test_fine_tuning_may_win_back_what_a_plan_loses(small):
+    report = convert_small(small, max_drop=30.0, data=small[1], finetune=1).report
+    assert report["approximation"]["finetune"]["attempts"][-1]["delivered"]
+    assert report["approximation"]["steps"][-1]["name"] == "fine-tune"
+    assert report["delta"]["accuracy_drop_pp"]["value"] <= 30

