@@ -190,8 +190,9 @@ run_options = _options(
     click.option("--json", "as_json", is_flag=True, help="Print the JSON document on standard output."),
     click.option("--debug", is_flag=True, help="Show tracebacks."),
 )
-timing_options = _options(*_of(Timing, "threads", "graph_optimization", "provider", "runs"))
-search_options = _options(*_of(Timing, "measure_seconds", "cache"))
+_OF_SEARCH = ("measure_seconds", "cache")  # of no use where nothing is searched for
+timing_options = _options(*(_made_from(each) for each in options_of(Timing) if each.name not in _OF_SEARCH))
+search_options = _options(*_of(Timing, *_OF_SEARCH))
 output_options = _options(
     click.option(
         "--out", type=click.Path(path_type=Path), help="Result directory [default: STEM-sepconvert]."
