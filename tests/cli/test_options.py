@@ -10,6 +10,7 @@ import pytest
 from command_line import SHAPE
 
 import sepconvert
+from sepconvert.base.errors import SepconvertError
 from sepconvert.base.options import Budget, Calibration, Finetuning, Selection, Timing, options_of
 from sepconvert.cli.main import cli
 from sepconvert.cli.options import in_flags, value_of
@@ -114,6 +115,20 @@ def test_a_value_that_does_not_parse_is_refused_by_click(arguments, message):
         given(*arguments)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--rank", "0"], "`rank`: expected a whole number from 1, got 0"),
+        (["--max-drop", "101"], "`max_drop`: expected a number from 0 to 100, got 101.0"),
+        (["--memory", "nan"], "`memory`: expected a number from 1, got nan"),
+        (["--calib-images", "0"], "`images`: expected a whole number from 1, got 0"),
+    ],
+)
+def test_a_number_out_of_its_range_is_refused_before_any_file_is_read(arguments, message):
+    with pytest.raises(SepconvertError, match=re.escape(message)):
+        given(*arguments)
+
+
 @pytest.mark.parametrize(("text", "size"), [("224", 224), ("120x160", (120, 160))])
 def test_sizes(text, size):
     assert given("--resize", text)["resize"] == size
@@ -128,8 +143,15 @@ def test_layers_can_be_left_out(here, run):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--batches", "2,x"), "--batches 2,x: expected whole numbers from 1, joined by commas, e.g. 1,8,32"),
-        (("--batches", "0"), "--batches 0: expected whole numbers from 1, joined by commas, e.g. 1,8,32"),
+        (
+            ("--batches", "2,x"),
+            "Invalid value for '--batches': expected whole numbers from 1, joined by commas",
+        ),
+        (
+            ("--batches", "0"),
+            "Invalid value for '--batches': expected whole numbers from 1, joined by commas",
+        ),
+        (("--seed", str(2**63)), "--seed: expected a whole number from 0 to 9,223,372,036,854,775,807, got "),
         (("--provider", "npu"), "--provider: expected one that the installed onnxruntime has"),
     ],
 )

@@ -112,7 +112,7 @@ LATENCY = {"median": NUMBER, "ci95": INTERVAL, "p90": NUMBER, "runs": int, "thre
 PROFILE = {
     "params": int, "macs": NUMBER, "flops": NUMBER, "onnx_bytes": OrNull(int), "latency_ms": OrNull(LATENCY),
     "accuracy": OrNull({"top1": NUMBER, "top5": OrNull(NUMBER), "n": int}),
-    # Operator → how often it was met. A list of names was once intended, but files with the mapping came first.
+    # Operator → how often it was met. A list of names was intended, but the mapping was released first.
     "uncounted_ops": dict,
 }  # fmt: skip
 ENVIRONMENT = {"sepconvert": str, "torch": str, "onnxruntime": str, "cpu": str, "threads": int}
