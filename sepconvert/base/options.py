@@ -49,19 +49,24 @@ def options_of(kind: Any) -> tuple[Field[Any], ...]:
 def check_options(value: Any) -> None:
     """Raise `SepconvertError` for the first option of a value that is out of its range."""
     for each in options_of(value):
-        given, bounds = getattr(value, each.name), each.metadata
-        if "low" in bounds:
-            if given is None and each.default is not None:
-                raise SepconvertError(f"`{each.name}`: expected a number, got None")
-            check_number(
-                each.name,
-                given,
-                bounds["low"],
-                bounds.get("high", float("inf")),
-                whole=bounds.get("whole", False),
-            )
-        if "choices" in bounds and given is not None:
-            check_choice(each.name, given, bounds["choices"])
+        check_option(each, getattr(value, each.name))
+
+
+def check_option(option: Field[Any], given: Any) -> None:
+    """Raise `SepconvertError` if what is given for an option is out of its range."""
+    bounds = option.metadata
+    if "low" in bounds:
+        if given is None and option.default is not None:
+            raise SepconvertError(f"`{option.name}`: expected a number, got None")
+        check_number(
+            option.name,
+            given,
+            bounds["low"],
+            bounds.get("high", float("inf")),
+            whole=bounds.get("whole", False),
+        )
+    if "choices" in bounds and given is not None:
+        check_choice(option.name, given, bounds["choices"])
 
 
 @dataclass(frozen=True)

@@ -176,6 +176,10 @@ def main() -> None:
         if debug:
             traceback.print_exc()
         code = _fail(_unexpected(error), 2)
+    if code == _INTERRUPTED:
+        # Python gives signals their default action while it shuts down: an impatient Ctrl-C would kill it.
+        for number in _SIGNALS:
+            signal.signal(number, signal.SIG_IGN)
     sys.exit(code)
 
 

@@ -13,7 +13,15 @@ from typing import Any, TypeVar
 
 import click
 
-from sepconvert.base.options import Budget, Calibration, Finetuning, Selection, Timing, options_of
+from sepconvert.base.options import (
+    Budget,
+    Calibration,
+    Finetuning,
+    Selection,
+    Timing,
+    check_option,
+    options_of,
+)
 from sepconvert.pipeline.job import Job
 
 Command = Callable[..., Any]
@@ -62,15 +70,17 @@ def in_flags(text: str) -> str:
 
 def value_of(kind: type[V], options: Options, **others: Any) -> V:
     """Return a value of which the options hold the fields; `others` are the fields that no flag fills."""
-    given = {}
-    for each in options_of(kind):
-        name = _name(each)
-        if each.name in others or name not in options:
-            continue
-        given[each.name] = options[name]
-        if options[name] is not None and "unit" in each.metadata:
-            given[each.name] *= each.metadata["unit"]
+    given = {
+        each.name: _in_its_unit(each, options[_name(each)])
+        for each in options_of(kind)
+        if each.name not in others and _name(each) in options
+    }
     return kind(**given, **others)
+
+
+def _in_its_unit(option: Field[Any], given: Any) -> Any:
+    """Return what a flag is given as the field counts it."""
+    return given if given is None or "unit" not in option.metadata else given * option.metadata["unit"]
 
 
 def _name(option: Field[Any]) -> str:
@@ -84,7 +94,12 @@ def _flag(name: str) -> str:
 
 
 def _made_from(option: Field[Any]) -> Command:
-    """Return click's option for a field."""
+    """Return click's option for a field; a number out of its range is refused before any file is read."""
+
+    def check(context: click.Context, parameter: click.Parameter, given: Any) -> Any:
+        check_option(option, _in_its_unit(option, given))
+        return given
+
     name, about = _name(option), option.metadata
     shown = f" [default: {about['shown_default']}]" if "shown_default" in about else ""
     settings: dict[str, Any] = {
@@ -101,7 +116,7 @@ def _made_from(option: Field[Any]) -> Command:
     if "choices" in about:
         settings["type"] = click.Choice(about["choices"])
     elif "low" in about:
-        settings["type"] = int if about.get("whole") else float
+        settings |= {"type": int if about.get("whole") else float, "callback": check}
     elif "Path" in str(option.type):
         settings["type"] = click.Path(path_type=Path)
     return click.option(

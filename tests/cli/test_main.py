@@ -126,6 +126,25 @@ def test_an_interrupted_conversion_leaves_nothing(here, number):
     assert listing(here.parent) == before
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signals_while_an_interrupted_process_shuts_down_change_nothing(number):
+    """Python gives signals their default action at the end, after which one more would kill the process."""
+    program = (
+        "import os, signal\n"
+        "from sepconvert.cli import main\n"
+        "class Last:\n"
+        "    def __del__(self, kill=os.kill, pid=os.getpid()):\n"
+        f"        kill(pid, {number:d})\n"
+        "signal.last = Last()\n"  # deleted with the modules, at the very end
+        "def interrupted(**_):\n"
+        "    raise KeyboardInterrupt\n"
+        "main.cli.main = interrupted\n"
+        "main.main()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, check=False)  # noqa: S603
+    assert (done.returncode, done.stderr) == (130, b"sepconvert: interrupted\n")
+
+
 def test_a_signal_while_torch_is_imported_raises_nothing(here, tmp_path):
     """An exception out of a callback of torch's would abort the process."""
     (tmp_path / "sitecustomize.py").write_text(
