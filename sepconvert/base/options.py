@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from sepconvert.base.environment import GRAPH_OPTIMIZATIONS, MAX_THREADS, Runtime, available_cores
-from sepconvert.base.errors import SepconvertError, check_number, quoted
+from sepconvert.base.errors import SepconvertError, check_choice, check_number, quoted
 
 if TYPE_CHECKING:
     from torch.utils.data import DataLoader
@@ -60,10 +60,8 @@ def check_options(value: Any) -> None:
                 bounds.get("high", float("inf")),
                 whole=bounds.get("whole", False),
             )
-        if "choices" in bounds and given is not None and given not in bounds["choices"]:
-            raise SepconvertError(
-                f"`{each.name}`: expected one of {', '.join(bounds['choices'])}, got {quoted(given)}"
-            )
+        if "choices" in bounds and given is not None:
+            check_choice(each.name, given, bounds["choices"])
 
 
 @dataclass(frozen=True)
@@ -154,7 +152,7 @@ class Selection:
 
 @dataclass(frozen=True)
 class Timing:
-    """How ONNX Runtime runs what is timed, and how often it is run."""
+    """Settings of ONNX Runtime for what is timed, and the number of runs."""
 
     threads: int | None = option(
         "Threads of ONNX Runtime.",
@@ -201,7 +199,7 @@ class Timing:
 
 @dataclass(frozen=True)
 class Calibration:
-    """How many calibration images are used, and how much memory their statistics may take."""
+    """Number of calibration images, and the memory that their statistics may take."""
 
     images: int = option(
         "Calibration images; a quarter of them, at most 256, are held out to judge plans by.",
