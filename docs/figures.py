@@ -33,7 +33,7 @@ from sepconvert.factorize.exact.factors import branches, factorize
 from sepconvert.factorize.geometry import ConvSpec, chain_macs
 from sepconvert.factorize.structures import FORMS
 from sepconvert.files.onnx.layer import layer_onnx
-from sepconvert.measure.latency import Speedup, speedup, time_all
+from sepconvert.measure.latency import Deployed, Speedup, speedup, time_all
 from sepconvert.report.tables import layer_table, structure_table
 
 BLUE, ORANGE, GREEN, VERMILION = "#0072B2", "#E69F00", "#009E73", "#D55E00"
@@ -237,8 +237,12 @@ def multiplications() -> Flow:
     image = torch.zeros(1, 3, 12, 12)
     dense = nn.Conv2d(3, 256, 5, bias=False)
     separable = nn.Sequential(nn.Conv2d(3, 3, 5, groups=3, bias=False), nn.Conv2d(3, 256, 1, bias=False))
-    untimed = sepconvert.Timing(runs=0)
-    return Flow(*(sepconvert.profile(each, image, timing=untimed).macs for each in (dense, separable)))
+    return Flow(
+        *(
+            sepconvert.profile(each, image, timing=sepconvert.Timing(runs=0)).macs
+            for each in (dense, separable)
+        )
+    )
 
 
 def draw_flow(figure: Figure, flow: Flow, theme: Theme) -> None:
@@ -409,8 +413,8 @@ def _times(spec: ConvSpec, forms: Sequence[tuple[str, int]], shape: Sequence[int
     """Time each form against the dense layer, in rounds in which each of them runs once."""
     layouts = [branches(spec, *form, Border()) for form in ((ZERO_BORDER, 0), *forms)]
     feed = {"input": np.random.default_rng(0).standard_normal(shape, np.float32)}
-    dense, *others = [(layer_onnx(each, shape), feed) for each in layouts]
-    first, again, *samples = time_all([dense, dense, *others], runs=RUNS, runtime=Runtime(1), seed=0)
+    dense, *others = [(Deployed(layer_onnx(each, shape), Runtime(1)), feed) for each in layouts]
+    first, again, *samples = time_all([dense, dense, *others], runs=RUNS, seed=0)
     return [speedup(first, again, each) for each in samples]
 
 
