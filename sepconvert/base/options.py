@@ -77,13 +77,23 @@ class Budget:
     """
 
     rank: int | None = option(
-        "Depthwise multiplier of all layers, instead of a search.", low=1, whole=True, metavar="N"
+        "Depthwise multiplier of all layers, without a search, in approx mode; excludes `target_macs` and "
+        "`target_params`.",
+        low=1,
+        whole=True,
+        metavar="N",
     )
     target_macs: float | None = option(
-        "Largest MACs, as a share of the original's.", low=_ABOVE_ZERO, high=1, metavar="F"
+        "Largest MACs, as a share of the original's; excludes `rank` and `target_params`.",
+        low=_ABOVE_ZERO,
+        high=1,
+        metavar="F",
     )
     target_params: float | None = option(
-        "Largest number of parameters, as a share of the original's.", low=_ABOVE_ZERO, high=1, metavar="F"
+        "Largest number of parameters, as a share of the original's; excludes `rank` and `target_macs`.",
+        low=_ABOVE_ZERO,
+        high=1,
+        metavar="F",
     )
     min_speedup: float | None = option(
         "Smallest speed-up: measured latency of the original over that of the converted model.",
@@ -173,9 +183,11 @@ class Timing:
         choices=GRAPH_OPTIMIZATIONS,
     )
     provider: str = option(
-        "Execution provider of ONNX Runtime: cpu, cuda, tensorrt, openvino, coreml, …", "cpu", metavar="NAME"
+        "Execution provider of ONNX Runtime, such as cpu, cuda, tensorrt, openvino or coreml.",
+        "cpu",
+        metavar="NAME",
     )
-    runs: int = option("Timed runs of each model; 0 for none.", 50, low=0, whole=True)
+    runs: int = option("Timed runs of each model; 0 for none.", 50, low=0, whole=True, metavar="N")
     measure_seconds: float = option(
         "Time limit for timing single layers in approx and auto mode.",
         300.0,
@@ -212,6 +224,7 @@ class Calibration:
         low=1,
         whole=True,
         flag="calib-images",
+        metavar="N",
     )
     memory: float | None = option(
         "Memory limit of the process during calibration, in GB; a lower limit is slower but gives the same "
