@@ -54,7 +54,7 @@ _SHOWN = 24  # predictions that changed
 
 @dataclass(frozen=True)
 class Written:
-    """Files of a conversion, if any were written.
+    """The files that a conversion left on disk, if any.
 
     `onnx_reason` says why there are no ONNX files, where there are none.
     """
@@ -67,7 +67,7 @@ class Written:
 
 @dataclass(frozen=True)
 class Measured:
-    """Measurements of the original and the converted model."""
+    """Measurements of the original and the converted model; None for those that were not made."""
 
     original: Profile
     converted: Profile

@@ -3,7 +3,7 @@
 import copy
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import pytest
@@ -15,6 +15,7 @@ from torch.nn import functional as F
 import sepconvert
 from sepconvert.base.errors import SepconvertError
 from sepconvert.network.layers import FactorizedConv2d
+from sepconvert.planning.plan import read_plan
 
 CONVERTED = {"stem", "conv2d_0", "body.0"}
 
@@ -117,7 +118,7 @@ def test_the_report_is_of_the_models(net, conversion, x):
 
 def test_the_same_seed_gives_the_same_bits(net, conversion, x):
     again = convert(net, x, seed=7)
-    assert again.plan == {**conversion[0].plan, "model_sha256": None}
+    assert read_plan(again.plan) == replace(read_plan(conversion[0].plan), model_sha256=None)
     expected = conversion[0].model.state_dict()
     assert all(torch.equal(value, expected[name]) for name, value in again.model.state_dict().items())
 
