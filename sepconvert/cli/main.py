@@ -6,6 +6,7 @@ import logging
 import os
 import signal
 import sys
+import threading
 import traceback
 from importlib import import_module
 from pathlib import Path
@@ -36,6 +37,9 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 _INTERRUPTED = 130
+
+
+_AGAIN = 0.05  # seconds
 
 
 class _ConvertByDefault(click.Group):
@@ -150,6 +154,7 @@ def main() -> None:
         logging.getLogger("sepconvert").setLevel(logging.DEBUG)
     for number in _SIGNALS:
         signal.signal(number, _end)
+    sys.unraisablehook = _interrupt_again
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # Latin-1 has no →
     out = sys.stdout
@@ -203,6 +208,15 @@ def _interrupt(number: int, frame: object) -> None:
     for each in _SIGNALS:
         signal.signal(each, ignore_signal)
     raise KeyboardInterrupt
+
+
+def _interrupt_again(lost: "sys.UnraisableHookArgs") -> None:
+    """Repeat an interruption that Python did not pass on, as it came in a finalizer or a callback of fork."""
+    if lost.exc_type is not KeyboardInterrupt:
+        sys.__unraisablehook__(lost)
+        return
+    signal.signal(signal.SIGINT, _interrupt)
+    threading.Timer(_AGAIN, signal.raise_signal, [signal.SIGINT]).start()
 
 
 def _unexpected(error: Exception) -> str:
