@@ -144,7 +144,9 @@ _RENAMED = {
     for each in options_of(kind)
 }
 
+model_argument = click.argument("model", type=click.Path(path_type=Path))
 loading_options = _options(
+    click.option("--input-shape", metavar="CxHxW", help="Shape of one sample, e.g. 3x224x224."),
     click.option(
         "--factory",
         metavar="PKG.MOD:CALLABLE",
@@ -154,11 +156,11 @@ loading_options = _options(
         "--allow", multiple=True, metavar="CLASS", help="Admit this class in a pickled model. Repeatable."
     ),
     click.option(
-        "--trust", is_flag=True, help="Run the file as the program that a pickle is. The last resort."
+        "--trust",
+        is_flag=True,
+        help="Load an arbitrary pickle or archive: this executes code in the file. The last resort.",
     ),
-    click.option("--input-shape", metavar="CxHxW", help="Shape of one sample, e.g. 3x224x224."),
 )
-model_options = _options(click.argument("model", type=click.Path(path_type=Path)), loading_options)
 data_options = _options(
     click.option(
         "--data", metavar="PATH", help="Labelled data: .npz, a folder of class folders, or pkg.mod:callable."
@@ -179,15 +181,17 @@ data_options = _options(
 )
 mode_options = _options(*_of(Job, "mode", "gate"))
 selection_options = _options(*_of(Selection), *_of(Job, "tol"))
-approx_options = _options(
+budget_options = _options(*reversed(_of(Budget)))  # those that are used most come first
+calibration_options = _options(
     click.option(
         "--calib",
         metavar="PATH",
-        help="Calibration images that factors are fitted to, in the forms of --data "
+        help="Calibration images that factors are fitted to in approx and auto mode, in the forms of --data "
         "[default: a part of --data, which is then not scored].",
     ),
     *_of(Calibration),
-    *_of(Budget),
+)
+finetuning_options = _options(
     *_of(Finetuning),
     click.option(
         "--train", metavar="PATH", help="Images to fine-tune on; labels are used where there are any."
@@ -195,13 +199,22 @@ approx_options = _options(
 )
 run_options = _options(
     click.option(
-        "--batch", default=1, show_default=True, type=click.IntRange(1), help="Batch that is run and timed."
+        "--batch",
+        default=1,
+        show_default=True,
+        type=click.IntRange(1),
+        metavar="N",
+        help="Batch size that is run and timed.",
     ),
     click.option(
-        "--device", default="cpu", show_default=True, help="Device that torch runs the model on, e.g. cuda."
+        "--device",
+        default="cpu",
+        show_default=True,
+        metavar="DEVICE",
+        help="Device that torch runs the model on, e.g. cuda.",
     ),
     *_of(Job, "seed"),
-    click.option("--quiet", is_flag=True, help="Print warnings and errors alone."),
+    click.option("--quiet", is_flag=True, help="Print only warnings and errors."),
     click.option("--json", "as_json", is_flag=True, help="Print the JSON document on standard output."),
     click.option("--debug", is_flag=True, help="Show tracebacks."),
 )
@@ -210,7 +223,10 @@ timing_options = _options(*(_made_from(each) for each in options_of(Timing) if e
 search_options = _options(*_of(Timing, *_OF_SEARCH))
 output_options = _options(
     click.option(
-        "--out", type=click.Path(path_type=Path), help="Result directory [default: STEM-sepconvert]."
+        "--out",
+        type=click.Path(path_type=Path),
+        metavar="DIR",
+        help="Result directory [default: STEM-sepconvert].",
     ),
     click.option("--force", is_flag=True, help="Replace an existing result directory."),
     *_of(Job, "dynamic_batch"),

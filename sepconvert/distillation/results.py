@@ -5,8 +5,6 @@ from typing import Any, Literal
 
 from torch import nn
 
-Precision = Literal["no", "bf16", "fp16"]
-
 
 @dataclass(frozen=True)
 class TrainingStep:

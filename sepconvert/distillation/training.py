@@ -20,10 +20,11 @@ from torch.utils.data import DataLoader
 
 from sepconvert.base.determinism import reproducible
 from sepconvert.base.errors import SepconvertError, check_number, first_line
+from sepconvert.base.options import Precision
 from sepconvert.distillation.checkpoint import Checkpoint, State, digest_of, read_checkpoint, write_checkpoint
 from sepconvert.distillation.judge import Judge
 from sepconvert.distillation.losses import embedding_loss, feature_loss, holding_labels, label_loss
-from sepconvert.distillation.results import Epoch, FinetuneResult, Precision, TrainingStep
+from sepconvert.distillation.results import Epoch, FinetuneResult, TrainingStep
 from sepconvert.distillation.samples import Samples, Share, as_input, shares
 from sepconvert.distillation.settings import Settings
 from sepconvert.distillation.student import Student, prepared

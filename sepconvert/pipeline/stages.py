@@ -54,7 +54,7 @@ _SHOWN = 24  # predictions that changed
 
 @dataclass(frozen=True)
 class Written:
-    """What a conversion left on disk, if anything.
+    """Files of a conversion, if any were written.
 
     `onnx_reason` says why there are no ONNX files, where there are none.
     """
@@ -67,7 +67,7 @@ class Written:
 
 @dataclass(frozen=True)
 class Measured:
-    """What was measured of the original and the converted model."""
+    """Measurements of the original and the converted model."""
 
     original: Profile
     converted: Profile

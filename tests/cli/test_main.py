@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from command_line import COMMANDS, SHAPE, listing, start
+from pages import parsed
 
 from sepconvert.cli import inputs
 from sepconvert.cli import main as cli
@@ -29,6 +30,20 @@ def test_without_arguments_the_help_is_shown_as_an_error(run):
     outcome = run()
     assert (outcome.code, outcome.out) == (2, "")
     assert outcome.err.startswith("Usage: sepconvert")
+
+
+def test_the_help_cuts_no_description_of_a_command(run):
+    text = run("--help").out.partition("Commands:")[2].partition("Examples:")[0]
+    assert all(re.search(rf"^  {name} .*\w\.$", text, re.MULTILINE) for name in COMMANDS)
+    assert "..." not in text
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["convert", "--help"]])
+def test_the_examples_in_the_help_parse(run, arguments):
+    examples = re.findall(r"^ +sepconvert (model\.pt .*)$", run(*arguments).out, re.MULTILINE)
+    assert len(examples) == 2
+    for example in examples:
+        assert parsed(cli.cli, ["convert", *example.split()])["model"] == Path("model.pt")
 
 
 def test_version(run):

@@ -94,7 +94,7 @@ def test_a_file_that_fixes_the_batch_is_timed_in_that_alone(model, tmp_path):
 
 
 def test_an_unknown_provider(model):
-    with pytest.raises(SepconvertError, match=r"provider: expected one that .* has \(.*cpu.*\), got 'npu'"):
+    with pytest.raises(SepconvertError, match=r"`provider`: expected one that .* has \(.*cpu.*\), got 'npu'"):
         sepconvert.profile(model, torch.randn(1, 3, 8, 8), timing=sepconvert.Timing(provider="npu"))
 
 

@@ -1,6 +1,5 @@
 """Approximate and auto mode from beginning to end, on small networks."""
 
-import hashlib
 import json
 from dataclasses import replace
 from typing import Any
@@ -14,7 +13,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 from sepconvert import DemandNotMetError, SepconvertError, convert
-from sepconvert.base.options import Calibration, Selection, Timing
+from sepconvert.base.options import Calibration, Finetuning, Selection, Timing
 from sepconvert.cli.demo.net import load
 from sepconvert.measure.latency import PairTiming, Speedup
 from sepconvert.measure.statistics import Interval
@@ -36,7 +35,7 @@ def data(samples):
 
 
 def approx(samples, **options):
-    return convert(load(), samples[0][:2], mode="approx", **{"runs": 0, "calib_images": 200, **options})
+    return decided(load(), samples[0][:2], "approx", calibration=Calibration(images=200), **options)
 
 
 @pytest.fixture(scope="module")
@@ -68,13 +67,14 @@ def test_report(fixed):
     found = result.report["approximation"]
     assert found["metric"] == "data"
     assert found["calibration"] == {
-        "origin": "--calib",
+        "origin": "`calib`",
         "images": 150,
         "heldout": 50,
         "patches_per_unknown": 12,
     }
     names = [step["name"] for step in found["steps"]]
     assert names[:3] == ["fit the weights", "fit the outputs", "follow the drift, correct the bias"]
+    assert [step["kind"] for step in found["steps"]] == ["weights", "data", "data", "batchnorm"][: len(names)]
     by_name = {step["name"]: step["divergence"] for step in found["steps"]}
     assert by_name["follow the drift, correct the bias"] < by_name["fit the weights"]
     assert converted(result.report)
@@ -130,7 +130,7 @@ def test_multipliers_become_branches_in_onnx_too(fixed):
 def test_a_plan_can_be_replayed(fixed, tmp_path):
     result, folder = fixed
     weights = folder / "converted.safetensors"
-    plan = read_plan({**result.plan, "weights_sha256": hashlib.sha256(weights.read_bytes()).hexdigest()})
+    plan = read_plan(result.plan)
     assert apply_plan(load(), plan, weights, tmp_path, model_sha256=None) is None
     assert (tmp_path / "converted.onnx").read_bytes() == (folder / "converted.onnx").read_bytes()
 
@@ -161,6 +161,7 @@ def test_budgets(small):
     with pytest.raises(DemandNotMetError, match=r"no plan meets `target_macs` 0.01") as caught:
         convert_small(small, target_macs=0.01)
     assert min(point["macs"] for point in caught.value.curve) > 0.01 * result.report["original"]["macs"]
+    assert len(caught.value.curve) >= 3
     with pytest.raises(DemandNotMetError, match=r"`rank` 1 and `max_drop` 0 .*smallest drop"):
         convert_small(small, rank=1, max_drop=0, data=small[1])
 
@@ -200,7 +201,9 @@ def test_a_demanded_speed_holds_of_the_files_too(small, monkeypatch):
     ("options", "message"),
     [
         ({"rank": 0}, "`rank`: expected"),
+        ({"rank": 1.5}, "`rank`: expected a whole number from 1, got 1.5"),
         ({"target_macs": 1.5}, "`target_macs`: expected"),
+        ({"target_macs": float("nan")}, "`target_macs`: expected a number from .* to 1, got nan"),
         ({"min_speedup": -1}, "`min_speedup`: expected"),
         ({"max_drop": float("nan")}, "`max_drop`: expected"),
         ({"rank": 1, "target_macs": 0.5}, "pass one of them"),
@@ -213,7 +216,7 @@ def test_bad_demands(samples, options, message):
     with pytest.raises(SepconvertError, match=message):
         approx(samples, **options)
     with pytest.raises(SepconvertError, match="are for the modes approx and auto"):
-        convert(load(), samples[0][:2], rank=1)
+        decided(load(), samples[0][:2], rank=1)
 
 
 def test_without_images_the_weights_are_fitted_and_the_report_says_so(samples):
@@ -246,7 +249,7 @@ def test_bad_images(samples):
         with pytest.raises(SepconvertError, match=f"images to fit to are {said}, .* run on 1×28×28"):
             approx(samples, rank=1, calib=odd)
         with pytest.raises(SepconvertError, match=f"images to train on are {said}, .* run on 1×28×28"):
-            approx(samples, rank=1, calib=loader(samples[0][:8]), train=odd, finetune=1)
+            approx(samples, rank=1, calib=loader(samples[0][:8]), finetune=Finetuning(1, train=odd))
     with pytest.raises(SepconvertError, match="every image is of one colour"):
         approx(samples, rank=1, calib=loader(torch.zeros(8, 1, 28, 28)))
 

@@ -7,13 +7,14 @@ import pytest
 import torch
 
 from sepconvert.base.environment import Runtime
+from sepconvert.base.notes import Reason, ReasonCode
 from sepconvert.factorize.border import Border
 from sepconvert.factorize.exact.analysis import Analysis, Finding, Spectrum
 from sepconvert.factorize.exact.certificate import Certificate
 from sepconvert.factorize.geometry import ConvSpec
 from sepconvert.files.onnx.export import ExportNote
 from sepconvert.measure.execution import LayerExecution, ModelExecution
-from sepconvert.measure.latency import Latency, Speedup
+from sepconvert.measure.latency import Latency, PairTiming, Speedup
 from sepconvert.measure.metrics import Accuracy, AccuracyDelta, ChangedPrediction, ChangedPredictions
 from sepconvert.measure.profiling import Profile
 from sepconvert.measure.statistics import Interval
@@ -57,21 +58,21 @@ def profile(params: int, macs: int, milliseconds: float, top1: float) -> Profile
 
 
 STEM = LayerReport(
-    kept(site("stem.conv", 12_345), "no exact structure"),
+    kept(site("stem.conv", 12_345), Reason(ReasonCode.FULL_RANK, "no exact structure")),
     site("stem.conv", 12_345),
     analysis(24, 0.125, holds=False),
     spectrum=Spectrum("spatial-vh", (0.75, *(0.5,) * 22, 0.125), cut=6),
 )
 LARGE = LayerReport(
     replace(
-        kept(site("large.conv", 2_000_000), ""), decision="converted", reason="rank 2 of 24",
-        scheme="spatial-vh", rank=2, macs=(2_000_000, 500_000),
+        kept(site("large.conv", 2_000_000), Reason(ReasonCode.SEPARATES, "rank 2 of 24")),
+        decision="converted", scheme="spatial-vh", rank=2, macs=(2_000_000, 500_000),
     ),
     site("large.conv", 2_000_000),
     analysis(2, 6.5e-9, holds=True),
     Certificate(4.5e-8, 4.5e-8, 1e-6, 1e-7, exact=True, bitwise=False, kept=(0.5, 0.25), dropped=(1.5e-9,)),
     LayerCheck(1e-8, 1e-7, 2.5e-8, 1e-6, 4.5e-8, 1e-6),
-    latency=(latency(0.25), latency(0.125), SPEEDUP),
+    latency=PairTiming(latency(0.25), latency(0.125), SPEEDUP),
     spectrum=Spectrum("spatial-vh", (0.75, 0.5, *(1e-9,) * 22), cut=2),
     execution=LayerExecution(
         (0.5, 0.25), (1, 2), (2**20, 2**19),
@@ -92,7 +93,7 @@ EXACT = Report(
     changed=ChangedPredictions(10, lost=6, won=1, shown=(ChangedPrediction(31, 7, 7, 2),)),
     layers=(STEM, LARGE),
     verification=Verification(
-        OutputCheck(3.5e-8, 4.5e-6, "float64"), Comparison(6.5e-8, 5.5e-6, "float32"), None,
+        OutputCheck(3.5e-8, 4.5e-6, "float64"), OutputCheck(6.5e-8, 5.5e-6, "float32"), None,
         {"large.conv": LARGE.check},
     ),
     export=ExportNote(dynamic_batch=True, onnx_dtype="float32", reason=None),
@@ -162,7 +163,12 @@ def approximate() -> dict[str, Any]:
     )  # fmt: skip
     large = replace(
         LARGE,
-        plan=replace(LARGE.plan, scheme="depthwise-pointwise", rank=1),
+        plan=replace(
+            LARGE.plan,
+            reason=Reason(ReasonCode.FITTED, "rank 1 of 9"),
+            scheme="depthwise-pointwise",
+            rank=1,
+        ),
         certificate=None,
         check=None,
         approximation=errors,

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from sepconvert import __version__
-from sepconvert.measure.verification import Comparison
+from sepconvert.measure.verification import OutputCheck
 from sepconvert.report.document import SCHEMA, report_document
 
 
@@ -50,6 +50,6 @@ def test_it_is_plain_json(document, approximate):
 
 
 def test_numbers_that_json_does_not_have_are_refused(report):
-    off = replace(report.verification, torch=Comparison(math.nan, 1e-6, "float64"))
+    off = replace(report.verification, torch=OutputCheck(math.nan, 1e-6, "float64"))
     with pytest.raises(ValueError, match="not JSON compliant"):
         report_document(replace(report, verification=off))

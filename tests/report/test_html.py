@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from profiles import profile
 
+from sepconvert.measure.comparison import Comparison
 from sepconvert.report.exhibits import Exhibits, KernelPair
-from sepconvert.report.html import render_html
+from sepconvert.report.html import render_comparison, render_html
 from sepconvert.report.sentences import causes, sentences
 
 VOID = {"meta", "br", "img", "input"}
@@ -255,3 +257,11 @@ def test_a_curve_without_times_is_drawn_over_macs(approximate):
 
 def test_two_points_are_no_curve(approximate):
     assert "divergence, and change of accuracy" not in render_html(approximate).lower()
+
+
+def test_models_of_one_name_are_all_drawn():
+    page = render_comparison(
+        Comparison((profile(1.0), profile(2.0), profile(3.0)), ("net.onnx",) * 3), "note"
+    )
+    legend = page[page.index("legend_1") :]
+    assert legend.count(">net.onnx<") == 3

@@ -81,7 +81,7 @@ class Operator(Struct, frozen=True):
 
 
 class Anatomy(Struct, frozen=True):
-    """How an ONNX file runs, in detail."""
+    """Details of how an ONNX file runs."""
 
     peak_activation_bytes: Annotated[Bytes | None, Meta(description="null if shapes are not known")]
     startup: Startup
@@ -117,7 +117,7 @@ class Model(Struct, frozen=True):
 
 
 class ProfileDocument(Profile, frozen=True, kw_only=True):
-    """What `sepconvert profile` prints and writes."""
+    """The document that `sepconvert profile` prints and writes."""
 
     schema: Literal["sepconvert.profile/1"]
     model: Model

@@ -55,7 +55,7 @@ class Approximation(Struct, frozen=True):
 
 
 class LayerExecution(Struct, frozen=True):
-    """How ONNX Runtime runs a layer, before and after."""
+    """Execution of a layer by ONNX Runtime, before and after."""
 
     milliseconds: tuple[Milliseconds, Milliseconds]
     operators: tuple[Count, Count]
@@ -105,7 +105,7 @@ class Check(Struct, frozen=True):
 
 
 class StructureFinding(Struct, frozen=True):
-    """How near a kernel is to one exact structure."""
+    """Distance of a kernel from one exact structure."""
 
     scheme: str
     rank: Count
@@ -160,7 +160,7 @@ class CalibrationSet(Struct, frozen=True):
 
 
 class Budget(Struct, frozen=True):
-    """What was demanded; null where nothing was."""
+    """Demands on the conversion; null where nothing was demanded."""
 
     rank: int | None
     target_macs: float | None
@@ -226,7 +226,7 @@ class Attempt(Struct, frozen=True):
 
 
 class Finetune(Struct, frozen=True):
-    """How fine-tuning went."""
+    """History and outcome of fine-tuning."""
 
     history: tuple[Epoch, ...]
     delivered: Epoch
@@ -236,7 +236,7 @@ class Finetune(Struct, frozen=True):
 
 
 class Merge(Struct, frozen=True):
-    """What became of a pair of convolutions with nothing but linear maps between them."""
+    """Decision on a pair of convolutions with nothing but linear maps between them."""
 
     first: str
     second: str
@@ -249,7 +249,7 @@ class Merge(Struct, frozen=True):
 
 
 class ModelApproximation(Struct, frozen=True):
-    """How an approximate conversion came about."""
+    """Search and fit of an approximate conversion."""
 
     metric: Literal["weights", "data"]
     calibration: CalibrationSet | None
@@ -285,7 +285,7 @@ class ChangedPrediction(Struct, frozen=True):
 
 
 class ChangedPredictions(Struct, frozen=True):
-    """How many predictions changed, and some of them."""
+    """Number of changed predictions, and some of them."""
 
     count: Count
     lost: Annotated[Count, Meta(description="correct before, and wrong now")]
@@ -294,7 +294,7 @@ class ChangedPredictions(Struct, frozen=True):
 
 
 class ModelExecution(Struct, frozen=True):
-    """Where the profiler's milliseconds go, before and after."""
+    """Milliseconds of the profiler by kind of operator, before and after."""
 
     converted: tuple[Milliseconds, Milliseconds]
     kept: tuple[Milliseconds, Milliseconds]
@@ -319,7 +319,7 @@ class Verification(Struct, frozen=True):
 
 
 class Export(Struct, frozen=True):
-    """How the models were exported."""
+    """Export of the models to ONNX."""
 
     dynamic_batch: bool
     onnx_dtype: str
