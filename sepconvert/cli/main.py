@@ -6,6 +6,7 @@ import logging
 import os
 import signal
 import sys
+import threading
 import traceback
 from importlib import import_module
 from pathlib import Path
@@ -47,6 +48,9 @@ Examples:
 
 The first is exact and needs no images. docs/quickstart.md, in the repository, explains both.
 """
+
+
+_AGAIN = 0.05  # seconds
 
 
 class _ConvertByDefault(click.Group):
@@ -192,6 +196,7 @@ def main() -> None:
         logging.getLogger("sepconvert").setLevel(logging.DEBUG)
     for number in _SIGNALS:
         signal.signal(number, _end)
+    sys.unraisablehook = _interrupt_again
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # Latin-1 has no →
     out = sys.stdout
@@ -245,6 +250,15 @@ def _interrupt(number: int, frame: object) -> None:
     for each in _SIGNALS:
         signal.signal(each, ignore_signal)
     raise KeyboardInterrupt
+
+
+def _interrupt_again(lost: "sys.UnraisableHookArgs") -> None:
+    """Repeat an interruption that Python did not pass on, as it came in a finalizer or a callback of fork."""
+    if lost.exc_type is not KeyboardInterrupt:
+        sys.__unraisablehook__(lost)
+        return
+    signal.signal(signal.SIGINT, _interrupt)
+    threading.Timer(_AGAIN, signal.raise_signal, [signal.SIGINT]).start()
 
 
 def _unexpected(error: Exception) -> str:

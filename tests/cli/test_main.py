@@ -142,6 +142,25 @@ def test_an_interrupted_conversion_leaves_nothing(here, number):
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interruption_within_a_callback_of_fork_is_not_lost(number):
+    """Python only reports what such a callback raises, and would continue."""
+    program = (
+        "import os, signal, time\n"
+        "from sepconvert.cli import main\n"
+        f"os.register_at_fork(after_in_parent=lambda: signal.raise_signal({number:d}))\n"
+        "def work(**_):\n"
+        "    main._commands('outputs')\n"
+        "    if os.fork() == 0:\n"
+        "        os._exit(0)\n"
+        "    time.sleep(30)\n"
+        "main.cli.main = work\n"
+        "main.main()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, check=False)  # noqa: S603
+    assert (done.returncode, done.stderr) == (130, b"sepconvert: interrupted\n")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_signals_while_an_interrupted_process_shuts_down_change_nothing(number):
     """Python gives signals their default action at the end, after which one more would kill the process."""
     program = (

@@ -69,7 +69,9 @@ COMMANDS = {
         "--dry-run": SWITCH,
     }),
     "inspect": ("MODEL", {**LOADING, **IMAGES, **LAYERS, **RUNNING}),
-    "profile": ("MODEL", {**LOADING, **IMAGES, **RUNNING, **TIMING, "--out": Flag(), "--batches": Flag("8")}),
+    "profile": ("MODEL", {
+        **LOADING, **IMAGES, **RUNNING, **TIMING, "--out": Flag(), "--batches": Flag((8,)),
+    }),
     "compare": ("MODELS...", {
         **LOADING, **IMAGES, **RUNNING, **TIMING, "--fail-if": REPEATED,
         "--format": Flag("table", ("table", "markdown", "csv", "json", "html")),

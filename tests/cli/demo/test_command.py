@@ -8,8 +8,10 @@ from command_line import RESULTS, listing
 
 @pytest.mark.slow
 def test_demo(here, run):
-    outcome = run("demo", "--runs", "3", "--quiet")
+    outcome = run("demo", "--runs", "3")
     assert outcome.code == 0
+    assert all(len(line) <= 80 for line in outcome.out.splitlines())
+    assert "leave layers as they are (--exclude)" in " ".join(outcome.out.split())
     modes = ("approx", "auto", "exact")
     assert listing(here / "demo-sepconvert") == sorted(
         path for mode in modes for path in (mode, *(f"{mode}/{name}" for name in RESULTS))
