@@ -1,5 +1,6 @@
 """`.pt2` archives of torch.export, checked before torch reads them."""
 
+import inspect
 import io
 import json
 import os
@@ -9,8 +10,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
+import torch
 from torch import Tensor, nn
-from torch.export.pt2_archive import PT2ArchiveReader
+from torch.export import ExportedProgram
 
 from sepconvert.base.errors import SepconvertError
 from sepconvert.files.pickled_program import check_pickle, pickle_of_archive
@@ -57,6 +59,12 @@ _PAYLOAD = re.compile(r"(weight|tensor)_[0-9]+")
 
 
 def load_archive(path: Path, trust: bool) -> tuple[nn.Module, tuple[Tensor, ...] | None]:
+    # By what torch can do: without this parameter, it offers no way to load a program and leave its guards be.
+    if "check_guards" not in inspect.signature(ExportedProgram.module).parameters:
+        raise SepconvertError(
+            f"{path}: a .pt2 archive, which only torch 2.9 or newer reads safely, got torch {torch.__version__}; "
+            "upgrade torch, or save the module with torch.save"
+        )
     # torch.export.load would, after an error, fall back on an older format that was not checked.
     from torch.export.pt2_archive._package import load_pt2
 
@@ -78,6 +86,8 @@ def load_archive(path: Path, trust: bool) -> tuple[nn.Module, tuple[Tensor, ...]
 
 
 def _check_pt2(file: BinaryIO, path: Path) -> None:
+    from torch.export.pt2_archive import PT2ArchiveReader  # which torch 2.7 lacks
+
     archive = PT2ArchiveReader(file)
     members = archive.get_file_names()
     if any(name.startswith("data/aotinductor/") for name in members):

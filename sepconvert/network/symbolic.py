@@ -213,6 +213,10 @@ def _free_dtype(graph: fx.Graph) -> None:
 
 def _expect_shapes(graph: fx.Graph, program: ExportedProgram) -> None:
     """Put the conditions under which the graph is the forward in the place of torch's own check."""
+    if not hasattr(program, "_guards_code"):
+        raise UntraceableError(
+            "torch.export of this torch does not say for which sizes the graph holds (2.9 does)"
+        )
     check = next((node for node in graph.nodes if node.target == "_guards_fn"), None)
     if check is None:
         raise UntraceableError("torch.export does not say for which sizes the graph holds")
