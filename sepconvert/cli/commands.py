@@ -178,7 +178,9 @@ def _show(options: Options, result: ConversionResult, out: Path) -> None:
 
 def _verdict(verified: Mapping[str, Any] | None) -> str:
     if verified is None:
-        return "The weights are the plan's; outputs were not compared, as the plan is approximate or names no file."
+        return (
+            "The weights are the plan's; outputs were not compared, as the plan is approximate or names no file."
+        )
     return (
         f"Verified: outputs differ by {verified['max_abs_diff']:.1e} (tolerance {verified['tolerance']:.1e})."
     )

@@ -59,11 +59,11 @@ _PAYLOAD = re.compile(r"(weight|tensor)_[0-9]+")
 
 
 def load_archive(path: Path, trust: bool) -> tuple[nn.Module, tuple[Tensor, ...] | None]:
-    # By what torch can do: without this parameter, it offers no way to load a program and leave its guards be.
+    # Guards are Python source in the file; only torch that has this parameter is known to leave them alone.
     if "check_guards" not in inspect.signature(ExportedProgram.module).parameters:
         raise SepconvertError(
-            f"{path}: a .pt2 archive, which only torch 2.9 or newer reads safely, got torch {torch.__version__}; "
-            "upgrade torch, or save the module with torch.save"
+            f"{path}: .pt2 archives need torch 2.9 or newer, got torch {torch.__version__}; upgrade torch, "
+            "or save the module with torch.save"
         )
     # torch.export.load would, after an error, fall back on an older format that was not checked.
     from torch.export.pt2_archive._package import load_pt2
