@@ -64,8 +64,9 @@ def convert(
     loader = DataLoader(TensorDataset(x, torch.full((images,), -1)), batch_size=64)
     start = time.perf_counter()
     sepconvert.convert(
-        model, x[:1], mode="approx", rank=1, gate="none", calib=loader, calib_images=images, runs=0,
-        memory=memory and memory * 1e9,
+        model, x[:1], mode="approx", rank=1, gate="none", calib=loader,
+        calibration=sepconvert.Calibration(images=images, memory=memory and memory * 1e9),
+        timing=sepconvert.Timing(runs=0),
     )  # fmt: skip
     return time.perf_counter() - start, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
 

@@ -4,7 +4,7 @@
     peers.py time FOLDER …            all models of each folder, interleaved in one run
     peers.py report OUT FOLDER …      tables and a plot of them
 
-README.md beside this file says what is compared, and how.
+README.md explains what is compared and how.
 """
 
 import json
@@ -31,13 +31,13 @@ from sepconvert.base.environment import Runtime, environment
 from sepconvert.base.errors import first_line
 from sepconvert.calibration.batchnorm import reestimate_batchnorm
 from sepconvert.calibration.heldout import Heldout
-from sepconvert.calibration.split import Calibration, split_data
+from sepconvert.calibration.split import CalibrationSet, split_data
 from sepconvert.files.data import Preprocess, load_data
 from sepconvert.files.models import load_model
-from sepconvert.files.onnx.export import onnx_feed, save_onnx
+from sepconvert.files.onnx.export import export_program, onnx_feed, save_onnx
 from sepconvert.measure.cost import count
-from sepconvert.measure.latency import session, speedup, time_all
-from sepconvert.measure.metrics import compare, evaluate
+from sepconvert.measure.latency import Deployed, session, speedup, time_all
+from sepconvert.measure.metrics import accuracy_delta, evaluate
 from sepconvert.measure.statistics import median_interval
 from sepconvert.network.copies import evaluation_mode, private_copy
 from sepconvert.network.trace import ConvSite, trace
@@ -55,11 +55,11 @@ Judge = Callable[[nn.Module], dict[str, Any]]
 
 @dataclass(frozen=True)
 class Net:
-    """An original, and the images that tools may look at."""
+    """An original network, and the images that tools may use."""
 
     model: nn.Module
     inputs: tuple[Tensor, ...]  # one sample of the evaluation data, which models are run and timed on
-    calibration: Calibration
+    calibration: CalibrationSet
     calib: torch.utils.data.DataLoader[tuple[Tensor, Tensor]]  # where those of `calibration` come from
     heldout: Heldout
     cache: Path  # for the times of layers
@@ -67,7 +67,7 @@ class Net:
 
 @dataclass(frozen=True)
 class Converted:
-    """What a tool made of a net; `dense` says why layers were left as they are."""
+    """A net as converted by a tool; `dense` gives the reasons of the layers that were kept."""
 
     model: nn.Module
     batchnorm: bool
@@ -76,7 +76,7 @@ class Converted:
 
 @dataclass(frozen=True)
 class Tool:
-    """`convert` is called once for each of `settings`; each call makes one point of the tool's curve."""
+    """A tool with its settings; `convert` is called once for each and makes one point of its curve."""
 
     name: str
     settings: tuple[Mapping[str, Any], ...]
@@ -161,13 +161,13 @@ def by_layer(convert_layer: Callable[..., nn.Module], net: Net, **setting: Any) 
 
 
 def macs_of(layer: nn.Module, site: ConvSite) -> int:
-    """Of a layer on the input that it has in the net."""
+    """Return the MACs of a layer on the input that it has in the net."""
     assert site.conv is not None  # the caller has seen an nn.Conv2d run
     return count(layer, (site.conv.inputs,)).macs * site.calls
 
 
 def with_batchnorm(net: Net, model: nn.Module, dense: Mapping[str, str]) -> Converted:
-    """With BatchNorms re-estimated, if that helps on the images held out."""
+    """Re-estimate BatchNorms if that helps on the held-out images."""
     candidate = private_copy(model)
     with evaluation_mode(candidate):
         reestimate_batchnorm(candidate, net.calibration.fit)
@@ -176,23 +176,23 @@ def with_batchnorm(net: Net, model: nn.Module, dense: Mapping[str, str]) -> Conv
 
 
 def plain_svd(net: Net, *, rank: int) -> Converted:
-    """Depthwise and pointwise factors by each kernel's own SVD: no data but for BatchNorm."""
-    found = sepconvert.convert(net.model, net.inputs, "approx", rank=rank, gate="none", runs=0)
+    """Fit depthwise and pointwise factors by each kernel's own SVD, which uses data for BatchNorm only."""
+    untimed = sepconvert.Timing(runs=0)
+    found = sepconvert.convert(net.model, net.inputs, "approx", rank=rank, gate="none", timing=untimed)
     return with_batchnorm(net, found.model, {})
 
 
 def convert(net: Net, **keywords: Any) -> Converted:
-    """sepconvert as its user calls it; no label is seen."""
-    found = sepconvert.convert(
-        net.model, net.inputs, mode="auto", calib=net.calib, threads=1, cache=net.cache, **keywords
-    )
+    """Convert by sepconvert as a user calls it, without labels."""
+    timing = sepconvert.Timing(threads=1, cache=net.cache)
+    found = sepconvert.convert(net.model, net.inputs, mode="auto", calib=net.calib, timing=timing, **keywords)
     kept = [step["name"] for step in found.report["approximation"]["steps"] if step["kept"]]
     return Converted(found.model, "re-estimate BatchNorm" in kept, {})
 
 
 HEADING = """# Peers: every point
 
-Written by `python benchmarks/peers.py report`; README.md beside this file says what is compared, and how."""
+Written by `python benchmarks/peers.py report`; README.md explains what is compared and how."""
 SPEEDUPS = (1.2, 1.5, 1.8, 2.2, 2.7, 3.4)
 SHARES = ({"rank": 0.6}, {"rank": 0.4}, {"rank": 0.25}, {"rank": 0.12})  # of the weights
 REMOVED = ({"percent_removed": 0.3}, {"percent_removed": 0.5}, {"percent_removed": 0.7})
@@ -229,14 +229,14 @@ def tools(epochs: int) -> tuple[Tool, ...]:
 
 
 def versions(*names: str) -> Iterator[tuple[str, str]]:
-    """Of the packages that are installed; without its package, a peer's points are errors."""
+    """Yield the versions of the installed packages; without its package, a peer's points are errors."""
     for name in names:
         with suppress(PackageNotFoundError):
             yield name, version(name)
 
 
 def one_line(error: Exception) -> str:
-    """What a peer's exception says, and where it was raised."""
+    """Return the message of a peer's exception, and where it was raised."""
     *_, frame = traceback.extract_tb(error.__traceback__)
     return f"{type(error).__name__}: {first_line(error)} ({Path(frame.filename).name}:{frame.lineno})"
 
@@ -263,8 +263,8 @@ def point(net: Net, stem: Path, convert: Callable[[], Converted], judge: Judge) 
     try:
         found = convert()
         seconds = time.perf_counter() - start
-        save_onnx(found.model, net.inputs, stem.with_suffix(".onnx"), dynamic_batch=False)
-        session(stem.with_suffix(".onnx"), Runtime(1)).run(None, onnx_feed(net.inputs))
+        save_onnx(export_program(found.model, net.inputs, dynamic_batch=False), stem.with_suffix(".onnx"))
+        session(Deployed(stem.with_suffix(".onnx"), Runtime(1))).run(None, onnx_feed(net.inputs))
         cost = count(found.model, net.inputs)
         return {
             "seconds": seconds,
@@ -279,7 +279,7 @@ def point(net: Net, stem: Path, convert: Callable[[], Converted], judge: Judge) 
 
 
 def points(folder: Path) -> list[dict[str, Any]]:
-    """All of a folder, with their speed-ups, in the order of the tools and by falling MACs."""
+    """Return all points of a folder with their speed-ups, by tool and falling MACs."""
     speedups = read(folder / LATENCY)["speedup"]  # of all that have no error
     order = list(STYLES)
     found = [{**read(path), "speedup": speedups.get(path.stem)} for path in (folder / POINTS).glob("*.json")]
@@ -319,7 +319,7 @@ def convert_command(
     finetune: int,
     names: tuple[str, ...],
 ) -> None:
-    """Make every tool's models of MODEL in FOLDER; what is there already is kept."""
+    """Convert MODEL by every tool into FOLDER; existing points are kept."""
     known = {tool.name: tool for tool in tools(finetune)}
     if unknown := [name for name in names if name not in known]:
         raise click.UsageError(f"--tool {unknown[0]}: expected some of {', '.join(known)}")
@@ -328,7 +328,7 @@ def convert_command(
     preprocess = Preprocess(mean, std)
     scored, images = load_data(data, preprocess), load_data(calib, preprocess, batch_size=128)
     original = load_model(model, factory=factory).model.eval()
-    parts = split_data(scored, images, None, images=1024, epochs=0, seed=0)
+    parts = split_data(scored, images, None, sepconvert.Calibration(images=1024), epochs=0, seed=0)
     assert parts.calibration is not None  # `images` are given
     net = Net(
         original,
@@ -339,7 +339,7 @@ def convert_command(
         folder / "times",
     )
     expected = evaluate(original, scored)
-    save_onnx(original, net.inputs, folder / f"{ORIGINAL}.onnx", dynamic_batch=False)
+    save_onnx(export_program(original, net.inputs, dynamic_batch=False), folder / f"{ORIGINAL}.onnx")
     cost = count(original, net.inputs)
     write(
         folder / f"{ORIGINAL}.json",
@@ -348,7 +348,7 @@ def convert_command(
 
     def judge(converted: nn.Module) -> dict[str, Any]:
         found = evaluate(converted, scored)
-        return {"accuracy": found.accuracy().to_dict(), **compare(expected, found).to_dict()}
+        return {"accuracy": found.accuracy().to_dict(), **accuracy_delta(expected, found).to_dict()}
 
     for tool in chosen:
         for setting in tool.settings:
@@ -371,10 +371,10 @@ def time_command(folders: Sequence[Path], runs: int) -> None:
             for path in sorted((folder / POINTS).glob("*.json"))
             if "error" not in read(path)
         ]
-        shape = session(original, Runtime(1)).get_inputs()[0].shape
+        shape = session(Deployed(original, Runtime(1))).get_inputs()[0].shape
         image = np.random.default_rng(0).standard_normal(shape, dtype=np.float32)
-        models = [(path, {"input": image}) for path in (original, original, *others)]
-        first, again, *times = time_all(models, runs=runs, runtime=Runtime(1), seed=0)
+        models = [(Deployed(path, Runtime(1)), {"input": image}) for path in (original, original, *others)]
+        first, again, *times = time_all(models, runs=runs, seed=0)
         median, ci95 = median_interval(first)
         write(
             folder / LATENCY,
@@ -455,12 +455,12 @@ def _with_interval(value: float, interval: Sequence[float]) -> str:
 
 
 def measured(points: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """Those without an error."""
+    """Return the points without an error."""
     return [each for each in points if "error" not in each]
 
 
 def beyond_ours(points: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """Peers' points that are faster than a training-free one of sepconvert and lose less accuracy."""
+    """Return peers' points that beat a training-free one of sepconvert in both speed and accuracy."""
     ours = [each for each in measured(points) if each["tool"] == SEPCONVERT]
     return [
         each

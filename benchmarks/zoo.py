@@ -1,15 +1,16 @@
-"""Architectures of torchvision and timm, each converted in each mode, and what became of it.
+"""Convert architectures of torchvision and timm in every mode, and check the results.
 
-    zoo.py run zoo.json [NAME …]   a process for each model and mode; what is in the file already is kept
-    zoo.py report zoo.json         zoo.md beside it, as a table; --readme FILE also writes a section there
+    zoo.py run [NAME …] [--results FILE]   one process per model and mode; existing results are kept
+    zoo.py report [--results FILE]         print the table; --page FILE also rewrites a section of that page
 
-Weights are random, shapes are real. In half of the dense kernels a structure is planted, which exact mode has
-to find. README.md beside this file says what must hold for a model to pass.
+Weights are random, shapes are real. Every second dense kernel has a structure planted, which exact mode must
+find. README.md beside this file says what must hold for a model to pass.
 """
 
 import json
 import os
 import resource
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -45,13 +46,18 @@ from sepconvert.calibration.batchnorm import reestimate_batchnorm
 MODES: dict[str, tuple[dict[str, Any], ...]] = {
     "exact": ({"gate": "macs"},),
     "approx": ({"rank": 2, "gate": "none"},),
-    "auto": tuple({"min_speedup": least, "measure_seconds": 20.0} for least in (1.1, 1.02)),
+    "auto": tuple({"min_speedup": least} for least in (1.1, 1.02)),
 }
 OUTCOMES = ("passed", "no plan is fast enough", "failed")
 IMAGES = 8
+CAVEATS = (
+    "These runs check coverage, not gains: weights are random, and every second dense kernel has a structure "
+    "planted for exact mode to find."
+)
 MARKS = ("<!-- written by benchmarks/zoo.py -->", "<!-- end -->")
-SECONDS = 3600  # until a process is given up
-# Of outputs of a float32 network that nothing but rounding moved, relative to the largest of them.
+RESULTS = Path(__file__).parent / "results/zoo.json"
+SECONDS = 3600  # time limit of a process
+# Largest difference of a float32 network's outputs that rounding explains, relative to the largest output.
 CLOSE = 2e-3
 
 
@@ -89,7 +95,7 @@ class UNet(nn.Module):
         return nn.Sequential(*layers)
 
     def forward(self, x: Tensor) -> Tensor:
-        """N × 3 × H × W to N × 5 × H × W, of H and W that are multiples of 4."""
+        """Map N × 3 × H × W to N × 5 × H × W; H and W are multiples of 4."""
         first = self.first(x)
         second = self.second(F.max_pool2d(first, 2))
         third = self.third(F.max_pool2d(second, 2))
@@ -144,7 +150,7 @@ _TIMM = {
 
 
 def entries() -> dict[str, Entry]:
-    """All models by name."""
+    """Return all models by name."""
     models, segmentation, detection = (
         torchvision.models,
         torchvision.models.segmentation,
@@ -183,7 +189,7 @@ def _backbone(build: Callable[[], nn.Module]) -> nn.Module:
 
 
 def prepared(entry: Entry) -> tuple[nn.Module, list[str], Tensor]:
-    """A model that answers within bounds, the names of its planted kernels, and images."""
+    """Return a model with bounded outputs, the names of its planted kernels, and images."""
     torch.manual_seed(0)
     model = entry.build()
     images = torch.randn(IMAGES, *entry.shape)
@@ -195,7 +201,7 @@ def prepared(entry: Entry) -> tuple[nn.Module, list[str], Tensor]:
 
 @torch.no_grad()
 def plant(model: nn.Module) -> list[str]:
-    """Give every second dense k×k kernel a structure, each its turn, with the norm that it had."""
+    """Plant a structure, in turn, in every second dense k×k kernel, and keep the kernel's norm."""
     names = []
     dense = [
         (name, module)
@@ -230,7 +236,7 @@ def _random(*shape: int) -> Tensor:
 
 
 def attempt(name: str, mode: str) -> dict[str, Any]:
-    """Convert, and check all that is claimed; see `judge`."""
+    """Convert a model and check the result; see `judge`."""
     entry = entries()[name]
     model, planted, images = prepared(entry)
     found: dict[str, Any] = {
@@ -248,10 +254,10 @@ def attempt(name: str, mode: str) -> dict[str, Any]:
             result = converted(model, images, mode, Path(folder))
             found["seconds"] = time.perf_counter() - start
             found |= judge(model, planted, result, images, Path(folder))
-        except DemandNotMetError as error:  # an honest answer, of auto mode alone
+        except DemandNotMetError as error:  # a legitimate outcome, in auto mode only
             met = {"outcome": "no plan is fast enough"} if mode == "auto" else {"outcome": "failed"}
             found |= {"seconds": time.perf_counter() - start, **met, "error": first_line(error)}
-        except Exception as error:  # what is to be found out
+        except Exception as error:  # any failure is a result of the benchmark
             found |= {
                 "seconds": time.perf_counter() - start,
                 "outcome": "failed",
@@ -262,15 +268,18 @@ def attempt(name: str, mode: str) -> dict[str, Any]:
 
 
 def converted(model: nn.Module, images: Tensor, mode: str, folder: Path) -> Any:
-    """Under the first of the demands of a mode that is met.
+    """Convert a model under the first demand of a mode that can be met.
 
     Raises:
-        DemandNotMetError: of the last of them.
+        DemandNotMetError: the last demand is not met either.
     """
-    keywords: dict[str, Any] = {"threads": 1, "runs": 10, "out": folder}
+    keywords: dict[str, Any] = {
+        "timing": sepconvert.Timing(threads=1, runs=10, measure_seconds=20.0),
+        "out": folder,
+    }
     if mode != "exact":
         loader = DataLoader(TensorDataset(images, torch.full((IMAGES,), -1)), 4)
-        keywords |= {"calib": loader, "calib_images": IMAGES}
+        keywords |= {"calib": loader, "calibration": sepconvert.Calibration(images=IMAGES)}
     *more, least = MODES[mode]
     for demand in more:
         with suppress(DemandNotMetError):
@@ -281,7 +290,7 @@ def converted(model: nn.Module, images: Tensor, mode: str, folder: Path) -> Any:
 def judge(
     model: nn.Module, planted: Sequence[str], result: Any, images: Tensor, folder: Path
 ) -> dict[str, Any]:
-    """Whether every convolution is listed, all files answer as the converted model does, and costs add up."""
+    """Check that every convolution is listed, all files agree with the converted model, and costs add up."""
     report, layers = result.report, result.report["layers"]
     listed = {name for layer in layers for name in (layer["name"], *layer.get("aliases", ()))}
     modules = {name: m for name, m in model.named_modules() if isinstance(m, nn.modules.conv._ConvNd)}
@@ -289,7 +298,7 @@ def judge(
     converted = {layer["name"] for layer in layers if layer["decision"] == "converted"}
     saved = sum(layer["macs"][0] - layer["macs"][1] for layer in layers if layer["decision"] == "converted")
     with torch.no_grad():
-        before, after = (answers(each.eval()(images[1:2])) for each in (model, result.model))
+        before, after = (output_tensors(each.eval()(images[1:2])) for each in (model, result.model))
     wrong = []
     if unlisted:
         wrong.append(f"not listed: {', '.join(unlisted)}")
@@ -330,13 +339,13 @@ def judge(
     }
 
 
-def answers(output: Any) -> list[Tensor]:
-    """The tensors of a model's answer, in order."""
+def output_tensors(output: Any) -> list[Tensor]:
+    """Return the tensors of a model's output, in order."""
     return [leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor)]
 
 
 def difference(expected: Sequence[Tensor], actual: Sequence[Tensor]) -> float:
-    """Largest of all outputs, relative to the largest element of the one that is expected."""
+    """Return the largest difference of all outputs, relative to the largest expected element."""
     assert len(expected) == len(actual)
     return max(
         float((a.double() - e.double()).abs().max() / e.double().abs().max().clamp(min=1e-30))
@@ -352,7 +361,7 @@ def _run_onnx(path: Path, images: Tensor) -> list[Tensor]:
 
 def _run_archive(path: Path, images: Tensor) -> list[Tensor]:
     with torch.no_grad():
-        return answers(torch.export.load(path).module()(images))
+        return output_tensors(torch.export.load(path).module()(images))
 
 
 # Commands ------------------------------------------------------------------------------------------
@@ -360,11 +369,17 @@ def _run_archive(path: Path, images: Tensor) -> list[Tensor]:
 
 @click.group()
 def cli() -> None:
-    """Convert a zoo of models; README.md beside this file says what is checked."""
+    """Convert many models; README.md beside this file says what is checked."""
+
+
+results_option = click.option(
+    "--results", "path", default=RESULTS, type=click.Path(dir_okay=False, path_type=Path),
+    help="JSON file of the results [default: results/zoo.json beside this file].",
+)  # fmt: skip
 
 
 @cli.command()
-@click.argument("path", type=click.Path(dir_okay=False, path_type=Path))
+@results_option
 @click.argument("names", nargs=-1)
 @click.option(
     "--mode", "modes", multiple=True, type=click.Choice(list(MODES)), help="Only this one. Repeatable."
@@ -374,7 +389,7 @@ def cli() -> None:
     help="Processes at once, each with its share of the cores.",
 )  # fmt: skip
 def run(path: Path, names: Sequence[str], modes: Sequence[str], jobs: int) -> None:
-    """Convert all models, or those whose name contains one of NAMES, in a process for each mode."""
+    """Convert all models, or those whose name contains one of NAMES, one process per model and mode."""
     if unknown := [each for each in names if not any(each in name for name in entries())]:
         raise click.UsageError(f"{unknown[0]}: expected parts of these names: {', '.join(entries())}")
     chosen = [name for name in entries() if not names or any(each in name for each in names)]
@@ -405,8 +420,9 @@ def _read(path: Path) -> list[dict[str, Any]]:
 
 
 def _write(path: Path, results: Sequence[Mapping[str, Any]]) -> None:
-    """A line for each result; whole or not at all."""
+    """Write one line per result, atomically."""
     lines = ",\n".join(json.dumps(each) for each in results)
+    path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_suffix(".part")
     part.write_text(f"[\n{lines}\n]\n", encoding="utf-8")
     part.replace(path)
@@ -440,27 +456,29 @@ def _broken(name: str, mode: str, error: str) -> dict[str, Any]:
 @click.argument("name")
 @click.argument("mode", type=click.Choice(list(MODES)))
 def one(name: str, mode: str) -> None:
-    """Convert one model in one mode, here; the result is the last line of what is printed."""
+    """Convert one model in one mode in this process; the last line of the output is the result."""
     click.echo(json.dumps(attempt(name, mode)))
 
 
 @cli.command()
-@click.argument("path", type=click.Path(exists=True, dir_okay=False, path_type=Path))
-@click.option("--readme", type=click.Path(exists=True, path_type=Path),
-              help="Replace what is between the marks in this file by what is supported.")  # fmt: skip
-def report(path: Path, readme: Path | None) -> None:
-    """Write the table of all results beside them."""
+@results_option
+@click.option("--page", type=click.Path(exists=True, path_type=Path),
+              help="Also replace the section between the marks in this file.")  # fmt: skip
+def report(path: Path, page: Path | None) -> None:
+    """Print the table of all results."""
+    if not path.exists():
+        raise click.UsageError(f"{path}: there are no results yet; make them with `run`")
     found = _read(path)
-    path.with_suffix(".md").write_text("\n".join(table(found)) + "\n", encoding="utf-8")
-    if readme is not None:
-        text = readme.read_text(encoding="utf-8")
+    click.echo("\n".join(table(found)))
+    if page is not None:
+        text = page.read_text(encoding="utf-8")
         before, after = text.partition(MARKS[0])[0], text.partition(MARKS[1])[2]
         section = "\n".join(supported(found))
-        readme.write_text(f"{before}{MARKS[0]}\n{section}\n{MARKS[1]}{after}", encoding="utf-8")
+        page.write_text(f"{before}{MARKS[0]}\n{section}\n{MARKS[1]}{after}", encoding="utf-8")
 
 
 def table(found: Sequence[Mapping[str, Any]]) -> Iterator[str]:
-    """A row for each model, and what failed."""
+    """Yield the lines of the table, one row per model, and every failure."""
     by_name: dict[str, dict[str, Mapping[str, Any]]] = {}
     for each in found:
         by_name.setdefault(each["name"], {})[each["mode"]] = each
@@ -485,7 +503,7 @@ def table(found: Sequence[Mapping[str, Any]]) -> Iterator[str]:
 
 
 def supported(found: Sequence[Mapping[str, Any]]) -> Iterator[str]:
-    """What passed, for the README: families, a row for each mode, and each failure."""
+    """Yield the section for the documentation: families, caveats, one row per mode, and every failure."""
     stated = next(each["environment"] | each["libraries"] for each in found if "environment" in each)
     versions = {name: str(version).partition("+")[0] for name, version in stated.items()}
     families = Counter(family for family, _ in {(each["family"], each["name"]) for each in found})
@@ -494,10 +512,12 @@ def supported(found: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     )
     yield from textwrap.wrap(
         f"{families.total()} architectures of torchvision {versions['torchvision']} and timm "
-        f"{versions['timm']} with random weights, at their real shapes, under torch {versions['torch']} and "
-        f"ONNX Runtime {versions['onnxruntime']} (`benchmarks/zoo.py`): {names}.",
+        f"{versions['timm']} were converted at their real shapes under torch {versions['torch']} and ONNX "
+        f"Runtime {versions['onnxruntime']} (`benchmarks/zoo.py`): {names}.",
         110,
     )
+    yield ""
+    yield from textwrap.wrap(f"{CAVEATS} {_gains(found)}".strip(), 110)
     yield ""
     rows = []
     for mode in MODES:
@@ -510,6 +530,19 @@ def supported(found: Sequence[Mapping[str, Any]]) -> Iterator[str]:
         yield "What failed:"
         yield ""
         yield from (f"- {each['name']}, {each['mode']}: {each['error']}" for each in failed)
+
+
+def _gains(found: Sequence[Mapping[str, Any]]) -> str:
+    """Return a sentence on the speed-ups of auto mode, with those that noise explains."""
+    speeds = [each["speedup"] for each in found if each["mode"] == "auto" and each.get("speedup")]
+    if not speeds:
+        return ""
+    noisy = sum(not each["significant"] for each in speeds)
+    medians = [each["median"] for each in speeds]
+    return (
+        f"In auto mode the median speed-up is {statistics.median(medians):.2f}×, {noisy} of {len(speeds)} "
+        f"are within noise, and the smallest is {min(medians):.2f}×."
+    )
 
 
 def _cell(each: Mapping[str, Any]) -> str:

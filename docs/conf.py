@@ -1,8 +1,8 @@
-"""What Sphinx builds the documentation from.
+"""Configure Sphinx for the documentation.
 
     sphinx-build -W --keep-going -b html docs docs/_build
 
-Figures and tables of results are made first, by the code that they are about (`figures.py`).
+Figures and tables are made first, by the code that they describe (`figures.py`).
 """
 
 import sys
@@ -29,11 +29,11 @@ html_show_copyright = False
 html_static_path = ["_static"]
 html_css_files = ["words.css"]
 
-myst_enable_extensions = ["attrs_inline"]  # classes of images: one for light pages, one for dark ones
+myst_enable_extensions = ["attrs_inline"]  # image classes for light and dark themes
 myst_heading_anchors = 3
 
-default_role = "code"  # docstrings write `names` so
-smartquotes = False  # they would make a dash of --
+default_role = "code"  # docstrings mark code as `name`
+smartquotes = False  # smart quotes turn -- into a dash
 maximum_signature_line_length = 80
 autodoc_preserve_defaults = True
 autodoc_typehints = "description"
@@ -45,5 +45,5 @@ napoleon_numpy_docstring = False
 
 
 def setup(app: Sphinx) -> None:
-    """Make what the pages include before they are read."""
+    """Make the included figures and tables before the pages are read."""
     app.connect("builder-inited", lambda _: figures.make(HERE / "_generated"))

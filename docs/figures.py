@@ -1,9 +1,9 @@
-"""Figures and tables of the documentation, made by the code that they are about.
+"""Make the figures and tables of the documentation with the code that they describe.
 
     python docs/figures.py [FOLDER]
 
-Every figure comes twice, for light and for dark pages. Colours are those of Okabe and Ito, which the
-colour-blind tell apart; lines and points differ in shape as well.
+Every figure comes twice, for light and for dark pages. Colours are those of Okabe and Ito, which
+colour-blind readers can tell apart; lines and points also differ in shape.
 """
 
 import sys
@@ -33,7 +33,7 @@ from sepconvert.factorize.exact.factors import branches, factorize
 from sepconvert.factorize.geometry import ConvSpec, chain_macs
 from sepconvert.factorize.structures import FORMS
 from sepconvert.files.onnx.layer import layer_onnx
-from sepconvert.measure.latency import Speedup, speedup, time_all
+from sepconvert.measure.latency import Deployed, Speedup, speedup, time_all
 from sepconvert.report.tables import layer_table, structure_table
 
 BLUE, ORANGE, GREEN, VERMILION = "#0072B2", "#E69F00", "#009E73", "#D55E00"
@@ -45,7 +45,7 @@ DEPTHWISE = "depthwise-pointwise"
 
 @dataclass(frozen=True)
 class Theme:
-    """Colours of a page."""
+    """Colours of a page theme."""
 
     ink: str
     faint: str
@@ -94,7 +94,7 @@ def _images(count: int) -> Tensor:
 
 
 def _spec(layer: nn.Conv2d) -> ConvSpec:
-    """Of a layer that pads as much on all sides."""
+    """Return the geometry of a layer with equal padding on all sides."""
     pad = int(layer.padding[0])
     return ConvSpec(
         layer.in_channels, layer.out_channels, tuple(layer.kernel_size), padding=((pad, pad), (pad, pad)),
@@ -107,7 +107,7 @@ def _spec(layer: nn.Conv2d) -> ConvSpec:
 
 @dataclass(frozen=True)
 class RankOne:
-    """A 3×3 kernel, the column and the row that come nearest to it, and how near that is."""
+    """A 3×3 kernel, its nearest column times row, and the error of that product."""
 
     name: str
     kernel: Tensor
@@ -118,7 +118,7 @@ class RankOne:
 
     @classmethod
     def of(cls, name: str, kernel: Tensor) -> "RankOne":
-        """Of a kernel: by exact factors where there are some, which keep small integers."""
+        """Factor a kernel: exactly where that is possible, which keeps small integers."""
         spec, weight = ConvSpec(1, 1, (3, 3)), kernel[None, None]
         analysis = analyse(spec, weight, [(8, 8)])
         finding = next(each for each in analysis.findings if each.scheme == PER_CHANNEL)
@@ -133,7 +133,7 @@ class RankOne:
 
 
 def three_kernels() -> list[RankOne]:
-    """Sobel's, Laplace's, and the 3×3 slice of a trained layer whose error at rank 1 is the median."""
+    """Return Sobel's, Laplace's, and the slice of a trained layer with the median rank-1 error."""
     slices = load().head.conv.weight.detach().flatten(0, 1)
     values = torch.linalg.svdvals(slices)
     errors = values[:, 1:].norm(dim=1) / values.norm(dim=1)
@@ -146,7 +146,7 @@ def three_kernels() -> list[RankOne]:
 
 
 def draw_kernels(figure: Figure, found: Sequence[RankOne], theme: Theme) -> None:
-    """A row for each kernel."""
+    """Draw one row per kernel."""
     figure.set_size_inches(9.6, 7)
     grid = figure.subplots(len(found), 5, width_ratios=(3, 1.5, 3, 3, 3.6))
     for name, axes in zip(("kernel", "k×1", "1×k", "column × row", "singular values"), grid[0], strict=True):
@@ -174,7 +174,7 @@ def draw_kernels(figure: Figure, found: Sequence[RankOne], theme: Theme) -> None
 
 
 def _matrix(axes: Axes, values: Tensor, largest: float) -> None:
-    """Numbers on colours: blue below nothing, red above."""
+    """Draw numbers on colours: blue for negative values, red for positive ones."""
     axes.imshow(values.numpy(), cmap="RdBu_r", vmin=-1.6 * largest, vmax=1.6 * largest)
     for (row, column), value in np.ndenumerate(values.numpy()):
         nearest = round(float(value))
@@ -190,7 +190,7 @@ def _matrix(axes: Axes, values: Tensor, largest: float) -> None:
 
 
 def two_spectra() -> dict[str, Finding]:
-    """Of a layer that was trained as a pair of 16 channels and merged, and of an ordinary one."""
+    """Return the spectra of a layer that was trained as a pair and merged, and of an ordinary one."""
     net, found = load(), {}
     for name, layer in (("large.conv, 7×7", net.large.conv), ("head.conv, 3×3", net.head.conv)):
         analysis = analyse(_spec(layer), layer.weight.detach(), [(24, 24)])
@@ -199,7 +199,7 @@ def two_spectra() -> dict[str, Finding]:
 
 
 def draw_spectra(figure: Figure, found: dict[str, Finding], theme: Theme) -> None:
-    """Singular values one after the other, and where rounding begins."""
+    """Draw the singular values in order, and the tolerance below which rounding explains them."""
     figure.set_size_inches(8, 3.8)
     axes = figure.subplots()
     places = {True: (60, 2e-8), False: (60, 0.13)}  # of names, beside the points that they name
@@ -233,15 +233,20 @@ class Flow:
 
 
 def multiplications() -> Flow:
-    """Of a 5×5 convolution from 3 to 256 channels on a 12×12 image, and of the separable one in its place."""
+    """Count a 5×5 convolution from 3 to 256 channels on a 12×12 image, and its separable replacement."""
     image = torch.zeros(1, 3, 12, 12)
     dense = nn.Conv2d(3, 256, 5, bias=False)
     separable = nn.Sequential(nn.Conv2d(3, 3, 5, groups=3, bias=False), nn.Conv2d(3, 256, 1, bias=False))
-    return Flow(*(sepconvert.profile(each, image, runs=0).macs for each in (dense, separable)))
+    return Flow(
+        *(
+            sepconvert.profile(each, image, timing=sepconvert.Timing(runs=0)).macs
+            for each in (dense, separable)
+        )
+    )
 
 
 def draw_flow(figure: Figure, flow: Flow, theme: Theme) -> None:
-    """Blocks of numbers, drawn to scale in height and width."""
+    """Draw the tensors as blocks, to scale in height and width."""
     figure.set_size_inches(9.6, 6.6)
     axes = figure.subplots()
     axes.set_aspect("equal")
@@ -283,7 +288,7 @@ def draw_flow(figure: Figure, flow: Flow, theme: Theme) -> None:
     pen.long(32, 2.6, 4, 10.4)
     pen.caption(39, -0.4, "8×8×256")
     first, second = 8 * 8 * 5 * 5 * 3, 8 * 8 * 3 * 256
-    assert first + second == flow.separable  # noqa: S101  (what is written here is what was counted)
+    assert first + second == flow.separable  # noqa: S101  (the drawn numbers are those counted)
     ratio = flow.dense / flow.separable
     pen.count(
         -2,
@@ -293,23 +298,23 @@ def draw_flow(figure: Figure, flow: Flow, theme: Theme) -> None:
 
 
 class _Pen:
-    """Draws on one pair of axes."""
+    """A pen that draws on one pair of axes."""
 
     def __init__(self, axes: Axes, theme: Theme) -> None:
         self.axes, self.theme = axes, theme
 
     def stack(self, x: float, y: float, size: float, colours: Sequence[str], step: float = 0.7) -> None:
-        """Square channels one behind the other, the first in front."""
+        """Draw square channels one behind the other, the first in front."""
         for depth in reversed(range(len(colours))):
             self._square(x + step * depth, y + step * depth, size, colours[depth])
 
     def sticks(self, x: float, y: float, colours: Sequence[str]) -> None:
-        """One weight for each channel."""
+        """Draw one weight per channel."""
         for place, colour in enumerate(colours):
             self._square(x + 0.8 * place, y, 0.8, colour)
 
     def long(self, x: float, y: float, size: float, length: float) -> None:
-        """Very many channels."""
+        """Draw a block of very many channels."""
         dx, dy = length, 0.28 * length
         corners = np.array([(x, y), (x + size, y), (x + size, y + size), (x, y + size)])
         behind = corners + np.array([dx, dy])
@@ -323,27 +328,27 @@ class _Pen:
         self._polygon(corners, ORANGE, 1)
 
     def arrow(self, start: tuple[float, float], end: tuple[float, float]) -> None:
-        """From one block to another."""
+        """Draw an arrow from one block to another."""
         look = {"arrowstyle": "-|>", "mutation_scale": 9, "shrinkA": 0, "shrinkB": 0}
         self.axes.add_patch(FancyArrowPatch(start, end, color=self.theme.faint, **look))
 
     def heading(self, y: float, text: str) -> None:
-        """Of a row."""
+        """Write the heading of a row."""
         self.axes.text(0.5, y, text, fontsize=12, va="center", weight="bold")
 
     def caption(self, x: float, y: float, text: str) -> None:
-        """Below a block."""
+        """Write a caption below a block."""
         self.axes.text(x, y, text, ha="center", va="center")
 
     def count(self, y: float, text: str) -> None:
-        """At the end of a row."""
+        """Write the count at the end of a row."""
         self.axes.text(0.5, y, text, va="center", fontsize=11)
 
     def _square(self, x: float, y: float, size: float, colour: str) -> None:
         self._polygon([(x, y), (x + size, y), (x + size, y + size), (x, y + size)], colour, 1)
 
     def _polygon(self, points: Any, colour: str, alpha: float) -> None:
-        """Opaque, however light its colour is."""
+        """Draw an opaque polygon, however light its colour is."""
         paper, face = self.theme.paper, mpl.colors.to_rgba(colour, alpha)
         self.axes.add_patch(Polygon(np.array(points), facecolor=paper, edgecolor="none"))
         self.axes.add_patch(Polygon(np.array(points), facecolor=face, edgecolor=paper, linewidth=0.8))
@@ -364,7 +369,7 @@ class FormOf:
 
 
 def two_forms() -> dict[str, list[FormOf]]:
-    """The demo network's `head.conv`, 32 → 32 channels, 3×3, depthwise and, at no lower cost, spatial."""
+    """Fit the demo network's `head.conv` (3×3, 32 → 32) in depthwise and, at no lower cost, spatial form."""
     net, images = load(), _images(IMAGES)
     layer, seen = net.head.conv, []
     handle = layer.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
@@ -386,7 +391,7 @@ def two_forms() -> dict[str, list[FormOf]]:
 
 
 def _moments(spec: ConvSpec, weight: Tensor, inputs: Tensor) -> Moments:
-    """Of all patches, for a layer of one group whose outputs are to stay what they are."""
+    """Return moments of all patches, for a layer of one group whose targets are its own outputs."""
     (top, _), _ = spec.padding
     patches = F.unfold(inputs.double(), spec.kernel_size, padding=top).transpose(1, 2).flatten(0, 1)
     mean = patches.mean(0)
@@ -405,16 +410,16 @@ def _moments(spec: ConvSpec, weight: Tensor, inputs: Tensor) -> Moments:
 
 
 def _times(spec: ConvSpec, forms: Sequence[tuple[str, int]], shape: Sequence[int]) -> list[Speedup]:
-    """Of each form against the dense layer, in rounds in which each of them runs once."""
+    """Time each form against the dense layer, in rounds in which each of them runs once."""
     layouts = [branches(spec, *form, Border()) for form in ((ZERO_BORDER, 0), *forms)]
     feed = {"input": np.random.default_rng(0).standard_normal(shape, np.float32)}
-    dense, *others = [(layer_onnx(each, shape), feed) for each in layouts]
-    first, again, *samples = time_all([dense, dense, *others], runs=RUNS, runtime=Runtime(1), seed=0)
+    dense, *others = [(Deployed(layer_onnx(each, shape), Runtime(1)), feed) for each in layouts]
+    first, again, *samples = time_all([dense, dense, *others], runs=RUNS, seed=0)
     return [speedup(first, again, each) for each in samples]
 
 
 def draw_forms(figure: Figure, found: dict[str, list[FormOf]], theme: Theme) -> None:
-    """Errors and time against MACs."""
+    """Draw errors and time against MACs."""
     figure.set_size_inches(9.6, 3.9)
     kernel, outputs, clock = figure.subplots(1, 3)
     styles = {SPATIAL: (theme.blue, "o-"), DEPTHWISE: (ORANGE, "s--")}

@@ -1,10 +1,10 @@
-"""Which filters of classical image processing separate, on a photograph.
+"""Find out which classical image filters separate, and apply them to a photograph.
 
     python examples/01_edges.py [--figure edges.png]
 
 The Sobel kernel is [1 2 1]ᵀ times [-1 0 1], and a Gaussian is a product of two vectors as well: six
-multiplications for each pixel instead of nine, with the same image. A Laplacian is no such product, and is
-left as it is.
+multiplications per pixel instead of nine, for the same image. A Laplacian is not such a product and is left
+unchanged.
 """
 
 import argparse
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import sepconvert
 
-PHOTO = torch.from_numpy(camera()).float()[None, None]  # whole numbers, of which sums are exact
+PHOTO = torch.from_numpy(camera()).float()[None, None]  # whole numbers, so that sums are exact
 FILTERS = {
     "Sobel": [[-1.0, 0, 1], [-2, 0, 2], [-1, 0, 1]],
     "Gaussian": [[1 / 16, 1 / 8, 1 / 16], [1 / 8, 1 / 4, 1 / 8], [1 / 16, 1 / 8, 1 / 16]],
@@ -31,14 +31,14 @@ def filter_of(kernel: list[list[float]]) -> nn.Module:
 
 
 def whole(vector: Tensor) -> str:
-    """Up to scale, in whole numbers where it has such."""
+    """Format a vector up to scale, in whole numbers where possible."""
     values = vector.flatten() / vector.abs()[vector.abs() > 1e-6].min()
     return "[" + " ".join(f"{value:.3g}" for value in (values + 0.0).tolist()) + "]"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--figure", help="draw the photograph and what the filters make of it")
+    parser.add_argument("--figure", help="draw the photograph and the filtered images")
     figure = Figure(figsize=(13, 3.6), layout="constrained")
     axes = figure.subplots(1, 4)
     axes[0].set_title("photograph")
@@ -46,15 +46,12 @@ def main() -> None:
     options = parser.parse_args()
     for axis, (name, kernel) in zip(axes[1:], FILTERS.items(), strict=True):
         model = filter_of(kernel)
-        result = sepconvert.convert(model, PHOTO, runs=0)
+        result = sepconvert.convert(model, PHOTO, check="torch")
         (layer,) = result.report["layers"]
         with torch.no_grad():
             before, after = model(PHOTO), result.model(PHOTO)
         difference = f"{float((after - before).abs().max()):.0e}"
-        macs = [
-            profile["macs"] // PHOTO.numel()
-            for profile in (result.report["original"], result.report["converted"])
-        ]
+        macs = [profile.macs // PHOTO.numel() for profile in (result.original, result.converted)]
         if layer["decision"] == "converted":
             column, row = (convolution.weight for convolution in result.model[0].convolutions)
             print(f"{name}: {whole(column)}ᵀ × {whole(row)}, {macs[0]} → {macs[1]} multiplications a pixel, "

@@ -1,10 +1,9 @@
-"""What of a trained network separates for free, proved, and what that brings.
+"""Convert what separates exactly in a trained network, and measure the gain.
 
     python examples/03_exact.py
 
 The network of `sepconvert demo` classifies handwritten digits. Some of its kernels have exact structure:
-filters of image processing, a layer that was trained as a pair, another with a border of zeros, and one that
-was pruned.
+image filters, a layer that was trained as a pair, one with a border of zeros, and one that was pruned.
 """
 
 import torch
@@ -20,13 +19,13 @@ def main() -> None:
     images, labels = to_input(digits.x), torch.from_numpy(digits.y)
     data = DataLoader(TensorDataset(images, labels), batch_size=100)
 
-    result = sepconvert.convert(model, images[:1], mode="exact", data=data, runs=20)
+    result = sepconvert.convert(model, images[:1], mode="exact", data=data, timing=sepconvert.Timing(runs=20))
     for layer in result.report["layers"]:
         print(f"{layer['name']}: {layer['decision']}, {layer['scheme'] or ''} {layer['reason']}")
     delta, checked = result.report["delta"], result.report["verification"]
     print(f"MACs: {delta['macs_ratio']:.2f}× fewer")
     print(f"outputs differ by {checked['torch_max_abs_diff']:.0e}; accuracy lost: "
-          f"{delta['accuracy_drop_pp']['value']:.2f} pp of {len(labels)} images")  # fmt: skip
+          f"{result.accuracy.drop:.2f} pp on {len(labels)} images")  # fmt: skip
 
 
 if __name__ == "__main__":

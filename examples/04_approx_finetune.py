@@ -1,11 +1,11 @@
-"""Few parameters: what depthwise and pointwise convolutions lose, with and without fine-tuning.
+"""Measure what depthwise and pointwise convolutions with few parameters lose, with and without fine-tuning.
 
     python examples/04_approx_finetune.py [--ranks 1 2 3] [--images 2000] [--epochs 8] [--figure few.png]
 
-Every dense layer of the network of `sepconvert demo` becomes M depthwise convolutions, each with a pointwise
-one behind it: for M = 1 that is a depthwise separable convolution. Factors are fitted to what the layers
-answer to unlabelled images, and then trained to answer as the original does. With so few parameters a small
-network may fail to learn what is missing; each step of M adds some.
+Every dense layer of the network of `sepconvert demo` becomes a sum of M branches, each a depthwise
+convolution followed by a pointwise one: M = 1 is a depthwise separable convolution. Factors are fitted to the
+layers' outputs on unlabelled images and then trained to reproduce the original's outputs. With so few
+parameters a small network may fail to learn what is missing; each step of M adds some.
 """
 
 import argparse
@@ -39,32 +39,31 @@ def main() -> None:
     rows = []
     for rank in options.ranks:
         for epochs in sorted({0, options.epochs}):
-            report = sepconvert.convert(
-                model, image, "approx", rank=rank, calib=calib, data=data, finetune=epochs, runs=0
-            ).report
-            before, after = report["original"], report["converted"]
-            trained = report["approximation"]["finetune"]
+            result = sepconvert.convert(
+                model, image, "approx", rank=rank, calib=calib, data=data, finetune=epochs, check="torch"
+            )
+            before, after, lost = result.original, result.converted, result.accuracy
+            trained = result.report["approximation"]["finetune"]
             done = trained["history"][-1]["epoch"] if trained else 0
-            drop = report["delta"]["accuracy_drop_pp"]
-            rows.append((epochs, after["params"], drop["value"], *drop["ci95"]))
-            lost = "{:.1f} [{:.1f}, {:.1f}] pp lost".format(drop["value"], *drop["ci95"])
+            rows.append((epochs, after.params, lost.drop, lost.ci95.lo, lost.ci95.hi))
             print(
-                f"M = {rank}, {done} epochs: {before['params']:,} → {after['params']:,} parameters, "
-                f"accuracy {100 * after['accuracy']['top1']:.1f} %, {lost}"
+                f"M = {rank}, {done} epochs: {before.params:,} → {after.params:,} parameters, "
+                f"accuracy {100 * after.accuracy.top1:.1f} %, "
+                f"{lost.drop:.1f} [{lost.ci95.lo:.1f}, {lost.ci95.hi:.1f}] pp lost"
             )
     if options.figure:
-        draw(rows, before["params"], 100 * before["accuracy"]["top1"]).savefig(options.figure, dpi=150)
+        draw(rows, before.params, 100 * before.accuracy.top1).savefig(options.figure, dpi=150)
 
 
 def draw(rows: list[tuple[float, ...]], params: int, accuracy: float) -> Figure:
-    """Accuracy against parameters, with the 95 % intervals of what is lost, which is paired by image."""
+    """Draw accuracy against parameters, with the paired 95 % intervals of the accuracy lost."""
     figure = Figure(figsize=(7, 4), layout="constrained")
     axis = figure.subplots()
     for epochs, marker in zip(sorted({row[0] for row in rows}), "os", strict=False):
         counts, lost, least, most = np.array([row[1:] for row in rows if row[0] == epochs]).T
         label = f"after {epochs:.0f} epochs of fine-tuning" if epochs else "as fitted"
         reach = lost - least, most - lost
-        shift = 1.02 if epochs else 1  # so that no interval hides another
+        shift = 1.02 if epochs else 1  # so that the intervals do not hide each other
         axis.errorbar(counts * shift, accuracy - lost, reach[::-1], marker=marker, capsize=4, label=label)
     axis.plot(params, accuracy, "k*", markersize=12, label="original")
     axis.set(xlabel="parameters", ylabel="accuracy, %", xscale="log")

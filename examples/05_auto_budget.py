@@ -1,8 +1,8 @@
-"""The fastest network within a budget of accuracy, by what is measured on this machine.
+"""Find the fastest network within an accuracy budget, as measured on this machine.
 
     python examples/05_auto_budget.py [--max-drop 1.0] [--images 1000] [--seconds 30]
 
-Every layer gets the structure that brings most time for least error, or stays as it is. The curve shows what
+Every layer gets the structure that saves the most time for the least error, or is kept. The curve shows what
 other budgets would bring.
 """
 
@@ -24,20 +24,21 @@ def loader(digits: LabelledImages) -> DataLoader[tuple[torch.Tensor, ...]]:
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--max-drop", type=float, default=1.0, metavar="PP")
-    parser.add_argument("--images", type=int, default=1000, help="to fit to; as many others are scored")
-    parser.add_argument("--seconds", type=float, default=30, help="to time layers for")
+    parser.add_argument(
+        "--images", type=int, default=1000, help="images to fit to, and as many others to score on"
+    )
+    parser.add_argument("--seconds", type=float, default=30, help="time limit for timing layers")
     options = parser.parse_args()
     data, calib = loader(evaluation_data(options.images)), loader(training_data(options.images))
     result = sepconvert.convert(
         load(), next(iter(data))[0][:1], "auto", max_drop=options.max_drop, calib=calib, data=data,
-        threads=1, measure_seconds=options.seconds, runs=20,
+        timing=sepconvert.Timing(threads=1, measure_seconds=options.seconds, runs=20),
     )  # fmt: skip
     print(curve_table(result.report["approximation"]["curve"]))
-    delta = result.report["delta"]
-    speedup, drop = delta["latency_speedup"], delta["accuracy_drop_pp"]
+    speedup, lost = result.speedup, result.accuracy
     print(
-        "delivered: {:.2f} [{:.2f}, {:.2f}] times as fast, ".format(speedup["median"], *speedup["ci95"])
-        + "accuracy lost: {:.1f} [{:.1f}, {:.1f}] pp".format(drop["value"], *drop["ci95"])
+        f"delivered: {speedup.median:.2f} [{speedup.ci95.lo:.2f}, {speedup.ci95.hi:.2f}] times as fast, "
+        f"accuracy lost: {lost.drop:.1f} [{lost.ci95.lo:.1f}, {lost.ci95.hi:.1f}] pp"
     )
 
 

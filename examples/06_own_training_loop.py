@@ -1,4 +1,4 @@
-"""Fine-tuning a converted model in a loop of one's own: it is a module like any other.
+"""Fine-tune a converted model in your own training loop: it is a module like any other.
 
 python examples/06_own_training_loop.py [--images 2000] [--epochs 4]
 """
@@ -30,11 +30,11 @@ def main() -> None:
     images, labels = to_input(digits.x), torch.from_numpy(digits.y)
     unseen, truth = to_input(scored.x), torch.from_numpy(scored.y)
     calib = DataLoader(TensorDataset(images, labels), batch_size=64)
-    model = sepconvert.convert(original, images[:1], "approx", rank=2, calib=calib, runs=0).model
-    before, after = (accuracy(each, unseen, truth) for each in (original, model))
+    model = sepconvert.convert(original, images[:1], "approx", rank=2, calib=calib, check="torch").model
+    before, after = (accuracy(net, unseen, truth) for net in (original, model))
     print(f"original: {before:.1%}, as fitted: {after:.1%}")
 
-    # Distillation (Hinton et al., arXiv:1503.02531): the original's answers say more than labels do.
+    # Distillation (Hinton et al., arXiv:1503.02531): the original's outputs say more than labels do.
     steps = options.epochs * -(-len(images) // 64)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=2e-3, total_steps=steps)

@@ -1,14 +1,14 @@
-r"""A check for continuous integration: a model must not become slower, nor lose accuracy.
+r"""Check in continuous integration that a model becomes neither slower nor less accurate.
 
     python examples/07_compare_in_ci.py
 
-Both models are measured in one process and in turns, the first one twice: what does not stand out from that
-noise is no difference. On the command line the same is
+Both models are measured alternately in one process, and the first one twice: a difference within that noise
+does not count. On the command line the same check is
 
     sepconvert compare original.onnx converted.onnx --data val.npz --fail-if 'latency > +5%' \
         --fail-if 'drop > 0.5'
 
-which ends with exit code 3 if one of the conditions holds.
+which exits with code 3 if one of the conditions holds.
 """
 
 import subprocess
@@ -28,7 +28,7 @@ def main() -> None:
     images = to_input(digits.x)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        sepconvert.convert(load(), images[:1], mode="exact", runs=0, out=folder)
+        sepconvert.convert(load(), images[:1], mode="exact", timing=sepconvert.Timing(runs=0), out=folder)
         np.savez(folder / "val.npz", x=images.numpy(), y=digits.y)
         done = subprocess.run(
             [

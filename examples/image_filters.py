@@ -1,9 +1,9 @@
-"""Fixed filters in functional convolutions: which of them separate, and what that saves.
+"""Separate fixed filters in functional convolutions, and count what that saves.
 
     python examples/image_filters.py
 
-A module that computes edges and blurs with `F.conv2d` holds no `nn.Conv2d` at all. The Gaussians
-and the Scharr filter separate exactly, the larger the more they save; the Laplacian does not separate.
+A module that computes edges and blurs with `F.conv2d` has no `nn.Conv2d` at all. The Gaussians and the Scharr
+filter separate exactly, and larger kernels save more; the Laplacian does not separate.
 """
 
 import torch
@@ -38,7 +38,7 @@ class ImageFilters(nn.Module):
 
 def main() -> None:
     model, image = ImageFilters(), torch.rand(1, 1, 128, 128, generator=torch.Generator().manual_seed(0))
-    result = sepconvert.convert(model, image, mode="exact", runs=20)
+    result = sepconvert.convert(model, image, mode="exact", timing=sepconvert.Timing(runs=20))
     print(layer_table(result.report["layers"]))
     difference = (result.model(image) - model(image)).abs().max()
     print(f"MACs: {result.report['delta']['macs_ratio']:.2f}× fewer; outputs differ by {difference:.1e}")

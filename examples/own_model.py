@@ -1,10 +1,9 @@
-"""Convert a model of one's own in Python, go on training it, and save it.
+"""Convert your own model in Python, continue training it, and measure it.
 
     python examples/own_model.py
 
-The second layer of this network was trained as a 5×1 → 1×5 pair and merged since: its kernel has rank
-8 of 80. `convert` finds that, and returns a copy with the class, the mode and the parameters of the
-original everywhere else.
+The second layer of this network was trained as a 5×1 → 1×5 pair and then merged: its kernel has rank 8 of 80.
+`convert` finds this and returns a copy that keeps the original's class, mode and all other parameters.
 """
 
 import torch
@@ -30,7 +29,8 @@ def main() -> None:
     torch.manual_seed(0)
     model = Net().eval()
     x = torch.randn(4, 3, 32, 32)
-    result = sepconvert.convert(model, x, runs=20)
+    timing = sepconvert.Timing(runs=20)
+    result = sepconvert.convert(model, x, timing=timing)
     for layer in result.report["layers"]:
         print(f"{layer['name']}: {layer['decision']}, {layer['reason']}")
     print(result.model.merged)
@@ -46,8 +46,8 @@ def main() -> None:
         optimiser.step()
     print(f"loss after 20 steps of training: {loss.item():.3f}")
 
-    before = sepconvert.profile(model, x[:1], runs=20)
-    after = sepconvert.profile(result.model.eval(), x[:1], runs=20)
+    before = sepconvert.profile(model, x[:1], timing=timing)
+    after = sepconvert.profile(result.model.eval(), x[:1], timing=timing)
     print(sepconvert.compare(before, after))
 
 

@@ -1,6 +1,6 @@
 """One of several processes that calibrate together: `calibrate_worker.py RANK PROCESSES PORT RESULT`.
 
-Fits a small network in step on three batches, and then on one, of which not every process has a share.
+Accumulates the moments of a small network on three batches, of which the processes share the work.
 """
 
 import os
@@ -12,10 +12,9 @@ import torch
 from torch import distributed, nn
 
 from sepconvert.calibration.record import record
-from sepconvert.calibration.split import Calibration
+from sepconvert.calibration.split import CalibrationSet
 from sepconvert.calibration.stream import calibrate
-from sepconvert.network.copies import private_copy
-from sepconvert.network.trace import trace
+from sepconvert.network.trace import traced
 
 
 def fitted(batches):
@@ -24,12 +23,10 @@ def fitted(batches):
     model = nn.Sequential(nn.Conv2d(4, 6, 3, groups=2), nn.ReLU(), nn.Conv2d(6, 5, 3)).double().eval()
     images = torch.randn(4 * batches, 4, 20, 20, dtype=torch.float64) + 2
     kernel = torch.randn(6, 2, 3, 3).double(), torch.randn(6).double()
-    share = Calibration(images.split(4), (), "test").share
-    sites = trace(private_copy(model), (images[:1],))
-    stream, found = (
-        calibrate(model, share, sites, record(model, share, sites, images=4 * batches, seed=0)),
-        {},
-    )
+    share = CalibrationSet(images.split(4), (), (), "test").share(model)
+    sites = traced(model, (images[:1],)).sites
+    recorded, found = record(model, share, sites, images=4 * batches, seed=0), {}
+    stream = calibrate(model, share, sites, recorded)
     for _ in range(2):
         site, moments = stream.send(kernel if found else None)
         found[site.name] = [torch.as_tensor(value).double() for value in vars(moments).values()]
@@ -43,8 +40,7 @@ def main(rank, processes, port, result):
     distributed.init_process_group(
         "gloo", rank=int(rank), world_size=int(processes), timeout=timedelta(seconds=20)
     )
-    for batches in (3,):
-        torch.save(fitted(batches), Path(result) / f"{batches}-{rank}.pt")
+    torch.save(fitted(3), Path(result) / f"{rank}.pt")
     distributed.destroy_process_group()
 
 

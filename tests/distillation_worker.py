@@ -5,7 +5,9 @@ With KILL_AT the process kills itself after that step, as a machine that is take
 
 import os
 import signal
+import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -53,6 +55,33 @@ def tuned(norm=True, **options):
     teacher = network(norm)
     options = {"epochs": 3, "labelled": True, "checkpoint_every": 4, "learning_rate": 1e-2} | options
     return finetune(disturbed(teacher, norm), teacher, loader(), loader(21, seed=1), **options)
+
+
+def assert_same(a, b):
+    a, b = (model if isinstance(model, dict) else model.state_dict() for model in (a, b))
+    assert a.keys() == b.keys()
+    for name, tensor in a.items():
+        assert torch.equal(tensor, b[name]), name
+
+
+def same(a, b):
+    return all(
+        torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True)
+    )
+
+
+def untimed(history):
+    return [replace(epoch, seconds=0) for epoch in history]
+
+
+def run_worker(*arguments, launcher=(), **environment):
+    return subprocess.run(  # noqa: S603  (our own script)
+        [sys.executable, *launcher, __file__, *map(str, arguments)],
+        env=os.environ | {"OMP_NUM_THREADS": "1"} | environment,
+        capture_output=True,
+        timeout=120,
+        check=False,
+    )
 
 
 def main(result, checkpoint=None, kill_at=None):

@@ -1,8 +1,8 @@
-"""What becomes of a conversion on a bad day: a matrix of faults, each brought about for real.
+"""Outcomes of a conversion under faults, each of which is really brought about.
 
-    python tests/faults.py        the table as Markdown; ends with 1 if an outcome is not as it must be
+    python tests/faults.py        prints the table as Markdown; exits with 1 if an outcome is wrong
 
-The default tests hold the same faults at fewer points.
+The default tests cover the same faults at fewer points.
 """
 
 import hashlib
@@ -35,7 +35,7 @@ POINTS = (0.15, 0.3, 0.45, 0.6, 0.75, 0.9)  # of the time of an uninterrupted ru
 
 
 def start(folder: Path, *arguments: str, **environment: str | None) -> subprocess.Popen[str]:
-    """sepconvert in a process group of its own; None takes a variable away."""
+    """Start sepconvert in a process group of its own; None removes an environment variable."""
     merged = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
     return subprocess.Popen(  # noqa: S603
         [sys.executable, "-m", "sepconvert", *arguments],
@@ -49,7 +49,7 @@ def start(folder: Path, *arguments: str, **environment: str | None) -> subproces
 
 
 def run(folder: Path, *arguments: str, **environment: str | None) -> tuple[int, str]:
-    """Exit code, and the last line of what it says on standard error but for progress."""
+    """Run sepconvert; return its exit code and the last line of standard error that is not progress."""
     process = start(folder, *arguments, **environment)
     _, err = process.communicate(timeout=600)
     lines = [line for line in err.splitlines() if line.startswith(("sepconvert:", "Traceback"))]
@@ -65,15 +65,15 @@ def left(folder: Path) -> set[str]:
 
 
 def check(condition: bool, saying: str) -> str:
-    """`saying`, marked if it is not so."""
+    """Return `saying`, marked if the condition does not hold."""
     return saying if condition else f"NOT SO: {saying}"
 
 
-# Faults: each gets a folder with files of `small_net` and says what came of it -----------------------
+# Faults: each takes a folder with files of `small_net` and returns the outcome -----------------------
 
 
 def killed(folder: Path, command: tuple[str, ...], resume: bool) -> str:
-    """Kill -9 at several points, and run again."""
+    """Kill a run by SIGKILL at several points, and run it again each time."""
     begun = time.monotonic()
     code, said = run(folder, *command, "--out", "whole")
     seconds = time.monotonic() - begun
@@ -93,7 +93,7 @@ def killed(folder: Path, command: tuple[str, ...], resume: bool) -> str:
 
 
 def stopped_after(seconds: float, folder: Path, *arguments: str) -> bool:
-    """Kill -9 a run then, unless it has ended."""
+    """Kill a run by SIGKILL after some seconds; return whether it was still running."""
     process = start(folder, *arguments)
     time.sleep(seconds)
     running = process.poll() is None
@@ -235,7 +235,7 @@ def raising_loader(folder: Path, option: str) -> str:
 
 
 def one_place(folder: Path) -> str:
-    """Two runs to one new directory."""
+    """Start two runs that write to one new directory."""
     command = (*NET[:3], "--input-shape", "8x12x12", "--runs", "0", "--out", "out")
     both = [start(folder, *command) for _ in range(2)]
     said = [process.communicate()[1].strip() for process in both]
@@ -275,7 +275,7 @@ FAULTS: dict[str, Callable[[Path], str]] = {
 @click.command(help=__doc__)
 @click.argument("names", nargs=-1)
 def main(names: tuple[str, ...]) -> None:
-    """Bring about every fault, or those whose name contains one of the arguments."""
+    """Bring about every fault, or those whose names contain one of the arguments."""
     if unknown := [part for part in names if not any(part in name for name in FAULTS)]:
         raise click.UsageError(f"{unknown[0]}: expected parts of these names: {', '.join(FAULTS)}")
     rows: list[dict[str, Any]] = []

@@ -1,4 +1,4 @@
-"""The pages of the documentation, the command lines on them, and what runs those."""
+"""The pages of the documentation, and helpers to find and parse the command lines on them."""
 
 import re
 import shlex
@@ -12,7 +12,7 @@ import click
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
-BENCHMARKS = ROOT / "benchmarks/README.md"  # which the documentation includes
+BENCHMARKS = ROOT / "benchmarks/README.md"  # included by the documentation
 PAGES = [
     ROOT / "README.md",
     *sorted(path for path in DOCS.rglob("*.md") if not path.relative_to(DOCS).parts[0].startswith("_")),
@@ -22,13 +22,13 @@ _CODE = re.compile(r"(?<!`)(`+)(?!`)(.+?)(?<!`)\1(?!`)", re.DOTALL)
 
 
 def fences(page: Path, language: str) -> list[str]:
-    """The code blocks of a page in one language."""
+    """Return the code blocks of a page in one language."""
     found = FENCE.findall(page.read_text(encoding="utf-8"))
     return [textwrap.dedent(body) for _, info, body in found if info == language]
 
 
 def blocks(page: Path) -> list[list[list[str]]]:
-    """Words of every command in each shell block of a page, without comments and redirections."""
+    """Return the words of every command in each shell block of a page, without comments and redirections."""
     found = []
     for block in fences(page, "sh"):
         lines = [part for line in block.replace("\\\n", " ").splitlines() for part in line.split(" && ")]
@@ -38,18 +38,18 @@ def blocks(page: Path) -> list[list[list[str]]]:
 
 
 def commands(page: Path) -> list[list[str]]:
-    """Those of all its blocks."""
+    """Return the commands of all shell blocks of a page."""
     return list(chain.from_iterable(blocks(page)))
 
 
 def inline(page: Path) -> list[str]:
-    """What stands between backticks on a page."""
+    """Return the inline code of a page."""
     text = FENCE.sub("", page.read_text(encoding="utf-8"))
     return [" ".join(each.split()) for _, each in _CODE.findall(text)]
 
 
 def exit_code(program: Callable[[], object]) -> object:
-    """Of a program that runs in this process."""
+    """Run a program in this process and return its exit code."""
     try:
         program()
     except SystemExit as end:
@@ -58,12 +58,12 @@ def exit_code(program: Callable[[], object]) -> object:
 
 
 def parsed(command: click.Command, words: list[str]) -> dict[str, Any]:
-    """The options and arguments of a command of click, as it reads them; it raises what it would say."""
+    """Return the options and arguments of a click command as it parses them, or raise its error."""
     if isinstance(command, click.Group):
         _, command, words = command.resolve_command(click.Context(command), words)
     return command.make_context(command.name, list(words)).params
 
 
 def canonical(text: str) -> str:
-    """A command line as one text, however it is broken and quoted."""
+    """Return a command line in one form, however it is broken and quoted."""
     return shlex.join(shlex.split(text))

@@ -41,8 +41,8 @@ SCHEMES = tuple(PLANTS)
 
 
 def numbered(examples):
-    """Settings of a property test: the same examples in every run, however long they take."""
-    return settings(max_examples=examples, derandomize=True, deadline=None, database=None)
+    """Settings of a property test: as many examples as the profile has, but no more than `examples`."""
+    return settings(max_examples=min(examples, settings.default.max_examples))
 
 
 @dataclass(frozen=True)

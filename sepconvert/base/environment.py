@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 
-from sepconvert.base.errors import SepconvertError, check_number
+from sepconvert.base.errors import SepconvertError, check_choice, check_number
 
 GRAPH_OPTIMIZATIONS = ("all", "extended", "basic", "none")
 """Optimization levels of ONNX Runtime, its default first; blocked layouts of convolutions come with "all"."""
@@ -30,6 +30,7 @@ class Runtime:
     def __post_init__(self) -> None:
         """Check the ranges."""
         check_number("threads", self.threads, 1, MAX_THREADS, whole=True)
+        check_choice("graph_optimization", self.graph_optimization, GRAPH_OPTIMIZATIONS)
         if self.provider not in _providers():
             raise SepconvertError(
                 f"`provider`: expected one that the installed onnxruntime has ({', '.join(_providers())}), "

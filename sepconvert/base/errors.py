@@ -6,7 +6,7 @@ as its own flags, such as --max-drop (see `sepconvert.cli.options.in_flags`).
 
 import math
 import numbers
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 
@@ -50,6 +50,12 @@ def check_number(name: str, value: Any, low: float, high: float = math.inf, *, w
         return
     bounds = f" from {low:,}" * (low > -math.inf) + f" to {high:,}" * (high < math.inf)
     raise SepconvertError(f"`{name}`: expected a {'whole ' * whole}number{bounds}, got {quoted(value)}")
+
+
+def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
+    """Raise `SepconvertError` unless `value` is one of `choices`."""
+    if value not in choices:
+        raise SepconvertError(f"`{name}`: expected one of {', '.join(choices)}, got {quoted(value)}")
 
 
 _MOST_QUOTED, _MOST_OF_A_VALUE = 400, 80

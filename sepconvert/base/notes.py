@@ -1,11 +1,11 @@
-"""Reasons and notes as values: a code that programs read, and a text that people read."""
+"""Reasons and notes as values: a code or a level for programs, and a text for people."""
 
 from dataclasses import dataclass
 from enum import Enum
 
 
 class ReasonCode(str, Enum):
-    """Why a layer is converted, merged or kept."""
+    """Reasons to convert, merge or keep a layer."""
 
     SEPARATES = "separates"  # exactly, at the rank that the text names
     FITTED = "fitted"  # approximately, at the rank that the text names
@@ -21,32 +21,32 @@ class ReasonCode(str, Enum):
 
 @dataclass(frozen=True)
 class Reason:
-    """Why a layer, or a pair of layers, is treated as it is."""
+    """The reason for a decision on a layer, or on a pair of layers."""
 
     code: ReasonCode
     text: str
 
     def __str__(self) -> str:
-        """The text."""
+        """Return the text."""
         return self.text
 
 
 class NoteLevel(str, Enum):
-    """How urgently a note concerns the reader."""
+    """Importance of a note."""
 
     INFO = "info"
-    WARNING = "warning"  # the result may not be what the reader takes it for
+    WARNING = "warning"  # a reader who ignores it may misjudge the result
 
 
 @dataclass(frozen=True)
 class Note:
-    """A sentence about a result."""
+    """A sentence about a result. The text of a warning begins in lower case, as it follows "Warning: "."""
 
     level: NoteLevel
     text: str
 
     def __str__(self) -> str:
-        """The text, marked if it is a warning."""
+        """Return the text, marked if it is a warning."""
         return f"Warning: {self.text}" if self.level is NoteLevel.WARNING else self.text
 
 
@@ -56,5 +56,5 @@ def info(text: str) -> Note:
 
 
 def warning(text: str) -> Note:
-    """Return a note that even a reader who wants no output must see."""
+    """Return a note that is shown even if no other output is wanted."""
     return Note(NoteLevel.WARNING, text)

@@ -1,11 +1,7 @@
 """Display of the progress of long work."""
 
-from collections.abc import Callable, Iterable
-from typing import Any, Protocol, TypeVar
-
-LoopProgress = Callable[[Iterable[Any]], Iterable[Any]]
-"""Wrapper of an iterable that shows how far its consumer is, as `tqdm` does."""
-
+from collections.abc import Iterable
+from typing import Protocol, TypeVar
 
 T = TypeVar("T")
 

@@ -9,15 +9,19 @@ from sepconvert.network.tensors import fresh
 
 
 def reestimate_batchnorm(model: nn.Module, batches: Iterable[Tensor]) -> int:
-    """Let every BatchNorm take mean and variance of its own inputs on `batches`; returns how many there are.
+    """Replace mean and variance of every BatchNorm by those of its inputs on `batches`, in place.
 
-    In place. Layers that follow see the statistics of the batch, as in training; running ones become the
-    mean over batches. Returns 0 too where a batch of one image has no variance: the model is of no use then.
+    While they are estimated, layers that follow see the statistics of the batch, as in training; the running
+    statistics become the mean over batches.
+
+    Returns:
+        The number of BatchNorms; 0 also if a batch of one image has no variance, and the model must then be
+        thrown away.
     """
     norms = [
-        m
-        for m in model.modules()
-        if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.running_mean is not None
+        module
+        for module in model.modules()
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is not None
     ]
     before = [(norm.momentum, norm.training) for norm in norms]
     for norm in norms:

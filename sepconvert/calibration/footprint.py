@@ -1,6 +1,6 @@
-"""Memory: what a forward pass takes, how many images may pass at once, and what there is to take."""
+"""Memory: what a forward pass needs, how many images fit into it at once, and how much is available."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 from weakref import finalize
@@ -11,46 +11,43 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sepconvert.network.calls import ConvolutionInterceptor
+from sepconvert.network.calls import Call, ConvolutionInterceptor, Place
 from sepconvert.network.copies import private_copy
 from sepconvert.network.tensors import Inputs, fresh, tensors_in
 
 AT_ONCE = 2**29
-"""Bytes of activations alive at once that a batch is cut to, whatever memory the machine has."""
+"""Bytes of activations alive at once to which batches are limited, whatever memory the machine has."""
 
 
-_SHARE = 0.5  # of the memory that is free
+_SHARE = 0.5  # of the free memory
 
 
 @dataclass(frozen=True)
 class Footprint:
     """Bytes of activations of one sample, its input included.
 
-    `held`, in the order of execution, are those alive where a convolution is about to be called, by path of
-    the module that calls it and position among its calls; what it was called last counts.
+    `held` gives, in the order of execution, the bytes alive when a convolution is about to be called; of
+    several calls the last one counts.
     """
 
-    peak: int  # alive at once
-    total: int  # of all that is made, which a backward pass may need
-    held: Mapping[tuple[str, int], int]
+    peak: int  # most that is alive at once
+    total: int  # of all activations, which a backward pass may need
+    held: Mapping[Place, int]
 
     def differentiated(self, most: int) -> int:
-        """Samples that pass at once, forwards and backwards, within `AT_ONCE`, at most."""
+        """Return how many samples, `most` at most, can pass forwards and backwards within `AT_ONCE`."""
         return max(1, min(most, AT_ONCE // max(self.total, 1)))
 
 
 def footprint(model: nn.Module, inputs: Inputs) -> Footprint:
-    """Of `inputs`, a batch of one; raises whatever the forward pass raises."""
+    """Measure a forward pass on `inputs`, a batch of one; raise whatever the forward pass raises."""
     private = private_copy(model)
-    names = {module: name for name, module in private.named_modules()}
     given = sum(value.numel() * value.element_size() for value in tensors_in(inputs))
-    held: dict[tuple[str, int], int] = {}
+    held: dict[Place, int] = {}
 
-    def on_call(
-        module: nn.Module, index: int, function: str, arguments: dict[str, Any], call: Callable[..., Tensor]
-    ) -> Tensor:
-        held[names[module], index] = given + counter.live
-        return call()
+    def on_call(call: Call) -> Tensor:
+        held[call.place] = given + counter.live
+        return call.run()
 
     counter, values = _LiveBytes(), fresh(inputs)
     with torch.no_grad(), counter, ConvolutionInterceptor(private, on_call).watching():
@@ -59,13 +56,13 @@ def footprint(model: nn.Module, inputs: Inputs) -> Footprint:
 
 
 def images_at_once(model: nn.Module, inputs: Inputs, most: int) -> int:
-    """Samples that pass at once within `AT_ONCE`, at most; `inputs` are any batch."""
+    """Return how many samples, `most` at most, can pass within `AT_ONCE`; `inputs` are any batch."""
     first = pytree.tree_map_only(Tensor, lambda value: value[:1] if value.ndim else value, inputs)
     return max(1, min(most, AT_ONCE // max(footprint(model, first).peak, 1)))
 
 
 def allowance(memory: float | None) -> int:
-    """Bytes that may be taken: what `memory` leaves beside what the process has, or half of what is free."""
+    """Return the bytes that may be used: `memory` less what the process holds, or half of the free ones."""
     free = psutil.virtual_memory().available
     if memory is None:
         return int(_SHARE * free)
@@ -73,7 +70,7 @@ def allowance(memory: float | None) -> int:
 
 
 class _LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's own
-    """Bytes of the tensors made in here: alive now, the most alive at once, and all of them."""
+    """Counts the bytes of tensors made meanwhile: those alive now, the most alive at once, and all."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # torch's own

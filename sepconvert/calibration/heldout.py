@@ -12,53 +12,64 @@ from torch.nn import functional as F
 
 from sepconvert.base.distributed import once
 from sepconvert.base.errors import SepconvertError
-from sepconvert.calibration.record import Kernel, substitute
 from sepconvert.files.data import UNLABELLED
 from sepconvert.measure.divergence import divergence, is_logits, outputs
+from sepconvert.network.calls import Kernel, Place, substitute
 from sepconvert.network.copies import quick_copy
 from sepconvert.network.tensors import placed
 
 
 @dataclass(frozen=True)
 class Divergence:
-    """How far a model is from the original on the images held out, and from their labels if they have some.
+    """Difference of a model from the original on held-out images, and from their labels if they have any.
 
-    All but the divergence are None where the outputs are no logits, and the last two without labels.
+    All but the divergence are None if the outputs are no logits, and the last two if there are no labels.
     """
 
     divergence: float  # `sepconvert.measure.divergence`
-    agreement: float | None  # share of equal predictions
-    accuracy: float | None = None  # of top-1, a fraction
-    label_loss: float | None = None  # cross-entropy
+    agreement: float | None  # share of equal predictions, 0 to 1
+    accuracy: float | None = None  # top-1, 0 to 1
+    label_loss: float | None = None  # cross-entropy, in nats
 
     @property
     def loss(self) -> float:
-        """By which models are ranked: what fine-tuning lowers, at the temperature 1."""
+        """Ranking criterion: the fine-tuning loss at temperature 1."""
         return self.divergence + (self.label_loss or 0.0)
 
 
 class Heldout:
-    """The original's answers on images that nothing is fitted to."""
+    """The original's outputs on images that nothing is fitted to.
+
+    Args:
+        original: left as it is.
+        batches: images N × C × H × W.
+        labels: integers for each batch, -1 for an image without one; None if there are no labels.
+    """
 
     def __init__(
         self, original: nn.Module, batches: Sequence[Tensor], labels: Sequence[Tensor] | None = None
     ) -> None:
-        """`labels`: integers for each batch, -1 where there is none."""
         self._original = quick_copy(original, batches[0])
         self.batches = [placed(batch, self._original) for batch in batches]
         self._labels = labels or [torch.full((len(batch),), UNLABELLED) for batch in batches]
 
     @functools.cached_property
     def expected(self) -> list[list[Tensor]]:
-        """One list of outputs for every batch."""
+        """The original's list of outputs for every batch.
+
+        Raises:
+            SepconvertError: they hold NaN or Inf.
+        """
         with torch.no_grad():
-            found = [outputs(self._original, batch) for batch in self.batches]
-        if not all(output.isfinite().all() for batch in found for output in batch):
-            raise SepconvertError("calibration: the model answers NaN or Inf to images; check both")
-        return found
+            expected = [outputs(self._original, batch) for batch in self.batches]
+        if not all(output.isfinite().all() for batch in expected for output in batch):
+            raise SepconvertError(
+                "calibration: the model's outputs hold NaN or Inf for some images; check images and model"
+            )
+        return expected
 
     def first(self, most: int) -> "Heldout":
-        """The same of no more than `most` images."""
+        """Return the same for the first `most` images."""
         starts = itertools.accumulate((len(batch) for batch in self.batches), initial=0)
         shown = [
             (batch[: most - start], labels[: most - start])
@@ -67,13 +78,11 @@ class Heldout:
         ]
         return Heldout(self._original, *zip(*shown, strict=True))
 
-    def measure(
-        self, model: nn.Module, kernels: Mapping[tuple[str, int], Kernel] | None = None
-    ) -> Divergence:
-        """Of `model`, in eval mode and with some kernels replaced."""
+    def measure(self, model: nn.Module, kernels: Mapping[Place, Kernel] | None = None) -> Divergence:
+        """Return the difference of `model` in eval mode, with some kernels replaced, from the original."""
         return once(lambda: self._measure(quick_copy(model, self.batches[0]), kernels or {}))
 
-    def _measure(self, private: nn.Module, kernels: Mapping[tuple[str, int], Kernel]) -> Divergence:
+    def _measure(self, private: nn.Module, kernels: Mapping[Place, Kernel]) -> Divergence:
         total, equal, count, classified = 0.0, 0, 0, True
         loss, right, labelled = 0.0, 0, 0
         watching = substitute(private, kernels).watching() if kernels else contextlib.nullcontext()
@@ -91,7 +100,7 @@ class Heldout:
                     labelled += len(truth)
                 count += len(batch)
         return Divergence(
-            max(total / count, 0.0),  # which nothing but rounding falls below
+            max(total / count, 0.0),  # only rounding makes it negative
             equal / count if classified else None,
             right / labelled if labelled else None,
             loss / labelled if labelled else None,

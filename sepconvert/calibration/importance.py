@@ -1,8 +1,7 @@
-"""How much each output of a convolution matters to what the model answers: Fisher information."""
+"""Importance of each output of a convolution to the model's outputs: Fisher information."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 import torch
 from einops import rearrange
@@ -12,46 +11,43 @@ from sepconvert.base.distributed import gather
 from sepconvert.base.errors import SepconvertError
 from sepconvert.calibration.footprint import footprint
 from sepconvert.measure.divergence import is_logits, outputs
-from sepconvert.network.calls import ConvolutionInterceptor
+from sepconvert.network.calls import Call, ConvolutionInterceptor
 from sepconvert.network.copies import private_copy
 from sepconvert.network.trace import ConvSite
 
 BATCHES = 4
-"""Batches that are looked at, at most."""
+"""Most batches that are used."""
 
 
-_AT_ONCE = 16  # images, of which all activations are held, if memory allows it
+_AT_ONCE = 16  # images of which all activations are held, if memory allows it
 
 
 def fisher_information(
     model: nn.Module, batches: Mapping[int, Tensor], sites: Sequence[ConvSite], *, seed: int
 ) -> dict[str, Tensor]:
-    """E Σ g gᵀ over positions, g × O/g × O/g of each layer's groups, in float64.
+    """Return E Σ g gᵀ over positions for each layer by name: groups × O/groups × O/groups, in float64.
 
-    g is the gradient of log p(z) by the layer's outputs at one position, z a label drawn from the model's own
-    answer: no label is used. To second order the divergence of the outputs is then ½ E Σ δᵀ g gᵀ δ when the
-    layer's outputs move by δ (J. Martens, arXiv:1412.1193). Answers that are no logits are taken for means of
-    Gaussians of which the variance is that of the answers (`sepconvert.measure.divergence.relative_error`).
+    g is the gradient of log p(z) by the layer's outputs at one position, and z a label drawn from the model's
+    own prediction: the labels of the data are not used. To second order the divergence of the model's outputs
+    is then ½ E Σ δᵀ g gᵀ δ when the layer's outputs move by δ (J. Martens, arXiv:1412.1193). Model outputs
+    that are no logits are treated as means of Gaussians with the variance of these outputs
+    (`sepconvert.measure.divergence.relative_error`).
 
     Args:
         model: the original; left as it is.
-        batches: of images by number, this process's share of them; the first `BATCHES` of all are used.
-        sites: convolutions to look at. Those that the images do not reach are left out, and so are those that
-            no gradient reaches, and all of a model that cannot be differentiated.
-        seed: of the labels.
+        batches: images by number, this process's share of them; the first `BATCHES` of all are used.
+        sites: convolutions to look at. Left out are those that the images or the gradients do not reach, and
+            all of a model that cannot be differentiated.
+        seed: of the labels drawn.
     """
     private = private_copy(model)
     for parameter in private.parameters():
         parameter.requires_grad_(parameter.is_floating_point())
     places = {site.place: site for site in sites}
-    names = {module: name for name, module in private.named_modules()}
     probes: list[tuple[ConvSite, Tensor]] = []
 
-    def on_call(
-        module: nn.Module, index: int, function: str, arguments: dict[str, Any], call: Callable[..., Tensor]
-    ) -> Tensor:
-        output = call()
-        site = places.get((names[module], index))
+    def on_call(call: Call) -> Tensor:
+        output, site = call.run(), places.get(call.place)
         if site is None:
             return output
         # A summand of its own, since the output may be overwritten in place.
@@ -89,20 +85,20 @@ def _add(total: dict[str, Tensor], sums: Mapping[str, Tensor]) -> None:
         total[name] = total[name] + value if name in total else value
 
 
-def _log_likelihood(answers: Sequence[Tensor], generator: torch.Generator) -> Tensor:
-    """Of answers drawn from the model's own."""
-    if len(answers) == 1 and is_logits(answers[0]):
-        logits = answers[0].movedim(1, -1).flatten(0, -2)
+def _log_likelihood(predicted: Sequence[Tensor], generator: torch.Generator) -> Tensor:
+    """Return the log-likelihood of labels that are drawn from the model's outputs."""
+    if len(predicted) == 1 and is_logits(predicted[0]):
+        logits = predicted[0].movedim(1, -1).flatten(0, -2)
         drawn = torch.multinomial(logits.detach().softmax(1).cpu(), 1, generator=generator)
-        positions = math.prod(answers[0].shape[2:])
-        drawn_ones: Tensor = logits.log_softmax(1).gather(1, drawn.to(logits.device))
-        return drawn_ones.sum() / math.sqrt(positions)
-    total = answers[0].new_zeros(())
-    for answer in answers:
-        variance = answer.detach().var(correction=0)
-        noise = torch.randint(0, 2, answer.shape, generator=generator) * 2.0 - 1
-        scale = (2 / (len(answers) * answer[0].numel() * torch.where(variance > 0, variance, 1))) ** 0.5
-        total = total + (answer * noise.to(answer) * scale).sum()
+        positions = math.prod(predicted[0].shape[2:])
+        of_drawn: Tensor = logits.log_softmax(1).gather(1, drawn.to(logits.device))
+        return of_drawn.sum() / math.sqrt(positions)
+    total = predicted[0].new_zeros(())
+    for output in predicted:
+        variance = output.detach().var(correction=0)
+        noise = torch.randint(0, 2, output.shape, generator=generator) * 2.0 - 1
+        scale = (2 / (len(predicted) * output[0].numel() * torch.where(variance > 0, variance, 1))) ** 0.5
+        total = total + (output * noise.to(output) * scale).sum()
     return total
 
 

@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from einops import rearrange
@@ -11,38 +10,47 @@ from torch.nn import functional as F
 
 from sepconvert.base.distributed import gather
 from sepconvert.base.errors import SepconvertError
-from sepconvert.calibration.record import batched, sampled_positions
+from sepconvert.calibration.record import Sampling, batched
 from sepconvert.factorize.approximate.weighted import Moments
-from sepconvert.factorize.geometry import Pair
-from sepconvert.network.trace import ConvSite, resolve_padding
+from sepconvert.factorize.geometry import ConvSpec
+from sepconvert.network.calls import Call
+from sepconvert.network.trace import ConvSite
 
 _BLOCKS = 4
 
 
 @dataclass
 class Accumulator:
-    """Moments over batches, each centred by itself and then merged, so that large means cancel nothing.
+    """Moments over batches, each centred on its own mean and then merged, so that large means cancel nothing.
 
     (Chan, Golub, LeVeque, "Updating formulae and a pairwise algorithm for computing sample variances",
     1979.)
     """
 
     site: ConvSite
-    positions: int  # in each image
+    sampling: Sampling
     count: int = 0
     sums: dict[str, Tensor] = field(default_factory=dict)
     means: dict[str, Tensor] = field(default_factory=dict)
 
     @torch.no_grad()
-    def add(
-        self, arguments: Mapping[str, Any], generator: torch.Generator, answers: Tensor | None = None
-    ) -> None:
-        """Take a sample of positions of one batch: x and W x + b as seen, and y if it is another."""
-        groups = self.site.dense.spec.groups
-        positions = sampled_positions(_output_shape(arguments), self.positions, generator)
-        patches = rearrange(_patches(arguments, *positions), "n p i j (g c) -> g (n p) (i j c)", g=groups)
-        x, dense = patches.double().cpu(), _convolved(patches, arguments).double().cpu()
-        outputs = dense if answers is None else answers.flatten(0, 1).double().cpu()
+    def add(self, call: Call, number: int, expected: Tensor | None = None) -> None:
+        """Add the sampled positions of a batch.
+
+        Args:
+            call: of the layer, with the batch as its input x.
+            number: of the batch.
+            expected: outputs N × P × O of the original at these positions; None if they are W x + b.
+
+        Raises:
+            SepconvertError: inputs or outputs hold NaN or Inf.
+        """
+        groups, spec, inputs = self.site.dense.spec.groups, call.spec, batched(call.arguments["input"])
+        shape = len(inputs), spec.out_channels, *spec.output_size((inputs.shape[2], inputs.shape[3]))
+        read = _patches(inputs, spec, *self.sampling.positions(self.site, number, shape))
+        patches = rearrange(read, "n p i j (g c) -> g (n p) (i j c)", g=groups)
+        x, dense = patches.double().cpu(), _convolved(patches, call).double().cpu()
+        outputs = dense if expected is None else expected.flatten(0, 1).double().cpu()
         missed = outputs - dense
         means = {"x": x.mean(1), "missed": missed.mean(0), "outputs": outputs.mean(0)}
         if not all(mean.isfinite().all() for mean in means.values()):
@@ -51,8 +59,8 @@ class Accumulator:
             )
         x -= means["x"][:, None]
         by_group, of_outputs = (
-            rearrange(each - means[name], "m (g o) -> g o m", g=groups)
-            for name, each in (("missed", missed), ("outputs", outputs))
+            rearrange(value - means[name], "m (g o) -> g o m", g=groups)
+            for name, value in (("missed", missed), ("outputs", outputs))
         )
         sums = {
             "covariance": _gram(x),
@@ -83,7 +91,7 @@ class Accumulator:
         self.count = total
 
     def moments(self) -> Moments:
-        """Of all that was added, in all processes."""
+        """Return the moments of all positions added, in all processes; each of them must call it."""
         everyone = gather((self.count, self.sums, self.means))
         self.count = 0
         for count, sums, means in everyone:
@@ -108,9 +116,10 @@ class Accumulator:
 
 
 def _gram(x: Tensor) -> Tensor:
-    """The lower triangle of XᵀX for each of g × n × k; most of what is above it is not computed.
+    """Return the lower triangle of XᵀX for each X of g × n × k; most of the upper one is not computed.
 
-    By blocks, since a routine of another library (BLAS's syrk) brings threads that get in the way of torch's.
+    It is computed by blocks, since the threads of another library's routine (BLAS's syrk) would compete with
+    torch's.
     """
     products = x.new_zeros(len(x), x.shape[2], x.shape[2])
     for rows in torch.arange(x.shape[2]).tensor_split(_BLOCKS):
@@ -120,48 +129,23 @@ def _gram(x: Tensor) -> Tensor:
     return products
 
 
-def _output_shape(arguments: Mapping[str, Any]) -> torch.Size:
-    """N × O × H × W of what a convolution with these arguments returns."""
-    inputs, weight = batched(arguments["input"]), arguments["weight"]
-    stride, dilation, padding = _geometry(arguments)
-    height, width = (
-        (size + sum(around) - step * (kernel - 1) - 1) // pace + 1
-        for size, around, step, kernel, pace in zip(
-            inputs.shape[2:], padding, dilation, weight.shape[2:], stride, strict=True
-        )
-    )
-    return torch.Size((len(inputs), len(weight), height, width))
-
-
-def _convolved(patches: Tensor, arguments: Mapping[str, Any]) -> Tensor:
-    """W x + b of patches g × M × (i j c), as M × O."""
-    weight = rearrange(arguments["weight"], "(g o) c i j -> g (i j c) o", g=len(patches))
+def _convolved(patches: Tensor, call: Call) -> Tensor:
+    """Return W x + b for patches g × M × (i j c), as M × O."""
+    weight, bias = call.arguments["weight"], call.arguments.get("bias")
+    by_group = rearrange(weight, "(g o) c i j -> g (i j c) o", g=len(patches))
     precise = torch.promote_types(weight.dtype, torch.float32)
-    products: Tensor = rearrange(patches.to(precise) @ weight.to(precise), "g m o -> m (g o)")
-    return products if arguments.get("bias") is None else products + arguments["bias"].to(precise)
+    products: Tensor = rearrange(patches.to(precise) @ by_group.to(precise), "g m o -> m (g o)")
+    return products if bias is None else products + bias.to(precise)
 
 
-def _patches(arguments: Mapping[str, Any], rows: Tensor, columns: Tensor) -> Tensor:
-    """What the convolution reads for these output positions: N × P × kh × kw × C."""
-    inputs, weight = batched(arguments["input"]), arguments["weight"]
-    size = tuple(weight.shape[2:])
-    stride, dilation, ((top, bottom), (left, right)) = _geometry(arguments)
+def _patches(inputs: Tensor, spec: ConvSpec, rows: Tensor, columns: Tensor) -> Tensor:
+    """Return what the convolution reads at output positions N × P, as N × P × kh × kw × C."""
+    (top, bottom), (left, right) = spec.padding
     padded = F.pad(inputs, (left, right, top, bottom))
-    down = rows[..., None] * stride[0] + torch.arange(size[0]) * dilation[0]
-    across = columns[..., None] * stride[1] + torch.arange(size[1]) * dilation[1]
+    height, width = spec.kernel_size
+    down = rows[..., None] * spec.stride[0] + torch.arange(height) * spec.dilation[0]
+    across = columns[..., None] * spec.stride[1] + torch.arange(width) * spec.dilation[1]
     images = torch.arange(len(inputs))[:, None, None, None]
     # Advanced indices on both sides of the channels come first: N × P × kh × kw × C.
     found: Tensor = padded[images, :, down[..., :, None], across[..., None, :]]
     return found
-
-
-def _geometry(arguments: Mapping[str, Any]) -> tuple[Pair, Pair, tuple[Pair, Pair]]:
-    """Stride, dilation, and padding before and after, each down and across."""
-    stride, dilation = (_pair(arguments.get(name, 1)) for name in ("stride", "dilation"))
-    size = tuple(arguments["weight"].shape[2:])
-    return stride, dilation, resolve_padding(arguments.get("padding", 0), size, dilation)
-
-
-def _pair(value: Any) -> tuple[int, int]:
-    values = [value] if isinstance(value, int) else list(value)
-    return int(values[0]), int(values[-1])

@@ -1,10 +1,13 @@
-"""Forward passes that stop at a convolution and go on later, each in a thread of its own."""
+"""Forward passes that stop at a convolution and go on later, each in a thread of its own.
+
+Threads, and not greenlets or generators, since the stack of modes through which calls are intercepted belongs
+to the thread: a pass that is suspended in the thread of others would leave its interceptor to them.
+"""
 
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from functools import partial
 from queue import SimpleQueue
-from typing import Any
 
 import torch
 from threadpoolctl import threadpool_limits
@@ -12,20 +15,20 @@ from torch import Tensor, nn
 
 from sepconvert.base.errors import SepconvertError
 from sepconvert.calibration.footprint import footprint
-from sepconvert.calibration.record import Kernel, Place, call_with, module_names, run_on
-from sepconvert.network.calls import ConvolutionInterceptor
+from sepconvert.calibration.record import run_on
+from sepconvert.network.calls import Call, ConvolutionInterceptor, Kernel, Place
 from sepconvert.network.copies import private_copy
 
 
 class _CancelledError(BaseException):
-    """Unwinds a pass that is not wanted any more; no `except Exception` of the user's stops it."""
+    """Raised to unwind a pass that is no longer needed; no `except Exception` of the user's stops it."""
 
 
 class _Pass(threading.Thread):
-    """One batch through the network, in a thread of its own that runs only from `go` until it has `come`.
+    """A forward pass of one batch, in a thread that runs from `go` until it stops at a convolution or ends.
 
-    As many run at once as there are threads for operators, each of which then has one to itself: a team of
-    workers for every pass would get in each other's way (2 cores, 20 batches: half as slow again).
+    As many passes run at once as there are threads for operators, and each then has one of them: teams of
+    worker threads, one for every pass, would compete (2 cores, 20 batches: 1.5 times as slow).
     """
 
     def __init__(
@@ -41,35 +44,37 @@ class _Pass(threading.Thread):
         self._turns, self._threads = turns, threads
         self._model, self._batch, self._stops, self._kernels = private_copy(model), batch, stops, kernels
         self._go: SimpleQueue[None] = SimpleQueue()
-        self._came: SimpleQueue[Place | None] = SimpleQueue()
+        self._arrived: SimpleQueue[Call | None] = SimpleQueue()
         self._error: BaseException | None = None
         self._cancelled = False
-        self._names = module_names(self._model)
-        self.seen: Mapping[str, Any]  # arguments of the convolution at which it waits
 
     def go(self) -> None:
-        """On to the next convolution to stop at."""
+        """Start, or go on, to the next convolution to stop at."""
         if not self.is_alive():
             self.start()
         else:
             self._go.put(None)
 
-    def come(self) -> Place | None:
-        """Wait for it; None at the end."""
-        key = self._came.get()
+    def arrive(self) -> Call | None:
+        """Wait until the pass stops; return the call that it stops at, or None at the end.
+
+        Raises:
+            SepconvertError: the model cannot run on the batch.
+        """
+        call = self._arrived.get()
         if self._error is not None:
             raise self._error
-        return key
+        return call
 
     def cancel(self) -> None:
-        """Unwind, if it has begun and not ended."""
+        """Unwind the pass, if it has started and not ended."""
         if self.is_alive():
             self._cancelled = True
             self._go.put(None)
             self.join()
 
     def run(self) -> None:
-        """The forward pass."""
+        """Run the forward pass; called by `Thread.start`."""
         interceptor = ConvolutionInterceptor(self._model, self._on_call)
         self._turns.acquire()
         torch.get_num_threads()  # the first call in a thread sets their number
@@ -86,39 +91,36 @@ class _Pass(threading.Thread):
             self._error = error
         finally:
             self._turns.release()
-            self._came.put(None)
+            self._arrived.put(None)
 
-    def _on_call(
-        self,
-        module: nn.Module,
-        index: int,
-        function: str,
-        arguments: dict[str, Any],
-        call: Callable[..., Tensor],
-    ) -> Tensor:
-        key = self._names[module], index
-        if key in self._stops:
-            self.seen = arguments
+    def _on_call(self, call: Call) -> Tensor:
+        if call.place in self._stops:
             # A forward that catches everything may come here again.
             if not self._cancelled:
                 self._turns.release()
-                self._came.put(key)
+                self._arrived.put(call)
                 self._go.get()
                 self._turns.acquire()
             if self._cancelled:
                 raise _CancelledError
-            del self.seen
-        kernel = self._kernels.get(key)
-        return call() if kernel is None else call_with(kernel, arguments, call)
+        return call.run_with(self._kernels.get(call.place))
 
 
 def passes_at_once(batches: Mapping[int, Tensor]) -> int:
-    """Batches that run at the same time."""
+    """Return how many batches run at the same time."""
     return min(torch.get_num_threads(), len(batches))
 
 
 class Passes:
-    """All batches on their way; those for which there is no room to wait begin anew for each convolution."""
+    """The passes of all batches; those for which there is no room to wait start again for each convolution.
+
+    Args:
+        model: a copy that no one else uses.
+        batches: images by number.
+        stops: places to stop at; read again at each step.
+        kernels: kernels by place; read again at each step.
+        room: bytes for the activations of passes.
+    """
 
     def __init__(
         self,
@@ -128,7 +130,6 @@ class Passes:
         kernels: Mapping[Place, Kernel | None],
         room: float,
     ) -> None:
-        """`stops` and `kernels` are read again at each step; `room` is in bytes."""
         self._at_once = passes_at_once(batches)
         turns, threads = threading.Semaphore(self._at_once), torch.get_num_threads() // self._at_once
         self._begin = partial(_Pass, model, stops=stops, kernels=kernels, turns=turns, threads=threads)
@@ -138,8 +139,8 @@ class Passes:
         self._footprint = footprint(model, (first[:1],))
         self._room = room - self._at_once * len(first) * self._footprint.peak
 
-    def arrivals(self) -> Iterator[tuple[int, Place | None, Mapping[str, Any]]]:
-        """Each batch where it stops next, None at the end, and what the convolution there is given."""
+    def arrivals(self) -> Iterator[tuple[int, Call | None]]:
+        """Yield the number of each batch with the call that it stops at next, or with None at the end."""
         numbers, waiting = list(self._batches), self._most_waiting()
         self._cancel(numbers[waiting:])
         yield from self._advance(numbers[:waiting])
@@ -149,21 +150,22 @@ class Passes:
             self._cancel(some)
 
     def _most_waiting(self) -> int:
-        """Batches that may wait at the next stop."""
-        held = next((size for key, size in self._footprint.held.items() if key in self._stops), 0)
-        each = held * len(next(iter(self._batches.values())))
-        return len(self._batches) if not each else int(max(0, min(self._room // each, len(self._batches))))
+        """Return how many batches may wait at the next stop."""
+        held = next((size for place, size in self._footprint.held.items() if place in self._stops), 0)
+        bytes_held = held * len(next(iter(self._batches.values())))
+        if not bytes_held:
+            return len(self._batches)
+        return int(max(0, min(self._room // bytes_held, len(self._batches))))
 
-    def _advance(self, numbers: Sequence[int]) -> Iterator[tuple[int, Place | None, Mapping[str, Any]]]:
+    def _advance(self, numbers: Sequence[int]) -> Iterator[tuple[int, Call | None]]:
         for number in numbers:
             if number not in self._begun:
                 self._begun[number] = self._begin(self._batches[number])
         passes = {number: self._begun[number] for number in numbers}
-        for each in passes.values():
-            each.go()
-        arrived = {number: each.come() for number, each in passes.items()}
-        for number, key in arrived.items():
-            yield number, key, {} if key is None else passes[number].seen
+        for running in passes.values():
+            running.go()
+        # All have arrived before the first is reported: what is done with it needs the processor.
+        yield from {number: running.arrive() for number, running in passes.items()}.items()
 
     def _cancel(self, numbers: Iterable[int]) -> None:
         for number in numbers:

@@ -1,138 +1,195 @@
-"""Division of the images by purpose: to fit, to judge plans by, to train on, to score.
+"""Division of the images by purpose: to fit to, to judge plans by, to fine-tune on, to score.
 
-No image serves two purposes: what a decision was fitted to or chosen by is never scored.
+Nothing is judged by images that it was fitted to, and no calibration image is scored.
 """
 
 import itertools
-from collections.abc import Iterable, Iterator, Mapping, Sized
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Sized
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from sepconvert.base.distributed import processes, rank
 from sepconvert.base.errors import SepconvertError
-from sepconvert.calibration.record import Answers
+from sepconvert.base.options import Calibration
 from sepconvert.files.data import UNLABELLED, Batch, dimensions, split
 from sepconvert.measure.metrics import whole
-from sepconvert.network.tensors import Inputs, tensors_in
-
-
-@dataclass(frozen=True)
-class Calibration:
-    """Images to fit to and images to judge by; none of them is scored."""
-
-    fit: tuple[Tensor, ...]
-    heldout: tuple[Tensor, ...]
-    origin: str
-    answers: Answers | None = None  # of the original; see `calibrate.record`
-    importance: Mapping[str, Tensor] = field(default_factory=dict)  # of layers' outputs; see `importance`
-    labels: tuple[Tensor, ...] = ()  # of those held out, -1 where there is none
-    memory: float | None = None  # bytes that the process may have; None for half of what is free
-
-    @property
-    def share(self) -> dict[int, Tensor]:
-        """This process's batches to fit to, by number."""
-        if len(self.fit) < processes():
-            raise SepconvertError(
-                f"calibration: {len(self.fit)} batches for {processes()} processes; pass more images"
-            )
-        return {n: batch for n, batch in enumerate(self.fit) if n % processes() == rank()}
-
+from sepconvert.network.tensors import Inputs, placed, tensors_in
 
 MOST_AT_ONCE = 64
-"""Images to fit to that pass together."""
+"""Most calibration images in one batch."""
 
 
 _MOST_HELD_OUT = 256
 
 
 @dataclass(frozen=True)
-class Parts:
-    """The data by purpose: no image serves two."""
+class CalibrationSet:
+    """Images to fit to, in batches, and held-out images to judge by; none of them is scored."""
+
+    fit: tuple[Tensor, ...]
+    heldout: tuple[Tensor, ...]
+    labels: tuple[Tensor, ...]  # of the held-out images, -1 for those without one
+    origin: str  # which of the user's data they come from
+    memory: float | None = None  # bytes that the process may use; None for half of the free memory
+
+    @property
+    def images(self) -> int:
+        """Number of images to fit to."""
+        return sum(map(len, self.fit))
+
+    def share(self, model: nn.Module) -> dict[int, Tensor]:
+        """Return this process's batches to fit to, by number, on the device and in the dtype of `model`.
+
+        Raises:
+            SepconvertError: there are fewer batches than processes.
+        """
+        if len(self.fit) < processes():
+            raise SepconvertError(
+                f"calibration: {len(self.fit)} batches for {processes()} processes; pass more images"
+            )
+        numbers = range(rank(), len(self.fit), processes())
+        return {number: placed(self.fit[number], model) for number in numbers}
+
+
+@dataclass(frozen=True)
+class TrainingSet:
+    """Images to fine-tune on, and others to choose weights by."""
+
+    train: DataLoader[Batch]
+    judge: DataLoader[Batch]
+    labelled: bool  # whether there are labels in the first batch to train on
+
+
+@dataclass(frozen=True)
+class DataSplit:
+    """The data by purpose; None for a purpose without data."""
 
     scored: Iterable[Batch] | None
-    calibration: Calibration | None
-    train: DataLoader[Batch] | None
-    heldout: DataLoader[Batch] | None
-    labelled: bool
+    calibration: CalibrationSet | None = None
+    training: TrainingSet | None = None
+
+
+@dataclass(frozen=True)
+class _Source:
+    """Data of which images to fit to and to judge by are taken, and the data that are still to be scored."""
+
+    loader: DataLoader[Batch]
+    origin: str
+    scored: Iterable[Batch] | None
 
 
 def split_data(
     data: Iterable[Batch] | None,
     calib: DataLoader[Batch] | None,
     train: DataLoader[Batch] | None,
-    images: int,
+    options: Calibration,
+    *,
     epochs: int,
     seed: int,
     at_once: int = MOST_AT_ONCE,
-    memory: float | None = None,
-) -> Parts:
-    """Images to fit to, to judge by, to train on and to score; see `pipeline.convert`.
+) -> DataSplit:
+    """Divide the data of an approximate conversion by purpose.
 
-    `at_once` is how many of the images to fit to make a batch.
+    Args:
+        data: labelled batches to score; a part is split off to fit to if there are no other images.
+        calib: images to fit to and to judge by; by default those of `train`, or a part of `data`.
+        train: images to fine-tune on; by default those that may be fitted to.
+        options: how many images to fit to and to judge by, and in how much memory.
+        epochs: of fine-tuning; 0 for none.
+        seed: of the split.
+        at_once: how many of the images to fit to make a batch.
 
     Raises:
-        SepconvertError: there are too few, or none to train on.
+        SepconvertError: there are too few images, or none to train on.
     """
-    scored, source, origin = data, calib, "--calib"
+    if epochs and calib is None and train is None:
+        raise SepconvertError("`finetune`: needs images to train on; pass `calib` or `train`")
+    source = _source(data, calib, train, options.images, seed)
     if source is None:
-        source, origin = train, "--train"
-    if epochs and source is None:
-        raise SepconvertError("--finetune: needs images to train on; pass --calib or --train")
-    if source is None and isinstance(data, DataLoader):
-        source, scored = split(data, [min(images, _size(data) // 2)], seed)
-        origin = "split off --data, and not scored"
-    if source is None:
-        return Parts(scored, None, None, None, False)
-    images = min(images, _size(source))
-    if not images:
-        raise SepconvertError(f"calibration: no image is left to fit to ({origin}); pass more images")
-    judges = min(images // 4, _MOST_HELD_OUT)
-    heldout, fit, _ = split(source, [judges, images - judges], seed)
-    batches, judged = ([*_batches(loader, at_once)] for loader in (fit, heldout))
-    # Training is judged by images that it does not see, with labels if those that it sees have some.
-    if train is None:
-        train = source
-    if train is not source:
-        judges = min(_size(train) // 4, _MOST_HELD_OUT)
-    if epochs and not judges:
+        return DataSplit(data)
+    images = min(options.images, _size(source.loader))
+    calibration = _calibration_set(source, images, options.memory, seed, at_once)
+    if train is None or train is source.loader:
+        train, heldout = source.loader, _heldout(images)
+    else:
+        heldout = _heldout(_size(train))
+    if epochs and not heldout:
         raise SepconvertError(
-            f"--finetune: needs images to judge by too, got {_size(train)} in all; pass more"
+            f"`finetune`: needs images to judge by too, got {_size(train)} in all; pass more"
         )
-    heldout, train = split(train, [judges], seed)
-    _, *labels = next(iter(train))
-    labelled = bool(labels) and bool((labels[0] >= 0).any())
-    calibration = Calibration(
-        tuple(x for x, _ in batches),
-        tuple(x for x, _ in judged),
-        origin,
+    return DataSplit(source.scored, calibration, _training_set(train, heldout, seed))
+
+
+def _heldout(images: int) -> int:
+    return min(images // 4, _MOST_HELD_OUT)
+
+
+def _source(
+    data: Iterable[Batch] | None,
+    calib: DataLoader[Batch] | None,
+    train: DataLoader[Batch] | None,
+    images: int,
+    seed: int,
+) -> _Source | None:
+    if calib is not None:
+        return _Source(calib, "`calib`", data)
+    if train is not None:
+        return _Source(train, "`train`", data)
+    if isinstance(data, DataLoader):
+        part, rest = split(data, [min(images, _size(data) // 2)], seed)
+        return _Source(part, "split off `data`, and not scored", rest)
+    return None
+
+
+def _calibration_set(
+    source: _Source, images: int, memory: float | None, seed: int, at_once: int
+) -> CalibrationSet:
+    if not images:
+        raise SepconvertError(f"calibration: no image is left to fit to ({source.origin}); pass more images")
+    judges = _heldout(images)
+    heldout, fit, _ = split(source.loader, [judges, images - judges], seed)
+    batches, judged = ([*_batches(loader, at_once)] for loader in (fit, heldout))
+    return CalibrationSet(
+        fit=tuple(x for x, _ in batches),
+        heldout=tuple(x for x, _ in judged),
         labels=tuple(y for _, y in judged),
+        origin=source.origin,
         memory=memory,
     )
-    return Parts(scored, calibration, train, heldout, labelled)
 
 
-def check_shapes(parts: Parts, inputs: Inputs) -> None:
+def _training_set(loader: DataLoader[Batch], heldout: int, seed: int) -> TrainingSet:
+    # The same seed as for calibration: of the same source the same images are held out.
+    judge, train = split(loader, [heldout], seed)
+    _, *labels = next(iter(train))
+    labelled = bool(labels) and bool((labels[0] >= 0).any())
+    return TrainingSet(train, judge, labelled)
+
+
+def check_shapes(parts: DataSplit, inputs: Inputs) -> None:
     """Raise `SepconvertError` if no image to fit to or to train on has the shape of the model's input."""
+    if parts.calibration is None or parts.training is None:
+        return
     expected = [value.shape[1:] for value in tensors_in(inputs)]
-    if len(expected) > 1 and (parts.calibration or parts.train):
+    if len(expected) > 1:
         raise SepconvertError(
-            f"calibration: the model takes {len(expected)} tensors, and can be shown one; give it as a "
-            "module that takes one tensor and makes the others of it, or leave calibration and data out"
+            f"calibration: the model takes {len(expected)} tensors, but calibration images are one; wrap it "
+            "in a module that makes the others from that, or leave out `calib`, `train` and `data`"
         )
     found = {
-        "to fit to": {x.shape[1:] for x in parts.calibration.fit} if parts.calibration else set(),
-        "to train on": {next(iter(parts.train))[0].shape[1:]} if parts.train else set(),
+        "to fit to": {x.shape[1:] for x in parts.calibration.fit},
+        "to train on": {next(iter(parts.training.train))[0].shape[1:]},
     }
     for purpose, shapes in found.items():
-        if shapes and expected and not shapes & set(expected):
+        if expected and not shapes & set(expected):
             raise SepconvertError(
                 f"calibration: images {purpose} are {' or '.join(sorted(map(dimensions, shapes)))}, the model"
-                f" is run on {dimensions(expected[0])} (C×H×W); pass --resize, another --input-shape or other"
-                " images"
+                f" is run on {dimensions(expected[0])} (C×H×W); pass images of that shape (`resize`), or "
+                "inputs of another (`input_shape`)"
             )
 
 
@@ -141,11 +198,11 @@ def _size(loader: DataLoader[Batch]) -> int:
 
 
 def _batches(loader: DataLoader[Batch], at_once: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Images and labels, -1 where there is none, in batches of few: a pass is suspended with each of them."""
+    """Yield images of one shape and their labels, -1 for images without one, in batches of `at_once`."""
     found = [(x, _labels(x, *rest)) for x, *rest in whole(loader)]
     if not all(x.isfinite().all() for x, _ in found):
         raise SepconvertError("calibration: the images hold NaN or Inf; check the data")
-    if found and all(_flat(x) for x, _ in found):
+    if found and all(_is_flat(x) for x, _ in found):
         raise SepconvertError(
             "calibration: every image is of one colour, which says nothing of the data that the model meets; "
             "check the path and the preprocessing"
@@ -156,12 +213,12 @@ def _batches(loader: DataLoader[Batch], at_once: int) -> Iterator[tuple[Tensor, 
 
 
 def _labels(x: Tensor, *rest: Any) -> Tensor:
-    """What comes with a batch of images, if that is a class for each."""
+    """Return the labels that come with a batch of images, or -1 if the batch has no class for each image."""
     for y in rest[:1]:
         if isinstance(y, Tensor) and y.shape == (len(x),) and not y.is_floating_point():
             return y.long()
     return torch.full((len(x),), UNLABELLED)
 
 
-def _flat(x: Tensor) -> bool:
+def _is_flat(x: Tensor) -> bool:
     return x.shape[2:].numel() > 1 and bool((x.amin((-2, -1)) == x.amax((-2, -1))).all())

@@ -17,7 +17,7 @@ from sepconvert.cli.inputs import (
     read_images,
     timing_of,
 )
-from sepconvert.cli.options import Options, value_of
+from sepconvert.cli.options import Options, in_flags, value_of
 from sepconvert.cli.outputs import command_line, out_of, result_directory_of, show
 from sepconvert.cli.progress import progress_for, quietly, training_progress
 from sepconvert.files.results import FILES
@@ -170,7 +170,7 @@ def _dry_run(options: Options) -> None:
 def _show(options: Options, result: ConversionResult, out: Path) -> None:
     if options["quiet"]:
         for warning in warnings_of(result.report):
-            click.echo(warning, err=True)
+            click.echo(in_flags(str(warning)), err=True)
     written = [name for name in FILES if name not in result.report["export"]["missing"]]
     show(options, result.report, layer_table(result.report["layers"]), "", summary(result.report), "",
            f"Written to {out}/:\n  {', '.join(written[:4])},\n  {', '.join(written[4:])}")  # fmt: skip
@@ -179,7 +179,8 @@ def _show(options: Options, result: ConversionResult, out: Path) -> None:
 def _verdict(verified: Mapping[str, Any] | None) -> str:
     if verified is None:
         return (
-            "The weights are the plan's; outputs were not compared, as the plan is approximate or names no file."
+            "The weights are the plan's; outputs were not compared, as the plan is approximate or names no "
+            "file."
         )
     return (
         f"Verified: outputs differ by {verified['max_abs_diff']:.1e} (tolerance {verified['tolerance']:.1e})."

@@ -4,20 +4,14 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 from sepconvert.base.errors import SepconvertError
 from sepconvert.measure.comparison import Comparison, Delta
 from sepconvert.measure.latency import Speedup
 from sepconvert.measure.profiling import Profile
 
-# Demands -------------------------------------------------------------------------------------------
-
-_DEMAND = re.compile(
-    r"\s*(\w+)\s*([<>])\s*([+-]?\d+(?:\.\d+)?(?:e[+-]?\d+)?)\s*(%|pp|x|×|)\s*", re.IGNORECASE
-)
-
-
-_UNITS = {
+UNITS: Mapping[str, tuple[str, ...]] = {
     "latency": ("%",),
     "speedup": ("", "x", "×"),
     "macs": ("%",),
@@ -27,105 +21,118 @@ _UNITS = {
     "agreement": ("%",),
     "max_abs": ("",),
 }
+"""The units in which a condition may give each metric; failures are reported in the last of them."""
+
+
+_CONDITION = re.compile(
+    r"\s*(\w+)\s*([<>])\s*([+-]?\d+(?:\.\d+)?(?:e[+-]?\d+)?)\s*(%|pp|x|×|)\s*", re.IGNORECASE
+)
 
 
 @dataclass(frozen=True)
 class Demand:
-    """A condition that fails a comparison, such as `latency > +5%`: for use in continuous integration.
+    """A condition that fails a comparison, such as `latency > +5%`, for use in continuous integration.
 
-    `latency`, `macs`, `params` and `bytes` are changes in per cent of the first model's, `speedup` a ratio,
-    `drop` of top-1 in percentage points, `agreement` of predictions in per cent, `max_abs` the largest
-    difference of any output.
+    `latency`, `macs`, `params` and `bytes` are changes in percent of the first model's value. `speedup` is
+    the ratio of latencies, `drop` the loss of top-1 accuracy in percentage points, `agreement` the percentage
+    of equal predictions, and `max_abs` the largest absolute difference of any output.
     """
 
     text: str
     metric: str
-    sign: str
-    value: float
+    sign: Literal["<", ">"]
+    threshold: float
 
     @classmethod
     def parse(cls, text: str) -> "Demand":
-        """Raises `SepconvertError` for what is no such condition."""
-        match = _DEMAND.fullmatch(text)
-        metric = match[1].lower() if match else ""
-        if match is None or metric not in _UNITS or match[4].lower() not in _UNITS[metric]:
-            raise SepconvertError(
-                f"--fail-if {text!r}: expected one of {', '.join(_UNITS)}, then < or >, then a number, with "
-                "% for changes; e.g. 'latency > +5%' or 'drop > 0.5'"
-            )
-        return cls(text, metric, match[2], float(match[3]))
-
-    def require(self, *, together: bool, timed: bool, data: bool) -> None:
-        """Refuse, before anything is measured, what will not be.
-
-        Args:
-            together: whether models are compared, and not stored profiles.
-            timed: whether they are timed.
-            data: whether they are shown evaluation data.
+        """Read a condition.
 
         Raises:
-            SepconvertError: if so.
+            SepconvertError: the text is no condition, or its unit is not one of `UNITS`.
         """
-        needs = {
+        match = _CONDITION.fullmatch(text)
+        metric = match[1].lower() if match else ""
+        if match is None or match[4].lower() not in UNITS.get(metric, ()):
+            raise SepconvertError(
+                f"--fail-if {text!r}: expected one of {', '.join(UNITS)}, then < or >, then a number, with "
+                "% for changes; e.g. 'latency > +5%' or 'drop > 0.5'"
+            )
+        return cls(text, metric, "<" if match[2] == "<" else ">", float(match[3]))
+
+    def require(self, *, together: bool, timed: bool, data: bool) -> None:
+        """Check, before anything is measured, that the metric will be.
+
+        Args:
+            together: whether the models are measured in this process, not read from stored profiles.
+            timed: whether they are timed.
+            data: whether they are evaluated on labelled data.
+
+        Raises:
+            SepconvertError: the metric will not be measured.
+        """
+        measured = {
             **dict.fromkeys(("latency", "speedup"), together and timed),
             **dict.fromkeys(("drop", "agreement"), together and data),
             "max_abs": together,
         }
-        if not needs.get(self.metric, True):
+        if not measured.get(self.metric, True):
             raise self._not_measured()
 
-    def _not_measured(self) -> SepconvertError:
-        return SepconvertError(
-            f"--fail-if {self.text!r}: it is not measured; compare models, not stored profiles, with"
-            " --data for accuracy, and without --runs 0 for latency"
-        )
-
     def failures(self, comparison: Comparison) -> list[str]:
-        """What it says of each model for which it holds.
+        """Return a message for each model that meets the condition.
 
-        A change of latency within noise is none.
+        A change of latency that noise can explain counts as no change.
 
         Raises:
-            SepconvertError: that was not measured.
+            SepconvertError: the metric was not measured.
         """
-        found = []
+        messages = []
         deltas = comparison.deltas or (Delta(),) * (len(comparison.profiles) - 1)
-        base = comparison.profiles[0]
+        base, unit = comparison.profiles[0], UNITS[self.metric][-1]
         for index, (profile, delta) in enumerate(zip(comparison.profiles[1:], deltas, strict=True), start=1):
             value = self._value(base, profile, delta)
-            if value > self.value if self.sign == ">" else value < self.value:
+            if value > self.threshold if self.sign == ">" else value < self.threshold:
                 name = comparison.names[index] if comparison.names else f"#{index + 1}"
-                unit = _UNITS[self.metric][-1]
-                found.append(
+                messages.append(
                     f"{name}: {self.metric} is {value:.4g}{unit and ' '}{unit} ({self.text.strip()})"
                 )
-        return found
+        return messages
 
     def _value(self, base: Profile, profile: Profile, delta: Delta) -> float:
         values: Mapping[str, float | None] = {
-            "latency": None if delta.speedup is None else _change(1, _certain(delta.speedup)),
-            "speedup": None if delta.speedup is None else _certain(delta.speedup),
+            "latency": None if delta.speedup is None else _change(1, _beyond_noise(delta.speedup)),
+            "speedup": None if delta.speedup is None else _beyond_noise(delta.speedup),
             "macs": _change(profile.macs, base.macs),
             "params": _change(profile.params, base.params),
             "bytes": _change(profile.onnx_bytes, base.onnx_bytes),
-            "drop": None if delta.accuracy is None else delta.accuracy.drop_pp,
+            "drop": None if delta.accuracy is None else delta.accuracy.drop,
             "agreement": None if delta.accuracy is None else 100 * delta.accuracy.agreement,
-            # What is not finite is beyond all bounds.
-            "max_abs": math.inf
-            if delta.outputs is None
-            else max(
-                (math.inf if each.max_abs is None else each.max_abs for each in delta.outputs), default=None
-            ),
+            "max_abs": _largest_difference(delta),
         }
         value = values[self.metric]
         if value is None:
             raise self._not_measured()
         return value
 
+    def _not_measured(self) -> SepconvertError:
+        return SepconvertError(
+            f"--fail-if {self.text!r}: {self.metric} is not measured; compare models, not stored profiles, "
+            "with --data for accuracy and without --runs 0 for latency"
+        )
 
-def _certain(found: Speedup) -> float:
-    return found.median if found.significant else 1.0
+
+def _beyond_noise(speedup: Speedup) -> float:
+    return speedup.median if speedup.significant else 1.0
 
 
 def _change(value: float | None, base: float | None) -> float | None:
+    """Return a change in percent."""
     return None if value is None or not base else 100 * (value / base - 1)
+
+
+def _largest_difference(delta: Delta) -> float | None:
+    """Return the largest absolute difference of any output: infinity if outputs cannot be compared."""
+    if delta.outputs is None:
+        return math.inf
+    differences = [math.inf if output.max_abs is None else output.max_abs for output in delta.outputs]
+    return max(differences, default=None)

@@ -56,9 +56,7 @@ def read_images(options: Options, name: str) -> DataLoader[Batch] | None:
     if spec is None:
         return None
     labelled = has_labels(spec)
-    return load_data(
-        spec, _preprocess(options), batch_size=TRAINING_BATCH, labelled=labelled, option=f"--{name}"
-    )
+    return load_data(spec, _preprocess(options), batch_size=TRAINING_BATCH, labelled=labelled, parameter=name)
 
 
 def _preprocess(options: Options) -> Preprocess:

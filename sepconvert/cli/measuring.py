@@ -97,7 +97,9 @@ def _stored(options: Options) -> tuple[Comparison, str]:
             notes.append(f"Warning: {path} was measured in another environment than {options['models'][0]}:")
             notes += [f"  {difference}" for difference in differences]
         if each.model == found[0].model and each.sha256 != found[0].sha256:
-            notes.append(f"Warning: {path} was made from a different file named {each.model} (the SHA-256 differs).")
+            notes.append(
+                f"Warning: {path} was made from a different file named {each.model} (the SHA-256 differs)."
+            )
     names = tuple(map(str, options["models"]))
     return Comparison(tuple(each.profile for each in found), names), "\n".join(notes)
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from sepconvert.cli.options import Options
+from sepconvert.cli.options import Options, in_flags
 from sepconvert.files.results import result_directory
 
 
@@ -37,4 +37,4 @@ def show(options: Options, document: Mapping[str, Any], *text: str) -> None:
     if options["as_json"]:
         click.echo(json.dumps(document, indent=2, allow_nan=False))
     elif not options["quiet"]:
-        click.echo("\n".join(text))
+        click.echo(in_flags("\n".join(text)))

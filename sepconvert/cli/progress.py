@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from sepconvert.base.progress import Progress, silent
 from sepconvert.cli.options import Options
-from sepconvert.distillation.results import Step
+from sepconvert.distillation.results import TrainingStep
 
 T = TypeVar("T")
 
@@ -49,7 +49,7 @@ def _progress_lines() -> Progress:
     return progress
 
 
-def training_progress(options: Options) -> Callable[[Step], None]:
+def training_progress(options: Options) -> Callable[[TrainingStep], None]:
     """Return what shows steps, loss and time left of fine-tuning: a bar on a terminal, else ten lines."""
     if options["quiet"] or sys.stderr is None:
         return lambda step: None
@@ -57,7 +57,7 @@ def training_progress(options: Options) -> Callable[[Step], None]:
         return _training_line
     bar: tqdm[Any] | None = None
 
-    def show(step: Step) -> None:
+    def show(step: TrainingStep) -> None:
         nonlocal bar
         if bar is None:
             bar = tqdm(None, "fine-tuning", step.steps, file=sys.stderr, leave=False, nrows=2)
@@ -67,7 +67,7 @@ def training_progress(options: Options) -> Callable[[Step], None]:
     return show
 
 
-def _training_line(step: Step) -> None:
+def _training_line(step: TrainingStep) -> None:
     if step.step * 10 // step.steps > (step.step - 1) * 10 // step.steps:
         click.echo(
             f"fine-tuning: step {step.step} of {step.steps}, epoch {step.epoch}, loss {step.loss:.3f}, "

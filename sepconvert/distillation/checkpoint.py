@@ -1,76 +1,143 @@
-"""Checkpoints of fine-tuning: written whole or not at all, and checked when they are read."""
+"""Checkpoints of fine-tuning: safetensors files, written completely or not at all and checked when read.
+
+The tensors are the weights, their moving average, the best weights and the optimizer's state. The rest is
+JSON in the file's metadata. A safetensors file has no checksums, so the JSON holds one of each tensor and one
+of itself.
+"""
 
 import contextlib
 import hashlib
+import json
 import os
-import zipfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
+from sepconvert.base.documents import is_intact, sealed
 from sepconvert.base.errors import SepconvertError, first_line
-from sepconvert.files.pickled_program import check_pickle, pickle_of_archive
+from sepconvert.distillation.results import Epoch
 
-FORMAT = 1
-"""Of checkpoints."""
+FORMAT = 2
+"""Version of the format of checkpoints."""
 
 
-def write_checkpoint(checkpoint: Path, content: dict[str, Any]) -> None:
-    """Whole or not at all: a run may be killed at any time."""
-    unfinished = checkpoint.with_name(f"{checkpoint.name}.unfinished")
+_METADATA = "sepconvert.checkpoint"
+
+
+@dataclass(frozen=True)
+class State:
+    """State of a run, apart from its tensors.
+
+    `fingerprint` identifies the run: models, data and options. `loss_sum` is the sum of the losses of the
+    current epoch's steps, `seconds` the time spent so far and `scaler` the state of the gradient scaler, if
+    there is one.
+    """
+
+    fingerprint: dict[str, str]
+    step: int
+    loss_sum: float
+    seconds: float
+    history: tuple[Epoch, ...]
+    scaler: dict[str, Any] | None
+
+    def check_run(self, checkpoint: Path, fingerprint: Mapping[str, str]) -> None:
+        """Raise `SepconvertError` if the state, read from `checkpoint`, is that of another run."""
+        for part, value in fingerprint.items():
+            if (stored := self.fingerprint.get(part)) != value:
+                raise SepconvertError(
+                    f"{checkpoint}: expected a checkpoint of this run, got one with other {part}"
+                    f" ({stored}, not {value}); repeat that run, or pass another path"
+                )
+
+
+Checkpoint = tuple[State, dict[str, Tensor]]
+"""State of a run, and its tensors by dotted names."""
+
+
+def write_checkpoint(path: Path, state: State, tensors: Mapping[str, Tensor]) -> None:
+    """Write a checkpoint completely or not at all: the process may be killed at any time.
+
+    Raises:
+        SepconvertError: the file cannot be written.
+    """
+    unfinished = path.with_name(f"{path.name}.unfinished")
+    # Copies, since safetensors stores no tensors that share memory.
+    copies = {
+        name: tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+        for name, tensor in tensors.items()
+    }
+    document = sealed({"format": FORMAT, "state": asdict(state), "tensors": _checksums(copies)})
     try:
-        checkpoint.parent.mkdir(parents=True, exist_ok=True)
-        with unfinished.open("wb") as file:
-            torch.save(content, file)
-            file.flush()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file(copies, unfinished, {_METADATA: json.dumps(document)})
+        with unfinished.open("rb+") as file:
             os.fsync(file.fileno())
-        unfinished.replace(checkpoint)
-    except (OSError, RuntimeError) as error:  # a RuntimeError is torch's of a full disk
+        unfinished.replace(path)
+    except (OSError, SafetensorError) as error:
         raise SepconvertError(
-            f"{checkpoint}: expected a place to write to, got: {first_line(error)}; pass another checkpoint"
+            f"{path}: expected a place to write to, got: {first_line(error)}; pass another `checkpoint`"
         ) from error
     finally:
-        with contextlib.suppress(OSError):  # where it could not be written either
+        with contextlib.suppress(OSError):  # where the file could not be written either
             unfinished.unlink(missing_ok=True)
 
 
-def read_checkpoint(checkpoint: Path, resume: bool, accelerator: Accelerator) -> dict[str, Any] | None:
-    """What `_write` has written; None if there is nothing. The main process reads it for all."""
-    content: list[dict[str, Any] | None] = [None]
-    if accelerator.is_main_process and checkpoint.exists():
+def read_checkpoint(path: Path, resume: bool, accelerator: Accelerator) -> Checkpoint | None:
+    """Return what `write_checkpoint` wrote; None if there is no file. The main process reads it for all.
+
+    Raises:
+        SepconvertError: the file is damaged, foreign or of another format, or it exists without `resume`.
+    """
+    content: list[Checkpoint | None] = [None]
+    if accelerator.is_main_process and path.exists():
         if not resume:
             raise SepconvertError(
-                f"{checkpoint}: expected no file, got the checkpoint of an earlier run; resume or remove it"
+                f"{path}: expected no file, got the checkpoint of an earlier run; pass `resume`, or remove it"
             )
-        try:
-            with zipfile.ZipFile(checkpoint) as archive:
-                if (damaged := archive.testzip()) is not None:  # torch does not look at the checksums
-                    raise ValueError(f"{damaged} is not what its checksum says")
-            with checkpoint.open("rb") as file:
-                check_pickle(pickle_of_archive(file, str(checkpoint)), str(checkpoint))
-            stored = torch.load(checkpoint, map_location="cpu", weights_only=True)
-            matches = stored["format"] == FORMAT
-        except Exception as error:  # a damaged archive makes zipfile, pickle and torch raise in many ways
-            raise SepconvertError(
-                f"{checkpoint}: expected a checkpoint, got a damaged or foreign file ({first_line(error)});"
-                " remove it to start anew"
-            ) from error
-        if not matches:
-            raise SepconvertError(
-                f"{checkpoint}: expected a checkpoint of format {FORMAT}, got {stored['format']}; resume with"
-                " the version of sepconvert that wrote it, or remove it to start anew"
-            )
-        content = [stored]
+        content = [_read(path)]
     broadcast_object_list(content)
     return content[0]
 
 
+def _read(path: Path) -> Checkpoint:
+    try:
+        with safe_open(path, "pt") as file:
+            document = json.loads(file.metadata()[_METADATA])
+            # Cloned, so that the file is not mapped into memory any longer.
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+        version = document["format"]
+        if version == FORMAT:
+            if not is_intact(document) or _checksums(tensors) != document["tensors"]:
+                raise ValueError("its content does not match its checksum")
+            return msgspec.convert(document["state"], State), tensors
+    except Exception as error:  # safetensors, json and msgspec raise many kinds of errors for a damaged file
+        raise SepconvertError(
+            f"{path}: expected a checkpoint, got a damaged or foreign file ({first_line(error)});"
+            " remove it to start anew"
+        ) from error
+    raise SepconvertError(
+        f"{path}: expected a checkpoint of format {FORMAT}, got {version}; resume with the version of"
+        " sepconvert that wrote it, or remove it to start anew"
+    )
+
+
+def _checksums(tensors: Mapping[str, Tensor]) -> dict[str, list[Any]]:
+    return {
+        name: [str(tensor.dtype), list(tensor.shape), digest_of([tensor])] for name, tensor in tensors.items()
+    }
+
+
 def digest_of(tensors: Iterable[Tensor]) -> str:
+    """Return 16 hexadecimal digits of the SHA-256 of tensors; other values are skipped."""
     digest = hashlib.sha256()
     for tensor in tensors:
         if isinstance(tensor, Tensor):  # a module's extra state may be anything

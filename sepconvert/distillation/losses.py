@@ -1,17 +1,19 @@
-"""Label loss of fine-tuning, and the checks of batches and labels that it needs."""
+"""Terms of the loss of fine-tuning, next to the divergence from the teacher: labels, embedding, features."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from sepconvert.base.errors import SepconvertError
-from sepconvert.files.data import UNLABELLED, Batch
+from sepconvert.files.data import UNLABELLED
+from sepconvert.measure.divergence import relative_error
 
 EMBEDDING_WEIGHT = 32.0
-"""Weight of the relative error of what the classifier is given, next to the divergence from the teacher.
+"""Weight of the relative error of the classifier's input, next to the divergence from the teacher.
 
-It tells more of each picture than the logits do, and costs nothing.
+The embedding says more about each picture than the logits do, and costs nothing.
 """
 
 
@@ -21,33 +23,18 @@ LABEL_WEIGHT = 1.0
 One epoch of a ResNet-20 on 10,000 pictures ends at a divergence of 0.35, at 0.38 with 0.3."""
 
 
-def checked_batch(batch: object) -> Batch:
-    if (
-        not isinstance(batch, tuple | list)
-        or len(batch) != 2
-        or not all(isinstance(t, Tensor) for t in batch)
-    ):
-        raise SepconvertError(
-            f"data: expected batches of two tensors (x, y), got {type(batch).__name__}; wrap the dataset so"
-            " that it yields a sample and its label, -1 where there is none"
-        )
-    x, y = batch
-    if y.shape != x.shape[:1] or y.is_floating_point():
-        raise SepconvertError(
-            f"data: expected {len(x)} integer labels for a batch of {len(x)} samples, got {y.dtype} of shape"
-            f" {tuple(y.shape)}; give a class, or -1, for each"
-        )
-    return x, y.long()
-
-
 def label_loss(leaves: Sequence[Tensor], labels: Tensor) -> Tensor:
-    """Of all samples that have a label, by its weight."""
+    """Return the weighted cross-entropy, summed over the samples that have a label."""
     logits = class_logits(leaves, labels).float()
     return LABEL_WEIGHT * F.cross_entropy(logits, labels, ignore_index=UNLABELLED, reduction="sum")
 
 
 def class_logits(leaves: Sequence[Tensor], labels: Tensor) -> Tensor:
-    """The logits, N×classes, that answer to the `labels`: the first output."""
+    """Return the first output: logits, N×classes, that the `labels` belong to.
+
+    Raises:
+        SepconvertError: the output has another shape, or a label is no class of it.
+    """
     logits = leaves[0]
     if logits.ndim != 2 or int(labels.max()) >= logits.shape[1] or int(labels.min()) < UNLABELLED:
         raise SepconvertError(
@@ -56,3 +43,23 @@ def class_logits(leaves: Sequence[Tensor], labels: Tensor) -> Tensor:
             " leave the labels out of the data (in Python: labelled=False)"
         )
     return logits
+
+
+def holding_labels(labels: Tensor, mirrored: Tensor, expected: Tensor) -> Tensor:
+    """Return the labels, with -1 for each mirrored picture whose label the teacher's logits do not confirm.
+
+    A mirrored cat is a cat, but a mirrored 3 is no 3: the teacher, which saw the mirrored picture, can tell.
+    """
+    holds = ~mirrored | (expected.argmax(1) == labels)
+    return labels.where(holds, UNLABELLED)
+
+
+def embedding_loss(expected: Tensor, actual: Tensor, variance: Tensor) -> Tensor:
+    """Return the weighted mean squared error of the embedding, relative to the variance of its elements."""
+    squares = (actual - expected).float().square().mean()
+    return EMBEDDING_WEIGHT * squares / variance
+
+
+def feature_loss(expected: Mapping[str, Tensor], actual: Mapping[str, Tensor]) -> Tensor:
+    """Return the mean over layers of the relative error of their outputs."""
+    return torch.stack([relative_error(expected[name], actual[name]) for name in expected]).mean()

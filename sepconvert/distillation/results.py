@@ -5,12 +5,10 @@ from typing import Any, Literal
 
 from torch import nn
 
-Precision = Literal["no", "bf16", "fp16"]
-
 
 @dataclass(frozen=True)
-class Step:
-    """How far training is: `loss` is that of the step just done; `seconds_left` an estimate."""
+class TrainingStep:
+    """Progress of training: `loss` is that of the step just done, `seconds_left` an estimate."""
 
     step: int
     steps: int
@@ -21,12 +19,12 @@ class Step:
 
 @dataclass(frozen=True)
 class Epoch:
-    """The student on held-out data after an epoch; epoch 0 is before the first.
+    """Scores of the student on held-out data after an epoch; epoch 0 is before the first.
 
-    `heldout_loss` (as in training, but for embedding and features), `divergence` (see
+    `heldout_loss` (the training loss without embedding and features), `divergence` (see
     `sepconvert.measure.divergence`) and `accuracy`, a fraction (None without labels), are those of the
-    trained weights or of their moving average, whichever loses less, as `weights` says. `loss` is the mean
-    over the epoch, `seconds` the time since the start.
+    trained weights or of their moving average, whichever has the lower loss; `weights` says which. `loss` is
+    the mean over the epoch's steps, `seconds` the time since the start.
     """
 
     epoch: int
@@ -41,10 +39,10 @@ class Epoch:
 
 @dataclass(frozen=True, eq=False)
 class FinetuneResult:
-    """A student of the same class, dtype, device and training flags, and how it came about.
+    """A student of the same class, dtype, device and training flags, and the history of its training.
 
-    `model` has the weights of the entry `delivered` of `history`. `precision` is the mixed one of the steps,
-    or "no". `stopped` says why training ended early; None if it did not.
+    `model` has the weights of the entry `delivered` of `history`. `precision` is the mixed precision of the
+    steps, or "no". `stopped` says why training ended early; None if it did not.
     """
 
     model: nn.Module
@@ -54,7 +52,7 @@ class FinetuneResult:
     stopped: str | None
 
     def to_dict(self) -> dict[str, Any]:
-        """The `finetune` object of the JSON report."""
+        """Return the `finetune` object of the JSON report."""
         return {
             "history": [asdict(epoch) for epoch in self.history],
             "delivered": asdict(self.delivered),

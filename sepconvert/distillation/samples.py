@@ -1,9 +1,9 @@
-"""Training and held-out samples: their order, their augmentation and their positions in a data set."""
+"""Training and held-out samples: their order, their augmentation and each process's share of a batch."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -15,19 +15,10 @@ from torch.utils.data import DataLoader, IterableDataset
 from sepconvert.base.errors import SepconvertError
 from sepconvert.distillation.checkpoint import digest_of
 from sepconvert.files.data import Batch
+from sepconvert.measure.metrics import checked_batch
 
 Positions = npt.NDArray[np.int64]
-"""Of samples in `_Samples.indices`."""
-
-
-USES = 3
-"""Epochs that see a picture shifted and mirrored in the same way, if the teacher's answer to it is kept.
-
-With 2, two ResNets end within 0.6 points of what they do with 3, now above, now below, a fifth later.
-"""
-
-
-# Samples -------------------------------------------------------------------------------------------
+"""Positions of samples in `Samples.indices`."""
 
 
 @dataclass(frozen=True)
@@ -40,13 +31,18 @@ class Samples:
 
     @classmethod
     def of(cls, loader: DataLoader[Batch], name: str, processes: int) -> "Samples":
+        """Return the samples of a loader that errors call `name`.
+
+        Raises:
+            SepconvertError: its data set is not map-style, or has too few samples for so many processes.
+        """
         if isinstance(loader.dataset, IterableDataset) or loader.batch_sampler is None:
             raise SepconvertError(
                 f"{name}: expected a DataLoader that makes batches from a map-style dataset, got one of"
                 f" {type(loader.dataset).__name__}; give the dataset __len__ and __getitem__"
             )
         batches = [list(batch) for batch in loader.batch_sampler]
-        # In every process the same order, if the loader shuffles.
+        # In the same order in every process, even if the loader shuffles.
         indices = tuple(sorted(index for batch in batches for index in batch))
         size = max(map(len, batches), default=0)
         samples = cls(loader, indices, size)
@@ -59,39 +55,86 @@ class Samples:
 
     @property
     def steps(self) -> int:
-        """Batches to an epoch."""
+        """Number of batches in an epoch."""
         return math.ceil(len(self.indices) / self.batch_size)
 
     def shuffled(self, seed: int, epoch: int) -> list[Positions]:
-        """Batches of sizes that differ by one at most: BatchNorm makes little of a small remainder."""
+        """Return shuffled batches whose sizes differ by at most one: BatchNorm suffers from a small one."""
         order = np.random.default_rng([seed, epoch]).permutation(len(self.indices))
         return np.array_split(order, self.steps)
 
     def ordered(self) -> list[Positions]:
-        """Batches in a fixed order."""
+        """Return batches in a fixed order."""
         count, size = len(self.indices), self.batch_size
         return np.split(np.arange(count), range(size, count, size))
 
     def load(self, batches: Iterable[Positions]) -> DataLoader[Batch]:
+        """Return a loader of these batches that leaves the user's random generators alone."""
         return DataLoader(
             self.loader.dataset,
             batch_sampler=[[self.indices[i] for i in batch] for batch in batches],
             collate_fn=self.loader.collate_fn,
             num_workers=self.loader.num_workers,
             worker_init_fn=self.loader.worker_init_fn,
-            generator=torch.Generator(),  # else it would draw from the user's
+            generator=torch.Generator(),  # otherwise it would draw from the user's
         )
 
+    def first(self) -> Tensor:
+        """Return a batch of the first sample alone."""
+        x, _ = checked_batch(next(iter(self.load([np.array([0])]))))
+        return x
+
     def fingerprint(self) -> str:
-        """Hash of the number of samples, and of the first, the middle and the last one."""
+        """Return a hash of the number of samples and of the first, the middle and the last one."""
         (batch,) = self.load([np.array([0, len(self.indices) // 2, -1])])
         return digest_of([torch.tensor(len(self.indices)), *batch])
 
 
-def augmented(x: Tensor, draws: npt.NDArray[np.float64]) -> tuple[Tensor, Tensor]:
-    """Pictures shifted by up to an eighth and mirrored at random, and which of them are mirrored.
+class Share(NamedTuple):
+    """One process's part of a batch of `whole` samples; `mirrored` says which pictures are mirrored."""
 
-    `draws` are 3×N random numbers from 0 to 1. What is no batch of pictures stays as it is.
+    positions: Tensor
+    x: Tensor
+    y: Tensor
+    mirrored: Tensor
+    whole: int
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> "Share":
+        """Return the share on a device, its inputs in the dtype of the model."""
+        return Share(
+            self.positions.to(device),
+            as_input(self.x, device, dtype),
+            self.y.to(device),
+            self.mirrored.to(device),
+            self.whole,
+        )
+
+
+def as_input(x: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Return inputs on a device, in the dtype of the model unless they are integers."""
+    return x.to(device, dtype if x.is_floating_point() else x.dtype)
+
+
+def shares(
+    samples: Samples, seed: int, epoch: int, view: int, *, done: int, rank: int, processes: int
+) -> Iterator[Share]:
+    """Yield one process's shares of an epoch's batches after the first `done`, augmented as in `view`.
+
+    The pictures of a view depend neither on the order of the samples nor on the number of processes.
+    """
+    draws = np.random.default_rng([seed, view, 1]).random((3, len(samples.indices)))
+    batches = samples.shuffled(seed, epoch)[done:]
+    own = [batch[rank::processes] for batch in batches]
+    for batch, positions, pair in zip(batches, own, samples.load(own), strict=True):
+        x, y = checked_batch(pair)
+        x, mirrored = augmented(x, draws[:, positions])
+        yield Share(torch.from_numpy(positions), x, y, mirrored, len(batch))
+
+
+def augmented(x: Tensor, draws: npt.NDArray[np.float64]) -> tuple[Tensor, Tensor]:
+    """Return pictures shifted by up to an eighth and mirrored at random, and which of them are mirrored.
+
+    `draws` are 3×N random numbers from 0 to 1. Inputs that are no batch of pictures stay as they are.
     """
     if x.ndim != 4 or not x.is_floating_point():
         return x, torch.zeros(len(x), dtype=torch.bool)

@@ -1,4 +1,4 @@
-"""Callables named on the command line as `pkg.mod:callable` or `file.py:callable`."""
+"""Callables of the user's code, named as `pkg.mod:callable` or `file.py:callable`."""
 
 import importlib.util
 import operator
@@ -10,23 +10,31 @@ from types import ModuleType
 from sepconvert.base.errors import SepconvertError, one_line
 
 
-def resolve_callable(spec: str, option: str) -> Callable[..., object]:
-    """The callable that `spec` names, as `pkg.mod:callable` or `file.py:callable`.
+def resolve_callable(spec: str, parameter: str) -> Callable[..., object]:
+    """Import the callable that `spec` names, as `pkg.mod:callable` or `file.py:callable`.
 
-    The working directory is importable, as it is for `python -m`; so is the directory of `file.py`. Errors
-    begin with `option`, the command line option that `spec` came from.
+    The working directory is importable, as it is for `python -m`; so is the directory of `file.py`.
+
+    Raises:
+        SepconvertError: the import fails, or yields no callable. The message begins with `parameter`, the
+            name of the parameter that `spec` was passed as.
     """
+    label = f"`{parameter}` {spec}"
     source, _, name = spec.rpartition(":")
     if not source or not name:
-        raise SepconvertError(f"{option} {spec}: expected pkg.mod:callable or file.py:callable")
-    found = look_up(source, name, f"{option} {spec}")
+        raise SepconvertError(f"{label}: expected pkg.mod:callable or file.py:callable")
+    found = look_up(source, name, label)
     if not callable(found):
-        raise SepconvertError(f"{option} {spec}: {name} is a {type(found).__name__}; expected a callable")
+        raise SepconvertError(f"{label}: {name} is a {type(found).__name__}; expected a callable")
     return found
 
 
 def look_up(source: str, name: str, label: str) -> object:
-    """The attribute `name` of a module or a Python file; errors begin with `label`."""
+    """Import a module or a Python file and return its attribute `name` (dotted, if it is nested).
+
+    Raises:
+        SepconvertError: it cannot be imported or has no such attribute. The message begins with `label`.
+    """
     is_file = source.endswith(".py")
     if is_file and not Path(source).is_file():
         raise SepconvertError(f"{label}: there is no file {source}")
@@ -70,5 +78,6 @@ def _import_file(path: Path) -> ModuleType:
 
 
 def make_importable(directory: Path) -> None:
+    """Put a directory at the beginning of `sys.path`, unless it is there already."""
     if str(directory) not in sys.path:
         sys.path.insert(0, str(directory))

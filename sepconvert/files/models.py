@@ -1,7 +1,7 @@
-"""Model files: recognised by their content and loaded without running what they say.
+"""Models read from files, which are recognised by their content and never run as programs.
 
-A pickle is a program, and so is a torch.export archive: both are read by interpreters that know a short list
-of harmless names. Everything else is refused by name, with the option that admits it.
+A pickle is a program, and so is a torch.export archive: `pickles` and `archives` read them with a short
+list of harmless names. Everything else is refused by name, with the parameter that admits it.
 """
 
 import functools
@@ -26,19 +26,22 @@ from sepconvert.files.callables import resolve_callable
 from sepconvert.files.pickles import load_pickle
 from sepconvert.network.copies import unwrapped
 
-__all__ = ["LoadedModel", "load_model", "parse_input_shape", "resolve_callable"]
+__all__ = ["LoadedModel", "load_model", "parse_input_shape"]
 
-
-_MAX_EXAMPLE = 2**22  # elements of an input of which a file, and not its user, tells the shape
+_MAX_EXAMPLE = 2**22  # elements of an input whose shape the file gives, and not the user
 
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model and where it came from.
+    """A model and the file that it came from.
 
-    `model` is on the CPU, in the mode (train or eval) in which it was saved or built. `example_inputs` have a
-    batch dimension: those stored in a .pt2 archive, or zeros of the input size that a timm model names.
-    `stored_dtype` is that of a checkpoint's weights where the model of the factory has another.
+    Attributes:
+        model: the model, on the CPU, in the mode (train or eval) in which it was saved or built.
+        path: the file.
+        sha256: SHA-256 of the file, in hexadecimal.
+        example_inputs: inputs with a batch dimension: those stored in a .pt2 archive, or zeros of the input
+            size that a timm model names; None if the file gives none.
+        stored_dtype: dtype of the stored weights, if the model that `factory` builds has another; else None.
     """
 
     model: nn.Module
@@ -57,31 +60,27 @@ def load_model(
 ) -> LoadedModel:
     """Read a model file; its content, not its extension, decides the format.
 
-    Formats: a module or a state_dict saved by `torch.save` (zip or legacy), `.safetensors`, a `.pt2` archive
-    of `torch.export.save`. `factory` (see `resolve_callable`) builds the model that takes the weights of the
-    file, and is needed where the file holds a state_dict; of several, plain weights go before averaged (EMA)
-    ones. `allow` admits further classes to the pickle, by their full name. `trust` runs the file as the
-    program that it is, unrestricted.
+    Loading is not thread-safe: while torch reads the file, `nn.Module.__init__` (or, for a .pt2 archive, an
+    environment variable of torch) is changed for the whole process. On Linux a forked child process reads
+    pickles first, within limits of memory and time.
 
-    Raises `SepconvertError` for every file that is no model, is damaged, or asks for more than is allowed.
+    Args:
+        path: a module or a state_dict saved by `torch.save` (zip or legacy), a `.safetensors` file, or a
+            `.pt2` archive of `torch.export.save`.
+        factory: callable, as `pkg.mod:callable` or `file.py:callable`, that builds the model which takes the
+            weights of the file. It is needed for a state_dict; if the file holds several, plain
+            weights are preferred to averaged (EMA) ones.
+        allow: full names of further classes that a pickle may use.
+        trust: whether to run the file as the program that it is, without restrictions.
+
+    Raises:
+        SepconvertError: the file is no model, is damaged, or needs more than is allowed.
     """
     path = Path(path)
     build = _builder(factory) if factory else None
     kind = _format(path)
-    examples: tuple[Tensor, ...] | None = None
-    content: object
     try:
-        if kind == "pt2":
-            content, examples = load_archive(path, trust)
-        elif kind == "safetensors":
-            content = load_file(path)
-        else:
-            content = load_pickle(path, allow, trust, legacy=kind == "legacy torch.save")
-        found = _unwrap(content, path)
-        if isinstance(found, nn.Module):
-            _check_state(found)
-        weights = found.state_dict() if isinstance(found, nn.Module) else found
-        _check_tensors(found, weights, path)
+        content, weights, examples = _read(path, kind, allow, trust)
     except SepconvertError:
         raise
     except Exception as error:  # a damaged or hostile file can make the readers raise anything
@@ -101,26 +100,53 @@ def load_model(
         stored, own = _float_dtypes(weights), _float_dtypes(model.state_dict())
         cast_from = stored.pop() if len(stored) == len(own) == 1 and stored != own else None
         _load_weights(model, weights, path)
-    elif isinstance(found, nn.Module):
-        model = found
+    elif isinstance(content, nn.Module):
+        model = content
     else:
         raise SepconvertError(
-            f"{path}: holds a state_dict ({len(found)} entries), which does not say how to build the model; "
-            "pass --factory pkg.mod:callable or --factory file.py:callable that returns it"
+            f"{path}: holds a state_dict ({len(content)} entries), which does not say how to build the "
+            "model; pass `factory` pkg.mod:callable or `factory` file.py:callable that returns it"
         )
     model = model.cpu()
     return LoadedModel(model, path, _sha256(path), examples or _timm_example(model), cast_from)
 
 
+_Content = nn.Module | Mapping[str, Tensor]
+
+
+def _read(
+    path: Path, kind: str, allow: Sequence[str], trust: bool
+) -> tuple[_Content, Mapping[str, Tensor], tuple[Tensor, ...] | None]:
+    """Return the module or the state_dict in a file, its weights, and the example inputs stored with it."""
+    examples: tuple[Tensor, ...] | None = None
+    stored: object
+    if kind == "pt2":
+        stored, examples = load_archive(path, trust)
+    elif kind == "safetensors":
+        stored = load_file(path)
+    else:
+        stored = load_pickle(path, allow, trust, legacy=kind == "legacy torch.save")
+    content = _unwrap(stored, path)
+    if isinstance(content, nn.Module):
+        _check_state(content)
+    weights = content.state_dict() if isinstance(content, nn.Module) else content
+    _check_tensors(content, weights, path)
+    return content, weights, examples
+
+
 def parse_input_shape(text: str) -> tuple[int, ...]:
-    """`"3x224x224"` as `(3, 224, 224)`: the shape of one sample, without the batch dimension."""
+    """Parse the shape of one sample, without the batch dimension: `"3x224x224"` becomes `(3, 224, 224)`.
+
+    Raises:
+        SepconvertError: the text is no such shape, or the sample has too many elements.
+    """
     sizes = text.strip().lower().replace("×", "x").split("x")
     if not all(re.fullmatch(r"[0-9]{1,9}", size.strip()) for size in sizes):
-        raise SepconvertError(f"input shape {text!r}: expected sizes joined by x, such as 3x224x224")
+        raise SepconvertError(f"`input_shape` {text!r}: expected sizes joined by x, such as 3x224x224")
     shape = tuple(int(size) for size in sizes)
     if not _is_sensible(shape):
         raise SepconvertError(
-            f"input shape {text!r}: sizes must be at least 1, their product at most {MAX_INPUT_ELEMENTS}; "
+            f"`input_shape` {text!r}: sizes must be at least 1, their product at most {MAX_INPUT_ELEMENTS}; "
             "give the shape of one sample, such as 3x224x224"
         )
     return shape
@@ -132,7 +158,7 @@ _LEGACY_MAGIC = b"\x80\x02\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19."
 
 
 def _format(path: Path) -> str:
-    """`"torch.save"`, `"legacy torch.save"`, `"pt2"` or `"safetensors"`."""
+    """Return the format of a file: `"torch.save"`, `"legacy torch.save"`, `"pt2"` or `"safetensors"`."""
     expected = "expected a model saved by torch.save, a .safetensors or a .pt2 file"
     if path.is_dir():
         raise SepconvertError(f"{path}: is a directory; {expected}")
@@ -167,6 +193,7 @@ def _format(path: Path) -> str:
 
 
 def _zip_format(path: Path, expected: str) -> str:
+    """Return the format of a zip archive: `"torch.save"` or `"pt2"`."""
     try:
         with zipfile.ZipFile(path) as archive:
             members = archive.namelist()
@@ -175,7 +202,7 @@ def _zip_format(path: Path, expected: str) -> str:
         raise SepconvertError(
             f"{path}: a truncated or damaged archive ({one_line(error)}); copy it again"
         ) from error
-    # torch compresses nothing: what inflates was made to fill the memory of whoever reads it.
+    # torch compresses nothing: an archive that inflates was made to fill the reader's memory.
     if inflated > 2 * path.stat().st_size + 2**26:
         raise SepconvertError(
             f"{path}: inflates from {path.stat().st_size / 1e6:,.1f} to {inflated / 1e6:,.0f} MB, and torch "
@@ -185,7 +212,7 @@ def _zip_format(path: Path, expected: str) -> str:
     if "constants.pkl" in inner:
         raise SepconvertError(
             f"{path}: a TorchScript archive, whose layers cannot be replaced; {expected}: save the module "
-            "that was scripted with torch.save(model, 'model.pt'), or its state_dict to use with --factory"
+            "that was scripted with torch.save(model, 'model.pt'), or its state_dict to use with `factory`"
         )
     if "archive_format" in inner:
         return "pt2"
@@ -214,7 +241,8 @@ _WRAPPERS = (
 )
 
 
-def _unwrap(content: object, path: Path) -> nn.Module | Mapping[str, Tensor]:
+def _unwrap(content: object, path: Path) -> _Content:
+    """Return the module or the state_dict within the dictionaries of a checkpoint."""
     for _ in range(8):  # a hostile wrapper may hold itself
         if isinstance(content, nn.DataParallel | nn.parallel.DistributedDataParallel):
             content = content.module
@@ -237,34 +265,34 @@ def _unwrap(content: object, path: Path) -> nn.Module | Mapping[str, Tensor]:
 
 
 def _check_state(model: nn.Module) -> None:
-    """Raise `ValueError` where a module's own dictionaries are others than its constructor makes."""
+    """Raise `ValueError` if a module's own dictionaries have other types than its constructor gives them."""
     usual = {name: value for name, value in vars(nn.Module()).items() if isinstance(value, dict)}
     for module in model.modules():
         if _makes_layers(vars(module).get("forward", id)):
-            raise ValueError(f"the forward of a {type(module).__name__} is not what torch makes")
+            raise ValueError(f"the forward of a {type(module).__name__} is not as torch makes it")
         for name, value in usual.items():
             held = vars(module).get(name, value)
             called = name in ("_forward_hooks", "_forward_pre_hooks")
             if not isinstance(held, type(value)) or (called and any(map(_makes_layers, held.values()))):
-                raise ValueError(f"{name} of a {type(module).__name__} is not what torch makes")
+                raise ValueError(f"{name} of a {type(module).__name__} is not as torch makes it")
 
 
 def _makes_layers(called: object) -> bool:
-    """Is it a class, or a call of one, of any size that a file may name, or nothing to call at all?"""
+    """Return whether a hook is a class, or a partial call of one with any size, or is not callable at all."""
     return isinstance(called, type | functools.partial) or not callable(called)
 
 
-def _check_tensors(found: object, weights: Mapping[str, object], path: Path) -> None:
+def _check_tensors(content: _Content, weights: Mapping[str, object], path: Path) -> None:
     """Refuse sparse tensors, and views that repeat a few stored numbers until they fill the memory."""
-    own = [*found.parameters(), *found.buffers()] if isinstance(found, nn.Module) else []
-    tensors = [each for each in (*weights.values(), *own) if isinstance(each, Tensor)]
-    if any(each.layout is not torch.strided and not each.is_mkldnn for each in tensors):
+    own = [*content.parameters(), *content.buffers()] if isinstance(content, nn.Module) else []
+    tensors = [value for value in (*weights.values(), *own) if isinstance(value, Tensor)]
+    if any(tensor.layout is not torch.strided and not tensor.is_mkldnn for tensor in tensors):
         raise SepconvertError(f"{path}: has sparse weights; save them dense (tensor.to_dense())")
-    claims: dict[int, int] = {}  # by storage: slices of one take no more than it does
-    for each in tensors:
-        if each.layout is torch.strided and not each.is_meta:
-            storage = each.untyped_storage().data_ptr()
-            claims[storage] = max(claims.get(storage, 0), each.numel() * each.element_size())
+    claims: dict[int, int] = {}  # by storage, since slices of one take no more than it does
+    for tensor in tensors:
+        if tensor.layout is torch.strided and not tensor.is_meta:
+            storage = tensor.untyped_storage().data_ptr()
+            claims[storage] = max(claims.get(storage, 0), tensor.numel() * tensor.element_size())
     claimed, size = sum(claims.values()), path.stat().st_size
     if claimed > 2 * size + 2**28:
         raise SepconvertError(
@@ -274,19 +302,20 @@ def _check_tensors(found: object, weights: Mapping[str, object], path: Path) -> 
 
 
 def _builder(spec: str) -> Callable[[], nn.Module]:
-    function = resolve_callable(spec, "--factory")
+    """Return a function that builds the model of `factory`, whose code is imported at once."""
+    function = resolve_callable(spec, "factory")
 
     def build() -> nn.Module:
         try:
             model = function()
         except (Exception, SystemExit) as error:
             raise SepconvertError(
-                f"--factory {spec}: calling it without arguments failed ({one_line(error)}); "
+                f"`factory` {spec}: calling it without arguments failed ({one_line(error)}); "
                 "give a callable that returns the model"
             ) from error
         if not isinstance(model, nn.Module):
             raise SepconvertError(
-                f"--factory {spec}: returned a {type(model).__name__}; expected an nn.Module"
+                f"`factory` {spec}: returned a {type(model).__name__}; expected an nn.Module"
             )
         return unwrapped(model)
 
@@ -294,6 +323,7 @@ def _builder(spec: str) -> Callable[[], nn.Module]:
 
 
 def _load_weights(model: nn.Module, weights: Mapping[str, Tensor], path: Path) -> None:
+    """Load weights into a model in place, or raise `SepconvertError` that says where they do not fit."""
     expected = model.state_dict()
     weights = {_plain_key(key, expected): value for key, value in weights.items()}
     if "n_averaged" not in expected:  # of torch.optim.swa_utils.AveragedModel
@@ -314,8 +344,8 @@ def _load_weights(model: nn.Module, weights: Mapping[str, Tensor], path: Path) -
         problems += [f"has shapes that differ: {some_of(shapes)}" if shapes else one_line(error)]
     if problems:
         raise SepconvertError(
-            f"{path}: does not fit the model of --factory: it {' and '.join(problems)}; "
-            "pass the --factory that builds the model which was trained"
+            f"{path}: does not fit the model of `factory`: it {' and '.join(problems)}; "
+            "pass the `factory` that builds the model which was trained"
         )
 
 
@@ -325,7 +355,7 @@ def _float_dtypes(weights: Mapping[str, object]) -> set[torch.dtype]:
 
 
 def _plain_key(key: str, expected: Mapping[str, object]) -> str:
-    """The key without what torch.compile and DataParallel put into it."""
+    """Return a key without the prefixes of torch.compile and DataParallel."""
     key = key if key in expected else key.replace("_orig_mod.", "")
     while key not in expected and key.startswith("module."):
         key = key.removeprefix("module.")
@@ -336,8 +366,9 @@ def _plain_key(key: str, expected: Mapping[str, object]) -> str:
 
 
 def _timm_example(model: nn.Module) -> tuple[Tensor, ...] | None:
+    """Return zeros of the input size that a timm model's configuration gives; None if it is of no use."""
     configs = (getattr(model, name, None) for name in ("pretrained_cfg", "default_cfg"))
-    config: dict[str, Any] = next((each for each in configs if isinstance(each, dict) and each), {})
+    config: dict[str, Any] = next((found for found in configs if isinstance(found, dict) and found), {})
     size = config.get("input_size")
     if not isinstance(size, tuple | list) or len(size) != 3 or not _is_sensible(size, _MAX_EXAMPLE):
         return None

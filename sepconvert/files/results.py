@@ -15,22 +15,26 @@ FILES = (
     "original.onnx", "converted.onnx", "converted.pt2", "plan.json",
     "converted.safetensors", "report.json", "report.html",
 )  # fmt: skip
-"""What a conversion leaves."""
+"""Names of the files that a conversion writes."""
 
 
 @contextlib.contextmanager
 def result_directory(
     out: Path, *, force: bool, inputs: Sequence[Path] = (), resumed: bool = False
 ) -> Iterator[Path]:
-    """An empty directory to fill; it takes its name when the block ends well, and is removed otherwise.
+    """Yield an empty directory, which becomes `out` when the block ends well and is removed otherwise.
 
-    It is filled in the nearest directory that exists, so that moving it is one step of the file system. With
-    `force` it takes the place of a whole directory of such `FILES`, but of none that holds anything else, or
-    one of the `inputs`, or is where the user stands. If it is `resumed`, nothing else writes to `out`, and
-    what a run that was killed left beside it is removed.
+    It lies in the nearest parent of `out` that exists, so that moving it is one step of the file system.
+
+    Args:
+        out: the directory to make.
+        force: whether to replace an existing directory of `FILES`. A directory that holds anything else, or
+            one of the `inputs`, and the working directory are never replaced.
+        inputs: files that the run reads.
+        resumed: whether nothing else writes to `out`, so that what a killed run left beside it is removed.
 
     Raises:
-        SepconvertError: `out` exists and may not be replaced, or the place is not writable.
+        SepconvertError: `out` exists and may not be replaced, or cannot be written.
     """
     try:
         target = out.resolve()
@@ -46,13 +50,13 @@ def result_directory(
         folder = workplace / "new"
         folder.mkdir()  # unlike mkdtemp's, its permissions are those that the user's umask leaves
         yield folder
-        for file in folder.rglob("*"):  # safetensors leaves its file to the owner alone
+        for file in folder.rglob("*"):  # safetensors makes its file readable for the owner only
             if file.is_file():
                 file.chmod(folder.stat().st_mode & 0o666)
         with _uninterrupted():
             try:
                 target.parent.mkdir(parents=True, exist_ok=True)
-                _check_replaceable(out, target, force, inputs)  # it may have come meanwhile
+                _check_replaceable(out, target, force, inputs)  # it may have appeared meanwhile
                 _move(folder, target, workplace / "old")
             except OSError as error:
                 raise _not_writable(out, error) from error
@@ -62,37 +66,40 @@ def result_directory(
 
 
 def _remove(folders: Iterable[Path]) -> None:
+    """Delete folders with their content, as far as possible."""
     for folder in folders:
         shutil.rmtree(folder, ignore_errors=True)
 
 
 def _check_replaceable(out: Path, target: Path, force: bool, inputs: Sequence[Path]) -> None:
+    """Raise `SepconvertError` if the directory exists and may not be replaced."""
     if not target.exists():
         return
     if not target.is_dir():
-        raise SepconvertError(f"{out}: is a file, expected a directory or nothing; pass another --out")
+        raise SepconvertError(f"{out}: is a file, expected a directory or nothing; pass another `out`")
     if not force:
-        raise SepconvertError(f"{out}: exists already; pass --force to replace it, or another --out")
+        raise SepconvertError(f"{out}: exists already; pass `force` to replace it, or another `out`")
     if target.is_mount():
-        raise SepconvertError(f"{out}: is a mount point and cannot be replaced; pass --out {out / 'results'}")
+        raise SepconvertError(f"{out}: is a mount point and cannot be replaced; pass `out` {out / 'results'}")
     for needed in (Path.cwd(), *inputs):
         if needed.resolve().is_relative_to(target):
             raise SepconvertError(
-                f"{out}: holds {needed}, which replacing it would delete; pass another --out"
+                f"{out}: holds {needed}, which replacing it would delete; pass another `out`"
             )
     for path in target.rglob("*"):
         if path.name not in FILES and (path.is_symlink() or not path.is_dir()):
             raise SepconvertError(
                 f"{out}: holds {path.relative_to(target)}, which is no result of a conversion and which "
-                "replacing it would delete; move it away or pass another --out"
+                "replacing it would delete; move it away or pass another `out`"
             )
 
 
 def _move(folder: Path, target: Path, aside: Path) -> None:
+    """Rename a folder to `target`, whose content moves `aside`; restore it if that fails."""
     if not target.exists():
         folder.rename(target)
         return
-    # A directory that is not empty cannot be replaced in one step: the old one steps aside first.
+    # A directory that is not empty cannot be replaced in one step: the old one moves aside first.
     target.rename(aside)
     try:
         folder.rename(target)
@@ -102,17 +109,18 @@ def _move(folder: Path, target: Path, aside: Path) -> None:
 
 
 def _not_writable(out: Path, error: Exception) -> SepconvertError:
+    """Return the error to raise when the file system refuses a step."""
     cause = getattr(error, "strerror", None) or error
-    return SepconvertError(f"{out}: cannot be written: {cause}; pass another --out")
+    return SepconvertError(f"{out}: cannot be written: {cause}; pass another `out`")
 
 
 def ignore_signal(number: int, frame: object) -> None:
-    """A handler that does nothing: with SIG_IGN Python complains of a signal that came just before."""
+    """Do nothing on a signal; after SIG_IGN, Python would complain of a signal that came just before."""
 
 
 @contextlib.contextmanager
 def _uninterrupted() -> Iterator[None]:
-    """Let neither Ctrl-C nor termination stop what must not be left half done."""
+    """Ignore Ctrl-C and termination within the block, which must not be left half done."""
     numbers = signal.SIGINT, signal.SIGTERM
     handlers = [signal.signal(number, ignore_signal) for number in numbers]
     try:

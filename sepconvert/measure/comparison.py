@@ -1,4 +1,4 @@
-"""Models side by side: what was measured of each, and of each against the first; conditions on that."""
+"""Comparison of models: measurements of each, and of each against the first, as a table or as JSON."""
 
 import csv
 import io
@@ -11,7 +11,7 @@ from tabulate import tabulate
 
 from sepconvert.measure.divergence import OutputDifference
 from sepconvert.measure.latency import Speedup
-from sepconvert.measure.metrics import AccuracyDelta
+from sepconvert.measure.metrics import TOP1, AccuracyDelta
 from sepconvert.measure.profiling import Profile
 
 Style = Literal["table", "markdown", "csv"]
@@ -22,9 +22,10 @@ _THOUSANDS = re.compile(r"(?<=\d),(?=\d)")  # separators that people read and pr
 
 @dataclass(frozen=True)
 class Delta:
-    """A model against the first one, on the same inputs in the same rounds; None is what was not measured.
+    """Measurements of a model against the first one, on the same inputs in the same rounds.
 
-    `outputs` are empty where they were not compared, and None where they differ in number or shape.
+    What was not measured is None. `outputs` are empty where they were not compared, and None where they
+    differ in number or shape.
     """
 
     speedup: Speedup | None = None
@@ -34,9 +35,9 @@ class Delta:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Profiles side by side; `print` it. The first is the base of the ratios.
+    """Profiles side by side, to be printed. The first is the base of the ratios.
 
-    `names` are what the profiles are called. `deltas`, one for each but the first, are empty where profiles
+    `names` are those of the profiles. `deltas`, one for each profile but the first, are empty if the profiles
     were measured apart.
     """
 
@@ -48,7 +49,7 @@ class Comparison:
         return self.text("table")
 
     def rows(self) -> list[list[str]]:
-        """What was measured, a row each: its name, and its value for each profile."""
+        """Return a row for each quantity that was measured: its name, and its value for each profile."""
         base = self.profiles[0]
         deltas = (None, *(self.deltas or (Delta(),) * (len(self.profiles) - 1)))
         columns = [
@@ -57,11 +58,11 @@ class Comparison:
         wanted = [name for name in columns[0] if any(column[name] != "-" for column in columns)]
         rows = [[name, *(column[name] for column in columns)] for name in wanted]
         if any(self.dominated):
-            rows.append(["", *("dominated" if each else "" for each in self.dominated)])
+            rows.append(["", *("dominated" if dominated else "" for dominated in self.dominated)])
         return rows
 
     def text(self, style: Style) -> str:
-        """As a table for the terminal, in Markdown, or as comma-separated values."""
+        """Return a table for the terminal, in Markdown, or of comma-separated values."""
         rows = self.rows()
         headers = ["", "base", *(f"#{index}" for index in range(2, len(self.profiles) + 1))]
         if style == "csv":
@@ -82,7 +83,7 @@ class Comparison:
         return "\n".join([*legend, "", text] if legend else [text])
 
     def to_json(self) -> dict[str, Any]:
-        """`{"names": […], "profiles": […], "deltas": […]}`, each delta against the first profile.
+        """Return `{"names": […], "profiles": […], "deltas": […]}`, each delta against the first profile.
 
         Separate runs are not paired: they allow no statement about speed-up or agreement.
         """
@@ -112,9 +113,10 @@ class Comparison:
 
     @property
     def dominated(self) -> tuple[bool, ...]:
-        """Of more than two with latency and accuracy: whether another is as good in both, and better in one.
+        """Whether each profile is dominated: another is as good in latency and accuracy, and better in one.
 
-        A latency is better where the intervals of the medians do not overlap.
+        It is False for all if there are no more than two profiles. A latency is better if the intervals of
+        the medians do not overlap.
         """
         if len(self.profiles) < 3 or not self.deltas:
             return (False,) * len(self.profiles)
@@ -181,9 +183,9 @@ def _paired(delta: Delta) -> dict[str, str]:
         if ratio.significant
         else "~ within noise",
         "noise": "-" if ratio is None else f"[{ratio.noise_floor.lo:.3f}, {ratio.noise_floor.hi:.3f}]",
-        "drop, pp": "-"
+        f"drop, {TOP1.unit}": "-"
         if accuracy is None
-        else f"{accuracy.drop_pp:.2f} [{accuracy.ci95_pp.lo:.2f}, {accuracy.ci95_pp.hi:.2f}]",
+        else f"{accuracy.drop:.2f} [{accuracy.ci95.lo:.2f}, {accuracy.ci95.hi:.2f}]",
         "McNemar p": "-" if accuracy is None else f"{accuracy.p_value:.3g}",
         "agreement": "-" if accuracy is None else f"{100 * accuracy.agreement:.2f} %",
         "max abs Δ": "other shapes"
@@ -198,7 +200,7 @@ def _paired(delta: Delta) -> dict[str, str]:
 
 
 def _each(delta: Delta, cell: Callable[[OutputDifference], str]) -> str:
-    """Of every output, in the order in which the models return them; a dash where there is nothing to say."""
+    """Return a cell with a value for every output, in the models' order; a dash if there is none."""
     cells = [cell(output) for output in delta.outputs or ()]
     return ", ".join(cells) if set(cells) - {"-"} else "-"
 

@@ -1,4 +1,4 @@
-"""Multiply-accumulates and parameters of a model, counted on what it really computes."""
+"""Multiply-accumulates and parameters of a model, counted on the operators that it runs."""
 
 import collections
 import warnings
@@ -31,11 +31,12 @@ Counter = Literal["fvcore", "torch"]
 
 @dataclass(frozen=True)
 class Cost:
-    """What a model costs.
+    """Computations and parameters of a model.
 
-    `macs`: multiply-accumulates for *one sample*, one fused multiply-add being 1. `params`: elements of all
-    parameters, shared ones once. `uncounted_ops`: operators that the counter has no rule for, hence counted 0
-    (additions, pooling, activations), with their numbers of calls. `counter`: fvcore, or torch's own.
+    `macs` are multiply-accumulates for *one sample*, one fused multiply-add being 1. `params` are the
+    elements of all parameters, shared ones counted once. `uncounted_ops` are operators that the counter has
+    no rule for and counts as 0 (additions, pooling, activations), with their numbers of calls. `counter` is
+    fvcore or torch's own.
     """
 
     macs: int
@@ -45,17 +46,17 @@ class Cost:
 
     @property
     def flops(self) -> int:
-        """2 × `macs`: a multiplication and an addition each."""
+        """Floating-point operations: 2 × `macs`, a multiplication and an addition each."""
         return 2 * self.macs
 
 
 def count(model: nn.Module, inputs: Inputs, counter: Counter = "fvcore") -> Cost:
-    """Count `model(*inputs)` in eval mode; the model's training flags and hooks stay as they are.
+    """Count the operators of `model(*inputs)` in eval mode; training flags and hooks are left as they are.
 
-    fvcore counts on a trace: what does not reach the output is not counted, nor would ONNX keep it. A model
-    that cannot be traced (with a part in TorchScript, inputs in lists, …) is counted by torch's
+    fvcore counts on a trace: operators that do not reach the output are not counted, nor would ONNX keep
+    them. A model that cannot be traced (with a part in TorchScript, inputs in lists, …) is counted by torch's
     `FlopCounterMode` as it runs: convolutions, matrix products and attention alone, while fvcore counts norms
-    and interpolation as well. Counts to be compared come from one `counter`.
+    and interpolation as well. Counts that are compared must come from the same `counter`.
 
     The first dimension of the first tensor is the batch, and all counts are divided by it.
 
@@ -70,7 +71,7 @@ def count(model: nn.Module, inputs: Inputs, counter: Counter = "fvcore") -> Cost
     with evaluation_mode(model), _hooks_kept(model), torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         if counter == "fvcore":
-            # Whatever the user's forward, the tracer and fvcore raise: if it is the model's, it comes again.
+            # The tracer and fvcore may raise anything; errors of the model itself recur below.
             with suppress(Exception):
                 macs, uncounted = _traced(model, fresh(inputs))
         if macs is None:
@@ -101,7 +102,7 @@ def _run(model: nn.Module, inputs: Inputs) -> tuple[float, dict[str, int]]:
 
 
 class _Uncounted(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's own
-    """Calls of operators that torch's counter has no rule for; views compute nothing."""
+    """Counter of calls of operators that torch's counter has no rule for; views compute nothing."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # torch's own
@@ -116,7 +117,7 @@ class _Uncounted(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's
 
 
 class _TensorsOnly(nn.Module):
-    """The model, with its outputs flattened to tensors: the tracer takes no dataclass or None for output."""
+    """A model whose outputs are flattened to tensors: the tracer takes no dataclass or None as output."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -125,13 +126,13 @@ class _TensorsOnly(nn.Module):
     def forward(self, *inputs: Any) -> tuple[Tensor, ...]:
         output = self.get_submodule(_ROOT)(*inputs)
         tensors = tuple(tensor_leaves(output))
-        if not tensors:  # nothing would reach the output, and everything be counted 0
+        if not tensors:  # nothing would reach the output, and everything would be counted as 0
             raise TypeError(f"the model returns {type(output).__name__}, in which no tensor is found")
         return tensors
 
 
 def _same_padding_conv(inputs: list[Any], outputs: list[Any]) -> int:
-    """MACs of a convolution with `padding="same"` or `"valid"`, an operator that fvcore lacks."""
+    """Return the MACs of a convolution with `padding="same"` or `"valid"`, an operator that fvcore lacks."""
     return int(conv_flop_count(*(get_shape(value) for value in (inputs[0], inputs[1], outputs[0]))))
 
 
@@ -149,5 +150,5 @@ def _hooks_kept(model: nn.Module) -> Iterator[None]:
 
 
 def _shapes(inputs: Inputs) -> str:
-    shapes = [str(tuple(each.shape)) for each in tensors_in(inputs)]
+    shapes = [str(tuple(tensor.shape)) for tensor in tensors_in(inputs)]
     return ", ".join(shapes) or ("no tensor" if inputs else "no inputs")

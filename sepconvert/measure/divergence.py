@@ -1,7 +1,7 @@
-"""How far the outputs of one model are from those of another."""
+"""Distances of the outputs of one model from those of another."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -12,24 +12,24 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sepconvert.base.errors import SepconvertError, first_line
-from sepconvert.base.progress import LoopProgress
-from sepconvert.network.copies import evaluation_mode
-from sepconvert.network.tensors import fresh, placed, tensor_leaves
+from sepconvert.network.tensors import fresh, tensor_leaves
 
 
 def divergence(expected: Sequence[Tensor], actual: Sequence[Tensor], temperature: float = 1) -> Tensor:
-    """How far `actual` is from `expected`, the outputs of one batch: a mean over samples, differentiable.
+    """Return the divergence of `actual` from `expected`, the outputs for one batch; 0 means equal.
 
-    Both are floating-point tensors with the batch in dimension 0, as `outputs` returns them. The rule:
+    Both are floating-point tensors with the batch in dimension 0, as `outputs` returns them. The outputs
+    decide which of two divergences it is:
 
-    - One tensor that `is_logits` is compared by `T² KL(softmax(expected / T) ‖ softmax(actual / T))` over
-      dimension 1, a mean over samples and positions (Hinton et al., arXiv:1503.02531). At the temperature
-      T = 1 that is the Kullback-Leibler divergence in nats.
-    - Anything else (regression, pictures, several tensors) by `relative_error`, a mean over the tensors;
-      1 means as far off as if the mean had been answered. The temperature has no part in it.
+    - Kullback-Leibler divergence of logits at a temperature, in nats at T = 1, for a single tensor that
+      `is_logits`: `T² KL(softmax(expected / T) ‖ softmax(actual / T))` over dimension 1, a mean over samples
+      and positions (Hinton et al., arXiv:1503.02531).
+    - Relative squared error, without a unit, for anything else (regression, pictures, several tensors):
+      `relative_error`, a mean over the tensors, independent of the temperature. 1 is the error of a model
+      that always returns the mean.
 
-    It is computed in float32 at least. Returns a 0-d tensor. Raises `SepconvertError` if the tensors differ
-    in number or shape, or there are none.
+    The result is a 0-d tensor, differentiable and computed in float32 at least. Raises `SepconvertError` if
+    the tensors differ in number or shape, or there are none.
     """
     shapes, others = [tuple(t.shape) for t in expected], [tuple(t.shape) for t in actual]
     if shapes != others or not shapes:
@@ -45,7 +45,7 @@ def divergence(expected: Sequence[Tensor], actual: Sequence[Tensor], temperature
 
 
 def is_logits(output: Tensor) -> bool:
-    """Whether a model's only output is read as logits over dimension 1.
+    """Return whether a model's only output is taken for logits over dimension 1.
 
     N×K with K ≥ 2 is, and so is N×K×H×W, except with 1 or 3 channels: that is a picture.
     """
@@ -54,52 +54,25 @@ def is_logits(output: Tensor) -> bool:
 
 
 def relative_error(expected: Tensor, actual: Tensor) -> Tensor:
-    """Mean squared difference over the variance of `expected` (where that is 0: the difference alone)."""
+    """Return the mean squared difference over the variance of `expected`, which counts as 1 if it is 0."""
     wanted, given = _precise(expected), _precise(actual)
     variance = wanted.var(correction=0)
     return (given - wanted).square().mean() / torch.where(variance > 0, variance, 1)
 
 
 def outputs(model: nn.Module, x: Tensor) -> list[Tensor]:
-    """The floating-point tensors in what `model` answers to the batch `x`.
+    """Return the floating-point tensors among the outputs of `model` for the batch `x`.
 
     Raises `SepconvertError` if it cannot run on `x`.
     """
     try:
-        answer = model(fresh(x))
+        returned = model(fresh(x))
     except Exception as error:  # whatever the user's forward raises
         raise SepconvertError(
             f"data: expected inputs that the model takes, got shape {tuple(x.shape)}, on which it fails with"
             f" {type(error).__name__}: {first_line(error)}; check the size and the channels of the data"
         ) from error
-    return [leaf for leaf in tensor_leaves(answer) if leaf.is_floating_point()]
-
-
-@torch.no_grad()
-def mean_divergence(
-    original: nn.Module,
-    converted: nn.Module,
-    loader: Iterable[tuple[Tensor, Tensor]],
-    progress: LoopProgress | None = None,
-) -> float:
-    """`divergence` of `converted` from `original` over a data set, weighted by the sizes of the batches.
-
-    Both run in eval mode, on their own device and dtype; their training flags are restored. `loader` yields
-    batches `(x, y)`, of which the labels are not looked at. `progress` wraps it, as `tqdm` does.
-
-    Raises `SepconvertError` if the loader is empty, a model cannot run on a batch, or the outputs do not
-    match.
-    """
-    total, samples = 0.0, 0
-    with evaluation_mode(original), evaluation_mode(converted):
-        for x, _ in progress(loader) if progress else loader:
-            expected = [t.cpu() for t in outputs(original, placed(x, original))]
-            actual = [t.cpu() for t in outputs(converted, placed(x, converted))]
-            total += len(x) * float(divergence(expected, actual))
-            samples += len(x)
-    if not samples:
-        raise SepconvertError("data: expected at least one sample, got none; check the data path")
-    return total / samples
+    return [leaf for leaf in tensor_leaves(returned) if leaf.is_floating_point()]
 
 
 def _precise(t: Tensor) -> Tensor:
@@ -108,12 +81,12 @@ def _precise(t: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class OutputDifference:
-    """Of one output b from the base's a, over all samples that both have answered.
+    """Difference of one output b from the base's output a, over all samples.
 
-    `max_abs` and `mean_abs` are of |b − a|, `relative` is ‖b − a‖ / ‖a‖ and `cosine` is a·b / (‖a‖ ‖b‖), over
-    all elements as one vector; `snr_db` is 10 log₁₀(‖a‖² / ‖b − a‖²), None for equal outputs. `agreement` is
-    the share of samples whose largest element is the same one, for outputs N×K with K ≥ 2. What is not
-    defined, or not finite, is None.
+    `max_abs` and `mean_abs` are those of |b − a|, `relative` is ‖b − a‖ / ‖a‖ and `cosine` is a·b / (‖a‖
+    ‖b‖), over all elements as one vector; `snr_db` is 10 log₁₀(‖a‖² / ‖b − a‖²), None for equal outputs.
+    `agreement` is the share of samples whose largest element is the same one, for outputs N×K with K ≥ 2.
+    What is not defined, or not finite, is None.
     """
 
     max_abs: float | None
@@ -124,12 +97,12 @@ class OutputDifference:
     agreement: float | None
 
     def to_dict(self) -> dict[str, Any]:
-        """An entry of `outputs` in the JSON of a comparison."""
+        """Return an entry of `outputs` in the JSON of a comparison."""
         return asdict(self)
 
 
 class OutputComparison:
-    """Sums in float64 over the batches of one output."""
+    """Sums over the batches of one output, in float64."""
 
     def __init__(self) -> None:
         self._largest = self._absolute = 0.0
@@ -138,7 +111,7 @@ class OutputComparison:
         self._ranked = True
 
     def add(self, base: npt.NDArray[Any], other: npt.NDArray[Any]) -> None:
-        """A batch of both, in the same shape."""
+        """Add a batch of both, in the same shape."""
         a, b = base.astype(np.float64), other.astype(np.float64)
         # NaN and Inf in either are an infinite difference, not a warning.
         with np.errstate(invalid="ignore", over="ignore"):
@@ -157,7 +130,7 @@ class OutputComparison:
             self._equal += int((a.argmax(1) == b.argmax(1)).sum())
 
     def result(self) -> OutputDifference:
-        """Of all that was added."""
+        """Return the difference over all batches that were added."""
         norms = math.sqrt(self._base) * math.sqrt(self._other)
         return OutputDifference(
             max_abs=_finite(self._largest),

@@ -1,4 +1,4 @@
-"""Where the time of a model goes: operators as ONNX Runtime ran them, and the layers they belong to."""
+"""Time by operator and layer: ONNX Runtime's profiler, and why a layer is not as fast as its MACs promise."""
 
 import ast
 import contextlib
@@ -14,11 +14,10 @@ import numpy as np
 import numpy.typing as npt
 import onnx
 
-from sepconvert.base.environment import Runtime
 from sepconvert.base.errors import SepconvertError, first_line
-from sepconvert.measure.latency import session
+from sepconvert.measure.latency import Deployed, session
 
-_BLOCKED = "_nchwc"  # how names of operators on blocked layouts end
+_BLOCKED = "_nchwc"  # suffix of names of operators on blocked layouts
 
 
 _TIME = "_kernel_time"
@@ -27,7 +26,7 @@ _TIME = "_kernel_time"
 _SCOPES = "pkg.torch.onnx.name_scopes"
 
 
-_OWN_CALLS = ("conv", "linear")  # how torch calls what has weights
+_OWN_CALLS = ("conv", "linear")  # torch's names of operators with weights
 
 
 _CONVOLUTIONS = ("Conv", "FusedConv", "ConvTranspose")
@@ -49,12 +48,12 @@ Shape = tuple[int, ...]
 class OperatorTime:
     """One operator as the runtime runs it.
 
-    `layer` is the module that it stands for, or what its weight is called; None where neither is known, and
-    for what the model's own forward calls.
-    `kernel` is the path that its type, layout and shapes imply. `milliseconds` are those of one run of the
-    model: the median over runs. The profiler slows small operators down: they are shares, not latencies.
-    `bytes_moved` are its inputs, outputs, and weights, but for those of matrix products, which the profiler
-    does not see.
+    `layer` is the module that it belongs to, or the name of its weight; None where neither is known, and for
+    operators called by the model's own forward. `kernel` is the implementation that its type, layout and
+    shapes imply. `milliseconds` are those of one run of the model: the median over runs. The profiler slows
+    small operators
+    down: they are shares, not latencies. `bytes_moved` is the size of its inputs, outputs and weights, except
+    for the weights of matrix products, which the profiler does not report.
     """
 
     name: str
@@ -66,51 +65,50 @@ class OperatorTime:
 
     @property
     def changes_layout(self) -> bool:
-        """Is it one that the runtime put in, to copy values to another layout?"""
+        """Whether the runtime inserted it to copy values to another layout."""
         return self.operator in _LAYOUT_CHANGES
 
     @property
     def has_weights(self) -> bool:
-        """Is it a convolution or a matrix product?"""
+        """Whether it is a convolution or a matrix product."""
         return self.operator in _WITH_WEIGHTS
 
     def to_dict(self) -> dict[str, Any]:
-        """One entry of `operators` in a profile."""
+        """Return one entry of `operators` in a profile."""
         return asdict(self)
 
 
 def operator_times(
-    path: Path, feeds: Mapping[str, npt.NDArray[Any]], *, runs: int, runtime: Runtime
+    deployed: Deployed, feeds: Mapping[str, npt.NDArray[Any]], *, runs: int
 ) -> tuple[OperatorTime, ...]:
-    """By ONNX Runtime's own profiler, in the order of execution.
+    """Measure the operators of a model by ONNX Runtime's own profiler, in the order of execution.
 
     Args:
-        path: the ONNX file.
+        deployed: the model.
         feeds: arrays by input name.
-        runs: that are looked at, after a few that are not.
-        runtime: of ONNX Runtime.
+        runs: number of runs that count, after a few for warm-up.
 
     Raises:
-        SepconvertError: ONNX Runtime cannot load the file.
+        SepconvertError: ONNX Runtime cannot load the model, or write the profile.
     """
     with tempfile.TemporaryDirectory() as folder:
-        profiled = session(path, runtime, profile=Path(folder) / "profile")
+        profiled = session(deployed, profile=Path(folder) / "profile")
         for _ in range(_WARMUP_RUNS + runs):
             profiled.run(None, dict(feeds))
         try:
             events = json.loads(Path(profiled.end_profiling()).read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise SepconvertError(
-                f"{folder}: ONNX Runtime did not write its profile there ({first_line(error)}); make room or "
-                "set TMPDIR to another place"
+                f"{folder}: ONNX Runtime did not write its profile there ({first_line(error)}); free disk "
+                "space, or set TMPDIR to another folder"
             ) from error
     each_run = list(_by_run(events))[_WARMUP_RUNS:]
-    graph = _Graph(onnx.load(str(path), load_external_data=False).graph)
-    found = []
+    graph = _Graph(_loaded(deployed.model).graph)
+    times = []
     for key in each_run[-1]:
         name, operator, shapes, moved = key
         own = name.removesuffix(_BLOCKED)
-        found.append(
+        times.append(
             OperatorTime(
                 own,
                 graph.layer(own, operator, shapes[1] if len(shapes) > 1 else ()),
@@ -120,7 +118,13 @@ def operator_times(
                 moved,
             )
         )
-    return tuple(found)
+    return tuple(times)
+
+
+def _loaded(model: Path | bytes) -> onnx.ModelProto:
+    if isinstance(model, Path):
+        return onnx.load(str(model), load_external_data=False)
+    return onnx.load_model_from_string(model)
 
 
 _Key = tuple[str, str, tuple[Shape, ...], int]
@@ -128,7 +132,7 @@ _Key = tuple[str, str, tuple[Shape, ...], int]
 
 
 def _by_run(events: Sequence[Mapping[str, Any]]) -> Iterator[dict[_Key, float]]:
-    """Milliseconds of each operator in each run of the model: in a loop it runs several times."""
+    """Yield the milliseconds of each operator in each run of the model: in a loop it runs several times."""
     times: dict[_Key, float] = defaultdict(float)
     for event in events:
         if event["name"] == "model_run":
@@ -136,13 +140,15 @@ def _by_run(events: Sequence[Mapping[str, Any]]) -> Iterator[dict[_Key, float]]:
             times.clear()
         elif event.get("cat") == "Node" and event["name"].endswith(_TIME):
             about = event["args"]
-            shapes = tuple(tuple(shape) for each in about["input_type_shape"] for shape in each.values())
+            shapes = tuple(
+                tuple(shape) for by_type in about["input_type_shape"] for shape in by_type.values()
+            )
             moved = sum(int(about[f"{what}_size"]) for what in ("activation", "parameter", "output"))
             times[event["name"].removesuffix(_TIME), about["op_name"], shapes, moved] += event["dur"] / 1000
 
 
 def _kernel(operator: str, blocked: bool, shapes: Sequence[Shape]) -> str | None:
-    """What a convolution's type, layout and shapes imply; None for other operators."""
+    """Return the kernel that a convolution's type, layout and shapes imply; None for other operators."""
     if operator not in _CONVOLUTIONS or len(shapes) < 2 or len(shapes[1]) < 3:
         return None
     (_, channels, *_), (_, of_each_output, *kernel) = shapes[:2]
@@ -153,7 +159,7 @@ def _kernel(operator: str, blocked: bool, shapes: Sequence[Shape]) -> str | None
 
 
 class _Graph:
-    """Looks up which layer an operator of the optimised graph comes from."""
+    """The graph of a file, to look up which layer an operator of the optimised graph comes from."""
 
     def __init__(self, graph: onnx.GraphProto) -> None:
         self._weights = {tensor.name: tuple(tensor.dims) for tensor in graph.initializer}
@@ -161,21 +167,21 @@ class _Graph:
         self._producers = {output: node for node in graph.node for output in node.output}
 
     def layer(self, name: str, operator: str, weight: Shape) -> str | None:
-        """Of the operator called `name` after what it was, or after what it returns."""
+        """Return the layer of an operator, whose `name` is its own or that of its output."""
         node = self._by_name.get(name) or self._producers.get(name)
         if node is None:  # the runtime's own, such as a change of layout
             return None
         if operator in _WITH_WEIGHTS:
-            found = list(self._holders_behind(node))
-            # Of several that meet in a fused sum, the one of this shape.
-            matching = [each for each in found if self._weights[each.input[1]] == weight] or found
+            holders = list(self._holders_before(node))
+            # Where several meet in a fused sum, take the one with a weight of this shape.
+            matching = [holder for holder in holders if self._weights[holder.input[1]] == weight] or holders
             if matching:
                 return _layer_of(matching[0])
         scopes = _scopes(node)
         return scopes[-2] if len(scopes) > 1 else None
 
-    def _holders_behind(self, node: onnx.NodeProto) -> Iterator[onnx.NodeProto]:
-        """The nearest operators that have weights, from  backwards."""
+    def _holders_before(self, node: onnx.NodeProto) -> Iterator[onnx.NodeProto]:
+        """Yield the nearest operators with weights, searching from `node` towards the inputs."""
         waiting, seen = [node], set[str]()
         while waiting:
             now = waiting.pop(0)
@@ -190,10 +196,10 @@ class _Graph:
 
 
 def _layer_of(holder: onnx.NodeProto) -> str | None:
-    """The module whose weight it has, or in whose forward it is called, or else what the weight is called."""
+    """Return the module that owns the weight or calls the operator, or else the name of the weight."""
     name: str = holder.input[1]
     scopes = _scopes(holder)
-    # What exporters fuse, they say the last module has called; and equal weights, they store once.
+    # Exporters attribute fused operators to the last module that calls them, and store equal weights once.
     if name.endswith(".weight") and not (scopes and scopes[-1].startswith(_OWN_CALLS)):
         return name.removesuffix(".weight")
     if scopes:
@@ -204,9 +210,9 @@ def _layer_of(holder: onnx.NodeProto) -> str | None:
 
 
 def _scopes(node: onnx.NodeProto) -> list[str]:
-    """Paths of the modules in whose forwards it is called, the innermost last, and what it is called there.
+    """Return the paths of the modules that call it, the innermost last, and its own name there.
 
-    Empty for files that do not say so.
+    The list is empty for files that do not hold them.
     """
     for entry in node.metadata_props:
         if entry.key == _SCOPES:
@@ -216,34 +222,35 @@ def _scopes(node: onnx.NodeProto) -> list[str]:
     return []
 
 
-# Of the ratio of MACs; a smaller gain is explained.
+# Share of the ratio of MACs; a smaller gain is explained.
 _DISAPPOINTING = 0.5
 
 
-# No operator of ONNX Runtime ends much sooner, whatever it computes, with the profiler looking on.
+# No operator of ONNX Runtime takes much less under the profiler, whatever it computes.
 _SHORTEST_MS = 0.015
 
 
-# Of MACs to bytes, before to after, and of the fastest flow of bytes that is seen in any operator: from here
-# on memory sets the pace.
+# Memory is the limit if the MACs per byte fall by the first factor, and if bytes are moved at the second
+# share of the fastest rate of any operator.
 _THINNER, _FLOWING = 2.0, 0.5
 
 
 @dataclass(frozen=True)
 class Gain:
-    """What the conversion of a layer promises, and what it brings."""
+    """The gain that the conversion of a layer promises, and the one that it brings."""
 
     macs: tuple[int, int]  # of the whole batch, before and after
     measured: float  # ratio of times, of the layer alone; at least 1 where it is not slower beyond noise
-    kind: Hashable  # equal for layers that are equal but for their weights: what is said of one holds for all
+    kind: Hashable  # equal for layers that differ in their weights alone; they are explained together
 
 
 @dataclass(frozen=True)
 class LayerExecution:
-    """How a layer runs before and after, on the whole batch that is timed.
+    """Execution of a layer before and after, on the whole batch that is timed.
 
-    Pairs are of the original and of the converted model. `milliseconds` are the profiler's (`OperatorTime`).
-    `cause` says why the measured gain is less than half of the ratio of MACs, or none at all; else None.
+    Pairs are those of the original and of the converted model. `milliseconds` are the profiler's
+    (`OperatorTime`). `cause` says why the measured gain is less than half of the ratio of MACs, or none at
+    all; else None.
     """
 
     milliseconds: tuple[float, float]
@@ -253,49 +260,50 @@ class LayerExecution:
     cause: str | None
 
     def to_dict(self) -> dict[str, Any]:
-        """The `execution` object of a layer in the report."""
+        """Return the `execution` object of a layer in the report."""
         return asdict(self)
 
 
 @dataclass(frozen=True)
 class ModelExecution:
-    """Where the profiler's milliseconds go, in the original and in the converted model."""
+    """The profiler's milliseconds by kind of operator, in the original and in the converted model."""
 
     converted: tuple[float, float]  # in layers that were replaced
     kept: tuple[float, float]  # in other layers with weights
-    layout: tuple[float, float]  # in copies to other layouts
+    layout: tuple[float, float]  # in copies to other memory layouts
     other: tuple[float, float]
     operators: tuple[int, int]
     layout_changes: tuple[int, int]
 
     def to_dict(self) -> dict[str, Any]:
-        """The `execution` object of the report."""
+        """Return the `execution` object of the report."""
         return asdict(self)
 
 
 def by_layer(
     operators: Sequence[OperatorTime], functional: Mapping[str, Sequence[str]]
 ) -> list[OperatorTime]:
-    """Operators of which those that are functional convolutions bear the names that these have as layers.
+    """Return the operators, those of functional convolutions with the names that these have as layers.
 
-    A file says in which module's forward a convolution is called; which of several it is, their order says.
-    Where they are not as many as the module calls, or a multiple, they are left as they are.
+    A file says in which module's forward a convolution is called; if there are several, their order tells
+    them apart. They are left as they are if their number is no multiple of the number of convolutions that
+    the module calls.
 
     Args:
-        operators: of the original, in the order of execution.
-        functional: by module, "" for the model itself, its functional convolutions in the order of calls.
+        operators: those of the original, in the order of execution.
+        functional: by module ("" for the model itself), its functional convolutions in the order of calls.
     """
-    found = list(operators)
+    named = list(operators)
     for owner, names in functional.items():
         places = [
             place
-            for place, each in enumerate(operators)
-            if each.kernel is not None and (each.layer or "") == owner
+            for place, operator in enumerate(operators)
+            if operator.kernel is not None and (operator.layer or "") == owner
         ]
         if len(places) % len(names) == 0:
             for number, place in enumerate(places):
-                found[place] = replace(found[place], layer=names[number % len(names)])
-    return found
+                named[place] = replace(named[place], layer=names[number % len(names)])
+    return named
 
 
 def layer_executions(
@@ -303,17 +311,18 @@ def layer_executions(
     after: Sequence[OperatorTime],
     gains: Mapping[str, Gain],
 ) -> dict[str, LayerExecution]:
-    """Of the layers that are found among the operators of both models.
+    """Return the execution of each layer that is found among the operators of both models.
 
     Args:
-        before: operators of the original, put to its layers by .
-        after: of the converted model.
-        gains: by converted layer.
+        before: operators of the original, attributed to its layers by `by_layer`.
+        after: operators of the converted model.
+        gains: gains by converted layer.
     """
     operators = {name: (_of_layer(before, name), _of_layer(after, name)) for name in gains}
     operators = {name: both for name, both in operators.items() if all(both)}
     fastest = max(
-        (_flow([each]) for each in (*before, *after) if each.milliseconds > _SHORTEST_MS), default=0.0
+        (_flow([operator]) for operator in (*before, *after) if operator.milliseconds > _SHORTEST_MS),
+        default=0.0,
     )
     return {
         name: LayerExecution(
@@ -334,13 +343,13 @@ def layer_executions(
 def model_execution(
     before: Sequence[OperatorTime], after: Sequence[OperatorTime], converted: Iterable[str]
 ) -> ModelExecution:
-    """Of the operators of both models; `converted` are the layers that were replaced."""
+    """Return where the time of both models goes; `converted` are the layers that were replaced."""
     shares: list[dict[str, float]] = []
     names = tuple(converted)
     for operators in (before, after):
         share = dict.fromkeys(("converted", "kept", "layout", "other"), 0.0)
-        for each in operators:
-            share[_place(each, names)] += each.milliseconds
+        for operator in operators:
+            share[_place(operator, names)] += operator.milliseconds
         shares.append(share)
     first, second = shares
     return ModelExecution(
@@ -363,52 +372,52 @@ def _belongs(operator: OperatorTime, layer: str) -> bool:
 
 
 def _of_layer(operators: Sequence[OperatorTime], layer: str) -> list[OperatorTime]:
-    return [each for each in operators if _belongs(each, layer)]
+    return [operator for operator in operators if _belongs(operator, layer)]
 
 
 def _milliseconds(operators: Sequence[OperatorTime]) -> float:
-    return sum(each.milliseconds for each in operators)
+    return sum(operator.milliseconds for operator in operators)
 
 
 def _bytes(operators: Sequence[OperatorTime]) -> int:
-    return sum(each.bytes_moved for each in operators)
+    return sum(operator.bytes_moved for operator in operators)
 
 
 def _kernels(operators: Sequence[OperatorTime]) -> tuple[str, ...]:
-    return tuple(dict.fromkeys(each.kernel for each in operators if each.kernel is not None))
+    return tuple(dict.fromkeys(operator.kernel for operator in operators if operator.kernel is not None))
 
 
 def _layout_changes(operators: Sequence[OperatorTime]) -> int:
-    return sum(each.changes_layout for each in operators)
+    return sum(operator.changes_layout for operator in operators)
 
 
 def _flow(operators: Sequence[OperatorTime]) -> float:
-    """Gigabytes a second."""
+    """Return the bytes moved, in gigabytes per second."""
     return _bytes(operators) / max(_milliseconds(operators), 1e-9) / 1e6
 
 
 def _cause(
     layers: Sequence[tuple[list[OperatorTime], list[OperatorTime]]], gain: Gain, fastest: float
 ) -> str | None:
-    """By the operators of all layers that are alike, together: those of one are few and soon done."""
+    """Return why the gain is small, if it is, from the operators of all equal layers together."""
     promised = gain.macs[0] / max(gain.macs[1], 1)
     if promised <= 1 or gain.measured >= max(_DISAPPOINTING * promised, 1.0):
         return None
     before, after = ([operator for both in layers for operator in both[side]] for side in (0, 1))
     sides = (before, len(layers) * gain.macs[0]), (after, len(layers) * gain.macs[1])
-    own, new = (count / max(_milliseconds(each), 1e-9) / 1e6 for each, count in sides)
-    pace = f"within the model it does {new:.1f} GMAC/s where the original does {own:.1f}"
-    unblocked = [each for each in _kernels(after) if not _blocked(each)]
+    own, new = (macs / max(_milliseconds(operators), 1e-9) / 1e6 for operators, macs in sides)
+    pace = f"within the model it runs at {new:.1f} GMAC/s, the original at {own:.1f}"
+    unblocked = [kernel for kernel in _kernels(after) if not _blocked(kernel)]
     if unblocked and all(map(_blocked, _kernels(before))):
         return f"{pace}: {', '.join(unblocked)} instead of the runtime's kernels for blocked layouts"
     if _milliseconds(after) < _SHORTEST_MS * len(after):
-        each, number = 1000 * _milliseconds(after) / len(after), len(after) // len(layers)
-        return f"{pace}: {number} operators of {each:.0f} µs each, of which starting them is most"
-    thick, thin = (count / max(_bytes(each), 1) for each, count in sides)
+        microseconds, number = 1000 * _milliseconds(after) / len(after), len(after) // len(layers)
+        return f"{pace}: {number} operators of {microseconds:.0f} µs each, mostly the cost of starting them"
+    thick, thin = (macs / max(_bytes(operators), 1) for operators, macs in sides)
     if thin * _THINNER < thick and _flow(after) > _FLOWING * fastest:
         return (
-            f"{pace}: {thin:.1f} MACs for each byte that it moves instead of {thick:.1f}, at "
-            f"{_flow(after):.1f} GB/s: memory sets the pace"
+            f"{pace}: {thin:.1f} MACs per byte that it moves instead of {thick:.1f}, at "
+            f"{_flow(after):.1f} GB/s: memory bandwidth is the limit"
         )
     times: dict[str, float] = {}
     for operator in after:

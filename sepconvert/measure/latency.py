@@ -19,10 +19,10 @@ import onnxruntime as ort
 
 from sepconvert.base.environment import Runtime
 from sepconvert.base.errors import SepconvertError, first_line
-from sepconvert.base.progress import LoopProgress
+from sepconvert.base.progress import Progress, silent
 from sepconvert.measure.statistics import Interval, median_interval
 
-# Of one timed sample. The clock and the call around it cost about 0.1 µs, a preemption far more.
+# Shortest timed sample. The clock and the call around it cost about 0.1 µs, a preemption far more.
 _SHORTEST_SAMPLE_NS = 1_000_000
 
 
@@ -50,6 +50,18 @@ _LEVELS = {
 
 
 @dataclass(frozen=True)
+class Deployed:
+    """A model as it is deployed: an ONNX file or its bytes, whose numeric form it has, in a runtime."""
+
+    model: Path | bytes
+    runtime: Runtime
+
+    def __str__(self) -> str:
+        """Name for messages."""
+        return str(self.model) if isinstance(self.model, Path) else f"the model of {len(self.model)} bytes"
+
+
+@dataclass(frozen=True)
 class Latency:
     """Time of one run of a model, in milliseconds for the whole batch of `batch` samples.
 
@@ -67,16 +79,16 @@ class Latency:
 
     @property
     def p90_ms(self) -> float:
-        """What nine samples of ten stay below."""
+        """90th percentile."""
         return self.quantiles_ms[18]
 
     @property
     def per_second(self) -> float:
-        """Samples in a second, one batch after the other."""
+        """Samples per second, one batch after the other."""
         return 1000 * self.batch / self.median_ms
 
     def to_dict(self) -> dict[str, Any]:
-        """The `latency_ms` object of the JSON profile, in milliseconds."""
+        """Return the `latency_ms` object of the JSON profile, in milliseconds."""
         return {
             "median": self.median_ms,
             "ci95": self.ci95_ms.to_list(),
@@ -90,7 +102,7 @@ class Latency:
 
 @dataclass(frozen=True)
 class Speedup:
-    """Ratio of the latencies original / converted, paired by round: above 1 the converted is faster.
+    """Ratio of the latencies original / converted, paired by round: above 1 the converted model is faster.
 
     `noise_floor` is the 95 % interval of the same ratio between two sessions of the original.
     """
@@ -101,10 +113,10 @@ class Speedup:
 
     @property
     def significant(self) -> bool:
-        """Whether `ci95` leaves out 1 and all that the original shows against itself.
+        """Whether `ci95` excludes 1 and the whole `noise_floor`.
 
-        The median must also lie farther from 1 than any of that, in either direction: where two sessions
-        of one model differ, a difference of two models the other way round is no news.
+        The median must also lie farther from 1 than any of the noise floor, in either direction: where two
+        sessions of one model differ, two models may differ as much the other way round.
         """
         noise = max(self.noise_floor.hi, 1 / self.noise_floor.lo)
         return (
@@ -114,7 +126,7 @@ class Speedup:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """The `latency_speedup` object of the JSON report."""
+        """Return the `latency_speedup` object of the JSON report."""
         return {
             "median": self.median,
             "ci95": self.ci95.to_list(),
@@ -123,20 +135,30 @@ class Speedup:
         }
 
 
-def session(model: Path | bytes, runtime: Runtime, profile: Path | None = None) -> ort.InferenceSession:
-    """An ONNX Runtime session on the runtime's provider, operators one after the other.
+@dataclass(frozen=True)
+class PairTiming:
+    """Latencies of the original and of the converted model, measured in the same rounds, and their ratio."""
 
-    `model` is the path of an .onnx file, or its bytes; with `profile`, what operators take is written to a
-    file of which the name begins so. What the provider has no kernel for runs on the CPU.
+    original: Latency
+    converted: Latency
+    speedup: Speedup
 
-    All else is ONNX Runtime's default, as deployed, but for one thing: the worker threads do not spin while
-    they wait. The workers of one session would spin on the cores of whichever session is timed next: with two
-    threads on two cores, three interleaved sessions of one 0.56 ms model took 0.6 to 3.6 ms, and without
-    spinning 0.56 to 0.60 ms, as it does alone. (To stop spinning after each run, as
+
+def session(deployed: Deployed, profile: Path | None = None) -> ort.InferenceSession:
+    """Open an ONNX Runtime session on the runtime's provider that runs one operator after the other.
+
+    With `profile`, the times of operators are written to a file whose name begins so. Operators for which the
+    provider has no kernel run on the CPU.
+
+    Everything else is ONNX Runtime's default, as deployed, with one exception: the worker threads do not spin
+    while they wait. The workers of one session would spin on the cores of whichever session is timed next:
+    with two threads on two cores, three interleaved sessions of one 0.56 ms model took 0.6 to 3.6 ms, and
+    without spinning 0.56 to 0.60 ms, as it does alone. (To stop spinning after each run, as
     `session.force_spinning_stop` does, does not help: 1.4 to 2.0 ms.)
 
     Raises `SepconvertError` if ONNX Runtime cannot load the model, or start the provider.
     """
+    model, runtime = deployed.model, deployed.runtime
     provider = runtime.execution_provider
     options = ort.SessionOptions()
     options.intra_op_num_threads = runtime.threads
@@ -149,49 +171,46 @@ def session(model: Path | bytes, runtime: Runtime, profile: Path | None = None) 
         options.enable_profiling = True
         options.profile_file_prefix = str(profile)
     try:
-        found = ort.InferenceSession(
+        opened = ort.InferenceSession(
             str(model) if isinstance(model, Path) else model,
             options,
             providers=list(dict.fromkeys((provider, _CPU))),
         )
     except Exception as error:  # ONNX Runtime's errors share no base class
-        name = model if isinstance(model, Path) else f"the model of {len(model)} bytes"
         raise SepconvertError(
-            f"onnxruntime cannot load {name}: {first_line(error)}; expected a valid ONNX file,"
+            f"onnxruntime cannot load {deployed}: {first_line(error)}; expected a valid ONNX file,"
             " check it with onnx.checker.check_model"
         ) from error
-    if found.get_providers()[0] != provider:  # it falls back to the CPU by itself
+    if opened.get_providers()[0] != provider:  # it falls back to the CPU without an error
         raise SepconvertError(
-            f"--provider {runtime.provider}: onnxruntime has it but cannot start it; install the drivers and "
-            "libraries that it needs, or pass --provider cpu"
+            f"`provider`: onnxruntime has {runtime.provider} but cannot start it; install the drivers and "
+            "libraries that it needs, or pass 'cpu'"
         )
-    return found
+    return opened
 
 
 @dataclass(frozen=True)
 class Startup:
-    """Milliseconds until a model answers for the first time; medians over new sessions in one process."""
+    """Milliseconds until a model's first output; medians over new sessions in one process."""
 
-    session_ms: float  # reads, optimises and lays out the model
-    first_run_ms: float  # allocates what later runs use again
+    session_ms: float  # to read, optimise and lay out the model
+    first_run_ms: float  # which allocates what later runs use again
     sessions: int
 
     def to_dict(self) -> dict[str, Any]:
-        """The `startup` object of a profile."""
+        """Return the `startup` object of a profile."""
         return asdict(self)
 
 
-def startup(
-    model: Path | bytes, feeds: Mapping[str, npt.NDArray[Any]], *, sessions: int, runtime: Runtime
-) -> Startup:
-    """Begin so many sessions of a model one after the other, and run each once.
+def startup(deployed: Deployed, feeds: Mapping[str, npt.NDArray[Any]], *, sessions: int) -> Startup:
+    """Open `sessions` sessions of a model one after the other, and run each once.
 
     Raises `SepconvertError` if the model cannot be loaded.
     """
     times = []
     for _ in range(sessions):
         start = time.perf_counter_ns()
-        opened = session(model, runtime)
+        opened = session(deployed)
         ready = time.perf_counter_ns()
         opened.run(None, dict(feeds))
         times.append((ready - start, time.perf_counter_ns() - ready))
@@ -200,52 +219,53 @@ def startup(
 
 
 def measure_pair(
-    original: Path | bytes,
-    converted: Path | bytes,
+    original: Deployed,
+    converted: Deployed,
     feeds: Mapping[str, npt.NDArray[Any]],
     *,
     runs: int,
-    runtime: Runtime,
     batch: int,
     seed: int,
-    progress: LoopProgress | None = None,
-) -> tuple[Latency, Latency, Speedup]:
-    """Time two ONNX models against each other in `runs` interleaved rounds: `(original, converted, ratio)`.
+    progress: Progress = silent,
+) -> PairTiming:
+    """Time two models against each other in `runs` interleaved rounds.
 
     `feeds` maps the input names that both models share to arrays whose batch dimension is `batch`. A round
     times the original, a second session of the original, and the converted model once each (`interleave`).
-    `progress` wraps the rounds, as `tqdm` does.
 
     Raises `SepconvertError` if a model cannot be loaded or run on `feeds`, or `runs` is below 1.
     """
-    models = [(each, feeds) for each in (original, original, converted)]
-    first, again, other = time_all(models, runs=runs, runtime=runtime, seed=seed, progress=progress)
-    return (
-        latency(first, runtime.threads, batch),
-        latency(other, runtime.threads, batch),
+    models = [(deployed, feeds) for deployed in (original, original, converted)]
+    first, again, other = time_all(models, runs=runs, seed=seed, progress=progress)
+    return PairTiming(
+        latency(first, original.runtime.threads, batch),
+        latency(other, converted.runtime.threads, batch),
         speedup(first, again, other),
     )
 
 
 def time_all(
-    models: Sequence[tuple[Path | bytes, Mapping[str, npt.NDArray[Any]]]],
+    models: Sequence[tuple[Deployed, Mapping[str, npt.NDArray[Any]]]],
     *,
     runs: int,
-    runtime: Runtime,
     seed: int,
-    progress: LoopProgress | None = None,
+    progress: Progress = silent,
+    description: str = "timing",
 ) -> npt.NDArray[np.float64]:
-    """Milliseconds of every model, on its feeds, in every round: `models × runs`; see `measure_pair`."""
-    tasks = [_runner(session(model, runtime), feeds) for model, feeds in models]
-    return interleave(tasks, runs=runs, seed=seed, progress=progress)
+    """Return the milliseconds of every model, on its feeds, in every round: `models × runs`.
+
+    Raises `SepconvertError` as `measure_pair` does.
+    """
+    tasks = [_runner(session(deployed), feeds) for deployed, feeds in models]
+    return interleave(tasks, runs=runs, seed=seed, progress=progress, description=description)
 
 
 def speedup(
     original: npt.NDArray[np.float64], again: npt.NDArray[np.float64], converted: npt.NDArray[np.float64]
 ) -> Speedup:
-    """The speedup from times of the same rounds: the original, the original once more, the converted.
+    """Return the speedup from times of the same rounds: the original, the original once more, the converted.
 
-    Medians of the ratios within the rounds, with their intervals; the unit of the times cancels.
+    It consists of medians of the ratios within the rounds and their intervals; the unit of the times cancels.
     """
     median, ci95 = median_interval(original / converted)
     _, noise_floor = median_interval(original / again)
@@ -253,73 +273,76 @@ def speedup(
 
 
 def measure_single(
-    model: Path | bytes,
+    deployed: Deployed,
     feeds: Mapping[str, npt.NDArray[Any]],
     *,
     runs: int,
-    runtime: Runtime,
     batch: int,
     seed: int,
-    progress: LoopProgress | None = None,
+    progress: Progress = silent,
 ) -> Latency:
-    """Time one ONNX model, by the same loop and with the same parameters as `measure_pair`.
+    """Time one model, by the same loop and with the same parameters as `measure_pair`.
 
     Two latencies measured apart are not comparable to better than the drift of the machine between them.
     """
-    task = _runner(session(model, runtime), feeds)
+    task = _runner(session(deployed), feeds)
     (samples,) = interleave([task], runs=runs, seed=seed, progress=progress)
-    return latency(samples, runtime.threads, batch)
+    return latency(samples, deployed.runtime.threads, batch)
 
 
 def measure_grid(
-    model: Path | bytes,
+    models: Sequence[Deployed],
     feeds: Mapping[int, Mapping[str, npt.NDArray[Any]]],
-    runtimes: Sequence[Runtime],
     *,
     runs: int,
     seed: int,
-    progress: LoopProgress | None = None,
+    progress: Progress = silent,
 ) -> tuple[Latency, ...]:
-    """One ONNX model in several batches, in several sessions, all interleaved: each session in every batch.
+    """Time every model in every batch, all interleaved; a model has one session.
 
-    `feeds` by batch size, as in `measure_pair`. Raises `SepconvertError` as that does.
+    `feeds` are given by batch size, each as in `measure_pair`. Raises `SepconvertError` as that does.
     """
     tasks, places = [], []
-    for runtime in runtimes:
-        opened = session(model, runtime)
+    for deployed in models:
+        opened = session(deployed)
         for batch, arrays in feeds.items():
             tasks.append(_runner(opened, arrays))
-            places.append((runtime.threads, batch))
-    times = interleave(tasks, runs=runs, seed=seed, progress=progress)
+            places.append((deployed.runtime.threads, batch))
+    times = interleave(tasks, runs=runs, seed=seed, progress=progress, description="timing batches")
     return tuple(latency(each, *place) for each, place in zip(times, places, strict=True))
 
 
 def interleave(
-    tasks: Sequence[Callable[[], object]], *, runs: int, seed: int, progress: LoopProgress | None = None
+    tasks: Sequence[Callable[[], object]],
+    *,
+    runs: int,
+    seed: int,
+    progress: Progress = silent,
+    description: str = "timing",
 ) -> npt.NDArray[np.float64]:
     """Time every task once per round, in an order drawn anew for each round: milliseconds, `tasks × runs`.
 
     Column `i` holds what was measured within round `i`, so ratios of rows are paired. A sample is the mean
-    of so many calls in a row that they take 1 ms or more together (the count doubles until the fastest of
-    three attempts does), which keeps the clock and the call around it out of the times of small models. One
-    more call goes before, untimed: what ran last has filled the caches with its own, which weighs more on a
+    of as many calls in a row as take 1 ms or more together (the count doubles until the fastest of three
+    attempts does), which keeps the clock and the call around it out of the times of small models. One untimed
+    call goes before: the task that ran last has filled the caches with its own data, which weighs more on a
     model that is called once than on one that is called several times in a row. (A ResNet-9 of 3.1 ms and
     its conversion of 0.6 ms: 4.6 times as fast without that call, 5.1 with it, 5.1 in ten calls in a row.)
 
     Warm-up: blocks of 3 rounds, until no task's median differs by more than 5 % from the one of the block
-    before; 10 blocks or 5 seconds at most, since a noisy machine may never settle. Seconds bound what slow
-    models would spend on it, which have allocated and cached all by then.
+    before; 10 blocks or 5 seconds at most, since a noisy machine may never settle. The limit in seconds is
+    for slow models, which have allocated and cached everything by then.
 
     Raises `SepconvertError` if `runs` is below 1.
     """
     if runs < 1:
-        raise SepconvertError(f"runs: expected at least 1, got {runs}; 50 give a usable interval")
+        raise SepconvertError(f"`runs`: expected at least 1, got {runs}; 50 give a usable interval")
     calls = [_calls_per_sample(task) for task in tasks]
 
-    def rounds(count: int, wrap: LoopProgress | None = None) -> npt.NDArray[np.float64]:
-        rng = np.random.default_rng(seed)  # anew, so that the order does not hang on how long warm-up took
+    def rounds(count: int, show: Progress = silent) -> npt.NDArray[np.float64]:
+        rng = np.random.default_rng(seed)  # anew, so that the order does not depend on how long warm-up took
         times = np.empty((len(tasks), count))
-        for column in wrap(range(count)) if wrap else range(count):
+        for column in show(range(count), description):
             for row in rng.permutation(len(tasks)):
                 tasks[row]()
                 times[row, column] = _elapsed_ns(tasks[row], calls[row]) / calls[row] / 1e6
@@ -366,7 +389,7 @@ def _runner(model: ort.InferenceSession, feeds: Mapping[str, npt.NDArray[Any]]) 
 
 
 def latency(samples_ms: npt.NDArray[np.float64], threads: int, batch: int) -> Latency:
-    """Of times of single runs of a batch, in milliseconds."""
+    """Return the latency from times of single runs of a batch, in milliseconds."""
     median, ci95 = median_interval(samples_ms)
     quantiles = tuple(np.quantile(samples_ms, np.linspace(0, 1, 21)).tolist())
     return Latency(median, ci95, quantiles, runs=len(samples_ms), threads=threads, batch=batch)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
 from sepconvert.base.errors import SepconvertError, first_line
-from sepconvert.base.progress import LoopProgress
+from sepconvert.base.progress import Progress, silent
 from sepconvert.measure.statistics import Interval, mcnemar, paired_difference_interval
 from sepconvert.network.copies import quick_copy
 from sepconvert.network.tensors import fresh, placed, tensor_leaves
@@ -20,10 +20,37 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
+class Metric:
+    """A quality of a model that a conversion may change.
+
+    `unit` is that of differences. `interval` returns the 95 % interval of a paired drop, in that unit, from
+    the numbers of samples lost and won and of all samples.
+    """
+
+    name: str
+    unit: str
+    higher_is_better: bool
+    interval: Callable[[int, int, int], Interval]
+
+    def drop(self, before: float, after: float) -> float:
+        """Return by how much `after` is worse than `before`."""
+        return before - after if self.higher_is_better else after - before
+
+
+def _top1_interval(lost: int, won: int, n: int) -> Interval:
+    interval = paired_difference_interval(lost, won, n)
+    return Interval(100 * interval.lo, 100 * interval.hi)
+
+
+TOP1 = Metric("top1", "pp", higher_is_better=True, interval=_top1_interval)
+"""Top-1 accuracy; differences are in percentage points."""
+
+
+@dataclass(frozen=True)
 class Accuracy:
     """Shares of correct predictions, as fractions in [0, 1], among `n` samples.
 
-    `top5` is None where it would say nothing: with five classes or fewer.
+    `top5` is None with five classes or fewer, where it would say nothing.
     """
 
     top1: float
@@ -31,13 +58,13 @@ class Accuracy:
     n: int
 
     def to_dict(self) -> dict[str, Any]:
-        """The `accuracy` object of the JSON profile."""
+        """Return the `accuracy` object of the JSON profile."""
         return {"top1": self.top1, "top5": self.top5, "n": self.n}
 
 
 @dataclass(frozen=True, eq=False)
 class Predictions:
-    """What a classifier says of every sample of a data set, in the order of the set.
+    """Predictions of a classifier for every sample of a data set, in the order of the set.
 
     `ranked`: N×min(5, classes) int64, class indices by falling logit. `labels`: N int64, the true classes.
     """
@@ -48,11 +75,11 @@ class Predictions:
 
     @property
     def correct(self) -> npt.NDArray[np.bool_]:
-        """N booleans: whether the first-ranked class is the label."""
+        """Whether the first-ranked class is the label: N booleans."""
         return np.equal(self.ranked[:, 0], self.labels)
 
     def accuracy(self) -> Accuracy:
-        """Top-1 accuracy, and top-5 if there are more than five classes."""
+        """Return the top-1 accuracy, and top-5 if there are more than five classes."""
         among_five = (self.ranked == self.labels[:, None]).any(axis=1)
         return Accuracy(
             top1=float(self.correct.mean()),
@@ -63,24 +90,25 @@ class Predictions:
 
 @dataclass(frozen=True)
 class AccuracyDelta:
-    """How a converted classifier differs from its original on the same samples.
+    """Difference of a converted classifier from its original, on the same samples.
 
-    `drop_pp` is the top-1 accuracy lost, in percentage points (below 0: gained), and `ci95_pp` its 95 %
-    interval (`paired_difference_interval`). `agreement` is the fraction, in [0, 1], of samples on which
-    both predict the same class, right or wrong. `p_value` is that of `mcnemar`.
+    `drop` is the accuracy lost, in percentage points (below 0: gained), and `ci95` its 95 % interval
+    (`paired_difference_interval`); both are in the unit of `metric`. `agreement` is the fraction, in [0, 1],
+    of samples for which both predict the same class, right or wrong. `p_value` is that of `mcnemar`.
     """
 
-    drop_pp: float
-    ci95_pp: Interval
+    drop: float
+    ci95: Interval
     agreement: float
     p_value: float
+    metric: Metric = TOP1
 
     def to_dict(self) -> dict[str, Any]:
-        """The keys `accuracy_drop_pp` and `agreement` of the JSON report."""
+        """Return the keys `accuracy_drop_pp` and `agreement` of the JSON report."""
         return {
             "accuracy_drop_pp": {
-                "value": self.drop_pp,
-                "ci95": self.ci95_pp.to_list(),
+                "value": self.drop,
+                "ci95": self.ci95.to_list(),
                 "mcnemar_p": self.p_value,
             },
             "agreement": self.agreement,
@@ -89,7 +117,7 @@ class AccuracyDelta:
 
 @dataclass(frozen=True)
 class ChangedPrediction:
-    """A sample of which two classifiers say different things; classes by number."""
+    """A sample for which two classifiers predict different classes; classes are numbers."""
 
     index: int  # in the data set
     label: int
@@ -99,20 +127,20 @@ class ChangedPrediction:
 
 @dataclass(frozen=True)
 class ChangedPredictions:
-    """How many samples are predicted otherwise, and some of them, evenly spread over the data set."""
+    """Number of samples whose predicted class changed, and some of them, evenly spread over the data set."""
 
     count: int
-    lost: int  # right before
-    won: int  # right now
+    lost: int  # correct before the conversion
+    won: int  # correct after it
     shown: tuple[ChangedPrediction, ...]
 
     def to_dict(self) -> dict[str, Any]:
-        """The `changed_predictions` object of the JSON report."""
+        """Return the `changed_predictions` object of the JSON report."""
         return asdict(self)
 
 
 def changes(original: Predictions, converted: Predictions, most: int) -> ChangedPredictions:
-    """What two classifiers, seen on the same samples, disagree on; `most` of it is shown."""
+    """Return the samples that two classifiers predict differently; at most `most` of them are shown."""
     before, after = original.ranked[:, 0], converted.ranked[:, 0]
     differing = np.flatnonzero(before != after)
     places = np.unique(np.linspace(0, len(differing) - 1, min(most, len(differing))).round().astype(int))
@@ -129,14 +157,17 @@ def changes(original: Predictions, converted: Predictions, most: int) -> Changed
 
 
 def evaluate(
-    model: nn.Module, loader: Iterable[tuple[Tensor, Tensor]], progress: LoopProgress | None = None
+    model: nn.Module,
+    loader: Iterable[tuple[Tensor, Tensor]],
+    progress: Progress = silent,
+    description: str = "accuracy",
 ) -> Predictions:
-    """Run a copy of a classifier over a labelled data set: eval mode, no gradients, its device and dtype.
+    """Run a copy of a classifier, in eval mode, over a labelled data set and return its predictions.
 
-    `loader` yields batches `(x, y)`: inputs, and N integer labels. The inputs go to the device and dtype
-    of the model's first floating-point parameter (or buffer; a model without any gets them as they are).
-    The model answers with logits, N×classes: a tensor, the `logits` of a mapping or object, or else the
-    first tensor in a tuple, list, mapping or dataclass. `progress` wraps the loader, as `tqdm` does.
+    `loader` yields batches `(x, y)`: inputs, and N integer labels. The inputs are moved to the device and
+    dtype of the model's first floating-point parameter (or buffer; a model without any gets them as they
+    are). The model returns logits, N×classes: a tensor, the `logits` of a mapping or object, or else the
+    first tensor in a tuple, list, mapping or dataclass.
 
     Raises `SepconvertError` if the loader is empty, a batch is no such pair, the model cannot run on it, the
     output holds no such logits or has NaN, or a label is not a class of the model.
@@ -144,17 +175,17 @@ def evaluate(
     ranked, labels, classes = [], [], 0
     running: nn.Module | None = None
     with torch.no_grad():
-        for batch in whole(loader, progress):
-            x, y = _pair(batch)
+        for batch in whole(loader, progress, description):
+            x, y = checked_batch(batch)
             if running is None:  # a Sequential of nothing is false
                 running = quick_copy(model, x)
             logits = _logits(_run(running, placed(x, running)), len(y))
             classes = logits.shape[1]
-            strangers = y[(y < 0) | (y >= classes)]
-            if len(strangers):
+            foreign = y[(y < 0) | (y >= classes)]
+            if len(foreign):
                 raise SepconvertError(
                     f"labels: expected 0 to {classes - 1}, as the model has {classes} classes,"
-                    f" got {int(strangers[0])}; use the labels that the model was trained with"
+                    f" got {int(foreign[0])}; use the labels that the model was trained with"
                 )
             ranked.append(logits.topk(min(5, classes), dim=1).indices.cpu())
             labels.append(y.cpu())
@@ -163,28 +194,28 @@ def evaluate(
     return Predictions(torch.cat(ranked).numpy(), torch.cat(labels).numpy(), classes)
 
 
-def whole(loader: Iterable[T], progress: Callable[[Iterable[T]], Iterable[T]] | None = None) -> Iterator[T]:
-    """All that a loader yields, with `progress` around it.
+def whole(loader: Iterable[T], progress: Progress = silent, description: str = "data") -> Iterator[T]:
+    """Yield everything that a loader yields, and show the progress.
 
-    A StopIteration out of a data set ends torch's loop as if that were all.
+    A StopIteration that leaves a data set ends torch's loop as if there were no more data.
 
-    Raises `SepconvertError` if a loader of known length ends before it.
+    Raises `SepconvertError` if a loader of known length ends early.
     """
     number = 0
-    for batch in progress(loader) if progress else loader:
+    for batch in progress(loader, description):
         yield batch
         number += 1
     if isinstance(loader, DataLoader) and not isinstance(loader.dataset, IterableDataset):
         expected = len(loader)
         if number < expected:
             raise SepconvertError(
-                f"data: the loader ended after {number} of {expected} batches; mend its data set, whose "
-                "__getitem__ raises StopIteration, or __len__ is wrong"
+                f"data: the loader ended after {number} of {expected} batches; fix its data set, whose "
+                "__getitem__ raises StopIteration or whose __len__ is wrong"
             )
 
 
-def compare(original: Predictions, converted: Predictions) -> AccuracyDelta:
-    """The drop of top-1 accuracy from `original` to `converted`, sample by sample, and their agreement.
+def accuracy_delta(original: Predictions, converted: Predictions) -> AccuracyDelta:
+    """Return the drop of top-1 accuracy from `original` to `converted`, paired by sample.
 
     Raises `SepconvertError` if the two were not evaluated on the same labels in the same order.
     """
@@ -196,26 +227,30 @@ def compare(original: Predictions, converted: Predictions) -> AccuracyDelta:
     n = len(original.labels)
     lost = int((original.correct & ~converted.correct).sum())
     won = int((converted.correct & ~original.correct).sum())
-    interval = paired_difference_interval(lost, won, n)
     return AccuracyDelta(
-        drop_pp=100 * (lost - won) / n,
-        ci95_pp=Interval(100 * interval.lo, 100 * interval.hi),
+        drop=100 * TOP1.drop(int(original.correct.sum()), int(converted.correct.sum())) / n,
+        ci95=TOP1.interval(lost, won, n),
         agreement=float((original.ranked[:, 0] == converted.ranked[:, 0]).mean()),
         p_value=mcnemar(lost, won),
     )
 
 
-def _pair(batch: Any) -> tuple[Tensor, Tensor]:
-    if not isinstance(batch, (tuple, list)) or len(batch) != 2 or not isinstance(batch[0], Tensor):
+def checked_batch(batch: object) -> tuple[Tensor, Tensor]:
+    """Return a batch `(x, y)` of N samples and N integer labels, which become int64.
+
+    Raises:
+        SepconvertError: it is no such pair.
+    """
+    if not isinstance(batch, tuple | list) or len(batch) != 2 or not isinstance(batch[0], Tensor):
         raise SepconvertError(
-            f"data: expected batches of a tensor and its labels, got {type(batch).__name__};"
-            " wrap the loader so that it yields such pairs"
+            f"data: expected batches of two tensors (x, y), got {type(batch).__name__}; wrap the dataset so"
+            " that it yields a sample and its label, -1 where there is none"
         )
     x, y = batch[0], torch.as_tensor(batch[1])
-    if y.ndim != 1 or y.is_floating_point() or len(y) != len(x):
+    if y.ndim != 1 or y.is_floating_point() or y.shape != x.shape[:1]:
         raise SepconvertError(
-            f"labels: expected {len(x)} integers, one for each input, got {y.dtype} of shape"
-            f" {tuple(y.shape)}; give class indices"
+            f"labels: expected {len(x)} integers, one for each sample, got {y.dtype} of shape"
+            f" {tuple(y.shape)}; give a class, or -1 where there is none, for each"
         )
     return x, y.long()
 

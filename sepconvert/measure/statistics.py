@@ -1,4 +1,4 @@
-"""Confidence intervals that assume no distribution for latencies and keep paired predictions paired."""
+"""Confidence intervals: distribution-free ones for latencies, paired ones for predictions."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -26,20 +26,20 @@ class Interval:
         return self.lo <= other.hi and other.lo <= self.hi
 
     def to_list(self) -> list[float]:
-        """`[lo, hi]`, as it stands in the JSON reports."""
+        """Return `[lo, hi]`, as in the JSON reports."""
         return [self.lo, self.hi]
 
 
 def median_interval(
     samples: Sequence[float] | npt.NDArray[np.floating], confidence: float = 0.95
 ) -> tuple[float, Interval]:
-    """The sample median and a confidence interval of the population median, free of any distribution.
+    """Return the sample median and a distribution-free confidence interval of the population median.
 
     The bounds are the order statistics `x_(k)` and `x_(n+1-k)` for the largest `k` with
     `P(Binomial(n, 1/2) < k) <= (1 - confidence) / 2` (David & Nagaraja, *Order Statistics*, 3rd ed.,
     section 7.1), so that the coverage is at least `confidence` for independent samples of a continuous
     quantity. When `n` is too small for such a `k` (at 95 %: `n < 6`) the interval is minimum to maximum,
-    the widest that the samples can give; its coverage is then `1 - 2^(1-n)`, less than asked for.
+    the widest that the samples can give; its coverage is then `1 - 2^(1-n)`, less than `confidence`.
 
     Raises `SepconvertError` if there is no sample, a sample is not finite, or `confidence` is not in (0, 1).
     """
@@ -60,7 +60,7 @@ def median_interval(
 def paired_difference_interval(
     only_first: int, only_second: int, n: int, confidence: float = 0.95
 ) -> Interval:
-    """Interval of the difference of two proportions, first minus second, seen on the same `n` subjects.
+    """Return an interval of the difference of two proportions, first minus second, on the same `n` subjects.
 
     `only_first` and `only_second` count the discordant subjects: those where the first succeeds and the
     second fails, and the converse. The adjusted Wald interval of Bonett & Price ("Adjusted Wald Confidence
@@ -85,7 +85,7 @@ def paired_difference_interval(
 
 
 def mcnemar(only_first: int, only_second: int) -> float:
-    """The two-sided p-value of McNemar's exact test: that a subject on which two disagree favours either.
+    """Return the two-sided p-value of McNemar's exact test that discordant subjects favour neither.
 
     (McNemar, "Note on the sampling error of the difference between correlated proportions", Psychometrika 12,
     1947; exact by the binomial distribution.) 1 where no subject is discordant.

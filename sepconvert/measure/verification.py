@@ -1,10 +1,12 @@
-"""Is the converted model the original? Layer by layer, and as a whole, against derived tolerances."""
+"""Checks that the converted model computes what the original does: each layer, and the whole model.
+
+Tolerances are derived, from rounding and from the certificates of the layers.
+"""
 
 import contextlib
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,13 +16,14 @@ from sepconvert.base.errors import SepconvertError
 from sepconvert.factorize.exact.certificate import channel_errors
 from sepconvert.factorize.geometry import ConvSpec
 from sepconvert.files.onnx.export import runtime_dtype
-from sepconvert.network.calls import ConvolutionInterceptor
+from sepconvert.network.calls import Call, ConvolutionInterceptor
 from sepconvert.network.copies import private_copy
 from sepconvert.network.layers import FactorizedConv2d
 from sepconvert.network.tensors import Inputs, cast, floating, fresh, model_dtype, tensor_leaves
 from sepconvert.network.trace import ConvSite, DenseConv
 
 Outputs = list[Tensor]
+"""Tensors that a model returns, as float64 on the CPU."""
 
 
 # Perturbations of random sign partly cancel where a true difference might add up.
@@ -32,7 +35,7 @@ _RUNTIME_NOISE = 16.0
 
 @dataclass(frozen=True)
 class LayerCheck:
-    """Dense layer and factors on the input that the layer had in the model."""
+    """Differences of a dense layer and its factors, on the input that the layer had in the model."""
 
     max_abs_diff_float64: float
     max_abs_diff: float  # each computed in the model's own dtype
@@ -43,13 +46,13 @@ class LayerCheck:
 
     @property
     def holds(self) -> bool:
-        """Are the kernels the same but for rounding, and the outputs but for the kernels?"""
+        """Whether the kernels differ by rounding alone, and the outputs only as far as the kernels do."""
         return self.max_abs_diff_float64 <= self.bound_float64 and self.kernel_error <= self.kernel_tolerance
 
 
 @dataclass(frozen=True)
-class Comparison:
-    """Largest difference of two lists of outputs, and how large it may be (None: as large as it likes)."""
+class OutputCheck:
+    """Largest difference of two lists of outputs, and how large it may be; None sets no limit."""
 
     max_abs_diff: float
     tolerance: float | None
@@ -57,12 +60,12 @@ class Comparison:
 
     @property
     def holds(self) -> bool:
-        """Within the tolerance? (NaN is not.)"""
+        """Whether the difference is within the tolerance (NaN is not)."""
         return self.tolerance is None or self.max_abs_diff <= self.tolerance
 
 
 def dense_convolution(spec: ConvSpec, inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """The dense layer by its definition: pad, then convolve."""
+    """Return the output of a dense layer by its definition: pad, then convolve."""
     (top, bottom), (left, right) = spec.padding
     mode = "constant" if spec.padding_mode == "zeros" else spec.padding_mode
     padded = F.pad(inputs, (left, right, top, bottom), mode=mode)
@@ -75,16 +78,16 @@ def check_layer(conv: DenseConv, layer: FactorizedConv2d, tolerance: float) -> L
     `tolerance` is the relative error that each output channel's kernel may have (its certificate's).
     """
     spec, double = conv.spec, private_copy(layer, torch.float64).cpu()
-    # A NaN or Inf from a layer before would hide all that this one does.
+    # A NaN or Inf from an earlier layer would hide what this one computes.
     noise = torch.randn(conv.inputs.shape, generator=torch.Generator().manual_seed(0))
     seen = torch.where(conv.inputs.isfinite(), conv.inputs, noise.to(conv.inputs))
     inputs, weight = seen.double(), conv.weight.double()
     bias = None if conv.bias is None else conv.bias.double()
     with torch.no_grad():
         dense = dense_convolution(spec, inputs, weight, bias)
-        # Not by calling them: hooks of the user's may change values.
+        # Not by calling the layers: the user's hooks may change values.
         factored: Tensor = double.forward(inputs)
-        # Under autocast a layer is handed another dtype than its kernel's.
+        # Under autocast a layer receives another dtype than its kernel's.
         own_input = seen.to(conv.weight.dtype)
         own = dense_convolution(spec, own_input, conv.weight, conv.bias)
         own_factored = private_copy(layer).cpu().forward(own_input)
@@ -109,13 +112,16 @@ def check_layer(conv: DenseConv, layer: FactorizedConv2d, tolerance: float) -> L
 
 
 def random_like(inputs: Inputs, seed: int) -> Inputs:
-    """Standard normal tensors of the same shapes; integer tensors as they are."""
+    """Return standard normal tensors of the same shapes; integer tensors stay as they are."""
     generator = torch.Generator().manual_seed(seed)
     return floating(lambda value: torch.randn(value.shape, generator=generator).to(value), inputs)
 
 
-def outputs(model: nn.Module, inputs: Inputs) -> Outputs:
-    """All tensors that a model returns, in eval mode, as float64 on the CPU."""
+def float64_outputs(model: nn.Module, inputs: Inputs) -> Outputs:
+    """Return all tensors that a model returns, as float64 on the CPU.
+
+    Raises `SepconvertError` if there are none.
+    """
     with torch.no_grad():
         leaves = list(tensor_leaves(model(*fresh(inputs))))
     if not leaves:
@@ -127,7 +133,7 @@ def outputs(model: nn.Module, inputs: Inputs) -> Outputs:
 
 @dataclass(frozen=True)
 class Reference:
-    """The original model's outputs in high precision, and how far they may move."""
+    """Outputs of the original model in high precision, and how far they may move."""
 
     inputs: tuple[Inputs, ...]
     outputs: tuple[Outputs, ...]  # one for each of `inputs`
@@ -145,12 +151,12 @@ def reference(
 ) -> Reference:
     """Run the original on the given and on random inputs, in float64.
 
-    The tolerance is what the network itself makes of the permitted errors: each converted layer's
-    output is moved by ±τ (|W| ∗ |x|), τ being what its certificate permits and |W| ∗ |x| the sum of
-    the magnitudes of the terms (a componentwise bound), with random signs; the output may move
-    four times as far as it does then.
+    The tolerance is found by letting the network propagate the permitted errors: the output of each converted
+    layer is moved by ±τ (|W| ∗ |x|) with random signs, where τ is the error that its certificate permits and
+    |W| ∗ |x| the sum of the magnitudes of the terms (a componentwise bound). The model's output may move four
+    times as far as it moves then.
 
-    A model that insists on its own dtype is run in that, and one that refuses random inputs on the
+    A model that runs in its own dtype alone is run in that, and one that refuses random inputs runs on the
     given ones alone.
     """
     attempts = [
@@ -178,9 +184,9 @@ def _reference(
     moved: list[list[float]] = []
     noise: list[list[float]] = []
     for value in inputs:
-        plain = outputs(precise, cast(value, dtype))
+        plain = float64_outputs(precise, cast(value, dtype))
         perturbed = _perturbed(precise, cast(value, dtype), sites, tolerances, seed)
-        rounded = outputs(runtime, cast(value, runtime_dtype(model)))
+        rounded = float64_outputs(runtime, cast(value, runtime_dtype(model)))
         exact.append(plain)
         moved.append(
             [
@@ -196,29 +202,24 @@ def _perturbed(
     model: nn.Module, inputs: Inputs, sites: Sequence[ConvSite], tolerances: Mapping[str, float], seed: int
 ) -> Outputs:
     generator = torch.Generator().manual_seed(seed)
-    permitted = {
-        (model.get_submodule(site.owner), site.index or 0): tolerances[site.name]
-        for site in sites
-        if site.name in tolerances
-    }
+    permitted = {site.place: tolerances[site.name] for site in sites if site.name in tolerances}
 
-    def on_call(
-        module: nn.Module, index: int, function: str, arguments: dict[str, Any], call: Callable[..., Tensor]
-    ) -> Tensor:
-        output, tolerance = call(), permitted.get((module, index))
+    def on_call(call: Call) -> Tensor:
+        output, tolerance = call.run(), permitted.get(call.place)
         if tolerance is None:
             return output
-        magnitude = call(input=arguments["input"].abs(), weight=arguments["weight"].abs(), bias=None)
+        inputs, weight = call.arguments["input"], call.arguments["weight"]
+        magnitude = call.run(input=inputs.abs(), weight=weight.abs(), bias=None)
         signs = torch.randint(0, 2, output.shape, generator=generator).to(output) * 2 - 1
         return output + tolerance * signs * magnitude
 
     interceptor = ConvolutionInterceptor(model, on_call)
     with interceptor.watching():
-        return outputs(model, inputs)
+        return float64_outputs(model, inputs)
 
 
-def compare_with(expected: Reference, converted: nn.Module) -> Comparison:
-    """Whole-model check of the converted model against the original's reference."""
+def compare_with(expected: Reference, converted: nn.Module) -> OutputCheck:
+    """Check the outputs of the converted model against the original's reference."""
     precise = private_copy(converted, expected.dtype)
     pairs = [
         (_difference(a, e), tolerance)
@@ -226,30 +227,29 @@ def compare_with(expected: Reference, converted: nn.Module) -> Comparison:
             expected.inputs, expected.outputs, expected.tolerances, strict=True
         )
         for a, e, tolerance in zip(
-            outputs(precise, cast(value, expected.dtype)), outs, tolerances, strict=True
+            float64_outputs(precise, cast(value, expected.dtype)), outs, tolerances, strict=True
         )
     ]
     return _worst(pairs, str(expected.dtype).removeprefix("torch."))
 
 
-def compare_export(expected: Reference, runs: Sequence[Outputs], dtype: torch.dtype) -> Comparison:
-    """Check a model in the runtime against its outputs in PyTorch.
+def compare_export(expected: Reference, runs: Sequence[Outputs], dtype: torch.dtype) -> OutputCheck:
+    """Check the outputs of a model in the runtime against those in PyTorch.
 
-    The runtime sums in another order: its rounding may be sixteen times what PyTorch's is seen to be in
-    the same dtype.
+    The runtime sums in another order: its rounding error may be sixteen times PyTorch's in the same dtype.
     """
     pairs = [
-        (_difference(run, exact), rounding)
-        for outs, roundings, answers in zip(expected.outputs, _roundings(expected, dtype), runs, strict=True)
-        for exact, rounding, run in zip(outs, roundings, answers, strict=True)
+        (_difference(output, exact), rounding)
+        for outs, roundings, run in zip(expected.outputs, _roundings(expected, dtype), runs, strict=True)
+        for exact, rounding, output in zip(outs, roundings, run, strict=True)
     ]
     return _worst(pairs, str(dtype).removeprefix("torch."))
 
 
 def compare_runs(
     expected: Reference, original: Sequence[Outputs], converted: Sequence[Outputs], dtype: torch.dtype
-) -> Comparison:
-    """Check the converted model in the runtime against the original there, on the inputs of `expected`."""
+) -> OutputCheck:
+    """Check the converted model against the original, both in the runtime, on the inputs of `expected`."""
     pairs = [
         (_difference(b, a), tolerance + 2 * rounding)
         for tolerances, roundings, ours, theirs in zip(
@@ -270,22 +270,22 @@ def _roundings(expected: Reference, dtype: torch.dtype) -> list[list[float]]:
     ]
 
 
-def _worst(pairs: Sequence[tuple[float, float]], dtype: str) -> Comparison:
-    """The pair (difference, tolerance) that comes nearest to failing, or fails by most."""
+def _worst(pairs: Sequence[tuple[float, float]], dtype: str) -> OutputCheck:
+    """Return the check of the pair (difference, tolerance) that comes nearest to failing or fails by most."""
     # NaN must lose: no comparison with it is true.
     difference, tolerance = max(
         pairs, key=lambda pair: math.inf if not pair[0] <= pair[1] else pair[0] / (pair[1] or 1.0)
     )
-    return Comparison(difference, tolerance, dtype)
+    return OutputCheck(difference, tolerance, dtype)
 
 
 def _magnitude(values: Tensor) -> float:
-    """Largest finite absolute value."""
+    """Return the largest finite absolute value."""
     return _max_abs([values[values.isfinite()]])
 
 
 def _difference(a: Tensor, b: Tensor) -> float:
-    """max |a − b|; where neither is a number, as of a model with NaN or Inf in its weights, there is none."""
+    """Return max |a − b| over elements where one is finite (a model may have NaN or Inf in its weights)."""
     same = (a == b) | ~(a.isfinite() | b.isfinite())
     return _max_abs([torch.where(same, 0.0, a - b)])
 

@@ -1,5 +1,6 @@
-"""Interception of convolution calls during a forward pass."""
+"""Interception of the convolution calls of a forward pass, and what one such call computes."""
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -10,13 +11,14 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from sepconvert.factorize.geometry import ConvSpec, Pair
 
-@dataclass
-class Frame:
-    module: nn.Module
-    inputs: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    calls: int = 0
+Place = tuple[str, int]
+"""Path of a module, and position among the convolutions that its forward calls."""
+
+
+Kernel = tuple[Tensor, Tensor]
+"""Weight O × C/g × kh × kw and bias O that replace those of a convolution."""
 
 
 _FUNCTIONS = {
@@ -45,35 +47,123 @@ _PARAMETERS = {
 
 
 def convolution_name(function: object) -> str | None:
-    """ "conv2d" for `torch.conv2d`, `F.conv2d` and `aten.conv2d.*` alike; None for what is no convolution."""
+    """Return "conv2d" for `torch.conv2d`, `F.conv2d` and `aten.conv2d.*` alike; None for other functions."""
     if isinstance(function, torch._ops.OpOverload | torch._ops.OpOverloadPacket):
         packet = function.overloadpacket if isinstance(function, torch._ops.OpOverload) else function
         name = str(packet).removeprefix("aten.")
         return name if str(packet) == f"aten.{name}" and name in _FUNCTIONS.values() else None
     try:
         return _FUNCTIONS.get(function)  # type: ignore[call-overload,no-any-return]
-    except TypeError:  # unhashable, so none of ours
+    except TypeError:  # unhashable, so it is no function of torch's
         return None
 
 
 def bind_arguments(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """Arguments of a convolution call by parameter name, absent ones left out."""
+    """Return the arguments of a convolution call by parameter name, without those left to their defaults."""
     return dict(zip(_PARAMETERS[name.rstrip("123d")], args, strict=False)) | dict(kwargs)
 
 
-class ConvolutionInterceptor(TorchFunctionMode):
-    """Sees each convolution that `model` calls, with the module whose forward calls it.
+@dataclass(frozen=True, eq=False)
+class Call:
+    """One call of a convolution function by the forward of a module, not made yet."""
 
-    `on_call` gets the module, the position among the convolutions of that forward, the function's
-    name, its arguments by name, and the call itself, which takes other arguments by name; what it
-    returns takes the output's place.
+    module: nn.Module
+    place: Place
+    function: str  # "conv2d", …
+    arguments: Mapping[str, Any]  # by parameter name, without those left to their defaults
+    run: Callable[..., Tensor]
+    """Make the call, with the keyword arguments given here in place of its own; return the output."""
+
+    def run_with(self, kernel: Kernel | None) -> Tensor:
+        """Make the call with the values of another kernel, if there is one, in the dtype of its own."""
+        if kernel is None:
+            return self.run()
+        weight, bias = (value.to(self.arguments["weight"]) for value in kernel)
+        return self.run(weight=weight, bias=bias)
+
+    @property
+    def spec(self) -> ConvSpec:
+        """Geometry of a two-dimensional call, which pads with zeros (other modes pad the input first)."""
+        weight: Tensor = self.arguments["weight"]
+        kernel_size = weight.shape[2], weight.shape[3]
+        dilation, groups = _pair(self.arguments.get("dilation", 1)), self.arguments.get("groups", 1)
+        return ConvSpec(
+            in_channels=weight.shape[1] * groups,
+            out_channels=weight.shape[0],
+            kernel_size=kernel_size,
+            stride=_pair(self.arguments.get("stride", 1)),
+            padding=resolve_padding(self.arguments.get("padding", 0), kernel_size, dilation),
+            dilation=dilation,
+            groups=groups,
+            bias=self.arguments.get("bias") is not None,
+        )
+
+    @property
+    def name(self) -> str:
+        """Name for a submodule in the place of the call: `conv2d_0`, or a longer one if that is taken."""
+        name = f"{self.function}_{self.place[1]}"
+        while hasattr(self.module, name):  # left by an earlier conversion
+            name += "_"
+        return name
+
+    def macs(self, output: Tensor) -> int:
+        """Count multiply-adds as fvcore does: positions of `output` (input if transposed) × weights."""
+        weight: Tensor = self.arguments["weight"]
+        positions: Tensor = self.arguments["input"] if "transpose" in self.function else output
+        dims = weight.ndim - 2
+        images = positions.shape[0] if positions.ndim == weight.ndim else 1
+        return images * math.prod(positions.shape[-dims:]) * weight.numel()
+
+    def same_kernel(self, other: "Call") -> bool:
+        """Tell whether weight and bias of both calls are equal."""
+        for name in ("weight", "bias"):
+            mine, others = self.arguments.get(name), other.arguments.get(name)
+            if mine is not others and (mine is None or others is None or not same_values(mine, others)):
+                return False
+        return True
+
+
+def same_values(a: Tensor, b: Tensor) -> bool:
+    """Tell whether two tensors are one object, or have the same shape and values."""
+    return a is b or (a.shape == b.shape and bool(torch.equal(a, b)))
+
+
+def resolve_padding(padding: Any, kernel_size: Pair, dilation: Pair) -> tuple[Pair, Pair]:
+    """Return the padding (before, after) per axis; 'same' puts the odd element after, as torch does."""
+    if padding == "valid":
+        return (0, 0), (0, 0)
+    if padding == "same":
+        totals = [d * (k - 1) for d, k in zip(dilation, kernel_size, strict=True)]
+        vertical, horizontal = ((total // 2, total - total // 2) for total in totals)
+        return vertical, horizontal
+    vertical_padding, horizontal_padding = _pair(padding)
+    return (vertical_padding, vertical_padding), (horizontal_padding, horizontal_padding)
+
+
+def _pair(value: Any) -> Pair:
+    """Return an int, or a sequence of one or two ints, as a pair."""
+    values = [value] if isinstance(value, int) else list(value)
+    return int(values[0]), int(values[-1])
+
+
+@dataclass
+class Frame:
+    """The forward of one module while it runs, and the convolutions that it has called so far."""
+
+    module: nn.Module
+    path: str
+    inputs: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    calls: int = 0
+
+
+class ConvolutionInterceptor(TorchFunctionMode):
+    """Intercepts each convolution that the forward of a module of `model` calls, while it is `watching`.
+
+    `on_call` is given the call before it is made; what it returns takes the output's place.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        on_call: Callable[[nn.Module, int, str, dict[str, Any], Callable[..., Tensor]], Tensor],
-    ) -> None:
+    def __init__(self, model: nn.Module, on_call: Callable[[Call], Tensor]) -> None:
         super().__init__()
         self._model = model
         self._on_call = on_call
@@ -89,7 +179,7 @@ class ConvolutionInterceptor(TorchFunctionMode):
             return func(*args, **(kwargs or {}))
         arguments = bind_arguments(name, args, kwargs or {})
 
-        def call(**changes: Any) -> Tensor:
+        def run(**changes: Any) -> Tensor:
             self.depth += 1
             try:
                 output: Tensor = (
@@ -100,15 +190,20 @@ class ConvolutionInterceptor(TorchFunctionMode):
                 self.depth -= 1
 
         frame = self.frames[-1]
-        index, frame.calls = frame.calls, frame.calls + 1
-        return self._on_call(frame.module, index, name, arguments, call)
+        place = frame.path, frame.calls
+        frame.calls += 1
+        return self._on_call(Call(frame.module, place, name, arguments, run))
 
     @contextmanager
     def watching(self, on_return: Callable[[Frame, Any], None] | None = None) -> Iterator[None]:
-        """Follow which module runs. Hooks are removed on leaving."""
+        """Follow which module runs; report to `on_return` each forward that ends, and its output.
+
+        Hooks are removed on leaving.
+        """
+        paths = {module: path for path, module in self._model.named_modules()}
 
         def enter(module: nn.Module, inputs: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            self.frames.append(Frame(module, inputs, kwargs))
+            self.frames.append(Frame(module, paths[module], inputs, kwargs))
 
         def leave(module: nn.Module, inputs: Any, output: Any) -> None:
             frame = self.frames.pop()
@@ -116,7 +211,7 @@ class ConvolutionInterceptor(TorchFunctionMode):
                 on_return(frame, output)
 
         with ExitStack() as stack:
-            for module in self._model.modules():
+            for module in paths:
                 if isinstance(module, torch.jit.ScriptModule):
                     continue  # takes no hooks; its convolutions are counted by the dispatcher
                 entering = module.register_forward_pre_hook(enter, with_kwargs=True)
@@ -128,8 +223,13 @@ class ConvolutionInterceptor(TorchFunctionMode):
             yield
 
 
+def substitute(model: nn.Module, kernels: Mapping[Place, Kernel]) -> ConvolutionInterceptor:
+    """Return an interceptor that runs `model` with other kernels: `with it.watching(): model(x)`."""
+    return ConvolutionInterceptor(model, lambda call: call.run_with(kernels.get(call.place)))
+
+
 class HiddenConvolutions(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's own
-    """Counts the convolutions that reach the dispatcher from nowhere that Python sees (TorchScript, C++)."""
+    """Counts, by module, the convolutions that Python does not see (TorchScript, C++), but the dispatcher."""
 
     def __init__(self, interceptor: ConvolutionInterceptor) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # torch's own
@@ -139,6 +239,7 @@ class HiddenConvolutions(TorchDispatchMode):  # type: ignore[no-untyped-call]  #
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        """Pass every operation on, and count convolutions that the interceptor has not reported."""
         interceptor = self._interceptor
         if func not in _DISPATCHED or interceptor.depth or not interceptor.frames:
             return func(*args, **(kwargs or {}))

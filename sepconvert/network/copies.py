@@ -1,4 +1,4 @@
-"""Copies of models: private ones for experiments, in eval mode, sharing the parameters' memory."""
+"""Copies of models, for experiments or to keep, and the mode that they run in."""
 
 import copy
 from collections.abc import Iterator
@@ -18,33 +18,8 @@ from sepconvert.network.tensors import fresh, placed
 M = TypeVar("M", bound=nn.Module)
 
 
-def duplicate(model: M, memo: dict[int, Any] | None = None) -> M:
-    """A deep copy, whatever the model holds; `memo` is deepcopy's: copies made beforehand, by id.
-
-    Weights computed by the old `torch.nn.utils.weight_norm` hooks and activations that a module keeps
-    are no leaves of the autograd graph, and deepcopy refuses those: they are copied detached. Wrappers of
-    `torch.compile` and of data parallelism are left out: they hold on to what the model was.
-    """
-    memo = {} if memo is None else memo
-    for module in model.modules():
-        for value in pytree.tree_leaves(vars(module)):
-            if isinstance(value, Tensor) and not value.is_leaf:
-                memo[id(value)] = value.detach().clone()
-    for module in reversed(list(model.modules())):  # one may be wrapped in another
-        if (wrapped := _wrapped(module)) is not None:
-            memo[id(module)] = copy.deepcopy(wrapped, memo)
-    return copy.deepcopy(model, memo)
-
-
-def unwrapped(model: nn.Module) -> nn.Module:
-    """What `torch.compile` or data parallelism wraps; else the model itself."""
-    while (inner := _wrapped(model)) is not None:
-        model = inner
-    return model
-
-
 def checked(model: nn.Module) -> nn.Module:
-    """The model, `unwrapped`.
+    """Return the model, `unwrapped`.
 
     Raises:
         SepconvertError: it is no module, or has parameters without a shape, without data, or complex ones.
@@ -66,6 +41,13 @@ def checked(model: nn.Module) -> nn.Module:
     return model
 
 
+def unwrapped(model: nn.Module) -> nn.Module:
+    """Return the model inside wrappers of `torch.compile` and of data parallelism, or the model itself."""
+    while (inner := _wrapped(model)) is not None:
+        model = inner
+    return model
+
+
 def _wrapped(module: nn.Module) -> nn.Module | None:
     if isinstance(module, nn.DataParallel | DistributedDataParallel):
         inner: nn.Module = module.module
@@ -73,20 +55,26 @@ def _wrapped(module: nn.Module) -> nn.Module | None:
     return getattr(module, "_orig_mod", None)  # of torch.compile, whose class is costly to import
 
 
-def private_copy(model: M, dtype: torch.dtype | None = None) -> M:
-    """A copy in eval mode, on which a forward pass may do what it likes; in another `dtype` if one is given.
+def duplicate(model: M, memo: dict[int, Any] | None = None) -> M:
+    """Return a deep copy, whatever the model holds; `memo` is deepcopy's: copies made beforehand, by id.
 
-    Its parameters are new objects on the old memory, since large models come in many copies here and
-    no forward pass in eval mode writes to parameters; changing their dtype leaves the original alone.
+    Weights computed by the old `torch.nn.utils.weight_norm` hooks and activations that a module keeps
+    are no leaves of the autograd graph, and deepcopy refuses those: they are copied detached. Wrappers of
+    `torch.compile` and of data parallelism are left out: they refer to the original model.
     """
-    copied = duplicate(model, shared_parameters(model))
-    for module in copied.modules():  # not .eval(): modules from torch.export refuse it
-        module.training = False
-    return copied if dtype is None else _in_dtype(copied, dtype)
+    memo = {} if memo is None else memo
+    for module in model.modules():
+        for value in pytree.tree_leaves(vars(module)):
+            if isinstance(value, Tensor) and not value.is_leaf:
+                memo[id(value)] = value.detach().clone()
+    for module in reversed(list(model.modules())):  # one may be wrapped in another
+        if (wrapped := _wrapped(module)) is not None:
+            memo[id(module)] = copy.deepcopy(wrapped, memo)
+    return copy.deepcopy(model, memo)
 
 
 def shared_parameters(model: nn.Module) -> dict[int, Any]:
-    """For `duplicate`: its parameters as new objects on the old memory."""
+    """Return a memo for `duplicate` that holds the parameters as new objects on the old memory."""
     return {
         id(parameter): nn.Parameter(
             parameter.clone() if parameter.is_inference() else parameter.detach(), parameter.requires_grad
@@ -96,28 +84,41 @@ def shared_parameters(model: nn.Module) -> dict[int, Any]:
     }
 
 
-def quick_copy(model: M, images: Tensor, dtype: torch.dtype | None = None) -> M:
-    """A `private_copy` with channels last in memory, as convolutions run fastest, if it runs on `images` so.
+def private_copy(model: M, dtype: torch.dtype | None = None) -> M:
+    """Return a copy in eval mode, which a forward pass may change, in another `dtype` if one is given.
 
-    A model may look at a tensor through `view`, which takes one layout alone.
+    Its parameters are new objects on the old memory, since large models are copied many times here and
+    no forward pass in eval mode writes to parameters; changing their dtype leaves the original alone.
+    """
+    copied = duplicate(model, shared_parameters(model))
+    for module in copied.modules():  # not .eval(): modules from torch.export refuse it
+        module.training = False
+    return copied if dtype is None else _in_dtype(copied, dtype)
+
+
+def _in_dtype(model: M, dtype: torch.dtype) -> M:
+    """Return `model.to(dtype)`, in place, with the tensors that modules hold as plain attributes cast too."""
+    for module in model.modules():
+        for name, value in vars(module).items():
+            if isinstance(value, Tensor) and value.is_floating_point():
+                setattr(module, name, value.to(dtype))
+    return model.to(dtype)
+
+
+def quick_copy(model: M, images: Tensor, dtype: torch.dtype | None = None) -> M:
+    """Return a `private_copy` with channels last in memory, in which convolutions run fastest.
+
+    Where the copy does not run on `images` in that layout, it has the original one: a model may look at a
+    tensor through `view`, which takes one layout alone.
     """
     copied = private_copy(model, dtype)
     try:
         copied = copied.to(memory_format=torch.channels_last)  # which tensors of rank 5 refuse
         with torch.no_grad():
             copied(placed(fresh(images[:1]), copied))
-    except Exception:  # if there is another cause, whoever runs the other copy will say so
+    except Exception:  # another cause will show when the other copy is run
         return private_copy(model, dtype)
     return copied
-
-
-def _in_dtype(model: M, dtype: torch.dtype) -> M:
-    """`model.to(dtype)`, in place, and with it the tensors that modules hold as plain attributes."""
-    for module in model.modules():
-        for name, value in vars(module).items():
-            if isinstance(value, Tensor) and value.is_floating_point():
-                setattr(module, name, value.to(dtype))
-    return model.to(dtype)
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Convolution calls inside a module's forward → submodules, by a graph of that forward alone."""
+"""Replacement of convolution calls in a module's forward by submodules, through a graph of that forward."""
 
 import functools
 import operator
@@ -10,12 +10,12 @@ from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from sepconvert.base.errors import first_line
-from sepconvert.network.calls import bind_arguments, convolution_name
 from sepconvert.network.symbolic import (
     UntraceableError,
     agree,
     convolution_nodes,
     exported_graph,
+    node_arguments,
     stand_in,
     symbolic_graph,
 )
@@ -23,10 +23,15 @@ from sepconvert.network.tensors import Inputs
 
 
 def call_graph(owner: nn.Module, inputs: Inputs | None, calls: int) -> fx.GraphModule:
-    """The forward of `owner` as a graph in which at least `calls` convolutions of its own stand.
+    """Return the forward of `owner` as a graph that shows at least `calls` convolutions of its own.
 
-    torch.fx keeps submodules and their training mode, and serves unless the forward branches on its
-    input's shape or type; then torch.export serves, which fixes the branches taken.
+    torch.fx keeps submodules and their training mode, and is used unless the forward branches on its
+    input's shape or type; then torch.export is, which fixes the branches taken.
+
+    Args:
+        owner: the module, left as it is.
+        inputs: positional arguments of its forward; None if it takes keyword arguments.
+        calls: convolutions that its forward was seen to call.
 
     Raises:
         UntraceableError: neither can trace the forward.
@@ -55,14 +60,14 @@ def replace_calls(
     replacements: Mapping[int, nn.Module],
     names: Mapping[int, str],
 ) -> None:
-    """Let a submodule take the place of each convolution call, by its position among all calls.
+    """Replace convolution calls of a forward by submodules.
 
     Args:
-        owner: gets the new forward, and otherwise stays what it is: its class becomes a subclass of
-            its own. Kernels that nothing in the forward uses any more are deleted.
+        owner: gets the new forward and otherwise stays what it is, though its class becomes a subclass of
+            the present one. Kernels that the forward no longer uses are deleted.
         module: its `call_graph`.
-        replacements: the submodules.
-        names: what to call them.
+        replacements: the submodules, by position of the call among the forward's convolutions.
+        names: their names, likewise.
     """
     graph, nodes = module.graph, convolution_nodes(module.graph)
     for target in _attributes(graph):  # tensors that the forward makes
@@ -71,11 +76,10 @@ def replace_calls(
     before = _attributes(graph)
     for index, replacement in replacements.items():
         node = nodes[index]
-        arguments = bind_arguments(convolution_name(node.target) or "", node.args, node.kwargs)
         for holder in (owner, module):
             holder.add_module(names[index], replacement)
         with graph.inserting_before(node):
-            call = graph.call_module(names[index], (arguments["input"],))
+            call = graph.call_module(names[index], (node_arguments(node)["input"],))
         node.replace_all_uses_with(call)
         _erase(graph, node)
     _set_forward(owner, module)
@@ -84,36 +88,35 @@ def replace_calls(
 
 
 def variable_argument(module: fx.GraphModule, index: int) -> str | None:
-    """An argument of a convolution call, other than its input, that follows what the forward is given.
+    """Return the name of an argument of a convolution call that is computed from the forward's inputs.
 
-    It may follow the dtype, the device and the number of channels, which stay.
+    The input of the convolution is left out. Other arguments may depend on the dtype, the device and the
+    number of channels of the inputs, which do not change.
     """
-    node = convolution_nodes(module.graph)[index]
-    arguments = bind_arguments(convolution_name(node.target) or "", node.args, node.kwargs)
-    for name, value in arguments.items():
-        nodes = [each for each in pytree.tree_leaves(value) if isinstance(each, fx.Node)]
-        if name != "input" and any(map(_follows_input, nodes)):
+    for name, value in node_arguments(convolution_nodes(module.graph)[index]).items():
+        nodes = [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, fx.Node)]
+        if name != "input" and any(map(_depends_on_inputs, nodes)):
             return name
     return None
 
 
-def _follows_input(node: fx.Node) -> bool:
+def _depends_on_inputs(node: fx.Node) -> bool:
     seen: set[fx.Node] = set()
     waiting = [node]
     while waiting:
-        each = waiting.pop()
-        if each in seen or _stays(each):
+        source = waiting.pop()
+        if source in seen or _is_invariant(source):
             continue
-        seen.add(each)
-        if each.op == "placeholder":
+        seen.add(source)
+        if source.op == "placeholder":
             return True
-        converts = each.op == "call_method" and each.target in ("to", "type_as", "type")
-        waiting.extend(each.all_input_nodes[:1] if converts else each.all_input_nodes)
+        converts = source.op == "call_method" and source.target in ("to", "type_as", "type")
+        waiting.extend(source.all_input_nodes[:1] if converts else source.all_input_nodes)
     return False
 
 
-def _stays(node: fx.Node) -> bool:
-    """Is it a dtype, a device, or the size of the dimension of channels?"""
+def _is_invariant(node: fx.Node) -> bool:
+    """Tell whether a node is a dtype, a device, or the size of the channel dimension."""
     if node.target is getattr:
         return node.args[1] in ("dtype", "device")
     is_size = (
@@ -137,19 +140,20 @@ def _attributes(graph: fx.Graph) -> set[str]:
 
 
 def _erase(graph: fx.Graph, node: fx.Node) -> None:
-    """Erase a node and what served it alone. (`eliminate_dead_code` takes in-place calls for dead.)"""
+    """Erase a node and those that only it used. (`eliminate_dead_code` takes in-place calls for dead.)"""
     fed = {node}
-    for each in reversed(graph.nodes):
-        if each is node or (each in fed and not each.users and each.op != "placeholder"):
-            fed.update(each.all_input_nodes)
-            graph.erase_node(each)
+    for candidate in reversed(graph.nodes):
+        unused = candidate in fed and not candidate.users and candidate.op != "placeholder"
+        if candidate is node or unused:
+            fed.update(candidate.all_input_nodes)
+            graph.erase_node(candidate)
 
 
 def _delete(owner: nn.Module, target: str, graph: fx.Graph) -> None:
-    """Delete a tensor of `owner` by its path, and the submodule that held it if that is out of use, too."""
+    """Delete a tensor of `owner` by its path, with the submodule that held it if that is unused too."""
     path, _, name = target.rpartition(".")
     used = (str(node.target) for node in graph.nodes if node.op in ("get_attr", "call_module"))
-    if path and not any(f"{each}.".startswith(f"{path}.") for each in used):
+    if path and not any(f"{other}.".startswith(f"{path}.") for other in used):
         parent, _, name = path.rpartition(".")
         owner.get_submodule(parent)._modules.pop(name, None)
     elif not path:
@@ -169,13 +173,13 @@ def _set_forward(owner: nn.Module, module: fx.GraphModule) -> None:
 
 @functools.cache
 def _with_forward(cls: Any, source: str) -> type[nn.Module]:
-    """A subclass of the module class `cls` with another forward; its instances can be copied and pickled."""
+    """Return a subclass of `cls` with another forward, whose instances can be copied and pickled."""
     namespace: dict[str, Any] = {}
     exec(source, namespace)  # noqa: S102  (torch.fx wrote it)
 
     def reduce(self: nn.Module, protocol: Any) -> Any:
         _, _, state, *_ = cls.__reduce_ex__(self, 2)
-        return _instance, (cls, source), state
+        return _new_instance, (cls, source), state
 
     members = {
         "forward": namespace["forward"],
@@ -189,12 +193,12 @@ def _with_forward(cls: Any, source: str) -> type[nn.Module]:
 
 
 class _Unregistered:
-    """Keeps a class from what its base does with classes that inherit from it, as registries do."""
+    """Hides a class from the `__init_subclass__` of its other base, which may register subclasses."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         pass
 
 
-def _instance(cls: Any, source: str) -> nn.Module:
+def _new_instance(cls: Any, source: str) -> nn.Module:
     rewritten = _with_forward(cls, source)
     return rewritten.__new__(rewritten)

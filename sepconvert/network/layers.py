@@ -1,4 +1,4 @@
-"""Factors → modules."""
+"""Modules that hold the factors of a convolution and stand in its place."""
 
 from collections.abc import Collection, Sequence
 
@@ -18,10 +18,10 @@ _PADS: dict[PaddingMode, type[nn.Module]] = {
 
 
 class FactorizedConv2d(nn.Module):
-    """Small convolutions that stand where a dense `nn.Conv2d` stood.
+    """Small convolutions in the place of a dense `nn.Conv2d`.
 
-    Input N×C×H×W or C×H×W, output as the dense layer's: the sum of `branches`, each a chain of plain
-    torch modules. The attributes of `nn.Conv2d` that real models read answer for the dense layer;
+    The input is N×C×H×W or C×H×W, the output that of the dense layer: the sum of `branches`, each a chain of
+    plain torch modules. The attributes of `nn.Conv2d` that real models read describe the dense layer;
     `weight` is composed from the factors on each access, differentiable and read-only.
     """
 
@@ -40,7 +40,7 @@ class FactorizedConv2d(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        """The sum of what the branches make of `x`."""
+        """Return the sum of the branches' outputs for the input `x`."""
         first, *others = self.branches
         output: Tensor = first(x)
         for branch in others:
@@ -54,7 +54,7 @@ class FactorizedConv2d(nn.Module):
 
     @property
     def factors(self) -> tuple[Tensor, ...]:
-        """The kernels of all branches joined, as the structure's table has them."""
+        """The kernels of all branches joined, in the shapes that the structure defines."""
         kernels = [[convolution.weight for convolution in _convolutions(branch)] for branch in self.branches]
         # The inner dimension, over which branches are summed, is the last part of the first kernel's
         # output channels and of the second's input channels.
@@ -71,10 +71,13 @@ class FactorizedConv2d(nn.Module):
         fixed: bool = False,
         frozen: Collection[str] = (),
     ) -> None:
-        """Copy the factors' kernels (`factors`), and the bias of the last convolution.
+        """Copy kernels and bias into the convolutions.
 
-        `fixed` filters become buffers, as the dense kernel was none of the model's parameters; what is
-        `frozen`, "weight" or "bias", parameters without gradient.
+        Args:
+            weights: kernels as in `factors`.
+            bias: of the last convolution.
+            fixed: make them buffers, for a dense kernel that was no parameter of the model.
+            frozen: "weight" and "bias", as far as they are to be parameters without gradient.
         """
 
         def set_tensor(convolution: nn.Conv2d, name: str, value: Tensor) -> None:
@@ -98,7 +101,7 @@ class FactorizedConv2d(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The dense kernel O × C/groups × kh × kw that the factors amount to."""
+        """The dense kernel O × C/groups × kh × kw that the factors compose."""
         return compose_factors(self.spec, self.scheme, self.border, self.factors)
 
     @property
@@ -148,7 +151,7 @@ class FactorizedConv2d(nn.Module):
         return self.spec.padding_mode
 
     def extra_repr(self) -> str:
-        """Name of the structure."""
+        """Return the name of the structure and the rank, for `repr`."""
         return f"{self.scheme}, rank={self.rank}"
 
 
@@ -162,7 +165,7 @@ def _modules(spec: ConvSpec) -> list[nn.Module]:
 
 
 def _pads(spec: ConvSpec) -> list[nn.Module]:
-    """Padding that `nn.Conv2d` cannot express: asymmetric, or negative where a border was cut."""
+    """Modules for padding that `nn.Conv2d` cannot express: asymmetric, or negative where a border was cut."""
     (top, bottom), (left, right) = spec.padding
     if top == bottom >= 0 and left == right >= 0:
         return []

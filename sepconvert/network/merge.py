@@ -1,8 +1,8 @@
-"""Pairs of convolutions with nothing in between, and the one dense convolution that equals both."""
+"""Merging of two convolutions with nothing in between into the one dense convolution that equals both."""
 
 import math
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -14,9 +14,10 @@ from torch.utils import _pytree as pytree
 
 from sepconvert.base.errors import SepconvertError
 from sepconvert.factorize.geometry import ConvSpec, Pair
+from sepconvert.network.calls import resolve_padding
 from sepconvert.network.copies import duplicate, private_copy
-from sepconvert.network.tensors import Inputs, fresh
-from sepconvert.network.trace import ConvSite, DenseConv, resolve_padding
+from sepconvert.network.tensors import fresh
+from sepconvert.network.trace import ConvSite, DenseConv, TracedModel
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -26,24 +27,24 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_
 
 @dataclass(frozen=True)
 class LinearPair:
-    """Two convolutions of which the second alone reads what the first returns, unchanged."""
+    """Two convolutions of which the second is the only reader of the first's output, unchanged."""
 
     first: ConvSite
     second: ConvSite
 
 
-def linear_pairs(model: nn.Module, inputs: Inputs, sites: Sequence[ConvSite]) -> tuple[LinearPair, ...]:
-    """The pairs of convolutions among `sites` between which nothing happens, in order of execution.
+def linear_pairs(traced: TracedModel) -> tuple[LinearPair, ...]:
+    """Return the pairs of convolutions between which nothing happens, in order of execution.
 
-    A forward pass is watched: nothing but the second convolution may be given the first's output, ask for its
-    shape, or keep it (as a container of features does, or the model that returns it). Modules that return
-    their very input may lie between, such as `nn.Identity`, and dropout in eval mode.
+    The model, left as it is, is run on its inputs: nothing but the second convolution may take the first's
+    output, ask for its shape, or keep it (as a container of features does, or a model that returns it).
+    Modules that return their input itself may lie between, such as `nn.Identity`, and dropout in eval mode.
 
-    Both must be plain `nn.Conv2d` in one place and called once, without hooks, which would see the output
-    that is no more, and the same of both must be frozen.
+    Both must be plain `nn.Conv2d` under one name, called once, without hooks, which would see the output
+    that is gone, and the same parameters of both must be frozen.
     """
-    model = private_copy(model)
-    candidates = {model.get_submodule(site.owner): site for site in sites if _is_plain(model, site)}
+    model = private_copy(traced.model)
+    candidates = {model.get_submodule(site.owner): site for site in traced.sites if _is_plain(model, site)}
     watch = _Watch(candidates)
     handles = [
         handle
@@ -54,7 +55,7 @@ def linear_pairs(model: nn.Module, inputs: Inputs, sites: Sequence[ConvSite]) ->
         )
     ]
     with torch.no_grad(), watch:
-        outputs = model(*fresh(inputs))
+        outputs = model(*fresh(traced.inputs))
     for handle in handles:
         handle.remove()
     pairs = tuple(
@@ -63,22 +64,22 @@ def linear_pairs(model: nn.Module, inputs: Inputs, sites: Sequence[ConvSite]) ->
         if not seen.used and len(seen.readers) == 1 and seen.output() is None
         if seen.site.frozen == seen.readers[0].frozen
     )
-    del outputs  # held until here, for it may hold what a convolution returned
+    del outputs  # held until here, since an output of a convolution may be part of it
     return pairs
 
 
 def obstacle(first: ConvSpec, second: ConvSpec) -> str | None:
-    """Why two convolutions in a row are no single `nn.Conv2d`; None where they are.
+    """Return the reason why two convolutions in a row equal no `nn.Conv2d`; None if they equal one.
 
     Kernels of extents k₁ and k₂, strides s, dilations d and paddings p make taps at s₁d₂·j + d₁·i. Along each
     axis:
 
-    - where both extend (k > 1), s₁d₂ = d₁, or the dense kernel had holes or too many taps;
-    - where the second pads with zeros, the first must return zeros for all that lies outside its input: it
-      has no bias, and pads by d₁(k₁ - 1) or more on both sides;
-    - where the second pads otherwise, it repeats values of the first, which must leave that axis alone
-      (k₁ = s₁ = 1, p₁ = 0);
-    - if both pad, even along different axes, it is in the same mode;
+    - where both extend (k > 1), s₁d₂ = d₁: otherwise the dense kernel had holes or too many taps;
+    - where the second pads with zeros, the first must return zeros everywhere outside its input: it has no
+      bias, and pads by d₁(k₁ - 1) or more on both sides;
+    - where the second pads in another mode, it repeats values of the first's output, and the first must
+      leave that axis alone (k₁ = s₁ = 1, p₁ = 0);
+    - if both pad, even along different axes, they pad in the same mode;
     - the padding of the dense kernel, p₁ + s₁p₂, is the same on both sides, or that of 'same'.
     """
     modes = {spec.padding_mode for spec in (first, second) if any(map(any, spec.padding))}
@@ -105,7 +106,7 @@ def obstacle(first: ConvSpec, second: ConvSpec) -> str | None:
 
 
 def dense_spec(first: ConvSpec, second: ConvSpec) -> ConvSpec:
-    """Geometry of the dense form of two convolutions in a row, if there is one (`obstacle`)."""
+    """Return the geometry of the dense form of two convolutions in a row, if there is one (`obstacle`)."""
 
     def pad(axis: int) -> Pair:
         own, other = first.padding[axis], second.padding[axis]
@@ -133,7 +134,7 @@ def dense_spec(first: ConvSpec, second: ConvSpec) -> ConvSpec:
 
 
 def compose(first: DenseConv, second: DenseConv) -> DenseConv:
-    """The dense form of two convolutions in a row, in float64.
+    """Return the dense form of two convolutions in a row, in float64.
 
     W[o,c] = Σ_r W₂[o,r] * W₁[r,c], products of polynomials in the taps, and b = b₂ + Σ_rij W₂[o,r,i,j] b₁[r].
     """
@@ -152,13 +153,18 @@ def compose(first: DenseConv, second: DenseConv) -> DenseConv:
     return DenseConv(spec, product.transpose(0, 1).flatten(0, 1), bias, first.inputs, first.device)
 
 
-def merge(model: nn.Module, sites: Sequence[ConvSite], pairs: Sequence[tuple[str, str]]) -> nn.Module:
-    """A copy in which these pairs of names, first and second, are merged in their order: a plan's, repeated.
+def merge(traced: TracedModel, pairs: Iterable[tuple[str, str]]) -> nn.Module:
+    """Return a copy of the model in which pairs of convolutions are merged, as a plan says.
+
+    Args:
+        traced: the model, left as it is, and its convolutions.
+        pairs: names of first and second convolution, in the order of merging.
 
     Raises:
         SepconvertError: the model has no such convolutions, or they have no dense form.
     """
-    convs = {site.name: site.conv for site in sites if site.conv is not None and _is_plain(model, site)}
+    plain = [site for site in traced.sites if _is_plain(traced.model, site)]
+    convs = {site.name: site.dense for site in plain}
     places: dict[str, str] = {}
     for first, second in pairs:
         if first not in convs or second not in convs:
@@ -169,26 +175,39 @@ def merge(model: nn.Module, sites: Sequence[ConvSite], pairs: Sequence[tuple[str
             raise SepconvertError(f"plan: cannot merge {second} into {first}: {reason}; use the plan's model")
         convs[first] = compose(convs[first], convs.pop(second))
         places[second] = first
-    return with_merged(duplicate(model), convs, places)
+    return with_merged(duplicate(traced.model), convs, places)
 
 
 def with_merged(model: M, convs: Mapping[str, DenseConv], places: Mapping[str, str]) -> M:
-    """The model, with each second convolution of `places` gone, and dense ones for the first; in place."""
+    """Replace first convolutions by dense ones and second ones by `nn.Identity`; return the model.
+
+    Args:
+        model: changed in place.
+        convs: dense convolutions by name of the first.
+        places: the name of the first by that of each second.
+    """
     for second in places:
         model.set_submodule(second, nn.Identity().train(model.get_submodule(second).training))
     for first in dict.fromkeys(places.values()):
         module = conv2d_at(model, first)
         layer = _layer(convs[first]).to(module.weight).train(module.training)
         layer.weight.requires_grad_(module.weight.requires_grad)
-        if layer.bias is not None:  # if it is the second's, it goes with the weight of the first
+        if layer.bias is not None:  # frozen as the first's bias, or as its weight if it has none
             layer.bias.requires_grad_((module.weight if module.bias is None else module.bias).requires_grad)
         model.set_submodule(first, layer)
     return model
 
 
+def conv2d_at(model: nn.Module, name: str) -> nn.Conv2d:
+    """Return the submodule of that name, which is known to be a plain `nn.Conv2d`."""
+    module = model.get_submodule(name)
+    assert isinstance(module, nn.Conv2d)  # noqa: S101  (`_is_plain` looked)
+    return module
+
+
 @dataclass
 class _Seen:
-    """What a convolution returned, and what was done with it."""
+    """The output of a convolution, and how it was used."""
 
     site: ConvSite
     output: weakref.ref[Tensor]
@@ -198,7 +217,7 @@ class _Seen:
 
 
 class _Watch(TorchFunctionMode):
-    """Follows the outputs of convolutions: who reads them, and are they used in any other way?"""
+    """Records which convolutions read the outputs of others, and which outputs are used in another way."""
 
     def __init__(self, candidates: Mapping[nn.Module, ConvSite]) -> None:
         super().__init__()
@@ -208,14 +227,14 @@ class _Watch(TorchFunctionMode):
         self.seen: list[_Seen] = []
 
     def enter(self, module: nn.Module, inputs: tuple[Any, ...]) -> None:
-        """A convolution is called."""
-        found = self._find(inputs[0]) if inputs else None
-        if found is not None:
-            found.readers.append(self._candidates[module])
+        """Note the reader of an output: a convolution is called."""
+        seen = self._find(inputs[0]) if inputs else None
+        if seen is not None:
+            seen.readers.append(self._candidates[module])
             self._reading = True
 
     def leave(self, module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
-        """It returns."""
+        """Note the output of a convolution."""
         self._reading = False
         if not output.is_inference():  # such tensors do not show that they were changed
             seen = _Seen(self._candidates[module], weakref.ref(output), output._version)
@@ -225,14 +244,14 @@ class _Watch(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Pass every call on; attributes such as `shape` come here, too."""
+        """Pass every call on, reads of attributes such as `shape` included, and note the tensors used."""
         result = func(*args, **(kwargs or {}))
         if not self._reading:
             for value in pytree.tree_leaves((args, kwargs)):
-                found = self._find(value)
-                # Dropout in eval mode returns its very input; so do operations in place.
-                if found is not None and not (result is value and value._version == found.version):
-                    found.used = True
+                seen = self._find(value)
+                # Dropout in eval mode returns its input itself; so do operations in place.
+                if seen is not None and not (result is value and value._version == seen.version):
+                    seen.used = True
         return result
 
     def _find(self, value: object) -> _Seen | None:
@@ -254,18 +273,12 @@ def _is_plain(model: nn.Module, site: ConvSite) -> bool:
 
 
 def _coarsened(weight: Tensor, groups: int, fewer: int) -> Tensor:
-    """The kernel of a grouped convolution with zeros for what fewer groups read besides."""
+    """Return the kernel of a grouped convolution for `fewer` groups, with zeros for the added channels."""
     ratio, out_channels = groups // fewer, len(weight)
     channels = torch.arange(out_channels)
     wide = weight.new_zeros(out_channels, ratio, *weight.shape[1:])
     wide[channels, channels // (out_channels // groups) % ratio] = weight
     return wide.flatten(1, 2)
-
-
-def conv2d_at(model: nn.Module, name: str) -> nn.Conv2d:
-    module = model.get_submodule(name)
-    assert isinstance(module, nn.Conv2d)  # noqa: S101  (`_is_plain` looked)
-    return module
 
 
 def _layer(conv: DenseConv) -> nn.Conv2d:
@@ -290,7 +303,7 @@ def _layer(conv: DenseConv) -> nn.Conv2d:
 
 
 def _conv2d_padding(spec: ConvSpec) -> Pair | str | None:
-    """As `nn.Conv2d` takes it; None where it cannot be had."""
+    """Return the padding as an argument of `nn.Conv2d`; None if that cannot express it."""
     (top, bottom), (left, right) = spec.padding
     if (top, left) == (bottom, right):
         return top, left

@@ -1,6 +1,6 @@
-"""Plan → converted model: a copy in which modules and functional convolutions are replaced."""
+"""Replacement of convolutions, of modules and of functional calls alike, in a copy of a model."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -12,49 +12,45 @@ from sepconvert.factorize.border import Border
 from sepconvert.network.copies import duplicate, shared_parameters
 from sepconvert.network.graph import call_graph, replace_calls
 from sepconvert.network.layers import FactorizedConv2d
-from sepconvert.network.trace import ConvSite
+from sepconvert.network.trace import ConvSite, TracedModel
 
 
 @dataclass(frozen=True)
 class Replacement:
-    """What takes the place of one convolution."""
+    """Factors that take the place of one convolution."""
 
-    scheme: str
+    scheme: str  # name of the structure
     rank: int
     border: Border
-    weights: tuple[Tensor, ...]
-    bias: Tensor | None
+    weights: tuple[Tensor, ...]  # kernels, in the shapes that the structure defines
+    bias: Tensor | None  # of the last factor
 
 
 def rewrite(
-    model: nn.Module,
-    sites: Sequence[ConvSite],
-    replacements: Mapping[str, Replacement],
-    *,
-    old_memory: bool = False,
+    traced: TracedModel, replacements: Mapping[str, Replacement], *, old_memory: bool = False
 ) -> nn.Module:
-    """A copy of `model` with replacements for the convolutions named; training flags and hooks are kept.
+    """Return a copy of the model in which convolutions are replaced; training flags and hooks are kept.
 
     Args:
-        model: left as it is.
-        sites: its convolutions.
-        replacements: by name.
-        old_memory: leave all other parameters where they are, for a model that is only looked at.
+        traced: the model, left as it is, and its convolutions.
+        replacements: by name of the convolution.
+        old_memory: let all other parameters share the model's memory, for a copy that is not trained.
 
     Raises:
-        UntraceableError: see `call_graph`.
+        UntraceableError: a functional convolution is replaced whose forward cannot be traced (`call_graph`).
     """
+    model = traced.model
     converted = duplicate(model, shared_parameters(model) if old_memory else None)
-    chosen = [site for site in sites if site.name in replacements]
+    chosen = [site for site in traced.sites if site.name in replacements]
     # Forwards first: they are traced as they were, and may read the weight of a layer that is replaced.
     owners = {site.owner: site for site in chosen if site.index is not None}
     for owner in owners:
         calls = {site.index: site for site in chosen if site.owner == owner and site.index is not None}
-        dense = converted.get_submodule(owner)
-        module = call_graph(dense, owners[owner].owner_inputs, max(calls) + 1)
+        module = converted.get_submodule(owner)
+        graph = call_graph(module, owners[owner].owner_inputs, max(calls) + 1)
         layers = {index: _layer(site, replacements[site.name]) for index, site in calls.items()}
         names = {index: site.name.rpartition(".")[2] for index, site in calls.items()}
-        replace_calls(dense, module, layers, names)
+        replace_calls(module, graph, layers, names)
     for site in chosen:
         if site.index is None:
             dense = converted.get_submodule(site.owner)
@@ -71,7 +67,7 @@ def _layer(site: ConvSite, replacement: Replacement) -> FactorizedConv2d:
 
 
 def _put(model: nn.Module, site: ConvSite, module: nn.Module) -> nn.Module:
-    """Set `module` at every path of a convolution; returns the model, which is `module` for the root."""
+    """Set `module` at every path of a convolution; return the model, which is `module` for the root."""
     if not site.owner:
         return module
     for path in (site.owner, *site.aliases):
@@ -83,7 +79,7 @@ def _keep_mode_and_hooks(dense: nn.Module, layer: nn.Module) -> None:
     layer.train(dense.training)
     for name in ("_forward_hooks", "_forward_pre_hooks"):
         for key, hook in getattr(dense, name).items():
-            # These compute the dense weight that is no longer there.
+            # These compute the dense weight, which is gone.
             if not isinstance(hook, WeightNorm | SpectralNorm | BasePruningMethod):
                 getattr(layer, name)[key] = hook
     for name in (

@@ -19,25 +19,25 @@ from sepconvert.network.calls import bind_arguments, convolution_name
 from sepconvert.network.copies import duplicate
 from sepconvert.network.tensors import Inputs, fresh
 
-_OWN_ATTRIBUTES = frozenset(vars(nn.Module()))
+_MODULE_ATTRIBUTES = frozenset(vars(nn.Module()))
 
 
 _CONSTANT = "_tensor_constant"  # the name that torch.fx gives to tensors made in a forward
 
 
 class UntraceableError(Exception):
-    """No graph of the module's forward could be made, or it does not show the calls that were seen."""
+    """Raised if no graph of a forward can be made, or if the graph lacks calls that were seen."""
 
 
 class _ShallowTracer(fx.Tracer):
-    """Follows one forward and leaves every submodule as it is."""
+    """Traces one forward; calls of submodules stay calls."""
 
     def __init__(self) -> None:
         super().__init__()
-        self._surroundings = _surroundings()
+        self._settings = _settings()
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
-        """Follow buffers as well, or what a forward computes of them would be a constant."""
+        """Trace buffers as well: what a forward computes from them would be a constant otherwise."""
         if isinstance(attr_val, Tensor) and not isinstance(attr_val, nn.Parameter):
             for name, buffer in self.root.named_buffers():
                 if buffer is attr_val:
@@ -49,17 +49,18 @@ class _ShallowTracer(fx.Tracer):
         return super().getattr(attr, attr_val, parameter_proxy_cache)
 
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
-        """Refuse what a graph does not show: under which settings its operations are called."""
-        if _surroundings() != self._surroundings:
+        """Refuse operations under other settings than those of the trace, since a graph has no settings."""
+        if _settings() != self._settings:
             raise UntraceableError("it switches gradients or autocast on or off")
         return super().create_node(*args, **kwargs)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        """Return True: no submodule is traced."""
         return True
 
 
 class _BufferProxy(fx.Proxy):
-    """Stands for a buffer, whose shape stays: a forward may loop over the taps of a kernel."""
+    """Stands for a buffer, whose shape is a constant: a forward may loop over the taps of a kernel."""
 
     def __init__(self, tracer: fx.Tracer, buffer: Tensor, node: fx.Node) -> None:
         super().__init__(node, tracer)
@@ -70,8 +71,8 @@ class _BufferProxy(fx.Proxy):
         return self.shape[0]
 
 
-def _surroundings() -> tuple[bool, ...]:
-    """What context managers set that operations obey."""
+def _settings() -> tuple[bool, ...]:
+    """Return the settings of context managers that operations obey: gradients, inference mode, autocast."""
     autocast = map(torch.is_autocast_enabled, _autocasting())
     return torch.is_grad_enabled(), torch.is_inference_mode_enabled(), *autocast
 
@@ -89,7 +90,7 @@ def _autocast(enabled: bool) -> Iterator[None]:
 
 
 def convolution_nodes(graph: fx.Graph) -> list[fx.Node]:
-    """The convolution calls of a forward, in order."""
+    """Return the convolution calls of a forward, in order."""
     return [
         node
         for node in graph.nodes
@@ -97,8 +98,18 @@ def convolution_nodes(graph: fx.Graph) -> list[fx.Node]:
     ]
 
 
+def node_arguments(node: fx.Node) -> dict[str, Any]:
+    """Return the arguments of a convolution node by parameter name, without those left to their defaults."""
+    return bind_arguments(convolution_name(node.target) or "", node.args, node.kwargs)
+
+
 def expect(conditions: tuple[str, ...], names: tuple[str, ...], *tensors: Tensor) -> None:
     """Refuse inputs for which a forward might have taken another branch than the one in its graph.
+
+    Args:
+        conditions: guards of torch.export, as Python expressions.
+        names: of the forward's inputs.
+        tensors: the inputs.
 
     Raises:
         ValueError: with the condition that does not hold, such as `x.size()[3] >= 11`.
@@ -109,11 +120,11 @@ def expect(conditions: tuple[str, ...], names: tuple[str, ...], *tensors: Tensor
             readable = functools.reduce(
                 lambda text, name: text.replace(f"L['{name}']", name), names, condition
             )
-            raise ValueError(f"the converted forward serves inputs with {readable} alone")
+            raise ValueError(f"the converted forward only serves inputs with {readable}")
 
 
 def stand_in(owner: nn.Module, training: bool) -> nn.Module:
-    """A shallow copy without hooks, whose forward may set attributes, fill lists and write to buffers."""
+    """Return a shallow copy without hooks, whose forward may set attributes, fill lists and write buffers."""
     copied = type(owner).__new__(type(owner))
     vars(copied).update(vars(owner))  # not copy.copy, which parametrised modules refuse
     vars(copied).update({name: copy.copy(value) for name, value in _containers(owner).items()})
@@ -125,12 +136,12 @@ def stand_in(owner: nn.Module, training: bool) -> nn.Module:
 
 @contextmanager
 def _refusing_side_effects(owner: nn.Module) -> Iterator[None]:
-    """Raise if attributes are set or filled in here, for a graph would not do so."""
+    """Raise `UntraceableError` if attributes are set or filled in here, for a graph would not do so."""
     before = dict(vars(owner))
-    items = {name: _items(value) for name, value in _containers(owner).items()}
+    items = {name: _identities(value) for name, value in _containers(owner).items()}
     yield
     for name, held in items.items():
-        if held != _items(vars(owner)[name]):
+        if held != _identities(vars(owner)[name]):
             raise UntraceableError(f"it changes what the attribute {name} holds")
     for name, value in vars(owner).items():
         if value is not before.get(name) and not name.startswith(_CONSTANT):
@@ -138,20 +149,25 @@ def _refusing_side_effects(owner: nn.Module) -> Iterator[None]:
 
 
 def _containers(owner: nn.Module) -> dict[str, Any]:
-    """The lists, dictionaries and sets of a module's own."""
+    """Return the lists, dictionaries and sets that are attributes of a module, other than torch's own."""
     return {
         name: value
         for name, value in vars(owner).items()
-        if isinstance(value, list | dict | set | deque) and name not in _OWN_ATTRIBUTES
+        if isinstance(value, list | dict | set | deque) and name not in _MODULE_ATTRIBUTES
     }
 
 
-def _items(container: Any) -> list[int]:
-    """By identity: values may be tensors."""
+def _identities(container: Any) -> list[int]:
+    """Return the identities of a container's values, which may be tensors."""
     return list(map(id, container.values() if isinstance(container, dict) else container))
 
 
 def symbolic_graph(owner: nn.Module, inputs: Inputs | None) -> fx.GraphModule:
+    """Return the forward of `owner` as torch.fx traces it, for inputs of any size.
+
+    Raises:
+        UntraceableError: the forward has effects that a graph does not have. Torch raises its own errors.
+    """
     if isinstance(owner, fx.GraphModule):
         graph = fx.Graph()
         graph.set_codegen(owner.graph._codegen)
@@ -160,7 +176,7 @@ def symbolic_graph(owner: nn.Module, inputs: Inputs | None) -> fx.GraphModule:
     versions = {name: buffer._version for name, buffer in owner.named_buffers(recurse=False)}
     state = torch.get_rng_state()
     with _refusing_side_effects(owner):
-        for on in (True, False):  # what a forward sets shows where it is not so already
+        for on in (True, False):  # a forward that sets one of them differs from one of the two
             with torch.set_grad_enabled(on), _autocast(on):
                 graph = _ShallowTracer().trace(owner)
     if not torch.equal(state, torch.get_rng_state()):
@@ -173,6 +189,12 @@ def symbolic_graph(owner: nn.Module, inputs: Inputs | None) -> fx.GraphModule:
 
 
 def exported_graph(owner: nn.Module, inputs: Inputs | None) -> fx.GraphModule:
+    """Return the forward of `owner` as torch.export traces it, for inputs that take the same branches.
+
+    Raises:
+        UntraceableError: the forward cannot be exported alone, or has effects that a graph does not have.
+            Torch raises its own errors.
+    """
     if inputs is None or not all(isinstance(value, Tensor) for value in inputs):
         raise UntraceableError("its forward takes other arguments than tensors")
     if any(True for _ in owner.children()):
@@ -199,12 +221,12 @@ def exported_graph(owner: nn.Module, inputs: Inputs | None) -> fx.GraphModule:
 
 
 def _free_dtype(graph: fx.Graph) -> None:
-    """Let kernels that the forward makes follow their input's dtype, as they did before the export."""
+    """Cast kernels that the forward makes to their input's dtype, as the forward did before the export."""
     for node in list(graph.nodes):
         if node.target is torch.ops.aten._assert_tensor_metadata.default:
             graph.erase_node(node)
     for node in convolution_nodes(graph):
-        arguments = bind_arguments(convolution_name(node.target) or "", node.args, node.kwargs)
+        arguments = node_arguments(node)
         weight = arguments["weight"]
         with graph.inserting_before(node):
             node.replace_input_with(weight, graph.call_method("to", (weight, arguments["input"])))
@@ -212,10 +234,10 @@ def _free_dtype(graph: fx.Graph) -> None:
 
 
 def _expect_shapes(graph: fx.Graph, program: ExportedProgram) -> None:
-    """Put the conditions under which the graph is the forward in the place of torch's own check."""
+    """Replace torch's own check of the inputs by `expect`, with the conditions of the graph."""
     if not hasattr(program, "_guards_code"):
         raise UntraceableError(
-            "torch.export of this torch does not say for which sizes the graph holds (2.9 does)"
+            "torch.export says for which sizes the graph holds only in torch 2.9 and newer"
         )
     check = next((node for node in graph.nodes if node.target == "_guards_fn"), None)
     if check is None:
@@ -228,7 +250,7 @@ def _expect_shapes(graph: fx.Graph, program: ExportedProgram) -> None:
 
 
 def agree(owner: nn.Module, module: nn.Module, inputs: Inputs) -> bool:
-    """Does the graph compute in float64 what the forward computes there, if that takes float64 at all?"""
+    """Tell whether graph and forward compute the same in float64; True if the forward does not take it."""
     double = tuple(value.double() if value.is_floating_point() else value for value in inputs)
     with torch.no_grad():
         try:

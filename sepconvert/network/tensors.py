@@ -10,18 +10,19 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 Inputs = tuple[Any, ...]
+"""Positional arguments of a forward: tensors, containers of tensors, and other values."""
 
 
 V = TypeVar("V")
 
 
 def tensors_in(inputs: Any) -> list[Tensor]:
-    """The tensors in there, those in lists, tuples and dictionaries too, in the order of torch's pytree."""
+    """Return the tensors of nested lists, tuples and dictionaries, in the order of torch's pytree."""
     return [value for value in pytree.tree_leaves(inputs) if isinstance(value, Tensor)]
 
 
 def floating(change: Callable[[Tensor], Tensor], inputs: V) -> V:
-    """The same with its floating-point tensors changed."""
+    """Return the same nested inputs with `change` applied to each floating-point tensor."""
     changed: V = pytree.tree_map_only(
         Tensor, lambda value: change(value) if value.is_floating_point() else value, inputs
     )
@@ -29,35 +30,37 @@ def floating(change: Callable[[Tensor], Tensor], inputs: V) -> V:
 
 
 def fresh(inputs: V) -> V:
-    """Copies of the tensors in there: a forward pass may write to what it is given."""
+    """Return the same nested inputs with tensors copied: a forward pass may write to its arguments."""
     copied: V = pytree.tree_map_only(Tensor, torch.clone, inputs)
     return copied
 
 
+def cast(inputs: Inputs, dtype: torch.dtype) -> Inputs:
+    """Return the inputs with their floating-point tensors in another dtype."""
+    return floating(lambda value: value.to(dtype), inputs)
+
+
 def placed(x: Tensor, model: nn.Module) -> Tensor:
-    """`x` on the device of the model's first floating-point parameter or buffer, and of its dtype."""
-    floating = (t for t in chain(model.parameters(), model.buffers()) if t.is_floating_point())
-    like = next(floating, None)
+    """Return `x` on the model's device, and in its dtype if `x` is floating-point (see `model_dtype`)."""
+    like = _first_floating(model)
     if like is None:
         return x
     return x.to(like.device, like.dtype) if x.is_floating_point() else x.to(like.device)
 
 
 def model_dtype(model: nn.Module) -> torch.dtype:
-    """Of the first floating-point parameter or buffer; float32 if there is none."""
-    for tensor in (*model.parameters(), *model.buffers()):
-        if tensor.is_floating_point():
-            return tensor.dtype
-    return torch.float32
+    """Return the dtype of the first floating-point parameter or buffer; float32 if there is none."""
+    like = _first_floating(model)
+    return torch.float32 if like is None else like.dtype
 
 
-def cast(inputs: Inputs, dtype: torch.dtype) -> Inputs:
-    """Floating-point tensors among the inputs in another dtype."""
-    return floating(lambda value: value.to(dtype), inputs)
+def _first_floating(model: nn.Module) -> Tensor | None:
+    tensors = chain(model.parameters(), model.buffers())
+    return next((tensor for tensor in tensors if tensor.is_floating_point()), None)
 
 
 def tensor_leaves(output: object) -> Iterator[Tensor]:
-    """The tensors in the output of a model, depth first: of tuples, lists, mappings and dataclasses."""
+    """Yield the tensors of a model's output, depth first: of tuples, lists, mappings and dataclasses."""
     if isinstance(output, Tensor):
         yield output
     elif isinstance(output, Mapping):

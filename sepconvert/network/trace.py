@@ -1,7 +1,6 @@
-"""Model and inputs → every convolution that the forward pass executes, functional ones included."""
+"""Finding of every convolution that a model's forward pass executes, functional ones included."""
 
-import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any
@@ -11,22 +10,30 @@ from torch import Tensor, fx, nn
 from torch._C._functorch import TransformType
 from torch.nn.modules.conv import _ConvNd
 
-from sepconvert.base.errors import SepconvertError
-from sepconvert.factorize.geometry import ConvSpec, PaddingMode, Pair
-from sepconvert.network.calls import ConvolutionInterceptor, Frame, HiddenConvolutions
+from sepconvert.base.errors import SepconvertError, first_line
+from sepconvert.factorize.geometry import ConvSpec, Pair
+from sepconvert.network.calls import (
+    Call,
+    ConvolutionInterceptor,
+    Frame,
+    HiddenConvolutions,
+    Place,
+    resolve_padding,
+    same_values,
+)
 from sepconvert.network.copies import private_copy
 from sepconvert.network.tensors import Inputs, floating, fresh, tensors_in
 
 
 @dataclass(frozen=True)
 class DenseConv:
-    """A plain two-dimensional convolution, with the input that it had in the model: copies on the CPU."""
+    """A plain two-dimensional convolution and its input in the model, as copies on the CPU."""
 
     spec: ConvSpec
     weight: Tensor  # O × C/g × kh × kw, detached
     bias: Tensor | None  # O
     inputs: Tensor  # N × C × H × W or C × H × W, of the first call
-    device: torch.device  # on which the model holds them
+    device: torch.device  # of the weight in the model
 
 
 @dataclass(frozen=True)
@@ -35,53 +42,80 @@ class ConvSite:
 
     `name` is the module's path; a functional convolution is named after the module whose forward
     calls it, and its position among that forward's own convolutions: `layer1.0.aa.conv2d_0`.
+
+    `sizes` holds the height and width of every image that is convolved for one sample: one per call, or
+    several where the sample is cut into images that a call convolves as a batch.
     """
 
     name: str
     aliases: tuple[str, ...]  # further paths of the same (shared) module
     kind: str  # class name, or "functional conv2d"
-    owner: str  # path of the module to replace or to rewrite
-    index: int | None  # position among the owner's own calls; None where the owner is the convolution
+    owner: str  # path of the module to replace, or of the one whose forward is rewritten
+    index: int | None  # position among the calls of the owner's forward; None if the owner is the convolution
     calls: int  # in one forward pass
-    sizes: tuple[
-        Pair, ...
-    ]  # height and width of the input, for each image that the calls convolve for a sample
+    sizes: tuple[Pair, ...]  # of the input
     macs: int  # of one sample
     params: int  # 0 for fixed filters, which are buffers or constants
-    frozen: frozenset[str]  # "weight", "bias": what requires no gradient
-    conv: DenseConv | None  # None where it is not a plain two-dimensional convolution
-    owner_inputs: Inputs | None  # positional arguments of the owner's forward; None if it takes others too
+    frozen: frozenset[str]  # "weight" and "bias", as far as they require no gradient
+    conv: DenseConv | None  # None if it is not a plain two-dimensional convolution
+    owner_inputs: Inputs | None  # arguments of the owner's forward; None if it takes keyword arguments
     obstacle: str | None  # why it cannot be replaced, whatever its kernel
 
     @property
-    def place(self) -> tuple[str, int]:
-        """What `ConvolutionInterceptor` knows a call by: path of the owner, position among its calls."""
+    def place(self) -> Place:
+        """Place by which `ConvolutionInterceptor` reports a call of this convolution."""
         return self.owner, self.index or 0
 
     @property
     def dense(self) -> DenseConv:
-        """The plain convolution, where there is one, as in every layer that is replaced.
+        """The plain convolution of a layer that has one, as every layer that is replaced does.
 
         Raises:
-            ValueError: it is another kind.
+            ValueError: it is another kind of convolution.
         """
         if self.conv is None:
             raise ValueError(f"{self.name} is no plain two-dimensional convolution")
         return self.conv
 
 
+@dataclass(frozen=True)
+class TracedModel:
+    """A model, the inputs that it was run on, and all its convolutions in order of execution.
+
+    This is what convolutions are found in and replaced in. Nothing that takes one changes the model.
+    """
+
+    model: nn.Module  # in any mode
+    inputs: Inputs  # positional arguments of its forward, with batch dimension
+    sites: tuple[ConvSite, ...]
+
+
+def traced(model: nn.Module, inputs: Inputs) -> TracedModel:
+    """Return `model` with its convolutions, as `trace` finds them in a private copy.
+
+    Raises:
+        SepconvertError: the model is TorchScript or quantised, or its forward pass fails on these inputs.
+    """
+    return TracedModel(model, inputs, trace(private_copy(model), inputs))
+
+
 @dataclass
 class _Record:
-    """What one convolution call was seen to do."""
+    """A convolution call that was made, and how its module used it."""
 
-    module: nn.Module
-    index: int
-    function: str
-    arguments: dict[str, Any]
+    call: Call
     output: Tensor
     module_inputs: Inputs | None
     reads_module_input: bool = False
     returns_output: bool = False
+
+
+@dataclass(frozen=True)
+class _Hidden:
+    """Kind of a module of which some convolutions cannot be followed, and the reason."""
+
+    kind: str
+    obstacle: str
 
 
 def trace(model: nn.Module, inputs: Inputs) -> tuple[ConvSite, ...]:
@@ -92,7 +126,7 @@ def trace(model: nn.Module, inputs: Inputs) -> tuple[ConvSite, ...]:
         inputs: positional arguments of its forward, with batch dimension.
 
     Raises:
-        SepconvertError: the model is quantised, or its forward pass fails on these inputs.
+        SepconvertError: the model is TorchScript or quantised, or its forward pass fails on these inputs.
     """
     if isinstance(model, torch.jit.ScriptModule):
         raise SepconvertError(
@@ -105,25 +139,29 @@ def trace(model: nn.Module, inputs: Inputs) -> tuple[ConvSite, ...]:
         )
     records, hidden = _run(model, inputs)
     # One entry for a layer of which some calls are followed and some are not.
-    records = [each for each in records if not (isinstance(each.module, _ConvNd) and each.module in hidden)]
+    records = [
+        record
+        for record in records
+        if not (isinstance(record.call.module, _ConvNd) and record.call.module in hidden)
+    ]
     # Weights that the forward pass computes from its input differ on another input, or another batch.
     variable = _variable_weights(model, records, inputs)
     names = _names(model)
     batch = next((value.shape[0] for value in tensors_in(inputs) if value.ndim > 0), 1)
-    grouped: dict[tuple[int, int], list[_Record]] = {}
+    grouped: dict[Place, list[_Record]] = {}
     for record in records:
-        grouped.setdefault((id(record.module), record.index), []).append(record)
+        grouped.setdefault(record.call.place, []).append(record)
     sites = _without_ties(
         [
-            (_site(calls, names, max(batch, 1), variable), calls[0].arguments["weight"])
+            (_site(calls, names, max(batch, 1), variable), calls[0].call.arguments["weight"])
             for calls in grouped.values()
         ]
     )
-    for module, (kind, obstacle) in hidden.items():
-        sites.append(_unseen(module, names[id(module)], kind, obstacle))
+    for module, reason in hidden.items():
+        sites.append(_unseen(module, names[id(module)], reason.kind, reason.obstacle))
     # By their weights too: `conv.forward(x)` is a call by the module that makes it.
-    executed = {id(record.module) for record in records} | {id(r.arguments["weight"]) for r in records}
-    executed |= set(map(id, hidden))
+    executed = {id(record.call.module) for record in records} | set(map(id, hidden))
+    executed |= {id(record.call.arguments["weight"]) for record in records}
     for module in model.modules():
         if isinstance(module, _ConvNd) and executed.isdisjoint((id(module), id(module.weight))):
             sites.append(
@@ -132,35 +170,32 @@ def trace(model: nn.Module, inputs: Inputs) -> tuple[ConvSite, ...]:
     return tuple(sites)
 
 
-def _run(model: nn.Module, inputs: Inputs) -> tuple[list[_Record], dict[nn.Module, tuple[str, str]]]:
-    """What was called, and of modules with calls that cannot be followed their kind and why."""
+def _run(model: nn.Module, inputs: Inputs) -> tuple[list[_Record], dict[nn.Module, _Hidden]]:
+    """Run the model; return the calls that were followed, and the modules that make others."""
     records: list[_Record] = []
-    hidden: dict[nn.Module, tuple[str, str]] = {}
+    hidden: dict[nn.Module, _Hidden] = {}
 
-    def on_call(
-        module: nn.Module, index: int, function: str, arguments: dict[str, Any], call: Callable[..., Tensor]
-    ) -> Tensor:
-        output = call()
+    def on_call(call: Call) -> Tensor:
+        output = call.run()
         if (transform := torch._C._functorch.peek_interpreter_stack()) is not None:
             if transform.key() in (TransformType.Grad, TransformType.Jvp):
                 raise SepconvertError(
                     "the model's forward differentiates a convolution (torch.func), which torch's exporters "
-                    "leave in disorder; convert the part that is differentiated, and put it back"
+                    "cannot translate; convert the part that is differentiated, and put it back"
                 )
-            kind = type(module).__name__ if isinstance(module, _ConvNd) else f"functional {function}"
-            hidden[module] = kind, "it runs under a transform of torch.func, such as vmap"
+            is_module = isinstance(call.module, _ConvNd)
+            kind = type(call.module).__name__ if is_module else f"functional {call.function}"
+            hidden[call.module] = _Hidden(kind, "it runs under a transform of torch.func, such as vmap")
             return output
         frame = interceptor.frames[-1]
-        reads = any(arguments.get("input") is value for value in frame.inputs)
+        reads = any(call.arguments.get("input") is value for value in frame.inputs)
         module_inputs = None if frame.kwargs else frame.inputs
-        records.append(
-            _Record(module, index, function, arguments, output, module_inputs, reads_module_input=reads)
-        )
+        records.append(_Record(call, output, module_inputs, reads_module_input=reads))
         return output
 
     def on_return(frame: Frame, output: Any) -> None:
         if frame.calls:
-            records_of_call = [record for record in records if record.module is frame.module]
+            records_of_call = [record for record in records if record.call.module is frame.module]
             if records_of_call:  # or the call failed
                 records_of_call[-1].returns_output = output is records_of_call[-1].output
 
@@ -172,23 +207,25 @@ def _run(model: nn.Module, inputs: Inputs) -> tuple[list[_Record], dict[nn.Modul
         except SepconvertError:
             raise
         except Exception as error:  # the model's own code may raise anything
-            shapes = ", ".join("x".join(map(str, value.shape)) for value in tensors_in(inputs))
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            advice = (
-                "the command line gives a model one tensor; pass a tuple of all its inputs in Python"
-                if isinstance(error, TypeError) and "missing" in reason
-                else "check the input's shape"
-            )
-            raise SepconvertError(
-                f"the model's forward pass failed on input {shapes}: {reason}; {advice}"
-            ) from error
+            raise _failed(inputs, error) from error
     for module, count in outside.count.items():
-        hidden[module] = "TorchScript or C++", f"{count} convolutions run outside Python"
+        hidden[module] = _Hidden("TorchScript or C++", f"{count} convolutions run outside Python")
     return records, hidden
 
 
+def _failed(inputs: Inputs, error: Exception) -> SepconvertError:
+    shapes = ", ".join("x".join(map(str, value.shape)) for value in tensors_in(inputs))
+    reason = first_line(error)
+    advice = (
+        "the command line gives a model one tensor; pass a tuple of all its inputs in Python"
+        if isinstance(error, TypeError) and "missing" in reason
+        else "check the input's shape"
+    )
+    return SepconvertError(f"the model's forward pass failed on input {shapes}: {reason}; {advice}")
+
+
 def _quantised(model: nn.Module) -> str | None:
-    """The first part of a model that is, by torch.ao or torchao; None if none is."""
+    """Describe the first part of a model that torch.ao or torchao has quantised; None if there is none."""
     for name, module in model.named_modules():
         kind = type(module)
         if ".quantized." in f"{kind.__module__}.":
@@ -204,7 +241,7 @@ def _quantised(model: nn.Module) -> str | None:
 
 
 def _other_inputs(inputs: Inputs, more: int) -> Inputs:
-    """Other values, and `more` samples more."""
+    """Return random values in the place of the inputs, with so many `more` samples."""
     generator = torch.Generator().manual_seed(0)
 
     def other(value: Tensor) -> Tensor:
@@ -214,32 +251,19 @@ def _other_inputs(inputs: Inputs, more: int) -> Inputs:
     return floating(other, inputs)
 
 
-def _variable_weights(model: nn.Module, records: list[_Record], inputs: Inputs) -> set[tuple[int, int]]:
+def _variable_weights(model: nn.Module, records: list[_Record], inputs: Inputs) -> set[Place]:
+    """Return the places of calls whose weight or bias differs on other inputs."""
     try:
         others, _ = _run(model, _other_inputs(inputs, 1))
     except SepconvertError:  # a model of fixed batch size, or with inputs that are not all batches
         others, _ = _run(model, _other_inputs(inputs, 0))
-    seen = {(id(record.module), record.index): record for record in others}
-    return {
-        key
-        for record in records
-        if (key := (id(record.module), record.index)) in seen and not _same_kernel(record, seen[key])
-    }
-
-
-def _same_kernel(a: _Record, b: _Record) -> bool:
-    for name in ("weight", "bias"):
-        one, other = a.arguments.get(name), b.arguments.get(name)
-        if one is not other and (one is None or other is None or not _same(one, other)):
-            return False
-    return True
-
-
-def _same(a: Tensor, b: Tensor) -> bool:
-    return a is b or (a.shape == b.shape and bool(torch.equal(a, b)))
+    seen = {record.call.place: record.call for record in others}
+    calls = (record.call for record in records if record.call.place in seen)
+    return {call.place for call in calls if not call.same_kernel(seen[call.place])}
 
 
 def _names(model: nn.Module) -> dict[int, list[str]]:
+    """Return all paths of each module, by its identity."""
     names: dict[int, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         names.setdefault(id(module), []).append(name)
@@ -247,71 +271,79 @@ def _names(model: nn.Module) -> dict[int, list[str]]:
 
 
 def _site(
-    calls: list[_Record], names: Mapping[int, list[str]], batch: int, variable: set[tuple[int, int]]
+    records: list[_Record], names: Mapping[int, list[str]], batch: int, variable: set[Place]
 ) -> ConvSite:
-    first = calls[0]
-    module, weight = first.module, first.arguments["weight"]
+    first, calls = records[0], [record.call for record in records]
+    call, module = first.call, first.call.module
+    weight, bias = call.arguments["weight"], call.arguments.get("bias")
     owner, *others = names[id(module)]
     is_module = isinstance(module, _ConvNd)
-    suffix = "" if is_module else f"{'.' if owner else ''}{_call_name(first)}"
-    bias = first.arguments.get("bias")
+    suffix = "" if is_module else f"{'.' if owner else ''}{call.name}"
     # A parametrised module has other parameters than its weight.
     trained = tuple(module.parameters()) if is_module else (weight, bias)
-    spec, obstacle = _geometry(first)
-    if obstacle is None and not bool(torch.isfinite(weight).all()):
-        obstacle = "its kernel holds NaN or Inf"
-    if obstacle is None and not all(_same_kernel(call, first) for call in calls):
-        obstacle = "it is called with different kernels or biases"
-    if obstacle is None and any(_geometry(call)[0] != spec for call in calls):
-        obstacle = "it is called with different geometries"
-    if obstacle is None and (id(module), first.index) in variable:
-        obstacle = "its kernel or bias is computed from the input"
-    if obstacle is None and is_module and not _plain(module):
-        obstacle = _own_forward_obstacle(first)
+    spec, obstacle = _geometry(call)
+    conv = None
+    if spec is not None:
+        conv = DenseConv(
+            spec,
+            weight.detach().cpu(),
+            None if bias is None else bias.detach().cpu(),
+            _layer_input(call, spec).detach().cpu(),
+            weight.device,
+        )
     return ConvSite(
         name=f"{owner}{suffix}",
         aliases=tuple(
             f"{other}{'.' if other else ''}{suffix.lstrip('.')}" if suffix else other for other in others
         ),
-        kind=type(module).__name__ if is_module else f"functional {first.function}",
+        kind=type(module).__name__ if is_module else f"functional {call.function}",
         owner=owner,
-        index=None if is_module else first.index,
+        index=None if is_module else call.place[1],
         calls=len(calls),
-        sizes=tuple(size for call in calls for size in _sizes(call, spec, batch)),
-        macs=sum(_macs(call) for call in calls) // batch,
+        sizes=tuple(size for each in calls for size in _sizes(each, spec, batch)),
+        macs=sum(record.call.macs(record.output) for record in records) // batch,
         params=sum(value.numel() for value in trained if isinstance(value, nn.Parameter)),
         frozen=_frozen(module if is_module else None, weight, bias),
-        conv=None
-        if spec is None
-        else DenseConv(
-            spec,
-            weight.detach().cpu(),
-            None if bias is None else bias.detach().cpu(),
-            _layer_input(first, spec).detach().cpu(),
-            weight.device,
-        ),
+        conv=conv,
         owner_inputs=None if is_module else first.module_inputs,
-        obstacle=obstacle,
+        obstacle=obstacle or _obstacle(records, spec, computed=call.place in variable),
     )
 
 
-def _frozen(module: nn.Module | None, weight: Tensor, bias: Tensor | None) -> frozenset[str]:
-    """Of a module, which may be parametrised, by its parameters; else by the tensors themselves.
+def _obstacle(records: list[_Record], spec: ConvSpec | None, *, computed: bool) -> str | None:
+    """Reason not to replace a plain convolution, by how it is called; None if there is none."""
+    first, calls = records[0], [record.call for record in records]
+    if not bool(torch.isfinite(first.call.arguments["weight"]).all()):
+        return "its kernel holds NaN or Inf"
+    if not all(call.same_kernel(first.call) for call in calls):
+        return "it is called with different kernels or biases"
+    if any(_geometry(call)[0] != spec for call in calls):
+        return "it is called with different geometries"
+    if computed:
+        return "its kernel or bias is computed from the input"
+    if isinstance(first.call.module, _ConvNd) and not _plain(first.call.module):
+        return _own_forward_obstacle(first)
+    return None
 
-    A bias that is none goes with the weight.
+
+def _frozen(module: nn.Module | None, weight: Tensor, bias: Tensor | None) -> frozenset[str]:
+    """Return which of weight and bias require no gradient; an absent bias goes with the weight.
+
+    The parameters of a module decide, which may be parametrised; without a module, the tensors themselves.
     """
     trained = {"weight": weight.requires_grad, "bias": (weight if bias is None else bias).requires_grad}
     if module is not None:
         named = list(module.named_parameters())
         of_bias = {name for name, _ in named if name.removeprefix("parametrizations.").startswith("bias")}
-        trained["weight"] = any(each.requires_grad for name, each in named if name not in of_bias)
-        biases = [each for name, each in named if name in of_bias]
-        trained["bias"] = any(each.requires_grad for each in biases) if biases else trained["weight"]
-    return frozenset(name for name, wanted in trained.items() if not wanted)
+        weights = [parameter for name, parameter in named if name not in of_bias]
+        biases = [parameter for name, parameter in named if name in of_bias]
+        trained["weight"] = any(parameter.requires_grad for parameter in weights)
+        trained["bias"] = any(parameter.requires_grad for parameter in biases or weights)
+    return frozenset(name for name, is_trained in trained.items() if not is_trained)
 
 
 def _without_ties(sites: list[tuple[ConvSite, Tensor]]) -> list[ConvSite]:
-    """Keep convolutions that share a parameter: factors of their own would untie them in training."""
+    """Give convolutions that share a parameter an obstacle: separate factors would untie them in training."""
     untied = []
     for site, weight in sites:
         others = [other.name for other, tensor in sites if tensor is weight and other is not site]
@@ -324,15 +356,8 @@ def _without_ties(sites: list[tuple[ConvSite, Tensor]]) -> list[ConvSite]:
     return untied
 
 
-def _call_name(record: _Record) -> str:
-    """`conv2d_0`, unless an earlier conversion has left a submodule of that name."""
-    name = f"{record.function}_{record.index}"
-    while hasattr(record.module, name):
-        name += "_"
-    return name
-
-
 def _unseen(module: nn.Module, names: list[str], kind: str, obstacle: str) -> ConvSite:
+    """Return the entry for a module whose convolutions were not followed."""
     params = sum(parameter.numel() for parameter in module.parameters(recurse=False))
     return ConvSite(
         name=names[0],
@@ -352,108 +377,66 @@ def _unseen(module: nn.Module, names: list[str], kind: str, obstacle: str) -> Co
 
 
 def _plain(module: nn.Module) -> bool:
-    """Does it compute what `nn.Conv2d` computes? Parametrised classes do: they only make the weight."""
+    """Tell whether it computes what `nn.Conv2d` does; parametrised classes do, they only make the weight."""
     cls = type(module)
     return cls.forward is nn.Conv2d.forward and getattr(cls, "_conv_forward", None) is nn.Conv2d._conv_forward
 
 
-def _geometry(record: _Record) -> tuple[ConvSpec | None, str | None]:
-    """Geometry of a two-dimensional convolution, or the reason why there is none."""
-    arguments = record.arguments
-    weight: Tensor = arguments["weight"]
-    if "transpose" in record.function or arguments.get("transposed"):
+def _geometry(call: Call) -> tuple[ConvSpec | None, str | None]:
+    """Return the geometry of a two-dimensional convolution, or the reason why there is none."""
+    weight: Tensor = call.arguments["weight"]
+    if "transpose" in call.function or call.arguments.get("transposed"):
         return None, "transposed convolutions are not factorised"
     if weight.ndim != 4:
         return None, f"{weight.ndim - 2}-D convolutions are not factorised"
     if not weight.is_floating_point():
         return None, f"kernels of {weight.dtype} are not factorised"
-    stride, dilation = _pair(arguments.get("stride", 1)), _pair(arguments.get("dilation", 1))
-    module = record.module
-    mode: PaddingMode = "zeros"
-    padding = arguments.get("padding", 0)
+    spec, module = call.spec, call.module
     if isinstance(module, nn.Conv2d) and _plain(module):
         # Seen from outside, a padding mode other than zeros is a call to F.pad.
-        mode, padding = module.padding_mode, module.padding
-    return ConvSpec(
-        in_channels=weight.shape[1] * arguments.get("groups", 1),
-        out_channels=weight.shape[0],
-        kernel_size=(weight.shape[2], weight.shape[3]),
-        stride=stride,
-        padding=resolve_padding(padding, (weight.shape[2], weight.shape[3]), dilation),
-        dilation=dilation,
-        groups=arguments.get("groups", 1),
-        padding_mode=mode,
-        bias=arguments.get("bias") is not None,
-    ), None
+        padding = resolve_padding(module.padding, spec.kernel_size, spec.dilation)
+        spec = replace(spec, padding=padding, padding_mode=module.padding_mode)
+    return spec, None
 
 
-def resolve_padding(padding: Any, kernel_size: Pair, dilation: Pair) -> tuple[Pair, Pair]:
-    """(before, after) per axis. 'same' puts the odd element after, as torch does."""
-    if padding == "valid":
-        return (0, 0), (0, 0)
-    if padding == "same":
-        totals = [d * (k - 1) for d, k in zip(dilation, kernel_size, strict=True)]
-        vertical, horizontal = ((total // 2, total - total // 2) for total in totals)
-        return vertical, horizontal
-    vertical_padding, horizontal_padding = _pair(padding)
-    return (vertical_padding, vertical_padding), (horizontal_padding, horizontal_padding)
-
-
-def _pair(value: Any) -> Pair:
-    """An int, or a sequence of one or two ints, as a pair."""
-    values = [value] if isinstance(value, int) else list(value)
-    return int(values[0]), int(values[-1])
-
-
-def _layer_input(record: _Record, spec: ConvSpec) -> Tensor:
-    """The input of the layer: a padding mode other than zeros pads before it calls the convolution."""
-    called: Tensor = record.arguments["input"]
+def _layer_input(call: Call, spec: ConvSpec) -> Tensor:
+    """Return the layer's input, without the padding that modes other than zeros add before the call."""
+    inputs: Tensor = call.arguments["input"]
     if spec.padding_mode == "zeros":
-        return called
+        return inputs
     (top, bottom), (left, right) = spec.padding
-    return called[..., top : called.shape[-2] - bottom, left : called.shape[-1] - right]
+    return inputs[..., top : inputs.shape[-2] - bottom, left : inputs.shape[-1] - right]
 
 
-def _sizes(record: _Record, spec: ConvSpec | None, batch: int) -> tuple[Pair, ...]:
-    """Input size of one sample, once per image that the call convolves for it."""
+def _sizes(call: Call, spec: ConvSpec | None, batch: int) -> tuple[Pair, ...]:
+    """Return the input size, once for each image that the call convolves for one sample."""
     if spec is None:
         return ()
-    inputs = _layer_input(record, spec)
+    inputs = _layer_input(call, spec)
     images = inputs.shape[0] if inputs.ndim == 4 else 1
     return ((inputs.shape[-2], inputs.shape[-1]),) * max(images // batch, 1)
 
 
-def _macs(record: _Record) -> int:
-    """Multiply-adds as fvcore counts them: positions of the output (input if transposed) × weights."""
-    weight, transposed = record.arguments["weight"], "transpose" in record.function
-    positions: Tensor = record.arguments["input"] if transposed else record.output
-    dims = weight.ndim - 2
-    images = positions.shape[0] if positions.ndim == weight.ndim else 1
-    return images * math.prod(positions.shape[-dims:]) * int(weight.numel())
-
-
 def _own_forward_obstacle(record: _Record) -> str | None:
-    """None if a subclass with a forward of its own is seen to do nothing but convolve its input."""
-    cls = f"{type(record.module).__module__}.{type(record.module).__name__}"
+    """Return None if a subclass with a forward of its own is seen to do nothing but convolve its input."""
+    call, spec = record.call, record.call.spec
+    cls = f"{type(call.module).__module__}.{type(call.module).__name__}"
     reason = f"the forward of {cls} does more than convolve its input"
-    if record.index != 0 or not (record.reads_module_input and record.returns_output):
+    if call.place[1] != 0 or not (record.reads_module_input and record.returns_output):
         return reason
     # Padding by the size of the input may have been nothing at the size seen so far.
-    inputs, weight = record.arguments["input"], record.arguments["weight"]
-    module = private_copy(record.module)
+    inputs, weight = call.arguments["input"], call.arguments["weight"]
+    module = private_copy(call.module)
     for extra in range(4):
-        size = [
-            _pair(record.arguments.get("dilation", 1))[axis] * weight.shape[2 + axis] + 4 + extra
-            for axis in (0, 1)
-        ]
+        size = [spec.dilation[axis] * spec.kernel_size[axis] + 4 + extra for axis in (0, 1)]
         try:
             seen, _ = _run(module, (inputs.new_zeros(*inputs.shape[:-2], *size),))
         except SepconvertError:  # it takes other arguments too
             return reason
         if len(seen) != 1 or not (seen[0].reads_module_input and seen[0].returns_output):
             return reason
-        if _geometry(replace(seen[0], module=record.module)) != _geometry(record):
+        if _geometry(replace(seen[0].call, module=call.module)) != _geometry(call):
             return reason
-        if not _same(seen[0].arguments["weight"], weight):
+        if not same_values(seen[0].call.arguments["weight"], weight):
             return reason
     return None

@@ -1,40 +1,34 @@
-"""Modes approx and auto: survey the layers, search for a plan, fine-tune it, and describe each layer."""
+"""Modes approx and auto: merge pairs, survey the layers, search for a plan, deliver and describe it."""
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from torch import Tensor, nn
-
 from sepconvert.base.distributed import once
-from sepconvert.base.options import Budget, Selection
-from sepconvert.base.progress import Progress
+from sepconvert.base.notes import Reason, ReasonCode
+from sepconvert.base.options import Mode
+from sepconvert.calibration.evidence import Evidence, collect_evidence
 from sepconvert.calibration.heldout import Heldout
-from sepconvert.calibration.importance import fisher_information
-from sepconvert.calibration.record import PATCHES, record
-from sepconvert.calibration.split import Calibration
+from sepconvert.calibration.record import PATCHES
+from sepconvert.calibration.split import CalibrationSet
 from sepconvert.calibration.stream import too_large
 from sepconvert.factorize.approximate.weighted import DEPTHWISE_POINTWISE, POINTWISE_DEPTHWISE
 from sepconvert.factorize.border import Border
 from sepconvert.factorize.exact.analysis import Spectrum, kernel_spectrum
 from sepconvert.factorize.structures import BY_NAME, FORMS
-from sepconvert.measure.latency import Speedup
 from sepconvert.measure.verification import compare_with, reference
-from sepconvert.network.copies import duplicate, private_copy
-from sepconvert.network.merge import linear_pairs
+from sepconvert.network.copies import duplicate
 from sepconvert.network.obstacles import Obstacles
-from sepconvert.network.tensors import Inputs, placed
-from sepconvert.network.trace import ConvSite, trace
-from sepconvert.pipeline.delivery import Finetuning as DeliveryFinetuning
-from sepconvert.pipeline.delivery import delivered
+from sepconvert.network.trace import ConvSite, TracedModel
+from sepconvert.pipeline.delivery import Delivery, deliver
 from sepconvert.pipeline.job import Job
-from sepconvert.pipeline.merging import merge_pairs
+from sepconvert.pipeline.merging import Start, merge_original
 from sepconvert.pipeline.original import Original
-from sepconvert.planning.allocate import Choice
-from sepconvert.planning.carry_out import Fitted, Step, carry_out, explain, restored
-from sepconvert.planning.conversion import Conversion, LayerApproximation, LayerReport, Merge
+from sepconvert.planning.conversion import Conversion, LayerApproximation, LayerReport
 from sepconvert.planning.fitting import replacement
 from sepconvert.planning.forms import (
+    Prices,
+    Unit,
     candidate_forms,
     counted_prices,
     depthwise_obstacle,
@@ -44,211 +38,192 @@ from sepconvert.planning.forms import (
     params_of,
 )
 from sepconvert.planning.plan import LayerPlan, kept
-from sepconvert.planning.search import Point, Search
+from sepconvert.planning.search.curve import Totals
+from sepconvert.planning.search.search import Search
 from sepconvert.planning.survey import LayerSurvey, survey
-from sepconvert.planning.timing import FORM_RUNS, Clock
+from sepconvert.planning.timing import FORM_RUNS
+from sepconvert.planning.workshop import Fitted, Stopwatch, Workshop
 
 
 def convert_approximately(original: Original, job: Job) -> Conversion:
-    """Replace convolutions by factors, depthwise and pointwise ones or all kinds, under a budget."""
-    model, inputs, sites = original.model, original.inputs, original.sites
-    start, start_sites, start_cost, merges = model, sites, original.cost, tuple[Merge, ...]()
-    if job.mode == "auto":
-        start, merges = merge_pairs(
-            model, inputs,
-            linear_pairs(model, inputs, [site for site in sites if job.selection.admits(site.name)]),
-            gate=job.gate, clock=original.clock, seed=job.seed, progress=job.progress,
-        )  # fmt: skip
-    if start is not model:
-        start_sites, start_cost = trace(private_copy(start), inputs), original.count(start)
-    parts = original.data
-    made = _convert(
-        start, inputs, start_sites, original=model, mode=job.mode, gate=job.gate, clock=original.clock,
-        include=job.selection.include, exclude=job.selection.exclude, budget=job.budget,
-        calibration=parts.calibration,
-        finetuning=DeliveryFinetuning(
-            job.finetuning.epochs, parts.train, parts.heldout, parts.labelled, job.finetuning.precision,
-            job.finetuning.checkpoint, job.finetuning.resume, job.finetuning.on_step,
-        ) if job.finetuning and parts.train and parts.heldout else None,
-        accuracy=None if original.predictions is None else original.delta,
-        total_macs=original.cost.macs, total_params=original.cost.params,
-        saved_macs=original.cost.macs - start_cost.macs,
-        saved_params=original.cost.params - start_cost.params,
-        runs=job.timing.runs, seed=job.seed, progress=job.progress,
-    )  # fmt: skip
-    return made.with_merges(sites, merges) if job.mode == "auto" else made
-
-
-def _convert(
-    model: nn.Module,
-    inputs: Inputs,
-    sites: tuple[ConvSite, ...],
-    *,
-    original: nn.Module,
-    mode: str,
-    gate: str,
-    clock: Clock,
-    include: Sequence[str],
-    exclude: Sequence[str],
-    budget: Budget,
-    calibration: Calibration | None,
-    finetuning: DeliveryFinetuning | None,
-    accuracy: Callable[[nn.Module], Any] | None,
-    total_macs: int,
-    total_params: int,
-    saved_macs: int,
-    saved_params: int,
-    runs: int,
-    seed: int,
-    progress: Progress,
-) -> Conversion:
     """Replace convolutions by factors, depthwise and pointwise ones or all kinds, under a budget.
 
-    See `pipeline.convert`.
+    Args:
+        original: the model and all that is known of it.
+        job: its budget has the default filled in already (see `Budget.or_default`).
 
-    `original` is `model` before pairs were merged, which saved MACs and parameters of the totals. `accuracy`
-    compares a model with it on the evaluation data.
+    Raises:
+        DemandNotMetError: no plan meets the budget.
+        SepconvertError: the model cannot run on the images, or they do not suffice.
     """
-    reasons = _obstacles(model, inputs, sites, mode, include, exclude)
-    layers = [site for site in sites if site.name not in reasons]
+    auto = job.mode == "auto"
+    start = merge_original(original, job) if auto else Start(original.traced, original.cost)
+    findings = _survey(original, start, job)
+    workshop = _workshop(original, start, job, findings)
+    search = Search(findings.surveyed, workshop, _totals(original, start, workshop, findings.unit))
+    delivery = deliver(original, job, search, workshop)
+    conversion = _described(original, start, job, findings, search, workshop, delivery)
+    return conversion.with_merges(original.sites, start.merges) if auto else conversion
+
+
+@dataclass(frozen=True)
+class _Findings:
+    """The survey of a model's layers, and what it was made with."""
+
+    layers: tuple[ConvSite, ...]  # that may be replaced
+    reasons: Mapping[str, Reason]  # for which others are kept, whatever the budget
+    evidence: Evidence | None
+    heldout: Heldout | None
+    unit: Unit  # of costs
+    surveyed: Mapping[str, LayerSurvey]
+
+
+def _survey(original: Original, start: Start, job: Job) -> _Findings:
+    """Find the layers that may be replaced, and fit all forms of each that pass the gate."""
+    model, calibration = start.model, original.data.calibration
+    reasons = _obstacles(start.traced, job)
+    layers = [site for site in start.sites if site.name not in reasons]
+    heldout: Heldout | None = None
     if calibration is not None:
-        share = {number: placed(batch, model) for number, batch in calibration.share.items()}
-        images = sum(map(len, calibration.fit))
-        reasons |= too_large(model, share, layers, images=images, memory=calibration.memory)
+        share = calibration.share(model)
+        large = too_large(model, share, layers, images=calibration.images, memory=calibration.memory)
+        reasons |= {name: Reason(ReasonCode.TOO_LARGE, text) for name, text in large.items()}
         layers = [site for site in layers if site.name not in reasons]
-    heldout = (
-        Heldout(model, calibration.heldout, calibration.labels)
-        if calibration and calibration.heldout
-        else None
-    )
-    unit = "params" if budget.target_params else "macs"
-    exact = {site.name: exact_forms(site) for site in layers} if mode == "auto" else {}
-    prices = {
-        site.name: counted_prices(site, candidate_forms(site, budget.rank, exact.get(site.name)), gate, unit)
-        for site in layers
-    }
-    if gate == "latency":
-        times, slow = once(lambda: measured_prices(layers, prices, exact, clock, progress))
-        reasons |= slow
-        if budget.share is None:
-            unit, prices = "milliseconds", times
-        else:
-            prices = {name: prices[name].of(each.forms) for name, each in times.items()}
+        if calibration.heldout:
+            heldout = Heldout(model, calibration.heldout, calibration.labels)
+    unit, prices, slow = _prices(original, layers, job)
+    reasons |= slow
+    evidence: Evidence | None = None
     if calibration is not None:
-        calibration = replace(
-            calibration,
-            answers=record(model, share, layers, images=images, seed=seed),
-            importance=fisher_information(model, share, layers, seed=seed),
-        )
-    surveyed = survey(model, layers, calibration, heldout, prices, progress)
+        evidence = collect_evidence(model, layers, calibration, seed=job.seed)
+    surveyed = survey(model, layers, evidence, heldout, prices, job.progress)
+    return _Findings(tuple(layers), reasons, evidence, heldout, unit, surveyed)
 
-    def timed(models: Sequence[nn.Module]) -> tuple[float, list[Speedup]]:
-        return once(lambda: clock.plans(original, models, inputs, runs or FORM_RUNS, progress))
 
-    earlier: list[Fitted] = []
+def _prices(
+    original: Original, layers: Sequence[ConvSite], job: Job
+) -> tuple[Unit, Mapping[str, Prices], Mapping[str, Reason]]:
+    """Return the unit of costs, the prices of each layer's forms, and why other layers have none."""
+    unit: Unit = "params" if job.budget.target_params else "macs"
+    exact = {site.name: exact_forms(site) for site in layers} if job.mode == "auto" else {}
+    forms = {site.name: candidate_forms(site, job.budget.rank, exact.get(site.name)) for site in layers}
+    counted = {site.name: counted_prices(site, forms[site.name], job.gate, unit) for site in layers}
+    if job.gate != "latency":
+        return unit, counted, {}
+    timed, slow = once(lambda: measured_prices(layers, counted, exact, original.clock, job.progress))
+    if job.budget.share is None:
+        return "milliseconds", timed, slow
+    return unit, {name: counted[name].of(each.forms) for name, each in timed.items()}, slow
 
-    def carried_out(choice: Choice) -> Fitted:
-        found = carry_out(model, layers, choice, surveyed, calibration, heldout, progress, tuple(earlier))
-        earlier.append(found)
-        return found
 
-    by_time = unit == "milliseconds"
-    total: float = total_params if unit == "params" else total_macs
-    saved: float = saved_params if unit == "params" else saved_macs
-    if by_time:
-        total, merged = timed([] if model is original else [model])
-        saved = sum(total * (1 - 1 / each.median) for each in merged)
-    search = Search(
-        surveyed,
-        total_macs,
-        total,
-        carry_out=carried_out,
-        sketched=lambda choice: restored(
-            model, layers, {name: surveyed[name].offer(each).fitted for name, each in choice.items()}
-        ),
-        restored=lambda fitted, name: restored(model, layers, fitted.layers, name),
-        divergence=None if heldout is None else lambda each: heldout.measure(each).divergence,
-        accuracy=accuracy,
-        speedups=(lambda models: timed(models)[1]) if runs or by_time else None,
-        timed=by_time,
-        progress=progress,
-        saved_macs=saved_macs,
-        saved=saved,
+def _obstacles(traced: TracedModel, job: Job) -> dict[str, Reason]:
+    """Return why layers are kept, whatever the budget."""
+    obstacles, approx = Obstacles(traced), job.mode == "approx"
+    reasons = {}
+    for site in traced.sites:
+        if not job.selection.admits(site.name):
+            reasons[site.name] = Reason(ReasonCode.NOT_SELECTED, "not selected")
+            continue
+        why = site.obstacle
+        if why is None and site.params == 0 and (approx or not exact_forms(site)):
+            why = "its filters are fixed: exact forms alone may take their place"
+        if why is None and approx:
+            why = depthwise_obstacle(site, named=bool(job.selection.include))
+        why = why or obstacles.of(site)
+        if why is not None:
+            reasons[site.name] = Reason(ReasonCode.OBSTACLE, why)
+    return reasons
+
+
+def _workshop(original: Original, start: Start, job: Job, findings: _Findings) -> Workshop:
+    runs = job.timing.runs
+    stopwatch = Stopwatch(original.clock, original.model, original.inputs, runs or FORM_RUNS, job.progress)
+    timed = job.runs or findings.unit == "milliseconds" or job.budget.min_speedup is not None
+    return Workshop(
+        start.traced,
+        findings.layers,
+        findings.surveyed,
+        findings.evidence,
+        findings.heldout,
+        job.progress,
+        original.delta,
+        stopwatch if timed else None,
     )
-    point, converted, steps, training = delivered(model, search, budget, finetuning, heldout, accuracy, seed)
-    fitted = search.carried_out(point)
-    steps = (*explain(model, layers, fitted, surveyed, heldout), *steps)
-    expected = reference(original, inputs, (), {}, seed)
-    plans = tuple(_layer_plan(site, reasons, surveyed, fitted) for site in sites)
-    replacements = {
-        site.name: replacement(site, fitted.layers[site.name])
-        for site in layers
-        if site.name in fitted.layers
-    }
+
+
+def _totals(original: Original, start: Start, workshop: Workshop, unit: Unit) -> Totals:
+    """Return the cost of the original, and what the pairs that were merged save of it."""
+    macs, saved_macs = original.cost.macs, original.cost.macs - start.cost.macs
+    if unit == "milliseconds" and workshop.stopwatch is not None:
+        merged = [] if start.model is original.model else [start.model]
+        milliseconds, speedups = workshop.stopwatch.time(merged)
+        saved = sum(milliseconds * (1 - 1 / each.median) for each in speedups)
+        return Totals(macs, milliseconds, unit, saved_macs, saved)
+    if unit == "params":
+        return Totals(macs, original.cost.params, unit, saved_macs, original.cost.params - start.cost.params)
+    return Totals(macs, macs, unit, saved_macs, saved_macs)
+
+
+def _described(
+    original: Original,
+    start: Start,
+    job: Job,
+    findings: _Findings,
+    search: Search,
+    workshop: Workshop,
+    delivery: Delivery,
+) -> Conversion:
+    """Return the conversion of the merged model, with a report on each of its layers."""
+    fitted = search.measurements.fitted(delivery.point)
+    steps = (*workshop.explain(fitted), *delivery.steps)
+    expected = reference(original.model, original.inputs, (), {}, job.seed)
+    plans = tuple(_layer_plan(site, findings, fitted) for site in start.sites)
     return Conversion(
-        model=duplicate(converted),  # with memory of its own
+        model=duplicate(delivery.model),  # with memory of its own
         layers=plans,
-        replacements=replacements,
+        replacements={
+            site.name: replacement(site, fitted.layers[site.name])
+            for site in findings.layers
+            if site.name in fitted.layers
+        },
         reports=tuple(
             LayerReport(
                 plan,
                 site,
-                approximation=_layer_report(surveyed, fitted, site.name),
-                spectrum=_spectrum(plan, site, mode),
+                approximation=_layer_approximation(findings.surveyed, fitted, site.name),
+                spectrum=_spectrum(plan, site, job.mode),
             )
-            for plan, site in zip(plans, sites, strict=True)
+            for plan, site in zip(plans, start.sites, strict=True)
         ),
-        expected=(expected, reference(converted, inputs, (), {}, seed)),
-        torch_check=replace(compare_with(expected, converted), tolerance=None),
-        approximation=_document(calibration, budget, unit, search, point, steps, training, accuracy),
+        expected=(expected, reference(delivery.model, original.inputs, (), {}, job.seed)),
+        torch_check=replace(compare_with(expected, delivery.model), tolerance=None),
+        approximation={
+            **_calibration_json(original.data.calibration),
+            "budget": asdict(job.budget),
+            "unit": findings.unit,
+            "curve": search.to_json(delivery.point),
+            "plans_measured_on_data": sum(point.measured.accuracy is not None for point in search.points),
+            "steps": [step.to_json() for step in steps],
+            "finetune": delivery.training_json(),
+        },
     )
 
 
-def _obstacles(
-    model: nn.Module,
-    inputs: Inputs,
-    sites: Sequence[ConvSite],
-    mode: str,
-    include: Sequence[str],
-    exclude: Sequence[str],
-) -> dict[str, str]:
-    """Why layers are kept, whatever the budget."""
-    obstacles = Obstacles(model, inputs, sites)
-    reasons = {}
-    for site in sites:
-        if not Selection(include, exclude).admits(site.name):
-            reason: str | None = "not selected"
-        else:
-            reason = site.obstacle
-            if reason is None and site.params == 0 and (mode == "approx" or not exact_forms(site)):
-                reason = "its filters are fixed: exact forms alone may take their place"
-            if reason is None and mode == "approx":
-                reason = depthwise_obstacle(site, named=bool(include))
-            reason = reason or obstacles.of(site)
-        if reason is not None:
-            reasons[site.name] = reason
-    return reasons
-
-
-def _layer_plan(
-    site: ConvSite, reasons: Mapping[str, str], surveyed: Mapping[str, LayerSurvey], fitted: Fitted
-) -> LayerPlan:
-    if site.name in reasons:
-        return kept(site, reasons[site.name])
+def _layer_plan(site: ConvSite, findings: _Findings, fitted: Fitted) -> LayerPlan:
+    if site.name in findings.reasons:
+        return kept(site, findings.reasons[site.name])
     found = fitted.layers.get(site.name)
     if found is None or site.conv is None:
-        return kept(
-            site,
-            "kept by the budget"
-            if site.name in surveyed
-            else "no form passes the gate (--gate none converts it)",
-        )
+        if site.name in findings.surveyed:
+            return kept(site, Reason(ReasonCode.BUDGET, "kept by the budget"))
+        return kept(site, Reason(ReasonCode.COSTS_MORE, "no form passes the gate (gate none converts it)"))
     form = found.scheme, found.rank
+    rank = f"rank {found.rank} of {FORMS[found.scheme].full_rank(site.conv.spec)}"
     return LayerPlan(
         name=site.name,
         kind=site.kind,
         decision="converted",
-        reason=f"rank {found.rank} of {FORMS[found.scheme].full_rank(site.conv.spec)}",
+        reason=Reason(ReasonCode.FITTED, rank),
         spec=site.conv.spec,
         scheme=found.scheme,
         rank=found.rank,
@@ -260,24 +235,24 @@ def _layer_plan(
     )
 
 
-def _layer_report(
+def _layer_approximation(
     surveyed: Mapping[str, LayerSurvey], fitted: Fitted, name: str
 ) -> LayerApproximation | None:
     if name not in fitted.layers:
         return None
-    found, survey_of = fitted.layers[name], surveyed[name]
+    found, layer = fitted.layers[name], surveyed[name]
     return LayerApproximation(
         weight_error=found.weight_error,
         output_error=found.output_error,
         output_error_of_weight_fit=fitted.by_weights[name],
-        output_error_alone=survey_of.offer(fitted.choice[name]).fitted.output_error,
-        sensitivity=survey_of.sensitivity,
+        output_error_alone=layer.offer(fitted.choice[name]).fitted.output_error,
+        sensitivity=layer.sensitivity,
         sweeps=len(found.objective),
     )
 
 
-def _spectrum(plan: LayerPlan, site: ConvSite, mode: str) -> Spectrum | None:
-    """In the form that a layer was replaced by, or that a mode would think of first."""
+def _spectrum(plan: LayerPlan, site: ConvSite, mode: Mode) -> Spectrum | None:
+    """Return a layer's spectrum in the form that it was given, or in the first that its mode considers."""
     if site.conv is None:
         return None
     scheme = plan.scheme
@@ -287,35 +262,16 @@ def _spectrum(plan: LayerPlan, site: ConvSite, mode: str) -> Spectrum | None:
     return None if scheme is None else kernel_spectrum(site.conv.spec, site.conv.weight, scheme, plan.rank)
 
 
-def _document(
-    calibration: Calibration | None,
-    budget: Budget,
-    unit: str,
-    search: Search,
-    point: Point,
-    steps: Sequence[Step],
-    training: Mapping[str, Any] | None,
-    accuracy: Callable[[nn.Module], Any] | None,
-) -> dict[str, Any]:
-    def count(batches: Sequence[Tensor]) -> int:
-        return sum(map(len, batches))
-
+def _calibration_json(calibration: CalibrationSet | None) -> dict[str, Any]:
+    """Return the entries `metric` and `calibration` of the report's `approximation`."""
+    if calibration is None:
+        return {"metric": "weights", "calibration": None}
     return {
-        "metric": "weights" if calibration is None else "data",
-        "calibration": None
-        if calibration is None
-        else {
+        "metric": "data",
+        "calibration": {
             "origin": calibration.origin,
-            "images": count(calibration.fit),
-            "heldout": count(calibration.heldout),
+            "images": calibration.images,
+            "heldout": sum(map(len, calibration.heldout)),
             "patches_per_unknown": PATCHES,
         },
-        "budget": asdict(budget),
-        "unit": unit,
-        "curve": search.to_json(point),
-        "plans_measured_on_data": sum(each.accuracy is not None for each in search.points)
-        if accuracy is not None
-        else 0,
-        "steps": [{"name": step.name, **asdict(step.reached), "kept": step.kept} for step in steps],
-        "finetune": training,
     }

@@ -21,7 +21,7 @@ from sepconvert.network.tensors import Inputs, model_dtype, tensors_in
 from sepconvert.pipeline.approximate import convert_approximately
 from sepconvert.pipeline.exact import analyse_model, convert_exactly, plan_model
 from sepconvert.pipeline.job import Check, Job
-from sepconvert.pipeline.original import Original, examine, select_sites
+from sepconvert.pipeline.original import Original, examine, trace_selected
 from sepconvert.pipeline.stages import Measured, Written, checked_place, measure, result_folder, verify, write
 from sepconvert.planning.conversion import Conversion, LayerReport, Verification
 from sepconvert.planning.plan import ConversionPlan
@@ -84,13 +84,13 @@ def inspect(
     """
     model, inputs = checked(model), as_inputs(example_inputs)
     job = Job(gate=gate, tol=tol, selection=selection, timing=Timing(runs=_RUNS), progress=progress)
-    sites = select_sites(model, inputs, selection)
-    analyses = analyse_model(sites, tol, selection, progress)
-    layers, factorizations = plan_model(model, inputs, sites, analyses, job)
+    traced = trace_selected(model, inputs, selection)
+    analyses = analyse_model(traced.sites, tol, selection, progress)
+    layers, factorizations = plan_model(traced, analyses, job)
     certificates = {name: each.certificate for name, each in factorizations.items()}
     reports = (
         LayerReport(layer, site, analyses.get(site.name), certificates.get(site.name))
-        for layer, site in zip(layers, sites, strict=True)
+        for layer, site in zip(layers, traced.sites, strict=True)
     )
     return {"layers": [report.to_json() for report in reports]}
 

@@ -1,138 +1,37 @@
 """Delivery of a plan: with fine-tuning, as far as earlier attempts show that it may go."""
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from torch import nn
-from torch.utils.data import DataLoader
 
-from sepconvert.base.options import Budget
-from sepconvert.calibration.heldout import Heldout
-from sepconvert.distillation.results import Precision
-from sepconvert.distillation.results import Step as TrainingStep
+from sepconvert.distillation.results import FinetuneResult
 from sepconvert.distillation.training import finetune
-from sepconvert.files.data import Batch
-from sepconvert.measure.metrics import AccuracyDelta
-from sepconvert.planning.carry_out import Fitted, Step
-from sepconvert.planning.search import Point, Search
+from sepconvert.pipeline.job import Job
+from sepconvert.pipeline.original import Original
+from sepconvert.planning.search.curve import Point
+from sepconvert.planning.search.search import Search
+from sepconvert.planning.workshop import Step, StepKind, Workshop
 
-_REFINEMENTS = 5  # of the search: a plan is fitted in a fraction of the time that it is fine-tuned
-
-
-@dataclass(frozen=True)
-class Finetuning:
-    """What to train on, and for how long."""
-
-    epochs: int
-    data: DataLoader[Batch]
-    heldout: DataLoader[Batch]
-    labelled: bool
-    precision: Precision | None = None
-    checkpoint: Path | None = None
-    resume: bool = False
-    on_step: Callable[[TrainingStep], None] | None = None
-
-
-_Delivered = tuple[Point, nn.Module, tuple[Step, ...], dict[str, Any] | None]
-
-
-def delivered(
-    model: nn.Module,
-    search: Search,
-    budget: Budget,
-    finetuning: Finetuning | None,
-    heldout: Heldout | None,
-    accuracy: Callable[[nn.Module], AccuracyDelta] | None,
-    seed: int,
-) -> _Delivered:
-    """The plan, its model, what fine-tuning brought, and how it went.
-
-    Where a drop is held to, several plans are fine-tuned, each as far as those before tell that it may go. Of
-    those that come back within the budget the last goes furthest; if there is none, a plan is delivered that
-    needs no fine-tuning.
-    """
-    if finetuning is None:
-        point = search.run(budget)
-        return point, search.carried_out(point).model, (), None
-    if budget.max_drop is None or accuracy is None or _fixes_plan(budget):
-        # The drop is yet to come, and nothing that a plan is chosen by.
-        point = search.run(replace(budget, max_drop=None))
-        fitted = search.carried_out(point)
-        if not point.choice:
-            return point, fitted.model, (), None
-        return point, *_finetune(model, fitted, finetuning, heldout, seed, attempt=0)
-    attempts, found = list[Attempt](), list[_Delivered]()
-    while (drop := next_drop(attempts, budget.max_drop)) is not None:
-        point = search.run(replace(budget, max_drop=min(drop, 100.0)), _REFINEMENTS)
-        if not point.choice or any(point is tried for tried, *_ in found):
-            break
-        fitted = search.carried_out(point)
-        found.append((point, *_finetune(model, fitted, finetuning, heldout, seed, len(attempts))))
-        attempts.append(Attempt(accuracy(fitted.model).drop_pp, accuracy(found[-1][1]).drop_pp))
-    within = [each for each, attempt in zip(found, attempts, strict=True) if attempt.after <= budget.max_drop]
-    training = found[-1][-1] if found else None
-    if within:
-        point, converted, step, training = within[-1]
-    else:
-        point, step = search.run(budget), ()
-        converted = search.carried_out(point).model
-    if training is not None:
-        training["attempts"] = [
-            {"drop_before_pp": attempt.before, "drop_pp": attempt.after, "delivered": each in within[-1:]}
-            for each, attempt in zip(found, attempts, strict=True)
-        ]
-    return point, converted, step, training
-
-
-def _fixes_plan(budget: Budget) -> bool:
-    """By more than the accuracy that it leaves."""
-    return any(demand is not None for demand in (budget.rank, budget.share, budget.min_speedup))
-
-
-def checkpoints(first: Path) -> tuple[Path, ...]:
-    """Of all attempts at fine-tuning."""
-    return first, *(first.with_name(f"{first.name}.{number}") for number in range(2, MOST + 1))
-
-
-def _finetune(
-    model: nn.Module,
-    fitted: Fitted,
-    finetuning: Finetuning,
-    heldout: Heldout | None,
-    seed: int,
-    attempt: int,
-) -> tuple[nn.Module, tuple[Step, ...], dict[str, Any]]:
-    trained = finetune(
-        fitted.model,
-        model,
-        finetuning.data,
-        finetuning.heldout,
-        epochs=finetuning.epochs,
-        labelled=finetuning.labelled,
-        precision=finetuning.precision,
-        checkpoint=finetuning.checkpoint and checkpoints(finetuning.checkpoint)[attempt],
-        resume=finetuning.resume,
-        seed=seed,
-        progress=finetuning.on_step,
-    )
-    step = () if heldout is None else (Step("fine-tune", heldout.measure(trained.model), kept=True),)
-    return trained.model, step, {**trained.to_dict(), "attempts": []}
+_REFINEMENTS = 5  # of the search: fitting a plan takes a fraction of the time of fine-tuning it
 
 
 MOST = 3
-"""Plans to fine-tune at most: each costs as much as the one before."""
+"""Largest number of plans that are fine-tuned: each costs as much as the one before."""
 
 
-# Five epochs brought 11.1 points to 4.0 and 2.5 to 1.1 on a ResNet-9, 6.8 to 2.3 on a ResNet-20.
+# Ratio of the drop that the first attempt looks for, before fine-tuning, to the allowed one. Five epochs
+# brought 11.1 points to 4.0 and 2.5 to 1.1 on a ResNet-9, 6.8 to 2.3 on a ResNet-20.
 _WON_BACK = 3.0
 
 
-_AIM = 0.9  # of the drop that is allowed: what is won back is guessed at
+_AIM = 0.9  # share of the allowed drop that later attempts aim at: their forecast is uncertain
 
 
-_FURTHER = 2.0  # than a plan was seen to come back from: what is won back of more is not known
+_FURTHER = 2.0  # largest step beyond a drop that was won back: how much is won back further away is unknown
 
 
 @dataclass(frozen=True)
@@ -143,12 +42,143 @@ class Attempt:
     after: float
 
 
-def next_drop(attempts: Sequence[Attempt], most: float) -> float | None:
-    """The drop before fine-tuning to look for next, for one of at most `most` afterwards; percentage points.
+@dataclass(frozen=True, eq=False)
+class Tuned:
+    """A plan that was fine-tuned."""
 
-    Between a plan that came back far enough and one that did not, drops afterwards are taken to be linear in
-    those before; short of either, proportional. None after `MOST`, or if no plan is worth an attempt: what
-    is left of the budget is too little, or a plan that keeps within it by itself goes as far.
+    point: Point
+    result: FinetuneResult
+    steps: tuple[Step, ...]  # one, if there are held-out images
+    attempt: Attempt | None = None  # None where no drop was allowed beforehand
+
+
+@dataclass(frozen=True, eq=False)
+class Delivery:
+    """The plan that is delivered, with its model, and all plans that were fine-tuned on the way to it."""
+
+    point: Point
+    model: nn.Module
+    tuned: Tuned | None = None  # if the model is a fine-tuned one
+    tried: tuple[Tuned, ...] = ()
+
+    @property
+    def steps(self) -> tuple[Step, ...]:
+        """Steps that fine-tuning adds to those of the plan."""
+        return () if self.tuned is None else self.tuned.steps
+
+    def training_json(self) -> dict[str, Any] | None:
+        """Return the report's `approximation.finetune`; None if nothing was fine-tuned."""
+        if not self.tried:
+            return None
+        shown = self.tuned or self.tried[-1]
+        attempts = [
+            {
+                "drop_before_pp": each.attempt.before,
+                "drop_pp": each.attempt.after,
+                "delivered": each is self.tuned,
+            }
+            for each in self.tried
+            if each.attempt is not None
+        ]
+        return {**shown.result.to_dict(), "attempts": attempts}
+
+
+def deliver(original: Original, job: Job, search: Search, workshop: Workshop) -> Delivery:
+    """Return the plan that meets the budget, fine-tuned if the job says so.
+
+    If a drop of accuracy is allowed and nothing else is demanded, several plans are fine-tuned, each as far
+    from the original as the earlier ones suggest. The last of those within the budget goes furthest. If there
+    is none, a plan is delivered that needs no fine-tuning.
+
+    Raises:
+        DemandNotMetError: no plan meets the budget.
+    """
+    budget = job.budget
+    if not job.finetuning or original.data.training is None:
+        return _untuned(search, search.run(budget))
+    if budget.max_drop is None or original.predictions is None or _fixes_plan(job):
+        # The drop is known only after fine-tuning, so that no plan is chosen by it.
+        point = search.run(replace(budget, max_drop=None))
+        if not point.plan.choice:
+            return _untuned(search, point)
+        tuned = _fine_tuned(original, job, search, workshop, point, attempt=0)
+        return Delivery(point, tuned.result.model, tuned, (tuned,))
+    tried = _attempts(original, job, search, workshop, budget.max_drop)
+    within = [each for each in tried if each.attempt and each.attempt.after <= budget.max_drop]
+    if within:
+        return Delivery(within[-1].point, within[-1].result.model, within[-1], tried)
+    return replace(_untuned(search, search.run(budget)), tried=tried)
+
+
+def _untuned(search: Search, point: Point) -> Delivery:
+    return Delivery(point, search.measurements.fitted(point).model)
+
+
+def _attempts(
+    original: Original, job: Job, search: Search, workshop: Workshop, most: float
+) -> tuple[Tuned, ...]:
+    """Fine-tune one plan after the other, as far from the original as `next_drop` says."""
+    tried: list[Tuned] = []
+    while (drop := next_drop([each.attempt for each in tried if each.attempt], most)) is not None:
+        point = search.run(replace(job.budget, max_drop=min(drop, 100.0)), _REFINEMENTS)
+        if not point.plan.choice or any(point is each.point for each in tried):
+            break
+        tuned = _fine_tuned(original, job, search, workshop, point, len(tried))
+        models = search.measurements.fitted(point).model, tuned.result.model
+        tried.append(replace(tuned, attempt=Attempt(*(_drop(original, model) for model in models))))
+    return tuple(tried)
+
+
+def _drop(original: Original, model: nn.Module) -> float:
+    delta = original.delta(model)
+    return math.nan if delta is None else delta.drop
+
+
+def _fixes_plan(job: Job) -> bool:
+    """Return whether the budget demands anything besides accuracy."""
+    demands = (job.budget.rank, job.budget.share, job.budget.min_speedup)
+    return any(demand is not None for demand in demands)
+
+
+def checkpoints(first: Path) -> tuple[Path, ...]:
+    """Return the checkpoint files of all attempts at fine-tuning, given that of the first."""
+    return first, *(first.with_name(f"{first.name}.{number}") for number in range(2, MOST + 1))
+
+
+def _fine_tuned(
+    original: Original, job: Job, search: Search, workshop: Workshop, point: Point, attempt: int
+) -> Tuned:
+    options, data = job.finetuning, original.data.training
+    if data is None:
+        raise ValueError("fine-tuning needs images to train on, and others to choose weights by")
+    result = finetune(
+        search.measurements.fitted(point).model,
+        workshop.traced.model,
+        data.train,
+        data.judge,
+        epochs=options.epochs,
+        labelled=data.labelled,
+        precision=options.precision,
+        checkpoint=None if options.checkpoint is None else checkpoints(options.checkpoint)[attempt],
+        resume=options.resume,
+        seed=job.seed,
+        progress=options.on_step,
+    )
+    if workshop.heldout is None:
+        return Tuned(point, result, ())
+    reached = workshop.heldout.measure(result.model)
+    return Tuned(point, result, (Step(StepKind.FINETUNE, "fine-tune", reached, kept=True),))
+
+
+def next_drop(attempts: Sequence[Attempt], most: float) -> float | None:
+    """Return the drop before fine-tuning to look for next, for one of at most `most` afterwards.
+
+    All drops are in percentage points. Between a plan that came back within `most` and one that did not, the
+    drop afterwards is taken to be linear in the drop before; with plans on one side only, proportional to it.
+
+    Returns:
+        None after `MOST` attempts, or if no plan is worth another one: too little of the budget is left, or a
+        plan that keeps within it without fine-tuning goes as far.
     """
     if not attempts:
         return _WON_BACK * most

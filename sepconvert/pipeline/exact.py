@@ -1,4 +1,4 @@
-"""Exact conversion: analyse → plan → rewrite → verify."""
+"""Mode exact: analyse each kernel, plan, rewrite the model, and verify it."""
 
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -10,8 +10,8 @@ from sepconvert.base.progress import Progress, silent
 from sepconvert.factorize.exact.analysis import Analysis, Spectrum, analyse
 from sepconvert.factorize.exact.factors import Factorization
 from sepconvert.measure.verification import (
-    Comparison,
     LayerCheck,
+    OutputCheck,
     Reference,
     check_layer,
     compare_with,
@@ -21,7 +21,7 @@ from sepconvert.network.layers import FactorizedConv2d
 from sepconvert.network.obstacles import Obstacles
 from sepconvert.network.rewrite import Replacement, rewrite
 from sepconvert.network.tensors import Inputs
-from sepconvert.network.trace import ConvSite
+from sepconvert.network.trace import ConvSite, TracedModel
 from sepconvert.pipeline.job import Job
 from sepconvert.pipeline.original import Original
 from sepconvert.planning.conversion import Conversion, LayerReport
@@ -30,13 +30,16 @@ from sepconvert.planning.timing import not_faster
 
 
 def convert_exactly(original: Original, job: Job) -> Conversion:
-    """Replace every convolution that has an exact structure and passes the gate; see `pipeline.convert`."""
+    """Replace every selected convolution that has an exact structure and passes the gate.
+
+    The result is verified in PyTorch, and holds the checks, whether they passed or not.
+    """
     model, inputs, sites = original.model, original.inputs, original.sites
     analyses = analyse_model(sites, job.tol, job.selection, job.progress)
-    layers, factorizations = plan_model(model, inputs, sites, analyses, job)
+    layers, factorizations = plan_model(original.traced, analyses, job)
     by_name = {site.name: site for site in sites}
     replacements = {name: replacement(each, by_name[name]) for name, each in factorizations.items()}
-    converted = rewrite(model, sites, replacements)
+    converted = rewrite(original.traced, replacements)
     certificates = {name: each.certificate for name, each in factorizations.items()}
     tolerances = {name: certificate.channel_tolerance for name, certificate in certificates.items()}
     checks, expected, torch_check = verify_model(
@@ -57,12 +60,9 @@ def convert_exactly(original: Original, job: Job) -> Conversion:
 
 
 def analyse_model(
-    sites: Sequence[ConvSite],
-    tol: float | None,
-    selection: Selection,
-    progress: Progress,
+    sites: Sequence[ConvSite], tol: float | None, selection: Selection, progress: Progress
 ) -> dict[str, Analysis]:
-    """What is known of each kernel that may be replaced."""
+    """Return the analysis of each kernel that may be replaced, by layer."""
     eligible = [site for site in sites if site.obstacle is None and selection.admits(site.name)]
     return {
         site.name: analyse(site.conv.spec, site.conv.weight, site.sizes, tol)
@@ -72,22 +72,26 @@ def analyse_model(
 
 
 def plan_model(
-    model: nn.Module,
-    inputs: Inputs,
-    sites: Sequence[ConvSite],
-    analyses: Mapping[str, Analysis],
-    job: Job,
+    traced: TracedModel, analyses: Mapping[str, Analysis], job: Job
 ) -> tuple[list[LayerPlan], dict[str, Factorization]]:
-    """A decision for every convolution, and the factors of those to replace."""
+    """Decide on every convolution, and factorize those to replace.
+
+    Args:
+        traced: the model, left as it is, and all its convolutions.
+        analyses: from `analyse_model`.
+        job: gate, tolerance, seed, and how layers are timed under the gate "latency".
+
+    Returns:
+        A decision for each convolution, and the factors by layer.
+    """
     layers: list[LayerPlan] = []
     factorizations: dict[str, Factorization] = {}
-    obstacles = Obstacles(model, inputs, sites)
-    for site in job.progress(sites, "planning"):
+    obstacles = Obstacles(traced)
+    for site in job.progress(traced.sites, "planning"):
 
         def is_slower(factorization: Factorization, site: ConvSite = site) -> str | None:
-            return not_faster(
-                site, replacement(factorization, site), job.timing.runs, job.timing.runtime, job.seed
-            )
+            factors, timing = replacement(factorization, site), job.timing
+            return not_faster(site, factors, timing.runs, timing.runtime, job.seed)
 
         layer, factorization = plan_layer(
             site, analyses.get(site.name), partial(obstacles.of, site), job.gate, job.tol, is_slower
@@ -99,7 +103,7 @@ def plan_model(
 
 
 def _spectrum(layer: LayerPlan, analysis: Analysis | None) -> Spectrum | None:
-    """In the structure that a layer was replaced by, or that comes nearest to being worth it."""
+    """Return a layer's spectrum in the structure that it was given, or in the one that nearly holds."""
     findings = [each for each in analysis.findings if each.spectrum] if analysis else []
     if not findings:
         return None
@@ -111,7 +115,7 @@ def _spectrum(layer: LayerPlan, analysis: Analysis | None) -> Spectrum | None:
 
 
 def replacement(factorization: Factorization, site: ConvSite) -> Replacement:
-    """The factors, and the dense layer's bias."""
+    """Return the factors of a layer, and the dense layer's bias."""
     bias = None if site.conv is None else site.conv.bias
     return Replacement(
         factorization.scheme, factorization.rank, factorization.border, factorization.weights, bias
@@ -126,10 +130,20 @@ def verify_model(
     tolerances: Mapping[str, float],
     seed: int,
     progress: Progress = silent,
-) -> tuple[dict[str, LayerCheck], Reference, Comparison]:
-    """Every replaced layer on the input it had, and the whole model in float64 on given and random inputs.
+) -> tuple[dict[str, LayerCheck], Reference, OutputCheck]:
+    """Check every replaced layer on the input that it had, and the whole model on given and random inputs.
 
-    `tolerances` hold the relative error that each replaced kernel may have.
+    Args:
+        model: the original.
+        converted: its conversion; both are compared in float64.
+        inputs: positional arguments of the forward.
+        sites: the original's convolutions.
+        tolerances: relative error that each replaced kernel may have, by layer.
+        seed: of the random inputs.
+        progress: shows the progress.
+
+    Returns:
+        The check of each replaced layer, the original's outputs, and the comparison with them.
     """
     checks: dict[str, LayerCheck] = {}
     for site in progress([site for site in sites if site.name in tolerances], "verifying layers"):

@@ -12,15 +12,14 @@ from sepconvert.base.errors import SepconvertError
 from sepconvert.base.options import Selection
 from sepconvert.base.progress import Progress
 from sepconvert.calibration.footprint import images_at_once
-from sepconvert.calibration.split import MOST_AT_ONCE, Parts, check_shapes, split_data
+from sepconvert.calibration.split import MOST_AT_ONCE, DataSplit, check_shapes, split_data
 from sepconvert.files.data import Batch
 from sepconvert.measure.cost import Cost, count
-from sepconvert.measure.metrics import AccuracyDelta, Predictions, evaluate
-from sepconvert.measure.metrics import compare as compare_predictions
+from sepconvert.measure.metrics import AccuracyDelta, Predictions, accuracy_delta, evaluate
 from sepconvert.measure.profiling import as_inputs
 from sepconvert.network.copies import checked, private_copy
 from sepconvert.network.tensors import Inputs
-from sepconvert.network.trace import ConvSite, trace
+from sepconvert.network.trace import ConvSite, TracedModel, traced
 from sepconvert.pipeline.job import Job
 from sepconvert.planning.timing import Clock
 
@@ -29,15 +28,28 @@ from sepconvert.planning.timing import Clock
 class Original:
     """A model to convert, and what is known of it beforehand."""
 
-    model: nn.Module  # the user's own, left as it is
-    inputs: Inputs
-    sites: tuple[ConvSite, ...]
-    data: Parts
+    traced: TracedModel  # the user's own model, left as it is
+    data: DataSplit
     cost: Cost
     predictions: Predictions | None  # on the data that are scored; None where there are none
     clock: Clock
     progress: Progress
     _scored: dict[nn.Module, Predictions] = field(default_factory=dict, repr=False)
+
+    @property
+    def model(self) -> nn.Module:
+        """The model."""
+        return self.traced.model
+
+    @property
+    def inputs(self) -> Inputs:
+        """Inputs that it is run, verified and timed on."""
+        return self.traced.inputs
+
+    @property
+    def sites(self) -> tuple[ConvSite, ...]:
+        """Its convolutions, in order of execution."""
+        return self.traced.sites
 
     def count(self, model: nn.Module) -> Cost:
         """Return the cost of another model, counted as the original's: the two are compared."""
@@ -59,7 +71,7 @@ class Original:
         converted = self.predict(model)
         if self.predictions is None or converted is None:
             return None
-        return compare_predictions(self.predictions, converted)
+        return accuracy_delta(self.predictions, converted)
 
 
 def examine(
@@ -83,48 +95,43 @@ def examine(
     if job.mode == "exact" and calib is not None:
         raise SepconvertError("`calib`: is for the modes approx and auto; pass one of them, or leave it out")
     model, inputs = checked(model), as_inputs(example_inputs)
-    sites = select_sites(model, inputs, job.selection)
-    parts = Parts(data, None, None, None, False)
+    found = trace_selected(model, inputs, job.selection)
+    parts = DataSplit(data)
     if job.mode != "exact":
         at_once = images_at_once(model, inputs, MOST_AT_ONCE)
         parts = split_data(
             data,
             calib,
             job.finetuning.train,
-            job.calibration.images,
-            job.finetuning.epochs,
-            job.seed,
-            at_once,
-            job.calibration.memory,
+            job.calibration,
+            epochs=job.finetuning.epochs,
+            seed=job.seed,
+            at_once=at_once,
         )
         check_shapes(parts, inputs)
-    elif calib is not None:
-        raise SepconvertError(
-            "`calib`: only for the modes approx and auto; pass one of them, or leave it out"
-        )
     # Before the long work, as this is where data that do not suit the model are found out.
     scored = parts.scored
     predictions = None if scored is None else _predict("original", private_copy(model), scored, job.progress)
     cost = count(private_copy(model), inputs)
     clock = Clock(job.timing.runtime, job.seed, job.timing.cache, job.timing.measure_seconds)
-    return Original(model, inputs, sites, parts, cost, predictions, clock, job.progress)
+    return Original(found, parts, cost, predictions, clock, job.progress)
 
 
-def select_sites(model: nn.Module, inputs: Inputs, selection: Selection) -> tuple[ConvSite, ...]:
-    """Return every convolution of a model, having checked the globs that select some of them.
+def trace_selected(model: nn.Module, inputs: Inputs, selection: Selection) -> TracedModel:
+    """Find every convolution of a model, and check the globs that select some of them.
 
     Raises:
         SepconvertError: a glob matches no convolution, or the forward pass writes to a parameter.
     """
     shared = {name: each for name, each in model.named_parameters() if type(each) is nn.Parameter}
     before = {name: parameter.detach().clone() for name, parameter in shared.items()}
-    sites = trace(private_copy(model), inputs)
+    found = traced(model, inputs)
     for name, parameter in shared.items():
         _check_unwritten(name, parameter, before[name])
     for glob in (*selection.include, *selection.exclude):
-        if not any(Selection(include=(glob,)).admits(site.name) for site in sites):
-            raise SepconvertError(f"{glob}: matches none of the {len(sites)} convolutions; see inspect")
-    return sites
+        if not any(Selection(include=(glob,)).admits(site.name) for site in found.sites):
+            raise SepconvertError(f"{glob}: matches none of the {len(found.sites)} convolutions; see inspect")
+    return found
 
 
 def _check_unwritten(name: str, parameter: Tensor, before: Tensor) -> None:
@@ -143,4 +150,4 @@ def _check_unwritten(name: str, parameter: Tensor, before: Tensor) -> None:
 
 
 def _predict(name: str, model: nn.Module, data: Iterable[Any], progress: Progress) -> Predictions:
-    return evaluate(model, data, lambda batches: progress(batches, f"accuracy, {name}"))
+    return evaluate(model, data, progress, f"accuracy, {name}")

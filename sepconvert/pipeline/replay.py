@@ -14,13 +14,13 @@ from sepconvert.base.determinism import reproducible
 from sepconvert.base.errors import SepconvertError, first_line, shortened
 from sepconvert.base.progress import Progress, silent
 from sepconvert.factorize.exact.factors import factor_specs
-from sepconvert.files.onnx.export import save_archive, save_onnx
+from sepconvert.files.onnx.export import export_program, save_archive, save_onnx
 from sepconvert.measure.profiling import as_inputs
-from sepconvert.network.copies import checked, private_copy
+from sepconvert.network.copies import checked
 from sepconvert.network.merge import merge
 from sepconvert.network.rewrite import Replacement, rewrite
-from sepconvert.network.tensors import Inputs, placed
-from sepconvert.network.trace import ConvSite, trace
+from sepconvert.network.tensors import Inputs, model_dtype, placed
+from sepconvert.network.trace import ConvSite, traced
 from sepconvert.pipeline.exact import verify_model
 from sepconvert.pipeline.stages import demand_verified, state_tensors
 from sepconvert.planning.conversion import Verification
@@ -76,8 +76,11 @@ def apply_plan(
         checks, _, comparison = verify_model(model, converted, inputs, sites, tolerances, plan.seed, progress)
         demand_verified(Verification(comparison, None, None, checks))
         verified = asdict(comparison)
-    save_onnx(converted, inputs, out / "converted.onnx", dynamic_batch=dynamic_batch)
-    save_archive(converted, inputs, out / "converted.pt2", dynamic_batch=dynamic_batch)
+    export = export_program(converted, inputs, dynamic_batch=dynamic_batch)
+    save_onnx(export, out / "converted.onnx")
+    if export.dtype != model_dtype(converted):  # ONNX Runtime has no kernels for it
+        export = export_program(converted, inputs, model_dtype(converted), dynamic_batch=dynamic_batch)
+    save_archive(export, out / "converted.pt2")
     return verified
 
 
@@ -91,11 +94,10 @@ def _replayed(
             placed(torch.randn(shape, generator=torch.Generator().manual_seed(plan.seed)), model)
             for shape in plan.input_shapes
         )
-    sites, start = trace(private_copy(model), inputs), model
+    start = traced(model, inputs)
     if plan.merges:
-        start = merge(model, sites, plan.merges)
-        sites = trace(private_copy(start), inputs)
-    by_name = {site.name: site for site in sites}
+        start = traced(merge(start, plan.merges), inputs)
+    by_name = {site.name: site for site in start.sites}
     for layer in plan.replaced:
         site = by_name.get(layer.name)
         if site is None or site.conv is None or site.conv.spec != layer.spec:
@@ -110,9 +112,9 @@ def _replayed(
                 f"plan: expected a convolution {shortened(layer.name)}, {layer.spec}; the model has {found}"
             )
     replacements = {layer.name: _planned_replacement(layer, by_name[layer.name]) for layer in plan.replaced}
-    converted = rewrite(start, sites, replacements)
+    converted = rewrite(start, replacements)
     _load_weights(converted, weights, plan.weights_sha256)
-    return converted, sites, inputs
+    return converted, start.sites, inputs
 
 
 def _planned_replacement(layer: LayerPlan, site: ConvSite) -> Replacement:

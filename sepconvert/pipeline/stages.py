@@ -17,7 +17,15 @@ from sepconvert.base.documents import writing
 from sepconvert.base.environment import Runtime
 from sepconvert.base.errors import DemandNotMetError, ExportError, SepconvertError, VerificationError
 from sepconvert.base.progress import Progress
-from sepconvert.files.onnx.export import ExportNote, onnx_feed, runtime_dtype, save_archive, save_onnx
+from sepconvert.files.onnx.export import (
+    Export,
+    ExportNote,
+    export_program,
+    onnx_feed,
+    runtime_dtype,
+    save_archive,
+    save_onnx,
+)
 from sepconvert.files.onnx.facts import onnx_sizes
 from sepconvert.measure.cost import Cost
 from sepconvert.measure.execution import (
@@ -28,16 +36,15 @@ from sepconvert.measure.execution import (
     model_execution,
     operator_times,
 )
-from sepconvert.measure.latency import Latency, Speedup, session
+from sepconvert.measure.latency import Deployed, Latency, PairTiming, Speedup, session
 from sepconvert.measure.metrics import AccuracyDelta, ChangedPredictions, Predictions, changes
 from sepconvert.measure.profiling import Profile, batch_size
-from sepconvert.measure.verification import Comparison, Outputs, Reference, compare_export, compare_runs
-from sepconvert.network.tensors import Inputs, cast
+from sepconvert.measure.verification import OutputCheck, Outputs, Reference, compare_export, compare_runs
+from sepconvert.network.tensors import Inputs, cast, model_dtype
 from sepconvert.pipeline.job import Job
 from sepconvert.pipeline.original import Original
 from sepconvert.planning.conversion import Conversion, LayerReport, Verification
 from sepconvert.planning.plan import ConversionPlan
-from sepconvert.planning.timing import Timing as PairTiming
 from sepconvert.planning.timing import time_files, time_layers
 
 _LOG = logging.getLogger(__name__)
@@ -47,7 +54,7 @@ _SHOWN = 24  # predictions that changed
 
 @dataclass(frozen=True)
 class Written:
-    """What a conversion left on disk, if anything.
+    """Files of a conversion, if any were written.
 
     `onnx_reason` says why there are no ONNX files, where there are none.
     """
@@ -60,7 +67,7 @@ class Written:
 
 @dataclass(frozen=True)
 class Measured:
-    """What was measured of the original and the converted model."""
+    """Measurements of the original and the converted model."""
 
     original: Profile
     converted: Profile
@@ -145,9 +152,13 @@ def measure(
             layers, original.model, written.paths, original.inputs, runs, runtime
         )
     return Measured(
-        original=_profile(original.cost, original.predictions, timing and timing[0], written.paths[0]),
-        converted=_profile(original.count(made.model), converted, timing and timing[1], written.paths[1]),
-        speedup=timing and timing[2],
+        original=_profile(
+            original.cost, original.predictions, timing.original if timing else None, written.paths[0]
+        ),
+        converted=_profile(
+            original.count(made.model), converted, timing.converted if timing else None, written.paths[1]
+        ),
+        speedup=timing.speedup if timing else None,
         accuracy=accuracy,
         changed=changes(original.predictions, converted, _SHOWN)
         if original.predictions and converted
@@ -159,7 +170,7 @@ def measure(
 
 def hold_to_speed(timing: PairTiming, job: Job) -> None:
     """Raise `DemandNotMetError` if the files are slower than the gate or the budget demands."""
-    speedup, least = timing[2], job.budget.min_speedup
+    speedup, least = timing.speedup, job.budget.min_speedup
     if job.gate == "latency" and speedup.significant and speedup.median < 1:
         raise DemandNotMetError(
             f"`gate` latency: the converted model is measured {speedup.median:.2f}× as fast as the "
@@ -176,9 +187,9 @@ def hold_to_speed(timing: PairTiming, job: Job) -> None:
 def hold_to_accuracy(accuracy: AccuracyDelta | None, job: Job) -> None:
     """Raise `DemandNotMetError` if the converted model loses more accuracy than the budget allows."""
     most = job.budget.max_drop
-    if accuracy is not None and most is not None and accuracy.drop_pp > most:
+    if accuracy is not None and most is not None and accuracy.drop > most:
         raise DemandNotMetError(
-            f"`max_drop` {most:g}: the fine-tuned model loses {accuracy.drop_pp:.2f} pp; "
+            f"`max_drop` {most:g}: the fine-tuned model loses {accuracy.drop:.2f} pp; "
             "fine-tune for longer or relax a demand"
         )
 
@@ -187,6 +198,11 @@ def _profile(cost: Cost, predictions: Predictions | None, latency: Latency | Non
     size, weights = onnx_sizes(path) if path.exists() else (None, None)
     accuracy = None if predictions is None else predictions.accuracy()
     return Profile(cost.params, cost.macs, size, weights, latency, accuracy, cost.uncounted_ops)
+
+
+def _gain(speedup: Speedup) -> float:
+    """Return the measured speed-up, at least 1 unless the layer is slower beyond noise."""
+    return speedup.median if speedup.significant else max(speedup.median, 1.0)
 
 
 def write_models(
@@ -204,13 +220,19 @@ def write_models(
     note = ExportNote(False, str(runtime_dtype(converted)).removeprefix("torch."), None)
     missing = {}
     files = {"original.onnx": model, "converted.onnx": converted, "converted.pt2": converted}
+    exports: dict[tuple[nn.Module, torch.dtype], Export] = {}  # both files of the converted model share one
     for name, each in progress(files.items(), "exporting"):
         path = folder / name
+        is_onnx = path.suffix == ".onnx"
+        key = each, runtime_dtype(each) if is_onnx else model_dtype(each)
         try:
-            if path.suffix == ".onnx":
-                note = save_onnx(each, inputs, path, dynamic_batch=dynamic_batch)
+            if key not in exports:
+                exports[key] = export_program(each, inputs, key[1], dynamic_batch=dynamic_batch)
+            if is_onnx:
+                save_onnx(exports[key], path)
+                note = exports[key].note
             else:
-                save_archive(each, inputs, path, dynamic_batch=dynamic_batch)
+                save_archive(exports[key], path)
         except ExportError as error:
             path.unlink(missing_ok=True)
             _LOG.debug("%s is not written", name, exc_info=error)
@@ -225,7 +247,7 @@ def state_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 def check_onnx(
     model: nn.Module, expected: tuple[Reference, Reference | None], paths: tuple[Path, Path], runtime: Runtime
-) -> tuple[Comparison | None, str | None]:
+) -> tuple[OutputCheck | None, str | None]:
     """Run both ONNX files on the inputs of `expected` and compare; or return None and why they do not run.
 
     The converted file is held against the original's, or, if there is a reference of its own, against that.
@@ -251,7 +273,7 @@ def check_onnx(
 
 
 def _run_onnx(path: Path, inputs: Sequence[Inputs], dtype: torch.dtype, runtime: Runtime) -> list[Outputs]:
-    runner = session(path, runtime)
+    runner = session(Deployed(path, runtime))
     results = []
     for value in inputs:
         try:
@@ -272,7 +294,7 @@ def executed_layers(
 ) -> tuple[tuple[LayerReport, ...], ModelExecution]:
     """Return the layers with what the runtime made of each, and the same of the whole model."""
     feed = onnx_feed(cast(inputs, runtime_dtype(model)))
-    before, after = (list(operator_times(path, feed, runs=runs, runtime=runtime)) for path in paths)
+    before, after = (list(operator_times(Deployed(path, runtime), feed, runs=runs)) for path in paths)
     functional: dict[str, list[str]] = {}
     for each in sorted(layers, key=lambda each: each.site.place):
         if each.site.index is not None:
@@ -282,7 +304,7 @@ def executed_layers(
     gains = {
         each.plan.name: Gain(
             (batch * each.plan.macs[0], batch * each.plan.macs[1]),
-            each.latency[2].median if each.latency[2].significant else max(each.latency[2].median, 1.0),
+            _gain(each.latency.speedup),
             (each.plan.spec, each.plan.macs, each.plan.scheme, each.plan.rank),
         )
         for each in layers

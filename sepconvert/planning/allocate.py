@@ -1,11 +1,11 @@
-"""Which layer gets which form: a multiple-choice knapsack over error and cost.
+"""Allocation of a form to each layer: a multiple-choice knapsack over error and cost.
 
-Every layer offers itself as it is, at no error, and its candidates; errors and costs add up. Plans that
-minimise error + λ·cost for some λ ≥ 0 are the lower convex hull of all plans, a plan's share in it is each
-layer's own hull, and going through all steps of these hulls in order of their slope gives every such plan
+A layer may stay as it is, at no error, or take one of its candidates; errors and costs add up. Plans that
+minimise error + λ·cost for some λ ≥ 0 form the lower convex hull of all plans. Each of them is made of points
+on the layers' own hulls, and taking the steps of these hulls in order of their slope gives every such plan
 (H. Everett, "Generalized Lagrange multiplier method for solving problems of optimum allocation of
-resources", Operations Research 11 (1963)). Between the plans of the hull lies the linear relaxation: a
-bound from below, by which the exact search leaves out what cannot be part of the best plan.
+resources", Operations Research 11 (1963)). Interpolation between the plans of the hull is the linear
+relaxation: a lower bound, by which the exact search discards partial plans that cannot become the best one.
 """
 
 from collections.abc import Mapping, Sequence
@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from sepconvert.factorize.structures import Form
 
-_ROUNDING = 1e-12
+_ROUNDING = 1e-12  # relative, of sums of costs and of errors
 
 
 Array = npt.NDArray[np.float64]
@@ -33,7 +33,7 @@ class Candidate:
 
     @property
     def form(self) -> Form:
-        """Without what it costs."""
+        """Scheme and rank."""
         return self.scheme, self.rank
 
 
@@ -43,7 +43,7 @@ Choice = Mapping[str, Candidate]
 
 @dataclass(frozen=True)
 class Allocation:
-    """The best plan within a budget; `bound` is what no plan within it can go below (Lagrangian)."""
+    """The best plan within a budget, and the Lagrangian lower `bound` of the error of all plans within it."""
 
     choice: Choice
     cost: float
@@ -54,15 +54,16 @@ class Allocation:
 def allocate(
     dense_cost: Mapping[str, float], candidates: Mapping[str, Sequence[Candidate]], budget: float
 ) -> Allocation | None:
-    """The plan of the least error whose cost is within `budget`; None if none is.
+    """Return the plan of the least error whose cost is within `budget`; None if there is none.
 
-    Exact: layer by layer, all plans so far that no other beats in both cost and error, without those that
-    the linear relaxation of the layers to come shows to be no part of the best.
+    The result is exact. Layer by layer, all partial plans are kept that no other one beats in both cost and
+    error, except those of which the linear relaxation of the remaining layers shows that they cannot become
+    the best one.
 
     Args:
         dense_cost: cost of each layer as it is.
         candidates: those of each layer, in any order.
-        budget: most cost of all these layers together.
+        budget: largest cost of all these layers together.
     """
     names = list(candidates)
     options = [[None, *(each for each in candidates[name] if each.cost < dense_cost[name])] for name in names]
@@ -100,7 +101,7 @@ def allocate(
 
 
 def plans(dense_cost: Mapping[str, float], candidates: Mapping[str, Sequence[Candidate]]) -> list[Choice]:
-    """All plans on the lower convex hull of error against cost, from nothing replaced to the cheapest.
+    """Return all plans on the lower convex hull of error against cost, from nothing replaced to the cheapest.
 
     Args:
         dense_cost: cost of each layer as it is.
@@ -124,12 +125,12 @@ def plans(dense_cost: Mapping[str, float], candidates: Mapping[str, Sequence[Can
 
 
 def cost_of(dense_cost: Mapping[str, float], choice: Choice) -> float:
-    """Of all layers, replaced or not."""
+    """Return the cost of all layers together, replaced or not."""
     return sum(choice[name].cost if name in choice else cost for name, cost in dense_cost.items())
 
 
 def _hull(dense_cost: float, offered: Sequence[Candidate]) -> list[Candidate]:
-    """Candidates on the lower convex hull that begins at the dense layer, by falling cost."""
+    """Return the candidates on the lower convex hull that begins at the dense layer, by falling cost."""
     points: list[Candidate] = []
     for candidate in sorted(offered, key=lambda each: (-each.cost, each.error)):
         if candidate.cost >= dense_cost:
@@ -148,7 +149,7 @@ def _hull(dense_cost: float, offered: Sequence[Candidate]) -> list[Candidate]:
 
 
 def _turns(before: Candidate | None, middle: Candidate, after: Candidate, dense_cost: float) -> bool:
-    """Does the slope grow at `middle`?"""
+    """Return whether the slope of error over saved cost grows at `middle`."""
     cost, error = (dense_cost, 0.0) if before is None else (before.cost, before.error)
     return (middle.error - error) * (middle.cost - after.cost) < (after.error - middle.error) * (
         cost - middle.cost
@@ -158,7 +159,7 @@ def _turns(before: Candidate | None, middle: Candidate, after: Candidate, dense_
 def _relaxation(
     dense_cost: Mapping[str, float], candidates: Mapping[str, Sequence[Candidate]], names: Sequence[str]
 ) -> tuple[Array, Array]:
-    """Costs, rising, and errors of the hull of some layers."""
+    """Return the rising costs, and the errors, of the plans on the hull of some layers."""
     costs = {name: dense_cost[name] for name in names}
     hull = plans(costs, {name: candidates[name] for name in names})[::-1]
     return (
@@ -168,7 +169,7 @@ def _relaxation(
 
 
 def _interpolated(relaxed: tuple[Array, Array], budget: Array) -> Array:
-    """Least error of the relaxation within each budget; Inf where there is none."""
+    """Return the least error of the relaxation within each budget; Inf where no plan is within it."""
     costs, errors = relaxed
     found: Array = np.where(budget < costs[0], np.inf, np.interp(budget, costs, errors))
     return found
@@ -177,7 +178,7 @@ def _interpolated(relaxed: tuple[Array, Array], budget: Array) -> Array:
 def _feasible(
     dense_cost: Mapping[str, float], candidates: Mapping[str, Sequence[Candidate]], budget: float
 ) -> float:
-    """Error of the first plan of the hull within the budget."""
+    """Return the error of the first plan on the hull that is within the budget."""
     return next(
         sum(each.error for each in plan.values())
         for plan in plans(dense_cost, candidates)

@@ -7,48 +7,48 @@ from typing import Any, Literal
 
 from torch import nn
 
+from sepconvert.base.notes import Reason, ReasonCode
 from sepconvert.factorize.border import Border
 from sepconvert.factorize.exact.analysis import Analysis, Finding, Spectrum
 from sepconvert.factorize.exact.certificate import Certificate
 from sepconvert.factorize.geometry import ConvSpec
 from sepconvert.measure.execution import LayerExecution
-from sepconvert.measure.latency import Latency, Speedup
-from sepconvert.measure.verification import Comparison, LayerCheck, Reference
+from sepconvert.measure.latency import PairTiming, Speedup
+from sepconvert.measure.verification import LayerCheck, OutputCheck, Reference
 from sepconvert.network.rewrite import Replacement
 from sepconvert.network.trace import ConvSite
-from sepconvert.planning.plan import MERGED, LayerPlan
+from sepconvert.planning.plan import MERGED, LayerPlan, reason_json
 
 
 @dataclass(frozen=True)
 class Merge:
-    """What becomes of a linear pair. MACs are those of one sample."""
+    """The decision on a linear pair. MACs are those of one sample."""
 
     first: str  # the convolution that takes both places
     second: str
     decision: Literal["merged", "kept"]
-    reason: str
+    reason: Reason
     spec: ConvSpec | None  # of the dense form; None where there is none
     macs: tuple[int, int] | None  # of the pair, and of the dense form
     speedup: Speedup | None  # of the dense form over the pair, where it was measured
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values, for the report."""
-        return {**asdict(self), "speedup": None if self.speedup is None else self.speedup.to_dict()}
+        """Return plain values, for the report."""
+        speedup = None if self.speedup is None else self.speedup.to_dict()
+        return {**asdict(self), **reason_json(self.reason), "speedup": speedup}
 
 
-# Singular values shown on either side of the cut.
-_AROUND = 3
+_AROUND = 3  # singular values shown on either side of the cut
 
 
-# Steps in which a spectrum is drawn.
-_VALUES = 64
+_VALUES = 64  # steps in which a spectrum is drawn
 
 
 @dataclass(frozen=True)
 class LayerApproximation:
-    """How near depthwise and pointwise factors come to a layer, as calibration saw it.
+    """Errors of the factors that approximate a layer, measured on the calibration images.
 
-    Output errors are √(E‖y − ŷ‖² / E‖y − E y‖²), y being the original's output.
+    Output errors are √(E‖y − ŷ‖² / E‖y − E y‖²), where y is the original's output.
     """
 
     weight_error: float
@@ -61,34 +61,34 @@ class LayerApproximation:
 
 @dataclass(frozen=True)
 class LayerReport:
-    """Everything known of one convolution."""
+    """Everything that is known of one convolution."""
 
     plan: LayerPlan
     site: ConvSite
     analysis: Analysis | None = None
     certificate: Certificate | None = None
     check: LayerCheck | None = None
-    latency: tuple[Latency, Latency, Speedup] | None = None
+    latency: PairTiming | None = None
     approximation: LayerApproximation | None = None
     spectrum: Spectrum | None = None
     execution: LayerExecution | None = None
 
     @property
     def weight_error(self) -> float | None:
-        """‖ΔW‖ / ‖W‖ of a converted layer."""
+        """The error ‖ΔW‖ / ‖W‖ of a converted layer."""
         if self.approximation is not None:
             return self.approximation.weight_error
         return None if self.certificate is None else self.certificate.relative_error
 
     @property
     def output_error(self) -> float | None:
-        """‖Δy‖ / ‖y‖ of a converted layer."""
+        """The error ‖Δy‖ / ‖y‖ of a converted layer."""
         if self.approximation is not None:
             return self.approximation.output_error
         return None if self.check is None else self.check.output_error
 
     def to_json(self) -> dict[str, Any]:
-        """One entry of `layers`."""
+        """Return the layer's entry in the report's `layers`."""
         plan, conv = self.plan, self.site.conv
         return {
             "name": plan.name,
@@ -97,7 +97,7 @@ class LayerReport:
             "kernel": None if conv is None else asdict(conv.spec),
             "calls": self.site.calls,
             "decision": plan.decision,
-            "reason": plan.reason,
+            **reason_json(plan.reason),
             "scheme": plan.scheme,
             "rank": plan.rank,
             "exact": plan.scheme == MERGED or (self.certificate is not None and self.certificate.exact),
@@ -106,8 +106,10 @@ class LayerReport:
             "weight_error": self.weight_error,
             "output_error": self.output_error,
             "approximation": None if self.approximation is None else asdict(self.approximation),
-            "latency_ms": None if self.latency is None else [each.median_ms for each in self.latency[:2]],
-            "latency_speedup": None if self.latency is None else self.latency[2].to_dict(),
+            "latency_ms": None
+            if self.latency is None
+            else [self.latency.original.median_ms, self.latency.converted.median_ms],
+            "latency_speedup": None if self.latency is None else self.latency.speedup.to_dict(),
             "execution": None if self.execution is None else self.execution.to_dict(),
             "spectrum": None if self.spectrum is None else _spectrum_json(self.spectrum),
             "certificate": None
@@ -120,16 +122,16 @@ class LayerReport:
 
 @dataclass(frozen=True)
 class Verification:
-    """Whole-model and per-layer checks."""
+    """Checks of the whole model and of each replaced layer."""
 
-    torch: Comparison
-    onnx: Comparison | None
-    onnx_reason: str | None  # why the runtime could not be asked
+    torch: OutputCheck
+    onnx: OutputCheck | None
+    onnx_reason: str | None  # why the files were not run
     layers: Mapping[str, LayerCheck]
 
     @property
     def holds(self) -> bool:
-        """Did every check that ran pass?"""
+        """Whether every check that ran has passed."""
         return self.failure is None
 
     @property
@@ -157,7 +159,7 @@ class Verification:
         return max(moved, key=moved.__getitem__, default=None)
 
     def to_json(self) -> dict[str, Any]:
-        """The `verification` object."""
+        """Return the report's `verification` object."""
         return {
             "torch_max_abs_diff": self.torch.max_abs_diff,
             "torch_tolerance": self.torch.tolerance,
@@ -172,7 +174,7 @@ class Verification:
 
 
 def finding_json(finding: Finding) -> dict[str, Any]:
-    """One structure of one layer, the spectrum reduced to what lies around the cut."""
+    """Return one structure of one layer, with the singular values on either side of the cut."""
     cut = max(finding.rank, 1)
     return {
         "scheme": finding.scheme,
@@ -189,7 +191,7 @@ def finding_json(finding: Finding) -> dict[str, Any]:
 
 
 def _spectrum_json(spectrum: Spectrum) -> dict[str, Any]:
-    """With some of many singular values, the first and the last among them: number (from 1) and value."""
+    """Return a spectrum, thinned to at most 65 pairs (number from 1, singular value) with both ends."""
     count = len(spectrum.values)
     numbers = sorted({round(1 + (count - 1) * step / _VALUES) for step in range(_VALUES + 1)})
     return {
@@ -202,7 +204,7 @@ def _spectrum_json(spectrum: Spectrum) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Conversion:
-    """A converted model, and how it is known to be what it should be."""
+    """A converted model, the decisions that led to it, and the checks that it passed."""
 
     model: nn.Module
     layers: tuple[LayerPlan, ...]  # one for each site
@@ -211,13 +213,13 @@ class Conversion:
     expected: tuple[
         Reference, Reference | None
     ]  # of the original; of the converted where it is another function
-    torch_check: Comparison
+    torch_check: OutputCheck
     checks: Mapping[str, LayerCheck] = field(default_factory=dict)
     approximation: Mapping[str, Any] | None = None  # for the report
     merges: tuple[tuple[str, str], ...] = ()  # of convolutions of the original, the second into the first
 
     def with_merges(self, sites: Sequence[ConvSite], merges: Sequence[Merge]) -> "Conversion":
-        """The conversion of a merged model as that of the original, whose convolutions are `sites`."""
+        """Return the conversion of a merged model as that of the original, whose convolutions are `sites`."""
         merged = {each.second: each.first for each in merges if each.decision == "merged"}
         found = {each.plan.name: each for each in self.reports}
         reports = tuple(
@@ -244,7 +246,7 @@ def _merged_into(first: str, site: ConvSite) -> LayerPlan:
         name=site.name,
         kind=site.kind,
         decision="converted",
-        reason=f"merged into {first}",
+        reason=Reason(ReasonCode.MERGED, f"merged into {first}"),
         spec=None if site.conv is None else site.conv.spec,
         scheme=MERGED,
         rank=None,
@@ -257,7 +259,7 @@ def _merged_into(first: str, site: ConvSite) -> LayerPlan:
 
 
 def _takes_in(seconds: Sequence[str], report: LayerReport, site: ConvSite) -> LayerReport:
-    """What became of a dense form is what became of the first convolution of its pair."""
+    """Return the report on a dense form as the report on the first convolution of its pair."""
     if not seconds:
         return report
     plan = report.plan
@@ -265,7 +267,7 @@ def _takes_in(seconds: Sequence[str], report: LayerReport, site: ConvSite) -> La
     plan = replace(
         plan,
         decision="converted",
-        reason=f"takes in {', '.join(seconds)}; {plan.reason}",
+        reason=Reason(ReasonCode.MERGED, f"takes in {', '.join(seconds)}; {plan.reason}"),
         scheme=scheme,
         macs=(site.macs, plan.macs[1]),
         params=(site.params, plan.params[1]),

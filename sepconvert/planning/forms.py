@@ -3,9 +3,12 @@
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 
+from sepconvert.base.notes import Reason, ReasonCode
+from sepconvert.base.options import Gate
 from sepconvert.base.progress import Progress
 from sepconvert.factorize.approximate.problem import Approximation
 from sepconvert.factorize.approximate.weighted import DEPTHWISE_POINTWISE, POINTWISE_DEPTHWISE
@@ -15,24 +18,31 @@ from sepconvert.factorize.structures import BY_NAME, FORMS, Form
 from sepconvert.network.trace import ConvSite
 from sepconvert.planning.timing import Clock
 
-# Below this a depthwise layer has fewer channels than the smallest block of the runtime's kernels, and the
-# stem, which is such a layer as a rule, is where an error is carried furthest.
 FEWEST_CHANNELS = 8
+"""Input channels below which depthwise factors do not pay.
+
+A runtime's depthwise kernels process this many channels at once. Moreover, a layer with so few is usually the
+stem, whose error passes through all other layers.
+"""
 
 
-_LARGEST_RANK = 6
+_LARGEST_RANK = 6  # largest depthwise multiplier that is tried
 
 
-# Pointwise-depthwise fits multiply all of W by all of S again and again; beyond this many multiply-adds
-# (256 to 512 channels, 3×3) that takes minutes, and the form is left out.
+# Pointwise-depthwise fits multiply the kernel W by the moments S in every sweep. With more multiply-adds than
+# this (256 to 512 channels, 3×3) a fit takes minutes, and the form is left out.
 _QUICK_PRODUCT = 4e9
 
 
-# Inner channels of pairs, as shares of full rank: of a 3×3 pair C → C with full rank 3 C, C/8 to C.
+# Ranks that are tried, as shares of full rank: a 3×3 pair C → C has full rank 3 C, so that they begin at C/8.
 _RANK_SHARES = (1 / 24, 1 / 16, 1 / 12, 1 / 9, 1 / 8, 1 / 6, 1 / 5, 1 / 4, 1 / 3, 2 / 5, 1 / 2, 2 / 3)
 
 
 BLOCK = 8
+"""Multiple that numbers of inner channels are rounded to: the block size of a runtime's kernels."""
+
+Unit = Literal["macs", "params", "milliseconds"]
+"""The unit in which costs of layers and forms are counted."""
 
 
 @dataclass(frozen=True)
@@ -43,14 +53,14 @@ class Prices:
     forms: Mapping[Form, float]
 
     def of(self, forms: Iterable[Form]) -> "Prices":
-        """Only some of the forms."""
+        """Return the prices of only some of the forms."""
         return Prices(self.dense, {form: self.forms[form] for form in forms})
 
 
 def depthwise_obstacle(site: ConvSite, named: bool) -> str | None:
-    """Why depthwise and pointwise factors cannot, or should not, take the place of a convolution.
+    """Return why depthwise and pointwise factors cannot or should not replace a layer; None if they may.
 
-    `named` ones, by --include, are replaced even where that gains nothing.
+    Layers that the user has `named`, by `include`, are replaced even where that gains nothing.
     """
     if site.conv is None:
         return site.obstacle
@@ -63,13 +73,13 @@ def depthwise_obstacle(site: ConvSite, named: bool) -> str | None:
     if channels < FEWEST_CHANNELS and not named:
         return (
             f"{channels} input channels are fewer than a depthwise kernel of the runtime takes at once "
-            f"({FEWEST_CHANNELS}); --include {site.name} converts it nonetheless"
+            f"({FEWEST_CHANNELS}); including {site.name} by name converts it nonetheless"
         )
     return None
 
 
 def depthwise_forms(spec: ConvSpec, rank: int | None) -> list[Form]:
-    """Depthwise and pointwise factors of `rank`, or of all that may pay."""
+    """Return the depthwise and pointwise forms of one `rank`, or of all ranks that may pay."""
     found = []
     for scheme in (DEPTHWISE_POINTWISE, POINTWISE_DEPTHWISE):
         if scheme == POINTWISE_DEPTHWISE and not is_quick(spec):
@@ -81,9 +91,9 @@ def depthwise_forms(spec: ConvSpec, rank: int | None) -> list[Form]:
 
 
 def all_forms(spec: ConvSpec) -> list[Form]:
-    """Every structure that applies, in some ranks at which it has fewer weights than the layer.
+    """Return every structure that applies, in some ranks at which it has fewer weights than the layer.
 
-    Inner channels come in multiples of what a runtime's kernels take at once.
+    Numbers of inner channels are multiples of `BLOCK`.
     """
     mixes = min(spec.weight_shape[0] // spec.groups, spec.weight_shape[1]) > 1
     found = depthwise_forms(spec, None) if mixes and max(spec.kernel_size) > 1 else []
@@ -105,14 +115,14 @@ def all_forms(spec: ConvSpec) -> list[Form]:
 
 
 def macs_of(site: ConvSite, form: Form) -> int:
-    """Of a layer in a form, over all its calls."""
+    """Return the MACs of a layer in some form, of one sample over all its calls."""
     scheme, rank = form
     chain = FORMS[scheme].split(site.dense.spec, rank)
     return sum(chain_macs(chain, size) for size in site.sizes)
 
 
 def params_of(site: ConvSite, form: Form) -> int:
-    """Of a layer in a form, with the bias that it then has; factors of fixed filters are as fixed."""
+    """Return the parameters of a layer in some form, with its bias; 0 for a layer of fixed filters."""
     if site.params == 0:
         return 0
     spec = site.dense.spec
@@ -120,33 +130,44 @@ def params_of(site: ConvSite, form: Form) -> int:
 
 
 def is_quick(spec: ConvSpec) -> bool:
+    """Return whether pointwise-depthwise factors of a convolution are fitted in reasonable time."""
     unknowns = spec.weight_shape[1] * spec.kernel_size[0] * spec.kernel_size[1]
     return spec.out_channels * unknowns**2 <= _QUICK_PRODUCT
 
 
 def trimmed(fitted: Approximation, dtype: torch.dtype) -> Approximation:
-    """Without the dense kernel, and with factors in single precision, or the model's: many are kept."""
+    """Return a fit without its dense kernel, and with factors in float32 or the model's wider dtype.
+
+    Many fits are kept at the same time.
+    """
     dtype = torch.promote_types(dtype, torch.float32)
     weights = tuple(weight.to(dtype) for weight in fitted.weights)
     return replace(fitted, weights=weights, kernel=torch.empty(0), basis=fitted.basis.to(dtype))
 
 
-# Ratio between costs of ranks that are worth telling apart: fits are what the survey spends its time on, and
-# those of layers of more than a million weights above all.
+# Least ratio between the costs of two ranks that are both fitted. The second, coarser one is for layers with
+# more weights than the third number: the survey spends most of its time on their fits.
 _COST_STEP, _COARSE_COST_STEP, _MANY_WEIGHTS = 1.15, 1.3, 10**6
 
 
 def candidate_forms(site: ConvSite, rank: int | None, exact: Sequence[Form] | None) -> Sequence[Form]:
-    """What may take a layer's place, whatever it costs: depthwise and pointwise, or all with the `exact`."""
+    """Return the forms that may take a layer's place, whatever they cost.
+
+    Args:
+        site: the layer.
+        rank: depthwise multiplier, or None for all that may pay.
+        exact: forms that the layer has exactly, to choose from all structures; None for depthwise and
+            pointwise factors alone.
+    """
     spec = site.dense.spec
     if exact is None:
         return depthwise_forms(spec, rank)
-    # Ranks at which it has a form exactly are as good as any that are on the grid.
+    # Ranks at which the layer has a form exactly need not be among those of `_RANK_SHARES`.
     return exact if site.params == 0 else list(dict.fromkeys([*all_forms(spec), *exact]))
 
 
 def exact_forms(site: ConvSite) -> list[Form]:
-    """Those that a kernel has, whatever the data."""
+    """Return the forms that a layer's kernel has exactly."""
     spec, weight = site.dense.spec, site.dense.weight
     if not may_separate(spec, weight):
         return []
@@ -154,8 +175,8 @@ def exact_forms(site: ConvSite) -> list[Form]:
     return [(each.scheme, each.rank) for each in held if each.scheme in FORMS and each.rank]
 
 
-def counted_prices(site: ConvSite, forms: Sequence[Form], gate: str, unit: str) -> Prices:
-    """Prices in MACs or parameters, of the forms that pass the gate."""
+def counted_prices(site: ConvSite, forms: Sequence[Form], gate: Gate, unit: Unit) -> Prices:
+    """Return the prices, in MACs or parameters, of the forms that pass the gate."""
     macs = {form: macs_of(site, form) for form in forms}
     passed = [form for form in forms if gate == "none" or macs[form] < site.macs]
     if unit == "macs":
@@ -169,13 +190,23 @@ def measured_prices(
     exact: Mapping[str, Sequence[Form]],
     clock: Clock,
     progress: Progress,
-) -> tuple[dict[str, Prices], dict[str, str]]:
-    """Prices in milliseconds, and why layers are no longer there.
+) -> tuple[dict[str, Prices], dict[str, Reason]]:
+    """Time the forms of layers, as long as there is time left.
 
-    Time may be up before all are measured. What has the most MACs for each form to be timed comes first, and
-    the forms that a layer has exactly by themselves: they are few, and cost no accuracy.
+    Layers with the most MACs for each form to be timed come first. The forms that a layer has exactly are
+    timed apart from its others: they are few, and cost no accuracy.
+
+    Args:
+        sites: the layers.
+        counted: forms of each layer that pass the gate.
+        exact: forms that layers have exactly.
+        clock: measures.
+        progress: shows the progress.
+
+    Returns:
+        Prices in milliseconds by layer, and the reason for each layer that has none.
     """
-    prices, reasons = dict[str, Prices](), dict[str, str]()
+    prices, reasons = dict[str, Prices](), dict[str, Reason]()
     queue = []
     for site in sites:
         forms = list(counted[site.name].forms)
@@ -186,12 +217,13 @@ def measured_prices(
         times = clock.forms(site, forms)
         if times is None:
             if site.name not in prices:
-                reasons[site.name] = "was not timed within --measure-seconds, least MACs for each form last"
+                reasons[site.name] = Reason(ReasonCode.UNTIMED, "no time was left to measure its forms")
             continue
         faster = {form: each.milliseconds for form, each in times.forms.items() if each.faster}
         if not faster:
-            reasons[site.name] = (
-                f"no form is measured to be faster in ONNX Runtime (best {times.best_ratio:.2f}×)"
+            reasons[site.name] = Reason(
+                ReasonCode.COSTS_MORE,
+                f"no form is measured to be faster in ONNX Runtime (best {times.best_ratio:.2f}×)",
             )
             continue
         reasons.pop(site.name, None)
@@ -202,9 +234,9 @@ def measured_prices(
 
 
 def _worth_fitting(costs: Mapping[Form, float], step: float) -> dict[Form, float]:
-    """Of each scheme ranks of costs that are a `step` apart, and none that a higher rank undercuts.
+    """Thin out the ranks of each scheme to costs at least a factor of `step` apart.
 
-    A higher rank errs less, whatever the data.
+    Ranks that cost more than a higher rank are dropped: the higher rank errs less, whatever the data.
     """
     found: dict[Form, float] = {}
     last: dict[str, float] = {}

@@ -1,16 +1,14 @@
-"""Survey of the layers: what each could be replaced by, at what cost and what error."""
+"""Survey of the layers: the forms that each could take, with their costs and errors."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-import torch
 from torch import nn
 
 from sepconvert.base.progress import Progress
+from sepconvert.calibration.evidence import Evidence
 from sepconvert.calibration.heldout import Heldout
-from sepconvert.calibration.record import Kernel
-from sepconvert.calibration.split import Calibration
-from sepconvert.factorize.approximate.problem import Approximation, nearest
+from sepconvert.factorize.approximate.problem import Approximation
 from sepconvert.factorize.approximate.weighted import Moments
 from sepconvert.factorize.structures import Form
 from sepconvert.network.trace import ConvSite
@@ -18,23 +16,27 @@ from sepconvert.planning.allocate import Candidate
 from sepconvert.planning.fitting import fit_problem, for_each_layer, kernel_of
 from sepconvert.planning.forms import Prices, macs_of, trimmed
 
-# To order candidates; the fit of a plan goes on until it settles.
+# Sweeps suffice to rank the forms of a layer; when a plan is carried out, its fits run until they converge.
 _SURVEY_SWEEPS = 2
 
 
-_HOPE = 1.2
+# After one sweep, a form is fitted further if its error is at most this multiple of the least at its cost.
+_PROMISING = 1.2
 
 
-# Each sensitivity takes a pass of the whole network: with more layers, each is judged on fewer images.
+# Measuring a sensitivity takes one pass of the whole network, so that layers share a fixed number of images:
+# at most the first number for each layer, at least the second, and about the third altogether.
 _SENSITIVITY_IMAGES, _LEAST_SENSITIVITY_IMAGES, _SENSITIVITY_PASSES = 128, 16, 2560
 
 
-_MODERATE = 0.15  # output error, of 1
+# Relative output error of the form by which a layer's sensitivity is measured: large enough to stand out from
+# rounding, small enough for the divergence to be quadratic in it.
+_MODERATE = 0.15
 
 
 @dataclass(frozen=True)
 class Offer:
-    """A form, fitted with the original before and behind it."""
+    """A form of one layer, fitted while the rest of the model is the original."""
 
     fitted: Approximation
     macs: int  # over all calls of one forward pass of one sample
@@ -42,43 +44,33 @@ class Offer:
 
     @property
     def error(self) -> float:
-        """Divergence of the model, to second order; a squared output error where that is not known."""
+        """Divergence of the model's output, to second order; the squared output error where it is unknown."""
         weighted = self.fitted.weighted_error
         return self.fitted.output_error**2 if weighted is None else weighted / 2
 
 
 @dataclass(frozen=True)
 class LayerSurvey:
-    """What can be had of one layer, replaced alone in the original."""
+    """The offers of one layer, with the effect of each on the model where it alone is replaced."""
 
     macs: int
     cost: float
     offers: tuple[Offer, ...]  # by falling cost, none with another that costs no more and errs no more
     sensitivity: float  # measured divergence of the model over the `error` of an offer
-    by_weights: dict[Form, Kernel] = field(default_factory=dict)  # kernels fitted to the weights, so far
-    excess: Mapping[Form, float] = field(default_factory=dict)  # by which forms err more than others
-
-    def fitted_to_weights(self, site: ConvSite, form: Form) -> Kernel:
-        """In the metric of the weights, and the bias: the same whatever the plan."""
-        if form not in self.by_weights:
-            spec, weight, bias = site.dense.spec, site.dense.weight, site.dense.bias
-            single = torch.promote_types(weight.dtype, torch.float32)
-            kernel = nearest(spec, weight, *form).to(single)
-            self.by_weights[form] = kernel, torch.zeros(spec.out_channels) if bias is None else bias
-        return self.by_weights[form]
+    excess: Mapping[Form, float] = field(default_factory=dict)  # factors on the errors of single forms
 
     @property
     def least_cost(self) -> float:
-        """Of the cheapest there is."""
+        """Cost of the cheapest form, or of the layer as it is."""
         return min(self.cost, self.offers[-1].cost)
 
     def at_gain(self, gain: float) -> "LayerSurvey":
-        """With forms that save so many times as much."""
+        """Return the survey with forms that save `gain` times as much."""
         offers = (replace(offer, cost=self.cost - gain * (self.cost - offer.cost)) for offer in self.offers)
         return replace(self, offers=tuple(offers))
 
     def candidates(self) -> list[Candidate]:
-        """With the divergence expected of each."""
+        """Return the offers as candidates of `allocate`, with the divergence that is expected of each."""
         return [
             Candidate(
                 *form_of(offer),
@@ -89,7 +81,7 @@ class LayerSurvey:
         ]
 
     def with_excess(self, form: Form, times: float) -> "LayerSurvey":
-        """With errors of a form, and of lower ranks of its scheme, that are so many times as high."""
+        """Return the survey with `times` the errors of a form, and of the lower ranks of its scheme."""
         scheme, rank = form
         found = {
             each: times * self.excess.get(each, 1.0)
@@ -99,36 +91,36 @@ class LayerSurvey:
         return replace(self, excess={**self.excess, **found})
 
     def offer(self, candidate: Candidate) -> Offer:
-        """That one of `candidates` stands for."""
+        """Return the offer that one of `candidates` stands for."""
         return next(each for each in self.offers if form_of(each) == candidate.form)
 
 
 def survey(
     model: nn.Module,
     sites: Sequence[ConvSite],
-    calibration: Calibration | None,
+    evidence: Evidence | None,
     heldout: Heldout | None,
     prices: Mapping[str, Prices],
     progress: Progress,
 ) -> dict[str, LayerSurvey]:
-    """Fit each layer by itself in every form, with the original before and behind it.
+    """Fit every form of each layer, while the rest of the model is the original.
 
     Args:
         model: the original.
         sites: the layers.
         calibration: None to fit in the metric of the weights.
-        heldout: for sensitivities.
-        prices: what may take a layer's place; layers of which nothing may are left out.
-        progress: shows it.
+        heldout: images to measure sensitivities on; without them all are 1.
+        prices: the forms that may take a layer's place; layers without any are left out.
+        progress: shows the progress.
     """
     found: dict[str, LayerSurvey] = {}
 
     def fit(site: ConvSite, moments: Moments) -> None:
         costs = prices[site.name].forms
-        problem = fit_problem(site, moments, calibration)
+        problem = fit_problem(site, moments, evidence)
         first = [_offer(site, problem.fit(*form, 1), costs[form]) for form in costs]
-        # What one sweep leaves far from the best at its cost does not get there in some more.
-        promising = [each for each in first if each.error <= _HOPE * _least_error(first, each.cost)]
+        # A form that is far from the best at its cost after one sweep does not catch up in the next.
+        promising = [each for each in first if each.error <= _PROMISING * _least_error(first, each.cost)]
         offers = [
             each
             if problem.is_closed(each.fitted.scheme)
@@ -139,12 +131,12 @@ def survey(
             found[site.name] = LayerSurvey(site.macs, prices[site.name].dense, tuple(offers), 1.0)
 
     wanted = [site for site in sites if site.name in prices and prices[site.name].forms]
-    for_each_layer(model, wanted, calibration, fit, progress, "surveying layers")
+    for_each_layer(model, wanted, evidence, fit, progress, "surveying layers")
     if heldout is None:
         return found
     by_name = {site.name: site for site in sites}
-    each_layer = _SENSITIVITY_PASSES // max(len(found), 1)
-    judges = heldout.first(max(_LEAST_SENSITIVITY_IMAGES, min(each_layer, _SENSITIVITY_IMAGES)))
+    images = _SENSITIVITY_PASSES // max(len(found), 1)
+    judges = heldout.first(max(_LEAST_SENSITIVITY_IMAGES, min(images, _SENSITIVITY_IMAGES)))
     return {
         name: replace(each, sensitivity=_sensitivity(model, by_name[name], each, judges))
         for name, each in progress(list(found.items()), "sensitivities")
@@ -156,16 +148,17 @@ def _offer(site: ConvSite, fitted: Approximation, cost: float) -> Offer:
 
 
 def form_of(offer: Offer) -> Form:
+    """Return the form of an offer."""
     return offer.fitted.scheme, offer.fitted.rank
 
 
 def _least_error(offers: Sequence[Offer], cost: float) -> float:
-    """Of those that cost no more."""
+    """Return the least error of the offers that cost at most `cost`."""
     return min(offer.error for offer in offers if offer.cost <= cost)
 
 
 def _undominated(offers: Sequence[Offer]) -> list[Offer]:
-    """By falling cost, each erring more than the one before; of equals the one that errs less."""
+    """Return the Pareto front of the offers, by falling cost and rising error."""
     kept: list[Offer] = []
     for offer in sorted(offers, key=lambda each: (each.cost, each.error)):
         if not kept or offer.error < kept[-1].error:
@@ -174,7 +167,7 @@ def _undominated(offers: Sequence[Offer]) -> list[Offer]:
 
 
 def _sensitivity(model: nn.Module, site: ConvSite, surveyed: LayerSurvey, heldout: Heldout) -> float:
-    """By the form of a moderate error: one that is neither lost in rounding nor past all bounds."""
+    """Measure the sensitivity of a layer on the form whose output error is closest to `_MODERATE`."""
     offer = min(surveyed.offers, key=lambda each: abs(each.fitted.output_error - _MODERATE))
     moved = heldout.measure(model, {site.place: kernel_of(site, offer.fitted)})
     return max(moved.divergence, 0.0) / offer.error if offer.error else 0.0

@@ -18,11 +18,11 @@ SCHEMA = "sepconvert.report/1"
 
 @dataclass(frozen=True)
 class Report:
-    """A conversion from beginning to end."""
+    """Everything that is known about a finished conversion; None for what was not measured."""
 
     mode: str
-    source: dict[str, Any] | None
-    command: str | None  # that asked for it
+    source: dict[str, Any] | None  # path and SHA-256 of the model file
+    command: str | None  # the command line; None if called from Python
     runtime: Runtime
     seed: int
     dtype: str
@@ -39,13 +39,19 @@ class Report:
 
 
 def report_document(report: Report) -> dict[str, Any]:
-    """The JSON document, schema `SCHEMA`: plain dictionaries, lists, numbers and strings."""
+    """Return the content of report.json, as plain values.
+
+    `sepconvert.report.schema.report.ReportDocument` describes it.
+
+    Raises:
+        ValueError: a number is NaN or infinite, which JSON cannot express.
+    """
     accuracy = (
-        report.accuracy.to_dict()
-        if report.accuracy is not None
-        else {"accuracy_drop_pp": None, "agreement": None}
+        {"accuracy_drop_pp": None, "agreement": None}
+        if report.accuracy is None
+        else report.accuracy.to_dict()
     )
-    document: dict[str, Any] = {
+    document = {
         "schema": SCHEMA,
         "mode": report.mode,
         "model": report.source,

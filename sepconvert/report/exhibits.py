@@ -1,4 +1,4 @@
-"""What the page shows besides the document: kernels and images, as tensors."""
+"""Kernels and images that the HTML page shows in addition to the document, as tensors."""
 
 import itertools
 from collections.abc import Iterable, Mapping
@@ -15,12 +15,15 @@ from sepconvert.planning.conversion import LayerReport
 _LAYERS = 4
 
 
-_FILTERS = 12
+_FILTERS = 12  # of each layer
 
 
 @dataclass(frozen=True, eq=False)
 class KernelPair:
-    """Some filters of a layer before and after, n × kh × kw: of n output channels the slice of one input."""
+    """Some filters of a layer before and after conversion.
+
+    Both are N × kh × kw: for N output channels, the slice of the input channel with the largest norm.
+    """
 
     layer: str
     before: Tensor
@@ -29,36 +32,35 @@ class KernelPair:
 
 @dataclass(frozen=True, eq=False)
 class Exhibits:
-    """Pictures in the making; `images` by their index in the data, C × H × W as the model takes them."""
+    """Kernels, and `images` by their index in the data set, each C × H × W as the model takes it."""
 
     kernels: tuple[KernelPair, ...] = ()
     images: Mapping[int, Tensor] = field(default_factory=dict)
 
 
 def kernel_pairs(layers: Iterable[LayerReport], converted: nn.Module) -> tuple[KernelPair, ...]:
-    """Of the layers whose weights moved most: their filters of the largest norm."""
-    found = []
-    moved = [each for each in layers if each.weight_error is not None and each.site.conv is not None]
-    for layer in sorted(moved, key=lambda each: -(each.weight_error or 0.0)):
+    """Return the filters of largest norm of the layers whose weights changed most."""
+    pairs = []
+    changed = [layer for layer in layers if layer.weight_error is not None and layer.site.conv is not None]
+    for layer in sorted(changed, key=lambda layer: -(layer.weight_error or 0.0)):
         dense = layer.site.dense.weight.detach().double().cpu()
         module = converted.get_submodule(layer.plan.name)
         if max(dense.shape[2:]) == 1 or not isinstance(module, FactorizedConv2d):
             continue
         after = module.weight.detach().double().cpu()
-        if after.shape != dense.shape:  # it has taken in another layer
+        if after.shape != dense.shape:  # another layer was merged into it
             continue
         inputs = torch.linalg.vector_norm(dense, dim=(2, 3)).argmax(1)
         outputs = torch.linalg.vector_norm(dense, dim=(1, 2, 3)).argsort(descending=True)[:_FILTERS]
-        found.append(
-            KernelPair(layer.plan.name, *(each[outputs, inputs[outputs]] for each in (dense, after)))
-        )
-        if len(found) == _LAYERS:
+        shown = outputs, inputs[outputs]
+        pairs.append(KernelPair(layer.plan.name, dense[shown], after[shown]))
+        if len(pairs) == _LAYERS:
             break
-    return tuple(found)
+    return tuple(pairs)
 
 
 def images_at(data: Iterable[Batch], indices: Iterable[int]) -> dict[int, Tensor]:
-    """Samples of a data set by their index; only these are read where it can be indexed."""
+    """Return samples of a data set by index; if it can be indexed, no others are read."""
     wanted = set(indices)
     if (
         isinstance(data, DataLoader)

@@ -1,4 +1,4 @@
-"""plan.json, report.json and report.html of a result directory."""
+"""Writing of plan.json, report.json and report.html into a result directory."""
 
 import json
 from collections.abc import Mapping
@@ -13,14 +13,18 @@ from sepconvert.report.html import render_html
 def write_documents(
     report: Mapping[str, Any], plan: Mapping[str, Any], folder: Path, exhibits: Exhibits | None = None
 ) -> None:
-    """Write the three documents."""
+    """Write the three documents into `folder`.
+
+    Raises:
+        SepconvertError: a file cannot be written.
+    """
     for name, text in {
         "plan.json": _json(plan),
         "report.json": _json(report),
         "report.html": render_html(report, exhibits),
     }.items():
         with writing(folder / name):
-            # A path need not be text: what of it is none is escaped.
+            # Paths may hold bytes that are no text (surrogates): those are escaped.
             (folder / name).write_text(text, encoding="utf-8", errors="backslashreplace")
 
 

@@ -1,20 +1,21 @@
-"""The report, and a comparison, as self-contained HTML pages, from the same objects as text and JSON."""
+"""Reports and comparisons as self-contained HTML pages."""
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined, Template
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 from sepconvert.measure.comparison import Comparison
 from sepconvert.report import plots
 from sepconvert.report.exhibits import Exhibits
-from sepconvert.report.numbers import Document
+from sepconvert.report.numbers import Document, estimate_text, percent_text, ratio_text
 from sepconvert.report.sentences import causes, sentences
 
 
 def render_html(document: Document, exhibits: Exhibits | None = None) -> str:
-    """The page, as text. It needs no network, and no script to be read."""
+    """Return a report as a page that loads nothing from elsewhere and can be read without scripts."""
     return _template("report.html.jinja").render(
         report=document,
         sentences=sentences(document),
@@ -24,7 +25,10 @@ def render_html(document: Document, exhibits: Exhibits | None = None) -> str:
 
 
 def render_comparison(comparison: Comparison, note: str) -> str:
-    """The table as a page, with the distributions of the latencies; `note` says how they were measured."""
+    """Return a comparison as a page, with the distributions of the latencies.
+
+    The lines of `note` say how the models were measured.
+    """
     profiles = [profile.to_json() for profile in comparison.profiles]
     names = comparison.names or tuple(f"#{index}" for index in range(1, len(profiles) + 1))
     latencies = [
@@ -41,13 +45,21 @@ def render_comparison(comparison: Comparison, note: str) -> str:
 
 
 def _template(name: str) -> Template:
-    return Environment(
+    pages = Environment(
         loader=PackageLoader("sepconvert", "report/templates"),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
-    ).get_template(name)
+    )
+    pages.filters.update(estimate=estimate_text, ratio=ratio_text, percent=percent_text, code=_with_code)
+    return pages.get_template(name)
+
+
+def _with_code(text: object) -> Markup:
+    """Return escaped text, with what stands in backticks marked up as code."""
+    escaped = str(escape(str(text)))  # re.sub of a Markup would escape the tags, too
+    return Markup(re.sub(r"`([^`]+)`", r"<code>\1</code>", escaped))  # noqa: S704
 
 
 def _pictures(document: Document, exhibits: Exhibits) -> Mapping[str, Any]:
@@ -75,4 +87,4 @@ def _pictures(document: Document, exhibits: Exhibits) -> Mapping[str, Any]:
 
 
 def _svg(text: str) -> Markup:
-    return Markup(text)  # noqa: S704  (matplotlib's own)
+    return Markup(text)  # noqa: S704  (made by matplotlib, which escapes names)

@@ -1,50 +1,50 @@
-"""Numbers as text, alike in tables and sentences."""
+"""Numbers as text, written the same way in tables, sentences and pages."""
 
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 Document = Mapping[str, Any]
+"""The report as JSON, or an object within it; see `sepconvert.report.schema`."""
 
 
-_WIDTH = 80  # columns of a terminal
+_TERMINAL_WIDTH = 80  # columns
 
 
-def bytes_text(count: int | None) -> str:
-    return "-" if count is None else f"{count:,}"
-
-
-def folded(sentence: str) -> str:
-    """On lines of a terminal, the second and later ones indented."""
+def fold(sentence: str) -> str:
+    """Return a sentence on lines of 80 columns, the second and later ones indented by two."""
     return textwrap.fill(
-        sentence, _WIDTH, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False
+        sentence, _TERMINAL_WIDTH, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False
     )
 
 
-def times_text(ratio: float | None) -> str:
+def count_text(count: int | None) -> str:
+    """Return a count with thousands separators, or a dash for None."""
+    return "-" if count is None else f"{count:,}"
+
+
+def ratio_text(ratio: float | None) -> str:
+    """Return a ratio as `2.00×`, or nothing for None."""
     return "" if ratio is None else f"{ratio:.2f}×"
 
 
-def interval_text(values: Document, digits: int) -> str:
-    low, high = values["ci95"]
-    return f"{values['median']:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
+def percent_text(share: float | None, digits: int = 2) -> str:
+    """Return a fraction in [0, 1] as a percentage without its sign, or a dash for None."""
+    return "-" if share is None else f"{100 * share:.{digits}f}"
 
 
-def points_text(drop: Document) -> str:
-    low, high = drop["ci95"]
-    return f"{drop['value']:.2f} [{low:.2f}, {high:.2f}]"
+def estimate_text(value: float, ci95: Sequence[float], unit: str = "", digits: int = 2) -> str:
+    """Return an estimate, its unit and its 95 % interval, such as `1.50× [1.40, 1.60]`."""
+    low, high = ci95
+    return f"{value:.{digits}f}{unit} [{low:.{digits}f}, {high:.{digits}f}]"
 
 
 def speedup_text(speedup: Document) -> str:
-    note = "" if speedup["significant"] else " ~ within noise"
-    return f"{interval_text(speedup, 2)}×{note}"
+    """Return a `latency_speedup` object with its interval, marked if noise can explain it."""
+    noise = "" if speedup["significant"] else " ~ within noise"
+    return estimate_text(speedup["median"], speedup["ci95"], "×") + noise
 
 
-def percent_text(profile: Document, key: str) -> str:
-    return f"{100 * profile['accuracy'][key]:.2f}"
-
-
-def drop_text(delta: Document) -> str:
-    drop = delta["accuracy_drop_pp"]
-    low, high = drop["ci95"]
-    return f"drop {drop['value']:.2f} pp [{low:.2f}, {high:.2f}]"
+def drop_text(drop: Document) -> str:
+    """Return an `accuracy_drop_pp` object in percentage points, with its interval."""
+    return estimate_text(drop["value"], drop["ci95"], " pp")

@@ -1,4 +1,4 @@
-"""Pictures that stand in the page itself: plots as SVG text, kernels and images as PNG data."""
+"""Pictures to embed in a page: plots as SVG text, kernels and images as PNG data URLs."""
 
 import base64
 import html
@@ -18,24 +18,27 @@ from torch import Tensor
 from sepconvert.report.exhibits import KernelPair
 from sepconvert.report.numbers import Document
 
-# Stand-ins for what the page's light or dark scheme says: its text, and its colours for before and after.
+# Placeholders for the colours of text, before and after, which the page's light or dark scheme defines.
 _INK, _BEFORE, _AFTER = "#010203", "#010204", "#010205"
 
 
-_OF_THE_PAGE = {_INK: "currentColor", _BEFORE: "var(--bar)", _AFTER: "var(--after)"}
+_PAGE_COLOURS = {_INK: "currentColor", _BEFORE: "var(--bar)", _AFTER: "var(--after)"}
 
 
-_KERNELS = "RdBu_r"
+_KERNEL_COLOURS = "RdBu_r"
 
 
-_STYLES = ("-", "--", ":", "-.")  # of the lines of all models but the first
+_LINE_STYLES = ("-", "--", ":", "-.")  # for the second and later models
 
 
-_ENLARGED = 12  # pixels of the page for one weight
+_PIXELS_PER_WEIGHT = 12
 
 
 def trade_off(curve: Sequence[Document]) -> str:
-    """Every plan that was carried out against its gain: divergence, and change of accuracy if measured."""
+    """Return a plot of divergence, and of the change of accuracy if measured, against the gain of each plan.
+
+    `curve` is that of the report; plans that were not carried out are left out.
+    """
     plans = [point for point in curve if point["heldout"] is not None and point["converted"]]
     scored = [point for point in plans if point["accuracy_drop_pp"] is not None]
     timed = all(point["latency_speedup"] is not None for point in plans)
@@ -65,7 +68,7 @@ def trade_off(curve: Sequence[Document]) -> str:
     last.set_xlabel("measured speed-up, ×" if timed else "fewer MACs, ×", color=_INK)
     for axes in (upper, *lower):
         _dress(axes)
-    return _svg(figure, "Divergence, and change of accuracy, against the gain for every plan carried out")
+    return _svg(figure, "Divergence and change of accuracy against the gain, for every plan carried out")
 
 
 def _marker(point: Document) -> dict[str, Any]:
@@ -73,51 +76,57 @@ def _marker(point: Document) -> dict[str, Any]:
 
 
 def distributions(latencies: Sequence[tuple[str, Document]]) -> str:
-    """For each model the share of runs that took no longer, and the interval of the median."""
+    """Return a plot of the cumulative distribution of latencies, with the 95 % interval of each median.
+
+    `latencies` are names of models and their `latency_ms` objects.
+    """
     figure = Figure(figsize=(7, 2.6), layout="constrained")
     axes = figure.subplots()
     for number, (name, latency) in enumerate(latencies):
-        colour, style = (_AFTER, _STYLES[(number - 1) % len(_STYLES)]) if number else (_BEFORE, "-")
+        colour, style = (_AFTER, _LINE_STYLES[(number - 1) % len(_LINE_STYLES)]) if number else (_BEFORE, "-")
         shares = np.linspace(0, 100, len(latency["quantiles"]))
         axes.plot(latency["quantiles"], shares, color=colour, linestyle=style, linewidth=2, label=name)
         axes.axvspan(*latency["ci95"], color=colour, alpha=0.25, linewidth=0)
     axes.legend(loc="lower right", frameon=False, labelcolor=_INK, fontsize=8)
-    axes.set_xlabel("milliseconds a run", color=_INK)
+    axes.set_xlabel("milliseconds per run", color=_INK)
     axes.set_ylabel("runs at or below, %", color=_INK)
-    # The slowest few are beyond, where they would leave no room for the others.
+    # The slowest runs lie outside: to include them would leave no room for the others.
     axes.set_xlim(0, 1.15 * max(latency["quantiles"][-2] for _, latency in latencies))
     _dress(axes)
     return _svg(figure, "Distribution of the latencies")
 
 
-def spectrum(found: Document) -> str:
-    """Singular values of one kernel, on a logarithmic scale, and the cut."""
+def spectrum(content: Document) -> str:
+    """Return a plot of the singular values of one kernel, on a logarithmic scale, and of the cut."""
     figure = Figure(figsize=(1.5, 0.6))
     axes: Axes = figure.add_axes((0.01, 0.04, 0.98, 0.92))
-    numbers, values = zip(*found["values"], strict=True)
+    numbers, values = zip(*content["values"], strict=True)
     largest = max(values) or 1.0
     axes.semilogy(numbers, np.clip(values, 1e-9 * largest, None), color=_BEFORE, linewidth=1.5)
-    if found["cut"] is not None:
-        axes.axvline(found["cut"] + 0.5, color=_AFTER, linewidth=1.5)
+    if content["cut"] is not None:
+        axes.axvline(content["cut"] + 0.5, color=_AFTER, linewidth=1.5)
     axes.set_axis_off()
     axes.patch.set_alpha(0)
-    cut = "not cut" if found["cut"] is None else f"cut after {found['cut']}"
-    return _svg(figure, f"{found['full_rank']} singular values as {found['scheme']}, {cut}")
+    cut = "not cut" if content["cut"] is None else f"cut after {content['cut']}"
+    return _svg(figure, f"{content['full_rank']} singular values as {content['scheme']}, {cut}")
 
 
 def kernels(pair: KernelPair) -> dict[str, Any]:
-    """Filters before and after, on one colour scale, as data URLs, and the size of each."""
+    """Return filters before and after as data URLs, on one colour scale, and the size of each in pixels."""
     largest = float(max(part.abs().max() for part in (pair.before, pair.after))) or 1.0
     before, after = (_strip(part, largest) for part in (pair.before, pair.after))
     height, width = before.shape[:2]
     return {
         "before": _png(before), "after": _png(after),
-        "width": _ENLARGED * width, "height": _ENLARGED * height,
+        "width": _PIXELS_PER_WEIGHT * width, "height": _PIXELS_PER_WEIGHT * height,
     }  # fmt: skip
 
 
 def picture(image: Tensor) -> dict[str, Any]:
-    """An image C × H × W as a data URL, its values stretched from black to white, and its size."""
+    """Return an image C × H × W as a data URL, stretched from black to white, and its size in pixels.
+
+    Channels are averaged unless there are 1 or 3.
+    """
     pixels = image.detach().double().cpu()
     if len(pixels) not in (1, 3):
         pixels = pixels.mean(0, keepdim=True)
@@ -132,8 +141,8 @@ def picture(image: Tensor) -> dict[str, Any]:
 
 
 def _strip(filters: Tensor, largest: float) -> npt.NDArray[np.uint8]:
-    """Side by side, a pixel for each weight, with a transparent column between."""
-    colours = mpl.colormaps[_KERNELS]((filters / largest + 1).numpy() / 2)
+    """Return filters side by side, one pixel per weight, separated by transparent columns."""
+    colours = mpl.colormaps[_KERNEL_COLOURS]((filters / largest + 1).numpy() / 2)
     padded = np.pad(colours, ((0, 0), (0, 0), (0, 1), (0, 0)))
     strip: npt.NDArray[np.uint8] = (np.concatenate(padded, axis=1)[:, :-1] * 255).round().astype(np.uint8)
     return strip
@@ -154,13 +163,13 @@ def _dress(axes: Axes) -> None:
 
 
 def _svg(figure: Figure, label: str) -> str:
-    """Inline SVG in the colours of the page, with a name for those who cannot see it."""
+    """Return a figure as inline SVG in the colours of the page, labelled for screen readers."""
     buffer = io.StringIO()
     with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": "sepconvert", "font.family": "sans-serif"}):
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     text = buffer.getvalue()
     text = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.DOTALL)
-    text = re.sub(r' xmlns(:xlink)?="[^"]*"', "", text)  # HTML knows them
-    for stand_in, colour in _OF_THE_PAGE.items():
-        text = text.replace(stand_in, colour)
+    text = re.sub(r' xmlns(:xlink)?="[^"]*"', "", text)  # implied in HTML
+    for placeholder, colour in _PAGE_COLOURS.items():
+        text = text.replace(placeholder, colour)
     return text.replace("<svg", f'<svg role="img" aria-label="{html.escape(label)}"', 1)

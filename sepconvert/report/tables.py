@@ -1,4 +1,4 @@
-"""The report in tables, from the same document as the JSON."""
+"""The report in tables for a terminal of 80 columns, made from the JSON document."""
 
 from collections.abc import Mapping, Sequence
 
@@ -6,134 +6,64 @@ from tabulate import tabulate
 
 from sepconvert.report.numbers import (
     Document,
-    bytes_text,
+    count_text,
     drop_text,
-    folded,
-    interval_text,
+    estimate_text,
+    fold,
     percent_text,
-    points_text,
+    ratio_text,
     speedup_text,
-    times_text,
 )
 from sepconvert.report.sentences import causes, sentences
 
-_SLOWEST = 12  # operators that are shown one by one
+_SLOWEST = 12  # operators that have a row of their own
+
+
+def summary(document: Document) -> str:
+    """Return the costs before and after, the sentences, the tables of an approximation, and the causes."""
+    lines = [_cost_table(document), "", *(fold(str(note)) for note in sentences(document))]
+    if (approximation := document["approximation"]) is not None:
+        lines += _step_lines(approximation) + _curve_lines(approximation)
+    if reasons := causes(document):
+        lines += ["", "Where the time goes:", *map(fold, reasons)]
+    return "\n".join(lines)
 
 
 def layer_table(layers: Sequence[Document]) -> str:
-    """One row for every convolution, and below the reasons, each with its layers."""
+    """Return one row for every convolution, and below them each reason with its layers."""
     rows = [
-        [layer["name"], _kernel(layer), _what(layer), _change(*layer["macs"]), _error(layer)]
+        [layer["name"], _kernel(layer), _scheme(layer), _change(*layer["macs"]), _error(layer)]
         for layer in layers
     ]
     headers = ["layer", "kernel", "scheme", "MACs", "error"]
-    widths = [20, None, 21, 13, None]
-    table = tabulate(rows, headers=headers, maxcolwidths=widths, disable_numparse=True)
+    table = _table(rows, headers, [20, None, 21, 13, None])
     reasons: dict[str, list[str]] = {}
     for layer in layers:
         reasons.setdefault(layer["reason"], []).append(layer["name"])
-    return "\n".join([table, "", *(folded(f"{', '.join(names)}: {why}.") for why, names in reasons.items())])
-
-
-def anatomy_text(anatomy: Document) -> str:
-    """Start-up, memory, latency by threads and batch, and the layers that take longest."""
-    startup, peak = anatomy["startup"], anatomy["peak_activation_bytes"]
-    lines = [
-        f"A new session takes {startup['session_ms']:.1f} ms, its first run {startup['first_run_ms']:.2f} ms "
-        f"(medians of {startup['sessions']}).",
-        f"Activations: {peak / 2**20:.2f} MiB are alive at once." if peak is not None
-        else "Activations: shapes are not known.",
-    ]  # fmt: skip
-    latencies = [
-        [
-            each["threads"],
-            each["batch"],
-            interval_text(each, 3),
-            f"{each['p90']:.3f}",
-            f"{each['per_second']:,.0f}",
-        ]
-        for each in anatomy["latencies_ms"]
-    ]
-    headers = ["threads", "batch", "latency, ms", "p90", "samples/s"]
-    table = tabulate(latencies, headers=headers, disable_numparse=True)
-    return "\n".join([*lines, "", table, "", _operators(anatomy["operators"])])
-
-
-def _operators(operators: Sequence[Document]) -> str:
-    """The slowest, and what the others take together."""
-    total = sum(each["milliseconds"] for each in operators) or 1.0
-    ordered = sorted(operators, key=lambda each: -each["milliseconds"])
-    rows = [
-        [
-            each["layer"] if each["layer"] is not None else each["name"],
-            each["operator"],
-            each["kernel"] or "",
-            f"{each['milliseconds']:.3f}",
-            f"{100 * each['milliseconds'] / total:.1f}",
-        ]
-        for each in ordered[:_SLOWEST]
-    ]
-    if rest := ordered[_SLOWEST:]:
-        others = sum(each["milliseconds"] for each in rest)
-        rows.append([f"{len(rest)} others", "", "", f"{others:.3f}", f"{100 * others / total:.1f}"])
-    headers = ["layer", "operator", "kernel", "ms", "%"]
-    return tabulate(rows, headers=headers, maxcolwidths=[30, None, None, None, None], disable_numparse=True)
+    return "\n".join([table, "", *(fold(f"{', '.join(names)}: {text}.") for text, names in reasons.items())])
 
 
 def structure_table(layers: Sequence[Document]) -> str:
-    """Rank, best error where it would pay, and singular values at the cut, for every structure."""
+    """Return rank, error at a rank that pays, and singular values, for every structure of every layer."""
     rows = []
     for layer in layers:
         rows.append([layer["name"], "", "", "" if layer["structures"] else "none applies"])
         for structure in layer["structures"]:
+            holds = " holds" if structure["holds"] else ""
             rows.append(
                 [
                     f"- {structure['scheme']}",
-                    f"{structure['rank']}/{structure['full_rank']}"
-                    + (" holds" if structure["holds"] else ""),
+                    f"{structure['rank']}/{structure['full_rank']}{holds}",
                     f"{structure['best_relative_error']:.1e} @ {max(structure['paying_rank'], 1)}",
-                    _spectrum(structure),
+                    _singular_values(structure),
                 ]
             )
     headers = ["layer, structure", "rank", "error @\npaying rank", "singular values\nkept | dropped"]
-    return tabulate(rows, headers=headers, maxcolwidths=[24, None, None, 25], disable_numparse=True)
-
-
-def summary(document: Document) -> str:
-    """What the conversion brought, as a table and in sentences."""
-    before, after, delta = document["original"], document["converted"], document["delta"]
-    rows = [
-        ["parameters", f"{before['params']:,}", f"{after['params']:,}", times_text(delta["params_ratio"])],
-        ["MACs", f"{before['macs']:,}", f"{after['macs']:,}", times_text(delta["macs_ratio"])],
-        ["FLOPs (2 × MACs)", f"{before['flops']:,}", f"{after['flops']:,}", times_text(delta["macs_ratio"])],
-        ["weights, bytes", *(bytes_text(each["weight_bytes"]) for each in (before, after)), ""],
-        ["ONNX file, bytes", *(bytes_text(each["onnx_bytes"]) for each in (before, after)), ""],
-    ]
-    speedup = delta["latency_speedup"]
-    if speedup is not None:
-        rows.append(
-            [
-                "latency, ms",
-                interval_text(before["latency_ms"], 3),
-                interval_text(after["latency_ms"], 3),
-                speedup_text(speedup),
-            ]
-        )
-    if before["accuracy"] is not None:
-        rows.append(["top-1, %", percent_text(before, "top1"), percent_text(after, "top1"), drop_text(delta)])
-        if before["accuracy"]["top5"] is not None:
-            rows.append(["top-5, %", percent_text(before, "top5"), percent_text(after, "top5"), ""])
-    widths = [None, None, None, 18]
-    headers = ["", "original", "converted", "gain"]
-    table: str = tabulate(rows, headers=headers, maxcolwidths=widths, disable_numparse=True)
-    lines = [*map(folded, sentences(document)), *_approximation_tables(document)]
-    if reasons := causes(document):
-        lines += ["", "Where the time goes:", *map(folded, reasons)]
-    return "\n".join([table, "", *lines])
+    return _table(rows, headers, [24, None, None, 25])
 
 
 def modes_table(documents: Mapping[str, Document]) -> str:
-    """One row for each conversion of the same model."""
+    """Return one row for each conversion of the same model."""
     rows = []
     for name, document in documents.items():
         delta = document["delta"]
@@ -141,67 +71,136 @@ def modes_table(documents: Mapping[str, Document]) -> str:
         rows.append(
             [
                 name,
-                times_text(delta["params_ratio"]),
-                times_text(delta["macs_ratio"]),
-                "-" if speedup is None else interval_text(speedup, 2),
-                "-" if drop is None else points_text(drop),
+                ratio_text(delta["params_ratio"]),
+                ratio_text(delta["macs_ratio"]),
+                "-" if speedup is None else estimate_text(speedup["median"], speedup["ci95"], "×"),
+                "-" if drop is None else drop_text(drop),
             ]
         )
-    headers = ["mode", "fewer\nparameters", "fewer\nMACs", "times\nas fast", "accuracy\nlost, pp"]
-    table: str = tabulate(rows, headers=headers, disable_numparse=True)
-    return table
-
-
-def _approximation_tables(document: Document) -> list[str]:
-    """What each step brought, and the curve; each after a blank line."""
-    found, lines = document["approximation"], list[str]()
-    if found is None:
-        return lines
-    if found["steps"]:
-        names = ["step", "divergence", "agree, %"]
-        labelled = any(step["accuracy"] is not None for step in found["steps"])
-        headers = [*names, "accuracy, %"] if labelled else names
-        rows = [
-            [
-                step["name"] + ("" if step["kept"] else " (not kept)" if "BatchNorm" in step["name"] else ""),
-                f"{step['divergence']:.4f}",
-                *(
-                    "-" if step[name] is None else f"{100 * step[name]:.1f}"
-                    for name in ("agreement", "accuracy")[: len(headers) - 2]
-                ),
-            ]
-            for step in found["steps"]
-        ]
-        lines += ["", "On the images held out:", tabulate(rows, headers=headers, disable_numparse=True)]
-    if len(found["curve"]) > 1:
-        measured = found["plans_measured_on_data"]
-        lines += [
-            "",
-            curve_table(found["curve"]),
-            f"{measured} plans were measured on --data; <- is delivered.",
-        ]
-    return lines
+    return _table(rows, ["mode", "fewer\nparameters", "fewer\nMACs", "as fast", "accuracy\nlost"])
 
 
 def curve_table(curve: Sequence[Document]) -> str:
-    """Accuracy against cost: one row for every plan that was looked at."""
+    """Return accuracy against cost: one row for every plan that was considered."""
     rows = []
     for point in curve:
         heldout, drop, speedup = point["heldout"], point["accuracy_drop_pp"], point["latency_speedup"]
         rows.append(
             [
-                times_text(point["macs_ratio"]),
+                ratio_text(point["macs_ratio"]),
                 point["converted"],
                 "-" if heldout is None else f"{heldout['divergence']:.4f}",
-                "-" if drop is None else points_text(drop),
-                times_text(point["predicted_speedup"]) or "-",
-                "-" if speedup is None else interval_text(speedup, 2),
+                # Units are in the header: with them, rows would be wider than a terminal.
+                "-" if drop is None else estimate_text(drop["value"], drop["ci95"]),
+                ratio_text(point["predicted_speedup"]) or "-",
+                "-" if speedup is None else estimate_text(speedup["median"], speedup["ci95"]),
                 "<-" if point["delivered"] else "",
             ]
         )
-    headers = ["fewer\nMACs", "layers", "diver-\ngence", "drop, pp", "speed-up,\npredicted", "measured", ""]
-    table: str = tabulate(rows, headers=headers, disable_numparse=True)
+    predicted, measured = "speed-\nup, pre-\ndicted", "speed-up\nmeasured"
+    return _table(rows, ["fewer\nMACs", "lay-\ners", "diver-\ngence", "drop, pp", predicted, measured, ""])
+
+
+def anatomy_text(anatomy: Document) -> str:
+    """Return start-up times, memory, latency by threads and batch, and the slowest operators."""
+    startup, peak = anatomy["startup"], anatomy["peak_activation_bytes"]
+    lines = [
+        f"Creating a session takes {startup['session_ms']:.1f} ms, its first run "
+        f"{startup['first_run_ms']:.2f} ms (medians of {startup['sessions']} sessions).",
+        "Peak memory of activations: unknown, as shapes are not known."
+        if peak is None
+        else f"Peak memory of activations: {peak / 2**20:.2f} MiB.",
+    ]
+    rows = [
+        [
+            latency["threads"],
+            latency["batch"],
+            estimate_text(latency["median"], latency["ci95"], digits=3),
+            f"{latency['p90']:.3f}",
+            f"{latency['per_second']:,.0f}",
+        ]
+        for latency in anatomy["latencies_ms"]
+    ]
+    table = _table(rows, ["threads", "batch", "latency, ms", "p90", "samples/s"])
+    return "\n".join([*map(fold, lines), "", table, "", _operator_table(anatomy["operators"])])
+
+
+def _table(
+    rows: Sequence[Sequence[object]], headers: Sequence[str], widths: Sequence[int | None] | None = None
+) -> str:
+    # Numbers are formatted already: tabulate would align and round them anew.
+    table: str = tabulate(rows, headers=headers, maxcolwidths=widths, disable_numparse=True)
     return table
+
+
+def _operator_table(operators: Sequence[Document]) -> str:
+    """Return the slowest operators one by one, and the others together."""
+    total = sum(operator["milliseconds"] for operator in operators) or 1.0
+    ordered = sorted(operators, key=lambda operator: -operator["milliseconds"])
+    rows = [
+        [
+            operator["name"] if operator["layer"] is None else operator["layer"],
+            operator["operator"],
+            operator["kernel"] or "",
+            f"{operator['milliseconds']:.3f}",
+            percent_text(operator["milliseconds"] / total, 1),
+        ]
+        for operator in ordered[:_SLOWEST]
+    ]
+    if rest := ordered[_SLOWEST:]:
+        others = sum(operator["milliseconds"] for operator in rest)
+        rows.append([f"{len(rest)} others", "", "", f"{others:.3f}", percent_text(others / total, 1)])
+    return _table(rows, ["layer", "operator", "kernel", "ms", "%"], [30, None, None, None, None])
+
+
+def _cost_table(document: Document) -> str:
+    before, after, delta = document["original"], document["converted"], document["delta"]
+    rows = [
+        ["parameters", f"{before['params']:,}", f"{after['params']:,}", ratio_text(delta["params_ratio"])],
+        ["MACs", f"{before['macs']:,}", f"{after['macs']:,}", ratio_text(delta["macs_ratio"])],
+        ["FLOPs (2 × MACs)", f"{before['flops']:,}", f"{after['flops']:,}", ratio_text(delta["macs_ratio"])],
+        ["weights, bytes", *(count_text(side["weight_bytes"]) for side in (before, after)), ""],
+        ["ONNX file, bytes", *(count_text(side["onnx_bytes"]) for side in (before, after)), ""],
+    ]
+    if (speedup := delta["latency_speedup"]) is not None:
+        latencies = (side["latency_ms"] for side in (before, after))
+        texts = (estimate_text(latency["median"], latency["ci95"], digits=3) for latency in latencies)
+        rows.append(["latency, ms", *texts, speedup_text(speedup)])
+    if before["accuracy"] is not None:
+        change = f"drop {drop_text(delta['accuracy_drop_pp'])}"
+        for key, gain in (("top1", change), ("top5", "")):
+            if before["accuracy"][key] is not None:
+                shares = (percent_text(side["accuracy"][key]) for side in (before, after))
+                rows.append([f"top-{key[-1]}, %", *shares, gain])
+    return _table(rows, ["", "original", "converted", "gain"], [None, None, None, 18])
+
+
+def _step_lines(approximation: Document) -> list[str]:
+    """Return what each step of the fit achieved, after a blank line."""
+    steps = approximation["steps"]
+    if not steps:
+        return []
+    labelled = any(step["accuracy"] is not None for step in steps)
+    shares = ["agreement", "accuracy"] if labelled else ["agreement"]
+    rows = [
+        [
+            step["name"] + (" (not kept)" if step["kind"] == "batchnorm" and not step["kept"] else ""),
+            f"{step['divergence']:.4f}",
+            *(percent_text(step[share], 1) for share in shares),
+        ]
+        for step in steps
+    ]
+    headers = ["step", "divergence", "agree, %", "accuracy, %"]
+    return ["", "On the held-out images:", _table(rows, headers[: 2 + len(shares)])]
+
+
+def _curve_lines(approximation: Document) -> list[str]:
+    """Return the trade-off curve, after a blank line, if it has more than one plan."""
+    if len(approximation["curve"]) < 2:
+        return []
+    measured = approximation["plans_measured_on_data"]
+    plans = "1 plan was" if measured == 1 else f"{measured} plans were"
+    return ["", curve_table(approximation["curve"]), f"{plans} measured on `data`; <- is delivered."]
 
 
 def _kernel(layer: Document) -> str:
@@ -213,20 +212,20 @@ def _kernel(layer: Document) -> str:
     return f"{size} {spec['in_channels']}→{spec['out_channels']}{groups}"
 
 
-def _what(layer: Document) -> str:
+def _scheme(layer: Document) -> str:
     if layer["decision"] == "kept":
         return "kept"
     return str(layer["scheme"]) if layer["rank"] is None else f"{layer['scheme']} {layer['rank']}"
 
 
 def _change(before: int, after: int) -> str:
-    return _short(before) if before == after else f"{_short(before)} → {_short(after)}"
+    return _with_prefix(before) if before == after else f"{_with_prefix(before)} → {_with_prefix(after)}"
 
 
-def _short(number: float) -> str:
-    for unit in ("", "k", "M", "G"):
+def _with_prefix(number: float) -> str:
+    for prefix in ("", "k", "M", "G"):
         if abs(number) < 1000:
-            return f"{number:.3g}{unit}"
+            return f"{number:.3g}{prefix}"
         number /= 1000
     return f"{number:.3g}T"
 
@@ -240,7 +239,7 @@ def _error(layer: Document) -> str:
     return f"≥ {min(errors):.1e}" if errors else ""
 
 
-def _spectrum(structure: Document) -> str:
+def _singular_values(structure: Document) -> str:
     kept, dropped = (
         " ".join(f"{value:.1e}" for value in structure[f"singular_values_{side}"])
         for side in ("kept", "dropped")

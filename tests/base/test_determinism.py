@@ -5,10 +5,10 @@ import sys
 
 import pytest
 import torch
+from conversions import decided
 from torch import nn
 from torch.backends import cudnn
 
-from sepconvert import convert
 from sepconvert.base.determinism import reproducible
 
 
@@ -42,7 +42,7 @@ def test_conversions_run_under_them():
     seen = set()
     model = nn.Conv2d(4, 4, 3)
     model.register_forward_pre_hook(lambda *_: seen.add(cudnn.allow_tf32))
-    convert(model, torch.rand(1, 4, 8, 8), runs=0)
+    decided(model, torch.rand(1, 4, 8, 8))
     assert seen == {False}
 
 
@@ -50,7 +50,7 @@ def test_settings_that_torch_cannot_tell():
     program = (
         "import torch, sepconvert\n"
         "torch.backends.cudnn.conv.fp32_precision = 'ieee'\n"
-        "try: sepconvert.convert(torch.nn.Conv2d(1, 1, 3), torch.rand(1, 1, 8, 8), runs=0)\n"
+        "try: sepconvert.convert(torch.nn.Conv2d(1, 1, 3), torch.rand(1, 1, 8, 8), check='torch')\n"
         "except sepconvert.SepconvertError as error: print(error)\n"
     )
     done = subprocess.run(  # noqa: S603

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 
+import pytest
 import small_net
 import torch
 from safetensors.torch import load_file
@@ -17,6 +18,7 @@ def test_one_process_needs_no_others():
     assert once(lambda: 4) == 4
 
 
+@pytest.mark.slow
 def test_two_processes_fit_what_one_fits_and_train(tmp_path):
     small_net.write(tmp_path)
     common = [

@@ -4,8 +4,7 @@ import torch
 from torch import nn
 
 from sepconvert.calibration.importance import BATCHES, fisher_information
-from sepconvert.network.copies import private_copy
-from sepconvert.network.trace import trace
+from sepconvert.network.trace import traced
 
 
 def images(count=512, size=1):
@@ -14,7 +13,7 @@ def images(count=512, size=1):
 
 
 def found_in(model, batches, **options):
-    sites = trace(private_copy(model), (batches[0][:1],))
+    sites = traced(model, (batches[0][:1],)).sites
     return fisher_information(model, batches, sites, seed=0, **options)
 
 

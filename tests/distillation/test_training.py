@@ -1,49 +1,31 @@
 """Distillation of small networks; two networks that differ by noise stand for a conversion."""
 
 import copy
-import os
-import signal
-import subprocess
-import sys
-import zipfile
-from dataclasses import replace
-from pathlib import Path
 
-import distillation_worker
 import pytest
 import torch
-from distillation_worker import STEPS_PER_EPOCH, disturbed, loader, network, tuned
+from distillation_worker import (
+    STEPS_PER_EPOCH,
+    assert_same,
+    disturbed,
+    loader,
+    network,
+    run_worker,
+    same,
+    tuned,
+    untimed,
+)
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from sepconvert.base.errors import SepconvertError
 from sepconvert.cli.demo import images, net
-from sepconvert.distillation import training as distillation
-from sepconvert.distillation.checkpoint import write_checkpoint
 from sepconvert.distillation.training import finetune
 from sepconvert.factorize.border import Border
 from sepconvert.factorize.geometry import ConvSpec
-from sepconvert.measure.divergence import mean_divergence, relative_error
+from sepconvert.measure.divergence import divergence, outputs, relative_error
 from sepconvert.measure.metrics import evaluate
 from sepconvert.network.layers import FactorizedConv2d
-
-WORKER = Path(distillation_worker.__file__)
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Sums in the same order as in the worker's processes."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-def assert_same(a, b):
-    a, b = (model if isinstance(model, dict) else model.state_dict() for model in (a, b))
-    assert a.keys() == b.keys()
-    for name, tensor in a.items():
-        assert torch.equal(tensor, b[name]), name
 
 
 def disturbed_copy(layer, model):
@@ -56,14 +38,11 @@ def disturbed_copy(layer, model):
     return result
 
 
-def same(a, b):
-    return all(
-        torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True)
-    )
-
-
-def untimed(history):
-    return [replace(epoch, seconds=0) for epoch in history]
+@torch.no_grad()
+def mean_divergence(original, converted, batches):
+    """The divergence of `converted` from `original` over a data set."""
+    total = sum(len(x) * float(divergence(outputs(original, x), outputs(converted, x))) for x, _ in batches)
+    return total / len(batches.dataset)
 
 
 # Results -------------------------------------------------------------------------------------------
@@ -172,57 +151,6 @@ def test_labels_are_used_where_there_are_any():
     assert a.delivered.accuracy is not None
 
 
-class BrighterHalf(nn.Module):
-    """Two logits: how bright the left and the right half are; or the brighter and the darker one, as pictures
-    and their mirror images have them alike."""
-
-    def __init__(self, alike):
-        super().__init__()
-        self.scale = nn.Parameter(torch.ones(2))
-        self.alike = alike
-
-    def forward(self, x):
-        halves = torch.stack([half.mean(dim=(1, 2, 3)) for half in x.chunk(2, dim=3)], 1)
-        return self.scale * (halves.sort(1).values if self.alike else halves)
-
-
-@pytest.mark.parametrize("alike", [True, False])
-def test_mirrored_pictures_keep_the_labels_that_the_teacher_gives_them(monkeypatch, alike):
-    teacher = BrighterHalf(alike)
-    x = torch.zeros(40, 3, 8, 8)
-    x[:20, ..., :4] = x[20:, ..., 4:] = 1
-    data = DataLoader(TensorDataset(x, teacher(x).argmax(1)), 8)
-    targets = []
-    cross_entropy = distillation.F.cross_entropy
-
-    def watched(logits, target, **options):
-        targets.append(target)
-        return cross_entropy(logits, target, **options)
-
-    monkeypatch.setattr(distillation.F, "cross_entropy", watched)
-    finetune(BrighterHalf(alike), teacher, data, data, epochs=1, labelled=True)
-    without = int((torch.cat(targets) == -1).sum())
-    assert without == 0 if alike else 8 < without < 32
-
-
-def asked(epochs, **options):
-    """How often the teacher answered a batch, evaluations and trials of layout and classifier aside."""
-    teacher, calls = network(), []
-    teacher.register_forward_hook(lambda *_: calls.append(1))
-    student = disturbed(network())
-    finetune(student, teacher, loader(), loader(4), epochs=epochs, labelled=True, **options)
-    return len(calls) - (epochs + 1) - 2
-
-
-def test_the_teacher_is_asked_once_for_several_epochs(monkeypatch):
-    assert asked(1) == STEPS_PER_EPOCH
-    assert asked(3) == STEPS_PER_EPOCH
-    assert asked(4) == 2 * STEPS_PER_EPOCH
-    # A byte less than what 58 samples take, of 4 classes and 6 inputs of the classifier.
-    monkeypatch.setattr(distillation, "MOST_KEPT", 58 * (4 + 6) * 4 - 1)
-    assert asked(3) == 3 * STEPS_PER_EPOCH
-
-
 class Flattening(nn.Module):
     """Takes one layout of memory alone."""
 
@@ -293,7 +221,7 @@ def test_features_of_replaced_layers_are_followed():
         for weight in (0.0, 100.0)
     )  # fmt: skip
     assert error(followed.model) < 0.9 * error(plain.model)
-    with pytest.raises(SepconvertError, match="feature_weight: expected replaced layers"):
+    with pytest.raises(SepconvertError, match="`feature_weight`: expected replaced layers"):
         finetune(teacher, teacher, loader(), loader(), epochs=1, labelled=False, feature_weight=1)
 
 
@@ -372,22 +300,22 @@ class Stream(IterableDataset):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"epochs": 0}, "epochs: expected at least 1, got 0"),
-        ({"learning_rate": -1.0}, "learning_rate: expected a number above 0"),
-        ({"temperature": float("nan")}, "temperature: expected"),
-        ({"feature_weight": -1.0}, "feature_weight: expected"),
-        ({"checkpoint_every": 0}, "checkpoint_every: expected"),
-        ({"resume": True}, "resume: expected a checkpoint"),
-        ({"precision": "fp8000"}, "precision: expected one that this machine"),
-        ({"data": of(0)}, "data: expected a sample"),
-        ({"data": DataLoader(Stream())}, "data: expected a DataLoader that makes batches from a map-style"),
+        ({"epochs": 0}, "`epochs`: expected at least 1, got 0"),
+        ({"learning_rate": -1.0}, "`learning_rate`: expected a number above 0"),
+        ({"temperature": float("nan")}, "`temperature`: expected"),
+        ({"feature_weight": -1.0}, "`feature_weight`: expected"),
+        ({"checkpoint_every": 0}, "`checkpoint_every`: expected"),
+        ({"resume": True}, "`resume`: expected a `checkpoint`"),
+        ({"precision": "fp8000"}, "`precision`: expected one that this machine"),
+        ({"data": of(0)}, "training data: expected a sample"),
+        ({"data": DataLoader(Stream())}, "training data: expected a DataLoader that makes batches"),
         ({"data": DataLoader(torch.zeros(4, 3, 8, 8))}, r"data: expected batches of two tensors \(x, y\)"),
         ({"data": of(8, channels=1)}, "data: expected inputs that the model takes"),
-        ({"data": of(8, dtype=torch.float32)}, "data: expected 1 integer labels"),
+        ({"data": of(8, dtype=torch.float32)}, "labels: expected 1 integers"),
         ({"data": of(8, label=9)}, "labels: expected"),
         ({"heldout": loader(labels=False)}, "held-out data: expected labels"),
         ({"teacher": nn.Sequential(*network(), nn.Linear(4, 5))}, "outputs: expected"),
-        ({"student": network().requires_grad_(False)}, "student: expected parameters"),
+        ({"student": network().requires_grad_(False)}, "`student`: expected parameters"),
     ],
 )  # fmt: skip
 def test_bad_input_is_named(options, message):
@@ -417,122 +345,6 @@ def test_a_student_that_equals_its_teacher_stays_what_it_is():
         )
         assert 0 <= found.delivered.divergence < 1e-6
         assert_same(found.model, teacher)
-
-
-# Checkpoints ---------------------------------------------------------------------------------------
-
-
-def run_worker(*arguments, launcher=(), **environment):
-    return subprocess.run(  # noqa: S603  (our own script)
-        [sys.executable, *launcher, WORKER, *map(str, arguments)],
-        env=os.environ | {"OMP_NUM_THREADS": "1"} | environment,
-        capture_output=True,
-        timeout=120,
-        check=False,
-    )
-
-
-def test_a_killed_run_resumes_to_the_same_weights(tmp_path):
-    checkpoint = tmp_path / "deep" / "checkpoint"
-    for step, kept in ((11, 8), (39, 36)):  # in the middle of epochs
-        killed = run_worker(tmp_path / "result", checkpoint, step)
-        assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
-        assert torch.load(checkpoint, weights_only=True)["step"] == kept
-    steps = []
-    resumed = tuned(checkpoint=checkpoint, resume=True, progress=steps.append)
-    assert steps[0].step == 37
-    uninterrupted = tuned(checkpoint=tmp_path / "whole")
-    assert_same(resumed.model, uninterrupted.model)
-    a, b = (torch.load(path, weights_only=True) for path in (checkpoint, tmp_path / "whole"))
-    for weights in ("student", "average"):
-        assert_same(a[weights], b[weights])
-    assert not torch.equal(a["student"]["0.weight"], a["average"]["0.weight"])
-    assert untimed(resumed.history) == untimed(uninterrupted.history)
-    assert list(checkpoint.parent.iterdir()) == [checkpoint]
-    # Of the finished run nothing is left to do.
-    again = tuned(checkpoint=checkpoint, resume=True, progress=steps.clear)
-    assert_same(again.model, uninterrupted.model)
-    assert steps
-
-
-def test_answers_of_several_views_are_recalled(tmp_path):
-    uninterrupted = tuned(epochs=4)
-    for interrupted in (20, 50):  # while the second view is new, and when the first is met again
-
-        def interrupt(step, at=interrupted):
-            if step.step == at:
-                raise KeyboardInterrupt
-
-        with pytest.raises(KeyboardInterrupt):
-            tuned(epochs=4, checkpoint=tmp_path / "checkpoint", resume=True, progress=interrupt)
-    resumed = tuned(epochs=4, checkpoint=tmp_path / "checkpoint", resume=True)
-    assert_same(resumed.model, uninterrupted.model)
-    assert untimed(resumed.history) == untimed(uninterrupted.history)
-
-
-def test_an_unfinished_checkpoint_does_no_harm(tmp_path):
-    checkpoint = tmp_path / "checkpoint"
-    (tmp_path / "checkpoint.unfinished").write_bytes(b"half")
-    assert_same(tuned(checkpoint=checkpoint, resume=True).model, tuned().model)
-    assert list(tmp_path.iterdir()) == [checkpoint]
-
-
-class Interrupts:
-    def __reduce__(self):
-        raise KeyboardInterrupt
-
-
-def test_a_checkpoint_that_is_stopped_half_way_leaves_nothing(tmp_path):
-    with pytest.raises(KeyboardInterrupt):
-        write_checkpoint(tmp_path / "checkpoint", {"weights": torch.zeros(3), "then": Interrupts()})
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_checkpoints_of_other_runs_are_refused(tmp_path):
-    checkpoint = tmp_path / "checkpoint"
-    tuned(checkpoint=checkpoint)
-    with pytest.raises(SepconvertError, match="expected no file, got the checkpoint of an earlier run"):
-        tuned(checkpoint=checkpoint)
-    with pytest.raises(SepconvertError, match=r"with other options .*seed=0.*not .*seed=1"):
-        tuned(checkpoint=checkpoint, resume=True, seed=1)
-    options = {"epochs": 3, "labelled": True, "learning_rate": 1e-2, "checkpoint": checkpoint, "resume": True}
-    teacher, student, heldout = network(), disturbed(network()), loader(21, seed=1)
-    for part, models, data in (
-        ("student", (disturbed(teacher, seed=9), teacher), (loader(), heldout)),
-        ("teacher", (student, student), (loader(), heldout)),
-        ("data", (student, teacher), (loader(seed=5), heldout)),
-        ("held-out data", (student, teacher), (loader(), loader(20, seed=1))),
-    ):
-        with pytest.raises(SepconvertError, match=f"got one with other {part} "):
-            finetune(*models, *data, **options)
-
-
-@pytest.mark.parametrize("cut", [0, 100, 5000])
-def test_a_damaged_checkpoint_is_named(tmp_path, cut):
-    checkpoint = tmp_path / "checkpoint"
-    tuned(checkpoint=checkpoint)
-    checkpoint.write_bytes(checkpoint.read_bytes()[:cut])
-    with pytest.raises(SepconvertError, match="damaged or foreign file"):
-        tuned(checkpoint=checkpoint, resume=True)
-
-
-def test_a_bit_that_flipped_in_a_checkpoint_is_found(tmp_path):
-    checkpoint = tmp_path / "checkpoint"
-    tuned(checkpoint=checkpoint)
-    with zipfile.ZipFile(checkpoint) as archive:
-        offsets = [each.header_offset for each in archive.infolist() if each.filename.endswith("data/0")]
-    content = bytearray(checkpoint.read_bytes())
-    content[offsets[0] + 120] ^= 1  # in the first tensor
-    checkpoint.write_bytes(content)
-    torch.load(checkpoint, weights_only=True)  # which sees nothing amiss
-    with pytest.raises(SepconvertError, match=r"damaged or foreign file .*checksum"):
-        tuned(checkpoint=checkpoint, resume=True)
-
-
-def test_a_place_that_cannot_be_written_is_named(tmp_path):
-    (tmp_path / "file").touch()
-    with pytest.raises(SepconvertError, match="expected a place to write to"):
-        tuned(checkpoint=tmp_path / "file" / "checkpoint")
 
 
 # Processes -----------------------------------------------------------------------------------------

@@ -75,7 +75,7 @@ def test_what_exists_stays_when_the_block_fails(place, existing):
 
 
 def test_what_exists_is_not_replaced_unasked(place, existing):
-    with pytest.raises(SepconvertError, match=r"out: exists already; pass --force to replace it"):
+    with pytest.raises(SepconvertError, match=r"out: exists already; pass `force` to replace it"):
         fill(existing)
     assert tree(place) == {"out/report.json": "old"}
 
@@ -151,7 +151,7 @@ def test_an_impossible_place_is_found_out_at_once(place, out):
     (place / "loop").symlink_to(place / "loop")
     entered = False
     with (
-        pytest.raises(SepconvertError, match=r"cannot be written: .*; pass another --out"),
+        pytest.raises(SepconvertError, match=r"cannot be written: .*; pass another `out`"),
         result_directory(place / out, force=True),
     ):
         entered = True

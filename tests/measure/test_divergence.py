@@ -1,14 +1,17 @@
 """Divergences against scipy's and against ones known beforehand."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from scipy.special import rel_entr, softmax
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
 
 from sepconvert.base.errors import SepconvertError
-from sepconvert.measure.divergence import divergence, is_logits, mean_divergence, outputs, relative_error
+from sepconvert.measure.divergence import OutputComparison, divergence, is_logits, outputs, relative_error
 
 
 @pytest.fixture
@@ -93,29 +96,55 @@ def test_outputs_are_the_floating_point_tensors():
     assert second == 6
 
 
-def test_a_data_set_is_averaged_over_samples(rng):
-    original, converted = nn.Sequential(nn.Linear(6, 4), nn.Dropout(0.9)), nn.Linear(6, 4).double()
-    x = torch.from_numpy(rng.standard_normal((11, 6))).float()
-    loader = DataLoader(TensorDataset(x, torch.full((11,), -1)), 4)
-    wanted = original[0](x).log_softmax(1)
-    given = converted(x.double()).log_softmax(1)
-    oracle = float((wanted.exp() * (wanted - given)).sum(1).mean().detach())
-    seen = []
-
-    def progress(batches):
-        for batch in batches:
-            seen.append(len(batch[0]))
-            yield batch
-
-    assert mean_divergence(original, converted, loader, progress) == pytest.approx(oracle, rel=1e-5)
-    assert seen == [4, 4, 3]
-    assert original.training
-    assert original[1].training
-
-
-def test_bad_data_are_named():
-    model = nn.Linear(6, 4)
-    with pytest.raises(SepconvertError, match="expected at least one sample"):
-        mean_divergence(model, model, [])
+def test_inputs_that_a_model_does_not_take_are_named():
     with pytest.raises(SepconvertError, match=r"shape \(3, 5\), on which it fails with RuntimeError"):
-        mean_divergence(model, model, [(torch.zeros(3, 5), torch.zeros(3))])
+        outputs(nn.Linear(6, 4), torch.zeros(3, 5))
+
+
+# Differences of outputs in numpy
+
+
+def compared(*pairs):
+    found = OutputComparison()
+    for base, other in pairs:
+        found.add(np.asarray(base), np.asarray(other))
+    return found.result()
+
+
+def test_by_hand():
+    found = compared(([[3.0, 4.0]], [[3.0, 1.0]]))
+    assert (found.max_abs, found.mean_abs, found.relative) == (3, 1.5, 0.6)
+    assert found.cosine == pytest.approx(13 / (5 * math.sqrt(10)))
+    assert found.snr_db == pytest.approx(10 * math.log10(25 / 9))
+    assert found.agreement == 0
+
+
+@given(st.integers(1, 5), st.integers(0, 2**20))
+def test_batches_make_no_difference(parts, seed):
+    rng = np.random.default_rng(seed)
+    base, other = rng.standard_normal((2, 12, 4)).astype(np.float32)
+    whole = compared((base, other))
+    found = compared(*zip(np.array_split(base, parts), np.array_split(other, parts), strict=True))
+    assert found.to_dict() == pytest.approx(whole.to_dict())
+    difference = np.linalg.norm((base - other).astype(float)) / np.linalg.norm(base.astype(float))
+    assert found.relative == pytest.approx(difference, rel=1e-5)
+    assert found.agreement == np.mean(base.argmax(1) == other.argmax(1))
+
+
+def test_equal_outputs_have_no_noise():
+    x = np.ones((2, 3, 4, 4), np.float16)
+    found = compared((x, x))
+    assert (found.max_abs, found.mean_abs, found.relative) == (0, 0, 0)
+    assert found.cosine == pytest.approx(1)
+    assert (found.snr_db, found.agreement) == (None, None)
+
+
+@pytest.mark.parametrize("odd", [math.nan, math.inf])
+def test_what_is_not_finite_is_not_small(odd):
+    found = compared(([[1.0, 2.0]], [[1.0, odd]]), ([[1.0, 2.0]], [[1.0, 2.0]]))
+    assert (found.max_abs, found.mean_abs, found.relative) == (None, None, None)
+
+
+def test_zeros():
+    found = compared(([[0.0, 0.0]], [[0.0, 0.0]]))
+    assert (found.max_abs, found.relative, found.cosine) == (0, None, None)

@@ -1,10 +1,25 @@
-"""Times of operators are put to the layers they belong to, and a gain that disappoints has a cause."""
+"""Times of operators are attributed to the right layers, and a small gain has a cause."""
 
+import subprocess
+import sys
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
+from torch import nn
 
-from sepconvert.measure.execution import Gain, OperatorTime, by_layer, layer_executions, model_execution
+from sepconvert.base.environment import Runtime
+from sepconvert.files.onnx.export import export_program, save_onnx
+from sepconvert.measure.execution import (
+    Gain,
+    OperatorTime,
+    by_layer,
+    layer_executions,
+    model_execution,
+    operator_times,
+)
+from sepconvert.measure.latency import Deployed
 
 BLOCKED, DEPTHWISE, POINTWISE = (
     "direct, blocked layout",
@@ -63,12 +78,12 @@ def test_a_gain_of_half_of_what_macs_promise_needs_no_cause():
     ("after", "expected"),
     [
         ([operator("conv.0", "grouped, im2col and GEMM", 3.0)],
-         "0.3 GMAC/s where the original does 2.0: grouped, im2col and GEMM instead of the runtime's kernels "
+         "0.3 GMAC/s, the original at 2.0: grouped, im2col and GEMM instead of the runtime's kernels "
          "for blocked layouts"),
         ([operator("conv.0", POINTWISE, 0.01), operator("conv.1", POINTWISE, 0.01)],
-         "2 operators of 10 µs each, of which starting them is most"),
+         "2 operators of 10 µs each, mostly the cost of starting them"),
         ([operator("conv.0", DEPTHWISE, 2.0, bytes_moved=10_000)],
-         "100.0 MACs for each byte that it moves instead of 800.0, at 0.0 GB/s: memory sets the pace"),
+         "100.0 MACs per byte that it moves instead of 800.0, at 0.0 GB/s: memory bandwidth is the limit"),
         ([operator("conv.0", DEPTHWISE, 2.0, bytes_moved=10_000),
           operator("pool", None, 1.0, bytes_moved=11_000)],
          "100 % of its time is in depthwise, blocked layout"),  # more could flow
@@ -121,3 +136,110 @@ def test_the_whole_model():
         "converted": (4.0, 2.0), "kept": (1.0, 1.5), "layout": (0.0, 0.25), "other": (0.5, 0.25),
         "operators": (3, 5), "layout_changes": (0, 2),
     }  # fmt: skip
+
+
+# Operators, as the runtime runs them
+
+
+class Net(nn.Module):
+    """Convolutions of each kind, a residual sum, and a classifier."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU())
+        self.deep = nn.Conv2d(16, 16, 3, padding=1, groups=16)
+        self.point = nn.Conv2d(16, 16, 1)
+        self.grouped = nn.Conv2d(16, 16, 3, padding=1, groups=2)
+        self.head = nn.Linear(16, 10)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.stem(x)
+        x = torch.relu(x + self.point(torch.relu(self.deep(x))))
+        return self.head(self.grouped(x).mean((2, 3)))
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory):
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("onnx") / "net.onnx"
+    save_onnx(export_program(Net().eval(), (torch.randn(1, 3, 16, 16),)), path)
+    return path
+
+
+def times(path, level):
+    feeds = {"input": np.zeros((1, 3, 16, 16), np.float32)}
+    return operator_times(Deployed(path, Runtime(1, level)), feeds, runs=5)
+
+
+KINDS = {"stem.0": "direct", "deep": "depthwise", "point": "pointwise", "grouped": "grouped"}
+
+
+def test_a_profile_that_did_not_fit_on_the_disk_is_told(path):
+    script = (
+        "import numpy as np, resource, sys; from pathlib import Path;"
+        "from sepconvert.base.environment import Runtime;"
+        "from sepconvert.measure.execution import operator_times;"
+        "from sepconvert.measure.latency import Deployed;"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000));"
+        "feeds = {'input': np.zeros((1, 3, 16, 16), np.float32)};"
+        "operator_times(Deployed(Path(sys.argv[1]), Runtime(1, 'all')), feeds, runs=5)"
+    )
+    command = [sys.executable, "-c", script, path]
+    found = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603
+    assert "SepconvertError" in found.stderr
+    assert "did not write its profile there" in found.stderr
+
+
+def test_blocked_layouts(path):
+    found = {each.layer: each for each in times(path, "all") if each.operator == "Conv"}
+    if not any("blocked" in each.kernel for each in found.values()):
+        pytest.skip("this processor has no blocked layouts")
+    assert found.keys() == KINDS.keys()
+    for name in ("stem.0", "deep", "point"):  # groups of few channels are not blocked everywhere
+        assert found[name].kernel == f"{KINDS[name]}, blocked layout"
+
+
+def test_without_optimisation_every_operator_is_that_of_the_file(path):
+    found = times(path, "none")
+    kernels = {each.layer: each.kernel for each in found if each.operator == "Conv"}
+    assert kernels == {
+        name: "GEMM" if kind == "pointwise" else f"{kind}, im2col and GEMM" for name, kind in KINDS.items()
+    }
+    assert [each.layer for each in found if each.operator == "Gemm"] == ["head"]
+    assert "stem.2" in [each.layer for each in found if each.operator == "Relu"]
+    assert all(each.milliseconds >= 0 for each in found)
+    assert sum(each.milliseconds for each in found) > 0
+    grouped = next(each for each in found if each.layer == "grouped")
+    weights = sum(parameter.numel() for parameter in Net().grouped.parameters())
+    assert grouped.bytes_moved == 4 * (2 * 16 * 16 * 16 + weights)
+
+
+class Blur(nn.Module):
+    """A convolution that is no module, of a weight that files name and store once if two are equal."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("binomial", torch.tensor([1.0, 2, 1]).outer(torch.tensor([1.0, 2, 1])) / 16)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.conv2d(x, self.binomial.expand(16, 1, 3, 3), groups=16)
+
+
+class Blurred(nn.Module):
+    """Two of them, and a layer of the same weight in both places."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.first, self.second = nn.Conv2d(3, 16, 3), Blur(), Blur()
+        self.deep = nn.Sequential(nn.Conv2d(16, 16, 1), nn.Conv2d(16, 16, 1))
+        self.deep[1].load_state_dict(self.deep[0].state_dict())
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.deep(self.second(torch.relu(self.first(self.stem(x)))))
+
+
+def test_equal_weights_do_not_make_one_layer_of_two(tmp_path):
+    save_onnx(export_program(Blurred().eval(), (torch.randn(1, 3, 16, 16),)), tmp_path / "net.onnx")
+    found = times(tmp_path / "net.onnx", "all")
+    names = [each.layer for each in found if each.operator == "Conv"]
+    assert names == ["stem", "first", "second", "deep.0", "deep.1"]

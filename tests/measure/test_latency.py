@@ -14,6 +14,7 @@ from sepconvert.base.environment import GRAPH_OPTIMIZATIONS, Runtime
 from sepconvert.base.errors import SepconvertError
 from sepconvert.measure import latency
 from sepconvert.measure.latency import (
+    Deployed,
     Latency,
     Speedup,
     interleave,
@@ -187,15 +188,14 @@ def test_significance(ci95: tuple[float, float], noise_floor: tuple[float, float
 def test_a_much_smaller_model_is_faster(tmp_path: Path) -> None:
     original = tmp_path / "original.onnx"
     original.write_bytes(conv_net(40))
-    before, after, ratio = measure_pair(
-        original, conv_net(1), FEEDS, runs=15, runtime=Runtime(1), batch=1, seed=0
-    )
-    assert ratio.median > 1
-    assert before.median_ms > after.median_ms > 0
-    for each in (before, after):
-        assert each.median_ms in each.ci95_ms
-        assert each.ci95_ms.lo <= each.p90_ms
-        assert (each.runs, each.threads, each.batch) == (15, 1, 1)
+    models = (Deployed(model, Runtime(1)) for model in (original, conv_net(1)))
+    found = measure_pair(*models, FEEDS, runs=15, batch=1, seed=0)
+    assert found.speedup.median > 1
+    assert found.original.median_ms > found.converted.median_ms > 0
+    for own in (found.original, found.converted):
+        assert own.median_ms in own.ci95_ms
+        assert own.ci95_ms.lo <= own.p90_ms
+        assert (own.runs, own.threads, own.batch) == (15, 1, 1)
 
 
 def test_reports_are_json() -> None:
@@ -207,33 +207,37 @@ def test_reports_are_json() -> None:
     }  # fmt: skip
     ratio = Speedup(1.2, Interval(1.1, 1.3), Interval(0.9, 1.05)).to_dict()
     assert ratio == {"median": 1.2, "ci95": [1.1, 1.3], "significant": True, "noise_floor": [0.9, 1.05]}
-    measured = measure_pair(conv_net(1), conv_net(1), FEEDS, runs=6, runtime=Runtime(2), batch=1, seed=0)
-    for each in measured:
-        assert json.loads(json.dumps(each.to_dict())) == each.to_dict()
+    net = Deployed(conv_net(1), Runtime(2))
+    measured = measure_pair(net, net, FEEDS, runs=6, batch=1, seed=0)
+    for part in (measured.original, measured.converted, measured.speedup):
+        assert json.loads(json.dumps(part.to_dict())) == part.to_dict()
 
 
 def test_measure_single_counts_runs_through_progress() -> None:
     seen: list[Any] = []
 
-    def progress(rounds: Iterable[Any]) -> Iterator[Any]:
-        for each in rounds:
-            seen.append(each)
-            yield each
+    def progress(rounds: Iterable[Any], description: str, /) -> Iterator[Any]:
+        assert description == "timing"
+        for number in rounds:
+            seen.append(number)
+            yield number
 
     feeds = {"x": np.ones((3, 16, 16, 16), np.float32)}
-    found = measure_single(conv_net(2), feeds, runs=7, runtime=Runtime(1), batch=3, seed=0, progress=progress)
+    found = measure_single(
+        Deployed(conv_net(2), Runtime(1)), feeds, runs=7, batch=3, seed=0, progress=progress
+    )
     assert (len(seen), found.runs, found.batch) == (7, 7, 3)
 
 
 def test_session_has_the_threads_asked_for() -> None:
-    options = session(conv_net(1), Runtime(2)).get_session_options()
+    options = session(Deployed(conv_net(1), Runtime(2))).get_session_options()
     assert (options.intra_op_num_threads, options.inter_op_num_threads) == (2, 1)
     assert options.get_session_config_entry("session.intra_op.allow_spinning") == "0"
 
 
 @pytest.mark.parametrize("level", GRAPH_OPTIMIZATIONS)
 def test_session_has_the_graph_optimization_asked_for(level: str) -> None:
-    options = session(conv_net(1), Runtime(1, level)).get_session_options()
+    options = session(Deployed(conv_net(1), Runtime(1, level))).get_session_options()
     assert (
         options.graph_optimization_level
         == {
@@ -266,7 +270,7 @@ def test_feeds_that_do_not_fit(
     feeds: dict[str, npt.NDArray[Any]], message: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SepconvertError, match=message) as caught:
-        measure_single(conv_net(1), feeds, runs=1, runtime=Runtime(1), batch=1, seed=0)
+        measure_single(Deployed(conv_net(1), Runtime(1)), feeds, runs=1, batch=1, seed=0)
     assert "\n" not in str(caught.value)
     assert capfd.readouterr().err == ""
 
@@ -276,13 +280,13 @@ def test_models_that_do_not_load(tmp_path: Path, capfd: pytest.CaptureFixture[st
     empty.write_bytes(b"")
     for model in (b"no model at all", empty, tmp_path / "missing.onnx", tmp_path):
         with pytest.raises(SepconvertError, match=r"^onnxruntime cannot load .* a valid ONNX") as caught:
-            session(model, Runtime(1))
+            session(Deployed(model, Runtime(1)))
         assert "\n" not in str(caught.value)
     assert capfd.readouterr().err == ""
 
 
 def test_numbers_out_of_range() -> None:
-    with pytest.raises(SepconvertError, match="threads: expected a whole number from 1 to 1,024, got 0"):
-        session(conv_net(1), Runtime(0))
-    with pytest.raises(SepconvertError, match="runs: expected at least 1, got 0"):
-        measure_single(conv_net(1), FEEDS, runs=0, runtime=Runtime(1), batch=1, seed=0)
+    with pytest.raises(SepconvertError, match="`threads`: expected a whole number from 1 to 1,024, got 0"):
+        Runtime(0)
+    with pytest.raises(SepconvertError, match="`runs`: expected at least 1, got 0"):
+        measure_single(Deployed(conv_net(1), Runtime(1)), FEEDS, runs=0, batch=1, seed=0)

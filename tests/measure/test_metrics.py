@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from sepconvert.base.errors import SepconvertError
-from sepconvert.measure.metrics import Predictions, changes, compare, evaluate
+from sepconvert.measure.metrics import TOP1, Predictions, accuracy_delta, changes, evaluate
 from sepconvert.network.copies import evaluation_mode
 
 Batches = list[tuple[Tensor, Tensor]]
@@ -163,7 +163,7 @@ def test_data_loaders_and_progress() -> None:
     x, y, batches = data(20, 6)
     seen = []
 
-    def progress(loader: Any) -> Any:
+    def progress(loader: Any, description: str, /) -> Any:
         for batch in loader:
             seen.append(len(batch[0]))
             yield batch
@@ -185,7 +185,7 @@ X, Y = torch.zeros(3, 6), torch.tensor([0, 1, 2])
         (Echo(), (X, Y[:2]), r"labels: expected 3 integers, .* of shape \(2,\)"),
         (Echo(), (X, Y.float()), r"got torch.float32"),
         (Echo(), (X, torch.eye(6)[:3]), r"shape \(3, 6\)"),
-        (Echo(), X, r"data: expected batches of a tensor and its labels, got Tensor"),
+        (Echo(), X, r"data: expected batches of two tensors \(x, y\), got Tensor"),
         (Echo(), (X, Y, Y), r"got tuple"),
         (Echo(lambda t: t / 0), (X, Y), r"finite logits, got NaN for 3 of 3 samples"),
         (Echo(lambda t: t[:, 0]), (X, Y), r"logits of shape \(3, classes\), got shape \(3,\)"),
@@ -211,13 +211,14 @@ def of_classes(predicted: list[int], labels: list[int]) -> Predictions:
     return Predictions(np.array(predicted)[:, None], np.array(labels), 3)
 
 
-def test_compare_by_hand() -> None:
+def test_the_drop_by_hand() -> None:
     labels = [0, 0, 1, 1, 2, 2, 0, 1]
     original = of_classes([0, 0, 1, 1, 2, 0, 1, 1], labels)  # right: all but the 6th and the 7th
     converted = of_classes([0, 1, 2, 1, 0, 1, 0, 1], labels)  # loses the 2nd, 3rd, 5th; wins the 7th
-    found = compare(original, converted)
-    assert found.drop_pp == pytest.approx(100 * 2 / 8)
+    found = accuracy_delta(original, converted)
+    assert found.drop == pytest.approx(100 * 2 / 8)
     assert found.agreement == pytest.approx(3 / 8)
+    assert (found.metric, found.metric.unit, found.metric.higher_is_better) == (TOP1, "pp", True)
     # (3 + 1)/10 - (1 + 1)/10 = 0.2, half-width 1.95996 · sqrt((0.6 - 0.04)/10) = 0.46381
     assert found.to_dict() == {
         "accuracy_drop_pp": {
@@ -233,10 +234,10 @@ def test_compare_by_hand() -> None:
 def test_the_drop_is_the_difference_of_the_accuracies(rows: list[tuple[int, int, int]]) -> None:
     labels, first, second = (list(column) for column in zip(*rows, strict=True))
     original, converted = of_classes(first, labels), of_classes(second, labels)
-    delta, back = compare(original, converted), compare(converted, original)
-    assert delta.drop_pp == pytest.approx(100 * (original.accuracy().top1 - converted.accuracy().top1))
-    assert delta.ci95_pp.lo <= delta.drop_pp <= delta.ci95_pp.hi
-    assert back.drop_pp == -delta.drop_pp
+    delta, back = accuracy_delta(original, converted), accuracy_delta(converted, original)
+    assert delta.drop == pytest.approx(100 * (original.accuracy().top1 - converted.accuracy().top1))
+    assert delta.ci95.lo <= delta.drop <= delta.ci95.hi
+    assert back.drop == -delta.drop
     assert back.agreement == delta.agreement
 
 
@@ -252,8 +253,8 @@ def test_changes_by_hand() -> None:
     assert changes(before, before, most=3).to_dict() == {"count": 0, "lost": 0, "won": 0, "shown": ()}
 
 
-def test_compare_needs_the_same_samples() -> None:
+def test_the_drop_needs_the_same_samples() -> None:
     with pytest.raises(SepconvertError, match=r"same samples in the same order.*shuffle=False"):
-        compare(of_classes([0, 1], [0, 1]), of_classes([0, 1], [1, 0]))
+        accuracy_delta(of_classes([0, 1], [0, 1]), of_classes([0, 1], [1, 0]))
     with pytest.raises(SepconvertError, match="2 and 1 of them"):
-        compare(of_classes([0, 1], [0, 1]), of_classes([0], [0]))
+        accuracy_delta(of_classes([0, 1], [0, 1]), of_classes([0], [0]))

@@ -9,7 +9,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import sepconvert
 from sepconvert.base.environment import Runtime
 from sepconvert.base.errors import SepconvertError
-from sepconvert.files.onnx.export import save_onnx
+from sepconvert.files.onnx.export import export_program, save_onnx
 from sepconvert.measure.profiling import anatomy, read_profile
 
 
@@ -25,7 +25,13 @@ def model():
 def measured(model):
     x, y = torch.randn(40, 3, 8, 8), torch.arange(40) % 7
     loader = DataLoader(TensorDataset(x, y), batch_size=16)
-    return sepconvert.profile(model, torch.randn(2, 3, 8, 8), data=loader, runs=5, threads=1), x, y
+    return (
+        sepconvert.profile(
+            model, torch.randn(2, 3, 8, 8), data=loader, timing=sepconvert.Timing(runs=5, threads=1)
+        ),
+        x,
+        y,
+    )
 
 
 def test_costs_are_of_one_sample(model, measured):
@@ -60,7 +66,9 @@ def test_json(measured):
 
 def test_anatomy(model, measured):
     assert measured[0].anatomy is None
-    found = sepconvert.profile(model, torch.randn(2, 3, 8, 8), runs=5, threads=2, batches=[4, 1]).anatomy
+    found = sepconvert.profile(
+        model, torch.randn(2, 3, 8, 8), timing=sepconvert.Timing(runs=5, threads=2), batches=[4, 1]
+    ).anatomy
     assert [(each.threads, each.batch) for each in found.latencies] == [
         (threads, batch) for threads in (1, 2) for batch in (1, 2, 4)
     ]
@@ -79,19 +87,21 @@ def test_anatomy(model, measured):
 def test_a_file_that_fixes_the_batch_is_timed_in_that_alone(model, tmp_path):
     path = tmp_path / "model.onnx"
     x = torch.randn(2, 3, 8, 8)
-    save_onnx(model, (x,), path, dynamic_batch=False)
+    save_onnx(export_program(model, (x,), dynamic_batch=False), path)
     found = anatomy(path, [x.numpy()], batches=[1, 8], runs=3, runtime=Runtime(1), seed=0)
     assert [each.batch for each in found.latencies] == [2]
     assert found.peak_activation_bytes == 2 * 4 * 64 * (8 + 8)
 
 
 def test_an_unknown_provider(model):
-    with pytest.raises(SepconvertError, match=r"provider: expected one that .* has \(.*cpu.*\), got 'npu'"):
-        sepconvert.profile(model, torch.randn(1, 3, 8, 8), provider="npu")
+    with pytest.raises(SepconvertError, match=r"`provider`: expected one that .* has \(.*cpu.*\), got 'npu'"):
+        sepconvert.profile(model, torch.randn(1, 3, 8, 8), timing=sepconvert.Timing(provider="npu"))
 
 
 def test_comparison_prints_ratios_against_the_first(model, measured):
-    other = sepconvert.profile(nn.Sequential(nn.Conv2d(3, 8, 1)), torch.randn(1, 3, 8, 8), runs=0)
+    other = sepconvert.profile(
+        nn.Sequential(nn.Conv2d(3, 8, 1)), torch.randn(1, 3, 8, 8), timing=sepconvert.Timing(runs=0)
+    )
     assert (other.latency, other.accuracy) == (None, None)
     text = str(sepconvert.compare(measured[0], other))
     lines = {line.split("  ")[0]: line for line in text.splitlines()}
@@ -103,7 +113,7 @@ def test_comparison_prints_ratios_against_the_first(model, measured):
 
 def test_inputs_that_do_not_fit(model):
     with pytest.raises(SepconvertError):
-        sepconvert.profile(model, torch.randn(1, 4, 8, 8), runs=0)
+        sepconvert.profile(model, torch.randn(1, 4, 8, 8), timing=sepconvert.Timing(runs=0))
 
 
 # Stored profiles
@@ -147,7 +157,7 @@ def test_a_missing_key_is_named(stored, tmp_path, key):
     inside = stored[outer[0]] if outer else stored
     del inside[last]
     (tmp_path / "net.json").write_text(json.dumps(stored))
-    with pytest.raises(SepconvertError, match=rf"net.json: lacks the key '{last}'"):
+    with pytest.raises(SepconvertError, match=rf"net.json: not a profile .* missing required field '{last}'"):
         read_profile(tmp_path / "net.json")
 
 

@@ -14,21 +14,21 @@ from torch.nn import functional as F
 from sepconvert.factorize.exact.analysis import analyse
 from sepconvert.factorize.exact.factors import factorize
 from sepconvert.measure.verification import (
-    Comparison,
     LayerCheck,
+    OutputCheck,
     check_layer,
     compare_export,
     compare_runs,
     compare_with,
     dense_convolution,
-    outputs,
+    float64_outputs,
     random_like,
     reference,
 )
 from sepconvert.network.copies import private_copy
 from sepconvert.network.layers import FactorizedConv2d
 from sepconvert.network.rewrite import Replacement, rewrite
-from sepconvert.network.trace import DenseConv, trace
+from sepconvert.network.trace import DenseConv, trace, traced
 
 
 def factors(conv, scheme, rank=None, size=(16, 16)):
@@ -261,7 +261,8 @@ def model_of(dtype=torch.float32):
 
 def conversion(model, inputs, schemes):
     """(sites, converted model, tolerances by layer)"""
-    sites = trace(private_copy(model), inputs)
+    found = traced(model, inputs)
+    sites = found.sites
     replacements, tolerances = {}, {}
     for site in sites:
         if site.name in schemes:
@@ -275,7 +276,7 @@ def conversion(model, inputs, schemes):
                 site.conv.bias,
             )
             tolerances[site.name] = factorization.certificate.channel_tolerance
-    return sites, rewrite(model, sites, replacements), tolerances
+    return sites, rewrite(found, replacements), tolerances
 
 
 SCHEMES = {"stem": "spatial-vh", "right": "spatial-hv"}
@@ -383,7 +384,7 @@ def test_another_number_of_outputs_is_an_error():
 
 
 def test_all_tensors_among_the_outputs_count():
-    left, right, steps = outputs(model_of(), (INPUTS,))
+    left, right, steps = float64_outputs(model_of(), (INPUTS,))
     assert left.dtype == right.dtype == steps.dtype == torch.float64
     assert left.shape == right.shape == (2, 4, 10, 9)
     assert not left.requires_grad
@@ -493,11 +494,11 @@ def test_runtimes_may_differ_by_their_own_rounding_and_no_more():
 
 
 def test_a_comparison_compares():
-    assert Comparison(1.0, 1.0, "float64").holds
-    assert not Comparison(1.1, 1.0, "float64").holds
-    assert not Comparison(float("nan"), 1.0, "float64").holds
-    assert not Comparison(1.0, float("nan"), "float64").holds
-    assert Comparison(1e9, None, "float64").holds
+    assert OutputCheck(1.0, 1.0, "float64").holds
+    assert not OutputCheck(1.1, 1.0, "float64").holds
+    assert not OutputCheck(float("nan"), 1.0, "float64").holds
+    assert not OutputCheck(1.0, float("nan"), "float64").holds
+    assert OutputCheck(1e9, None, "float64").holds
 
 
 def test_random_inputs_are_normal_seeded_and_of_the_same_kind():

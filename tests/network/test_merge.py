@@ -17,12 +17,14 @@ from torch.utils.data import DataLoader, TensorDataset
 from sepconvert import convert
 from sepconvert.base.environment import Runtime
 from sepconvert.base.errors import SepconvertError
+from sepconvert.base.notes import ReasonCode
+from sepconvert.base.options import Timing
 from sepconvert.measure.latency import Speedup
 from sepconvert.measure.statistics import Interval
 from sepconvert.measure.verification import dense_convolution
+from sepconvert.network import trace
 from sepconvert.network.copies import private_copy
 from sepconvert.network.merge import LinearPair, compose, dense_spec, linear_pairs, merge, obstacle
-from sepconvert.network.trace import trace
 from sepconvert.pipeline.merging import merge_pairs
 from sepconvert.pipeline.replay import apply_plan
 from sepconvert.planning import timing
@@ -52,17 +54,17 @@ def image(channels, height=9, width=11, batch=2):
 def traced(model, *inputs):
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Using padding='same' with even kernel lengths")
-        return trace(private_copy(model), inputs)
+        return trace.traced(model, inputs)
 
 
 def found(model, *inputs):
     """Names of the linear pairs."""
-    pairs = linear_pairs(model, inputs, traced(model, *inputs))
+    pairs = linear_pairs(traced(model, *inputs))
     return [(pair.first.name, pair.second.name) for pair in pairs]
 
 
 def decided(model, *inputs, gate="none", **options):
-    pairs = linear_pairs(model, inputs, traced(model, *inputs))
+    pairs = linear_pairs(traced(model, *inputs))
     clock = Clock(Runtime(1), 0, options.get("cache"), options.get("seconds", 60.0))
     return merge_pairs(model, inputs, pairs, gate=gate, clock=clock, seed=0)
 
@@ -106,7 +108,7 @@ def test_what_is_let_through_is_the_same_function(case):
     first, second, size = case
     model, x = nn.Sequential(first, second), image(first.in_channels, *size)
     expected = run(model, x)
-    merged = merge(model, traced(model, x), [("0", "1")])
+    merged = merge(traced(model, x), [("0", "1")])
     assert isinstance(merged[1], nn.Identity)
     assert torch.equal(run(merged, x), expected)
     spec = dense_spec(spec_of(first), spec_of(second))
@@ -205,7 +207,7 @@ def test_what_can_be_merged_is_merged(case):
     first, second = two(*case)
     assert obstacle(spec_of(first), spec_of(second)) is None
     model, x = nn.Sequential(first, second), image(4, 19, 22)
-    assert torch.equal(run(merge(model, traced(model, x), [("0", "1")]), x), run(model, x))
+    assert torch.equal(run(merge(traced(model, x), [("0", "1")]), x), run(model, x))
 
 
 @pytest.mark.parametrize("case", REFUSED.values(), ids=REFUSED)
@@ -215,10 +217,10 @@ def test_what_cannot_be_merged_is_refused_with_the_reason(case):
     assert case[2] in reason
     model, x = nn.Sequential(first, second), image(4, 10, 12)
     with pytest.raises(SepconvertError, match=r"^plan: cannot merge 1 into 0: .*; use the plan's model$"):
-        merge(model, traced(model, x), [("0", "1")])
+        merge(traced(model, x), [("0", "1")])
     merged, (decision,) = decided(model, x)
     assert merged is model
-    assert (decision.decision, decision.reason, decision.spec) == ("kept", reason, None)
+    assert (decision.decision, decision.reason.text, decision.spec) == ("kept", reason, None)
 
 
 # The same function at least on images of some size, yet refused: the rules are kept simple.
@@ -234,7 +236,7 @@ SIMPLY_REFUSED = {
 def test_what_is_refused_would_be_another_function(name):
     first, second = two(*REFUSED[name][:2])
     model, x = nn.Sequential(first, second), image(4, 10, 12)
-    sites = traced(model, x)
+    sites = traced(model, x).sites
     dense = compose(sites[0].conv, sites[1].conv)
     wrong = dense_convolution(dense.spec, x, dense.weight, dense.bias)
     expected = run(model, x)
@@ -243,7 +245,7 @@ def test_what_is_refused_would_be_another_function(name):
 
 def test_the_dense_kernel_by_its_definition():
     first, second = conv(4, 6, 3, groups=2), conv(6, 6, (1, 2), groups=3)
-    sites = traced(nn.Sequential(first, second), image(4))
+    sites = traced(nn.Sequential(first, second), image(4)).sites
     dense = compose(sites[0].conv, sites[1].conv)
     expected = torch.zeros(6, 4, 3, 4, dtype=torch.float64)
     for o in range(6):
@@ -445,10 +447,10 @@ def test_a_network(training):
     model, x = Net().train(training), image(4)
     model.block.requires_grad_(False)
     before, modules = copy.deepcopy(model.state_dict()), list(model.modules())
-    pairs = linear_pairs(model, (x,), traced(model, x))
+    pairs = linear_pairs(traced(model, x))
     names = [("depthwise", "pointwise"), ("block.0", "block.2")]
     assert [(pair.first.name, pair.second.name) for pair in pairs] == names
-    merged = merge(model, traced(model, x), names)
+    merged = merge(traced(model, x), names)
     with torch.no_grad():
         expected = model.eval()(x)
         assert torch.equal(private_copy(merged)(x), expected)
@@ -465,7 +467,7 @@ def test_a_network(training):
 
 def test_dtype_of_the_model():
     model = nn.Sequential(conv(4, 4, 1), conv(4, 4, 3)).half()
-    merged = merge(model, traced(model, image(4).half()), [("0", "1")])
+    merged = merge(traced(model, image(4).half()), [("0", "1")])
     assert merged[0].weight.dtype == merged[0].bias.dtype == torch.float16
 
 
@@ -479,7 +481,7 @@ def test_the_gates_count_macs():
         ]
         assert merged is model
         assert decisions[0].macs == (68 * 99, 288 * 99)
-        assert decisions[0].reason == "the dense form has 28,512 MACs instead of 6,732"
+        assert decisions[0].reason.text == "the dense form has 28,512 MACs instead of 6,732"
     wide = nn.Sequential(conv(2, 16, 1), conv(16, 2, 3), nn.ReLU(), conv(2, 2, 1))
     merged, (decision,) = decided(wide, image(2))
     assert decision.decision == "merged"
@@ -501,7 +503,7 @@ def test_pairs_that_continue_one_another():
     assert {each.decision for each in decisions} == {"merged"}
     assert merged[0].weight.shape == (3, 4, 3, 3)
     assert torch.equal(run(merged, x), run(model, x))
-    again = merge(model, traced(model, x), [(each.first, each.second) for each in decisions])
+    again = merge(traced(model, x), [(each.first, each.second) for each in decisions])
     assert torch.equal(again[0].weight, merged[0].weight)
 
 
@@ -533,7 +535,7 @@ def test_what_is_measured_decides(ratio, decision, timed_as):
     assert [each.decision for each in decisions] == [decision] * 2
     assert all(each.speedup == ratio for each in decisions)
     low, high = ratio.ci95.to_list()
-    assert decisions[0].reason == (
+    assert decisions[0].reason.text == (
         f"the dense form is measured {ratio.median:.2f}× as fast [{low:.2f}, {high:.2f}]"
     )
     assert torch.equal(run(merged.eval(), x), run(model.eval(), x))
@@ -554,7 +556,7 @@ def test_a_real_measurement_and_the_decision_agree():
 
 def test_time_may_be_up():
     _, decisions = decided(Net(), image(4), gate="latency", seconds=0.0)
-    assert {each.reason for each in decisions} == {"was not timed within --measure-seconds"}
+    assert {each.reason.code for each in decisions} == {ReasonCode.UNTIMED}
 
 
 def test_pairs_of_one_shape_are_timed_once(timed_as):
@@ -581,18 +583,18 @@ def test_a_model_that_needs_the_second_convolution_keeps_it():
     model, x = Functional(reads_the_weight, conv(4, 4, 1), conv(4, 4, 1)), image(4)
     merged, (decision,) = decided(model, x)
     assert merged is model
-    assert decision.reason.startswith("the model does not run without it: ")
+    assert decision.reason.text.startswith("the model does not run without it: ")
 
 
 def test_a_pair_that_is_none_is_noticed(monkeypatch):
     """Whatever the watch overlooks, the outputs show."""
     model, x = Functional(residual, conv(4, 4, 1), conv(4, 4, 1)), image(4)
-    sites = traced(model, x)
+    sites = traced(model, x).sites
     pairs = (LinearPair(sites[0], sites[1]),)
     clock = Clock(Runtime(1), 0, None, 1.0)
     merged, (decision,) = merge_pairs(model, (x,), pairs, gate="none", clock=clock, seed=0)
     assert merged is model
-    assert decision.reason.startswith("merged, the outputs of the model move by ")
+    assert decision.reason.text.startswith("merged, the outputs of the model move by ")
 
 
 def test_a_kernel_that_overflows_stays_in_two():
@@ -603,7 +605,7 @@ def test_a_kernel_that_overflows_stays_in_two():
     x = image(4).half() / 1000
     merged, (decision,) = decided(model, x)
     assert merged is model
-    assert decision.reason == "the dense kernel overflows torch.float16"
+    assert decision.reason.text == "the dense kernel overflows torch.float16"
 
 
 def test_trained_weights_in_float32():
@@ -620,10 +622,15 @@ def test_trained_weights_in_float32():
 
 def test_names_that_a_model_lacks():
     model, x = Net(), image(4)
-    sites = [replace(site, obstacle="kept") for site in traced(model, x)]
-    for names in ([("depthwise", "nowhere")], [("depthwise", "pointwise"), ("pointwise", "head.1")]):
+    found = traced(model, x)
+    kept = replace(found, sites=tuple(replace(site, obstacle="kept") for site in found.sites))
+    for host, names in (
+        (found, [("depthwise", "nowhere")]),
+        (found, [("depthwise", "pointwise"), ("pointwise", "head.1")]),
+        (kept, [("depthwise", "pointwise")]),
+    ):
         with pytest.raises(SepconvertError, match="the model has no two plain convolutions of these names"):
-            merge(model, sites if names[0][1] == "pointwise" else traced(model, x), names)
+            merge(host, names)
 
 
 class Factored(nn.Module):
@@ -652,7 +659,7 @@ def automatic(tmp_path_factory):
     x = torch.randn(64, 3, 13, 13, generator=torch.Generator().manual_seed(0))
     images = DataLoader(TensorDataset(x, model(x).argmax(1)), batch_size=32)
     # The dense forms alone take 0.26 of the MACs.
-    options = {"calib": images, "data": images, "target_macs": 0.2, "runs": 0, "out": folder}
+    options = {"calib": images, "data": images, "target_macs": 0.2, "timing": Timing(runs=0), "out": folder}
     result = convert(model, x[:2], "auto", gate="macs", **options)
     return model, result, folder
 
@@ -691,7 +698,7 @@ def test_the_report_tells_of_merges(automatic):
     _, result, folder = automatic
     text = summary(result.report)
     assert "Merged: stem.1 into stem.0; the dense form has " in text
-    assert "Linear pairs of convolutions kept: 1 of 3; report.json says why." in text
+    assert "Not merged: 1 of 3 linear pairs of convolutions; report.json says why." in text
     assert "None" not in layer_table(result.report["layers"])
     assert "merged into stem.0" in (folder / "report.html").read_text()
 

@@ -4,13 +4,12 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
-from torch.nn.utils import parametrizations, parametrize
+from torch.nn.utils import parametrizations
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sepconvert.base.errors import SepconvertError
 from sepconvert.measure.cost import FlopCountAnalysis
-from sepconvert.network.copies import duplicate, private_copy, quick_copy
-from sepconvert.network.trace import trace
+from sepconvert.network.trace import traced
 
 
 class CountConvolutions(TorchDispatchMode):
@@ -157,7 +156,7 @@ def fvcore_macs(model, x):
 @pytest.mark.parametrize("name", MODELS)
 def test_calls_and_macs_are_those_that_torch_executes(name, batch):
     model, x = seeded(MODELS[name]), torch.randn(batch, 3, 8, 8)
-    sites = trace(private_copy(model), (x,))
+    sites = traced(model, (x,)).sites
     with torch.no_grad(), CountConvolutions() as counted:
         model(x)
     # Sizes are noted for two dimensions alone.
@@ -180,7 +179,7 @@ def test_each_site_is_the_convolution_that_ran(name):
 
     with torch.no_grad(), Outputs():
         model(x)
-    for site in trace(private_copy(model), (x,)):
+    for site in traced(model, (x,)).sites:
         if site.conv is None:
             continue
         spec, (top, bottom), (left, right) = site.conv.spec, *site.conv.spec.padding
@@ -199,7 +198,7 @@ def test_each_site_is_the_convolution_that_ran(name):
 
 
 def by_name(model, *inputs):
-    return {site.name: site for site in trace(private_copy(model), inputs)}
+    return {site.name: site for site in traced(model, inputs).sites}
 
 
 def test_names_sizes_and_kinds():
@@ -227,7 +226,7 @@ def test_a_block_shared_by_two_parents_is_one_site():
 
 
 def test_other_kinds_are_listed_with_a_reason():
-    sites = trace(private_copy(seeded(OtherKinds)), (torch.randn(1, 3, 8, 8),))
+    sites = traced(seeded(OtherKinds), (torch.randn(1, 3, 8, 8),)).sites
     assert [(site.kind, site.obstacle) for site in sites] == [
         ("Conv1d", "1-D convolutions are not factorised"),
         ("ConvTranspose2d", "transposed convolutions are not factorised"),
@@ -242,7 +241,7 @@ def test_torchscript_convolutions_are_listed():
     with torch.no_grad(), CountConvolutions() as counted:
         model(x)
     assert counted.calls == 3
-    sites = trace(private_copy(model), (x,))
+    sites = traced(model, (x,)).sites
     hidden = [site for site in sites if site.kind == "TorchScript or C++"]
     assert len(hidden) == 1
     assert "2 convolutions" in hidden[0].obstacle
@@ -284,7 +283,7 @@ def test_models_that_differentiate_a_convolution_are_refused(differentiated):
             return differentiated(self.conv, x)
 
     with pytest.raises(SepconvertError, match="differentiates a convolution"):
-        trace(private_copy(Differentiating()), (torch.randn(2, 3, 8, 8),))
+        traced(Differentiating(), (torch.randn(2, 3, 8, 8),))
     assert torch._C._functorch.peek_interpreter_stack() is None
 
 
@@ -352,7 +351,7 @@ def test_one_call_with_two_kernels_or_geometries_is_refused():
         ((a, b), (1, 1), "different kernels"),
         ((a, a), (1, 2), "different geometries"),
     ]:
-        [site] = trace(private_copy(Twice(Alternating(kernels, strides))), (x,))
+        [site] = traced(Twice(Alternating(kernels, strides)), (x,)).sites
         assert obstacle in site.obstacle
         assert len(site.sizes) == 2
 
@@ -435,56 +434,5 @@ def test_images_cut_from_a_sample_count_as_calls():
 
 def test_a_failing_forward_is_one_line():
     with pytest.raises(SepconvertError, match=r"failed on input 1x4x8x8: .* 3 channels") as caught:
-        trace(nn.Conv2d(3, 4, 3), (torch.randn(1, 4, 8, 8),))
+        traced(nn.Conv2d(3, 4, 3), (torch.randn(1, 4, 8, 8),))
     assert "\n" not in str(caught.value)
-
-
-def test_duplicate_copies_activations_that_modules_keep():
-    class Keeping(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.conv, self.kept = nn.Conv2d(3, 3, 3), {}
-
-        def forward(self, x):
-            self.last = self.conv(x)
-            self.kept["all"] = [self.last]
-            return self.last
-
-    model = Keeping()
-    model(torch.randn(1, 3, 8, 8))
-    copied = duplicate(model)
-    assert torch.equal(copied.last, model.last)
-    assert copied.kept["all"][0] is copied.last
-    assert copied.conv.weight is not model.conv.weight
-
-
-@OLD_NORM
-@pytest.mark.parametrize("name", MODELS)
-def test_private_copies_leave_the_model_alone(name):
-    model, x = MODELS[name]().train(), torch.randn(1, 3, 8, 8)
-    before = {key: value.clone() for key, value in model.state_dict().items()}
-    private = private_copy(model)
-    assert not any(module.training for module in private.modules())
-    private.double()(x.double()) if name not in ("functional", "other kinds") else private(x)
-    assert all(
-        module.training or isinstance(module, parametrize.ParametrizationList) for module in model.modules()
-    )
-    after = model.state_dict()
-    assert all(
-        torch.equal(value, after[key]) and value.dtype == after[key].dtype for key, value in before.items()
-    )
-
-
-def test_a_quick_copy_of_a_model_with_tensors_of_rank_5():
-    """They have no layout with channels last."""
-    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Unflatten(1, (1, 8)), nn.Conv3d(1, 2, 3)).eval()
-    images = torch.randn(2, 3, 12, 12)
-    assert torch.allclose(quick_copy(model, images)(images), model(images), atol=1e-5)
-
-
-def test_parameters_made_in_inference_mode():
-    with torch.inference_mode():
-        model = nn.Conv2d(3, 8, 3)
-    (parameter, _) = private_copy(model).parameters()
-    assert not parameter.is_inference()
-    assert torch.equal(parameter, model.weight)

@@ -1,4 +1,4 @@
-"""Plans on the hull and within a budget, against all combinations."""
+"""Plans on the hull and within a budget, against all combinations and against integer programming."""
 
 from itertools import pairwise, product
 
@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy.optimize import Bounds, LinearConstraint, milp
 from strategies import numbered
 
 from sepconvert.planning.allocate import Candidate, allocate, cost_of, plans
@@ -93,7 +94,27 @@ def test_the_best_plan_within_a_budget(unit, instance, budget):
     assert found.bound <= error + 1e-9
 
 
-def test_fifty_layers_between_the_plans_of_the_hull():
+def optimum(dense, candidates, budget):
+    """The least error within a budget, by scipy's branch and bound: a 0 or 1 for every candidate."""
+    offered = [(name, candidate) for name, each in candidates.items() for candidate in each]
+    at_most_one = [[float(name == other) for other, _ in offered] for name in dense]
+    saved = [candidate.cost - dense[name] for name, candidate in offered]
+    found = milp(
+        [candidate.error for _, candidate in offered],
+        integrality=1,
+        bounds=Bounds(0, 1),
+        constraints=[
+            LinearConstraint([saved], ub=budget - sum(dense.values())),
+            LinearConstraint(at_most_one, ub=1),
+        ],
+        options={"mip_rel_gap": 0},
+    )
+    assert found.status == 0
+    return found.fun
+
+
+@pytest.mark.parametrize("share", [0.35, 0.5, 0.7])
+def test_the_best_plan_of_fifty_layers(share):
     rng = np.random.default_rng(0)
     dense = {str(i): float(rng.uniform(1, 9)) for i in range(50)}
     candidates = {
@@ -105,10 +126,9 @@ def test_fifty_layers_between_the_plans_of_the_hull():
         ]
         for name, cost in dense.items()
     }
-    for share in (0.35, 0.5, 0.7):
-        budget = share * sum(dense.values())
-        found = allocate(dense, candidates, budget)
-        hull = [totals(dense, plan) for plan in plans(dense, candidates)]
-        assert cost_of(dense, found.choice) <= budget * (1 + 1e-9)
-        assert found.error <= min(error for cost, error in hull if cost <= budget)
-        assert found.bound <= found.error <= found.bound * 1.02
+    budget = share * sum(dense.values())
+    found = allocate(dense, candidates, budget)
+    assert cost_of(dense, found.choice) <= budget * (1 + 1e-9)
+    assert found.error == pytest.approx(optimum(dense, candidates, budget), rel=1e-9)
+    # The bound is below, and close.
+    assert 0.99 * found.error <= found.bound <= found.error

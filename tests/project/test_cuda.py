@@ -10,6 +10,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from sepconvert import apply, convert, profile
+from sepconvert.base.options import Calibration, Timing
 from sepconvert.cli.demo.images import evaluation_data
 from sepconvert.cli.demo.net import load, to_input
 from sepconvert.files.models import load_model
@@ -38,7 +39,8 @@ def plain():
 def on(device, loaders, model=None, **options):
     calib, data = loaders
     x, model = calib.dataset[0][0][None].to(device), (model or load()).to(device)
-    defaults = {"mode": "approx", "calib": calib, "calib_images": 400, "data": data, "runs": 0, "rank": 2}
+    defaults = {"mode": "approx", "calib": calib, "data": data, "rank": 2}
+    defaults |= {"calibration": Calibration(images=400), "timing": Timing(runs=0)}
     return convert(model, x, **defaults | options)
 
 
@@ -54,7 +56,7 @@ def test_exact_mode(planted, tmp_path):
     model = nn.Sequential(planted(8, 16, padding=1), nn.ReLU(), nn.Conv2d(16, 16, 3), nn.BatchNorm2d(16))
     x, model = torch.randn(2, 8, 32, 32), model.eval()
     here, there = (
-        convert(model.to(device), x.to(device), runs=10, threads=1, out=folder)
+        convert(model.to(device), x.to(device), timing=Timing(runs=10, threads=1), out=folder)
         for device, folder in (("cpu", None), ("cuda", tmp_path))
     )
     assert devices(there.model) == devices(model) == {"cuda"}
@@ -102,8 +104,8 @@ def test_the_same_command_gives_the_same_weights(loaders):
 
 
 def test_auto_mode(loaders):
-    options = {"mode": "auto", "rank": None, "min_speedup": 1.1, "runs": 20, "measure_seconds": 10}
-    result = on("cuda", loaders, threads=1, **options)
+    timing = Timing(runs=20, measure_seconds=10, threads=1)
+    result = on("cuda", loaders, mode="auto", rank=None, min_speedup=1.1, timing=timing)
     assert result.report["delta"]["latency_speedup"]["median"] > 1.1
     assert devices(result.model) == {"cuda"}
 
@@ -111,7 +113,8 @@ def test_auto_mode(loaders):
 def test_profile(loaders):
     model, x = load(), loaders[0].dataset[0][0][None]
     here, there = (
-        profile(model.to(device), x.to(device), runs=5, data=loaders[1]) for device in ("cpu", "cuda")
+        profile(model.to(device), x.to(device), timing=Timing(runs=5), data=loaders[1])
+        for device in ("cpu", "cuda")
     )
     assert (there.macs, there.params) == (here.macs, here.params)
     assert abs(there.accuracy.top1 - here.accuracy.top1) < 0.005

@@ -34,12 +34,22 @@ ARGUMENTS = {
     "06_own_training_loop.py": ["--images", "100", "--epochs", "1"],
 }
 
+SLOW = {
+    "03_exact.py",
+    "04_approx_finetune.py",
+    "05_auto_budget.py",
+    "06_own_training_loop.py",
+    "07_compare_in_ci.py",
+}
+
 
 def test_every_example_is_listed() -> None:
     assert {path.name for path in EXAMPLES.glob("*.py")} == set(SAYS)
 
 
-@pytest.mark.parametrize("name", SAYS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in SAYS]
+)
 def test_example(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

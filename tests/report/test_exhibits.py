@@ -6,6 +6,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from sepconvert import convert
+from sepconvert.base.options import Timing
 from sepconvert.report.exhibits import images_at
 
 IMAGES = torch.arange(10.0).reshape(10, 1, 1, 1).expand(10, 3, 4, 4)
@@ -50,7 +51,7 @@ def test_no_more_is_read_than_is_shown():
 def test_kernels_of_the_layers_that_moved_most():
     torch.manual_seed(0)
     net = nn.Sequential(nn.Conv2d(8, 8, 3), nn.Conv2d(8, 16, 3), nn.Conv2d(16, 4, 1))
-    result = convert(net, torch.randn(1, 8, 9, 9), "approx", rank=1, runs=0)
+    result = convert(net, torch.randn(1, 8, 9, 9), "approx", rank=1, timing=Timing(runs=0))
     pairs = {pair.layer: pair for pair in result.exhibits.kernels}
     assert pairs.keys() == {"0", "1"}  # of 1×1 kernels there is nothing to see
     errors = {layer["name"]: layer["weight_error"] for layer in result.report["layers"]}

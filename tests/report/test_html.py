@@ -9,10 +9,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from profiles import profile
 
+from sepconvert.measure.comparison import Comparison
 from sepconvert.report.exhibits import Exhibits, KernelPair
-from sepconvert.report.html import render_html
-from sepconvert.report.sentences import sentences
+from sepconvert.report.html import render_comparison, render_html
+from sepconvert.report.sentences import causes, sentences
 
 VOID = {"meta", "br", "img", "input"}
 
@@ -52,9 +54,9 @@ def widths(page: Page) -> list[float]:
 def test_the_page_says_what_the_document_says(document):
     text = Page(render_html(document)).text
     for expected in [
-        "models/net.pt", "2.00×", "2,012,345 → 1,006,172", "4.00×", "1.50×", "95 % [1.40, 1.60]", "0.25 pp",
-        "stem.conv", "large.conv", "spatial-vh, 2", "4.5e-08", "0.250 → 0.125", "rank 2 of 24",
-        *sentences(document),
+        "models/net.pt", "2.00×", "2,012,345 → 1,006,172", "4.00×", "1.50×", "95 % interval [1.40, 1.60]",
+        "0.25 pp", "stem.conv", "large.conv", "spatial-vh, 2", "4.5e-08", "0.250 → 0.125", "rank 2 of 24",
+        *map(str, sentences(document)),
     ]:  # fmt: skip
         assert expected in text
     assert "~" not in text
@@ -129,7 +131,7 @@ def test_what_the_pictures_show(document, exhibits):
 
 def test_predictions_that_changed(document, exhibits):
     text = Page(render_html(document, exhibits)).text
-    assert "10 of 2,000: 6 were right before, 1 are right now, 3 are wrong both times. 1 of them:" in text
+    assert "10 of 2,000. Correct before: 6; correct now: 1; wrong both times: 3. Shown: 1." in text
     assert "7 ✓ → 2" in text
     assert "label 7, sample 31" in text
     document["changed_predictions"]["count"] = 0
@@ -138,15 +140,24 @@ def test_predictions_that_changed(document, exhibits):
 
 def test_why_it_is_not_faster(document):
     text = Page(render_html(document)).text
-    assert "The whole model: 2.00× fewer MACs, 1.50× measured; 25 % of the time left is in layers" in text
-    assert "not replaced, 12 % in copies to other layouts; 6 operators instead of 4." in text
-    assert "large.conv: 4.00× fewer MACs, 1.50× measured alone; memory is slow." in text
+    assert all(cause in text for cause in causes(document))
     assert "1.00 → 0.50 MiB moved" in text
     assert "grouped, im2col and GEMM" in text
 
 
 def test_the_command(document):
     assert document["command"] in Page(render_html(document)).text
+
+
+def test_warnings_stand_out_and_parameters_are_code(document):
+    assert 'class="warning"' not in render_html(document)
+    document["delta"]["latency_speedup"].update(median=0.8, ci95=[0.75, 0.85])
+    document["layers"][0]["reason"] = "costs more (`gate` none)"
+    document["layers"][1]["reason"] = "`<b>`"
+    text = render_html(document)
+    assert '<p class="warning">Warning: fewer MACs, yet 1.25× the latency. <code>gate</code> latency' in text
+    assert "costs more (<code>gate</code> none)" in text
+    assert "<code>&lt;b&gt;</code>" in text
 
 
 HOSTILE = [
@@ -179,10 +190,13 @@ def test_bars_keep_to_their_cell(document):
 
 def test_an_approximate_conversion(approximate):
     text = Page(render_html(approximate)).text
-    assert "On 256 images that nothing was fitted to." in text
+    assert "Measured on 256 held-out images." in text
     assert "re-estimate BatchNorm (not kept)" in text
     assert "0.25 [-0.05, 0.55]" in text
-    assert "fitted to the weights 0.88; replaced alone 0.50; of the weights 1.25; sensitivity 2.5." in text
+    assert (
+        "output if fitted to the weights 0.88; output if replaced alone 0.50; weights 1.25; sensitivity 2.5."
+        in text
+    )
     assert "Fine-tuning" not in text
     epoch = {"epoch": 1, "weights": "average", "loss": 0.5, "divergence": 0.03125, "accuracy": 0.875}
     approximate["approximation"]["finetune"] = {
@@ -193,11 +207,11 @@ def test_an_approximate_conversion(approximate):
     }
     text = Page(render_html(approximate)).text
     assert "average, best" in text
-    assert "Fine-tuning of a plan that was given up" in text
+    assert "Fine-tuning of a plan that was not delivered" in text
     approximate["approximation"]["steps"].append(
-        {**approximate["approximation"]["steps"][0], "name": "fine-tune"}
+        {**approximate["approximation"]["steps"][0], "kind": "finetune"}
     )
-    assert "given up" not in Page(render_html(approximate)).text
+    assert "not delivered" not in Page(render_html(approximate)).text
     assert "87.5 %" in text
 
 
@@ -243,3 +257,11 @@ def test_a_curve_without_times_is_drawn_over_macs(approximate):
 
 def test_two_points_are_no_curve(approximate):
     assert "divergence, and change of accuracy" not in render_html(approximate).lower()
+
+
+def test_models_of_one_name_are_all_drawn():
+    page = render_comparison(
+        Comparison((profile(1.0), profile(2.0), profile(3.0)), ("net.onnx",) * 3), "note"
+    )
+    legend = page[page.index("legend_1") :]
+    assert legend.count(">net.onnx<") == 3

@@ -2,8 +2,8 @@
 
 The network is trained in the form that its structure comes from, and deployed at the end: `large` as a pair
 of a 7×1 and a 1×7 convolution, `elastic` as a 3×3, and `widen` with half of its filters pruned midway.
-Each time an image is seen it is turned, scaled and moved a little. Training takes a few minutes on one thread;
-the same machine gives the same weights.
+Each time an image is seen it is turned, scaled and moved a little. Training takes a few minutes on one
+thread; the same machine gives the same weights.
 """
 
 import time

@@ -20,13 +20,20 @@ _MOST_BYTES = 2**31  # of a protobuf message
 
 @dataclass(frozen=True)
 class OnnxFile:
-    """What an ONNX file says of itself: inputs, parameters, and MACs of convolutions and matrix products.
+    """Facts about an ONNX file.
 
-    `shapes` has the shape of each input, None for a size that is open. `macs` are of one sample: one fused
-    multiply-add is 1. Operators that are not counted, or whose shapes cannot be inferred, are in
-    `uncounted_ops`. `peak_activation_bytes` are what is alive at once, of one batch (one sample, if the
-    batch is open), when each value lives from the operator that writes it to the last that reads it; None
-    where a shape cannot be inferred. `sizes` are as in `onnx_sizes`.
+    Attributes:
+        shapes: shape of each input, with None for each size that is open.
+        dtypes: dtype of each input.
+        params: number of floating-point weights.
+        macs: MACs of convolutions and matrix products for one sample; one fused multiply-add is 1.
+        uncounted_ops: number of operators of each kind that `macs` leaves out: those that are neither, and
+            those whose shapes cannot be inferred.
+        peak_activation_bytes: largest size of all values that are alive at once, for one batch (for one
+            sample, if the batch is open), if each lives from the operator that writes it to the last
+            that reads it; None if a shape cannot be inferred.
+        sizes: bytes of the file and of its weights, as `onnx_sizes` returns them.
+        sha256: SHA-256 of the file, in hexadecimal.
     """
 
     shapes: tuple[tuple[int | None, ...], ...]
@@ -40,10 +47,10 @@ class OnnxFile:
 
 
 def read_onnx(path: Path) -> OnnxFile:
-    """Look into an ONNX file.
+    """Read an ONNX file without running it.
 
     Raises:
-        SepconvertError: no such file, or no ONNX model.
+        SepconvertError: there is no such file, it is no ONNX model, or its inputs are no tensors of numbers.
     """
     try:
         content = read_file(path, _MOST_BYTES)
@@ -58,26 +65,9 @@ def read_onnx(path: Path) -> OnnxFile:
         raise SepconvertError(f"{path}: not an ONNX model (it has no operators); export it anew")
     known = {tensor.name: tuple(tensor.dims) for tensor in model.graph.initializer}
     inputs = [value for value in model.graph.input if value.name not in known]
-    for value in inputs:
-        if value.type.tensor_type.elem_type in (onnx.TensorProto.UNDEFINED, onnx.TensorProto.STRING):
-            raise SepconvertError(
-                f"{path}: its input {value.name} is no tensor of numbers; take a file whose inputs all are"
-            )
-        sizes = [size.dim_value for size in value.type.tensor_type.shape.dim if size.HasField("dim_value")]
-        if not (all(size >= 0 for size in sizes) and math.prod(sizes) <= MAX_INPUT_ELEMENTS):
-            raise SepconvertError(
-                f"{path}: its input {value.name} has the shape {'×'.join(map(str, sizes))}, of more than "
-                f"{MAX_INPUT_ELEMENTS:,} elements; export it anew for a smaller one"
-            )
-    shapes = tuple(
-        tuple(
-            size.dim_value if size.HasField("dim_value") else None
-            for size in value.type.tensor_type.shape.dim
-        )
-        for value in inputs
-    )
+    shapes = tuple(_input_shape(value, path) for value in inputs)
     batch = _fix_batch(model, [value.name for value in inputs])
-    with contextlib.suppress(Exception):  # what cannot be inferred is not counted
+    with contextlib.suppress(Exception):  # operators whose shapes cannot be inferred are not counted
         model = onnx.shape_inference.infer_shapes(model, data_prop=True)
     types = _types_of_values(model)
     macs, uncounted = _macs_of_graph(model, {name: shape for name, (shape, _) in types.items()} | known)
@@ -95,12 +85,31 @@ def read_onnx(path: Path) -> OnnxFile:
     )
 
 
+def _input_shape(value: onnx.ValueInfoProto, path: Path) -> tuple[int | None, ...]:
+    """Return the shape of an input, with None for each open size; raise `SepconvertError` if it is no use."""
+    if value.type.tensor_type.elem_type in (onnx.TensorProto.UNDEFINED, onnx.TensorProto.STRING):
+        raise SepconvertError(
+            f"{path}: its input {value.name} is no tensor of numbers; take a file whose inputs all are"
+        )
+    shape = tuple(
+        size.dim_value if size.HasField("dim_value") else None for size in value.type.tensor_type.shape.dim
+    )
+    sizes = [size for size in shape if size is not None]
+    if not (all(size >= 0 for size in sizes) and math.prod(sizes) <= MAX_INPUT_ELEMENTS):
+        raise SepconvertError(
+            f"{path}: its input {value.name} has the shape {'×'.join(map(str, sizes))}, of more than "
+            f"{MAX_INPUT_ELEMENTS:,} elements; export it anew for a smaller one"
+        )
+    return shape
+
+
 def onnx_sizes(path: Path) -> tuple[int, int]:
-    """Bytes of an ONNX file, with the files beside it that hold weights, and bytes of the weights."""
+    """Return the bytes of an ONNX file, with files of weights beside it, and the bytes of its weights."""
     return _sizes(onnx.load(str(path), load_external_data=False), path)
 
 
 def _sizes(model: onnx.ModelProto, path: Path) -> tuple[int, int]:
+    """Return the sizes of a model that was read from `path`."""
     tensors = model.graph.initializer
     weights = sum(
         math.prod(tensor.dims) * onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
@@ -112,11 +121,11 @@ def _sizes(model: onnx.ModelProto, path: Path) -> tuple[int, int]:
         for entry in tensor.external_data
         if entry.key == "location"
     }
-    return path.stat().st_size + sum(each.stat().st_size for each in beside if each.is_file()), weights
+    return path.stat().st_size + sum(file.stat().st_size for file in beside if file.is_file()), weights
 
 
 def _fix_batch(model: onnx.ModelProto, inputs: Sequence[str]) -> int:
-    """Give an open batch the size 1, and tell the largest there is."""
+    """Give an open batch the size 1, in place, and return the largest batch of an input."""
     batch = 1
     for value in model.graph.input:
         sizes = value.type.tensor_type.shape.dim
@@ -124,12 +133,12 @@ def _fix_batch(model: onnx.ModelProto, inputs: Sequence[str]) -> int:
             if not sizes[0].HasField("dim_value"):
                 sizes[0].dim_value = 1
             batch = max(batch, sizes[0].dim_value)
-    del model.graph.value_info[:]  # it names the batch that has just been fixed
+    del model.graph.value_info[:]  # its shapes have the batch open that has just been fixed
     return batch
 
 
 def _types_of_values(model: onnx.ModelProto) -> dict[str, tuple[tuple[int, ...], int]]:
-    """Shape and element type of each value of which they are known."""
+    """Return the shapes and element types of all values for which both are known."""
     found: dict[str, tuple[tuple[int, ...], int]] = {}
     for value in (*model.graph.value_info, *model.graph.input, *model.graph.output):
         kind = value.type.tensor_type
@@ -141,7 +150,7 @@ def _types_of_values(model: onnx.ModelProto) -> dict[str, tuple[tuple[int, ...],
 
 
 def _peak_of_values(model: onnx.ModelProto, types: Mapping[str, tuple[tuple[int, ...], int]]) -> int | None:
-    """Bytes of the values that are alive at once, weights and constants left out."""
+    """Return the most bytes of values, without constants, that are alive at once; None if one is unknown."""
     constants = {tensor.name for tensor in model.graph.initializer}
     constants |= {output for node in model.graph.node if node.op_type == "Constant" for output in node.output}
     last_read = {name: index for index, node in enumerate(model.graph.node) for name in node.input}
@@ -172,7 +181,7 @@ def _peak_of_values(model: onnx.ModelProto, types: Mapping[str, tuple[tuple[int,
 def _macs_of_graph(
     model: onnx.ModelProto, shapes: Mapping[str, tuple[int, ...]]
 ) -> tuple[int, dict[str, int]]:
-    """Of one batch, and the operators left out with their number."""
+    """Return the MACs of one batch, and the number of operators of each kind that are left out."""
     total, uncounted = 0, dict[str, int]()
     for node in model.graph.node:
         macs = _macs_of_node(node, shapes)
@@ -184,6 +193,7 @@ def _macs_of_graph(
 
 
 def _macs_of_node(node: onnx.NodeProto, shapes: Mapping[str, tuple[int, ...]]) -> int | None:
+    """Return the MACs of a convolution or a matrix product; None for other operators and unknown shapes."""
     if node.op_type not in ("Conv", "ConvTranspose", "Gemm", "MatMul"):
         return None
     left, right, output = (shapes.get(name) for name in (*node.input[:2], node.output[0]))
@@ -193,5 +203,5 @@ def _macs_of_node(node: onnx.NodeProto, shapes: Mapping[str, tuple[int, ...]]) -
         return math.prod(output) * math.prod(right[1:])
     if node.op_type == "ConvTranspose":
         return math.prod(left) * math.prod(right[1:])
-    transposed = any(each.name == "transA" and each.i for each in node.attribute)
+    transposed = any(attribute.name == "transA" and attribute.i for attribute in node.attribute)
     return math.prod(output) * left[0 if transposed else -1]

@@ -1,51 +1,84 @@
-"""BatchNorm behind a sum of convolutions → into the convolutions, in the graph of an ONNX model.
+"""A pass over ONNX graphs that folds the BatchNorm after a sum of convolutions into these convolutions.
 
 A runtime folds a BatchNorm into the convolution before it, but not into several whose outputs are added up,
-as the branches of a replaced layer are: it would run by itself.
+as the branches of a replaced layer are: there it would run the BatchNorm as an operator of its own.
 """
+
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
+from onnx_ir.passes import InPlacePass, PassResult, PostconditionError
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 Array = npt.NDArray[np.float64]
 
 
-def fold_batchnorms(model: ir.Model) -> None:
-    """Fold, in place, every BatchNorm whose input is a sum of convolutions that nothing else reads.
+class FoldBatchNormPass(InPlacePass):
+    """Fold every BatchNorm with constant statistics whose input is a sum of convolutions, read only by it.
 
-    The answer stays the same but for rounding: `γ (Σ y_b − μ) / σ + β = Σ (γ/σ) y_b + β − γ μ / σ`, which is
-    computed in float64 and cast once.
+    Requires nothing. Works in place. Ensures that no such BatchNorm is left, and that what the graph returns
+    stays the same but for rounding: `γ (Σ y_b − μ) / σ + β = Σ (γ/σ) y_b + β − γ μ / σ`, where `y_b` are the
+    outputs of the convolutions; it is computed in float64 and cast once.
     """
-    graph = model.graph
-    for node in graph:
-        if node.op_type != "BatchNormalization" or node.outputs[0].is_graph_output():
-            continue
-        total, *statistics = node.inputs
-        convolutions = _added(total)
-        constants = [constant for constant in map(_constant, statistics) if constant is not None]
-        if total is None or len(convolutions) < 2 or len(constants) < len(statistics):
-            continue
-        gamma, beta, mean, variance = constants
-        epsilon = node.attributes["epsilon"].as_float() if "epsilon" in node.attributes else 1e-5
-        scale = gamma / np.sqrt(variance + epsilon)
-        for convolution in convolutions:
-            shift = beta - mean * scale if convolution is convolutions[-1] else None
-            _scale(graph, convolution, scale, shift)
-        node.outputs[0].replace_all_uses_with(total)
-    RemoveUnusedNodesPass()(model)
+
+    def call(self, model: ir.Model) -> PassResult:
+        """Fold in place; `modified` says whether there was anything to fold."""
+        modified = False
+        for node in model.graph:  # after one is folded, the next may be foldable: the order is topological
+            fold = _fold_of(node)
+            if fold is None:
+                continue
+            for convolution in fold.convolutions:
+                # The constant term is added once, by the last convolution.
+                shift = fold.shift if convolution is fold.convolutions[-1] else None
+                _scale(model.graph, convolution, fold.scale, shift)
+            node.outputs[0].replace_all_uses_with(fold.total)
+            modified = True
+        if modified:
+            RemoveUnusedNodesPass()(model)
+        return PassResult(model, modified)
+
+    def ensures(self, model: ir.Model) -> None:
+        """Raise `PostconditionError` if a BatchNorm is left that could be folded."""
+        left = [node.name for node in model.graph if _fold_of(node) is not None]
+        if left:
+            raise PostconditionError(f"BatchNorms that could be folded are left: {', '.join(map(str, left))}")
+
+
+class _Fold(NamedTuple):
+    """A sum of convolutions, and the factor and the term of each channel by which a BatchNorm changes it."""
+
+    total: ir.Value
+    convolutions: list[ir.Node]
+    scale: Array
+    shift: Array
+
+
+def _fold_of(node: ir.Node) -> _Fold | None:
+    """Return what folding a node takes; None unless it is a BatchNorm that can be folded."""
+    if node.op_type != "BatchNormalization" or node.outputs[0].is_graph_output():
+        return None
+    total, *statistics = node.inputs
+    convolutions = _added(total)
+    constants = [constant for constant in map(_constant, statistics) if constant is not None]
+    if total is None or len(convolutions) < 2 or len(constants) < len(statistics):
+        return None
+    gamma, beta, mean, variance = constants
+    epsilon = node.attributes["epsilon"].as_float() if "epsilon" in node.attributes else 1e-5
+    scale = gamma / np.sqrt(variance + epsilon)
+    return _Fold(total, convolutions, scale, beta - mean * scale)
 
 
 def _added(value: ir.Value | None) -> list[ir.Node]:
-    """Convolutions with constant weights of which a value is the sum; none if it is anything else."""
+    """Return the convolutions with constant weights whose sum is a value; none if it is anything else."""
     node = None if value is None else value.producer()
     if value is None or node is None or len(value.uses()) != 1 or value.is_graph_output():
         return []
     if node.op_type == "Conv":
-        return (
-            [node] if all(_constant(each) is not None for each in node.inputs[1:] if each is not None) else []
-        )
+        is_constant = all(_constant(weight) is not None for weight in node.inputs[1:] if weight is not None)
+        return [node] if is_constant else []
     if node.op_type == "Add":
         left, right = map(_added, node.inputs)
         return left + right if left and right else []
@@ -53,10 +86,10 @@ def _added(value: ir.Value | None) -> list[ir.Node]:
 
 
 def _scale(graph: ir.Graph, convolution: ir.Node, scale: Array, shift: Array | None) -> None:
-    """Multiply what a convolution returns by channel, and add to it."""
+    """Multiply the output of a convolution by `scale`, of each channel, and add `shift`."""
     weight = _constant(convolution.inputs[1])
     bias = _constant(convolution.inputs[2]) if len(convolution.inputs) > 2 else None
-    assert weight is not None  # noqa: S101  (`_added` saw to it)
+    assert weight is not None  # noqa: S101  (`_added` returns no others)
     _set_input(graph, convolution, 1, weight * scale.reshape(-1, *[1] * (weight.ndim - 1)))
     terms = [term for term in (None if bias is None else bias * scale, shift) if term is not None]
     if terms:
@@ -65,7 +98,7 @@ def _scale(graph: ir.Graph, convolution: ir.Node, scale: Array, shift: Array | N
 
 
 def _set_input(graph: ir.Graph, node: ir.Node, index: int, array: Array) -> None:
-    """A new constant, since others may use the one that was there."""
+    """Make a new constant an input of a node; others may read the one that it replaces."""
     dtype = node.inputs[1].dtype if node.inputs[1] is not None else None
     before = node.inputs[index]
     name = f"{before.name if before is not None else node.outputs[0].name}.folded_into_{node.outputs[0].name}"
@@ -78,7 +111,7 @@ def _set_input(graph: ir.Graph, node: ir.Node, index: int, array: Array) -> None
 
 
 def _constant(value: ir.Value | None) -> Array | None:
-    """In float64."""
+    """Return a constant in float64; None if the value is no constant."""
     if value is None or value.const_value is None or not value.is_initializer():
         return None
     return np.asarray(value.const_value.numpy(), np.float64)

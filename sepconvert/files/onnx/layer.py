@@ -1,4 +1,4 @@
-"""ONNX graphs of single layers, as they run within a network."""
+"""ONNX graphs of single layers, arranged to run as they do within a network."""
 
 import functools
 from collections.abc import Sequence
@@ -10,21 +10,23 @@ import onnx
 
 from sepconvert.factorize.geometry import ConvSpec
 
-_OPSET, _IR_VERSION = 20, 10  # that torch's exporter writes as well
-
+_OPSET, _IR_VERSION = 20, 10  # those of torch's exporter
 
 _PAD_MODES = {"zeros": "constant", "reflect": "reflect", "replicate": "edge", "circular": "wrap"}
 
 
 def layer_onnx(branches: Sequence[Sequence[ConvSpec]], shape: Sequence[int]) -> bytes:
-    """ONNX model of a layer, for timing: chains of convolutions that are summed, with random weights.
+    """Return an ONNX model of a layer, for timing: chains of convolutions with random weights, summed.
 
-    It stands between two poolings of one pixel, and a ReLU follows: the runtime then keeps its blocked layout
-    around the layer, as within a network, and fuses what it fuses there.
+    The layer stands between two poolings of one pixel, and a ReLU follows: the runtime then keeps its blocked
+    layout around the layer, and fuses operators, as it does within a network.
 
     Args:
         branches: geometry of the convolutions of each chain.
         shape: N × C × H × W of the input.
+
+    Returns:
+        The serialised model, with the input `input`.
     """
     rng = np.random.default_rng(0)
     nodes: list[onnx.NodeProto] = []

@@ -1,5 +1,7 @@
 """Files: checked by onnx, run by ONNX Runtime, loaded by torch.export. The oracle is PyTorch's output."""
 
+import zipfile
+
 import numpy as np
 import onnx
 import onnxruntime
@@ -7,8 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from sepconvert.base.errors import SepconvertError
-from sepconvert.files.onnx.export import save_archive, save_onnx
+from sepconvert.base.errors import ExportError, SepconvertError
+from sepconvert.files.onnx.export import export_program, save_archive, save_onnx
 
 
 def seeded(make):
@@ -51,7 +53,9 @@ def close(actual, expected, tolerance=1e-5):
 @pytest.mark.parametrize("example", [1, 3])
 def test_one_checked_file_for_every_batch(example, tmp_path):
     model = seeded(small).train()
-    note = save_onnx(model, (torch.randn(example, 3, 8, 8),), tmp_path / "model.onnx")
+    export = export_program(model, (torch.randn(example, 3, 8, 8),))
+    save_onnx(export, tmp_path / "model.onnx")
+    note = export.note
     assert note.dynamic_batch
     assert note.reason is None
     assert [path.name for path in tmp_path.iterdir()] == ["model.onnx"]
@@ -70,7 +74,7 @@ def test_one_checked_file_for_every_batch(example, tmp_path):
 def test_several_inputs_and_outputs(make, twice, tmp_path):
     """Even if the example is one tensor for both inputs."""
     model, (a, b) = seeded(lambda: Outputs(make)).eval(), torch.randn(2, 2, 3, 8, 8)
-    save_onnx(model, (a, a if twice else b), tmp_path / "model.onnx")
+    save_onnx(export_program(model, (a, a if twice else b)), tmp_path / "model.onnx")
     first, second = run(tmp_path / "model.onnx", a, b)
     assert close(first, model.conv(a))
     assert close(second, model.conv(a - 2 * b))
@@ -78,7 +82,7 @@ def test_several_inputs_and_outputs(make, twice, tmp_path):
 
 def test_archive_loads_and_computes_the_same(tmp_path):
     model = seeded(small).eval()
-    save_archive(model, (torch.randn(1, 3, 8, 8),), tmp_path / "model.pt2")
+    save_archive(export_program(model, (torch.randn(1, 3, 8, 8),)), tmp_path / "model.pt2")
     loaded = torch.export.load(tmp_path / "model.pt2").module()
     for batch in (1, 7):
         x = torch.randn(batch, 3, 8, 8)
@@ -105,17 +109,18 @@ class Asserting(OfFixedBatch):
 @pytest.mark.parametrize("cls", [OfFixedBatch, Asserting])
 def test_a_fixed_batch_is_exported_with_the_reason(cls, tmp_path):
     model, x = seeded(cls).eval(), torch.randn(2, 3, 8, 8)
-    note = save_onnx(model, (x,), tmp_path / "model.onnx")
-    assert not note.dynamic_batch
-    assert note.reason
-    assert "\n" not in note.reason
+    export = export_program(model, (x,))
+    assert not export.note.dynamic_batch
+    assert export.note.reason
+    assert "\n" not in export.note.reason
+    save_onnx(export, tmp_path / "model.onnx")
     assert close(run(tmp_path / "model.onnx", x)[0], model(x))
-    save_archive(model, (x,), tmp_path / "model.pt2")
+    save_archive(export, tmp_path / "model.pt2")
     assert torch.equal(torch.export.load(tmp_path / "model.pt2").module()(x), model(x))
 
 
 def test_the_file_tells_nothing_of_the_machine_but_of_the_layers(tmp_path):
-    save_onnx(seeded(small), (torch.randn(1, 3, 8, 8),), tmp_path / "model.onnx")
+    save_onnx(export_program(seeded(small), (torch.randn(1, 3, 8, 8),)), tmp_path / "model.onnx")
     content = (tmp_path / "model.onnx").read_bytes()
     assert b"/" + bytes(__file__.split("/")[-1], "ascii") not in content
     assert b'File "' not in content
@@ -123,8 +128,9 @@ def test_the_file_tells_nothing_of_the_machine_but_of_the_layers(tmp_path):
 
 
 def test_a_dynamic_batch_can_be_declined(tmp_path):
-    note = save_onnx(seeded(small), (torch.randn(2, 3, 8, 8),), tmp_path / "m.onnx", dynamic_batch=False)
-    assert (note.dynamic_batch, note.reason) == (False, None)
+    export = export_program(seeded(small), (torch.randn(2, 3, 8, 8),), dynamic_batch=False)
+    assert (export.note.dynamic_batch, export.note.reason) == (False, None)
+    save_onnx(export, tmp_path / "m.onnx")
     shape = onnxruntime.InferenceSession(str(tmp_path / "m.onnx")).get_inputs()[0].shape
     assert shape == [2, 3, 8, 8]
 
@@ -140,12 +146,19 @@ def test_a_dynamic_batch_can_be_declined(tmp_path):
 )
 def test_dtypes(dtype, exported, tolerance, tmp_path):
     model, x = seeded(small).eval().to(dtype), torch.randn(2, 3, 8, 8).to(dtype)
-    note = save_onnx(model, (x,), tmp_path / "model.onnx")
-    assert note.onnx_dtype == exported
+    export = export_program(model, (x,))
+    save_onnx(export, tmp_path / "model.onnx")
+    assert export.note.onnx_dtype == exported
+    assert export.dtype == getattr(torch, exported)
     assert {p.dtype for p in model.parameters()} == {dtype}
     [output] = run(tmp_path / "model.onnx", x.to(getattr(torch, exported)))
     assert output.dtype == np.dtype(exported)
     assert close(output, model(x).float(), tolerance)
+
+
+class Untranslatable(nn.Module):
+    def forward(self, x):
+        return torch.linalg.eigvalsh(x)
 
 
 class Untraceable(nn.Module):
@@ -153,15 +166,44 @@ class Untraceable(nn.Module):
         return x * float(x.sum().item() > 0) if x.mean() > 0 else x
 
 
-def test_what_cannot_be_exported_is_one_line_and_no_file(tmp_path):
-    for save, name in ((save_onnx, "model.onnx"), (save_archive, "model.pt2")):
-        with pytest.raises(SepconvertError, match="cannot export this model") as caught:
-            save(Untraceable(), (torch.randn(2, 3),), tmp_path / name)
-        assert "\n" not in str(caught.value)
+def test_what_cannot_be_exported_is_one_line():
+    with pytest.raises(ExportError, match=r"cannot export this model.*`debug`$") as caught:
+        export_program(Untraceable(), (torch.randn(2, 3),))
+    assert "\n" not in str(caught.value)
+
+
+def test_what_cannot_be_translated_is_one_line_and_no_file(tmp_path):
+    export = export_program(Untranslatable(), (torch.randn(2, 4, 4),))
+    with pytest.raises(ExportError, match="ONNX cannot export this model") as caught:
+        save_onnx(export, tmp_path / "model.onnx")
+    assert "\n" not in str(caught.value)
     assert not list(tmp_path.iterdir())
+
+
+def members(path):
+    with zipfile.ZipFile(path) as archive:
+        return {name.partition("/")[2]: archive.read(name) for name in archive.namelist()}
+
+
+def test_both_files_of_one_export_are_those_of_exports_of_their_own(tmp_path):
+    model, inputs = seeded(small).eval(), (torch.randn(1, 3, 8, 8),)
+    shared = export_program(model, inputs)
+    save_onnx(shared, tmp_path / "shared.onnx")
+    save_archive(shared, tmp_path / "shared.pt2")
+    save_onnx(export_program(model, inputs), tmp_path / "own.onnx")
+    save_archive(export_program(model, inputs), tmp_path / "own.pt2")
+    assert (tmp_path / "shared.onnx").read_bytes() == (tmp_path / "own.onnx").read_bytes()
+    assert members(tmp_path / "shared.pt2") == members(tmp_path / "own.pt2")
+
+
+def test_the_archive_keeps_the_dtype_if_asked(tmp_path):
+    model, x = seeded(small).eval().double(), torch.randn(2, 3, 8, 8).double()
+    save_archive(export_program(model, (x,), torch.float64), tmp_path / "model.pt2")
+    assert torch.equal(torch.export.load(tmp_path / "model.pt2").module()(x), model(x))
 
 
 @pytest.mark.parametrize(("save", "name"), [(save_onnx, "m.onnx"), (save_archive, "m.pt2")])
 def test_a_folder_that_is_not_there(save, name, tmp_path):
-    with pytest.raises(SepconvertError, match="cannot be written"):
-        save(nn.Conv2d(3, 4, 3), (torch.randn(1, 3, 8, 8),), tmp_path / "none" / name)
+    export = export_program(nn.Conv2d(3, 4, 3), (torch.randn(1, 3, 8, 8),))
+    with pytest.raises(SepconvertError, match=r"cannot be written: .*pass another `out`"):
+        save(export, tmp_path / "none" / name)

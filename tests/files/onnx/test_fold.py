@@ -7,10 +7,12 @@ import onnx
 import onnxruntime
 import pytest
 import torch
+from onnx_ir.passes import PassResult, PostconditionError
 from torch import nn
 
 import sepconvert
-from sepconvert.files.onnx.export import save_onnx
+from sepconvert.files.onnx.export import export_program, save_onnx
+from sepconvert.files.onnx.fold import FoldBatchNormPass
 
 X = torch.randn(3, 4, 9, 9, generator=torch.Generator().manual_seed(0))
 
@@ -64,15 +66,38 @@ def test_sums_of_convolutions_take_in_their_batchnorm(tmp_path, dtype):
         expected = copy.deepcopy(model).double()(X.double()).numpy()
     model.to(dtype)
     state = copy.deepcopy(model.state_dict())
-    save_onnx(model, (X.to(dtype),), tmp_path / "sums.onnx")
+    save_onnx(export_program(model, (X.to(dtype),)), tmp_path / "sums.onnx")
     assert operators(tmp_path / "sums.onnx", "BatchNormalization") == 2
     error = np.abs(answer(tmp_path / "sums.onnx", X.to(dtype)) - expected).max() / np.abs(expected).max()
     assert error < 20 * torch.finfo(dtype).eps
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
 
 
+def test_the_pass_says_whether_it_changed_the_model(tmp_path):
+    """In place; and a model that was folded holds nothing more to fold."""
+    program = torch.export.export(trained(Sums()), (X,))
+    model = torch.onnx.export(program, dynamo=True, verbose=False).model
+    first = FoldBatchNormPass()(model)
+    assert first.modified
+    assert first.model is model
+    kinds = [node.op_type for node in model.graph]
+    assert kinds.count("BatchNormalization") == 2
+    assert not FoldBatchNormPass()(model).modified
+    assert [node.op_type for node in model.graph] == kinds
+
+
+def test_a_pass_that_leaves_something_to_fold_breaks_its_contract():
+    class Idle(FoldBatchNormPass):
+        def call(self, model):
+            return PassResult(model, False)
+
+    program = torch.export.export(trained(Sums()), (X,))
+    with pytest.raises(PostconditionError, match="could be folded are left"):
+        Idle()(torch.onnx.export(program, dynamo=True, verbose=False).model)
+
+
 def test_nothing_is_left_of_what_is_folded(tmp_path):
-    save_onnx(trained(Sums()), (X,), tmp_path / "sums.onnx")
+    save_onnx(export_program(trained(Sums()), (X,)), tmp_path / "sums.onnx")
     graph = onnx.load(str(tmp_path / "sums.onnx")).graph
     read = {name for node in graph.node for name in node.input}
     assert {tensor.name for tensor in graph.initializer} <= read
@@ -83,6 +108,14 @@ def test_branches_of_replaced_layers_need_no_batchnorm(tmp_path, rank):
     net = nn.Sequential(
         nn.Conv2d(4, 16, 3), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 8, 3), nn.BatchNorm2d(8), nn.ReLU()
     )
-    sepconvert.convert(trained(net), X, "approx", rank=rank, include=["*"], runs=0, out=tmp_path)
+    sepconvert.convert(
+        trained(net),
+        X,
+        "approx",
+        rank=rank,
+        selection=sepconvert.Selection(include=["*"]),
+        timing=sepconvert.Timing(runs=0),
+        out=tmp_path,
+    )
     assert operators(tmp_path / "converted.onnx", "BatchNormalization") == 0
     assert operators(tmp_path / "converted.onnx", "Conv") == 4 * rank

@@ -1,0 +1,135 @@
+"""Arrays of images and labels in .npz files."""
+
+import math
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import psutil
+import torch
+from torch import Tensor
+
+from sepconvert.base.errors import SepconvertError
+from sepconvert.files.images import UNLABELLED, Preprocess, StoredSamples, check_channels
+
+
+def read_npz(path: Path, preprocess: Preprocess, labelled: bool) -> StoredSamples:
+    """Return the samples in an .npz file, in its order.
+
+    Args:
+        path: an archive of `x`, uint8 N × H × W × C or float N × C × H × W, and `y`, integer N.
+        preprocess: applied to uint8 images when they are indexed; float samples are used as they are.
+        labelled: whether `y` is needed; otherwise it is ignored and every label is `UNLABELLED`.
+
+    Raises:
+        SepconvertError: the file has another form, is damaged, does not fit in memory, or has float samples
+            and a `preprocess`.
+    """
+    wanted = ("x", "y") if labelled else ("x",)
+    expected = (
+        "expected an .npz file with x (uint8 N×H×W×C or float N×C×H×W)" + " and y (integer N)" * labelled
+    )
+    try:
+        with path.open("rb") as file:
+            archive = np.load(file, allow_pickle=False)
+            if not isinstance(archive, np.lib.npyio.NpzFile):
+                raise SepconvertError(f"{path}: holds a single array; {expected}")
+            if missing := [name for name in wanted if name not in archive]:
+                held = ", ".join(archive) or "no array"
+                raise SepconvertError(f"{path}: lacks {' and '.join(missing)}, holds {held}; {expected}")
+            for name in wanted:
+                _check_size(archive.zip, name, path)
+            arrays = [archive[name] for name in wanted]
+    except SepconvertError:
+        raise
+    except FileNotFoundError:
+        raise SepconvertError(f"{path}: there is no such file; {expected}") from None
+    except Exception as error:  # a damaged archive makes zipfile, zlib and numpy raise in many ways
+        cause = str(error).partition("\n")[0][:100] or type(error).__name__
+        if (
+            isinstance(error, ValueError) and "pickle" in cause
+        ):  # numpy takes all unknown content for a pickle
+            cause = "it is no archive of numeric arrays"
+        raise SepconvertError(f"{path}: cannot be read ({cause}); {expected}") from error
+    x = arrays[0]
+    if not all(isinstance(array, np.ndarray) for array in arrays):
+        raise SepconvertError(f"{path}: holds members that are no arrays; {expected}")
+    if x.ndim != 4 or 0 in x.shape or not (x.dtype == np.uint8 or np.issubdtype(x.dtype, np.floating)):
+        raise SepconvertError(f"{path}: x is {x.dtype} of shape {x.shape}; {expected}")
+    labels = _labels(arrays[1], path) if labelled else torch.full((len(x),), UNLABELLED)
+    if len(labels) != len(x):
+        raise SepconvertError(
+            f"{path}: x holds {len(x)} samples and y {len(labels)} labels; expected as many"
+        )
+    images = _images if x.dtype == np.uint8 else _floats
+    return StoredSamples(images(x, preprocess, path), labels)
+
+
+def _check_size(archive: zipfile.ZipFile | None, name: str, path: Path) -> None:
+    """Raise `SepconvertError` if an array has not the size that its header says, or exceeds free memory."""
+    assert archive is not None  # noqa: S101  (it is None only once it is closed)
+    info = archive.getinfo(f"{name}.npy" if f"{name}.npy" in archive.namelist() else name)
+    with archive.open(info) as member:
+        read = {(1, 0): np.lib.format.read_array_header_1_0}.get(
+            np.lib.format.read_magic(member), np.lib.format.read_array_header_2_0
+        )
+        shape, _, dtype = read(member)
+        expected = member.tell() + math.prod(shape) * dtype.itemsize
+    if not dtype.hasobject and expected != info.file_size:
+        raise SepconvertError(
+            f"{path}: {name} is {dtype} of shape {shape}, which takes {expected:,} bytes, and holds "
+            f"{info.file_size:,}; it is damaged: save it again"
+        )
+    free = psutil.virtual_memory().available
+    if info.file_size > free or (info.file_size > 2**28 and info.file_size > 250 * info.compress_size):
+        memory, file, left = (size / 1e9 for size in (info.file_size, info.compress_size, free))
+        raise SepconvertError(
+            f"{path}: {name} takes {memory:,.1f} GB of memory ({file:,.3f} GB in the file), of {left:,.1f} "
+            "that are free; pass a folder of images or a loader, which are read in parts"
+        )
+
+
+def _labels(y: npt.NDArray[np.generic], path: Path) -> Tensor:
+    """Return class numbers as int64 N, or raise `SepconvertError` if they are none."""
+    if y.ndim != 1 or not np.issubdtype(y.dtype, np.integer):
+        raise SepconvertError(
+            f"{path}: y is {y.dtype} of shape {y.shape}; expected integer class numbers of shape (N,)"
+        )
+    if y.size and (int(y.min()) < 0 or int(y.max()) >= 2**31):
+        raise SepconvertError(
+            f"{path}: y ranges from {y.min()} to {y.max()}; expected classes from 0 upwards"
+        )
+    return torch.from_numpy(y.astype(np.int64))
+
+
+def _images(x: npt.NDArray[np.uint8], preprocess: Preprocess, path: Path) -> Callable[[int], Tensor]:
+    """Return a function that preprocesses the image of an index; `x` is uint8 N × H × W × C."""
+    if x.shape[1] in (1, 3) and x.shape[3] > 4:
+        raise SepconvertError(
+            f"{path}: x is uint8 of shape {x.shape}, which looks like N×C×H×W; expected N×H×W×C: "
+            "save x.transpose(0, 2, 3, 1)"
+        )
+    check_channels(preprocess, x.shape[3], path)
+    images = torch.from_numpy(x).permute(0, 3, 1, 2)
+    return lambda index: preprocess(images[index])
+
+
+def _floats(x: npt.NDArray[np.floating], preprocess: Preprocess, path: Path) -> Callable[[int], Tensor]:
+    """Return a function that returns the sample of an index as float32; `x` is float N × C × H × W."""
+    if preprocess != Preprocess():
+        raise SepconvertError(
+            f"{path}: x is float and used as it is; `mean`, `std` and `resize` are for uint8: leave them out"
+        )
+    if x.shape[3] == 3 and x.shape[1] > 4:
+        raise SepconvertError(
+            f"{path}: x is float of shape {x.shape}, which looks like N×H×W×C; expected N×C×H×W: "
+            "save x.transpose(0, 3, 1, 2)"
+        )
+    with np.errstate(over="ignore"):  # overflow becomes inf, which is refused below
+        samples = torch.from_numpy(x.astype(np.float32))
+    # In parts, since a mask of all samples would take as much memory again.
+    if not all(part.isfinite().all() for part in torch.split(samples, 256)):
+        raise SepconvertError(f"{path}: x holds NaN or infinite values; expected finite numbers")
+    return samples.__getitem__

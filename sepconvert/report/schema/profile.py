@@ -1,0 +1,124 @@
+"""Types of measurements, and of the document that `sepconvert profile` writes."""
+
+from typing import Annotated, Literal
+
+from msgspec import UNSET, Meta, Struct, UnsetType
+
+Count = Annotated[int, Meta(ge=0)]
+Positive = Annotated[int, Meta(ge=1)]
+Share = Annotated[float, Meta(ge=0, le=1)]
+Milliseconds = Annotated[float, Meta(ge=0)]
+Bytes = Annotated[int, Meta(ge=0)]
+Sha256 = Annotated[str, Meta(pattern="^[0-9a-f]{64}$")]
+Interval = Annotated[tuple[float, float], Meta(description="95 % interval: lower and upper bound")]
+
+
+class Latency(Struct, frozen=True):
+    """Time of one run of a model, in milliseconds for the whole batch."""
+
+    median: Milliseconds
+    ci95: Interval
+    p90: Milliseconds
+    quantiles: Annotated[
+        tuple[float, ...],
+        Meta(
+            min_length=21, max_length=21, description="from the fastest run to the slowest, in steps of 5 %"
+        ),
+    ]
+    runs: Positive
+    threads: Positive
+    batch: Positive
+
+
+class GridLatency(Latency, frozen=True):
+    """Latency with one number of threads and one batch size."""
+
+    per_second: Annotated[float, Meta(ge=0, description="samples per second")]
+
+
+class Speedup(Struct, frozen=True):
+    """Ratio of latencies, original over converted: above 1 the converted model is faster."""
+
+    median: float
+    ci95: Interval
+    significant: Annotated[bool, Meta(description="whether noise cannot explain the difference")]
+    noise_floor: Annotated[Interval, Meta(description="95 % interval of the original against itself")]
+
+
+class Accuracy(Struct, frozen=True):
+    """Shares of correct predictions among `n` samples."""
+
+    top1: Share
+    top5: Annotated[Share | None, Meta(description="null for five classes or fewer")]
+    n: Positive
+
+
+class AccuracyDrop(Struct, frozen=True):
+    """Top-1 accuracy lost, in percentage points; negative if accuracy was gained."""
+
+    value: float
+    ci95: Interval
+    mcnemar_p: Annotated[Share, Meta(description="p-value of McNemar's test")]
+
+
+class Startup(Struct, frozen=True):
+    """Medians over new sessions in one process."""
+
+    session_ms: Milliseconds
+    first_run_ms: Milliseconds
+    sessions: Positive
+
+
+class Operator(Struct, frozen=True):
+    """One operator as ONNX Runtime runs it."""
+
+    name: str
+    layer: Annotated[str | None, Meta(description="the module that it belongs to, if known")]
+    operator: Annotated[str, Meta(description="type of the operator, such as Conv")]
+    kernel: Annotated[str | None, Meta(description="code path of a convolution")]
+    milliseconds: Milliseconds
+    bytes_moved: Bytes
+
+
+class Anatomy(Struct, frozen=True):
+    """Details of how an ONNX file runs."""
+
+    peak_activation_bytes: Annotated[Bytes | None, Meta(description="null if shapes are not known")]
+    startup: Startup
+    latencies_ms: tuple[GridLatency, ...]
+    operators: Annotated[tuple[Operator, ...], Meta(description="in the order of execution")]
+
+
+class Profile(Struct, frozen=True, kw_only=True):
+    """Costs of one sample, latency and accuracy of one model."""
+
+    params: Count
+    macs: Annotated[Count, Meta(description="fvcore's count: a fused multiply-add is 1")]
+    flops: Annotated[Count, Meta(description="2 × macs")]
+    onnx_bytes: Bytes | None
+    weight_bytes: Annotated[Bytes | None, Meta(description="of the weights in the ONNX file")]
+    latency_ms: Latency | None
+    accuracy: Accuracy | None
+    uncounted_ops: Annotated[dict[str, Positive], Meta(description="operators that fvcore does not count")]
+    anatomy: Anatomy | UnsetType = UNSET
+
+
+Environment = Annotated[
+    dict[str, str | int],
+    Meta(description="versions, processor, and the settings of ONNX Runtime: threads, provider, …"),
+]
+
+
+class Model(Struct, frozen=True):
+    """The file that a model was read from."""
+
+    path: str
+    sha256: Sha256 | None
+
+
+class ProfileDocument(Profile, frozen=True, kw_only=True):
+    """The document that `sepconvert profile` prints and writes."""
+
+    schema: Literal["sepconvert.profile/1"]
+    model: Model
+    environment: Environment

@@ -1,0 +1,348 @@
+"""Types of report.json.
+
+Pairs are (before, after): of the original and of the converted model or layer.
+"""
+
+from typing import Annotated, Literal
+
+from msgspec import UNSET, Meta, Struct, UnsetType
+
+from sepconvert.base.notes import ReasonCode
+from sepconvert.report.schema.profile import (
+    AccuracyDrop,
+    Bytes,
+    Count,
+    Environment,
+    Milliseconds,
+    Model,
+    Positive,
+    Profile,
+    Share,
+    Speedup,
+)
+
+# Layers --------------------------------------------------------------------------------------------
+
+
+class Kernel(Struct, frozen=True):
+    """Geometry of a convolution; axes are (vertical, horizontal)."""
+
+    in_channels: Positive
+    out_channels: Positive
+    kernel_size: tuple[int, int]
+    stride: tuple[int, int]
+    padding: Annotated[
+        tuple[tuple[int, int], tuple[int, int]],
+        Meta(description="(before, after) for each axis; negative numbers crop"),
+    ]
+    dilation: tuple[int, int]
+    groups: Positive
+    padding_mode: Literal["zeros", "reflect", "replicate", "circular"]
+    bias: bool
+
+
+class Approximation(Struct, frozen=True):
+    """Errors of an approximated layer, relative, as the calibration images showed them."""
+
+    weight_error: float
+    output_error: Annotated[float, Meta(description="as delivered")]
+    output_error_of_weight_fit: Annotated[float, Meta(description="if it were fitted to the weights")]
+    output_error_alone: Annotated[float, Meta(description="if no other layer were replaced")]
+    sensitivity: Annotated[
+        float | None, Meta(description="divergence of the model's output over the squared output error")
+    ]
+    sweeps: Count
+
+
+class LayerExecution(Struct, frozen=True):
+    """Execution of a layer by ONNX Runtime, before and after."""
+
+    milliseconds: tuple[Milliseconds, Milliseconds]
+    operators: tuple[Count, Count]
+    bytes_moved: tuple[Bytes, Bytes]
+    kernels: tuple[tuple[str, ...], tuple[str, ...]]
+    cause: Annotated[str | None, Meta(description="why the gain is much less than the ratio of MACs")]
+
+
+class Spectrum(Struct, frozen=True):
+    """Singular values of a kernel in one structure, normalised to a root sum of squares of 1."""
+
+    scheme: str
+    cut: Annotated[
+        Count | None,
+        Meta(description="how many are kept; for a layer that is kept, how many could be at a lower cost"),
+    ]
+    full_rank: Positive
+    values: Annotated[
+        tuple[tuple[Positive, float], ...], Meta(description="number, from 1, and value; some of many")
+    ]
+
+
+class Certificate(Struct, frozen=True):
+    """Proof that factors reproduce a kernel W up to a difference ΔW."""
+
+    relative_error: Annotated[float, Meta(description="‖ΔW‖ / ‖W‖")]
+    worst_channel_error: Annotated[float, Meta(description="largest ‖ΔW‖ / ‖W‖ of an output channel")]
+    channel_tolerance: Annotated[float, Meta(description="what rounding explains")]
+    operator_norm: Annotated[float, Meta(description="bound on ‖Δy‖ / ‖x‖ for every input x")]
+    exact: bool
+    bitwise: Annotated[bool, Meta(description="ΔW = 0")]
+    kept: tuple[float, ...]
+    dropped: tuple[float, ...]
+    holds: bool
+
+
+class Check(Struct, frozen=True):
+    """The dense layer against its factors, on the input that it had in the model."""
+
+    max_abs_diff_float64: float
+    max_abs_diff: float
+    output_error: float
+    bound_float64: float
+    kernel_error: float
+    kernel_tolerance: float
+    holds: bool
+
+
+class StructureFinding(Struct, frozen=True):
+    """Distance of a kernel from one exact structure."""
+
+    scheme: str
+    rank: Count
+    full_rank: Positive
+    holds: bool
+    macs: Count
+    paying_rank: Annotated[int, Meta(description="largest rank with fewer MACs than the dense layer")]
+    best_relative_error: Annotated[float, Meta(description="of the kernel, at max(paying_rank, 1)")]
+    tolerance: float
+    singular_values_kept: tuple[float, ...]
+    singular_values_dropped: tuple[float, ...]
+
+
+class Layer(Struct, frozen=True):
+    """One convolution: what was decided, why, and what it costs before and after."""
+
+    name: str
+    aliases: Annotated[tuple[str, ...], Meta(description="further paths of a shared module")]
+    kind: Annotated[str, Meta(description="class of the module, or the functional call")]
+    kernel: Kernel | None
+    calls: Count
+    decision: Literal["converted", "kept"]
+    reason: str
+    reason_code: ReasonCode
+    scheme: str | None
+    rank: Count | None
+    exact: bool
+    macs: Annotated[tuple[Count, Count], Meta(description="of one sample, over all calls")]
+    params: tuple[Count, Count]
+    weight_error: float | None
+    output_error: float | None
+    approximation: Approximation | None
+    latency_ms: Annotated[tuple[float, float] | None, Meta(description="of the layer timed alone")]
+    latency_speedup: Speedup | None
+    execution: LayerExecution | None
+    spectrum: Spectrum | None
+    certificate: Certificate | None
+    check: Check | None
+    structures: tuple[StructureFinding, ...]
+
+
+# Approximation -------------------------------------------------------------------------------------
+
+
+class CalibrationSet(Struct, frozen=True):
+    """Images that factors were fitted to, and that plans were compared on."""
+
+    origin: str
+    images: Count
+    heldout: Count
+    patches_per_unknown: float
+
+
+class Budget(Struct, frozen=True):
+    """Demands on the conversion; null where nothing was demanded."""
+
+    rank: int | None
+    target_macs: float | None
+    target_params: float | None
+    min_speedup: float | None
+    max_drop: float | None
+
+
+class Divergence(Struct, frozen=True):
+    """A model against the original on the held-out images."""
+
+    divergence: float
+    agreement: Share | None
+    accuracy: Share | None
+    label_loss: float | None
+
+
+class CurvePoint(Struct, frozen=True):
+    """One plan on the trade-off curve; null for what was not measured."""
+
+    macs: Count
+    macs_ratio: float | None
+    converted: Count
+    cost: Annotated[float, Meta(description="in the unit of the approximation")]
+    expected_divergence: float
+    lower_bound: float
+    heldout: Divergence | None
+    batchnorm_reestimated: bool
+    accuracy_drop_pp: AccuracyDrop | None
+    predicted_speedup: float | None
+    latency_speedup: Speedup | None
+    delivered: bool
+    ranks: Annotated[dict[str, tuple[str, int]], Meta(description="scheme and rank by layer")]
+
+
+class Step(Divergence, frozen=True):
+    """The model after one step of the fit, on the held-out images."""
+
+    name: str
+    kind: Literal["weights", "data", "batchnorm", "finetune"]
+    kept: bool
+
+
+class Epoch(Struct, frozen=True):
+    """The fine-tuned model after one epoch; epoch 0 is the start."""
+
+    epoch: Count
+    step: Count
+    loss: float | None
+    weights: Literal["start", "trained", "average"]
+    heldout_loss: float
+    divergence: float
+    accuracy: Share | None
+    seconds: float
+
+
+class Attempt(Struct, frozen=True):
+    """Drops of one plan before and after fine-tuning, in percentage points."""
+
+    drop_before_pp: float
+    drop_pp: float
+    delivered: bool
+
+
+class Finetune(Struct, frozen=True):
+    """History and outcome of fine-tuning."""
+
+    history: tuple[Epoch, ...]
+    delivered: Epoch
+    precision: str
+    stopped: Annotated[str | None, Meta(description="why it ended early")]
+    attempts: tuple[Attempt, ...]
+
+
+class Merge(Struct, frozen=True):
+    """Decision on a pair of convolutions with nothing but linear maps between them."""
+
+    first: str
+    second: str
+    decision: Literal["merged", "kept"]
+    reason: str
+    reason_code: ReasonCode
+    spec: Annotated[Kernel | None, Meta(description="of the dense convolution in place of both")]
+    macs: tuple[Count, Count] | None
+    speedup: Speedup | None
+
+
+class ModelApproximation(Struct, frozen=True):
+    """Search and fit of an approximate conversion."""
+
+    metric: Literal["weights", "data"]
+    calibration: CalibrationSet | None
+    budget: Budget
+    unit: Annotated[str, Meta(description="of costs: macs, params or milliseconds")]
+    curve: tuple[CurvePoint, ...]
+    plans_measured_on_data: Count
+    steps: tuple[Step, ...]
+    finetune: Finetune | None
+    merges: tuple[Merge, ...] | UnsetType = UNSET
+
+
+# Documents -----------------------------------------------------------------------------------------
+
+
+class Delta(Struct, frozen=True):
+    """The converted model against the original; ratios are original over converted."""
+
+    params_ratio: float | None
+    macs_ratio: float | None
+    latency_speedup: Speedup | None
+    accuracy_drop_pp: AccuracyDrop | None
+    agreement: Annotated[Share | None, Meta(description="share of equal predictions")]
+
+
+class ChangedPrediction(Struct, frozen=True):
+    """A sample that the two models classify differently."""
+
+    index: Count
+    label: int
+    original: int
+    converted: int
+
+
+class ChangedPredictions(Struct, frozen=True):
+    """Number of changed predictions, and some of them."""
+
+    count: Count
+    lost: Annotated[Count, Meta(description="correct before, and wrong now")]
+    won: Annotated[Count, Meta(description="wrong before, and correct now")]
+    shown: tuple[ChangedPrediction, ...]
+
+
+class ModelExecution(Struct, frozen=True):
+    """Milliseconds of the profiler by kind of operator, before and after."""
+
+    converted: tuple[Milliseconds, Milliseconds]
+    kept: tuple[Milliseconds, Milliseconds]
+    layout: Annotated[tuple[float, float], Meta(description="copies to other memory layouts")]
+    other: tuple[Milliseconds, Milliseconds]
+    operators: tuple[Count, Count]
+    layout_changes: tuple[Count, Count]
+
+
+class Verification(Struct, frozen=True):
+    """Largest differences of outputs, and their tolerances; null for what was not compared."""
+
+    torch_max_abs_diff: float
+    torch_tolerance: Annotated[float | None, Meta(description="null for approximate conversions")]
+    torch_dtype: str
+    onnx_max_abs_diff: float | None
+    onnx_tolerance: float | None
+    onnx_dtype: str | None
+    onnx_reason: Annotated[str | None, Meta(description="why ONNX Runtime was not compared")]
+    passed: bool
+    worst_layer: str | None
+
+
+class Export(Struct, frozen=True):
+    """Export of the models to ONNX."""
+
+    dynamic_batch: bool
+    onnx_dtype: str
+    reason: Annotated[str | None, Meta(description="why the batch dimension is fixed")]
+    missing: Annotated[dict[str, str], Meta(description="files that could not be written, and why")]
+
+
+class ReportDocument(Struct, frozen=True):
+    """The content of report.json."""
+
+    schema: Literal["sepconvert.report/1"]
+    mode: Literal["exact", "approx", "auto"]
+    model: Model | None
+    environment: Environment
+    seed: int
+    dtype: str
+    original: Profile
+    converted: Profile
+    delta: Delta
+    changed_predictions: ChangedPredictions | None
+    execution: ModelExecution | None
+    layers: Annotated[tuple[Layer, ...], Meta(description="every convolution, in the order of execution")]
+    verification: Verification
+    export: Export
+    approximation: ModelApproximation | None
+    command: str | None

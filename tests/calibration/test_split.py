@@ -1,0 +1,159 @@
+"""Which images are fitted to, which judge, which are trained on, and which are scored."""
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, Dataset, TensorDataset
+
+from sepconvert.base.errors import SepconvertError
+from sepconvert.base.options import Calibration
+from sepconvert.calibration import split as module
+from sepconvert.calibration.split import CalibrationSet, check_shapes, split_data
+
+X = torch.rand(600, 1, 6, 6, generator=torch.Generator().manual_seed(0))
+Y = torch.arange(600) % 10
+
+
+def divided(data=None, calib=None, train=None, *, images=100, epochs=0, **options):
+    return split_data(data, calib, train, Calibration(images=images), epochs=epochs, seed=0, **options)
+
+
+class Recorded(Dataset):
+    """Remembers which samples were asked for."""
+
+    def __init__(self, x, y):
+        self.x, self.y, self.asked = x, y, []
+
+    def __len__(self):
+        return len(self.x)
+
+    def __getitem__(self, index):
+        self.asked.append(index)
+        return self.x[index], self.y[index]
+
+    def read_by(self, loader):
+        """Return the indices that a loader reads."""
+        self.asked.clear()
+        assert sum(len(x) for x, _ in loader) == len(self.asked)
+        return set(self.asked)
+
+
+def test_what_is_calibrated_on_is_not_scored():
+    dataset = Recorded(X[:300], Y[:300])
+    parts = divided(DataLoader(dataset, batch_size=32))
+    calibrated = set(dataset.asked)
+    assert len(calibrated) == 100
+    assert parts.calibration.images == 75
+    assert parts.calibration.origin == "split off `data`, and not scored"
+    scored = dataset.read_by(parts.scored)
+    assert len(scored) == 200
+    assert calibrated.isdisjoint(scored)
+    # Training gets the images that were split off, but for those that judge.
+    trained, judged = dataset.read_by(parts.training.train), dataset.read_by(parts.training.judge)
+    assert trained | judged == calibrated
+    assert trained.isdisjoint(judged)
+
+
+def test_what_is_held_out_is_neither_fitted_to_nor_trained_on():
+    dataset = Recorded(X[:300], Y[:300])
+    data = DataLoader(TensorDataset(X, Y))
+    parts = divided(data, DataLoader(dataset, batch_size=32), epochs=3)
+    assert parts.scored is data
+    assert parts.calibration.origin == "`calib`"
+    judged = dataset.read_by(parts.training.judge)
+    assert len(judged) == 25
+    assert judged.isdisjoint(dataset.read_by(parts.training.train))
+    assert torch.equal(torch.cat(parts.calibration.heldout), X[sorted(judged)])
+    assert torch.equal(torch.cat(parts.calibration.labels), Y[sorted(judged)])
+
+
+def test_images_to_train_on_are_fitted_to_if_there_are_no_others():
+    parts = divided(train=DataLoader(TensorDataset(X, Y)), images=40)
+    assert parts.calibration.origin == "`train`"
+    assert parts.calibration.images == 30
+    assert len(parts.training.judge.dataset) == 10
+    assert len(parts.training.train.dataset) == 590
+
+
+def test_batches_of_calibration_do_not_depend_on_those_of_the_loader():
+    one, many = (
+        divided(calib=DataLoader(TensorDataset(X, Y), batch_size=size), images=400).calibration.fit
+        for size in (1, 200)
+    )
+    assert [len(batch) for batch in one] == [64, 64, 64, 64, 44]
+    assert all(map(torch.equal, one, many))
+
+
+@pytest.mark.parametrize(("count", "role"), [(1, "data"), (0, "data"), (0, "calib")])
+def test_too_few_images_to_split(count, role):
+    with pytest.raises(SepconvertError, match=r"no image is left to fit to \(.*`(data|calib)`.*\)"):
+        divided(**{role: DataLoader(TensorDataset(X[:count], Y[:count]))}, images=8)
+
+
+def test_no_images_at_all():
+    assert divided().calibration is None
+    scored = [(X[:4], Y[:4])]
+    parts = divided(scored)  # no DataLoader: of such data no part can be split off
+    assert (parts.scored, parts.calibration, parts.training) == (scored, None, None)
+    with pytest.raises(SepconvertError, match="`finetune`: needs images to train on; pass `calib`"):
+        divided(DataLoader(TensorDataset(X, Y)), epochs=1)
+
+
+def test_other_images_to_train_on_have_judges_of_their_own():
+    """Those to fit to may have no labels where those to train on have some."""
+    calib = DataLoader(TensorDataset(X[:40]), batch_size=8)
+    train = Recorded(X[100:200], Y[100:200])
+    parts = divided(calib=calib, train=DataLoader(train, batch_size=8), images=40, epochs=1)
+    assert parts.training.labelled
+    assert all((labels == -1).all() for labels in parts.calibration.labels)
+    judged = train.read_by(parts.training.judge)
+    assert len(judged) == 25
+    trained = train.read_by(parts.training.train)
+    assert len(trained) == 75
+    assert judged.isdisjoint(trained)
+    with pytest.raises(SepconvertError, match="`finetune`: needs images to judge by too, got 3 in all"):
+        divided(calib=calib, train=DataLoader(TensorDataset(X[:3])), images=40, epochs=1)
+
+
+def test_images_need_no_labels():
+    parts = divided(calib=DataLoader(TensorDataset(X[:8]), batch_size=4), images=8)
+    assert parts.calibration.images == 6
+    assert not parts.training.labelled
+
+
+@pytest.mark.parametrize(
+    ("images", "message"),
+    [
+        (X[:8].index_fill(0, torch.tensor([3]), float("inf")), "the images hold NaN or Inf"),
+        (torch.zeros(8, 1, 6, 6), "every image is of one colour"),
+    ],
+)
+def test_images_that_say_nothing(images, message):
+    with pytest.raises(SepconvertError, match=message):
+        divided(calib=DataLoader(TensorDataset(images)))
+
+
+def test_shapes_are_those_of_the_model():
+    calib, other = (DataLoader(TensorDataset(x)) for x in (X[:8], torch.rand(8, 3, 5, 5)))
+    check_shapes(divided(calib=calib), (X[:1],))
+    check_shapes(divided(), (X[:1], X[:1]))
+    with pytest.raises(SepconvertError, match="images to fit to are 3×5×5, the model is run on 1×6×6"):
+        check_shapes(divided(calib=other), (X[:1],))
+    with pytest.raises(SepconvertError, match="images to train on are 3×5×5, the model is run on 1×6×6"):
+        check_shapes(divided(calib=calib, train=other), (X[:1],))
+    with pytest.raises(SepconvertError, match="the model takes 2 tensors, but calibration images are one"):
+        check_shapes(divided(calib=calib), (X[:1], X[:1]))
+
+
+def test_processes_share_the_batches(monkeypatch):
+    images = CalibrationSet(X[:10].split(2), (), (), "test")
+    model = nn.Conv2d(1, 1, 1).double()
+    monkeypatch.setattr(module, "processes", lambda: 2)
+    for rank in range(2):
+        monkeypatch.setattr(module, "rank", lambda rank=rank: rank)
+        share = images.share(model)
+        assert list(share) == list(range(rank, 5, 2))
+        assert torch.equal(share[rank], X[2 * rank : 2 * rank + 2].double())
+    monkeypatch.setattr(module, "processes", lambda: 6)
+    with pytest.raises(SepconvertError, match="5 batches for 6 processes; pass more images"):
+        images.share(model)

@@ -1,0 +1,73 @@
+"""Conditions of `compare --fail-if`."""
+
+import pytest
+from profiles import profile, speedup
+
+from sepconvert.base.errors import SepconvertError
+from sepconvert.cli.conditions import Demand
+from sepconvert.measure.comparison import Comparison, Delta
+
+
+@pytest.mark.parametrize(
+    ("condition", "more"),
+    [
+        ("drop > 1", ()),
+        ("agreement < 99%", ()),
+        ("latency > 5%", ("--runs", "0")),
+        ("speedup < 1", ("--runs", "0")),
+    ],
+)
+def test_conditions_on_what_will_not_be_measured_are_refused_first(here, run, condition, more):
+    """Before files are read, which are none."""
+    for name in ("a.onnx", "b.onnx"):
+        (here / name).write_bytes(b"none")
+    outcome = run("compare", "a.onnx", "b.onnx", "--fail-if", condition, *more)
+    assert outcome.code == 2
+    assert f"--fail-if '{condition}': {condition.split()[0]} is not measured; " in outcome.err
+    assert "a.onnx" in run("compare", "a.onnx", "b.onnx", "--fail-if", "macs > 1%").err
+    # No condition would fail.
+    alone = run("compare", "a.onnx", "--fail-if", "macs > 1%")
+    assert (alone.code, alone.out) == (2, "")
+    assert "compare: expected two models or more, got one" in alone.err
+
+
+@pytest.mark.parametrize(
+    ("text", "ratio", "fails"),
+    [
+        ("latency > +5%", 1 / 1.06, True),
+        ("latency > +5%", 1 / 1.04, False),
+        ("latency > 1%", 1 / 1.02, False),  # within noise
+        ("latency>-20%", 1.2, True),
+        ("speedup < 2x", 1.9, True),
+        ("speedup < 2", 2.1, False),
+        ("macs > -40%", 1, True),
+        ("MACS > -10 %", 1, False),
+    ],
+)
+def test_conditions(text, ratio, fails):
+    comparison = Comparison((profile(1), profile(1, macs=700)), ("a", "b"), (Delta(speedup(ratio)),))
+    assert bool(Demand.parse(text).failures(comparison)) is fails
+
+
+@pytest.mark.parametrize(
+    "text", ["", "latency", "latency > 5", "size > 5%", "drop > 1%", "drop = 1", "latency > x%", "drop > nan"]
+)
+def test_what_is_no_condition(text):
+    with pytest.raises(SepconvertError, match=r"--fail-if .*: expected one of latency, "):
+        Demand.parse(text)
+
+
+@pytest.mark.parametrize("text", ["latency > 5%", "drop > 1", "agreement < 90%", "max_abs > 1"])
+def test_conditions_on_what_was_not_measured(text):
+    with pytest.raises(SepconvertError, match="is not measured"):
+        Demand.parse(text).failures(Comparison((profile(1), profile(1))))
+
+
+def test_conditions_have_units():
+    comparison = Comparison((profile(1.0), profile(2.0)), ("a", "b"), (Delta(speedup(0.5)),))
+    assert Demand.parse("latency > 5%").failures(comparison) == ["b: latency is 100 % (latency > 5%)"]
+
+
+def test_outputs_of_other_shapes_differ_without_limit():
+    comparison = Comparison((profile(1), profile(1)), ("a", "b"), (Delta(outputs=None),))
+    assert Demand.parse("max_abs > 1").failures(comparison)

@@ -1,0 +1,71 @@
+"""Tables of models side by side, and which of them are dominated."""
+
+from dataclasses import replace
+
+from profiles import profile, speedup
+
+from sepconvert.measure.comparison import Comparison, Delta
+from sepconvert.measure.divergence import OutputDifference
+from sepconvert.measure.metrics import TOP1, AccuracyDelta
+from sepconvert.measure.statistics import Interval
+
+
+def test_who_is_dominated():
+    profiles = profile(1, 0.9), profile(2, 0.9), profile(0.5, 0.8), profile(0.5, 0.8), profile(0.7, 0.79)
+    deltas = (Delta(),) * 4
+    assert Comparison(profiles, "abcde", deltas).dominated == (False, True, False, False, True)
+    assert "dominated" in str(Comparison(profiles, "abcde", deltas))
+    # Of two, or of what was measured apart, nothing is said.
+    assert Comparison(profiles[:2], "ab", deltas[:1]).dominated == (False, False)
+    assert not any(Comparison(profiles).dominated)
+    unmeasured = (replace(profiles[0], accuracy=None), *profiles[1:])
+    assert Comparison(unmeasured, "abcde", deltas).dominated == (False, False, False, False, True)
+
+
+def test_differences_within_noise_are_no_speedups():
+    found = str(Comparison((profile(1), profile(0.99)), ("a", "b"), (Delta(speedup(1.01)),)))
+    assert "~ within noise" in found
+    assert "1.010×" not in found
+
+
+def test_other_styles():
+    found = Comparison((profile(1), profile(0.5)), ("a", "b,c"), (Delta(speedup(2)),))
+    assert found.text("markdown").splitlines()[3].startswith("|")
+    header, *rows = found.text("csv").splitlines()
+    assert header == ',a,"b,c"'
+    assert rows[0] == "parameters,100,100 (1.00×)"
+    assert all(len(line) <= 80 for line in str(found).splitlines())
+
+
+def test_a_latency_within_the_intervals_dominates_nothing():
+    deltas = (Delta(),) * 2
+    alike = (profile(1.0, 0.9), profile(1.05, 0.9), profile(0.5, 0.8))
+    assert Comparison(alike, "abc", deltas).dominated == (False, False, False)
+    better = (profile(1.0, 0.8), profile(1.05, 0.9), profile(0.5, 0.7))  # more accurate, and not slower
+    assert Comparison(better, "abc", deltas).dominated == (True, False, False)
+
+
+def test_outputs_that_are_not_finite_are_reported():
+    nothing = OutputDifference(None, None, None, None, None, None)
+    text = str(Comparison((profile(1.0), profile(1.0)), "ab", (Delta(outputs=(nothing,)),)))
+    assert "not finite" in text
+
+
+def test_every_output_has_its_numbers():
+    outputs = (
+        OutputDifference(1.5, 0.5, 0.25, 0.875, 12.0, 0.75),
+        OutputDifference(2.5, 0.5, 0.25, 0.875, None, None),
+    )  # fmt: skip
+    comparison = Comparison((profile(1.0), profile(1.0)), "ab", (Delta(outputs=outputs),))
+    rows = {name: cells for name, *cells in comparison.rows()}
+    assert rows["max abs Δ"] == ["-", "1.50e+00, 2.50e+00"]
+    assert rows["SNR, dB"] == ["-", "12.0, -"]
+    assert rows["same argmax"] == ["-", "75.00%, -"]
+
+
+def test_the_drop_is_in_the_unit_of_its_metric():
+    accuracy = AccuracyDelta(0.25, Interval(-0.5, 1.0), agreement=0.995, p_value=0.125)
+    comparison = Comparison((profile(1.0, 0.9), profile(1.0, 0.9)), "ab", (Delta(accuracy=accuracy),))
+    rows = {name: cells for name, *cells in comparison.rows()}
+    assert rows[f"drop, {TOP1.unit}"] == ["-", "0.25 [-0.50, 1.00]"]
+    assert rows["agreement"] == ["-", "99.50 %"]

@@ -1,0 +1,43 @@
+"""Numbers are written in one way."""
+
+import pytest
+
+from sepconvert.report.numbers import (
+    count_text,
+    drop_text,
+    estimate_text,
+    fold,
+    percent_text,
+    ratio_text,
+    speedup_text,
+)
+
+SPEEDUP = {"median": 1.234, "ci95": [1.2, 1.3], "significant": True}
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (count_text(1_234_567), "1,234,567"),
+        (count_text(None), "-"),
+        (ratio_text(2), "2.00×"),
+        (ratio_text(None), ""),
+        (percent_text(0.12345), "12.35"),
+        (percent_text(0.5, 1), "50.0"),
+        (percent_text(None), "-"),
+        (estimate_text(1.5, (1.25, 1.75)), "1.50 [1.25, 1.75]"),
+        (estimate_text(1.5, (1.25, 1.75), " ms", 3), "1.500 ms [1.250, 1.750]"),
+        (speedup_text(SPEEDUP), "1.23× [1.20, 1.30]"),
+        (speedup_text({**SPEEDUP, "significant": False}), "1.23× [1.20, 1.30] ~ within noise"),
+        (drop_text({"value": -0.25, "ci95": [-1, 0.5]}), "-0.25 pp [-1.00, 0.50]"),
+    ],
+)
+def test_texts(text, expected):
+    assert text == expected
+
+
+def test_sentences_are_folded_but_words_are_not():
+    name = "a-b." * 30
+    first, second, third = fold(f"{'word ' * 15}{name} word").splitlines()
+    assert first == ("word " * 15).strip()
+    assert (second, third) == (f"  {name}", "  word")

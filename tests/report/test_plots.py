@@ -1,0 +1,112 @@
+"""Plots are SVG in the colours of the page, and pictures show the values that they are given."""
+
+import base64
+import io
+import re
+import xml.etree.ElementTree as ET
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from sepconvert.report import plots
+from sepconvert.report.exhibits import KernelPair
+
+
+def pixels(url: str) -> np.ndarray:
+    assert url.startswith("data:image/png;base64,")
+    return np.array(Image.open(io.BytesIO(base64.b64decode(url.partition(",")[2]))))
+
+
+def points(count: int, drops=()) -> list[dict]:
+    return [
+        {
+            "converted": number + 1,
+            "macs_ratio": 1.5 + number,
+            "heldout": {"divergence": 0.01 * 2**number},
+            "accuracy_drop_pp": None if drop is None else {"value": drop, "ci95": [drop - 0.5, drop + 0.5]},
+            "latency_speedup": {"median": 1.25 + number},
+            "delivered": number == 0,
+        }
+        for number, drop in zip(range(count), [*drops, *[None] * count], strict=False)
+    ]
+
+
+SPECTRUM = {"scheme": "spatial-vh", "cut": 2, "full_rank": 24, "values": [[1, 0.75], [2, 0.5], [24, 1e-12]]}
+
+
+@pytest.fixture(params=["trade-off", "distributions", "spectrum"])
+def svg(request, document) -> str:
+    if request.param == "trade-off":
+        return plots.trade_off(points(3, [0.25]))
+    if request.param == "spectrum":
+        return plots.spectrum(SPECTRUM)
+    return plots.distributions(
+        [("a < b", document[side]["latency_ms"]) for side in ("original", "converted")]
+    )
+
+
+def test_plots_are_well_formed_and_need_nothing_from_elsewhere(svg):
+    root = ET.fromstring(svg.replace("xlink:href", "href"))  # noqa: S314  (our own)
+    assert root.tag == "svg"
+    assert root.get("role") == "img"
+    assert root.get("aria-label")
+    assert "http" not in svg
+
+
+def test_plots_take_the_colours_of_the_page(svg):
+    assert "var(--after)" in svg
+    assert not re.search(r"#01020[345]", svg)
+    # What is left are clip paths, and references to them.
+    assert not {*re.findall(r"#[0-9a-f]{6}\b", svg)} - {"#ffffff", "#000000"}
+
+
+def test_a_curve_without_accuracy_has_one_plot():
+    assert "top-1" not in plots.trade_off(points(2))
+    assert "top-1" in plots.trade_off(points(2, [0.5]))
+
+
+def test_a_curve_is_drawn_over_macs_unless_all_is_timed():
+    curve = points(3)
+    assert "measured speed-up" in plots.trade_off(curve)
+    curve[1]["latency_speedup"] = None
+    assert "fewer MACs" in plots.trade_off(curve)
+
+
+def test_the_label_of_a_spectrum_says_where_it_is_cut():
+    assert 'aria-label="24 singular values as spatial-vh, cut after 2"' in plots.spectrum(SPECTRUM)
+    assert "spatial-vh, not cut" in plots.spectrum({**SPECTRUM, "cut": None})
+
+
+def test_a_kernel_of_zeros_is_drawn():
+    plots.spectrum({**SPECTRUM, "values": [[1, 0.0], [2, 0.0]]})
+    zeros = torch.zeros(2, 3, 3).double()
+    assert plots.kernels(KernelPair("conv", zeros, zeros))["width"] > 0
+
+
+def test_filters_share_one_scale():
+    before = torch.tensor([[[-1.0, 1.0]], [[0.0, 0.5]]]).double()
+    found = plots.kernels(KernelPair("conv", before, before / 2))
+    strong, weak = (pixels(found[side])[0].astype(int) for side in ("before", "after"))
+    assert strong.shape == weak.shape == (5, 4)  # two filters of two weights, and a gap
+    assert strong[2, 3] == weak[2, 3] == 0  # which is transparent
+    assert strong[0, 2] > strong[0, 0]  # negative: blue
+    assert strong[1, 0] > strong[1, 2]  # positive: red
+    assert strong[1, 1] < weak[1, 1]  # the smaller, the paler
+    assert (weak[1] == strong[4]).all()  # both 0.5
+    assert (found["width"], found["height"]) == (5 * 12, 12)
+
+
+@pytest.mark.parametrize(("channels", "mode"), [(1, (2, 2)), (3, (2, 2, 3)), (5, (2, 2))])
+def test_images_are_stretched_from_black_to_white(channels, mode):
+    image = torch.arange(channels * 4.0).reshape(channels, 2, 2) * 10 - 3
+    found = plots.picture(image)
+    shown = pixels(found["url"])
+    assert shown.shape == mode
+    assert (shown.min(), shown.max()) == (0, 255)
+    assert (found["width"], found["height"]) == (2, 2)
+
+
+def test_an_image_of_one_value_is_black():
+    assert not pixels(plots.picture(torch.full((1, 2, 2), 7.0))["url"]).any()

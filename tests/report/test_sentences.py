@@ -1,0 +1,222 @@
+"""Sentences say what the document says."""
+
+import pytest
+
+from sepconvert.base.notes import NoteLevel
+from sepconvert.report.sentences import causes, sentences, story, warnings_of
+
+
+def texts(document) -> list[str]:
+    return [str(note) for note in sentences(document)]
+
+
+def unfolded(text: str) -> str:
+    """Lines and columns joined by single blanks."""
+    return " ".join(text.split())
+
+
+def test_an_exact_conversion(document):
+    assert texts(document) == [
+        "1 of 2 convolutions converted.",
+        "Verified: PyTorch float64 outputs differ by 3.5e-08 (tolerance 4.5e-06), "
+        "ONNX Runtime float32 outputs by 6.5e-08 (tolerance 5.5e-06).",
+        "Latency: 50 interleaved runs, batch 1, 2 threads, median and 95 % interval; "
+        "the original against itself: [0.980, 1.020].",
+        "Predictions agree on 99.50 % of 2,000 images.",
+        "Not counted in MACs: add, mul.",
+    ]
+    assert {note.level for note in sentences(document)} == {NoteLevel.INFO}
+
+
+def test_an_approximate_conversion(approximate):
+    assert texts(approximate)[:3] == [
+        "1 of 2 convolutions converted.",
+        "Approximate: outputs differ from the original's by up to 3.5e-08. Verified: converted.onnx in ONNX "
+        "Runtime differs from the converted model in PyTorch by 6.5e-08 (tolerance 5.5e-06).",
+        "Calibrated on 768 images (`calib`); plans compared on 256 held-out images.",
+    ]
+
+
+def test_without_onnx_runtime_the_reason_is_given(bare):
+    assert texts(bare) == [
+        "1 of 2 convolutions converted.",
+        "Verified: PyTorch float64 outputs differ by 3.5e-08 (tolerance 4.5e-06). Not verified in ONNX "
+        "Runtime: no kernel.",
+    ]
+    bare["verification"]["torch_tolerance"] = None
+    assert texts(bare)[1] == (
+        "Approximate: outputs differ from the original's by up to 3.5e-08. Not verified in ONNX Runtime: "
+        "no kernel."
+    )
+
+
+def test_an_exact_conversion_of_nothing_says_what_to_try(document):
+    def advice():
+        return any("`mode` auto, with `calib` and `data`" in text for text in texts(document))
+
+    assert not advice()
+    document["layers"] = document["layers"][:1]
+    assert advice()
+    document["mode"] = "approx"
+    assert not advice()
+
+
+def test_conversions_within_tol_only_are_not_passed_off_as_exact(document, approximate):
+    document["layers"][1]["exact"] = False
+    assert texts(document)[0] == "1 of 2 convolutions converted, 1 of them only within `tol`, not exactly."
+    assert not any("`tol`" in text for text in texts(approximate))
+
+
+def test_layers_that_were_not_timed_are_named(document):
+    def named(lines):
+        expected = "Kept because no time was left to measure their forms: stem.conv (`measure_seconds`)."
+        return expected in map(unfolded, lines)
+
+    assert not named(texts(document))
+    assert not named(story(document))
+    document["layers"][0]["reason_code"] = "untimed"
+    assert named(texts(document))
+    assert named(story(document))
+
+
+def test_merged_pairs_are_named_and_the_others_counted(approximate):
+    merge = {"first": "a", "second": "b", "decision": "merged", "reason": "the dense form has 1 MAC"}
+    kept = {**merge, "decision": "kept"}
+    approximate["approximation"]["merges"] = [merge, kept, kept]
+    assert texts(approximate)[2:4] == [
+        "Merged: b into a; the dense form has 1 MAC.",
+        "Not merged: 2 of 3 linear pairs of convolutions; report.json says why.",
+    ]
+
+
+def test_attempts_at_fine_tuning_are_told(approximate):
+    approximate["approximation"]["finetune"] = {
+        "attempts": [
+            {"drop_before_pp": 2.5, "drop_pp": 0.75, "delivered": True},
+            {"drop_before_pp": 4.0, "drop_pp": 1.25, "delivered": False},
+        ]
+    }
+    assert texts(approximate)[3:5] == [
+        "Fine-tuning changed a plan's drop from 2.50 to 0.75 pp; it was delivered.",
+        "Fine-tuning changed a plan's drop from 4.00 to 1.25 pp; it was not delivered.",
+    ]
+
+
+def test_export_limits_are_told(document):
+    document["dtype"] = "float64"
+    document["export"]["reason"] = "the model fixes the batch size"
+    found = texts(document)
+    assert (
+        "The ONNX files are float32, as ONNX Runtime has no float64 convolutions; converted.pt2 keeps "
+        "float64." in found
+    )
+    assert "The batch dimension of the ONNX files is fixed: the model fixes the batch size." in found
+
+
+def test_graph_optimization_is_named_if_it_is_not_the_default(document):
+    document["environment"]["graph_optimization"] = "basic"
+    assert any("2 threads, graph optimization basic, median" in text for text in texts(document))
+
+
+# Warnings ------------------------------------------------------------------------------------------
+
+
+def test_warnings_are_the_sentences_of_that_level(approximate):
+    assert warnings_of(approximate) == []
+    approximate["approximation"]["calibration"]["images"] = 1
+    (note,) = warnings_of(approximate)
+    assert note.level is NoteLevel.WARNING
+    assert str(note) in texts(approximate)
+
+
+def test_files_that_were_not_written(document):
+    document["export"]["missing"] = {"original.onnx": "no", "converted.onnx": "no", "converted.pt2": "never"}
+    (note,) = warnings_of(document)
+    assert note.text.startswith("not written: original.onnx, converted.onnx, converted.pt2. no; never. ")
+
+
+def test_fewer_macs_but_slower_names_the_gate(document):
+    document["delta"]["latency_speedup"].update(median=0.8, ci95=[0.75, 0.85])
+    (note,) = warnings_of(document)
+    assert note.text.startswith("fewer MACs, yet 1.25× the latency. `gate` latency ")
+
+
+@pytest.mark.parametrize(
+    "speedup", [{"median": 1.5}, {"median": 0.98, "significant": False}], ids=["faster", "within noise"]
+)
+def test_no_warning_without_a_measured_loss(document, speedup):
+    document["delta"]["latency_speedup"].update(speedup)
+    assert warnings_of(document) == []
+
+
+def test_a_layer_that_became_slower_is_named(document):
+    document["layers"][1]["latency_speedup"] = {"median": 0.5, "ci95": [0.4, 0.6], "significant": True}
+    (note,) = warnings_of(document)
+    assert note.text.startswith("fewer MACs but slower when timed alone: large.conv. ")
+
+
+def test_an_original_that_differs_from_itself(document):
+    document["delta"]["latency_speedup"]["noise_floor"] = [1.01, 1.08]
+    (note,) = warnings_of(document)
+    assert note.text.startswith("the original differs from itself")
+
+
+def test_files_that_are_slower_than_was_demanded(approximate):
+    approximate["approximation"]["budget"]["min_speedup"] = 1.6
+    (note,) = warnings_of(approximate)
+    assert note.text.startswith("1.6× was demanded")
+    assert "the files are measured 1.50× [1.40, 1.60] as fast" in note.text
+    approximate["approximation"]["budget"]["min_speedup"] = 1.5
+    assert warnings_of(approximate) == []
+
+
+def test_conversion_without_calibration(approximate):
+    approximate["approximation"].update(calibration=None, steps=[], metric="weights")
+    (note,) = warnings_of(approximate)
+    assert note.text.startswith("without calibration images, factors were fitted to the weights alone")
+
+
+@pytest.mark.parametrize(("images", "warned"), [(63, True), (64, False)])
+def test_few_images(approximate, images, warned):
+    approximate["approximation"]["calibration"]["images"] = images
+    assert any("so few images" in note.text for note in warnings_of(approximate)) is warned
+
+
+# The story and the causes --------------------------------------------------------------------------
+
+
+def test_the_story_of_a_conversion(document):
+    assert [unfolded(line) for line in story(document)] == [
+        "1 of 2 convolutions were replaced (spatial-vh).",
+        "An image takes 2.00× fewer multiplications, and the network has 4.00× fewer parameters.",
+        "Its outputs are the same: they differ by 4e-08, which is rounding error.",
+        "Measured in ONNX Runtime, it is 1.50× [1.40, 1.60] as fast.",
+        "It classifies 96.50 % of 2,000 images correctly, the original 96.75 %: a drop of 0.25 pp "
+        "[-0.05, 0.55].",
+    ]
+    assert max(len(part) for line in story(document) for part in line.splitlines()) <= 80
+
+
+def test_the_story_of_an_approximation_claims_no_equality(approximate):
+    text = " ".join(story(approximate))
+    assert "(depthwise-pointwise)" in text
+    assert "rounding" not in text
+
+
+def test_the_story_of_a_conversion_that_replaced_nothing(document):
+    kept = [{**layer, "decision": "kept", "scheme": None} for layer in document["layers"]]
+    first, *_ = story({**document, "layers": kept})
+    assert first == "0 of 2 convolutions were replaced."
+
+
+def test_causes_of_the_model_and_of_its_layers(document):
+    assert causes(document) == [
+        "The whole model: 2.00× fewer MACs, measured 1.50× as fast; 25 % of the remaining time is in layers "
+        "that were not replaced, 12 % in copies to other memory layouts; 6 operators instead of 4.",
+        "large.conv: 4.00× fewer MACs, measured alone 1.50× as fast; memory is slow.",
+    ]
+
+
+def test_what_changed_nothing_needs_no_cause(document):
+    document["delta"]["macs_ratio"] = 1.0
+    assert causes(document) == []
