@@ -3,6 +3,7 @@
 import hashlib
 import json
 import re
+import shutil
 
 import pytest
 from command_line import SHAPE, listing
@@ -39,43 +40,67 @@ def test_a_profile_is_written_and_compared(here, run):
     ]
 
 
-def test_models_and_files_are_compared_in_turns(here, run):
-    assert run("net.pt", "--data", "data.npz", "--runs", "0").code == 0
-    files = "net-sepconvert/original.onnx", "net-sepconvert/converted.onnx"
-    outcome = run("compare", "net.pt", *files, "--data", "data.npz", "--runs", "6", "--fail-if", "drop > 0.5")
+FILES = "net-sepconvert/original.onnx", "net-sepconvert/converted.onnx"
+
+
+@pytest.fixture
+def results(here, converted):
+    """The files of a conversion of net.pt, in the working directory."""
+    shutil.copytree(converted.folder, here / "net-sepconvert")
+
+
+@pytest.mark.usefixtures("results")
+def test_models_and_files_are_compared_in_turns(run):
+    outcome = run("compare", "net.pt", *FILES, "--data", "data.npz", "--runs", "6", "--fail-if", "drop > 0.5")
     assert (outcome.code, outcome.err) == (0, "")
     assert "base: net.pt" in outcome.out
     assert "Measured together: 6 interleaved rounds" in outcome.out
     assert all(len(line) <= 80 for line in outcome.out.splitlines())
-    outcome = run("compare", *files, "--runs", "0", "--json", "--fail-if", "macs < -1%")
+
+
+@pytest.mark.usefixtures("results")
+def test_a_condition_that_holds_fails_after_the_comparison_is_printed(run):
+    outcome = run("compare", *FILES, "--runs", "0", "--json", "--fail-if", "macs < -1%")
     assert outcome.code == 3
     assert re.fullmatch(r"sepconvert: --fail-if: .*converted.onnx: macs is -\d.*\n", outcome.err)
     (delta,) = json.loads(outcome.out)["deltas"]
     assert delta["macs_ratio"] > 1
     assert delta["outputs"][0]["relative"] < 1e-4
-    outcome = run("compare", *files, "--runs", "0", "--format", "csv")
-    assert outcome.out.splitlines()[0] == f",{files[0]},{files[1]}"
-    size = (here / files[0]).stat().st_size
+
+
+@pytest.mark.usefixtures("results")
+def test_formats_of_a_comparison(here, run):
+    outcome = run("compare", *FILES, "--runs", "0", "--format", "csv")
+    assert outcome.out.splitlines()[0] == f",{FILES[0]},{FILES[1]}"
+    size = (here / FILES[0]).stat().st_size
     assert f"ONNX bytes,{size}," in outcome.out  # without separators of thousands
-    page = run("compare", *files, "--runs", "3", "--format", "html").out
+    page = run("compare", *FILES, "--runs", "3", "--format", "html").out
     assert page.startswith("<!doctype html>")
     assert page.rstrip().endswith("</html>")
-    for expected in (*files, "Measured together: 3 interleaved rounds", "max abs Δ", "<svg"):
+    for expected in (*FILES, "Measured together: 3 interleaved rounds", "max abs Δ", "<svg"):
         assert expected in page
-    page = run("compare", *files, "--runs", "0", "--format", "html").out
+    page = run("compare", *FILES, "--runs", "0", "--format", "html").out
     assert "<svg" not in page
     assert "Measured together" in page
+
+
+@pytest.mark.usefixtures("results")
+def test_a_file_is_profiled_and_compared_with_the_profile_of_a_model(here, run):
     assert run("profile", "net.pt", *SHAPE, "--runs", "0", "--out", "net.json").code == 0
-    profiled = run("profile", files[1], "--data", "data.npz", "--runs", "3", "--out", "file.json", "--json")
+    profiled = run("profile", FILES[1], "--data", "data.npz", "--runs", "3", "--out", "file.json", "--json")
     document = json.loads(profiled.out)
     assert document["accuracy"]["n"] == 20
     assert document["latency_ms"]["runs"] == 3
-    assert document["onnx_bytes"] == (here / files[1]).stat().st_size
-    assert document["model"]["sha256"] == hashlib.sha256((here / files[1]).read_bytes()).hexdigest()
-    assert "Measured separately" in run("compare", "net.json", "file.json", files[0], "--runs", "0").out
-    for arguments in ((*files, "--fail-if", "speed > 1"), (files[0], "gone.onnx")):
-        outcome = run("compare", *arguments)
-        assert (outcome.code, outcome.out, outcome.err.count("\n")) == (2, "", 1)
+    assert document["onnx_bytes"] == (here / FILES[1]).stat().st_size
+    assert document["model"]["sha256"] == hashlib.sha256((here / FILES[1]).read_bytes()).hexdigest()
+    assert "Measured separately" in run("compare", "net.json", "file.json", FILES[0], "--runs", "0").out
+
+
+@pytest.mark.usefixtures("results")
+@pytest.mark.parametrize("arguments", [(*FILES, "--fail-if", "speed > 1"), (FILES[0], "gone.onnx")])
+def test_a_bad_condition_and_a_missing_file_are_errors_of_one_line(run, arguments):
+    outcome = run("compare", *arguments)
+    assert (outcome.code, outcome.out, outcome.err.count("\n")) == (2, "", 1)
 
 
 def test_profiles_from_elsewhere_are_warned_of(here, run):
