@@ -13,6 +13,7 @@ import signal
 import sys
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import BinaryIO, NoReturn
 
 import psutil
@@ -91,7 +92,7 @@ def _run_child(run: Callable[[], NoReturn]) -> int | None:
     before = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
     try:
         with warnings.catch_warnings():
-            # Python 3.12 warns that locks of other threads stay locked in the child: _MOST_WAITING is for these.
+            # Python 3.12 warns that locks of other threads stay locked in the child, hence _MOST_WAITING.
             warnings.simplefilter("ignore", DeprecationWarning)
             child = os.fork()
         if child == 0:
@@ -119,19 +120,19 @@ def _read_within_limits(
     import resource  # which Windows does not have
 
     try:
+        # Signals that end the child must do so even if the parent handles, ignores or blocks them. Ctrl-C
+        # reaches both processes: the parent decides, and kills the child.
+        for number in (signal.SIGALRM, signal.SIGXCPU, signal.SIGTERM):
+            signal.signal(number, signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_SETMASK, {signal.SIGINT})
+        signal.alarm(_MOST_WAITING)
         # Warnings appear when the parent reads the file, and the parent reports a crash.
-        nowhere = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+        nowhere = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115
         sys.stdout = sys.stderr = nowhere
         os.dup2(nowhere.fileno(), 1)
         os.dup2(nowhere.fileno(), 2)
         faulthandler.disable()
         torch.set_num_threads(1)  # OpenMP's threads do not survive a fork: see torch's DataLoader
-        # Signals that end the child must do so even if the parent handles, ignores or blocks them.
-        for number in (signal.SIGALRM, signal.SIGXCPU, signal.SIGTERM):
-            signal.signal(number, signal.SIG_DFL)
-        # Ctrl-C reaches both processes: the parent decides, and kills the child.
-        signal.pthread_sigmask(signal.SIG_SETMASK, {signal.SIGINT})
-        signal.alarm(_MOST_WAITING)
         taken = psutil.Process().memory_info().vms
         for limit, most in (
             (resource.RLIMIT_AS, taken + memory),
