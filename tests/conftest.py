@@ -155,6 +155,7 @@ def run(capsys, monkeypatch):
     """`sepconvert` with arguments, in this process."""
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)
     # A clock that stands still: a slow machine would print more lines of progress than a fast one.
     monkeypatch.setattr(progress, "time", SimpleNamespace(monotonic=lambda: 0.0))
 

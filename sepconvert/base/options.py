@@ -49,19 +49,24 @@ def options_of(kind: Any) -> tuple[Field[Any], ...]:
 def check_options(value: Any) -> None:
     """Raise `SepconvertError` for the first option of a value that is out of its range."""
     for each in options_of(value):
-        given, bounds = getattr(value, each.name), each.metadata
-        if "low" in bounds:
-            if given is None and each.default is not None:
-                raise SepconvertError(f"`{each.name}`: expected a number, got None")
-            check_number(
-                each.name,
-                given,
-                bounds["low"],
-                bounds.get("high", float("inf")),
-                whole=bounds.get("whole", False),
-            )
-        if "choices" in bounds and given is not None:
-            check_choice(each.name, given, bounds["choices"])
+        check_option(each, getattr(value, each.name))
+
+
+def check_option(option: Field[Any], given: Any) -> None:
+    """Raise `SepconvertError` if what is given for an option is out of its range."""
+    bounds = option.metadata
+    if "low" in bounds:
+        if given is None and option.default is not None:
+            raise SepconvertError(f"`{option.name}`: expected a number, got None")
+        check_number(
+            option.name,
+            given,
+            bounds["low"],
+            bounds.get("high", float("inf")),
+            whole=bounds.get("whole", False),
+        )
+    if "choices" in bounds and given is not None:
+        check_choice(option.name, given, bounds["choices"])
 
 
 @dataclass(frozen=True)
@@ -72,13 +77,23 @@ class Budget:
     """
 
     rank: int | None = option(
-        "Depthwise multiplier of all layers, instead of a search.", low=1, whole=True, metavar="N"
+        "Depthwise multiplier of all layers, without a search, in approx mode; excludes `target_macs` and "
+        "`target_params`.",
+        low=1,
+        whole=True,
+        metavar="N",
     )
     target_macs: float | None = option(
-        "Largest MACs, as a share of the original's.", low=_ABOVE_ZERO, high=1, metavar="F"
+        "Largest MACs, as a share of the original's; excludes `rank` and `target_params`.",
+        low=_ABOVE_ZERO,
+        high=1,
+        metavar="F",
     )
     target_params: float | None = option(
-        "Largest number of parameters, as a share of the original's.", low=_ABOVE_ZERO, high=1, metavar="F"
+        "Largest number of parameters, as a share of the original's; excludes `rank` and `target_macs`.",
+        low=_ABOVE_ZERO,
+        high=1,
+        metavar="F",
     )
     min_speedup: float | None = option(
         "Smallest speed-up: measured latency of the original over that of the converted model.",
@@ -168,9 +183,11 @@ class Timing:
         choices=GRAPH_OPTIMIZATIONS,
     )
     provider: str = option(
-        "Execution provider of ONNX Runtime: cpu, cuda, tensorrt, openvino, coreml, …", "cpu", metavar="NAME"
+        "Execution provider of ONNX Runtime, such as cpu, cuda, tensorrt, openvino or coreml.",
+        "cpu",
+        metavar="NAME",
     )
-    runs: int = option("Timed runs of each model; 0 for none.", 50, low=0, whole=True)
+    runs: int = option("Timed runs of each model; 0 for none.", 50, low=0, whole=True, metavar="N")
     measure_seconds: float = option(
         "Time limit for timing single layers in approx and auto mode.",
         300.0,
@@ -207,6 +224,7 @@ class Calibration:
         low=1,
         whole=True,
         flag="calib-images",
+        metavar="N",
     )
     memory: float | None = option(
         "Memory limit of the process during calibration, in GB; a lower limit is slower but gives the same "

@@ -1,7 +1,6 @@
 """Division of the images by purpose: to fit to, to judge plans by, to fine-tune on, to score.
 
-Nothing is judged by images that it was fitted to, and no image that a decision was fitted to or chosen by is
-scored.
+Nothing is judged by images that it was fitted to, and no calibration image is scored.
 """
 
 import itertools

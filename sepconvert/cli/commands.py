@@ -11,12 +11,7 @@ import click
 from sepconvert.base.distributed import join, rank
 from sepconvert.base.errors import SepconvertError
 from sepconvert.base.options import Budget, Calibration, Finetuning, Origin, Selection
-from sepconvert.cli.inputs import (
-    load_subject,
-    read_data_and_inputs,
-    read_images,
-    timing_of,
-)
+from sepconvert.cli.inputs import load_subject, read_data_and_inputs, read_images, timing_of
 from sepconvert.cli.options import Options, in_flags, value_of
 from sepconvert.cli.outputs import command_line, out_of, result_directory_of, show
 from sepconvert.cli.progress import progress_for, quietly, training_progress

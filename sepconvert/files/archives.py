@@ -14,6 +14,7 @@ of the program must therefore have the form that torch.export writes for its fie
     all others                       writes it into the source of a function        _WORD
 """
 
+import inspect
 import io
 import json
 import os
@@ -25,7 +26,7 @@ from typing import BinaryIO
 
 import torch
 from torch import Tensor, nn
-from torch.export.pt2_archive import PT2ArchiveReader
+from torch.export import ExportedProgram
 
 from sepconvert.base.errors import SepconvertError
 from sepconvert.files.limits import check_cost
@@ -70,9 +71,16 @@ def load_archive(path: Path, trust: bool) -> tuple[nn.Module, tuple[Tensor, ...]
         The module, and the example inputs that the archive holds; None unless they are positional tensors.
 
     Raises:
-        SepconvertError: a part of the archive could run code, or costs too much to read (see `check_cost`).
+        SepconvertError: a part of the archive could run code, or costs too much to read (see `check_cost`);
+            or torch is older than 2.9.
         Exception: anything that torch raises for a damaged archive.
     """
+    # Guards are Python source in the file; only torch that has this parameter is known to leave them alone.
+    if "check_guards" not in inspect.signature(ExportedProgram.module).parameters:
+        raise SepconvertError(
+            f"{path}: .pt2 archives need torch 2.9 or newer, got torch {torch.__version__}; upgrade torch, "
+            "or save the module with torch.save"
+        )
     # torch.export.load would, after an error, fall back on an older format that was not checked.
     from torch.export.pt2_archive._package import load_pt2
 
@@ -95,6 +103,8 @@ def load_archive(path: Path, trust: bool) -> tuple[nn.Module, tuple[Tensor, ...]
 
 def _check_archive(file: BinaryIO, path: Path) -> None:
     """Raise `SepconvertError` unless the archive holds one program, in which nothing runs code."""
+    from torch.export.pt2_archive import PT2ArchiveReader  # torch 2.7 has no such module
+
     archive = PT2ArchiveReader(file)
     members = archive.get_file_names()
     if any(name.startswith("data/aotinductor/") for name in members):
@@ -124,10 +134,13 @@ def _check_archive(file: BinaryIO, path: Path) -> None:
         pickles |= {
             f"{folder}/{entry['path_name']}" for entry in content["config"].values() if entry["use_pickle"]
         }
-    for name in sorted(pickles):
-        pickled = io.BytesIO(archive.read_bytes(name))
-        size = pickled.getbuffer().nbytes
-        check_cost(lambda pickled=pickled: torch.load(pickled, weights_only=True), size, str(path))  # type: ignore[misc]
+    contents = [archive.read_bytes(name) for name in sorted(pickles)]
+
+    def read() -> None:
+        for pickled in contents:
+            torch.load(io.BytesIO(pickled), weights_only=True)
+
+    check_cost(read, sum(map(len, contents)), str(path))
 
 
 def _strings(value: object, key: str = "") -> Iterator[tuple[str, str]]:

@@ -235,6 +235,10 @@ def _free_dtype(graph: fx.Graph) -> None:
 
 def _expect_shapes(graph: fx.Graph, program: ExportedProgram) -> None:
     """Replace torch's own check of the inputs by `expect`, with the conditions of the graph."""
+    if not hasattr(program, "_guards_code"):
+        raise UntraceableError(
+            "torch.export says for which sizes the graph holds only in torch 2.9 and newer"
+        )
     check = next((node for node in graph.nodes if node.target == "_guards_fn"), None)
     if check is None:
         raise UntraceableError("torch.export does not say for which sizes the graph holds")

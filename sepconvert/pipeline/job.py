@@ -43,7 +43,10 @@ class Job:
         shown_default="macs; latency in auto mode",
     )
     tol: float | None = option(
-        "Relative kernel error that counts as exact.", low=0, shown_default="rounding of the kernel's dtype"
+        "Relative kernel error that counts as exact.",
+        low=0,
+        metavar="X",
+        shown_default="rounding of the kernel's dtype",
     )
     seed: int = option(
         "Seed of random inputs, data splits, training and the order of runs.",

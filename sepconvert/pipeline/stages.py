@@ -54,7 +54,7 @@ _SHOWN = 24  # predictions that changed
 
 @dataclass(frozen=True)
 class Written:
-    """What a conversion left on disk, if anything.
+    """The files that a conversion left on disk, if any.
 
     `onnx_reason` says why there are no ONNX files, where there are none.
     """
@@ -67,7 +67,7 @@ class Written:
 
 @dataclass(frozen=True)
 class Measured:
-    """What was measured of the original and the converted model."""
+    """Measurements of the original and the converted model; None for those that were not made."""
 
     original: Profile
     converted: Profile

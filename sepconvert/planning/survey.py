@@ -108,7 +108,7 @@ def survey(
     Args:
         model: the original.
         sites: the layers.
-        calibration: None to fit in the metric of the weights.
+        evidence: data to fit to; None to fit in the metric of the weights.
         heldout: images to measure sensitivities on; without them all are 1.
         prices: the forms that may take a layer's place; layers without any are left out.
         progress: shows the progress.

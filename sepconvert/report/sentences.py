@@ -69,7 +69,7 @@ def story(document: Document) -> list[str]:
         difference = document["verification"]["torch_max_abs_diff"]
         lines.append(f"Its outputs are the same: they differ by {difference:.0e}, which is rounding error.")
     if (speedup := delta["latency_speedup"]) is not None:
-        lines.append(f"Measured in ONNX Runtime, it is {speedup_text(speedup)} as fast.")
+        lines.append(f"Its speed-up, measured in ONNX Runtime, is {speedup_text(speedup)}.")
     if (drop := delta["accuracy_drop_pp"]) is not None:
         before, after = (document[side]["accuracy"] for side in ("original", "converted"))
         lines.append(

@@ -30,6 +30,7 @@ def test_help_is_one_sentence(option):
         (Budget, {"rank": 0}, "`rank`: expected a whole number from 1, got 0"),
         (Budget, {"rank": 1.5}, "`rank`: expected a whole number from 1, got 1.5"),
         (Budget, {"target_macs": 1.5}, "`target_macs`: expected a number from 1e-09 to 1, got 1.5"),
+        (Budget, {"target_macs": math.nan}, "`target_macs`: expected a number from 1e-09 to 1, got nan"),
         (Budget, {"target_params": 0}, "`target_params`: expected a number"),
         (Budget, {"min_speedup": -1}, "`min_speedup`: expected a number"),
         (Budget, {"max_drop": 101}, "`max_drop`: expected a number from 0 to 100, got 101"),
@@ -37,6 +38,8 @@ def test_help_is_one_sentence(option):
         (Budget, {"rank": 1, "target_macs": 0.5}, "`rank` and `target_macs`: each fixes the plan by itself"),
         (Timing, {"runs": -1}, "`runs`: expected a whole number from 0, got -1"),
         (Timing, {"runs": None}, "`runs`: expected a number, got None"),
+        (Timing, {"runs": 1.5}, "`runs`: expected a whole number from 0, got 1.5"),
+        (Timing, {"threads": 10**8}, "`threads`: expected a whole number from 1 to 1,024"),
         (Timing, {"threads": 0}, "`threads`: expected a whole number from 1"),
         (
             Timing,
@@ -45,6 +48,8 @@ def test_help_is_one_sentence(option):
         ),
         (Timing, {"provider": "abacus"}, "`provider`: expected one that the installed onnxruntime has"),
         (Calibration, {"images": 0}, "`images`: expected a whole number from 1, got 0"),
+        (Calibration, {"memory": math.nan}, "`memory`: expected a number from 1, got nan"),
+        (Calibration, {"memory": -1}, "`memory`: expected a number from 1, got -1"),
         (Calibration, {"memory": 0}, "`memory`: expected a number from 1, got 0"),
         (Selection, {"include": "conv*"}, "`include`: expected a list of globs, got 'conv*'"),
         (

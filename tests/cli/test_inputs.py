@@ -116,7 +116,7 @@ def test_a_loader_that_fails_midway(here, run, loader):
     outcome = run("net.pt", "--data", f"cli_test_code.py:{loader}", "--runs", "0")
     assert (outcome.code, outcome.out) == (2, "")
     cause = re.escape("(OSError: [Errno 5] Input/output error: '9.png')")
-    assert re.fullmatch(rf"sepconvert: --data, .*a loader failed.*{cause}; mend it.*\n", outcome.err)
+    assert re.fullmatch(rf"sepconvert: --data, .*a loader failed.*{cause}; fix it.*\n", outcome.err)
     assert listing(here.parent) == before
 
 
@@ -125,7 +125,7 @@ def test_a_loader_that_ends_too_soon(here, run):
     before = listing(here.parent)
     outcome = run("net.pt", "--data", "cli_test_code.py:short", "--runs", "0")
     assert (outcome.code, outcome.out) == (2, "")
-    assert "data: the loader ended after 2 of 3 batches; mend its data set" in outcome.err
+    assert "data: the loader ended after 2 of 3 batches; fix its data set" in outcome.err
     assert listing(here.parent) == before
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from command_line import COMMANDS, SHAPE, listing, start
+from pages import parsed
 
 from sepconvert.cli import inputs
 from sepconvert.cli import main as cli
@@ -29,6 +30,20 @@ def test_without_arguments_the_help_is_shown_as_an_error(run):
     outcome = run()
     assert (outcome.code, outcome.out) == (2, "")
     assert outcome.err.startswith("Usage: sepconvert")
+
+
+def test_the_help_cuts_no_description_of_a_command(run):
+    text = run("--help").out.partition("Commands:")[2].partition("Examples:")[0]
+    assert all(re.search(rf"^  {name} .*\w\.$", text, re.MULTILINE) for name in COMMANDS)
+    assert "..." not in text
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["convert", "--help"]])
+def test_the_examples_in_the_help_parse(run, arguments):
+    examples = re.findall(r"^ +sepconvert (model\.pt .*)$", run(*arguments).out, re.MULTILINE)
+    assert len(examples) == 2
+    for example in examples:
+        assert parsed(cli.cli, ["convert", *example.split()])["model"] == Path("model.pt")
 
 
 def test_version(run):
@@ -124,6 +139,44 @@ def test_an_interrupted_conversion_leaves_nothing(here, number):
     assert (process.returncode, out) == (130, b"")
     assert err.strip() == b"sepconvert: interrupted"
     assert listing(here.parent) == before
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interruption_within_a_callback_of_fork_is_not_lost(number):
+    """Python only reports what such a callback raises, and would continue."""
+    program = (
+        "import os, signal, time\n"
+        "from sepconvert.cli import main\n"
+        f"os.register_at_fork(after_in_parent=lambda: signal.raise_signal({number:d}))\n"
+        "def work(**_):\n"
+        "    main._commands('outputs')\n"
+        "    if os.fork() == 0:\n"
+        "        os._exit(0)\n"
+        "    time.sleep(30)\n"
+        "main.cli.main = work\n"
+        "main.main()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, check=False)  # noqa: S603
+    assert (done.returncode, done.stderr) == (130, b"sepconvert: interrupted\n")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signals_while_an_interrupted_process_shuts_down_change_nothing(number):
+    """Python gives signals their default action at the end, after which one more would kill the process."""
+    program = (
+        "import os, signal\n"
+        "from sepconvert.cli import main\n"
+        "class Last:\n"
+        "    def __del__(self, kill=os.kill, pid=os.getpid()):\n"
+        f"        kill(pid, {number:d})\n"
+        "signal.last = Last()\n"  # deleted with the modules, at the very end
+        "def interrupted(**_):\n"
+        "    raise KeyboardInterrupt\n"
+        "main.cli.main = interrupted\n"
+        "main.main()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, check=False)  # noqa: S603
+    assert (done.returncode, done.stderr) == (130, b"sepconvert: interrupted\n")
 
 
 def test_a_signal_while_torch_is_imported_raises_nothing(here, tmp_path):

@@ -569,9 +569,9 @@ def test_pairs_of_one_shape_are_timed_once(timed_as):
 def test_times_are_remembered(timed_as, tmp_path):
     timed_as(SLOWER)
     model, x = Net(), image(4)
-    first = decided(model, x, gate="latency", timing=Timing(cache=tmp_path))
+    first = decided(model, x, gate="latency", cache=tmp_path)
     calls = timed_as(FASTER)
-    assert decided(model, x, gate="latency", timing=Timing(cache=tmp_path))[1] == first[1]
+    assert decided(model, x, gate="latency", cache=tmp_path)[1] == first[1]
     assert calls == []
 
 

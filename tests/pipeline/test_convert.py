@@ -3,7 +3,7 @@
 import copy
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import pytest
@@ -15,6 +15,7 @@ from torch.nn import functional as F
 import sepconvert
 from sepconvert.base.errors import SepconvertError
 from sepconvert.network.layers import FactorizedConv2d
+from sepconvert.planning.plan import read_plan
 
 CONVERTED = {"stem", "conv2d_0", "body.0"}
 
@@ -117,7 +118,7 @@ def test_the_report_is_of_the_models(net, conversion, x):
 
 def test_the_same_seed_gives_the_same_bits(net, conversion, x):
     again = convert(net, x, seed=7)
-    assert again.plan == {**conversion[0].plan, "model_sha256": None}
+    assert read_plan(again.plan) == replace(read_plan(conversion[0].plan), model_sha256=None)
     expected = conversion[0].model.state_dict()
     assert all(torch.equal(value, expected[name]) for name, value in again.model.state_dict().items())
 
@@ -273,23 +274,17 @@ def test_nothing_to_convert(x):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"mode": "tucker"}, "`?mode`?: expected"),
-        ({"gate": "flops"}, "`?gate`?: expected one of macs, latency, none"),
+        ({"mode": "tucker"}, "`mode`: expected one of exact, approx, auto, got 'tucker'"),
+        ({"gate": "flops"}, "`gate`: expected one of macs, latency, none"),
         ({"tol": -1.0}, "`tol`: expected"),
-        ({"tol": 1.0}, "`?tol`?: expected"),
+        ({"tol": 1.0}, "`tol`: expected"),
         ({"tol": math.nan}, "`tol`: expected"),
         ({"tol": "a"}, "`tol`: expected a number from 0, got 'a'"),
-        ({"runs": 1.5}, "`runs`: expected a whole number from 0, got 1.5"),
         ({"seed": -1}, "`seed`: expected a whole number from 0"),
         ({"seed": 2**63}, "`seed`: expected a whole number from 0 to 9,223,372,036,854,775,807, got 9223"),
-        ({"threads": 10**8}, "`threads`: expected a whole number from 1 to 1,024"),
-        ({"memory": math.nan}, "`memory`: expected a number from 1, got nan"),
-        ({"memory": -1}, "`memory`: expected a number from 1, got -1"),
-        ({"mode": "approx", "rank": 1.5}, "--rank 1.5: expected a whole channel multiplier"),
-        ({"mode": "approx", "target_macs": math.nan}, "--target-macs nan: expected a share"),
         (
             {"mode": "approx", "rank": 1, "calib": [1]},
-            r"`?calib`?: expected .*DataLoader, got list; make one",
+            "`calib`: expected a torch.utils.data.DataLoader, got list; make one",
         ),
     ],
 )
@@ -299,13 +294,13 @@ def test_bad_arguments(options, message, net, x):
 
 
 def test_a_gate_that_inspect_does_not_know(net, x):
-    with pytest.raises(SepconvertError, match=r"`?gate`?: expected one of macs, latency, none, got 'flops'"):
+    with pytest.raises(SepconvertError, match="`gate`: expected one of macs, latency, none, got 'flops'"):
         sepconvert.inspect(net, x, gate="flops")
 
 
 @pytest.mark.parametrize("inputs", ["x", None, (), torch.empty(1, 3, 8, 8, device="meta")])
 def test_inputs_that_are_none(inputs, net):
-    with pytest.raises(SepconvertError, match=r"`?example_inputs`?: expected a tensor, or a tuple"):
+    with pytest.raises(SepconvertError, match="`example_inputs`: expected a tensor, or a tuple"):
         decided(net, inputs)
 
 

@@ -74,7 +74,7 @@ def test_of_plans_that_fine_tuning_brings_back_the_last_is_delivered(small, monk
     assert [each for each in attempts if each["delivered"]] == within[-1:]
     used = "fine-tune" in [step["name"] for step in report["approximation"]["steps"]]
     assert used is bool(within)
-    assert "of a plan that is not delivered" in " ".join(summary(report).split())
+    assert "it was not delivered" in " ".join(summary(report).split())
 
 
 def test_fine_tuning_may_win_back_what_a_plan_loses(small):

@@ -210,7 +210,7 @@ def test_what_is_within_tol_only_is_not_called_exact(x):
     (layer,) = decided(model, x, tol=0.5).report["layers"]
     assert layer["decision"] == "converted"
     assert not layer["exact"]
-    assert "within --tol only" in layer["reason"]
+    assert "within the tolerance only" in layer["reason"]
     assert layer["weight_error"] > 1e-3
 
 

@@ -11,7 +11,7 @@ from conversions import close, run
 from torch import nn
 
 from sepconvert.base.documents import sealed
-from sepconvert.base.errors import DemandNotMetError, SepconvertError
+from sepconvert.base.errors import SepconvertError, VerificationError
 from sepconvert.pipeline.replay import apply_plan
 from sepconvert.planning.plan import read_plan
 
@@ -74,7 +74,7 @@ def test_tampered_weights(replayable, tensor, layer):
     with pytest.raises(SepconvertError, match="is not the file that the plan was written with"):
         replay(model, folder)
     rehash(folder)
-    with pytest.raises(DemandNotMetError, match=rf"verification failed: .*\b{layer}\b") as caught:
+    with pytest.raises(VerificationError, match=rf"verification failed: .*\b{layer}\b") as caught:
         replay(model, folder)
     assert caught.value.exit_code == 3
     assert not list((folder / "out").iterdir())

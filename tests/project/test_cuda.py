@@ -104,8 +104,8 @@ def test_the_same_command_gives_the_same_weights(loaders):
 
 
 def test_auto_mode(loaders):
-    options = {"mode": "auto", "rank": None, "min_speedup": 1.1, "runs": 20, "measure_seconds": 10}
-    result = on("cuda", loaders, threads=1, **options)
+    timing = Timing(runs=20, measure_seconds=10, threads=1)
+    result = on("cuda", loaders, mode="auto", rank=None, min_speedup=1.1, timing=timing)
     assert result.report["delta"]["latency_speedup"]["median"] > 1.1
     assert devices(result.model) == {"cuda"}
 

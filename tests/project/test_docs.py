@@ -72,7 +72,7 @@ RUN: dict[str, tuple[str, ...]] = {
 }
 
 # Commands that other tests run, on fewer images.
-ELSEWHERE = {"sepconvert demo": "cli/test_main.py::test_demo"}
+ELSEWHERE = {"sepconvert demo": "cli/demo/test_command.py::test_demo"}
 
 _PROGRAM = r"(?:sepconvert|python3?|pip3?|accelerate|torchrun|pytest|sphinx-build|\S+\.(?:py|sh))"
 # A line that is displayed as a command, or reads like one.

@@ -6,13 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, TensorDataset
 
 from sepconvert.base.options import Mode, Origin
-from sepconvert.cli.inputs import (
-    TRAINING_BATCH,
-    timing_of,
-)
+from sepconvert.cli.demo.images import evaluation_data, training_data
+from sepconvert.cli.demo.net import load, to_input
+from sepconvert.cli.inputs import TRAINING_BATCH, timing_of
 from sepconvert.cli.outputs import command_line, result_directory_of, show
 from sepconvert.cli.progress import progress_for, quietly
 from sepconvert.pipeline.convert import convert as run_convert
@@ -27,23 +26,17 @@ _DEMO: Mapping[Mode, tuple[str, Mapping[str, Any]]] = {
         {"rank": 1, "gate": "none"},
     ),
     "auto": (
-        "AUTO: a mix of structures, chosen by measured times, that loses at most a point of accuracy.",
+        "AUTO: structures chosen by measured times, for at most a point of accuracy.",
         {"max_drop": 1.0},
     ),
 }
-
 
 _DEMO_SCORED, _DEMO_IMAGES, _DEMO_SECONDS = 2000, 512, 10.0
 
 
 def demo(**options: Any) -> None:
     """Run `sepconvert demo`."""
-    from torch.utils.data import TensorDataset
-
-    from sepconvert.cli.demo.images import evaluation_data, training_data
-    from sepconvert.cli.demo.net import load, to_input
-
-    out, told = options["out"] or Path("demo-sepconvert"), []
+    out, said = options["out"] or Path("demo-sepconvert"), list[str]()
     with quietly(), result_directory_of(options, out) as folder:
         scored, shown = evaluation_data(_DEMO_SCORED), training_data(_DEMO_IMAGES)
         x, y = to_input(scored.x), torch.from_numpy(scored.y)
@@ -67,8 +60,9 @@ def demo(**options: Any) -> None:
                 **keywords,
             )
             reports[mode] = result.report
-            told += [title, "", *story(result.report), ""]
-    show(options, reports, *told, modes_table(reports), "",
-           f"Written to {out}/, one folder per mode. Open {out}/exact/report.html in a browser\n"
-           "for the full report; the other modes have theirs beside it. The options named\n"
-           "above are those of `sepconvert MODEL`.")  # fmt: skip
+            said += [title, "", *story(result.report), ""]
+    show(options, reports, *said, modes_table(reports), "",
+           f"Written to {out}/, one folder per mode.\n"
+           f"Open {out}/exact/report.html in a browser for the full report;\n"
+           "the other modes have theirs beside it.\n"
+           "The options named above are those of `sepconvert MODEL`.")  # fmt: skip

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from sepconvert.factorize.approximate.problem import approximate
+from sepconvert.factorize.approximate.problem import Problem
 from sepconvert.factorize.approximate.weighted import Moments
 from sepconvert.factorize.geometry import ConvSpec
 from sepconvert.measure.latency import Speedup
@@ -18,8 +18,8 @@ WEIGHT = torch.randn(SPEC.weight_shape, generator=torch.Generator().manual_seed(
 
 @pytest.fixture(scope="module")
 def surveyed():
-    moments = Moments.of_weights(SPEC, WEIGHT)
-    fits = [approximate(SPEC, WEIGHT, moments, "depthwise-pointwise", rank) for rank in (3, 2, 1)]
+    problem = Problem(SPEC, WEIGHT, Moments.of_weights(SPEC, WEIGHT))
+    fits = [problem.fit("depthwise-pointwise", rank) for rank in (3, 2, 1)]
     offers = tuple(Offer(fit, macs, float(macs)) for fit, macs in zip(fits, (75, 50, 25), strict=True))
     return {name: LayerSurvey(100, 100.0, offers, sensitivity=4.0) for name in "ab"}
 

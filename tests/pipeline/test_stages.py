@@ -152,7 +152,7 @@ def test_what_torch_cannot_export_is_converted_all_the_same(planted, x, tmp_path
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
         "plan.json", "converted.safetensors", "report.json", "report.html",
     }  # fmt: skip
-    assert any("not written: original.onnx" in line for line in warnings_of(result.report))
+    assert any("not written: original.onnx" in note.text for note in warnings_of(result.report))
     fresh = Branching(planted(3, 8, seed=1))
     assert torch.equal(sepconvert.apply(fresh, tmp_path / "out" / "plan.json")(x), result.model(x))
 

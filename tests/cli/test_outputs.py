@@ -1,0 +1,55 @@
+"""Results on the terminal and on disk."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from sepconvert.base.errors import SepconvertError
+from sepconvert.cli.outputs import command_line, out_of, result_directory_of, show
+
+DOCUMENT = {"note": "pass `max_drop`", "arrow": "→"}
+
+
+def test_the_command_line_is_one_that_a_shell_takes(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["/usr/bin/sepconvert", "my net.pt", "--exclude", "layer1.*"])
+    assert command_line() == "sepconvert 'my net.pt' --exclude 'layer1.*'"
+
+
+@pytest.mark.parametrize(("out", "place"), [(None, "net-sepconvert"), (Path("a/b"), "a/b")])
+def test_the_result_directory_is_named_after_the_model(out, place):
+    assert out_of({"model": Path("models/net.pt"), "out": out}) == Path(place)
+
+
+def test_parameters_are_flags_on_the_terminal_alone(capsys):
+    show({"as_json": False, "quiet": False}, DOCUMENT, "Pass `max_drop`.", "", "End.")
+    assert capsys.readouterr().out == "Pass --max-drop.\n\nEnd.\n"
+    show({"as_json": True, "quiet": False}, DOCUMENT, "Pass `max_drop`.")
+    assert json.loads(capsys.readouterr().out) == DOCUMENT
+
+
+def test_quiet_leaves_out_the_text_and_not_the_document(capsys):
+    show({"as_json": False, "quiet": True}, DOCUMENT, "text")
+    assert capsys.readouterr().out == ""
+    show({"as_json": True, "quiet": True}, DOCUMENT, "text")
+    assert json.loads(capsys.readouterr().out) == DOCUMENT
+
+
+@pytest.mark.parametrize("name", ["model", "plan", "data", "calib", "train"])
+def test_what_a_result_is_made_from_is_not_replaced_by_it(tmp_path, name):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "report.json").write_text("made from")
+    options = {"force": True, name: tmp_path / "out" / "report.json"}
+    with pytest.raises(SepconvertError, match=r"report\.json, which replacing it would delete"):
+        result_directory_of(options, tmp_path / "out").__enter__()
+    assert (tmp_path / "out" / "report.json").read_text() == "made from"
+
+
+def test_a_result_replaces_another(tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "report.json").write_text("old")
+    with result_directory_of({"force": True, "data": "pkg.mod:loader"}, tmp_path / "out") as folder:
+        (folder / "report.json").write_text("new")
+    assert (tmp_path / "out" / "report.json").read_text() == "new"
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]

@@ -1,0 +1,70 @@
+"""Settings of a conversion as one value: what is refused, and what is filled in."""
+
+from pathlib import Path
+
+import pytest
+
+from sepconvert.base.errors import SepconvertError
+from sepconvert.base.options import Budget, Calibration, Finetuning, Selection, Timing
+from sepconvert.pipeline.job import Job
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"mode": "tucker"}, "`mode`: expected one of exact, approx, auto, got 'tucker'"),
+        ({"gate": "flops"}, "`gate`: expected one of macs, latency, none, got 'flops'"),
+        ({"tol": 1.0}, "`tol`: expected a relative error in [0, 1), got 1.0"),
+        ({"seed": 0.5}, "`seed`: expected a whole number from 0"),
+        ({"check": "jax"}, "`check`: expected onnx or torch, got 'jax'"),
+        ({"check": "torch", "out": Path("out")}, "`check`: torch exports no files"),
+        ({"budget": Budget(rank=1)}, "`mode`: budgets, calibration and fine-tuning are for the modes"),
+        ({"finetuning": Finetuning(1)}, "`mode`: budgets, calibration and fine-tuning are for the modes"),
+        ({"mode": "auto", "budget": Budget(rank=1)}, "`rank`: fixes the multiplier of approx mode"),
+        (
+            {"selection": "conv*"},
+            "`selection`: expected a sepconvert.Selection, got 'conv*'; pass",
+        ),
+        ({"timing": 50}, "`timing`: expected a sepconvert.Timing, got 50"),
+        ({"calibration": 64}, "`calibration`: expected a sepconvert.Calibration, got 64"),
+    ],
+)
+def test_settings_that_do_not_go_together_are_refused_by_name(settings, message):
+    with pytest.raises(SepconvertError) as caught:
+        Job(**settings)
+    assert str(caught.value).startswith(message)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("mode", "gate"), [("exact", "macs"), ("approx", "macs"), ("auto", "latency")])
+def test_the_gate_is_that_of_the_mode_unless_it_is_given(mode, gate):
+    assert Job(mode=mode).gate == gate
+    assert Job(mode=mode, gate="none").gate == "none"
+
+
+def test_files_alone_are_timed():
+    assert Job(timing=Timing(runs=7)).runs == 7
+    assert Job(timing=Timing(runs=7), check="torch").runs == 0
+
+
+def test_a_budget_is_filled_in_where_the_mode_needs_one():
+    assert Job().with_default_budget(labelled=True).budget == Budget()
+    job = Job(mode="approx", timing=Timing(runs=0))
+    assert job.with_default_budget(labelled=True).budget == Budget(max_drop=1.0)
+    with pytest.raises(SepconvertError, match="need a budget"):
+        job.with_default_budget(labelled=False)
+
+
+def test_a_demanded_speed_needs_times_of_files_or_of_layers():
+    fast = {"budget": Budget(min_speedup=1.5), "timing": Timing(runs=0)}
+    with pytest.raises(SepconvertError, match="`min_speedup`: needs timed runs"):
+        Job(mode="approx", **fast).with_default_budget(labelled=False)
+    assert Job(mode="auto", **fast).with_default_budget(labelled=False).budget == fast["budget"]
+
+
+def test_arguments_of_convert_become_a_job():
+    training = Finetuning(3, precision="no")
+    for given, expected in ((2, Finetuning(2)), (training, training)):
+        job = Job.of(finetune=given, out="results", mode="approx", calibration=Calibration(images=9))
+        assert (job.finetuning, job.out, job.calibration.images) == (expected, Path("results"), 9)
+    assert Job.of(finetune=0, out=None, selection=Selection(include=["a"])).out is None

@@ -1,0 +1,104 @@
+"""What is known of a model before any of its layers is replaced."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from sepconvert.base.errors import SepconvertError
+from sepconvert.base.options import Budget, Selection
+from sepconvert.pipeline.job import Job
+from sepconvert.pipeline.original import examine, trace_selected
+
+
+class Counted(TensorDataset):
+    """Remembers how many images were read."""
+
+    read = 0
+
+    def __getitem__(self, index):
+        self.read += 1
+        return super().__getitem__(index)
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3)
+    )
+
+
+@pytest.fixture
+def images():
+    return torch.randn(12, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+
+
+def test_the_predictions_of_a_model_are_computed_once(model, images):
+    data = Counted(images, model.eval()(images).argmax(1))
+    original = examine(model, images[:2], DataLoader(data, batch_size=4), None, Job())
+    assert data.read == 12
+    assert original.predictions.accuracy().top1 == 1
+    other = copy.deepcopy(model)
+    nn.init.zeros_(other[-1].weight)
+    nn.init.zeros_(other[-1].bias)  # says 0 whatever it is shown
+    drop = original.delta(other)
+    assert data.read == 24
+    assert original.predict(other) is original.predict(other)
+    assert original.delta(other) == drop
+    assert data.read == 24
+    labels = data.tensors[1]
+    assert drop.drop == pytest.approx(100 * (labels != 0).float().mean().item())
+    assert original.delta(model).drop == 0
+
+
+def test_without_data_nothing_is_predicted(model, images):
+    original = examine(model, images[:2], None, None, Job())
+    assert original.predictions is original.predict(model) is original.delta(model) is None
+
+
+def test_other_models_are_counted_as_the_original(model, images):
+    original = examine(model, images[:2], None, None, Job())
+    assert original.cost.params == original.count(model[0]).params + 4 * 3 + 3
+    assert original.count(model[0]).macs == 6 * 6 * 4 * 27
+    assert original.cost.macs - original.count(model[:4]).macs == 4 * 3
+    assert [site.name for site in original.sites] == ["0"]
+
+
+def test_globs_that_match_nothing(model, images):
+    found = trace_selected(model, (images,), Selection(include=["0"]))
+    assert [site.name for site in found.sites] == ["0"]
+    for selection in (Selection(include=["0", "nosuch*"]), Selection(exclude=["nosuch*"])):
+        with pytest.raises(SepconvertError, match=r"nosuch\*: matches none of the 1 convolutions"):
+            trace_selected(model, (images,), selection)
+
+
+class Renormalised(nn.Conv2d):
+    """Limits its weight while it runs."""
+
+    def forward(self, x):
+        self.weight.data /= self.weight.data.norm()
+        return super().forward(x)
+
+
+def test_a_forward_that_writes_to_a_parameter_is_refused_and_undone(images):
+    model = nn.Sequential(nn.ReLU(), Renormalised(3, 4, 3))
+    before = model[1].weight.detach().clone()
+    with pytest.raises(SepconvertError, match=r"writes to the parameter 1\.weight .*after the steps"):
+        trace_selected(model, (images,), Selection())
+    assert torch.equal(model[1].weight, before)
+
+
+def test_a_parameter_that_is_nan_counts_as_unwritten(model, images):
+    nn.init.constant_(model[-1].bias, float("nan"))
+    assert len(trace_selected(model, (images,), Selection()).sites) == 1
+
+
+def test_images_to_fit_to_are_for_modes_that_fit(model, images):
+    loader = DataLoader(TensorDataset(images, torch.zeros(12).long()), batch_size=4)
+    with pytest.raises(SepconvertError, match="`calib`: is for the modes approx and auto"):
+        examine(model, images[:2], None, loader, Job())
+    original = examine(model, images[:2], None, loader, Job(mode="approx", budget=Budget(rank=1)))
+    assert (original.data.calibration.images, original.data.scored) == (9, None)
