@@ -1,6 +1,7 @@
 """The command line's entry point: commands, signals and exit codes. Torch is imported by the commands."""
 
 import errno
+import functools
 import io
 import logging
 import os
@@ -258,7 +259,9 @@ def _interrupt_again(lost: "sys.UnraisableHookArgs") -> None:
         sys.__unraisablehook__(lost)
         return
     signal.signal(signal.SIGINT, _interrupt)
-    threading.Timer(_AGAIN, signal.raise_signal, [signal.SIGINT]).start()
+    # A signal that another thread raises does not wake the main one; on Windows, `kill` ends the process.
+    send = signal.raise_signal if os.name == "nt" else functools.partial(os.kill, os.getpid())
+    threading.Timer(_AGAIN, send, [signal.SIGINT]).start()
 
 
 def _unexpected(error: Exception) -> str:

@@ -152,12 +152,14 @@ def test_an_interruption_within_a_callback_of_fork_is_not_lost(number):
         "    main._commands('outputs')\n"
         "    if os.fork() == 0:\n"
         "        os._exit(0)\n"
-        "    time.sleep(30)\n"
+        "    time.sleep(300)\n"
         "main.cli.main = work\n"
         "main.main()\n"
     )
+    begun = time.monotonic()
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, check=False)  # noqa: S603
     assert (done.returncode, done.stderr) == (130, b"sepconvert: interrupted\n")
+    assert time.monotonic() - begun < 300  # what sleeps is woken
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
