@@ -403,8 +403,8 @@ def _moments(spec: ConvSpec, weight: Tensor, inputs: Tensor) -> Moments:
         covariance=covariance[None],
         cross=nothing,
         mean=mean[None],
-        missed=nothing[0, :, 0],
-        missed_covariance=nothing[:, :, :1] @ nothing[:, :, :1].mT,
+        residual_mean=nothing[0, :, 0],
+        residual_covariance=nothing[:, :, :1] @ nothing[:, :, :1].mT,
         output_covariance=(kernel @ covariance @ kernel.mT)[None],
     )
 

@@ -74,16 +74,16 @@ class Case:
     def moments(self):
         """By definition, with numpy."""
         n, g = self.count, self.spec.groups
-        missed = self.outputs - self.outputs_of(self.weight, self.bias)
+        residual = self.outputs - self.outputs_of(self.weight, self.bias)
         x = self.patches - self.patches.mean(1, keepdims=True)
-        e, y = ((each - each.mean(0)).reshape(n, g, -1) for each in (missed, self.outputs))
+        e, y = ((each - each.mean(0)).reshape(n, g, -1) for each in (residual, self.outputs))
         return Moments(
             count=n,
             covariance=torch.from_numpy(np.einsum("gnk,gnl->gkl", x, x) / n),
             cross=torch.from_numpy(np.einsum("ngo,gnk->gok", e, x) / n),
             mean=torch.from_numpy(self.patches.mean(1)),
-            missed=torch.from_numpy(missed.mean(0)),
-            missed_covariance=torch.from_numpy(np.einsum("ngo,ngp->gop", e, e) / n),
+            residual_mean=torch.from_numpy(residual.mean(0)),
+            residual_covariance=torch.from_numpy(np.einsum("ngo,ngp->gop", e, e) / n),
             output_covariance=torch.from_numpy(np.einsum("ngo,ngp->gop", y, y) / n),
         )
 

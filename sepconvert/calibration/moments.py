@@ -51,8 +51,8 @@ class Accumulator:
         patches = rearrange(read, "n p i j (g c) -> g (n p) (i j c)", g=groups)
         x, dense = patches.double().cpu(), _convolved(patches, call).double().cpu()
         outputs = dense if expected is None else expected.flatten(0, 1).double().cpu()
-        missed = outputs - dense
-        means = {"x": x.mean(1), "missed": missed.mean(0), "outputs": outputs.mean(0)}
+        residual = outputs - dense
+        means = {"x": x.mean(1), "residual": residual.mean(0), "outputs": outputs.mean(0)}
         if not all(mean.isfinite().all() for mean in means.values()):
             raise SepconvertError(
                 f"calibration: NaN or Inf reaches the layer {self.site.name}; check the images and the model"
@@ -60,12 +60,12 @@ class Accumulator:
         x -= means["x"][:, None]
         by_group, of_outputs = (
             rearrange(value - means[name], "m (g o) -> g o m", g=groups)
-            for name, value in (("missed", missed), ("outputs", outputs))
+            for name, value in (("residual", residual), ("outputs", outputs))
         )
         sums = {
             "covariance": _gram(x),
             "cross": by_group @ x if by_group.any() else x.new_zeros(groups, by_group.shape[1], x.shape[-1]),
-            "missed": by_group @ by_group.mT,
+            "residual": by_group @ by_group.mT,
             "outputs": of_outputs @ of_outputs.mT,
         }
         self._combine(x.shape[1], sums, means)
@@ -77,11 +77,11 @@ class Accumulator:
         total = self.count + count
         moved = {name: means[name] - self.means[name] for name in means}
         x = moved["x"]
-        missed, outputs = (moved[name].view(len(x), -1) for name in ("missed", "outputs"))
+        residual, outputs = (moved[name].view(len(x), -1) for name in ("residual", "outputs"))
         for name, left, right in (
             ("covariance", x, x),
-            ("cross", missed, x),
-            ("missed", missed, missed),
+            ("cross", residual, x),
+            ("residual", residual, residual),
             ("outputs", outputs, outputs),
         ):
             self.sums[name] += sums[name]
@@ -109,8 +109,8 @@ class Accumulator:
             covariance=covariance,
             cross=channels_first(self.sums["cross"]) / self.count,
             mean=channels_first(self.means["x"]),
-            missed=self.means["missed"],
-            missed_covariance=self.sums["missed"] / self.count,
+            residual_mean=self.means["residual"],
+            residual_covariance=self.sums["residual"] / self.count,
             output_covariance=self.sums["outputs"] / self.count,
         )
 

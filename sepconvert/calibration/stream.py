@@ -67,7 +67,7 @@ def calibrate(
     room = allowance(memory) - max((_bytes_of_moments(places[place]) for place in stops), default=0)
     with Passes(quick, batches, stops, kernels, room) as passes:
         while stops:
-            # Before any layer is replaced nothing is missed but rounding.
+            # Before any layer is replaced, the residuals are rounding errors alone.
             followed = any(kernel is not None for kernel in kernels.values())
             accumulator = _accumulated(passes, places, recorded, followed=followed)
             if accumulator is None:  # the images reach none of the layers that are left

@@ -36,9 +36,9 @@ def test_moments_of_one_layer(options, batch):
     torch.testing.assert_close(moments.mean, x.mean(1), rtol=1e-9, atol=1e-9)
     assert moments.power == pytest.approx(float(y.var(0, correction=0).sum()), rel=1e-5)
     # Both networks are one as yet.
-    assert not moments.missed_covariance.any()
+    assert not moments.residual_covariance.any()
     assert not moments.cross.any()
-    assert not moments.missed.any()
+    assert not moments.residual_mean.any()
 
 
 def test_large_means_cancel_nothing():
@@ -62,15 +62,15 @@ def test_moments_of_any_layer_behind_a_replaced_one(geometry, batch):
     moments = drive(model, images.split(batch), {"0": kernel}, sites_of(model, images))["1"]
     x = F.conv2d(images, *kernel)
     patches, wanted = patches_of(layer, x), outputs_of(model(images))
-    missed = wanted - outputs_of(layer(x))
-    by_group = missed.reshape(len(missed), geometry.groups, -1).transpose(0, 1)
+    residual = wanted - outputs_of(layer(x))
+    by_group = residual.reshape(len(residual), geometry.groups, -1).transpose(0, 1)
     close = {"rtol": 1e-9, "atol": 1e-9}
     assert moments.count == len(wanted)
     torch.testing.assert_close(moments.covariance, covariance(patches, patches), **close)
     torch.testing.assert_close(moments.cross, covariance(by_group, patches), **close)
     torch.testing.assert_close(moments.mean, patches.mean(1), **close)
-    torch.testing.assert_close(moments.missed, missed.mean(0), **close)
-    torch.testing.assert_close(moments.missed_covariance, covariance(by_group, by_group), **close)
+    torch.testing.assert_close(moments.residual_mean, residual.mean(0), **close)
+    torch.testing.assert_close(moments.residual_covariance, covariance(by_group, by_group), **close)
     outputs_by_group = wanted.reshape(len(wanted), geometry.groups, -1).transpose(0, 1)
     torch.testing.assert_close(
         moments.output_covariance, covariance(outputs_by_group, outputs_by_group), **close

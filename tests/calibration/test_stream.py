@@ -28,13 +28,13 @@ def test_inputs_come_from_the_converted_network_and_targets_from_the_original():
     moments = drive(model, IMAGES.split(4), {"0": (weight, bias)})["2"]
     with torch.no_grad():
         x = F.relu(F.conv2d(IMAGES, weight.float(), bias.float(), padding=1))
-        missed = outputs_of(model(IMAGES)) - outputs_of(model[2](x))
+        residual = outputs_of(model(IMAGES)) - outputs_of(model[2](x))
         patches = patches_of(model[2], x)
     torch.testing.assert_close(moments.covariance, covariance(patches, patches), rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(moments.cross, covariance(missed[None], patches), rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(moments.missed, missed.mean(0), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(moments.cross, covariance(residual[None], patches), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(moments.residual_mean, residual.mean(0), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(
-        moments.missed_covariance, covariance(missed[None], missed[None]), rtol=1e-4, atol=1e-4
+        moments.residual_covariance, covariance(residual[None], residual[None]), rtol=1e-4, atol=1e-4
     )
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 

@@ -177,7 +177,7 @@ def test_permissions_are_those_of_the_umask(place, umask, mode):
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from sepconvert.output import result_directory
+from sepconvert.files.results import result_directory
 with result_directory(Path(sys.argv[1]), force=False) as folder:
     (folder / "plan.json").write_text("half")
     os.kill(os.getpid(), signal.SIGKILL)

@@ -97,7 +97,7 @@ class Problem:
             rank=rank,
             weights=(*others, last),
             kernel=kernel,
-            bias_shift=moments.missed + (difference @ moments.mean[..., None]).flatten(),
+            bias_shift=moments.residual_mean + (difference @ moments.mean[..., None]).flatten(),
             basis=basis,
             weight_error=float(difference.square().sum() / norm) ** 0.5,
             output_error=math.sqrt(moments.error(difference, product) / (moments.power or 1.0)),
@@ -152,7 +152,7 @@ class Problem:
             dense=dense.view(spec.groups, *dense.shape[1:2], spec.weight_shape[1], -1),
             metric=metric,
             cross=factor.mT @ cross / scale,
-            constant=float((importance * moments.missed_covariance).sum()) / scale,
+            constant=float((importance * moments.residual_covariance).sum()) / scale,
         )
 
 

@@ -48,8 +48,8 @@ class Moments:
     covariance: Tensor  # g × C·K × C·K, Cov(x)
     cross: Tensor  # g × O × C·K, Cov(e, x)
     mean: Tensor  # g × C·K, of x
-    missed: Tensor  # g·O, mean of e
-    missed_covariance: Tensor  # g × O × O, Cov(e)
+    residual_mean: Tensor  # g·O, mean of e
+    residual_covariance: Tensor  # g × O × O, Cov(e)
     output_covariance: Tensor  # g × O × O, Cov(y)
 
     @classmethod
@@ -71,8 +71,8 @@ class Moments:
             covariance=torch.eye(size, dtype=torch.float64).expand(spec.groups, -1, -1),
             cross=zeros,
             mean=zeros[:, 0],
-            missed=zeros[..., 0].flatten(),
-            missed_covariance=torch.zeros(spec.groups, o, o, dtype=torch.float64),
+            residual_mean=zeros[..., 0].flatten(),
+            residual_covariance=torch.zeros(spec.groups, o, o, dtype=torch.float64),
             output_covariance=by_group @ by_group.mT,
         )
 
@@ -90,8 +90,8 @@ class Moments:
             importance: G, g × O × O; None means the identity.
         """
         weighted = difference if importance is None else importance @ difference
-        missed = self.missed_covariance
-        rest = _trace(missed) if importance is None else float((importance * missed).sum())
+        residual = self.residual_covariance
+        rest = _trace(residual) if importance is None else float((importance * residual).sum())
         return max(float((weighted * (product + 2 * self.cross)).sum()) + rest, 0.0)
 
 

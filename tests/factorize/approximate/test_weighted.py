@@ -33,7 +33,7 @@ def weighted(case, factor):
         dense=dense.view(spec.groups, -1, spec.weight_shape[1], spec.kernel_size[0] * spec.kernel_size[1]),
         metric=moments.covariance + RIDGE * torch.eye(moments.covariance.shape[-1], dtype=torch.float64),
         cross=factor.mT @ moments.cross,
-        constant=float((importance * moments.missed_covariance).sum()),
+        constant=float((importance * moments.residual_covariance).sum()),
     )
 
 
