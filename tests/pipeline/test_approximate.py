@@ -356,6 +356,7 @@ def timed(small, tmp_path_factory):
     )
 
 
+@pytest.mark.slow
 def test_auto_mode(timed):
     report = timed().report
     json.dumps(report, allow_nan=False)

@@ -108,6 +108,7 @@ def test_calls_are_counted(tmp_path):
     )
 
 
+@pytest.mark.slow  # it exports eight models
 def test_plans_are_remembered_by_what_they_are(tmp_path):
     torch.manual_seed(0)
     models = [nn.Sequential(nn.Conv2d(16, width, 3), nn.Conv2d(width, 16, 3)).eval() for width in (64, 4, 5)]
