@@ -307,7 +307,14 @@ def call(text: str, *more: str) -> None:
         print(done.stdout)
 
 
-@pytest.mark.parametrize("text", list(RUN)[2:])
+@pytest.mark.parametrize(
+    "text",
+    [
+        # A launcher starts Python twice more.
+        pytest.param(text, marks=[pytest.mark.slow] * text.startswith("accelerate "))
+        for text in list(RUN)[2:]
+    ],
+)
 def test_commands_run(prepared, monkeypatch, capsys, text):
     monkeypatch.chdir(prepared)
     monkeypatch.setattr(sys, "path", list(sys.path))
