@@ -159,6 +159,7 @@ def two_processes(tmp_path_factory):
     return folder, "\n".join(errors)
 
 
+@pytest.mark.slow
 def test_two_processes_find_what_one_does(two_processes):
     folder, errors = two_processes
     alone = fitted(3)
