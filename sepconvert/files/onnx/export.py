@@ -115,7 +115,7 @@ def export_program(
     if program is None:
         with _quiet(), torch.no_grad():
             try:
-                program = torch.export.export(private, inputs)
+                program = torch.export.export(private, inputs, strict=False)
             except Exception as error:  # tracing runs the user's code
                 raise _export_error("torch.export", error) from error
     if any(tensor.device.type != "cpu" for tensor in (*private.parameters(), *private.buffers())):
@@ -184,7 +184,7 @@ def _exported_dynamically(model: nn.Module, inputs: Inputs) -> tuple[ExportedPro
     )
     with _quiet(), torch.no_grad():
         try:
-            program = torch.export.export(model, wide, dynamic_shapes=shapes)
+            program = torch.export.export(model, wide, dynamic_shapes=shapes, strict=False)
         except Exception as error:  # a fixed batch may still work
             return None, first_line(error)
     return (program, None) if _is_dynamic(program) else (None, "the model fixes the batch size")
