@@ -228,6 +228,9 @@ def main() -> None:
         # Python gives signals their default action while it shuts down: an impatient Ctrl-C would kill it.
         for number in _SIGNALS:
             signal.signal(number, signal.SIG_IGN)
+        # Python notes an interruption that left an `exec` of text, such as a dataclass is made by, and would
+        # end the process by SIGINT though it was caught; the next `exec` of text clears the note.
+        exec("")  # noqa: S102
     sys.exit(code)
 
 

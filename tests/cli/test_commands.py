@@ -151,7 +151,7 @@ def test_names_that_are_not_text(here, run):
 @pytest.mark.slow
 def test_of_two_runs_to_one_place_the_first_stays(here):
     """Neither found anything there when it began."""
-    arguments = ("net.pt", *SHAPE, "--runs", "0", "--out", "new")
+    arguments = ("net.pt", *SHAPE, "--runs", "0", "--out", "new", "--quiet")
     both = [start(*arguments, cwd=here) for _ in range(2)]
     ends = [(process.communicate()[1].decode(), process.returncode) for process in both]
     assert sorted(code for _, code in ends) == [0, 2]

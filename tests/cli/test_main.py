@@ -162,6 +162,21 @@ def test_an_interruption_within_a_callback_of_fork_is_not_lost(number):
     assert time.monotonic() - begun < 300  # what sleeps is woken
 
 
+def test_an_interruption_within_exec_ends_with_the_same_exit_code(tmp_path):
+    """Imports interrupted where Python makes a dataclass, for instance, would end `python -m` by SIGINT."""
+    (tmp_path / "program.py").write_text(
+        "from sepconvert.cli import main\n"
+        "def work(**_):\n"
+        "    exec('raise KeyboardInterrupt')\n"
+        "main.cli.main = work\n"
+        "main.main()\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
+    command = [sys.executable, "-m", "program"]
+    done = subprocess.run(command, capture_output=True, check=False, env=environment)  # noqa: S603
+    assert (done.returncode, done.stderr) == (130, b"sepconvert: interrupted\n")
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_signals_while_an_interrupted_process_shuts_down_change_nothing(number):
     """Python gives signals their default action at the end, after which one more would kill the process."""
