@@ -407,7 +407,13 @@ def names(prepared) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    "page", [page for page in PAGES if fences(page, "python")], ids=lambda page: page.stem
+    "page",
+    [
+        pytest.param(page, marks=pytest.mark.slow) if page.stem in ("approximate", "continue") else page
+        for page in PAGES
+        if fences(page, "python")
+    ],
+    ids=lambda page: page.stem,
 )
 def test_python_blocks_run(prepared, names, stand_ins, monkeypatch, page):
     monkeypatch.chdir(prepared)
