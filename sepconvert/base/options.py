@@ -4,6 +4,7 @@ The metadata of a field is all that the command line needs to know of an option:
 default are made from it (see `sepconvert.cli.options`). Nothing here imports torch: `--help` does without.
 """
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import Field, dataclass, field, fields
 from fnmatch import fnmatchcase
@@ -67,6 +68,17 @@ def check_option(option: Field[Any], given: Any) -> None:
         )
     if "choices" in bounds and given is not None:
         check_choice(option.name, given, bounds["choices"])
+
+
+def _path(name: str, value: Any) -> Path | None:
+    """Return a path that was given as one or as text.
+
+    Raises:
+        SepconvertError: it is neither.
+    """
+    if value is None or isinstance(value, str | os.PathLike):
+        return None if value is None else Path(value)
+    raise SepconvertError(f"`{name}`: expected a path, got {quoted(value)}")
 
 
 @dataclass(frozen=True)
@@ -155,7 +167,7 @@ class Selection:
         """Refuse a single string, whose letters would be taken for globs."""
         for name in ("include", "exclude"):
             value = getattr(self, name)
-            if isinstance(value, str) or not all(isinstance(glob, str) for glob in value):
+            if not isinstance(value, list | tuple) or not all(isinstance(glob, str) for glob in value):
                 raise SepconvertError(f"`{name}`: expected a list of globs, got {quoted(value)}")
 
     def admits(self, name: str) -> bool:
@@ -203,7 +215,9 @@ class Timing:
     def __post_init__(self) -> None:
         """Check the ranges, and that the runtime has the provider."""
         check_options(self)
-        object.__setattr__(self, "cache", None if self.cache is None else Path(self.cache))
+        object.__setattr__(self, "cache", _path("cache", self.cache))
+        if not isinstance(self.provider, str):
+            raise SepconvertError(f"`provider`: expected a name such as cpu, got {quoted(self.provider)}")
         object.__setattr__(self, "provider", self.provider.lower())
         _ = self.runtime
 
@@ -216,7 +230,10 @@ class Timing:
 
 @dataclass(frozen=True)
 class Calibration:
-    """Number of calibration images, and the memory that their statistics may take."""
+    """Number of calibration images, and the memory that the process may use meanwhile.
+
+    `memory` is in bytes; the flag --memory counts gigabytes.
+    """
 
     images: int = option(
         "Calibration images; a quarter of them, at most 256, are held out to judge plans by.",
@@ -271,7 +288,7 @@ class Finetuning:
     def __post_init__(self) -> None:
         """Check the ranges, and that nothing is set that would be ignored."""
         check_options(self)
-        object.__setattr__(self, "checkpoint", None if self.checkpoint is None else Path(self.checkpoint))
+        object.__setattr__(self, "checkpoint", _path("checkpoint", self.checkpoint))
         ignored = [
             f"`{name}`" for name in ("train", "precision", "checkpoint", "resume") if getattr(self, name)
         ]

@@ -24,7 +24,7 @@ from sepconvert.base.progress import Progress, silent
 
 Check = Literal["onnx", "torch"]
 
-_VALUES = {"selection": Selection, "timing": Timing, "calibration": Calibration}
+_VALUES = {"selection": Selection, "timing": Timing, "calibration": Calibration, "origin": Origin}
 
 
 @dataclass(frozen=True, kw_only=True)

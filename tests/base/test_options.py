@@ -107,3 +107,17 @@ def test_the_runtime_follows_from_the_timing():
 def test_only_a_model_with_a_file_has_an_origin_in_the_report():
     assert Origin(command="sepconvert demo").to_json() is None
     assert Origin("net.pt", "ab").to_json() == {"path": "net.pt", "sha256": "ab"}
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Timing(provider=None), "`provider`: expected a name such as cpu, got None"),
+        (lambda: Timing(cache=5), "`cache`: expected a path, got 5"),
+        (lambda: Selection(include=None), "`include`: expected a list of globs, got None"),
+        (lambda: Finetuning(epochs=1, checkpoint=3), "`checkpoint`: expected a path, got 3"),
+    ],
+)
+def test_a_value_of_the_wrong_type_is_refused_by_name(make, message):
+    with pytest.raises(SepconvertError, match=message):
+        make()
