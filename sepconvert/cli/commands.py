@@ -10,7 +10,7 @@ import click
 
 from sepconvert.base.distributed import join, rank
 from sepconvert.base.errors import SepconvertError
-from sepconvert.base.options import Budget, Calibration, Finetuning, Origin, Selection
+from sepconvert.base.options import Budget, Calibration, Finetuning, Gate, Origin, Selection
 from sepconvert.cli.inputs import load_subject, read_data_and_inputs, read_images, timing_of
 from sepconvert.cli.options import Options, in_flags, value_of
 from sepconvert.cli.outputs import command_line, out_of, result_directory_of, show
@@ -84,17 +84,23 @@ def _check_used(options: Options) -> None:
 
 def inspect(**options: Any) -> None:
     """Run `sepconvert inspect MODEL`."""
+    found = _inspected(options, "macs")
+    show(options, found, layer_table(found["layers"]), "", structure_table(found["layers"]))
+
+
+def _inspected(options: Options, gate: Gate) -> dict[str, Any]:
+    """Return what `sepconvert.inspect` reports of the model that the options name."""
     with quietly():
         loaded = load_subject(options)
         _, inputs = read_data_and_inputs(options, loaded)
-        found = run_inspect(
+        return run_inspect(
             loaded.model,
             inputs,
+            gate=gate,
             tol=options["tol"],
             selection=value_of(Selection, options),
             progress=progress_for(options),
         )
-    show(options, found, layer_table(found["layers"]), "", structure_table(found["layers"]))
 
 
 def apply(**options: Any) -> None:
@@ -148,17 +154,7 @@ def _finetuning(options: Options, out: Path) -> Finetuning:
 
 
 def _dry_run(options: Options) -> None:
-    with quietly():
-        loaded = load_subject(options)
-        _, inputs = read_data_and_inputs(options, loaded)
-        found = run_inspect(
-            loaded.model,
-            inputs,
-            gate=options["gate"] or "macs",
-            tol=options["tol"],
-            selection=value_of(Selection, options),
-            progress=progress_for(options),
-        )
+    found = _inspected(options, options["gate"] or "macs")
     show(options, found, layer_table(found["layers"]), "", "Dry run: nothing was written.")
 
 
