@@ -1,6 +1,6 @@
 """Tensors in nested inputs and outputs: finding, copying, casting and placing them."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from itertools import chain
 from typing import Any, TypeVar
@@ -72,3 +72,8 @@ def tensor_leaves(output: object) -> Iterator[Tensor]:
     elif is_dataclass(output):
         for field in fields(output):
             yield from tensor_leaves(getattr(output, field.name))
+
+
+def largest(tensors: Sequence[Tensor]) -> float:
+    """Return the largest absolute value in some tensors; 0 if all of them are empty."""
+    return max((float(tensor.abs().max()) for tensor in tensors if tensor.numel()), default=0.0)

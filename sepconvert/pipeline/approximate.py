@@ -16,7 +16,7 @@ from sepconvert.factorize.approximate.weighted import DEPTHWISE_POINTWISE, POINT
 from sepconvert.factorize.border import Border
 from sepconvert.factorize.exact.analysis import Spectrum, kernel_spectrum
 from sepconvert.factorize.structures import BY_NAME, FORMS
-from sepconvert.measure.verification import compare_with, reference
+from sepconvert.measure.verification.outputs import compare_with, reference
 from sepconvert.network.copies import duplicate
 from sepconvert.network.obstacles import Obstacles
 from sepconvert.network.trace import ConvSite, TracedModel

@@ -9,14 +9,8 @@ from sepconvert.base.options import Selection
 from sepconvert.base.progress import Progress, silent
 from sepconvert.factorize.exact.analysis import Analysis, Spectrum, analyse
 from sepconvert.factorize.exact.factors import Factorization
-from sepconvert.measure.verification import (
-    LayerCheck,
-    OutputCheck,
-    Reference,
-    check_layer,
-    compare_with,
-    reference,
-)
+from sepconvert.measure.verification.layer import LayerCheck, check_layer
+from sepconvert.measure.verification.outputs import OutputCheck, Reference, compare_with, reference
 from sepconvert.network.layers import FactorizedConv2d
 from sepconvert.network.obstacles import Obstacles
 from sepconvert.network.rewrite import Replacement, rewrite

@@ -15,7 +15,7 @@ from sepconvert.base.progress import Progress, silent
 from sepconvert.factorize.geometry import ConvSpec, chain_macs
 from sepconvert.measure.cost import Cost
 from sepconvert.measure.latency import Speedup
-from sepconvert.measure.verification import Reference, compare_with, reference
+from sepconvert.measure.verification.outputs import Reference, compare_with, reference
 from sepconvert.network.copies import duplicate, private_copy
 from sepconvert.network.merge import (
     LinearPair,

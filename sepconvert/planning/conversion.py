@@ -14,7 +14,8 @@ from sepconvert.factorize.exact.certificate import Certificate
 from sepconvert.factorize.geometry import ConvSpec
 from sepconvert.measure.execution import LayerExecution
 from sepconvert.measure.latency import PairTiming, Speedup
-from sepconvert.measure.verification import LayerCheck, OutputCheck, Reference
+from sepconvert.measure.verification.layer import LayerCheck
+from sepconvert.measure.verification.outputs import OutputCheck, Reference
 from sepconvert.network.rewrite import Replacement
 from sepconvert.network.trace import ConvSite
 from sepconvert.planning.plan import MERGED, LayerPlan, reason_json
@@ -128,6 +129,7 @@ class Verification:
     onnx: OutputCheck | None
     onnx_reason: str | None  # why the files were not run
     layers: Mapping[str, LayerCheck]
+    original: OutputCheck | None = None  # of original.onnx against the original; a difference is a warning
 
     @property
     def holds(self) -> bool:
@@ -168,6 +170,8 @@ class Verification:
             "onnx_tolerance": None if self.onnx is None else self.onnx.tolerance,
             "onnx_dtype": None if self.onnx is None else self.onnx.dtype,
             "onnx_reason": self.onnx_reason,
+            "original_onnx_max_abs_diff": None if self.original is None else self.original.max_abs_diff,
+            "original_onnx_tolerance": None if self.original is None else self.original.tolerance,
             "passed": self.holds,
             "worst_layer": self.worst_layer,
         }

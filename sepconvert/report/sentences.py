@@ -32,6 +32,7 @@ def sentences(document: Document) -> list[Note]:
     approximation, delta = document["approximation"], document["delta"]
     notes = _decisions(document, converted)
     notes.append(_verification(document["verification"]))
+    notes += _exporter(document["verification"])
     if approximation is not None:
         notes += _merges(approximation.get("merges", []))
         notes += _calibration(approximation)
@@ -138,6 +139,20 @@ def _verification(check: Document) -> Note:
         f"{sentence}. Verified: converted.onnx in ONNX Runtime differs from the converted model in PyTorch "
         f"by {within}."
     )
+
+
+def _exporter(check: Document) -> list[Note]:
+    """Return a warning if the original's file differs from the original by more than rounding explains."""
+    difference, tolerance = check["original_onnx_max_abs_diff"], check["original_onnx_tolerance"]
+    if difference is None or difference <= tolerance:
+        return []
+    return [
+        warning(
+            f"original.onnx in ONNX Runtime differs from your model in PyTorch by {difference:.1e}, where "
+            f"rounding explains {tolerance:.1e}. The export or the runtime causes that, not the conversion; "
+            "check that your application tolerates it."
+        )
+    ]
 
 
 def _merges(merges: Sequence[Document]) -> list[Note]:

@@ -21,7 +21,7 @@ from sepconvert.base.notes import ReasonCode
 from sepconvert.base.options import Timing
 from sepconvert.measure.latency import Speedup
 from sepconvert.measure.statistics import Interval
-from sepconvert.measure.verification import dense_convolution
+from sepconvert.measure.verification.layer import dense_convolution
 from sepconvert.network import trace
 from sepconvert.network.copies import private_copy
 from sepconvert.network.merge import LinearPair, compose, dense_spec, linear_pairs, merge, obstacle

@@ -18,7 +18,8 @@ from sepconvert.measure.latency import Latency, PairTiming, Speedup
 from sepconvert.measure.metrics import Accuracy, AccuracyDelta, ChangedPrediction, ChangedPredictions
 from sepconvert.measure.profiling import Profile
 from sepconvert.measure.statistics import Interval
-from sepconvert.measure.verification import LayerCheck, OutputCheck
+from sepconvert.measure.verification.layer import LayerCheck
+from sepconvert.measure.verification.outputs import OutputCheck
 from sepconvert.network.trace import ConvSite, DenseConv
 from sepconvert.planning.conversion import LayerApproximation, LayerReport, Verification
 from sepconvert.planning.plan import kept

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from sepconvert import __version__
-from sepconvert.measure.verification import OutputCheck
+from sepconvert.measure.verification.outputs import OutputCheck
 from sepconvert.report.document import SCHEMA, report_document
 
 

@@ -314,6 +314,12 @@ class Verification(Struct, frozen=True):
     onnx_tolerance: float | None
     onnx_dtype: str | None
     onnx_reason: Annotated[str | None, Meta(description="why ONNX Runtime was not compared")]
+    original_onnx_max_abs_diff: Annotated[
+        float | None, Meta(description="of original.onnx from the original model in torch")
+    ]
+    original_onnx_tolerance: Annotated[
+        float | None, Meta(description="what the runtime's arithmetic explains; more is a warning")
+    ]
     passed: bool
     worst_layer: str | None
 

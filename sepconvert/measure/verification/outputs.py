@@ -1,0 +1,292 @@
+"""Checks of whole models: the converted one against the original, and ONNX files against both."""
+
+import contextlib
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from sepconvert.base.errors import SepconvertError
+from sepconvert.files.onnx.export import runtime_dtype
+from sepconvert.measure.verification.activations import ActivationErrors
+from sepconvert.network.calls import Call, ConvolutionInterceptor
+from sepconvert.network.copies import private_copy
+from sepconvert.network.tensors import Inputs, cast, floating, fresh, largest, model_dtype, tensor_leaves
+from sepconvert.network.trace import ConvSite
+
+Outputs = list[Tensor]
+"""Tensors that a model returns, as float64 on the CPU."""
+
+
+# Perturbations of random sign partly cancel where a true difference might add up.
+_SAFETY = 4.0
+
+
+_RUNTIME_NOISE = 16.0
+
+
+# Activations that saturate alike in all places err alike, and a sum over them adds that up.
+_SIGNS: tuple[Literal["random", "equal"], ...] = ("random", "equal")
+
+
+# Factors of random inputs that are tried on a model whose outputs are within rounding of each other.
+_GAINS = (8.0, 64.0, 512.0, 4096.0)
+
+
+_VISIBLE = 2.0**-8  # share of the outputs' spread that rounding must not exceed
+
+
+@dataclass(frozen=True)
+class OutputCheck:
+    """Largest difference of two lists of outputs, and how large it may be; None sets no limit."""
+
+    max_abs_diff: float
+    tolerance: float | None
+    dtype: str
+
+    @property
+    def holds(self) -> bool:
+        """Whether the difference is within the tolerance (NaN is not)."""
+        return self.tolerance is None or self.max_abs_diff <= self.tolerance
+
+
+def random_like(inputs: Inputs, seed: int) -> Inputs:
+    """Return standard normal tensors of the same shapes; integer tensors stay as they are."""
+    generator = torch.Generator().manual_seed(seed)
+    return floating(lambda value: torch.randn(value.shape, generator=generator).to(value), inputs)
+
+
+def float64_outputs(model: nn.Module, inputs: Inputs) -> Outputs:
+    """Return all tensors that a model returns, as float64 on the CPU.
+
+    Raises `SepconvertError` if there are none.
+    """
+    with torch.no_grad():
+        leaves = list(tensor_leaves(model(*fresh(inputs))))
+    if not leaves:
+        raise SepconvertError(
+            "verification: the model returns no tensor; wrap it so that it returns its outputs"
+        )
+    return [leaf.double().cpu() for leaf in leaves]
+
+
+@dataclass(frozen=True)
+class Case:
+    """Outputs of the original model for some inputs, and how far each may move."""
+
+    inputs: Inputs
+    outputs: Outputs
+    tolerances: tuple[float, ...]  # by rounding of the converted kernels
+    roundings: tuple[float, ...]  # by the runtime's arithmetic and its activation functions
+
+
+@dataclass(frozen=True)
+class Reference:
+    """Outputs of the original model in high precision."""
+
+    cases: tuple[Case, ...]
+    dtype: torch.dtype  # that they were computed in
+    runtime: torch.dtype  # that the runtime computes in
+
+    @property
+    def inputs(self) -> tuple[Inputs, ...]:
+        """Inputs of all cases."""
+        return tuple(case.inputs for case in self.cases)
+
+
+def reference(
+    model: nn.Module,
+    inputs: Inputs,
+    sites: Sequence[ConvSite],
+    tolerances: Mapping[str, float],
+    seed: int,
+) -> Reference:
+    """Run the original on the given and on random inputs, in float64.
+
+    The tolerance of a conversion is found by letting the network propagate the permitted errors: the output
+    of each converted layer is moved by ±τ (|W| ∗ |x|) with random signs, where τ is the error that its
+    certificate permits and |W| ∗ |x| the sum of the magnitudes of the terms (a componentwise bound). The
+    model's output may move four times as far as it moves then. That of a runtime is found in the same way
+    from the errors of its activation functions (`activations`), to which sixteen times PyTorch's own rounding
+    is added, as the runtime sums in another order.
+
+    Outputs that lie within rounding of each other, such as those of a saturated sigmoid, would hide a wrong
+    kernel. Then the model is also run on larger random inputs.
+
+    A model that runs in its own dtype alone is run in that, and one that refuses random inputs runs on the
+    given ones alone.
+    """
+    attempts = [
+        (dtype, chosen)
+        for chosen in ((inputs, random_like(inputs, seed)), (inputs,))
+        for dtype in (torch.float64, model_dtype(model))
+    ]
+    for number, (dtype, chosen) in enumerate(attempts, 1):
+        runs = _Runs(model, sites, tolerances, dtype, seed)
+        # The user's code may raise anything.
+        with contextlib.suppress(Exception) if number < len(attempts) else contextlib.nullcontext():
+            cases = tuple(map(runs.case, chosen))
+            larger = runs.larger(cases[-1])
+            return Reference((*cases, *larger), dtype, runtime_dtype(model))
+    raise AssertionError("the last attempt returns or raises")
+
+
+class _Runs:
+    """Runs of one model in high precision, as it is and with errors, and in the runtime's dtype."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        sites: Sequence[ConvSite],
+        tolerances: Mapping[str, float],
+        dtype: torch.dtype,
+        seed: int,
+    ) -> None:
+        self._precise, self._rounded = private_copy(model, dtype), private_copy(model, runtime_dtype(model))
+        self._sites, self._tolerances, self._dtype, self._seed = sites, tolerances, dtype, seed
+        self._eps = torch.finfo(runtime_dtype(model)).eps
+
+    def case(self, inputs: Inputs) -> Case:
+        """Return the outputs for some inputs, and how far they may move."""
+        precise = cast(inputs, self._dtype)
+        with ActivationErrors(0.0, "equal", self._seed) as activations:
+            plain = float64_outputs(self._precise, precise)
+        perturbed = _perturbed(self._precise, precise, self._sites, self._tolerances, self._seed)
+        rounded = float64_outputs(self._rounded, cast(inputs, model_dtype(self._rounded)))
+        moved = self._moved_by_activations(precise, plain) if activations.count else [0.0] * len(plain)
+        least = 100 * torch.finfo(self._dtype).eps
+        return Case(
+            inputs,
+            plain,
+            tuple(
+                _SAFETY * _difference(p, e) + least * _magnitude(e)
+                for p, e in zip(perturbed, plain, strict=True)
+            ),
+            tuple(
+                _RUNTIME_NOISE * (_difference(r, e) + self._eps * _magnitude(e)) + by_activations
+                for r, e, by_activations in zip(rounded, plain, moved, strict=True)
+            ),
+        )
+
+    def larger(self, case: Case) -> tuple[Case, ...]:
+        """Return a case of larger inputs if rounding alone explains how some output of `case` varies."""
+        best, hidden = case, _hidden(case)
+        for gain in _GAINS if hidden else ():
+            with contextlib.suppress(Exception):
+                found = self.case(floating(lambda value, gain=gain: gain * value, case.inputs))
+                if all(output.isfinite().all() for output in found.outputs) and _hidden(found) < hidden:
+                    best, hidden = found, _hidden(found)
+            if not hidden:
+                break
+        return () if best is case else (best,)
+
+    def _moved_by_activations(self, inputs: Inputs, plain: Outputs) -> list[float]:
+        """Return how far errors of activation functions move each output: of random and of equal signs."""
+        moved = []
+        for signs in _SIGNS:
+            with ActivationErrors(self._eps, signs, self._seed):
+                outputs = float64_outputs(self._precise, inputs)
+            moved.append([_SAFETY * _difference(a, e) for a, e in zip(outputs, plain, strict=True)])
+        return [max(each) for each in zip(*moved, strict=True)]
+
+
+def _hidden(case: Case) -> int:
+    """Count the outputs that vary by less than can be told from rounding."""
+    spreads = ((values.max() - values.min()) if values.numel() else 1.0 for values in case.outputs)
+    return sum(
+        not rounding < _VISIBLE * float(spread)
+        for rounding, spread in zip(case.roundings, spreads, strict=True)
+    )
+
+
+def _perturbed(
+    model: nn.Module, inputs: Inputs, sites: Sequence[ConvSite], tolerances: Mapping[str, float], seed: int
+) -> Outputs:
+    generator = torch.Generator().manual_seed(seed)
+    permitted = {site.place: tolerances[site.name] for site in sites if site.name in tolerances}
+
+    def on_call(call: Call) -> Tensor:
+        output, tolerance = call.run(), permitted.get(call.place)
+        if tolerance is None:
+            return output
+        inputs, weight = call.arguments["input"], call.arguments["weight"]
+        magnitude = call.run(input=inputs.abs(), weight=weight.abs(), bias=None)
+        signs = torch.randint(0, 2, output.shape, generator=generator).to(output) * 2 - 1
+        return output + tolerance * signs * magnitude
+
+    interceptor = ConvolutionInterceptor(model, on_call)
+    with interceptor.watching():
+        return float64_outputs(model, inputs)
+
+
+def compare_with(expected: Reference, converted: nn.Module) -> OutputCheck:
+    """Check the outputs of the converted model against the original's reference."""
+    precise = private_copy(converted, expected.dtype)
+    pairs = [
+        (_difference(a, e), tolerance)
+        for case in expected.cases
+        for a, e, tolerance in zip(
+            float64_outputs(precise, cast(case.inputs, expected.dtype)),
+            case.outputs,
+            case.tolerances,
+            strict=True,
+        )
+    ]
+    return _worst(pairs, expected.dtype)
+
+
+def compare_export(
+    expected: Reference, runs: Sequence[Outputs], *, any_rounding: bool = False
+) -> OutputCheck:
+    """Check the outputs of a model in the runtime against those in PyTorch.
+
+    Args:
+        expected: of the model.
+        runs: outputs in the runtime for each of its cases.
+        any_rounding: whether to allow whatever may be called rounding, half of the digits of the dtype,
+            instead of what is expected: √ε times the largest output.
+    """
+    half = math.sqrt(torch.finfo(expected.runtime).eps) if any_rounding else 0.0
+    pairs = [
+        (_difference(output, exact), max(rounding, half * _magnitude(exact)))
+        for case, run in zip(expected.cases, runs, strict=True)
+        for exact, rounding, output in zip(case.outputs, case.roundings, run, strict=True)
+    ]
+    return _worst(pairs, expected.runtime)
+
+
+def compare_runs(
+    expected: Reference, original: Sequence[Outputs], converted: Sequence[Outputs]
+) -> OutputCheck:
+    """Check the converted model against the original, both in the runtime, for the cases of `expected`."""
+    pairs = [
+        (_difference(theirs, ours), tolerance + 2 * rounding)
+        for case, before, after in zip(expected.cases, original, converted, strict=True)
+        for tolerance, rounding, ours, theirs in zip(
+            case.tolerances, case.roundings, before, after, strict=True
+        )
+    ]
+    return _worst(pairs, expected.runtime)
+
+
+def _worst(pairs: Sequence[tuple[float, float]], dtype: torch.dtype) -> OutputCheck:
+    """Return the check of the pair (difference, tolerance) that comes nearest to failing or fails by most."""
+    # NaN must lose: no comparison with it is true.
+    difference, tolerance = max(
+        pairs, key=lambda pair: math.inf if not pair[0] <= pair[1] else pair[0] / (pair[1] or 1.0)
+    )
+    return OutputCheck(difference, tolerance, str(dtype).removeprefix("torch."))
+
+
+def _magnitude(values: Tensor) -> float:
+    """Return the largest finite absolute value."""
+    return largest([values[values.isfinite()]])
+
+
+def _difference(a: Tensor, b: Tensor) -> float:
+    """Return max |a − b| over elements where one is finite (a model may have NaN or Inf in its weights)."""
+    same = (a == b) | ~(a.isfinite() | b.isfinite())
+    return largest([torch.where(same, 0.0, a - b)])

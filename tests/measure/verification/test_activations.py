@@ -1,0 +1,186 @@
+"""ONNX Runtime's activation functions pass, saturated or not; what is wrong behind them is still caught."""
+
+import functools
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from sepconvert.base.environment import Runtime
+from sepconvert.files.onnx.export import export_program, onnx_feed, save_onnx
+from sepconvert.measure.latency import Deployed, session
+from sepconvert.measure.verification.activations import OPERATOR_ERRORS, ActivationErrors
+from sepconvert.measure.verification.outputs import Case, Reference, compare_export, reference
+from sepconvert.network.tensors import cast
+
+ACTIVATIONS = {
+    "sigmoid": torch.sigmoid,
+    "tanh": torch.tanh,
+    "erf": torch.erf,
+    "sin": torch.sin,
+    "cos": torch.cos,
+    "exp": torch.exp,
+    "expm1": torch.expm1,
+    "softmax": lambda x: x.softmax(1),
+    "softmin": lambda x: F.softmin(x, 1),
+    "log_softmax": lambda x: x.log_softmax(1),
+    "softplus": F.softplus,
+    "softsign": F.softsign,
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu of tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "mish": F.mish,
+    "glu": lambda x: F.glu(x, 1),
+    "elu": F.elu,
+    "selu": F.selu,
+    "celu": F.celu,
+    "tanhshrink": F.tanhshrink,
+    "hardsigmoid": F.hardsigmoid,
+    "hardswish": F.hardswish,
+    "hardtanh": F.hardtanh,
+    "relu6": F.relu6,
+    "relu": F.relu,
+    "leaky_relu": F.leaky_relu,
+    "softshrink": F.softshrink,
+    "hardshrink": F.hardshrink,
+    "sigmoid in place": lambda x: (x + 0).sigmoid_(),
+    "sigmoid as a gate": lambda x: x * (x - 4).sigmoid(),
+    "attention": lambda x: F.scaled_dot_product_attention(x, x, x),
+}
+INPUTS = torch.rand(1, 3, 12, 12, generator=torch.Generator().manual_seed(0))
+LEVELS = {"low": -16.0, "below": -6.0, "middle": 0.0, "high": 16.0}
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+
+
+class Saturated(nn.Module):
+    """Convolutions whose outputs lie about `level`, and then activations, alone and before convolutions."""
+
+    def __init__(self, names, level):
+        super().__init__()
+        self.names = names
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            self.first = nn.Conv2d(3, 8, 3, padding=1)
+            self.second = nn.Conv2d(8, 4, 3, padding=1)
+            self.third = nn.Conv2d(4, 2, 3)
+            self.fourth = nn.Conv2d(2, 2, 3)
+        self.second.bias.data += level
+
+    def forward(self, x):
+        logits = self.second(self.first(x).relu())
+        activated = [ACTIVATIONS[name](logits) for name in self.names]
+        inner = [self.fourth(self.third(a)) for a in activated if a.shape[1] == 4]
+        return activated + inner
+
+
+def in_runtime(model, expected, folder):
+    """The outputs of a model in ONNX Runtime on the inputs of all cases."""
+    save_onnx(export_program(model, (INPUTS,), dynamic_batch=False), folder / "model.onnx")
+    runner = session(Deployed(folder / "model.onnx", Runtime(1)))
+    return [
+        [torch.from_numpy(np.asarray(each)).double() for each in runner.run(None, onnx_feed(inputs))]
+        for inputs in (cast(inputs, expected.runtime) for inputs in expected.inputs)
+    ]
+
+
+@functools.cache
+def alone(name, level, dtype):
+    """A model of one activation, and its reference."""
+    model = Saturated([name], level).to(dtype).eval()
+    return model, reference(model, (INPUTS.to(dtype),), (), {}, 0)
+
+
+# What is right
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("level", LEVELS)
+def test_activations_in_the_runtime_pass_in_every_place(level, dtype, tmp_path):
+    overflows = dtype is torch.float16 and level == "high"
+    names = [name for name in ACTIVATIONS if not (overflows and name in ("exp", "expm1"))]
+    model = Saturated(names, LEVELS[level]).to(dtype).eval()
+    expected = reference(model, (INPUTS.to(dtype),), (), {}, 0)
+    runs = in_runtime(model, expected, tmp_path)
+    inner = [name for name in names if name != "glu"]
+    wrong = []
+    for number, name in enumerate([*names, *(f"{name}, inside" for name in inner)]):
+        cases = tuple(
+            type(case)(case.inputs, [case.outputs[number]], (0.0,), (case.roundings[number],))
+            for case in expected.cases
+        )
+        check = compare_export(
+            Reference(cases, expected.dtype, expected.runtime), [[run[number]] for run in runs]
+        )
+        wrong += [] if check.holds else [(name, check)]
+    assert wrong == []
+
+
+def test_the_errors_that_pytorchs_rounding_does_not_explain_are_those_of_the_runtime(tmp_path):
+    """ONNX Runtime's sigmoid of -16 is off by more than sixteen times what PyTorch's is."""
+    model, expected = alone("sigmoid", -16.0, torch.float32)
+    (run, *_) = in_runtime(model, expected, tmp_path)
+    exact = expected.cases[0].outputs[0]
+    by_torch = (model(INPUTS)[0].double() - exact).abs().max() + torch.finfo(torch.float32).eps * exact.max()
+    assert (run[0] - exact).abs().max() > 16 * by_torch
+
+
+# What is wrong
+
+
+def wrong_kernel(model):
+    model.first.weight.data[0, 0, 1, 1] += 0.05
+
+
+def dropped_bias(model):
+    model.first.bias.data.zero_()
+
+
+def shifted_padding(model):
+    model.first.padding = (0, 0)
+    model.first.register_forward_pre_hook(lambda _, args: (F.pad(args[0], (2, 0, 1, 1)),))
+
+
+@pytest.mark.parametrize("break_it", [wrong_kernel, dropped_bias, shifted_padding])
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_an_error_before_a_saturated_activation_is_caught(name, level, break_it):
+    model, expected = alone(name, LEVELS[level], torch.float32)
+    broken = Saturated([name], LEVELS[level]).eval()
+    break_it(broken)
+    with torch.no_grad():
+        runs = [[each.double() for each in broken(*inputs)] for inputs in expected.inputs]
+        right = [[each.double() for each in model(*inputs)] for inputs in expected.inputs]
+    assert compare_export(expected, right).holds
+    assert not compare_export(expected, runs).holds
+
+
+# The model of the errors
+
+
+@pytest.mark.parametrize("name", [name for name in ACTIVATIONS if "place" not in name])
+def test_every_activation_is_moved_by_its_bound_and_what_is_exact_is_not(name):
+    x = torch.linspace(-8, 8, 64, dtype=torch.float64).reshape(1, 4, 4, 4)
+    with ActivationErrors(1e-6, "equal", 0) as errors:
+        moved = ACTIVATIONS[name](x) - ACTIVATIONS[name](x.clone())
+    assert moved.abs().max() == 0  # both were moved alike
+    with ActivationErrors(1e-6, "random", 0) as errors:
+        moved = ACTIVATIONS[name](x)
+    exact = {"softsign", "hardtanh", "relu6", "relu", "leaky_relu", "softshrink", "hardshrink"}
+    assert bool(errors.count) == (name not in exact)
+    difference = (moved - ACTIVATIONS[name](x)).abs().max()
+    assert (difference > 1e-7) == (name not in exact)
+    assert difference < 1e-3 * max(1, ACTIVATIONS[name](x).abs().max())
+
+
+def test_activations_that_are_only_counted_are_not_moved():
+    x = torch.linspace(-8, 8, 64)
+    with ActivationErrors(0.0, "equal", 0) as errors:
+        y = x.sigmoid()
+    assert errors.count == 1
+    assert torch.equal(y, x.sigmoid())
+
+
+def test_bounds_are_of_operators_that_torch_has():
+    assert [name for name in OPERATOR_ERRORS if not hasattr(torch.ops.aten, name)] == []
