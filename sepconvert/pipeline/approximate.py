@@ -146,7 +146,7 @@ def _workshop(original: Original, start: Start, job: Job, findings: _Findings) -
         findings.evidence,
         findings.heldout,
         job.progress,
-        original.delta,
+        original.scores,
         stopwatch if timed else None,
     )
 
@@ -202,7 +202,8 @@ def _described(
             "budget": asdict(job.budget),
             "unit": findings.unit,
             "curve": search.to_json(delivery.point),
-            "plans_measured_on_data": sum(point.measured.accuracy is not None for point in search.points),
+            "plans_measured_on_data": search.plans_measured_on_data,
+            "choice": search.choice(delivery.point, delivery.model, job.budget),
             "steps": [step.to_json() for step in steps],
             "finetune": delivery.training_json(),
         },

@@ -90,7 +90,7 @@ EXACT = Report(
     original=profile(4000, 2_012_345, 1.5, 0.9675),
     converted=profile(1000, 1_006_172, 1.0, 0.965),
     speedup=SPEEDUP,
-    accuracy=AccuracyDelta(0.25, Interval(-0.05, 0.55), agreement=0.995, p_value=0.125),
+    accuracy=AccuracyDelta(0.25, Interval(-0.05, 0.55), 0.995, 0.125, n=2000, lost=8, won=3),
     changed=ChangedPredictions(10, lost=6, won=1, shown=(ChangedPrediction(31, 7, 7, 2),)),
     layers=(STEM, LARGE),
     verification=Verification(
@@ -174,7 +174,7 @@ def approximate() -> dict[str, Any]:
         check=None,
         approximation=errors,
     )
-    drop = {"value": 0.25, "ci95": [-0.05, 0.55], "mcnemar_p": 0.125}
+    drop = {"value": 0.25, "ci95": [-0.05, 0.55], "mcnemar_p": 0.125, "n": 2000}
     approximation = {
         "metric": "data",
         "calibration": {"origin": "`calib`", "images": 768, "heldout": 256, "patches_per_unknown": 12},

@@ -146,11 +146,11 @@ class Curve:
             predicted=self.totals.cost / (self.rest + cost) if self.totals.by_time else None,
         )
 
-    def draw(self) -> None:
+    def draw(self, points: int = _POINTS) -> None:
         """Add plans at about even ratios of cost, from nothing replaced to the cheapest."""
         first, last = self.dense_cost, self.least_cost
         ratio = last / first if first else 1.0
-        costs = [first * ratio ** (step / (_POINTS - 1)) for step in range(_POINTS - 1)]
+        costs = [first * ratio ** (step / (points - 1)) for step in range(points - 1)]
         for cost in (*costs, last):
             plan = self.best(cost)
             if plan is not None:

@@ -59,6 +59,7 @@ class AccuracyDrop(Struct, frozen=True):
     value: float
     ci95: Interval
     mcnemar_p: Annotated[Share, Meta(description="p-value of McNemar's test")]
+    n: Annotated[Positive, Meta(description="images that it was measured on")]
 
 
 class Startup(Struct, frozen=True):

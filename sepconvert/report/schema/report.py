@@ -167,6 +167,7 @@ class Budget(Struct, frozen=True):
     target_params: float | None
     min_speedup: float | None
     max_drop: float | None
+    confidence: float | None
 
 
 class Divergence(Struct, frozen=True):
@@ -248,6 +249,18 @@ class Merge(Struct, frozen=True):
     speedup: Speedup | None
 
 
+class Choice(Struct, frozen=True):
+    """Drop that the delivered plan may have on unseen images, given how it was chosen."""
+
+    plans: Annotated[Count, Meta(description="plans whose drop was measured")]
+    images: Annotated[Count, Meta(description="images that the plan was chosen by")]
+    confidence: Annotated[float | None, Meta(description="with which the drop was proven, if it was")]
+    bound_pp: Annotated[
+        float, Meta(description="drop on unseen images, exceeded with probability 1 - confidence, or 5 %")
+    ]
+    rest: Annotated[AccuracyDrop | None, Meta(description="drop on images that had no part in the choice")]
+
+
 class ModelApproximation(Struct, frozen=True):
     """Search and fit of an approximate conversion."""
 
@@ -257,6 +270,7 @@ class ModelApproximation(Struct, frozen=True):
     unit: Annotated[str, Meta(description="of costs: macs, params or milliseconds")]
     curve: tuple[CurvePoint, ...]
     plans_measured_on_data: Count
+    choice: Annotated[Choice | None, Meta(description="null without evaluation data")]
     steps: tuple[Step, ...]
     finetune: Finetune | None
     merges: tuple[Merge, ...] | UnsetType = UNSET
