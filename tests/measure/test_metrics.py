@@ -225,6 +225,7 @@ def test_the_drop_by_hand() -> None:
             "value": 25.0,
             "ci95": pytest.approx([-26.381, 66.381], abs=1e-3),
             "mcnemar_p": pytest.approx(0.625),  # 2 · (1 + 4) / 16
+            "n": 8,
         },
         "agreement": 0.375,
     }

@@ -180,10 +180,12 @@ def approximate() -> dict[str, Any]:
         "calibration": {"origin": "`calib`", "images": 768, "heldout": 256, "patches_per_unknown": 12},
         "budget": {
             "rank": None, "target_macs": None, "target_params": None, "min_speedup": None, "max_drop": 1.0,
+            "confidence": None,
         },
         "unit": "macs",
         "curve": [point(2_012_345, 1.0, 0, None), point(1_006_172, 2.0, 1, drop)],
         "plans_measured_on_data": 1,
+        "choice": {"plans": 1, "images": 2000, "confidence": None, "bound_pp": 0.75, "rest": None},
         "steps": [
             step("weights", "fit the weights", 9.5, 0.15, 0.125, kept=False),
             step("data", "follow the drift, correct the bias", 0.0625, 0.9, 0.875, kept=True),

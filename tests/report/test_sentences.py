@@ -37,6 +37,37 @@ def test_an_approximate_conversion(approximate):
     ]
 
 
+def test_what_a_choice_leaves_to_be_expected_is_said(approximate):
+    choice = approximate["approximation"]["choice"]
+
+    def said():
+        return next(text for text in texts(approximate) if "unseen" in text)
+
+    assert said() == (
+        "The plan was chosen among 1 plan by 2,000 images, which favours it. On unseen images of the same "
+        "kind, expect a drop of up to 0.75 pp (95 % confidence, with allowance for the choice)."
+    )
+    choice |= {"plans": 6, "rest": {"value": 0.5, "ci95": [-0.25, 1.25], "mcnemar_p": 0.5, "n": 2000}}
+    assert "among 6 plans by 2,000 images, which favours it; on 2,000 others, its drop is 0.50" in said()
+    choice |= {"confidence": 0.95, "bound_pp": 0.875}
+    assert said() == (
+        "With 95 % confidence, the drop on unseen images of the same kind is at most 0.88 pp (`max_drop` 1). "
+        "Plans that were tested, in an order fixed beforehand: 6."
+    )
+    approximate["approximation"]["choice"] = None
+    assert not any("unseen" in text for text in texts(approximate))
+
+
+def test_a_difference_that_is_not_the_conversions_is_a_warning(document):
+    check = document["verification"]
+    check |= {"original_onnx_max_abs_diff": 1e-6, "original_onnx_tolerance": 1e-6}
+    assert not any("original.onnx" in text for text in texts(document))
+    check["original_onnx_max_abs_diff"] = 2e-5
+    warned = [note.text for note in warnings_of(document) if "original.onnx" in note.text]
+    assert len(warned) == 1
+    assert "by 2.0e-05, where rounding explains 1.0e-06" in warned[0]
+
+
 def test_without_onnx_runtime_the_reason_is_given(bare):
     assert texts(bare) == [
         "1 of 2 convolutions converted.",
