@@ -41,7 +41,7 @@ from sepconvert.planning.plan import LayerPlan, kept
 from sepconvert.planning.search.curve import Totals
 from sepconvert.planning.search.search import Search
 from sepconvert.planning.survey import LayerSurvey, survey
-from sepconvert.planning.timing import FORM_RUNS
+from sepconvert.planning.timing.clock import FORM_RUNS
 from sepconvert.planning.workshop import Fitted, Stopwatch, Workshop
 
 
@@ -107,13 +107,17 @@ def _prices(
     unit: Unit = "params" if job.budget.target_params else "macs"
     exact = {site.name: exact_forms(site) for site in layers} if job.mode == "auto" else {}
     forms = {site.name: candidate_forms(site, job.budget.rank, exact.get(site.name)) for site in layers}
-    counted = {site.name: counted_prices(site, forms[site.name], job.gate, unit) for site in layers}
+    counted = {
+        site.name: counted_prices(site, forms[site.name], exact.get(site.name, ()), job.gate, unit)
+        for site in layers
+    }
     if job.gate != "latency":
         return unit, counted, {}
-    timed, slow = once(lambda: measured_prices(layers, counted, exact, original.clock, job.progress))
+    timed, slow = once(lambda: measured_prices(layers, counted, original.clock, job.progress))
     if job.budget.share is None:
         return "milliseconds", timed, slow
-    return unit, {name: counted[name].of(each.forms) for name, each in timed.items()}, slow
+    shares = {name: counted[name].of(each.forms) for name, each in timed.items()}
+    return unit, {name: replace(shares[name], modelled=timed[name].modelled) for name in shares}, slow
 
 
 def _obstacles(traced: TracedModel, job: Job) -> dict[str, Reason]:
@@ -203,6 +207,7 @@ def _described(
             "unit": findings.unit,
             "curve": search.to_json(delivery.point),
             "plans_measured_on_data": search.plans_measured_on_data,
+            "modelled": [name for name, layer in findings.surveyed.items() if layer.modelled],
             "choice": search.choice(delivery.point, delivery.model, job.budget),
             "steps": [step.to_json() for step in steps],
             "finetune": delivery.training_json(),

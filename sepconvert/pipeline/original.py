@@ -19,7 +19,7 @@ from sepconvert.network.tensors import Inputs
 from sepconvert.network.trace import ConvSite, TracedModel, traced
 from sepconvert.pipeline.job import Job
 from sepconvert.planning.scores import Scores
-from sepconvert.planning.timing import Clock
+from sepconvert.planning.timing.clock import Clock
 
 
 @dataclass(frozen=True, eq=False)

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
@@ -49,9 +50,7 @@ class Scores:
         self._progress = progress
         self.original = evaluate(private_copy(model), data, progress, "accuracy, original")
         size = len(self.original.labels)
-        self.sizes, self.choosing = (size,), size
-        if _may_be_divided(data):
-            self.sizes, self.choosing = sizes_of(size)
+        self.sizes, self.choosing = sizes_of(size) if _may_be_divided(data) else ((size,), size)
         self._parts = _parts(data, self.sizes, seed)
         self._known: dict[int, tuple[nn.Module, list[Predictions]]] = {}  # by identity, which is kept alive
 
@@ -88,7 +87,7 @@ class Scores:
         _, known = self._known.setdefault(id(model), (model, []))
         needed = self.sizes.index(images) + 1
         for part in self._parts[len(known) : needed]:
-            known.append(once(lambda part=part: self._evaluated(model, part.loader)))
+            known.append(once(partial(self._evaluated, model, part.loader)))
         return known[:needed]
 
     def _evaluated(self, model: nn.Module, loader: Iterable[Batch]) -> Predictions:

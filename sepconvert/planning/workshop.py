@@ -29,7 +29,7 @@ from sepconvert.planning.allocate import Choice
 from sepconvert.planning.fitting import bias_of, fit_problem, for_each_layer, kernel_of, replacement
 from sepconvert.planning.scores import Scores
 from sepconvert.planning.survey import LayerSurvey, form_of
-from sepconvert.planning.timing import Clock
+from sepconvert.planning.timing.clock import Clock
 
 
 class StepKind(str, Enum):

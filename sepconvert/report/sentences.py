@@ -5,7 +5,7 @@ Sentences name parameters of the Python API in backticks; the command line shows
 
 from collections.abc import Mapping, Sequence
 
-from sepconvert.base.notes import Note, NoteLevel, ReasonCode, info, warning
+from sepconvert.base.notes import Note, NoteLevel, info, warning
 from sepconvert.report.numbers import (
     Document,
     drop_text,
@@ -42,7 +42,7 @@ def sentences(document: Document) -> list[Note]:
     notes += _latency(document)
     notes += _slowdowns(document, converted)
     notes += _missed_speedup(document)
-    notes += _untimed(layers)
+    notes += _modelled(approximation)
     if delta["agreement"] is not None:
         images = document["original"]["accuracy"]["n"]
         notes.append(info(f"Predictions agree on {percent_text(delta['agreement'])} % of {images:,} images."))
@@ -78,7 +78,7 @@ def story(document: Document) -> list[str]:
             f"It classifies {percent_text(after['top1'])} % of {before['n']:,} images correctly, the "
             f"original {percent_text(before['top1'])} %: a drop of {drop_text(drop)}."
         )
-    notes = [*_untimed(document["layers"]), *warnings_of(document)]
+    notes = [*_modelled(document["approximation"]), *warnings_of(document)]
     return [fold(line) for line in (*lines, *map(str, notes))]
 
 
@@ -319,9 +319,14 @@ def _missed_speedup(document: Document) -> list[Note]:
     ]
 
 
-def _untimed(layers: Sequence[Document]) -> list[Note]:
-    names = [layer["name"] for layer in layers if layer["reason_code"] == ReasonCode.UNTIMED]
+def _modelled(approximation: Document | None) -> list[Note]:
+    """Return a note on the layers whose times were modelled."""
+    names = [] if approximation is None else approximation["modelled"]
     if not names:
         return []
-    listed = ", ".join(names)
-    return [info(f"Kept because no time was left to measure their forms: {listed} (`measure_seconds`).")]
+    return [
+        info(
+            f"Modelled, as no time was left to measure: the times of forms of {', '.join(names)}. More time "
+            "(`measure_seconds`) may give a faster plan."
+        )
+    ]

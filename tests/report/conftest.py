@@ -185,6 +185,7 @@ def approximate() -> dict[str, Any]:
         "unit": "macs",
         "curve": [point(2_012_345, 1.0, 0, None), point(1_006_172, 2.0, 1, drop)],
         "plans_measured_on_data": 1,
+        "modelled": [],
         "choice": {"plans": 1, "images": 2000, "confidence": None, "bound_pp": 0.75, "rest": None},
         "steps": [
             step("weights", "fit the weights", 9.5, 0.15, 0.125, kept=False),

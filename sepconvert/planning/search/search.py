@@ -130,9 +130,9 @@ class Search:
             self.learner.learn_from_first_plans()
             self.curve.draw()
         if budget.confidence is not None:
-            point = furthest_proven(self.curve, self.measurements, budget)
-            self._fill_curve(point)
-            return point
+            proven = furthest_proven(self.curve, self.measurements, budget)
+            self._fill_curve(proven)
+            return proven
         if budget.max_drop is None:
             point = self._taught(lambda: self._most_accurate(budget, refinements))
             self._fill_curve(point or self.points[-1])

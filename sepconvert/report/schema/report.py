@@ -270,6 +270,9 @@ class ModelApproximation(Struct, frozen=True):
     unit: Annotated[str, Meta(description="of costs: macs, params or milliseconds")]
     curve: tuple[CurvePoint, ...]
     plans_measured_on_data: Count
+    modelled: Annotated[
+        tuple[str, ...], Meta(description="layers whose forms have modelled times; no time was left")
+    ]
     choice: Annotated[Choice | None, Meta(description="null without evaluation data")]
     steps: tuple[Step, ...]
     finetune: Finetune | None

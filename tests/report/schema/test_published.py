@@ -120,8 +120,8 @@ def test_the_commands_show_most_of_what_there_is(results):
     assert kinds == {"weights", "data", "batchnorm", "finetune"}
     assert [merge["decision"] for merge in auto["approximation"]["merges"]] == ["merged"]
     assert {layer["reason_code"] for layer in auto["layers"]} >= {"merged", "fitted"}
-    assert {merge["reason_code"] for merge in untimed["approximation"]["merges"]} == {"untimed"}
-    assert "untimed" in {layer["reason_code"] for layer in untimed["layers"]}
+    assert "by the model of times" in untimed["approximation"]["merges"][0]["reason"]
+    assert untimed["approximation"]["modelled"]
     assert untimed["approximation"]["calibration"] is None
     assert "anatomy" in results("profile.json")
     assert "anatomy" not in results("plain.json")
