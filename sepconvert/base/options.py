@@ -315,8 +315,8 @@ class Finetuning:
 class Origin:
     """Provenance of a model and of its conversion, for the report."""
 
-    path: str | None = None  # of the model file
-    sha256: str | None = None  # of its content
+    path: str | None = None  # of the model file, or the name of a model without one
+    sha256: str | None = None  # of the file's content, or of the model's weights
     command: str | None = None  # the command line that asked for the conversion
 
     def to_json(self) -> dict[str, Any] | None:

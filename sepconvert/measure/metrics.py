@@ -170,13 +170,14 @@ def evaluate(
     loader: Iterable[tuple[Tensor, Tensor]],
     progress: Progress = silent,
     description: str = "accuracy",
+    on_images: Callable[[Tensor], None] | None = None,
 ) -> Predictions:
     """Run a copy of a classifier, in eval mode, over a labelled data set and return its predictions.
 
     `loader` yields batches `(x, y)`: inputs, and N integer labels. The inputs are moved to the device and
     dtype of the model's first floating-point parameter (or buffer; a model without any gets them as they
     are). The model returns logits, N×classes: a tensor, the `logits` of a mapping or object, or else the
-    first tensor in a tuple, list, mapping or dataclass.
+    first tensor in a tuple, list, mapping or dataclass. `on_images` is called with the inputs of each batch.
 
     Raises `SepconvertError` if the loader is empty, a batch is no such pair, the model cannot run on it, the
     output holds no such logits or has NaN, or a label is not a class of the model.
@@ -186,6 +187,8 @@ def evaluate(
     with torch.no_grad():
         for batch in whole(loader, progress, description):
             x, y = checked_batch(batch)
+            if on_images is not None:
+                on_images(x)
             if running is None:  # a Sequential of nothing is false
                 running = quick_copy(model, x)
             logits = _logits(_run(running, placed(x, running)), len(y))

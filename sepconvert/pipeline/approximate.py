@@ -10,7 +10,7 @@ from sepconvert.base.options import Mode
 from sepconvert.calibration.evidence import Evidence, collect_evidence
 from sepconvert.calibration.heldout import Heldout
 from sepconvert.calibration.record import PATCHES
-from sepconvert.calibration.split import CalibrationSet
+from sepconvert.calibration.split import CalibrationSet, SeenTwice
 from sepconvert.calibration.stream import too_large
 from sepconvert.factorize.approximate.weighted import DEPTHWISE_POINTWISE, POINTWISE_DEPTHWISE
 from sepconvert.factorize.border import Border
@@ -202,7 +202,7 @@ def _described(
         expected=(expected, reference(delivery.model, original.inputs, (), {}, job.seed)),
         torch_check=replace(compare_with(expected, delivery.model), tolerance=None),
         approximation={
-            **_calibration_json(original.data.calibration),
+            **_calibration_json(original.data.calibration, original.seen_twice),
             "budget": asdict(job.budget),
             "unit": findings.unit,
             "curve": search.to_json(delivery.point),
@@ -268,7 +268,7 @@ def _spectrum(plan: LayerPlan, site: ConvSite, mode: Mode) -> Spectrum | None:
     return None if scheme is None else kernel_spectrum(site.conv.spec, site.conv.weight, scheme, plan.rank)
 
 
-def _calibration_json(calibration: CalibrationSet | None) -> dict[str, Any]:
+def _calibration_json(calibration: CalibrationSet | None, seen_twice: SeenTwice | None) -> dict[str, Any]:
     """Return the entries `metric` and `calibration` of the report's `approximation`."""
     if calibration is None:
         return {"metric": "weights", "calibration": None}
@@ -279,5 +279,6 @@ def _calibration_json(calibration: CalibrationSet | None) -> dict[str, Any]:
             "images": calibration.images,
             "heldout": sum(map(len, calibration.heldout)),
             "patches_per_unknown": PATCHES,
+            "seen_twice": None if seen_twice is None else asdict(seen_twice),
         },
     }

@@ -9,7 +9,15 @@ from torch.utils.data import DataLoader
 from sepconvert.base.errors import SepconvertError
 from sepconvert.base.options import Selection
 from sepconvert.calibration.footprint import images_at_once
-from sepconvert.calibration.split import MOST_AT_ONCE, DataSplit, check_shapes, split_data
+from sepconvert.calibration.split import (
+    MOST_AT_ONCE,
+    DataSplit,
+    SeenTwice,
+    check_shapes,
+    find_seen_twice,
+    image_hashes,
+    split_data,
+)
 from sepconvert.files.data import Batch
 from sepconvert.measure.cost import Cost, count
 from sepconvert.measure.metrics import AccuracyDelta, Predictions
@@ -30,6 +38,7 @@ class Original:
     data: DataSplit
     cost: Cost
     scores: Scores | None  # None where there are no data to score
+    seen_twice: SeenTwice | None  # None unless data are scored, and images fitted to
     clock: Clock
 
     @property
@@ -101,11 +110,15 @@ def examine(
         )
         check_shapes(parts, inputs)
     # Before the long work, as this is where data that do not suit the model are found out.
-    scored = parts.scored
-    scores = None if scored is None else Scores(model, scored, job.seed, job.progress)
+    scores = seen_twice = None
+    if parts.scored is not None:
+        hashes: list[bytes] = []
+        watch = None if parts.calibration is None else lambda x: hashes.extend(image_hashes(x))
+        scores = Scores(model, parts.scored, job.seed, job.progress, watch)
+        seen_twice = find_seen_twice(parts, hashes, trained=bool(job.finetuning))
     cost = count(private_copy(model), inputs)
     clock = Clock(job.timing.runtime, job.seed, job.timing.cache, job.timing.measure_seconds)
-    return Original(found, parts, cost, scores, clock)
+    return Original(found, parts, cost, scores, seen_twice, clock)
 
 
 def trace_selected(model: nn.Module, inputs: Inputs, selection: Selection) -> TracedModel:

@@ -1,13 +1,13 @@
 """Predictions on the scored data, of as many images as a decision needs."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, SequentialSampler, Subset
 
 from sepconvert.base.distributed import once
@@ -46,9 +46,17 @@ class Scores:
         choosing: the one of `sizes` that plans are chosen on, where they are chosen by their measured drop.
     """
 
-    def __init__(self, model: nn.Module, data: Iterable[Batch], seed: int, progress: Progress) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        data: Iterable[Batch],
+        seed: int,
+        progress: Progress,
+        on_images: Callable[[Tensor], None] | None = None,
+    ) -> None:
+        """Take the original and the scored data; `on_images` is called with each of their batches, once."""
         self._progress = progress
-        self.original = evaluate(private_copy(model), data, progress, "accuracy, original")
+        self.original = evaluate(private_copy(model), data, progress, "accuracy, original", on_images)
         size = len(self.original.labels)
         self.sizes, self.choosing = sizes_of(size) if _may_be_divided(data) else ((size,), size)
         self._parts = _parts(data, self.sizes, seed)

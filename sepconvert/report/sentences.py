@@ -191,6 +191,7 @@ def _calibration(approximation: Document) -> list[Note]:
                 "`calib_images`)."
             )
         )
+    notes += _seen_twice(calibration["seen_twice"])
     for attempt in finetune["attempts"] if finetune else []:
         outcome = "delivered" if attempt["delivered"] else "not delivered"
         notes.append(
@@ -225,6 +226,22 @@ def _choice(approximation: Document) -> list[Note]:
             f"{choice['bound_pp']:.2f} pp (95 % confidence, with allowance for the choice)."
         )
     ]
+
+
+def _seen_twice(found: Document | None) -> list[Note]:
+    """Return a warning if images are scored that were trained on or fitted to."""
+    sets = {} if found is None else {"training": found["train"], "calibration": found["calib"]}
+    for purpose, overlap in sets.items():
+        if overlap is not None and overlap["scored"]:
+            scored = f"{overlap['scored']:,} scored image" + ("s are" if overlap["scored"] > 1 else " is")
+            sample = f"{overlap['compared']:,} of " * (overlap["compared"] < overlap["images"])
+            return [
+                warning(
+                    f"{scored} also among {sample}{overlap['images']:,} {purpose} images, so the accuracy on "
+                    "others may be lower than is reported; remove such images from one of the two."
+                )
+            ]
+    return []
 
 
 def _export(document: Document) -> list[Note]:

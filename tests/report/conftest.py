@@ -177,7 +177,8 @@ def approximate() -> dict[str, Any]:
     drop = {"value": 0.25, "ci95": [-0.05, 0.55], "mcnemar_p": 0.125, "n": 2000}
     approximation = {
         "metric": "data",
-        "calibration": {"origin": "`calib`", "images": 768, "heldout": 256, "patches_per_unknown": 12},
+        "calibration": {"origin": "`calib`", "images": 768, "heldout": 256, "patches_per_unknown": 12,
+                        "seen_twice": None},
         "budget": {
             "rank": None, "target_macs": None, "target_params": None, "min_speedup": None, "max_drop": 1.0,
             "confidence": None,

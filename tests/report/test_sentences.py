@@ -215,6 +215,26 @@ def test_few_images(approximate, images, warned):
     assert any("so few images" in note.text for note in warnings_of(approximate)) is warned
 
 
+@pytest.mark.parametrize(
+    ("calib", "train", "text"),
+    [
+        ((768, 768, 0), None, None),
+        ((768, 768, 0), (5000, 768, 0), None),
+        ((768, 768, 1), None, "1 scored image is also among 768 calibration images, so the accuracy"),
+        ((768, 768, 12), (768, 768, 12), "12 scored images are also among 768 training images, so"),
+        ((768, 768, 0), (5000, 256, 3), "3 scored images are also among 256 of 5,000 training images, so"),
+        ((768, 768, 9), (5000, 256, 0), "9 scored images are also among 768 calibration images, so"),
+    ],
+)
+def test_images_that_were_seen_twice(approximate, calib, train, text):
+    calib, train = (
+        each and dict(zip(("images", "compared", "scored"), each, strict=True)) for each in (calib, train)
+    )
+    approximate["approximation"]["calibration"]["seen_twice"] = {"calib": calib, "train": train}
+    warned = [note.text for note in warnings_of(approximate)]
+    assert [each[: len(text or "")] for each in warned] == ([text] if text else [])
+
+
 # The story and the causes --------------------------------------------------------------------------
 
 

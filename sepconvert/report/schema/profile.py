@@ -111,10 +111,13 @@ Environment = Annotated[
 
 
 class Model(Struct, frozen=True):
-    """The file that a model was read from."""
+    """The file that a model was read from, or the name of one whose weights a factory gave."""
 
     path: str
-    sha256: Sha256 | None
+    sha256: Annotated[
+        Sha256 | None,
+        Meta(description="of the file; for a name, of the bytes of the tensors in the model's state_dict"),
+    ]
 
 
 class ProfileDocument(Profile, frozen=True, kw_only=True):

@@ -150,6 +150,21 @@ class Layer(Struct, frozen=True):
 # Approximation -------------------------------------------------------------------------------------
 
 
+class Overlap(Struct, frozen=True):
+    """Scored images that are also among those to fit to, or to train on."""
+
+    images: Annotated[Positive, Meta(description="to fit to or to train on")]
+    compared: Annotated[Positive, Meta(description="of them, with the scored images")]
+    scored: Annotated[Count, Meta(description="scored images that are among those compared")]
+
+
+class SeenTwice(Struct, frozen=True):
+    """Scored images that are also among the calibration images, or the training images."""
+
+    calib: Overlap
+    train: Annotated[Overlap | None, Meta(description="null without fine-tuning")]
+
+
 class CalibrationSet(Struct, frozen=True):
     """Images that factors were fitted to, and that plans were compared on."""
 
@@ -157,6 +172,7 @@ class CalibrationSet(Struct, frozen=True):
     images: Count
     heldout: Count
     patches_per_unknown: float
+    seen_twice: Annotated[SeenTwice | None, Meta(description="null if no data are scored")]
 
 
 class Budget(Struct, frozen=True):

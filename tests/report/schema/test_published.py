@@ -33,7 +33,7 @@ LOADING = ("net.pth", "--factory", "nets.py:make")
 DATA = ("--data", "data.npz")
 COMMANDS = {
     "exact": (*LOADING, *DATA, "--runs", "3"),
-    "auto": (*LOADING, *DATA, "--mode", "auto", "--calib", "data.npz", "--calib-images", "64",
+    "auto": (*LOADING, *DATA, "--mode", "auto", "--calib", "calib.npz", "--calib-images", "64",
              "--gate", "macs", "--target-macs", "0.7", "--finetune", "1", "--runs", "3"),
     "untimed": (*LOADING, "--input-shape", "3x8x8", "--mode", "auto", "--target-macs", "1.0",
                 "--measure-seconds", "0", "--runs", "0"),
@@ -57,6 +57,9 @@ def results(tmp_path_factory) -> Callable[[str], dict]:
     random = np.random.default_rng(0)
     x, y = random.standard_normal((96, 3, 8, 8)).astype(np.float32), random.integers(0, 10, 96)
     np.savez(folder / "data.npz", x=x, y=y)
+    np.savez(
+        folder / "calib.npz", x=np.concatenate([x[:1], x[1:] + 1]), y=y
+    )  # an image of the data, and others
 
     def result(file: str) -> dict:
         if not (folder / file).exists():
