@@ -14,9 +14,11 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Subset, TensorDataset
 
 from sepconvert import DemandNotMetError, SepconvertError, convert
+from sepconvert.base.environment import Runtime
 from sepconvert.base.options import Calibration, Finetuning, Selection, Timing
 from sepconvert.cli.demo.net import load
-from sepconvert.measure.latency import PairTiming, Speedup
+from sepconvert.files.onnx.export import onnx_feed
+from sepconvert.measure.latency import Deployed, PairTiming, Speedup, measure_pair
 from sepconvert.measure.statistics import Interval
 from sepconvert.network.layers import FactorizedConv2d
 from sepconvert.pipeline import stages
@@ -488,3 +490,31 @@ def test_pointwise_and_depthwise_layers_have_forms_in_auto_mode(planted):
     schemes = {layer["name"]: layer["scheme"] for layer in converted(report)}
     assert schemes["0"] in ("output-subspace", "input-subspace")
     assert schemes["2"].startswith("channelwise-spatial")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seconds", [0.0, 1.0])
+def test_auto_mode_has_what_exact_mode_has_whatever_time_there_is(samples, seconds, tmp_path):
+    """What is free of loss is in every plan, and the whole is as fast as that of exact mode."""
+    x, model = samples[0][:300], load()
+    labels = model.eval()(x).argmax(1)
+    calib = DataLoader(TensorDataset(x[:200], labels[:200]), batch_size=64)
+    data = DataLoader(TensorDataset(x[200:], labels[200:]), batch_size=100)
+    folders = tmp_path / "exact", tmp_path / "auto"
+    exact = convert(model, x[:8], out=folders[0], timing=Timing(runs=0, threads=1))
+    auto = convert(
+        model, x[:8], "auto", data=data, calib=calib, max_drop=5.0, calibration=Calibration(images=200),
+        timing=Timing(runs=20, threads=1, measure_seconds=seconds), out=folders[1],
+    )  # fmt: skip
+    kept = {layer["name"]: layer["reason"] for layer in auto.report["layers"] if layer["decision"] == "kept"}
+    converted = {layer["name"] for layer in exact.report["layers"] if layer["decision"] == "converted"}
+    assert converted
+    for name in converted & kept.keys():
+        assert "faster" in kept[name], name  # measured or modelled, and no gain
+    assert not any("no time was left" in reason for reason in kept.values())
+    assert bool(auto.report["approximation"]["modelled"]) or seconds > 0
+    timed = measure_pair(
+        *(Deployed(folder / "converted.onnx", Runtime(1)) for folder in folders),
+        onnx_feed((x[:8],)), runs=30, batch=8, seed=0,
+    )  # fmt: skip
+    assert not (timed.speedup.significant and timed.speedup.median < 1)

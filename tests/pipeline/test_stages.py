@@ -4,6 +4,7 @@ import copy
 from dataclasses import dataclass
 
 import numpy as np
+import onnx
 import pytest
 import safetensors.torch
 import torch
@@ -12,7 +13,11 @@ from conversions import Answering, close, convert, decisions, run
 from torch import nn
 
 import sepconvert
-from sepconvert.base.errors import ExportError, SepconvertError
+from sepconvert.base.environment import Runtime
+from sepconvert.base.errors import ExportError, SepconvertError, VerificationError
+from sepconvert.files.onnx.export import export_program, save_onnx
+from sepconvert.measure.verification.outputs import reference
+from sepconvert.pipeline.stages import check_onnx
 from sepconvert.report.sentences import warnings_of
 
 
@@ -209,3 +214,73 @@ def test_blur_pools_of_timm(name, tmp_path):
     outputs = [run(tmp_path / f"{each}.onnx", images)[0] for each in ("original", "converted")]
     assert np.allclose(*outputs, atol=1e-4 * np.abs(outputs[0]).max())
     assert np.allclose(outputs[0], model(images).detach().numpy(), atol=1e-4 * np.abs(outputs[0]).max())
+
+
+# Networks whose outputs saturate, and differences that are not the conversion's
+
+
+def saturated(final, bias):
+    """Two convolutions, the second of one channel, with a bias that saturates what follows."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 1, 3, padding=1), final)
+    model[2].bias.data += bias
+    return model.eval()
+
+
+@pytest.mark.parametrize("bias", [-6.0, -16.0])
+@pytest.mark.parametrize("final", [nn.Sigmoid(), nn.SiLU()], ids=["sigmoid", "silu"])
+def test_networks_that_answer_near_zero_are_converted(final, bias):
+    x = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    check = convert(saturated(final, bias), x).verification
+    assert check.holds
+    assert check.original.holds
+
+
+def test_an_export_that_computes_something_else_is_refused():
+    """The exporter makes log(sigmoid(x)) of it, which is minus infinity where the sigmoid is 0."""
+    x = torch.rand(1, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    with pytest.raises(VerificationError, match=r"original.onnx is off .* more than rounding"):
+        convert(saturated(nn.LogSigmoid(), -100.0), x)
+
+
+def scaled(path, factor):
+    """Change the largest weight of an ONNX file."""
+    model = onnx.load(path)
+    largest = max(model.graph.initializer, key=lambda each: int(np.prod(each.dims)))
+    values = onnx.numpy_helper.to_array(largest) * np.float32(factor)
+    largest.CopyFrom(onnx.numpy_helper.from_array(values, largest.name))
+    onnx.save(model, path)
+
+
+@pytest.fixture
+def exported(tmp_path):
+    model, x = saturated(nn.Identity(), 0.0), torch.rand(1, 3, 16, 16)
+    paths = tmp_path / "original.onnx", tmp_path / "converted.onnx"
+    for path in paths:
+        save_onnx(export_program(model, (x,), dynamic_batch=False), path)
+    return reference(model, (x,), (), {}, 0), paths
+
+
+def test_a_small_difference_of_the_original_is_reported_and_no_failure(exported):
+    expected, paths = exported
+    for path in paths:
+        scaled(path, 1 + 1e-4)
+    checks = check_onnx((expected, None), paths, Runtime(1))
+    assert not checks.original.holds
+    assert checks.converted.holds
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_a_difference_of_the_converted_file_alone_is_a_failure(exported, own):
+    expected, paths = exported
+    scaled(paths[1], 1 + 1e-4)
+    checks = check_onnx((expected, expected if own else None), paths, Runtime(1))
+    assert checks.original.holds
+    assert not checks.converted.holds
+
+
+def test_a_large_difference_of_the_original_is_refused(exported):
+    expected, paths = exported
+    scaled(paths[0], 1.01)
+    with pytest.raises(VerificationError, match="more than rounding"):
+        check_onnx((expected, None), paths, Runtime(1))
