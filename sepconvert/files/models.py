@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from sepconvert.base.errors import SepconvertError, one_line, some_of
+from sepconvert.base.modules import modules, unshadowed
 from sepconvert.factorize.geometry import MAX_INPUT_ELEMENTS
 from sepconvert.files.archives import load_archive
 from sepconvert.files.callables import resolve_callable
@@ -97,7 +98,7 @@ def load_model(
     cast_from = None
     if build is not None:
         model = build()
-        stored, own = _float_dtypes(weights), _float_dtypes(model.state_dict())
+        stored, own = _float_dtypes(weights), _float_dtypes(unshadowed(model).state_dict())
         cast_from = stored.pop() if len(stored) == len(own) == 1 and stored != own else None
         _load_weights(model, weights, path)
     elif isinstance(content, nn.Module):
@@ -107,7 +108,7 @@ def load_model(
             f"{path}: holds a state_dict ({len(content)} entries), which does not say how to build the "
             "model; pass `factory` pkg.mod:callable or `factory` file.py:callable that returns it"
         )
-    model = model.cpu()
+    unshadowed(model).cpu()
     return LoadedModel(model, path, _sha256(path), examples or _timm_example(model), cast_from)
 
 
@@ -129,7 +130,7 @@ def _read(
     content = _unwrap(stored, path)
     if isinstance(content, nn.Module):
         _check_state(content)
-    weights = content.state_dict() if isinstance(content, nn.Module) else content
+    weights = unshadowed(content).state_dict() if isinstance(content, nn.Module) else content
     _check_tensors(content, weights, path)
     return content, weights, examples
 
@@ -267,7 +268,7 @@ def _unwrap(content: object, path: Path) -> _Content:
 def _check_state(model: nn.Module) -> None:
     """Raise `ValueError` if a module's own dictionaries have other types than its constructor gives them."""
     usual = {name: value for name, value in vars(nn.Module()).items() if isinstance(value, dict)}
-    for module in model.modules():
+    for module in modules(model):
         if _makes_layers(vars(module).get("forward", id)):
             raise ValueError(f"the forward of a {type(module).__name__} is not as torch makes it")
         for name, value in usual.items():
@@ -284,7 +285,8 @@ def _makes_layers(called: object) -> bool:
 
 def _check_tensors(content: _Content, weights: Mapping[str, object], path: Path) -> None:
     """Refuse sparse tensors, and views that repeat a few stored numbers until they fill the memory."""
-    own = [*content.parameters(), *content.buffers()] if isinstance(content, nn.Module) else []
+    plain = unshadowed(content) if isinstance(content, nn.Module) else nn.Module()
+    own = [*plain.parameters(), *plain.buffers()]
     tensors = [value for value in (*weights.values(), *own) if isinstance(value, Tensor)]
     if any(tensor.layout is not torch.strided and not tensor.is_mkldnn for tensor in tensors):
         raise SepconvertError(f"{path}: has sparse weights; save them dense (tensor.to_dense())")
@@ -324,6 +326,7 @@ def _builder(spec: str) -> Callable[[], nn.Module]:
 
 def _load_weights(model: nn.Module, weights: Mapping[str, Tensor], path: Path) -> None:
     """Load weights into a model in place, or raise `SepconvertError` that says where they do not fit."""
+    model = unshadowed(model)
     expected = model.state_dict()
     weights = {_plain_key(key, expected): value for key, value in weights.items()}
     if "n_averaged" not in expected:  # of torch.optim.swa_utils.AveragedModel
@@ -373,10 +376,10 @@ def _timm_example(model: nn.Module) -> tuple[Tensor, ...] | None:
     if not isinstance(size, tuple | list) or len(size) != 3 or not _is_sensible(size, _MAX_EXAMPLE):
         return None
     # The configuration keeps its 3 channels when a model is created with in_chans=1.
-    first = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
+    first = next((m for m in modules(model) if isinstance(m, nn.Conv2d)), None)
     if first is not None and first.in_channels % size[0]:
         return None
-    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+    dtype = next((p.dtype for p in unshadowed(model).parameters() if p.is_floating_point()), torch.float32)
     return (torch.zeros(1, *size, dtype=dtype),)
 
 

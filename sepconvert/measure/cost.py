@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 from sepconvert.base.errors import SepconvertError, first_line
+from sepconvert.base.modules import modules, unshadowed
 from sepconvert.network.copies import evaluation_mode
 from sepconvert.network.tensors import Inputs, fresh, tensor_leaves, tensors_in
 
@@ -21,9 +22,6 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore", FutureWarning)
     from fvcore.nn import FlopCountAnalysis
     from fvcore.nn.jit_handles import conv_flop_count, get_shape
-
-
-_ROOT = "model"
 
 
 Counter = Literal["fvcore", "torch"]
@@ -83,12 +81,12 @@ def count(model: nn.Module, inputs: Inputs, counter: Counter = "fvcore") -> Cost
                     f"cost: expected a model that runs on {_shapes(inputs)}, got"
                     f" {type(error).__name__}: {first_line(error)}; check the input shape first"
                 ) from error
-    params = sum(parameter.numel() for parameter in model.parameters())
+    params = sum(parameter.numel() for parameter in unshadowed(model).parameters())
     return Cost(round(macs / batch), params, uncounted, counter)
 
 
 def _traced(model: nn.Module, inputs: Inputs) -> tuple[float, dict[str, int]]:
-    analysis = FlopCountAnalysis(_TensorsOnly(model), inputs)
+    analysis = FlopCountAnalysis(unshadowed(_TensorsOnly(model)), inputs)
     analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False)
     analysis.set_op_handle("aten::_convolution_mode", _same_padding_conv)
     return analysis.total(), dict(analysis.unsupported_ops())
@@ -121,10 +119,10 @@ class _TensorsOnly(nn.Module):
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        self.add_module(_ROOT, model)
+        self.model = model
 
     def forward(self, *inputs: Any) -> tuple[Tensor, ...]:
-        output = self.get_submodule(_ROOT)(*inputs)
+        output = self.model(*inputs)
         tensors = tuple(tensor_leaves(output))
         if not tensors:  # nothing would reach the output, and everything would be counted as 0
             raise TypeError(f"the model returns {type(output).__name__}, in which no tensor is found")
@@ -139,7 +137,7 @@ def _same_padding_conv(inputs: list[Any], outputs: list[Any]) -> int:
 @contextmanager
 def _hooks_kept(model: nn.Module) -> Iterator[None]:
     """Remove the hooks that fvcore leaves behind when tracing fails; the model could not be pickled then."""
-    tables = [t for m in model.modules() for t in (m._forward_pre_hooks, m._forward_hooks)]
+    tables = [t for m in modules(model) for t in (m._forward_pre_hooks, m._forward_hooks)]
     before = [set(table) for table in tables]
     try:
         yield

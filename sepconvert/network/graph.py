@@ -10,6 +10,7 @@ from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from sepconvert.base.errors import first_line
+from sepconvert.base.modules import has, put, submodule
 from sepconvert.network.symbolic import (
     UntraceableError,
     agree,
@@ -71,13 +72,13 @@ def replace_calls(
     """
     graph, nodes = module.graph, convolution_nodes(module.graph)
     for target in _attributes(graph):  # tensors that the forward makes
-        if "." not in target and not hasattr(owner, target):
-            owner.register_buffer(target, getattr(module, target).detach(), persistent=False)
+        if "." not in target and not has(owner, target):
+            nn.Module.register_buffer(owner, target, getattr(module, target).detach(), persistent=False)
     before = _attributes(graph)
     for index, replacement in replacements.items():
         node = nodes[index]
         for holder in (owner, module):
-            holder.add_module(names[index], replacement)
+            put(holder, names[index], replacement)
         with graph.inserting_before(node):
             call = graph.call_module(names[index], (node_arguments(node)["input"],))
         node.replace_all_uses_with(call)
@@ -155,7 +156,7 @@ def _delete(owner: nn.Module, target: str, graph: fx.Graph) -> None:
     used = (str(node.target) for node in graph.nodes if node.op in ("get_attr", "call_module"))
     if path and not any(f"{other}.".startswith(f"{path}.") for other in used):
         parent, _, name = path.rpartition(".")
-        owner.get_submodule(parent)._modules.pop(name, None)
+        submodule(owner, parent)._modules.pop(name, None)
     elif not path:
         owner._parameters.pop(name, None)
         owner._buffers.pop(name, None)

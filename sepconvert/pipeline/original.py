@@ -1,14 +1,16 @@
 """The original: its convolutions, cost, data and predictions, known before any layer is replaced."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, MutableMapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
+from torch.utils.weak import WeakIdKeyDictionary
 
 from sepconvert.base.distributed import once
 from sepconvert.base.errors import SepconvertError
+from sepconvert.base.modules import unshadowed
 from sepconvert.base.options import Selection
 from sepconvert.base.progress import Progress
 from sepconvert.calibration.footprint import images_at_once
@@ -34,7 +36,7 @@ class Original:
     predictions: Predictions | None  # on the data that are scored; None where there are none
     clock: Clock
     progress: Progress
-    _scored: dict[nn.Module, Predictions] = field(default_factory=dict, repr=False)
+    _scored: MutableMapping[nn.Module, Predictions] = field(default_factory=WeakIdKeyDictionary, repr=False)
 
     @property
     def model(self) -> nn.Module:
@@ -123,7 +125,7 @@ def trace_selected(model: nn.Module, inputs: Inputs, selection: Selection) -> Tr
     Raises:
         SepconvertError: a glob matches no convolution, or the forward pass writes to a parameter.
     """
-    shared = {name: each for name, each in model.named_parameters() if type(each) is nn.Parameter}
+    shared = {name: each for name, each in unshadowed(model).named_parameters() if type(each) is nn.Parameter}
     before = {name: parameter.detach().clone() for name, parameter in shared.items()}
     found = traced(model, inputs)
     for name, parameter in shared.items():

@@ -22,6 +22,7 @@ from torch.utils import _pytree as pytree
 
 from sepconvert.base.documents import writing
 from sepconvert.base.errors import ExportError, first_line
+from sepconvert.base.modules import unshadowed
 from sepconvert.files.onnx.fold import FoldBatchNormPass
 from sepconvert.network.copies import private_copy
 from sepconvert.network.tensors import Inputs, cast, fresh, model_dtype, tensor_leaves, tensors_in
@@ -98,7 +99,8 @@ def export_program(
     Raises:
         ExportError: torch cannot export the model.
     """
-    named = (*model.named_modules(), *model.named_parameters(), *model.named_buffers())
+    plain = unshadowed(model)
+    named = (*plain.named_modules(), *plain.named_parameters(), *plain.named_buffers())
     words = {word for name, _ in named for word in name.split(".")}
     if reserved := sorted(filter(keyword.iskeyword, words)):
         # torch writes such archives, and cannot load them.
@@ -110,6 +112,7 @@ def export_program(
     private, inputs = private_copy(model, dtype), fresh(cast(inputs, dtype))
     if not _has_known_outputs(private, inputs):
         private = _Tensors(private)
+    private = unshadowed(private)
     program, reason = _exported_dynamically(private, inputs) if dynamic_batch else (None, None)
     is_dynamic = program is not None
     if program is None:
