@@ -8,7 +8,8 @@ import copy
 import functools
 import inspect
 from collections.abc import Iterator
-from typing import Any, Self, TypeVar
+from contextlib import contextmanager
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -34,7 +35,7 @@ _STRUCTURE = frozenset(
 _SPECIAL = ("__eq__", "__hash__", "__bool__", "__len__", "__getattr__")
 
 
-# What a stand-in shares with its module: the very dictionaries, in which tensors are exchanged.
+# What a facade shares with its module: the very dictionaries, in which tensors are exchanged.
 _SHARED = (
     "_parameters", "_buffers", "_non_persistent_buffers_set",
     "_state_dict_pre_hooks", "_state_dict_hooks",
@@ -110,9 +111,9 @@ def deep_copy(model: M, memo: dict[int, Any]) -> M:
 
 
 def unshadowed(model: nn.Module) -> nn.Module:
-    """Return the model, or a stand-in on which the methods of `nn.Module` work, for libraries and for us.
+    """Return the model, or a facade on which the methods of `nn.Module` work, for libraries and for us.
 
-    The stand-in has the same paths, the same parameters and buffers, also after they are exchanged, and
+    The facade has the same paths, the same parameters and buffers, also after they are exchanged, and
     calls the model. Modules that shadow nothing and contain none that do are part of it themselves.
     """
     found: dict[int, nn.Module] = {}
@@ -126,14 +127,30 @@ def unshadowed(model: nn.Module) -> nn.Module:
             if _shadows(module) or any(
                 child is not module._modules[name] for name, child in children.items()
             ):
-                found[id(module)] = _StandIn(module, children)
+                found[id(module)] = _Facade(module, children)
         return found[id(module)]
 
     return model if isinstance(model, torch.jit.ScriptModule) else plain(model)
 
 
-class _StandIn(nn.Module):
-    """Stand-in for a module that shadows names of `nn.Module`."""
+@contextmanager
+def hashable(model: nn.Module) -> Iterator[None]:
+    """Let torch look up modules in dictionaries within the block, whose classes define `__eq__` alone.
+
+    Those classes are changed for the whole process: the block is not thread-safe.
+    """
+    classes: set[Any] = {type(module) for module in modules(model) if type(module).__hash__ is None}
+    for cls in classes:
+        cls.__hash__ = object.__hash__
+    try:
+        yield
+    finally:
+        for cls in classes:
+            cls.__hash__ = None
+
+
+class _Facade(nn.Module):
+    """Facade for a module that shadows names of `nn.Module`."""
 
     def __init__(self, module: nn.Module, children: dict[str, nn.Module | None]) -> None:
         super().__init__()
@@ -141,7 +158,7 @@ class _StandIn(nn.Module):
         vars(self).update(_module=module, training=module.training)
         self._modules.update(children)
 
-    def train(self, mode: bool = True) -> Self:
+    def train(self, mode: bool = True) -> "_Facade":
         """Set the mode of the module too."""
         vars(self)["_module"].training = mode
         return super().train(mode)

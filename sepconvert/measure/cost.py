@@ -2,7 +2,7 @@
 
 import collections
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence, Set
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -13,7 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 from sepconvert.base.errors import SepconvertError, first_line
-from sepconvert.base.modules import modules, unshadowed
+from sepconvert.base.modules import hashable, modules, unshadowed
+from sepconvert.network.calls import DEFORMABLE
 from sepconvert.network.copies import evaluation_mode
 from sepconvert.network.tensors import Inputs, fresh, tensor_leaves, tensors_in
 
@@ -66,7 +67,13 @@ def count(model: nn.Module, inputs: Inputs, counter: Counter = "fvcore") -> Cost
             f"cost: expected inputs with a batch of at least 1, got {_shapes(inputs)}; give a batch of 1"
         )
     macs = None
-    with evaluation_mode(model), _hooks_kept(model), torch.no_grad(), warnings.catch_warnings():
+    with (
+        evaluation_mode(model),
+        _hooks_kept(model),
+        hashable(model),
+        torch.no_grad(),
+        warnings.catch_warnings(),
+    ):
         warnings.simplefilter("ignore")
         if counter == "fvcore":
             # The tracer and fvcore may raise anything; errors of the model itself recur below.
@@ -88,28 +95,43 @@ def count(model: nn.Module, inputs: Inputs, counter: Counter = "fvcore") -> Cost
 def _traced(model: nn.Module, inputs: Inputs) -> tuple[float, dict[str, int]]:
     analysis = FlopCountAnalysis(unshadowed(_TensorsOnly(model)), inputs)
     analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False)
-    analysis.set_op_handle("aten::_convolution_mode", _same_padding_conv)
+    for name in ("aten::_convolution_mode", f"torchvision::{DEFORMABLE}"):
+        analysis.set_op_handle(name, _convolution)
     return analysis.total(), dict(analysis.unsupported_ops())
 
 
 def _run(model: nn.Module, inputs: Inputs) -> tuple[float, dict[str, int]]:
-    uncounted = _Uncounted()
-    with FlopCounterMode(display=False) as counter, uncounted:
+    rules = _deformable()
+    uncounted = _Uncounted({*flop_registry, *rules})
+    with FlopCounterMode(display=False, custom_mapping=rules) as counter, uncounted:
         _TensorsOnly(model)(*inputs)
     return counter.get_total_flops() / 2, dict(uncounted.calls)
+
+
+def _deformable() -> dict[Any, Any]:
+    """Return the rule for deformable convolutions that torch's counter lacks, if torchvision is loaded."""
+    operator = getattr(torch.ops.torchvision, DEFORMABLE, None)
+    return {} if operator is None else {operator: _deformable_flops}
+
+
+def _deformable_flops(
+    x: Sequence[int], weight: Sequence[int], *_: Any, out_shape: Sequence[int], **__: Any
+) -> int:
+    return 2 * conv_flop_count(x, weight, out_shape)
 
 
 class _Uncounted(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's own
     """Counter of calls of operators that torch's counter has no rule for; views compute nothing."""
 
-    def __init__(self) -> None:
+    def __init__(self, counted: Set[Any]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # torch's own
+        self._counted = counted
         self.calls = collections.Counter[str]()
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if func.overloadpacket not in flop_registry and not func.is_view:
+        if func.overloadpacket not in self._counted and not func.is_view:
             self.calls[func.name().partition(".")[0]] += 1
         return func(*args, **(kwargs or {}))
 
@@ -129,8 +151,8 @@ class _TensorsOnly(nn.Module):
         return tensors
 
 
-def _same_padding_conv(inputs: list[Any], outputs: list[Any]) -> int:
-    """Return the MACs of a convolution with `padding="same"` or `"valid"`, an operator that fvcore lacks."""
+def _convolution(inputs: list[Any], outputs: list[Any]) -> int:
+    """Return the MACs of a convolution that fvcore lacks: deformable, or with `padding="same"` or "valid"."""
     return int(conv_flop_count(*(get_shape(value) for value in (inputs[0], inputs[1], outputs[0]))))
 
 

@@ -43,7 +43,8 @@ _DISPATCHED = (torch.ops.aten.convolution.default, torch.ops.aten._convolution.d
 _CONVOLUTION = re.compile(r"(?!.*(backward|weight|pack)).*conv(?!er)")
 
 
-_DEFORMABLE = "a deformable convolution reads its input at computed positions, as no separable form does"
+DEFORMABLE = "deform_conv2d"
+"""Name of torchvision's operator, which does as many multiply-adds as a dense convolution."""
 
 
 # Operators of which convolutions are made by hand, and other things too: a name, and what they do there.
@@ -299,7 +300,7 @@ class OtherOperator:
     convolves: bool  # for certain
     params: int  # among its arguments
     calls: int = 0
-    macs: int = 0  # of all calls; 0 for an operator without a weight
+    macs: int = 0  # of all calls, as `measure.cost` counts them
 
     @property
     def is_module(self) -> bool:
@@ -356,16 +357,20 @@ class HiddenConvolutions(TorchDispatchMode):  # type: ignore[no-untyped-call]  #
             ),
         )
         other.calls += 1
-        other.macs += _operator_macs(func, arguments, output)
+        if function == DEFORMABLE:
+            other.macs += _macs(arguments["weight"], output)
         return output
 
     def _described(self, func: Any, arguments: Mapping[str, Any]) -> tuple[str, str, bool]:
         """Return name, obstacle, and whether it certainly convolves, of an operator; empty for any other."""
         namespace, _, function = str(func.overloadpacket).rpartition(".")
-        if function == "deform_conv2d":
-            return function, _DEFORMABLE, True
+        if function == DEFORMABLE:
+            reason = (
+                "a deformable convolution reads its input at computed positions, as no separable form does"
+            )
+            return function, reason, True
         if _CONVOLUTION.match(function):
-            reason = f"{namespace}::{function} computes it, and only torch.nn.functional's are replaced"
+            reason = f"it is a call of {namespace}::{function}; only torch's own convolutions are replaced"
             return function, reason, True
         if function == "_fft_r2c" or (function == "_fft_c2c" and arguments["forward"]):
             self._has_spectrum = True
@@ -382,14 +387,3 @@ class HiddenConvolutions(TorchDispatchMode):  # type: ignore[no-untyped-call]  #
             return func(*args, **kwargs)
         finally:
             self._interceptor.depth -= 1
-
-
-def _operator_macs(func: Any, arguments: Mapping[str, Any], output: Any) -> int:
-    """Count multiply-adds of an operator as those of a `Call`; 0 if it has no kernel of a known layout."""
-    weight = arguments.get("weight")
-    first = next(iter(arguments.values()), None)
-    is_transposed = "transpose" in str(func) or arguments.get("transposed")
-    positions = first if is_transposed else output
-    if not isinstance(weight, Tensor) or not isinstance(positions, Tensor) or weight.ndim < 3:
-        return 0
-    return _macs(weight, positions) if positions.ndim == weight.ndim else 0

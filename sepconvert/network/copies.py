@@ -52,7 +52,8 @@ def _wrapped(module: nn.Module) -> nn.Module | None:
     if isinstance(module, nn.DataParallel | DistributedDataParallel):
         inner: nn.Module = module.module
         return inner
-    return module._modules.get("_orig_mod")  # of torch.compile, whose class is costly to import
+    # Of torch.compile, whose class is costly to import.
+    return dict(module._modules.items()).get("_orig_mod")
 
 
 def duplicate(model: M, memo: dict[int, Any] | None = None) -> M:

@@ -10,7 +10,7 @@ from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from sepconvert.base.errors import first_line
-from sepconvert.base.modules import has, put, submodule
+from sepconvert.base.modules import has, hashable, put, submodule
 from sepconvert.network.symbolic import (
     UntraceableError,
     agree,
@@ -41,8 +41,10 @@ def call_graph(owner: nn.Module, inputs: Inputs | None, calls: int) -> fx.GraphM
     for tracer in (symbolic_graph, exported_graph):
         this_mode, other_mode = stand_in(owner, owner.training), stand_in(owner, not owner.training)
         try:
-            module = tracer(this_mode, inputs)
-            if tracer(other_mode, inputs).code != module.code:
+            with hashable(owner):
+                module = tracer(this_mode, inputs)
+                other = tracer(other_mode, inputs)
+            if other.code != module.code:
                 raise UntraceableError("it does other things in training mode than in eval mode")
             if tracer is exported_graph and not agree(this_mode, module, inputs or ()):
                 raise UntraceableError("it does other things in float64")

@@ -126,7 +126,7 @@ class _Hidden:
 
 @dataclass(frozen=True)
 class _Found:
-    """What one forward pass has shown: calls, and by path of their modules those that are not followed."""
+    """Convolutions of one forward pass: calls that were followed, and others, by path of their modules."""
 
     records: list[_Record]
     hidden: Mapping[str, _Hidden]

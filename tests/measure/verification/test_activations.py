@@ -12,7 +12,7 @@ from sepconvert.base.environment import Runtime
 from sepconvert.files.onnx.export import export_program, onnx_feed, save_onnx
 from sepconvert.measure.latency import Deployed, session
 from sepconvert.measure.verification.activations import OPERATOR_ERRORS, ActivationErrors
-from sepconvert.measure.verification.outputs import Case, Reference, compare_export, reference
+from sepconvert.measure.verification.outputs import Reference, compare_export, reference
 from sepconvert.network.tensors import cast
 
 ACTIVATIONS = {
