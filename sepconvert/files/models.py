@@ -326,8 +326,8 @@ def _builder(spec: str) -> Callable[[], nn.Module]:
 
 def _load_weights(model: nn.Module, weights: Mapping[str, Tensor], path: Path) -> None:
     """Load weights into a model in place, or raise `SepconvertError` that says where they do not fit."""
-    model = unshadowed(model)
-    expected = model.state_dict()
+    plain = unshadowed(model)
+    expected = plain.state_dict()
     weights = {_plain_key(key, expected): value for key, value in weights.items()}
     if "n_averaged" not in expected:  # of torch.optim.swa_utils.AveragedModel
         weights.pop("n_averaged", None)
@@ -340,7 +340,7 @@ def _load_weights(model: nn.Module, weights: Mapping[str, Tensor], path: Path) -
     ]
     problems = []
     try:
-        outcome = model.load_state_dict(weights, strict=False)
+        outcome = plain.load_state_dict(weights, strict=False)
         problems += [f"lacks {some_of(outcome.missing_keys)}"] if outcome.missing_keys else []
         problems += [f"also holds {some_of(outcome.unexpected_keys)}"] if outcome.unexpected_keys else []
     except Exception as error:  # size mismatches, and whatever load hooks of user code raise
