@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from sepconvert.base.errors import SepconvertError, one_line, some_of
-from sepconvert.base.modules import modules, unshadowed
+from sepconvert.base.modules import modules, named_modules, unshadowed
 from sepconvert.factorize.geometry import MAX_INPUT_ELEMENTS
 from sepconvert.files.archives import load_archive
 from sepconvert.files.callables import resolve_callable
@@ -268,7 +268,7 @@ def _unwrap(content: object, path: Path) -> _Content:
 def _check_state(model: nn.Module) -> None:
     """Raise `ValueError` if a module's own dictionaries have other types than its constructor gives them."""
     usual = {name: value for name, value in vars(nn.Module()).items() if isinstance(value, dict)}
-    for module in modules(model):
+    for _, module in named_modules(model):  # one after the other: the next are found in what is checked
         if _makes_layers(vars(module).get("forward", id)):
             raise ValueError(f"the forward of a {type(module).__name__} is not as torch makes it")
         for name, value in usual.items():
