@@ -90,7 +90,7 @@ def put(model: nn.Module, path: str, module: nn.Module) -> None:
 
 def has(module: nn.Module, name: str) -> bool:
     """Return whether a module holds an attribute; a `__getattr__` of its own may answer for any name."""
-    return name in nn.Module.__dir__(module)
+    return name in nn.Module.__dir__(module)  # type: ignore[no-untyped-call]  # torch's own
 
 
 def deep_copy(model: M, memo: dict[int, Any]) -> M:
@@ -178,11 +178,12 @@ def _shadows(module: nn.Module) -> bool:
     own = vars(module).keys() & _METHODS
     # What torch.export loads refuses to change its mode by functions of its own.
     refusals = {name for name in own & {"train", "eval"} if callable(vars(module)[name])}
-    return bool(own - refusals - {"forward"}) or _class_shadows(type(module))
+    cls: Any = type(module)  # mypy takes no class for hashable
+    return bool(own - refusals - {"forward"}) or _class_shadows(cls)
 
 
 @functools.cache
-def _class_shadows(cls: type[nn.Module]) -> bool:
+def _class_shadows(cls: Any) -> bool:
     if any(not _is_torch(_definition(cls, name)[0]) for name in (*_STRUCTURE, *_SPECIAL)):
         return True
     return any(not inspect.isroutine(_definition(cls, name)[1]) for name in _METHODS)

@@ -117,7 +117,7 @@ def _deformable() -> dict[Any, Any]:
 def _deformable_flops(
     x: Sequence[int], weight: Sequence[int], *_: Any, out_shape: Sequence[int], **__: Any
 ) -> int:
-    return 2 * conv_flop_count(x, weight, out_shape)
+    return 2 * int(conv_flop_count(x, weight, out_shape))
 
 
 class _Uncounted(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's own

@@ -152,12 +152,12 @@ def trace(model: nn.Module, inputs: Inputs) -> tuple[ConvSite, ...]:
             f"the model is quantised ({found}), and factors need kernels in floating point; convert the "
             "model before it is quantised, and quantise the result"
         )
-    found = _run(model, inputs)
+    seen = _run(model, inputs)
     # One entry for a layer of which some calls are followed and some are not.
     records = [
         record
-        for record in found.records
-        if not (isinstance(record.call.module, _ConvNd) and record.call.place[0] in found.hidden)
+        for record in seen.records
+        if not (isinstance(record.call.module, _ConvNd) and record.call.place[0] in seen.hidden)
     ]
     # Weights that the forward pass computes from its input differ on another input, or another batch.
     variable = _variable_weights(model, records, inputs)
@@ -172,11 +172,11 @@ def trace(model: nn.Module, inputs: Inputs) -> tuple[ConvSite, ...]:
             for calls in grouped.values()
         ]
     )
-    for each in found.hidden.values():
+    for each in seen.hidden.values():
         sites.append(_unseen(each.module, names[id(each.module)], each.kind, each.obstacle))
-    sites += [_other_site(other, names, max(batch, 1)) for other in found.others]
+    sites += [_other_site(other, names, max(batch, 1)) for other in seen.others]
     # By their weights too: `conv.forward(x)` is a call by the module that makes it.
-    executed = {id(each.module) for each in (*found.hidden.values(), *found.others)}
+    executed = {id(each.module) for each in seen.hidden.values()} | {id(each.module) for each in seen.others}
     executed |= {id(record.call.module) for record in records}
     executed |= {id(record.call.arguments["weight"]) for record in records}
     for module in modules(model):
