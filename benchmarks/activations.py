@@ -3,8 +3,8 @@
     python benchmarks/activations.py [--dtype float32]
 
 `sepconvert.measure.verification.activations.OPERATOR_ERRORS` holds the bounds that these figures support.
-Each activation of torch is exported as `sepconvert` exports models, and run on 200,200 values from -100 to 100,
-most of them near 0. Where the exporter or the runtime computes another function, the table shows that too.
+Each activation of torch is exported as `sepconvert` exports models, and run on 200,200 values from -100 to
+100, most of them near 0. The table also shows where the exporter or the runtime computes something else.
 """
 
 import argparse

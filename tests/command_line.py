@@ -37,6 +37,14 @@ def build():
     print("the user's own words")
     return Scaled().eval()
 
+def trained(seed=0):
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return Scaled().eval()
+
+def another():
+    return trained(1)
+
 def fail():
     raise RuntimeError("two\\nlines")
 

@@ -4,6 +4,7 @@ import onnxruntime
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.data import DataLoader, Subset
 
 import sepconvert
 from sepconvert import Calibration, Timing
@@ -63,7 +64,14 @@ def convert_small(small, mode="approx", **options):
     """Convert the network of the fixture `small`, fitted to 64 of its images."""
     model, loader = small
     images = torch.cat([x for x, _ in loader])
-    return decided(model, images[:2], mode, calib=loader, calibration=Calibration(images=64), **options)
+    calib, _ = apart(loader)
+    return decided(model, images[:2], mode, calib=calib, calibration=Calibration(images=64), **options)
+
+
+def apart(loader):
+    """Return two loaders: the first 100 images of one, and the others."""
+    parts = range(100), range(100, len(loader.dataset))
+    return [DataLoader(Subset(loader.dataset, part), loader.batch_size) for part in parts]
 
 
 class Net(nn.Module):

@@ -34,6 +34,34 @@ def layer(macs, sensitivity, ranks=(3, 2, 1)):
     return LayerSurvey(macs, macs, offers, sensitivity)
 
 
+IMAGES = 10**4
+
+
+def delta(drop, n=IMAGES):
+    """A drop in percentage points, measured on n images."""
+    lost = max(0, min(n, round(drop * n / 100)))
+    return AccuracyDelta(drop, Interval(0.0, 0.0), 1.0, 1.0, n, lost, 0)
+
+
+class BenchScores:
+    """Drops of a bench's models, each measured once, on all of the images."""
+
+    sizes, choosing = (IMAGES,), IMAGES
+
+    def __init__(self, bench):
+        self.bench = bench
+
+    def delta(self, model, images):
+        known = self.bench.known
+        if id(model) not in known:
+            self.bench.measured["drop"].append(model.cost)
+            known[id(model)] = model, delta(self.bench.drop_of(model))
+        return known[id(model)][1]
+
+    def rest(self, model):
+        return None
+
+
 class Bench:
     """A workshop whose measurements depend on the cost alone, and which remembers what it has measured."""
 
@@ -44,7 +72,7 @@ class Bench:
         self.total = REST + sum(each.macs for each in surveyed.values())
         self.drop, self.ratio, self.idle, self.diverges = drop, ratio, idle, divergence
         self.compares_outputs, self.times_plans = divergence is not None, ratio is not None
-        self.measured = {"drop": [], "ratio": []}
+        self.measured, self.known = {"drop": [], "ratio": []}, {}
         self.search = Search(
             surveyed, self, Totals(self.total, self.total, "milliseconds" if timed else "macs")
         )
@@ -75,11 +103,12 @@ class Bench:
     def restored(self, fitted, name):
         return self.model({n: each for n, each in fitted.choice.items() if n != name})
 
-    def accuracy(self, model):
-        if self.drop is None:
-            return None
-        self.measured["drop"].append(model.cost)
-        return AccuracyDelta(self.drop(model.cost), Interval(0.0, 0.0), 1.0, 1.0)
+    @property
+    def scores(self):
+        return None if self.drop is None else BenchScores(self)
+
+    def drop_of(self, model):
+        return self.drop(model.cost)
 
     def speedups(self, models):
         self.measured["ratio"] += [model.cost for model in models]

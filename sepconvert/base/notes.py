@@ -15,7 +15,6 @@ class ReasonCode(str, Enum):
     UNFOLLOWED = "unfollowed"  # an operator that may be part of a convolution, or of something else
     FULL_RANK = "full-rank"  # no exact structure holds
     COSTS_MORE = "costs-more"  # its structures do not pass the gate
-    UNTIMED = "untimed"  # no time was left to measure its forms
     TOO_LARGE = "too-large"  # its statistics exceed the memory limit
     BUDGET = "budget"  # the plan spends the budget elsewhere
 

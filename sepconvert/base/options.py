@@ -6,7 +6,7 @@ default are made from it (see `sepconvert.cli.options`). Nothing here imports to
 
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import Field, dataclass, field, fields
+from dataclasses import Field, dataclass, field, fields, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -119,6 +119,13 @@ class Budget:
         metavar="PP",
         shown_default="1, if nothing else is demanded",
     )
+    confidence: float | None = option(
+        "Probability with which the drop on unseen images of the same kind keeps within `max_drop`, such as "
+        "0.95; by default, the drop on `data` does.",
+        low=0.5,
+        high=0.9999,
+        metavar="P",
+    )
 
     def __post_init__(self) -> None:
         """Check the ranges, and that at most one demand fixes the plan."""
@@ -142,17 +149,19 @@ class Budget:
         Raises:
             SepconvertError: a demand cannot be measured, for want of labelled data or of timed runs.
         """
-        if self == Budget():
+        if self == Budget(confidence=self.confidence):
             if not labelled:
                 raise SepconvertError(
                     "`mode`: approx and auto need a budget; pass `rank`, `target_macs`, `target_params` or "
                     "`min_speedup`, or `data` to hold accuracy"
                 )
-            return Budget(max_drop=1.0)
+            return replace(self, max_drop=1.0)
         if self.max_drop is not None and not labelled:
             raise SepconvertError("`max_drop`: needs labelled data to measure the drop on; pass `data`")
         if self.min_speedup is not None and not timed:
             raise SepconvertError("`min_speedup`: needs timed runs; pass `runs` above 0")
+        if self.confidence is not None and self.max_drop is None:
+            raise SepconvertError("`confidence`: is that of a drop of accuracy; pass `max_drop` too")
         return self
 
 
@@ -306,8 +315,8 @@ class Finetuning:
 class Origin:
     """Provenance of a model and of its conversion, for the report."""
 
-    path: str | None = None  # of the model file
-    sha256: str | None = None  # of its content
+    path: str | None = None  # of the model file, or the name of a model without one
+    sha256: str | None = None  # of the file's content, or of the model's weights
     command: str | None = None  # the command line that asked for the conversion
 
     def to_json(self) -> dict[str, Any] | None:

@@ -1,10 +1,12 @@
 """Division of the images by purpose: to fit to, to judge plans by, to fine-tune on, to score.
 
-Nothing is judged by images that it was fitted to, and no calibration image is scored.
+Nothing is judged by images that it was fitted to, and no calibration image is scored. Where the user passes
+the same images for both, they are found by their hashes.
 """
 
+import hashlib
 import itertools
-from collections.abc import Iterable, Iterator, Sized
+from collections.abc import Iterable, Iterator, Sequence, Sized
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +26,12 @@ MOST_AT_ONCE = 64
 
 
 _MOST_HELD_OUT = 256
+
+
+_MOST_SEEN_TWICE = 0.5  # share of the images of a set; data sets with some duplicates stay far below
+
+
+_OWN_PART = "split off `data`, and not scored"
 
 
 @dataclass(frozen=True)
@@ -62,6 +70,12 @@ class TrainingSet:
     train: DataLoader[Batch]
     judge: DataLoader[Batch]
     labelled: bool  # whether there are labels in the first batch to train on
+    origin: str  # which of the user's data they come from
+
+    @property
+    def images(self) -> int:
+        """Number of images, those to choose weights by among them."""
+        return _size(self.train) + _size(self.judge)
 
 
 @dataclass(frozen=True)
@@ -114,14 +128,14 @@ def split_data(
     images = min(options.images, _size(source.loader))
     calibration = _calibration_set(source, images, options.memory, seed, at_once)
     if train is None or train is source.loader:
-        train, heldout = source.loader, _heldout(images)
+        train, heldout, origin = source.loader, _heldout(images), source.origin
     else:
-        heldout = _heldout(_size(train))
+        heldout, origin = _heldout(_size(train)), "`train`"
     if epochs and not heldout:
         raise SepconvertError(
             f"`finetune`: needs images to judge by too, got {_size(train)} in all; pass more"
         )
-    return DataSplit(source.scored, calibration, _training_set(train, heldout, seed))
+    return DataSplit(source.scored, calibration, _training_set(train, heldout, origin, seed))
 
 
 def _heldout(images: int) -> int:
@@ -141,7 +155,7 @@ def _source(
         return _Source(train, "`train`", data)
     if isinstance(data, DataLoader):
         part, rest = split(data, [min(images, _size(data) // 2)], seed)
-        return _Source(part, "split off `data`, and not scored", rest)
+        return _Source(part, _OWN_PART, rest)
     return None
 
 
@@ -162,12 +176,80 @@ def _calibration_set(
     )
 
 
-def _training_set(loader: DataLoader[Batch], heldout: int, seed: int) -> TrainingSet:
+def _training_set(loader: DataLoader[Batch], heldout: int, origin: str, seed: int) -> TrainingSet:
     # The same seed as for calibration: of the same source the same images are held out.
     judge, train = split(loader, [heldout], seed)
     _, *labels = next(iter(train))
     labelled = bool(labels) and bool((labels[0] >= 0).any())
-    return TrainingSet(train, judge, labelled)
+    return TrainingSet(train, judge, labelled, origin)
+
+
+@dataclass(frozen=True)
+class Overlap:
+    """The scored images that are fitted to or trained on as well.
+
+    `images` is the number of images to fit to or to train on, of which `compared` were compared with the
+    scored ones; `scored` is the number of scored images that are among those.
+    """
+
+    images: int
+    compared: int
+    scored: int
+
+
+@dataclass(frozen=True)
+class SeenTwice:
+    """The scored images that are also calibration images, or training images if there is training."""
+
+    calib: Overlap
+    train: Overlap | None
+
+
+def image_hashes(x: Tensor) -> list[bytes]:
+    """Return a hash of each image of a batch: the same for the same values, in whatever dtype."""
+    values = x.detach().to("cpu", torch.float32).numpy()
+    return [hashlib.sha256(image.tobytes()).digest() for image in values]
+
+
+def find_seen_twice(parts: DataSplit, scored: Sequence[bytes], *, trained: bool) -> SeenTwice | None:
+    """Find the scored images that are fitted to or trained on as well; None without calibration images.
+
+    Training images are not read for this: a sample of them is compared, that of the calibration images or,
+    if they come from elsewhere, those held out to choose weights by.
+
+    Args:
+        parts: the images by purpose.
+        scored: hashes of the scored ones.
+        trained: whether there is any training.
+
+    Raises:
+        SepconvertError: most images are, as the user passed the same data for both.
+    """
+    calibration, training = parts.calibration, parts.training
+    if calibration is None:
+        return None
+    found = [each for x in (*calibration.fit, *calibration.heldout) for each in image_hashes(x)]
+    calib = _overlap(found, len(found), scored, calibration.origin)
+    if not trained or training is None:
+        return SeenTwice(calib, None)
+    if training.origin != calibration.origin:
+        found = [each for x, *_ in whole(training.judge) for each in image_hashes(x)]
+    return SeenTwice(calib, _overlap(found, training.images, scored, training.origin))
+
+
+def _overlap(compared: Sequence[bytes], images: int, scored: Sequence[bytes], origin: str) -> Overlap:
+    """Compare images with the scored ones; images that occur often, such as black frames, refuse no data."""
+    ours, theirs = set(compared), set(scored)
+    both = ours & theirs
+    share = len(both) / len(ours)
+    most = share > _MOST_SEEN_TWICE or share * images > _MOST_SEEN_TWICE * len(theirs)
+    if most and origin != _OWN_PART:
+        raise SepconvertError(
+            f"{origin}: {len(both):,} of {len(ours):,} images that were compared are in `data`, too, and the "
+            "accuracy on what was fitted to says nothing; pass other images, or, without fine-tuning, `data` "
+            "alone: a part of it is then fitted to and not scored"
+        )
+    return Overlap(images, len(compared), sum(each in both for each in scored))
 
 
 def check_shapes(parts: DataSplit, inputs: Inputs) -> None:

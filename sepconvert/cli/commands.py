@@ -111,9 +111,10 @@ def apply(**options: Any) -> None:
         loaded = load_subject(options)
         if plan.model_sha256 not in (None, loaded.sha256):
             raise SepconvertError(
-                f"{loaded.path}: is not the file that the plan was made from (SHA-256 {loaded.sha256[:12]}…, "
-                f"expected {plan.model_sha256[:12]}…), and would get the plan's weights; pass that file, or "
-                "call sepconvert.apply in Python, which takes any model of the architecture"
+                f"{loaded.path}: is not the model that the plan was made from (SHA-256 "
+                f"{loaded.sha256[:12]}…, expected {plan.model_sha256[:12]}…), and would get the plan's "
+                "weights; pass that model, or call sepconvert.apply in Python, which takes any of the "
+                "architecture"
             )
         verified = run_apply(
             loaded.model,

@@ -14,7 +14,7 @@ from sepconvert.base.errors import SepconvertError, first_line
 from sepconvert.base.modules import unshadowed
 from sepconvert.base.options import Timing
 from sepconvert.calibration.footprint import images_at_once
-from sepconvert.cli.options import Options, value_of
+from sepconvert.cli.options import Options, in_flags, value_of
 from sepconvert.factorize.geometry import MAX_INPUT_ELEMENTS
 from sepconvert.files.data import (
     Batch,
@@ -73,15 +73,14 @@ def load_subject(options: Options) -> LoadedModel:
     if options["trust"]:
         click.echo(f"sepconvert: --trust: {options['model']} is run as a program", err=True)
     loaded = load_model(
-        options["model"], factory=options["factory"], allow=options["allow"], trust=options["trust"]
+        options["model"],
+        factory=options["factory"],
+        allow=options["allow"],
+        trust=options["trust"],
+        ignore_extra_keys=options["ignore_extra_keys"],
     )
-    if loaded.stored_dtype is not None:
-        stored, own = (
-            str(dtype).removeprefix("torch.") for dtype in (loaded.stored_dtype, model_dtype(loaded.model))
-        )
-        click.echo(
-            f"sepconvert: {options['model']}: {stored} weights, in the {own} model of --factory", err=True
-        )
+    for note in loaded.notes:
+        click.echo(f"sepconvert: {in_flags(note)}", err=True)
     try:
         unshadowed(loaded.model).to(options["device"])
         if torch.device(options["device"]).type == "meta":

@@ -150,7 +150,14 @@ loading_options = _options(
     click.option(
         "--factory",
         metavar="PKG.MOD:CALLABLE",
-        help="Callable that builds the model of a state_dict checkpoint; also file.py:callable.",
+        help="Callable that builds the model of a state_dict checkpoint; also file.py:callable. If the "
+        "model has its weights already, MODEL is the name of what they came from.",
+    ),
+    click.option(
+        "--ignore-extra-keys",
+        multiple=True,
+        metavar="GLOB",
+        help="Leave out such keys of a checkpoint if the model of --factory does not have them. Repeatable.",
     ),
     click.option(
         "--allow", multiple=True, metavar="CLASS", help="Admit this class in a pickled model. Repeatable."

@@ -6,7 +6,6 @@ of itself.
 """
 
 import contextlib
-import hashlib
 import json
 import os
 from collections.abc import Iterable, Mapping
@@ -25,6 +24,7 @@ from torch import Tensor
 from sepconvert.base.documents import is_intact, sealed
 from sepconvert.base.errors import SepconvertError, first_line
 from sepconvert.distillation.results import Epoch
+from sepconvert.network.tensors import sha256_of
 
 FORMAT = 2
 """Version of the format of checkpoints."""
@@ -136,10 +136,6 @@ def _checksums(tensors: Mapping[str, Tensor]) -> dict[str, list[Any]]:
     }
 
 
-def digest_of(tensors: Iterable[Tensor]) -> str:
+def digest_of(tensors: Iterable[object]) -> str:
     """Return 16 hexadecimal digits of the SHA-256 of tensors; other values are skipped."""
-    digest = hashlib.sha256()
-    for tensor in tensors:
-        if isinstance(tensor, Tensor):  # a module's extra state may be anything
-            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()[:16]
+    return sha256_of(tensors)[:16]

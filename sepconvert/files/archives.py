@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from sepconvert.base.errors import SepconvertError
-from sepconvert.files.limits import check_cost
+from sepconvert.base.limits import check_cost
 
 _WORD = re.compile(r"\w*", re.ASCII)
 

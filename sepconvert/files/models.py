@@ -12,6 +12,7 @@ import re
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from glob import escape
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,9 @@ from sepconvert.factorize.geometry import MAX_INPUT_ELEMENTS
 from sepconvert.files.archives import load_archive
 from sepconvert.files.callables import resolve_callable
 from sepconvert.files.pickles import load_pickle
+from sepconvert.files.weights import Content, load_weights, unwrapped_content
 from sepconvert.network.copies import unwrapped
+from sepconvert.network.tensors import sha256_of
 
 __all__ = ["LoadedModel", "load_model", "parse_input_shape"]
 
@@ -34,22 +37,22 @@ _MAX_EXAMPLE = 2**22  # elements of an input whose shape the file gives, and not
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model and the file that it came from.
+    """A model and the file, or the name, that it came from.
 
     Attributes:
         model: the model, on the CPU, in the mode (train or eval) in which it was saved or built.
-        path: the file.
-        sha256: SHA-256 of the file, in hexadecimal.
+        path: the file, or a name where `factory` gave the weights.
+        sha256: SHA-256 of the file, in hexadecimal; for a name, that of the weights (`sha256_of`).
         example_inputs: inputs with a batch dimension: those stored in a .pt2 archive, or zeros of the input
             size that a timm model names; None if the file gives none.
-        stored_dtype: dtype of the stored weights, if the model that `factory` builds has another; else None.
+        notes: sentences that the user must see: which weights were left out, cast or not read.
     """
 
     model: nn.Module
     path: Path
     sha256: str
     example_inputs: tuple[Tensor, ...] | None
-    stored_dtype: torch.dtype | None = None
+    notes: tuple[str, ...] = ()
 
 
 def load_model(
@@ -58,6 +61,7 @@ def load_model(
     factory: str | None = None,
     allow: Sequence[str] = (),
     trust: bool = False,
+    ignore_extra_keys: Sequence[str] = (),
 ) -> LoadedModel:
     """Read a model file; its content, not its extension, decides the format.
 
@@ -67,19 +71,32 @@ def load_model(
 
     Args:
         path: a module or a state_dict saved by `torch.save` (zip or legacy), a `.safetensors` file, or a
-            `.pt2` archive of `torch.export.save`.
+            `.pt2` archive of `torch.export.save`. Where the model of `factory` has its weights already: what
+            they came from, either a file of another framework, or a name, which has no separator and no
+            extension of a model file.
         factory: callable, as `pkg.mod:callable` or `file.py:callable`, that builds the model which takes the
             weights of the file. It is needed for a state_dict; if the file holds several, plain
             weights are preferred to averaged (EMA) ones.
         allow: full names of further classes that a pickle may use.
         trust: whether to run the file as the program that it is, without restrictions.
+        ignore_extra_keys: globs of keys in the file that the model of `factory` does not have; those that
+            match are left out.
 
     Raises:
         SepconvertError: the file is no model, is damaged, or needs more than is allowed.
     """
     path = Path(path)
     build = _builder(factory) if factory else None
-    kind = _format(path)
+    if ignore_extra_keys and build is None:
+        raise SepconvertError(
+            "`ignore_extra_keys`: only for weights that the model of `factory` takes; pass `factory` too"
+        )
+    try:
+        kind = _format(path)
+    except SepconvertError:
+        if build is None or not _is_origin(path):
+            raise
+        return _as_built(build, path)
     try:
         content, weights, examples = _read(path, kind, allow, trust)
     except SepconvertError:
@@ -93,14 +110,11 @@ def load_model(
         raise SepconvertError(
             f"{path}: cannot be read as a {kind} file ({one_line(error)}); {advice}"
         ) from error
-    if any(isinstance(value, Tensor) and value.is_meta for value in weights.values()):
-        raise SepconvertError(f"{path}: has weights without data (on the meta device); save a trained model")
-    cast_from = None
+    _check_data(weights, path)
+    notes: tuple[str, ...] = ()
     if build is not None:
         model = build()
-        stored, own = _float_dtypes(weights), _float_dtypes(unshadowed(model).state_dict())
-        cast_from = stored.pop() if len(stored) == len(own) == 1 and stored != own else None
-        _load_weights(model, weights, path)
+        notes = load_weights(model, weights, path, ignore_extra_keys)
     elif isinstance(content, nn.Module):
         model = content
     else:
@@ -109,15 +123,12 @@ def load_model(
             "model; pass `factory` pkg.mod:callable or `factory` file.py:callable that returns it"
         )
     unshadowed(model).cpu()
-    return LoadedModel(model, path, _sha256(path), examples or _timm_example(model), cast_from)
-
-
-_Content = nn.Module | Mapping[str, Tensor]
+    return LoadedModel(model, path, _sha256(path), examples or _timm_example(model), notes)
 
 
 def _read(
     path: Path, kind: str, allow: Sequence[str], trust: bool
-) -> tuple[_Content, Mapping[str, Tensor], tuple[Tensor, ...] | None]:
+) -> tuple[Content, Mapping[str, Tensor], tuple[Tensor, ...] | None]:
     """Return the module or the state_dict in a file, its weights, and the example inputs stored with it."""
     examples: tuple[Tensor, ...] | None = None
     stored: object
@@ -127,7 +138,7 @@ def _read(
         stored = load_file(path)
     else:
         stored = load_pickle(path, allow, trust, legacy=kind == "legacy torch.save")
-    content = _unwrap(stored, path)
+    content = unwrapped_content(stored, path)
     if isinstance(content, nn.Module):
         _check_state(content)
     weights = unshadowed(content).state_dict() if isinstance(content, nn.Module) else content
@@ -226,43 +237,7 @@ def _zip_format(path: Path, expected: str) -> str:
     raise SepconvertError(f"{path}: a zip file that is no model (it holds {some_of(members)}); {expected}")
 
 
-# State dicts --------------------------------------------------------------------------------------
-
-_WRAPPERS = (
-    "state_dict",
-    "model_state_dict",
-    "model_state",
-    "model",
-    "net",
-    "network",
-    "module",
-    "state_dict_ema",
-    "model_ema",
-    "ema",
-)
-
-
-def _unwrap(content: object, path: Path) -> _Content:
-    """Return the module or the state_dict within the dictionaries of a checkpoint."""
-    for _ in range(8):  # a hostile wrapper may hold itself
-        if isinstance(content, nn.DataParallel | nn.parallel.DistributedDataParallel):
-            content = content.module
-        if isinstance(content, nn.Module):
-            return content
-        if not isinstance(content, Mapping):
-            break
-        inner = [content[key] for key in _WRAPPERS if isinstance(content.get(key), Mapping | nn.Module)]
-        if not inner:
-            break
-        content = inner[0]
-    if not isinstance(content, Mapping):
-        raise SepconvertError(f"{path}: holds a {type(content).__name__}; expected a module or a state_dict")
-    if not any(isinstance(value, Tensor) for value in content.values()):
-        raise SepconvertError(
-            f"{path}: holds no weights, only {some_of(map(str, content)) or 'an empty dict'}; "
-            "expected a module or a state_dict"
-        )
-    return {str(key): value for key, value in content.items()}
+# Contents ----------------------------------------------------------------------------------------
 
 
 def _check_state(model: nn.Module) -> None:
@@ -283,7 +258,7 @@ def _makes_layers(called: object) -> bool:
     return isinstance(called, type | functools.partial) or not callable(called)
 
 
-def _check_tensors(content: _Content, weights: Mapping[str, object], path: Path) -> None:
+def _check_tensors(content: Content, weights: Mapping[str, object], path: Path) -> None:
     """Refuse sparse tensors, and views that repeat a few stored numbers until they fill the memory."""
     plain = unshadowed(content) if isinstance(content, nn.Module) else nn.Module()
     own = [*plain.parameters(), *plain.buffers()]
@@ -301,6 +276,12 @@ def _check_tensors(content: _Content, weights: Mapping[str, object], path: Path)
             f"{path}: its weights take {claimed / 1e6:,.0f} MB, and the file {size / 1e6:,.1f}: they "
             "repeat what is stored; save them whole (tensor.contiguous())"
         )
+
+
+def _check_data(weights: Mapping[str, object], path: Path) -> None:
+    """Refuse weights that are only shapes."""
+    if any(isinstance(value, Tensor) and value.is_meta for value in weights.values()):
+        raise SepconvertError(f"{path}: has weights without data (on the meta device); save a trained model")
 
 
 def _builder(spec: str) -> Callable[[], nn.Module]:
@@ -324,45 +305,57 @@ def _builder(spec: str) -> Callable[[], nn.Module]:
     return build
 
 
-def _load_weights(model: nn.Module, weights: Mapping[str, Tensor], path: Path) -> None:
-    """Load weights into a model in place, or raise `SepconvertError` that says where they do not fit."""
-    plain = unshadowed(model)
-    expected = plain.state_dict()
-    weights = {_plain_key(key, expected): value for key, value in weights.items()}
-    if "n_averaged" not in expected:  # of torch.optim.swa_utils.AveragedModel
-        weights.pop("n_averaged", None)
-    shapes = [
-        f"{key} {tuple(value.shape)} for {tuple(expected[key].shape)}"
-        for key, value in weights.items()
-        if isinstance(value, Tensor)
-        and isinstance(expected.get(key), Tensor)
-        and value.shape != expected[key].shape
-    ]
-    problems = []
-    try:
-        outcome = plain.load_state_dict(weights, strict=False)
-        problems += [f"lacks {some_of(outcome.missing_keys)}"] if outcome.missing_keys else []
-        problems += [f"also holds {some_of(outcome.unexpected_keys)}"] if outcome.unexpected_keys else []
-    except Exception as error:  # size mismatches, and whatever load hooks of user code raise
-        problems += [f"has shapes that differ: {some_of(shapes)}" if shapes else one_line(error)]
-    if problems:
+# Models that have their weights already -----------------------------------------------------------
+
+# Files that a factory may have read the weights from; torch writes no such ones.
+_FOREIGN = (".onnx", ".tflite", ".pb", ".index", ".h5", ".hdf5", ".keras", ".npz", ".msgpack")
+
+# A word that ends in one of these is a file's name, which must not be mistyped.
+_EXTENSIONS = (
+    *_FOREIGN, ".pt", ".pth", ".pt2", ".th", ".t7", ".ckpt", ".tar", ".zip", ".bin", ".pkl", ".pickle",
+    ".safetensors", ".model", ".weights", ".params", ".npy", ".json",
+)  # fmt: skip
+
+
+def _is_origin(path: Path) -> bool:
+    """Return whether a path that is no file of torch can say what the weights of `factory` came from.
+
+    Raises:
+        SepconvertError: it looks like the name of a file without its extension.
+    """
+    if path.exists():
+        return path.is_file() and path.suffix in _FOREIGN
+    if path.name != str(path) or path.suffix in _EXTENSIONS:
+        return False
+    files = [each.name for each in path.parent.glob(f"{escape(path.name)}.*") if each.suffix in _EXTENSIONS]
+    if files:
         raise SepconvertError(
-            f"{path}: does not fit the model of `factory`: it {' and '.join(problems)}; "
-            "pass the `factory` that builds the model which was trained"
+            f"{path}: there is no such file, but {some_of(sorted(files))}; pass that, or, if the model of "
+            "`factory` has its weights already, a name that no file begins with"
         )
+    return True
 
 
-def _float_dtypes(weights: Mapping[str, object]) -> set[torch.dtype]:
-    tensors = [value for value in weights.values() if isinstance(value, Tensor)]
-    return {tensor.dtype for tensor in tensors if tensor.is_floating_point()}
+def _as_built(build: Callable[[], nn.Module], path: Path) -> LoadedModel:
+    """Return the model of `factory` with the weights that it has; `path` says what they came from.
 
-
-def _plain_key(key: str, expected: Mapping[str, object]) -> str:
-    """Return a key without the prefixes of torch.compile and DataParallel."""
-    key = key if key in expected else key.replace("_orig_mod.", "")
-    while key not in expected and key.startswith("module."):
-        key = key.removeprefix("module.")
-    return key
+    Raises:
+        SepconvertError: they are others each time, as those of a model that was not trained are.
+    """
+    model = build()
+    weights = unshadowed(model).state_dict()
+    _check_data(weights, path)
+    sha256 = sha256_of(weights.values())
+    found = "is no model file of torch" if path.exists() else "there is no such file"
+    if sha256_of(unshadowed(build()).state_dict().values()) != sha256:
+        raise SepconvertError(
+            f"{path}: {found}, and the weights that `factory` gives are random: no two calls give the same; "
+            "pass the file that holds trained ones, or a `factory` that loads them"
+        )
+    note = f"{path}: {found}; the weights are those that `factory` gives"
+    sha256 = _sha256(path) if path.exists() else sha256
+    unshadowed(model).cpu()
+    return LoadedModel(model, path, sha256, _timm_example(model), (note,))
 
 
 # Small helpers ------------------------------------------------------------------------------------

@@ -26,9 +26,9 @@ from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 from torch.utils import _pytree as pytree
 
 from sepconvert.base.errors import SepconvertError, some_of
+from sepconvert.base.limits import check_cost, check_length
 from sepconvert.base.modules import modules
 from sepconvert.files.callables import look_up, make_importable
-from sepconvert.files.limits import check_cost, check_length
 
 # Packages of modules whose constructors build layers and do nothing else. All of timm would be too much:
 # timm.task.DistillationTeacher is an nn.Module too, and its constructor downloads the model that it is given.

@@ -78,6 +78,10 @@ class Predictions:
         """Whether the first-ranked class is the label: N booleans."""
         return np.equal(self.ranked[:, 0], self.labels)
 
+    def at(self, places: npt.NDArray[np.int64]) -> "Predictions":
+        """Return the predictions for the samples at some places."""
+        return Predictions(self.ranked[places], self.labels[places], self.classes)
+
     def accuracy(self) -> Accuracy:
         """Return the top-1 accuracy, and top-5 if there are more than five classes."""
         among_five = (self.ranked == self.labels[:, None]).any(axis=1)
@@ -94,13 +98,17 @@ class AccuracyDelta:
 
     `drop` is the accuracy lost, in percentage points (below 0: gained), and `ci95` its 95 % interval
     (`paired_difference_interval`); both are in the unit of `metric`. `agreement` is the fraction, in [0, 1],
-    of samples for which both predict the same class, right or wrong. `p_value` is that of `mcnemar`.
+    of samples for which both predict the same class, right or wrong. `p_value` is that of `mcnemar`. Of `n`
+    samples, `lost` are right before and wrong after, and `won` the converse.
     """
 
     drop: float
     ci95: Interval
     agreement: float
     p_value: float
+    n: int
+    lost: int
+    won: int
     metric: Metric = TOP1
 
     def to_dict(self) -> dict[str, Any]:
@@ -110,6 +118,7 @@ class AccuracyDelta:
                 "value": self.drop,
                 "ci95": self.ci95.to_list(),
                 "mcnemar_p": self.p_value,
+                "n": self.n,
             },
             "agreement": self.agreement,
         }
@@ -161,13 +170,14 @@ def evaluate(
     loader: Iterable[tuple[Tensor, Tensor]],
     progress: Progress = silent,
     description: str = "accuracy",
+    on_images: Callable[[Tensor], None] | None = None,
 ) -> Predictions:
     """Run a copy of a classifier, in eval mode, over a labelled data set and return its predictions.
 
     `loader` yields batches `(x, y)`: inputs, and N integer labels. The inputs are moved to the device and
     dtype of the model's first floating-point parameter (or buffer; a model without any gets them as they
     are). The model returns logits, N×classes: a tensor, the `logits` of a mapping or object, or else the
-    first tensor in a tuple, list, mapping or dataclass.
+    first tensor in a tuple, list, mapping or dataclass. `on_images` is called with the inputs of each batch.
 
     Raises `SepconvertError` if the loader is empty, a batch is no such pair, the model cannot run on it, the
     output holds no such logits or has NaN, or a label is not a class of the model.
@@ -177,6 +187,8 @@ def evaluate(
     with torch.no_grad():
         for batch in whole(loader, progress, description):
             x, y = checked_batch(batch)
+            if on_images is not None:
+                on_images(x)
             if running is None:  # a Sequential of nothing is false
                 running = quick_copy(model, x)
             logits = _logits(_run(running, placed(x, running)), len(y))
@@ -232,6 +244,9 @@ def accuracy_delta(original: Predictions, converted: Predictions) -> AccuracyDel
         ci95=TOP1.interval(lost, won, n),
         agreement=float((original.ranked[:, 0] == converted.ranked[:, 0]).mean()),
         p_value=mcnemar(lost, won),
+        n=n,
+        lost=lost,
+        won=won,
     )
 
 

@@ -1,5 +1,6 @@
-"""Confidence intervals: distribution-free ones for latencies, paired ones for predictions."""
+"""Confidence intervals of latencies, without a distribution, and of differences of paired predictions."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -73,11 +74,7 @@ def paired_difference_interval(
     Raises `SepconvertError` if the counts are negative or exceed `n`, `n` is 0, or `confidence` is not in
     (0, 1).
     """
-    if min(only_first, only_second) < 0 or only_first + only_second > n or n == 0:
-        raise SepconvertError(
-            "paired difference: expected two counts >= 0 of together at most n >= 1,"
-            f" got {only_first} and {only_second} of n = {n}; count the discordant pairs anew"
-        )
+    _check_counts(only_first, only_second, n)
     _check_confidence(confidence)
     p1, p2 = (only_first + 1) / (n + 2), (only_second + 1) / (n + 2)
     half = stats.norm.ppf((1 + confidence) / 2) * np.sqrt((p1 + p2 - (p1 - p2) ** 2) / (n + 2))
@@ -98,6 +95,100 @@ def mcnemar(only_first: int, only_second: int) -> float:
         )
     discordant = only_first + only_second
     return float(stats.binomtest(only_first, discordant).pvalue) if discordant else 1.0
+
+
+_NUISANCE = 0.1  # share of a test's level that is spent on the share of discordant subjects
+
+
+_NUISANCE_STEPS = 3  # the probability rises with the share: the upper end decides
+
+
+_NEGLIGIBLE = 1e-9  # more than the probability of numbers beyond 8 σ, which are left out
+
+
+def drop_p_value(lost: int, won: int, n: int, limit: float, level: float = 0.05) -> float:
+    """Return the p-value of the hypothesis that a classifier loses `limit` or more of its accuracy.
+
+    Of `n` independent samples, `lost` are right before and wrong after, and `won` the converse; `limit` is a
+    fraction in (0, 1). A small value is evidence that the drop on samples of the same kind is below `limit`.
+
+    The test is exact, for every `n`: the p-value is the largest probability of a difference as small as
+    lost − won over all shares θ of discordant samples in a Clopper–Pearson interval, plus the probability
+    that θ lies outside of it, a tenth of `level` (Berger & Boos, "P values maximized over a confidence set
+    for the nuisance parameter", J. Am. Stat. Assoc. 89(427), 1994).
+
+    Raises `SepconvertError` if the counts are negative or exceed `n`, or `n` is 0.
+    """
+    _check_counts(lost, won, n)
+    gamma = _NUISANCE * level
+    share = stats.binomtest(lost + won, n).proportion_ci(1 - gamma, "exact")
+    low, high = max(share.low, limit), max(share.high, limit)
+    thetas = np.unique(np.linspace(low, high, _NUISANCE_STEPS))
+    return min(1.0, gamma + max(_tail(lost - won, n, theta, limit) for theta in thetas))
+
+
+def _tail(difference: int, n: int, discordant: float, drop: float) -> float:
+    """Return P(lost − won ≤ difference) for shares (θ ± drop) / 2 of lost and won samples."""
+    width = 8 * math.sqrt(n * discordant * (1 - discordant)) + 40
+    numbers = np.arange(max(0, int(n * discordant - width)), min(n, int(n * discordant + width)) + 1)
+    weights = stats.binom.pmf(numbers, n, discordant)
+    lost = stats.binom.cdf(np.floor((numbers + difference) / 2), numbers, (1 + drop / discordant) / 2)
+    return float(weights @ lost) + _NEGLIGIBLE
+
+
+def drop_bound(lost: int, won: int, n: int, confidence: float = 0.95) -> float:
+    """Return the drop of accuracy that is not exceeded, with this confidence, on samples of the same kind.
+
+    It is the smallest `limit`, to a thousandth of a percentage point, whose `drop_p_value` is at most
+    1 − `confidence`; a fraction, 1 at most. Below 0 the accuracy rises, which the bound does not resolve: it
+    is at least 0.
+
+    Raises `SepconvertError` as `drop_p_value` does, or if `confidence` is not in (0, 1).
+    """
+    _check_confidence(confidence)
+    level = 1 - confidence
+    low, high = max(0.0, (lost - won) / n if n else 0.0), 1.0
+    while high - low > 1e-5:
+        middle = (low + high) / 2
+        low, high = (low, middle) if drop_p_value(lost, won, n, middle, level) <= level else (middle, high)
+    return high
+
+
+def samples_needed(lost: int, won: int, n: int, limit: float, level: float = 0.05) -> int | None:
+    """Return how many samples `drop_p_value` would need to be at most `level`, at the rates seen so far.
+
+    None if the drop seen so far is at or above `limit`: more samples would hardly help. The count is doubled
+    until the test passes and then bisected, to about 1 %.
+    """
+    _check_counts(lost, won, n)
+    if (lost - won) / n >= limit:
+        return None
+
+    def passes(size: int) -> bool:
+        more = size / n
+        return drop_p_value(round(lost * more), round(won * more), size, limit, level) <= level
+
+    high = n
+    while not passes(high):
+        if high > _MOST_SAMPLES:
+            return None
+        high *= 2
+    low = high // 2
+    while high - low > max(1, high // 100):
+        middle = (low + high) // 2
+        low, high = (low, middle) if passes(middle) else (middle, high)
+    return high
+
+
+_MOST_SAMPLES = 10**7
+
+
+def _check_counts(lost: int, won: int, n: int) -> None:
+    if min(lost, won) < 0 or lost + won > n or n == 0:
+        raise SepconvertError(
+            "paired difference: expected two counts >= 0 of together at most n >= 1,"
+            f" got {lost} and {won} of n = {n}; count the discordant pairs anew"
+        )
 
 
 def _check_confidence(confidence: float) -> None:

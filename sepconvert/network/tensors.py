@@ -1,6 +1,7 @@
 """Tensors in nested inputs and outputs: finding, copying, casting and placing them."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from itertools import chain
 from typing import Any, TypeVar
@@ -35,6 +36,15 @@ def fresh(inputs: V) -> V:
     """Return the same nested inputs with tensors copied: a forward pass may write to its arguments."""
     copied: V = pytree.tree_map_only(Tensor, torch.clone, inputs)
     return copied
+
+
+def sha256_of(values: Iterable[object]) -> str:
+    """Return the SHA-256 of the bytes of tensors, in hexadecimal; other values are skipped."""
+    digest = hashlib.sha256()
+    for value in values:
+        if isinstance(value, Tensor):  # a module's extra state may be anything
+            digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def cast(inputs: Inputs, dtype: torch.dtype) -> Inputs:

@@ -10,7 +10,7 @@ from sepconvert.base.options import Mode
 from sepconvert.calibration.evidence import Evidence, collect_evidence
 from sepconvert.calibration.heldout import Heldout
 from sepconvert.calibration.record import PATCHES
-from sepconvert.calibration.split import CalibrationSet
+from sepconvert.calibration.split import CalibrationSet, SeenTwice
 from sepconvert.calibration.stream import too_large
 from sepconvert.factorize.approximate.weighted import DEPTHWISE_POINTWISE, POINTWISE_DEPTHWISE
 from sepconvert.factorize.border import Border
@@ -41,7 +41,7 @@ from sepconvert.planning.plan import LayerPlan, kept, obstacle_reason
 from sepconvert.planning.search.curve import Totals
 from sepconvert.planning.search.search import Search
 from sepconvert.planning.survey import LayerSurvey, survey
-from sepconvert.planning.timing import FORM_RUNS
+from sepconvert.planning.timing.clock import FORM_RUNS
 from sepconvert.planning.workshop import Fitted, Stopwatch, Workshop
 
 
@@ -107,13 +107,17 @@ def _prices(
     unit: Unit = "params" if job.budget.target_params else "macs"
     exact = {site.name: exact_forms(site) for site in layers} if job.mode == "auto" else {}
     forms = {site.name: candidate_forms(site, job.budget.rank, exact.get(site.name)) for site in layers}
-    counted = {site.name: counted_prices(site, forms[site.name], job.gate, unit) for site in layers}
+    counted = {
+        site.name: counted_prices(site, forms[site.name], exact.get(site.name, ()), job.gate, unit)
+        for site in layers
+    }
     if job.gate != "latency":
         return unit, counted, {}
-    timed, slow = once(lambda: measured_prices(layers, counted, exact, original.clock, job.progress))
+    timed, slow = once(lambda: measured_prices(layers, counted, original.clock, job.progress))
     if job.budget.share is None:
         return "milliseconds", timed, slow
-    return unit, {name: counted[name].of(each.forms) for name, each in timed.items()}, slow
+    shares = {name: counted[name].of(each.forms) for name, each in timed.items()}
+    return unit, {name: replace(shares[name], modelled=timed[name].modelled) for name in shares}, slow
 
 
 def _obstacles(traced: TracedModel, job: Job) -> dict[str, Reason]:
@@ -146,7 +150,7 @@ def _workshop(original: Original, start: Start, job: Job, findings: _Findings) -
         findings.evidence,
         findings.heldout,
         job.progress,
-        original.delta,
+        original.scores,
         stopwatch if timed else None,
     )
 
@@ -198,11 +202,13 @@ def _described(
         expected=(expected, reference(delivery.model, original.inputs, (), {}, job.seed)),
         torch_check=replace(compare_with(expected, delivery.model), tolerance=None),
         approximation={
-            **_calibration_json(original.data.calibration),
+            **_calibration_json(original.data.calibration, original.seen_twice),
             "budget": asdict(job.budget),
             "unit": findings.unit,
             "curve": search.to_json(delivery.point),
-            "plans_measured_on_data": sum(point.measured.accuracy is not None for point in search.points),
+            "plans_measured_on_data": search.plans_measured_on_data,
+            "modelled": [name for name, layer in findings.surveyed.items() if layer.modelled],
+            "choice": search.choice(delivery.point, delivery.model, job.budget),
             "steps": [step.to_json() for step in steps],
             "finetune": delivery.training_json(),
         },
@@ -262,7 +268,7 @@ def _spectrum(plan: LayerPlan, site: ConvSite, mode: Mode) -> Spectrum | None:
     return None if scheme is None else kernel_spectrum(site.conv.spec, site.conv.weight, scheme, plan.rank)
 
 
-def _calibration_json(calibration: CalibrationSet | None) -> dict[str, Any]:
+def _calibration_json(calibration: CalibrationSet | None, seen_twice: SeenTwice | None) -> dict[str, Any]:
     """Return the entries `metric` and `calibration` of the report's `approximation`."""
     if calibration is None:
         return {"metric": "weights", "calibration": None}
@@ -273,5 +279,6 @@ def _calibration_json(calibration: CalibrationSet | None) -> dict[str, Any]:
             "images": calibration.images,
             "heldout": sum(map(len, calibration.heldout)),
             "patches_per_unknown": PATCHES,
+            "seen_twice": None if seen_twice is None else asdict(seen_twice),
         },
     }

@@ -104,6 +104,7 @@ def convert(
     data: Iterable[Batch] | None = None,
     calib: DataLoader[Batch] | None = None,
     max_drop: float | None = None,
+    confidence: float | None = None,
     min_speedup: float | None = None,
     target_macs: float | None = None,
     target_params: float | None = None,
@@ -134,6 +135,8 @@ def convert(
             split off and not scored; without either, factors are fitted to the weights alone.
         max_drop: largest drop of top-1 accuracy on `data`, in percentage points; 1 if nothing else is
             demanded.
+        confidence: probability with which the drop on unseen images of the same kind is at most `max_drop`;
+            by default, the drop that is measured on `data` is.
         min_speedup: smallest ratio of measured latencies, original over converted.
         target_macs: largest MACs, as a share of the original's.
         target_params: largest number of parameters, as a share of the original's.
@@ -179,7 +182,7 @@ def convert(
     """
     job = Job.of(
         mode=mode, gate=gate, tol=tol, seed=seed, dynamic_batch=dynamic_batch, check=check, out=out,
-        budget=Budget(rank, target_macs, target_params, min_speedup, max_drop),
+        budget=Budget(rank, target_macs, target_params, min_speedup, max_drop, confidence),
         selection=selection, timing=timing, calibration=calibration, finetune=finetune,
         origin=origin, progress=progress,
     )  # fmt: skip

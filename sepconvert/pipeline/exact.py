@@ -21,7 +21,7 @@ from sepconvert.pipeline.job import Job
 from sepconvert.pipeline.original import Original
 from sepconvert.planning.conversion import Conversion, LayerReport
 from sepconvert.planning.plan import LayerPlan, plan_layer
-from sepconvert.planning.timing import not_faster
+from sepconvert.planning.timing.pairs import not_faster
 
 
 def convert_exactly(original: Original, job: Job) -> Conversion:

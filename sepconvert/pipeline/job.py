@@ -89,6 +89,11 @@ class Job:
                 "`mode`: budgets, calibration and fine-tuning are for the modes approx and auto; pass one of "
                 "them"
             )
+        if self.finetuning and self.budget.confidence is not None:
+            raise SepconvertError(
+                "`confidence`: proves plans that are fixed beforehand, and fine-tuning chooses them by their "
+                "drop; leave `finetune` out, or `confidence`"
+            )
         if self.mode == "auto" and self.budget.rank is not None:
             raise SepconvertError(
                 "`rank`: fixes the multiplier of approx mode; pass another budget in auto mode"

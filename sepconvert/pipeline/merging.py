@@ -31,7 +31,7 @@ from sepconvert.network.trace import ConvSite, DenseConv, TracedModel, traced
 from sepconvert.pipeline.job import Job
 from sepconvert.pipeline.original import Original
 from sepconvert.planning.conversion import Merge
-from sepconvert.planning.timing import Clock
+from sepconvert.planning.timing.clock import Clock
 
 
 @dataclass(frozen=True, eq=False)
@@ -144,8 +144,9 @@ class _Merger:
             return Merge(first, second, "kept", reason, spec=None, macs=None, speedup=None)
         spec, sizes = dense_spec(*specs), self._sites[first].sizes
         macs = sum(chain_macs(specs, size) for size in sizes), sum(spec.macs(size) for size in sizes)
-        speedup = self._timed(specs, spec, self._convs[first]) if self._gate == "latency" else None
-        reason = _verdict(macs) if self._gate != "latency" else _timed_verdict(speedup)
+        timed = self._timed(specs, spec, self._convs[first]) if self._gate == "latency" else None
+        reason = _verdict(macs) if timed is None else _timed_verdict(timed)
+        speedup = timed if isinstance(timed, Speedup) else None
         if reason.code is ReasonCode.MERGED:
             convs = {**self._convs, first: compose(self._convs[first], self._convs[second])}
             firsts = {**self._firsts, second: first}
@@ -156,7 +157,7 @@ class _Merger:
             reason = Reason(ReasonCode.OBSTACLE, failure)
         return Merge(first, second, "kept", reason, spec, macs, speedup)
 
-    def _timed(self, pair: tuple[ConvSpec, ConvSpec], dense: ConvSpec, first: DenseConv) -> Speedup | None:
+    def _timed(self, pair: tuple[ConvSpec, ConvSpec], dense: ConvSpec, first: DenseConv) -> Speedup | float:
         return once(lambda: self._clock.pair(pair, dense, first.inputs))
 
     @functools.cached_property
@@ -193,9 +194,10 @@ def _verdict(macs: tuple[int, int]) -> Reason:
     return Reason(code, f"the dense form has {macs[1]:,} MACs instead of {macs[0]:,}")
 
 
-def _timed_verdict(speedup: Speedup | None) -> Reason:
-    if speedup is None:
-        return Reason(ReasonCode.UNTIMED, "no time was left to measure its dense form")
+def _timed_verdict(speedup: Speedup | float) -> Reason:
+    if isinstance(speedup, float):
+        text = f"the dense form is {speedup:.2f}× as fast by the model of times; there was no time to measure"
+        return Reason(ReasonCode.MERGED if speedup > 1 else ReasonCode.COSTS_MORE, text)
     pays = speedup.significant and speedup.median > 1
     interval = f"[{speedup.ci95.lo:.2f}, {speedup.ci95.hi:.2f}]"
     return Reason(

@@ -1,29 +1,34 @@
 """The original: its convolutions, cost, data and predictions, known before any layer is replaced."""
 
-from collections.abc import Iterable, MutableMapping
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Iterable
+from dataclasses import dataclass
 
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from torch.utils.weak import WeakIdKeyDictionary
 
-from sepconvert.base.distributed import once
 from sepconvert.base.errors import SepconvertError
 from sepconvert.base.modules import unshadowed
 from sepconvert.base.options import Selection
-from sepconvert.base.progress import Progress
 from sepconvert.calibration.footprint import images_at_once
-from sepconvert.calibration.split import MOST_AT_ONCE, DataSplit, check_shapes, split_data
+from sepconvert.calibration.split import (
+    MOST_AT_ONCE,
+    DataSplit,
+    SeenTwice,
+    check_shapes,
+    find_seen_twice,
+    image_hashes,
+    split_data,
+)
 from sepconvert.files.data import Batch
 from sepconvert.measure.cost import Cost, count
-from sepconvert.measure.metrics import AccuracyDelta, Predictions, accuracy_delta, evaluate
+from sepconvert.measure.metrics import AccuracyDelta, Predictions
 from sepconvert.measure.profiling import as_inputs
 from sepconvert.network.copies import checked, private_copy
 from sepconvert.network.tensors import Inputs
 from sepconvert.network.trace import ConvSite, TracedModel, traced
 from sepconvert.pipeline.job import Job
-from sepconvert.planning.timing import Clock
+from sepconvert.planning.scores import Scores
+from sepconvert.planning.timing.clock import Clock
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,10 +38,9 @@ class Original:
     traced: TracedModel  # the user's own model, left as it is
     data: DataSplit
     cost: Cost
-    predictions: Predictions | None  # on the data that are scored; None where there are none
+    scores: Scores | None  # None where there are no data to score
+    seen_twice: SeenTwice | None  # None unless data are scored, and images fitted to
     clock: Clock
-    progress: Progress
-    _scored: MutableMapping[nn.Module, Predictions] = field(default_factory=WeakIdKeyDictionary, repr=False)
 
     @property
     def model(self) -> nn.Module:
@@ -57,23 +61,18 @@ class Original:
         """Return the cost of another model, counted as the original's: the two are compared."""
         return count(private_copy(model), self.inputs, self.cost.counter)
 
+    @property
+    def predictions(self) -> Predictions | None:
+        """Its predictions on the data that are scored; None where there are none."""
+        return None if self.scores is None else self.scores.original
+
     def predict(self, model: nn.Module) -> Predictions | None:
         """Return the predictions of a converted model, computed once; None where there are no data."""
-        data = self.data.scored
-        if data is None:
-            return None
-        if model not in self._scored:  # a plan that was measured and then delivered is not run again
-            self._scored[model] = once(
-                lambda: _predict("converted", private_copy(model), data, self.progress)
-            )
-        return self._scored[model]
+        return None if self.scores is None else self.scores.predictions(model)
 
     def delta(self, model: nn.Module) -> AccuracyDelta | None:
         """Return the drop of accuracy of a converted model; None where there are no data."""
-        converted = self.predict(model)
-        if self.predictions is None or converted is None:
-            return None
-        return accuracy_delta(self.predictions, converted)
+        return None if self.scores is None else self.scores.delta(model, self.scores.sizes[-1])
 
 
 def examine(
@@ -112,11 +111,15 @@ def examine(
         )
         check_shapes(parts, inputs)
     # Before the long work, as this is where data that do not suit the model are found out.
-    scored = parts.scored
-    predictions = None if scored is None else _predict("original", private_copy(model), scored, job.progress)
+    scores = seen_twice = None
+    if parts.scored is not None:
+        hashes: list[bytes] = []
+        watch = None if parts.calibration is None else lambda x: hashes.extend(image_hashes(x))
+        scores = Scores(model, parts.scored, job.seed, job.progress, watch)
+        seen_twice = find_seen_twice(parts, hashes, trained=bool(job.finetuning))
     cost = count(private_copy(model), inputs)
     clock = Clock(job.timing.runtime, job.seed, job.timing.cache, job.timing.measure_seconds)
-    return Original(found, parts, cost, predictions, clock, job.progress)
+    return Original(found, parts, cost, scores, seen_twice, clock)
 
 
 def trace_selected(model: nn.Module, inputs: Inputs, selection: Selection) -> TracedModel:
@@ -149,7 +152,3 @@ def _check_unwritten(name: str, parameter: Tensor, before: Tensor) -> None:
         f"the forward pass writes to the parameter {name} (to limit its norm, perhaps), which a converted "
         "model would not do; do so after the steps of training instead"
     )
-
-
-def _predict(name: str, model: nn.Module, data: Iterable[Any], progress: Progress) -> Predictions:
-    return evaluate(model, data, progress, f"accuracy, {name}")

@@ -52,7 +52,7 @@ from sepconvert.pipeline.job import Job
 from sepconvert.pipeline.original import Original
 from sepconvert.planning.conversion import Conversion, LayerReport, Verification
 from sepconvert.planning.plan import ConversionPlan
-from sepconvert.planning.timing import time_files, time_layers
+from sepconvert.planning.timing.pairs import time_files, time_layers
 
 _LOG = logging.getLogger(__name__)
 

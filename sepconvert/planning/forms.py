@@ -1,7 +1,7 @@
 """Forms that each layer may take, and their prices in MACs, parameters or milliseconds."""
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -16,7 +16,7 @@ from sepconvert.factorize.exact.analysis import analyse, may_separate
 from sepconvert.factorize.geometry import ConvSpec, chain_macs, chain_params
 from sepconvert.factorize.structures import BY_NAME, FORMS, Form
 from sepconvert.network.trace import ConvSite
-from sepconvert.planning.timing import Clock
+from sepconvert.planning.timing.clock import Clock, FormTimes
 
 FEWEST_CHANNELS = 8
 """Input channels below which depthwise factors do not pay.
@@ -47,14 +47,19 @@ Unit = Literal["macs", "params", "milliseconds"]
 
 @dataclass(frozen=True)
 class Prices:
-    """Costs of a layer and of the forms that may take its place."""
+    """Costs of a layer and of the forms that may take its place.
+
+    `exact` are the forms that its kernel has exactly; `modelled` tells whether a cost is no measured one.
+    """
 
     dense: float
     forms: Mapping[Form, float]
+    exact: frozenset[Form] = frozenset()
+    modelled: bool = False
 
     def of(self, forms: Iterable[Form]) -> "Prices":
         """Return the prices of only some of the forms."""
-        return Prices(self.dense, {form: self.forms[form] for form in forms})
+        return replace(self, forms={form: self.forms[form] for form in forms})
 
 
 def depthwise_obstacle(site: ConvSite, named: bool) -> str | None:
@@ -175,31 +180,32 @@ def exact_forms(site: ConvSite) -> list[Form]:
     return [(each.scheme, each.rank) for each in held if each.scheme in FORMS and each.rank]
 
 
-def counted_prices(site: ConvSite, forms: Sequence[Form], gate: Gate, unit: Unit) -> Prices:
-    """Return the prices, in MACs or parameters, of the forms that pass the gate."""
+def counted_prices(
+    site: ConvSite, forms: Sequence[Form], exact: Iterable[Form], gate: Gate, unit: Unit
+) -> Prices:
+    """Return the prices, in MACs or parameters, of the forms that pass the gate; exact ones lose nothing."""
     macs = {form: macs_of(site, form) for form in forms}
     passed = [form for form in forms if gate == "none" or macs[form] < site.macs]
+    lossless = frozenset(exact).intersection(passed)
     if unit == "macs":
-        return Prices(site.macs, {form: macs[form] for form in passed})
-    return Prices(site.params, {form: params_of(site, form) for form in passed})
+        return Prices(site.macs, {form: macs[form] for form in passed}, lossless)
+    return Prices(site.params, {form: params_of(site, form) for form in passed}, lossless)
 
 
 def measured_prices(
     sites: Sequence[ConvSite],
     counted: Mapping[str, Prices],
-    exact: Mapping[str, Sequence[Form]],
     clock: Clock,
     progress: Progress,
 ) -> tuple[dict[str, Prices], dict[str, Reason]]:
-    """Time the forms of layers, as long as there is time left.
+    """Time the forms of layers, as long as there is time left; after that, their times are modelled.
 
-    Layers with the most MACs for each form to be timed come first. The forms that a layer has exactly are
-    timed apart from its others: they are few, and cost no accuracy.
+    The forms that layers have exactly come first: they are few, and cost no accuracy. Then come the layers
+    with the most MACs for each form to be timed.
 
     Args:
         sites: the layers.
         counted: forms of each layer that pass the gate.
-        exact: forms that layers have exactly.
         clock: measures.
         progress: shows the progress.
 
@@ -210,31 +216,46 @@ def measured_prices(
     queue = []
     for site in sites:
         forms = list(counted[site.name].forms)
-        held = [form for form in exact.get(site.name, ()) if form in forms]
+        held = [form for form in forms if form in counted[site.name].exact]
         queue += [(site, some) for some in (held, forms) if some]
-    queue.sort(key=lambda each: -each[0].macs / len(each[1]))
+    queue.sort(
+        key=lambda each: (len(each[1]) > len(counted[each[0].name].exact), -each[0].macs / len(each[1]))
+    )
     for site, forms in progress(queue, "timing forms"):
         times = clock.forms(site, forms)
-        if times is None:
-            if site.name not in prices:
-                reasons[site.name] = Reason(ReasonCode.UNTIMED, "no time was left to measure its forms")
-            continue
         faster = {form: each.milliseconds for form, each in times.forms.items() if each.faster}
         if not faster:
-            reasons[site.name] = Reason(
-                ReasonCode.COSTS_MORE,
-                f"no form is measured to be faster in ONNX Runtime (best {times.best_ratio:.2f}×)",
-            )
+            reasons[site.name] = _not_faster(times)
             continue
         reasons.pop(site.name, None)
         many = math.prod(site.dense.spec.weight_shape) > _MANY_WEIGHTS
         step = _COARSE_COST_STEP if many else _COST_STEP
-        prices[site.name] = Prices(times.dense_milliseconds, _worth_fitting(faster, step))
+        worth = _worth_fitting(faster, step, counted[site.name].exact)
+        prices[site.name] = Prices(
+            times.dense_milliseconds,
+            worth,
+            counted[site.name].exact,
+            modelled=not all(times.forms[form].measured for form in worth),
+        )
     return prices, reasons
 
 
-def _worth_fitting(costs: Mapping[Form, float], step: float) -> dict[Form, float]:
-    """Thin out the ranks of each scheme to costs at least a factor of `step` apart.
+def _not_faster(times: FormTimes) -> Reason:
+    """Return the reason to keep a layer none of whose forms is faster."""
+    best = times.best
+    if best is None or best.ci95 is None:
+        ratio = f" (best {best.speedup:.2f}×)" if best is not None else ""
+        text = f"no form is faster by the model of times{ratio}; there was no time to measure"
+    else:
+        text = (
+            "no form is measured to be faster in ONNX Runtime beyond noise "
+            f"(best {best.speedup:.2f}× [{best.ci95.lo:.2f}, {best.ci95.hi:.2f}])"
+        )
+    return Reason(ReasonCode.COSTS_MORE, text)
+
+
+def _worth_fitting(costs: Mapping[Form, float], step: float, exact: Collection[Form]) -> dict[Form, float]:
+    """Thin out the ranks of each scheme to costs at least a factor of `step` apart, but keep the exact ones.
 
     Ranks that cost more than a higher rank are dropped: the higher rank errs less, whatever the data.
     """
@@ -243,4 +264,4 @@ def _worth_fitting(costs: Mapping[Form, float], step: float) -> dict[Form, float
     for (scheme, rank), cost in sorted(costs.items(), key=lambda each: -each[0][1]):
         if cost <= last.get(scheme, math.inf) / step:
             last[scheme] = found[scheme, rank] = cost
-    return {form: found[form] for form in costs if form in found}
+    return {form: costs[form] for form in costs if form in found or form in exact}

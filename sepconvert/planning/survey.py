@@ -58,6 +58,8 @@ class LayerSurvey:
     offers: tuple[Offer, ...]  # by falling cost, none with another that costs no more and errs no more
     sensitivity: float  # measured divergence of the model over the `error` of an offer
     excess: Mapping[Form, float] = field(default_factory=dict)  # factors on the errors of single forms
+    exact: frozenset[Form] = frozenset()  # forms that its kernel has exactly
+    modelled: bool = False  # whether a cost comes from a model of times
 
     @property
     def least_cost(self) -> float:
@@ -79,6 +81,11 @@ class LayerSurvey:
             )
             for offer in self.offers
         ]
+
+    def lossless(self) -> Candidate | None:
+        """Return the cheapest of the exact forms, if one is cheaper than the layer as it is."""
+        free = [each for each in self.candidates() if each.form in self.exact and each.cost < self.cost]
+        return min(free, key=lambda each: each.cost, default=None)
 
     def with_excess(self, form: Form, times: float) -> "LayerSurvey":
         """Return the survey with `times` the errors of a form, and of the lower ranks of its scheme."""
@@ -128,7 +135,10 @@ def survey(
             for each in promising
         ]
         if offers := _undominated(offers):
-            found[site.name] = LayerSurvey(site.macs, prices[site.name].dense, tuple(offers), 1.0)
+            price = prices[site.name]
+            found[site.name] = LayerSurvey(
+                site.macs, price.dense, tuple(offers), 1.0, exact=price.exact, modelled=price.modelled
+            )
 
     wanted = [site for site in sites if site.name in prices and prices[site.name].forms]
     for_each_layer(model, wanted, evidence, fit, progress, "surveying layers")

@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from enum import Enum
 from typing import Any
@@ -21,7 +21,6 @@ from sepconvert.factorize.approximate.problem import Approximation, nearest, out
 from sepconvert.factorize.approximate.weighted import Moments
 from sepconvert.factorize.structures import Form
 from sepconvert.measure.latency import Speedup
-from sepconvert.measure.metrics import AccuracyDelta
 from sepconvert.network.calls import Kernel
 from sepconvert.network.copies import duplicate, quick_copy, shared_parameters
 from sepconvert.network.rewrite import rewrite
@@ -29,8 +28,9 @@ from sepconvert.network.tensors import Inputs, placed
 from sepconvert.network.trace import ConvSite, TracedModel
 from sepconvert.planning.allocate import Choice
 from sepconvert.planning.fitting import bias_of, fit_problem, for_each_layer, kernel_of, replacement
+from sepconvert.planning.scores import Scores
 from sepconvert.planning.survey import LayerSurvey, form_of
-from sepconvert.planning.timing import Clock
+from sepconvert.planning.timing.clock import Clock
 
 
 class StepKind(str, Enum):
@@ -88,10 +88,6 @@ class Stopwatch:
         return once(lambda: self.clock.plans(self.original, models, self.inputs, self.runs, self.progress))
 
 
-def _unscored(model: nn.Module) -> AccuracyDelta | None:
-    return None
-
-
 @dataclass(eq=False)
 class Workshop:
     """Carries out plans of one model, and measures the models that result.
@@ -105,7 +101,7 @@ class Workshop:
     evidence: Evidence | None
     heldout: Heldout | None
     progress: Progress
-    accuracy: Callable[[nn.Module], AccuracyDelta | None] = _unscored  # of a model on the evaluation data
+    scores: Scores | None = None  # None if there are no data to score
     stopwatch: Stopwatch | None = None  # None if plans are not timed
     _earlier: list[Fitted] = field(default_factory=list, init=False)
     _weight_fits: dict[tuple[str, Form], Kernel] = field(default_factory=dict, init=False)

@@ -36,12 +36,13 @@ def sentences(document: Document) -> list[Note]:
     if approximation is not None:
         notes += _merges(approximation.get("merges", []))
         notes += _calibration(approximation)
+        notes += _choice(approximation)
         notes += risks(document)
     notes += _export(document)
     notes += _latency(document)
     notes += _slowdowns(document, converted)
     notes += _missed_speedup(document)
-    notes += _untimed(layers)
+    notes += _modelled(approximation)
     if delta["agreement"] is not None:
         images = document["original"]["accuracy"]["n"]
         notes.append(info(f"Predictions agree on {percent_text(delta['agreement'])} % of {images:,} images."))
@@ -77,7 +78,7 @@ def story(document: Document) -> list[str]:
             f"It classifies {percent_text(after['top1'])} % of {before['n']:,} images correctly, the "
             f"original {percent_text(before['top1'])} %: a drop of {drop_text(drop)}."
         )
-    notes = [*_untimed(document["layers"]), *warnings_of(document)]
+    notes = [*_modelled(document["approximation"]), *warnings_of(document)]
     return [fold(line) for line in (*lines, *map(str, notes))]
 
 
@@ -201,6 +202,7 @@ def _calibration(approximation: Document) -> list[Note]:
                 "`calib_images`)."
             )
         )
+    notes += _seen_twice(calibration["seen_twice"])
     for attempt in finetune["attempts"] if finetune else []:
         outcome = "delivered" if attempt["delivered"] else "not delivered"
         notes.append(
@@ -210,6 +212,47 @@ def _calibration(approximation: Document) -> list[Note]:
             )
         )
     return notes
+
+
+def _choice(approximation: Document) -> list[Note]:
+    """Return what the choice of the plan leaves to be expected on unseen images."""
+    choice, most = approximation["choice"], approximation["budget"]["max_drop"]
+    if choice is None:
+        return []
+    plans = "1 plan" if choice["plans"] == 1 else f"{choice['plans']} plans"
+    if choice["confidence"] is not None:
+        return [
+            info(
+                f"With {100 * choice['confidence']:g} % confidence, the drop on unseen images of the same "
+                f"kind is at most {choice['bound_pp']:.2f} pp (`max_drop` {most:g}). Plans that were tested, "
+                f"in an order fixed beforehand: {choice['plans']}."
+            )
+        ]
+    among = f"The plan was chosen among {plans} by {choice['images']:,} images, which favours it"
+    rest = choice["rest"]
+    free = f"; on {rest['n']:,} others, its drop is {drop_text(rest)}" if rest is not None else ""
+    return [
+        info(
+            f"{among}{free}. On unseen images of the same kind, expect a drop of up to "
+            f"{choice['bound_pp']:.2f} pp (95 % confidence, with allowance for the choice)."
+        )
+    ]
+
+
+def _seen_twice(found: Document | None) -> list[Note]:
+    """Return a warning if images are scored that were trained on or fitted to."""
+    sets = {} if found is None else {"training": found["train"], "calibration": found["calib"]}
+    for purpose, overlap in sets.items():
+        if overlap is not None and overlap["scored"]:
+            scored = f"{overlap['scored']:,} scored image" + ("s are" if overlap["scored"] > 1 else " is")
+            sample = f"{overlap['compared']:,} of " * (overlap["compared"] < overlap["images"])
+            return [
+                warning(
+                    f"{scored} also among {sample}{overlap['images']:,} {purpose} images, so the accuracy on "
+                    "others may be lower than is reported; remove such images from one of the two."
+                )
+            ]
+    return []
 
 
 def _export(document: Document) -> list[Note]:
@@ -304,9 +347,14 @@ def _missed_speedup(document: Document) -> list[Note]:
     ]
 
 
-def _untimed(layers: Sequence[Document]) -> list[Note]:
-    names = [layer["name"] for layer in layers if layer["reason_code"] == ReasonCode.UNTIMED]
+def _modelled(approximation: Document | None) -> list[Note]:
+    """Return a note on the layers whose times were modelled."""
+    names = [] if approximation is None else approximation["modelled"]
     if not names:
         return []
-    listed = ", ".join(names)
-    return [info(f"Kept because no time was left to measure their forms: {listed} (`measure_seconds`).")]
+    return [
+        info(
+            f"Modelled, as no time was left to measure: the times of forms of {', '.join(names)}. More time "
+            "(`measure_seconds`) may give a faster plan."
+        )
+    ]

@@ -8,7 +8,15 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 from sepconvert.base.errors import SepconvertError
 from sepconvert.base.options import Calibration
 from sepconvert.calibration import split as module
-from sepconvert.calibration.split import CalibrationSet, check_shapes, split_data
+from sepconvert.calibration.split import (
+    CalibrationSet,
+    Overlap,
+    SeenTwice,
+    check_shapes,
+    find_seen_twice,
+    image_hashes,
+    split_data,
+)
 
 X = torch.rand(600, 1, 6, 6, generator=torch.Generator().manual_seed(0))
 Y = torch.arange(600) % 10
@@ -157,3 +165,87 @@ def test_processes_share_the_batches(monkeypatch):
     monkeypatch.setattr(module, "processes", lambda: 6)
     with pytest.raises(SepconvertError, match="5 batches for 6 processes; pass more images"):
         images.share(model)
+
+
+def loader(x):
+    return DataLoader(TensorDataset(x, torch.zeros(len(x), dtype=torch.long)), batch_size=16)
+
+
+def seen_twice(scored, trained=False, **roles):
+    parts = divided(**{role: loader(x) for role, x in roles.items()}, epochs=trained)
+    return find_seen_twice(parts, image_hashes(scored), trained=trained)
+
+
+def test_hashes_are_those_of_values():
+    whole = (X[:4] * 255).round()
+    expected = image_hashes(whole)
+    assert len(set(expected)) == 4
+    for dtype in (torch.float64, torch.float16, torch.bfloat16, torch.uint8):
+        assert image_hashes(whole.to(dtype)) == expected
+    assert image_hashes(whole.transpose(2, 3).contiguous().transpose(2, 3)) == expected
+    changed = whole.clone()
+    changed[2, 0, 5, 5] += 1
+    assert [a == b for a, b in zip(image_hashes(changed), expected, strict=True)] == [True, True, False, True]
+
+
+def test_images_that_are_fitted_to_and_scored_are_counted():
+    calib = X[:80]
+    assert seen_twice(X[80:300], calib=calib).calib == Overlap(80, 80, 0)
+    assert seen_twice(X[70:300], calib=calib) == SeenTwice(Overlap(80, 80, 10), None)
+    # An image that is scored three times counts three times.
+    assert seen_twice(X[[79, 79, 79, *range(100, 300)]], calib=calib).calib.scored == 3
+    # Of `calib`, 100 of 400 images are fitted to; 40 of the 400 are scored.
+    found = seen_twice(X[:240], calib=X[200:]).calib
+    assert found == Overlap(100, 100, found.scored)
+    assert 3 < found.scored < 20
+
+
+@pytest.mark.parametrize(
+    ("scored", "roles", "name"),
+    [
+        (X[:100], {"calib": X[:100]}, "calib"),
+        (X[:600], {"calib": X[:60]}, "calib"),  # all that are fitted to, and a tenth of the data
+        (X[:30], {"calib": X[:100]}, "calib"),  # all of the data
+        (X[:300], {"train": X[:300]}, "train"),
+        (X[:300], {"calib": X[400:], "train": X[:300]}, "train"),
+        (X[:40], {"calib": X[300:400], "train": X}, "train"),  # some of the sample, thus most of the data
+    ],
+)
+def test_the_same_images_for_two_purposes_are_refused(scored, roles, name):
+    with pytest.raises(
+        SepconvertError, match=rf"`{name}`: \d+ of \d+ images that were compared are in `data`"
+    ):
+        seen_twice(scored, trained="train" in roles, **roles)
+
+
+def test_images_that_are_trained_on_and_scored_are_found_in_a_sample():
+    # Those of the calibration images, or those held out from other images to train on.
+    alike = seen_twice(X[:300], trained=True, calib=X[250:])
+    assert alike.calib == Overlap(100, 100, alike.calib.scored)
+    assert alike.train == Overlap(350, 100, alike.calib.scored)
+    assert 5 < alike.calib.scored < 30  # 50 of 350 are scored
+    other = seen_twice(X[:300], trained=True, calib=X[500:], train=X[250:500])
+    assert other.calib.scored == 0
+    assert other.train == Overlap(250, 62, other.train.scored)
+    assert 3 < other.train.scored < 25  # 50 of 250 are scored
+
+
+def test_frequent_images_refuse_no_data():
+    """Black frames, say: most images of both sets, but one in many that differ."""
+    black = torch.zeros(60, 1, 6, 6)
+    found = seen_twice(torch.cat([black, X[:40]]), calib=torch.cat([black[:50], X[100:130]]))
+    assert found.calib == Overlap(80, 80, 60)
+
+
+def test_duplicates_within_the_data_are_counted():
+    """A part is split off by us: the user cannot help it."""
+    twice = torch.cat([X[:100], X[:100]])
+    parts = divided(loader(twice))
+    scored = [each for x, _ in parts.scored for each in image_hashes(x)]
+    found = find_seen_twice(parts, scored, trained=False).calib
+    assert found.compared == 100
+    assert 20 < found.scored < 80
+
+
+def test_nothing_is_seen_twice_without_calibration():
+    assert find_seen_twice(divided(), [], trained=False) is None

@@ -265,7 +265,7 @@ def test_a_plan_is_for_the_file_that_it_was_made_of(here, run, plan):
     outcome = run("apply", "twin.pt", plan, "--out", "again")
     assert (outcome.code, outcome.out) == (2, "")
     assert re.fullmatch(
-        r"sepconvert: twin\.pt: is not the file that the plan was made from \(SHA-256 .*\n", outcome.err
+        r"sepconvert: twin\.pt: is not the model that the plan was made from \(SHA-256 .*\n", outcome.err
     )
     assert not (here / "again").exists()
 
@@ -275,6 +275,29 @@ def test_where_a_plan_names_no_file_nothing_is_compared(here, run, plan):
     outcome = run("apply", "net.pt", plan, "--out", "again", "--json")
     assert (outcome.code, outcome.err) == (0, "")
     assert json.loads(outcome.out) == {"out": "again", "converted": 1, "verification": None}
+
+
+def test_a_factory_gives_the_weights_of_a_model_without_a_file(here, run):
+    """Inspected, converted, applied, profiled and compared, by a name that the documents repeat."""
+    loading = ("--factory", "cli_test_code.py:trained")
+    note = "sepconvert: yolov8: there is no such file; the weights are those that --factory gives\n"
+    for command in ((), ("inspect",), ("profile",)):
+        runs = ("--runs", "0") if command != ("inspect",) else ()
+        outcome = run(*command, "yolov8", *SHAPE, *loading, "--json", *runs)
+        assert (outcome.code, outcome.err) == (0, note)
+        if command != ("inspect",):
+            model = json.loads(outcome.out)["model"]
+            assert model["path"] == "yolov8"
+    plan = here / "yolov8-sepconvert" / "plan.json"
+    assert json.loads(plan.read_text())["model_sha256"] == model["sha256"]
+    outcome = run("apply", "yolov8", plan, *loading, "--out", "again")
+    assert (outcome.code, outcome.err) == (0, note)
+    assert "Verified: " in outcome.out
+    outcome = run("apply", "yolov8", plan, "--factory", "cli_test_code.py:another", "--out", "other")
+    assert outcome.code == 2
+    assert "yolov8: is not the model that the plan was made from (SHA-256 " in outcome.err
+    outcome = run("compare", "yolov8", plan.parent / "converted.onnx", *loading, "--runs", "0")
+    assert (outcome.code, outcome.err) == (0, note)
 
 
 def test_apply_does_not_replace_its_own_plan(here, run, plan):

@@ -1,6 +1,7 @@
 """What commands read, good and bad: models, data, factories, loaders."""
 
 import re
+import shlex
 
 import pytest
 import torch
@@ -13,6 +14,20 @@ def test_weights_of_another_precision_are_told_of(here, run):
     arguments = (*SHAPE, "--factory", "cli_test_code.py:build")
     assert "float16 weights, in the float32 model" in run("inspect", "half.pt", *arguments).err
     assert "float" not in run("inspect", "scaled-weights.pt", *arguments).err
+
+
+def test_extra_keys_of_a_checkpoint_are_left_out_by_the_option_that_the_error_names(here, run):
+    weights = torch.load("scaled-weights.pt")
+    torch.save({**weights, "head.weight": torch.ones(2), "head.bias": torch.ones(2)}, "extra.pt")
+    arguments = ("inspect", "extra.pt", *SHAPE, "--factory", "cli_test_code.py:build")
+    outcome = run(*arguments)
+    assert (outcome.code, outcome.out) == (2, "")
+    (option,) = re.findall(r"--ignore-extra-keys \S+$", outcome.err.rstrip())
+    assert option == "--ignore-extra-keys 'head.*'"
+    outcome = run(*arguments, *shlex.split(option))
+    assert outcome.code == 0
+    told = "sepconvert: extra.pt: 2 keys are left out (--ignore-extra-keys): head.weight, head.bias\n"
+    assert told in outcome.err
 
 
 CONVERSIONS = {
@@ -32,6 +47,9 @@ CONVERSIONS = {
     "factory module is missing": ("weights.pt", *SHAPE, "--factory", "nothing.here:build"),
     "factory makes a number": ("weights.pt", *SHAPE, "--factory", "cli_test_code.py:number"),
     "factory of another model": ("weights.pt", *SHAPE, "--factory", "cli_test_code.py:build"),
+    "extra keys without a factory": ("net.pt", *SHAPE, "--ignore-extra-keys", "*"),
+    "a name without weights": ("net", *SHAPE, "--factory", "cli_test_code.py:build"),
+    "another name without weights": ("a-net", *SHAPE, "--factory", "cli_test_code.py:build"),
     "factory is no name": ("weights.pt", *SHAPE, "--factory", "build"),
     "wrong channels": ("net.pt", "--input-shape", "4x8x8"),
     "wrong rank": ("net.pt", "--input-shape", "8"),

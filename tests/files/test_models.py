@@ -329,3 +329,97 @@ def test_input_shapes_round_trip(sizes):
 def test_input_shapes_that_make_no_sense(text):
     with pytest.raises(SepconvertError, match="3x224x224"):
         parse_input_shape(text)
+
+
+# Models that have their weights already -----------------------------------------------------------
+
+TRAINED = """import torch
+from userpkg.net import Net
+
+torch.manual_seed(3)
+first = Net()
+
+def trained():
+    model = Net()
+    model.load_state_dict(first.state_dict())
+    return model
+
+def another():
+    model = trained()
+    model.conv.bias.data += 1
+    return model
+
+def empty():
+    with torch.device("meta"):
+        return Net()
+"""
+
+
+@pytest.fixture
+def trained(project):
+    (project / "trained.py").write_text(TRAINED)
+    return {"factory": "trained.py:trained"}
+
+
+@pytest.mark.parametrize("name", ["yolov8", "resnet50.a1_in1k"])
+def test_a_factory_gives_the_weights_of_a_name(trained, name):
+    loaded = load_model(name, **trained)
+    assert type(loaded.model).__name__ == "Net"
+    assert loaded.path == Path(name)
+    assert loaded.notes == (f"{name}: there is no such file; the weights are those that `factory` gives",)
+    # Another model of the same name is noticed.
+    assert load_model(name, **trained).sha256 == loaded.sha256
+    assert load_model(name, factory="trained.py:another").sha256 != loaded.sha256
+
+
+def test_a_file_of_another_framework_is_where_the_weights_came_from(trained):
+    Path("m.onnx").write_bytes(b"\x08\x08\x12\x07pytorch")
+    loaded = load_model("m.onnx", **trained)
+    assert loaded.sha256 == hashlib.sha256(Path("m.onnx").read_bytes()).hexdigest()
+    assert loaded.notes == ("m.onnx: is no model file of torch; the weights are those that `factory` gives",)
+    refused("is an ONNX model, not a PyTorch one", "m.onnx")
+    # The content decides, also here.
+    model = nn.Sequential()
+    model.conv = nn.Conv2d(3, 2, 3)
+    torch.save(model.state_dict(), "m.onnx")
+    loaded = load_model("m.onnx", **trained)
+    assert torch.equal(loaded.model.conv.weight, model.conv.weight)
+    assert loaded.notes == ()
+
+
+@pytest.mark.parametrize("path", ["m.pt", "m.ckpt", "m.onnx", "nets/m", "./nets/m", "/m"])
+def test_a_mistyped_path_is_no_name(trained, path):
+    refused("there is no such file; expected a model", path, **trained)
+
+
+def test_a_file_without_its_extension_is_no_name(trained):
+    Path("m.pth").touch()
+    Path("m.py").touch()
+    Path("n.py").touch()
+    refused(r"^m: there is no such file, but m\.pth; pass that", "m", **trained)
+    assert load_model("n", **trained).path == Path("n")
+
+
+def test_a_damaged_file_is_no_name(trained):
+    for content in (b"", b"PK\x03\x04", b"version https://git-lfs", b"\x80\x02."):
+        Path("m.ckpt").write_bytes(content)
+        refused(r"^m\.ckpt: ", "m.ckpt", **trained)
+    refused("is a directory", "userpkg", **trained)
+
+
+def test_random_weights_are_not_taken(project, trained):
+    Path("m.tflite").write_bytes(b"....TFL3")
+    for name, found in (("net", "there is no such file"), ("m.tflite", "is no model file of torch")):
+        refused(
+            f"^{name}: {found}, and the weights that `factory` gives are random", name, factory="model:build"
+        )
+    refused("meta device", "net", factory="trained:empty")
+
+
+def test_extra_keys_need_a_factory(project):
+    weights = {"conv.weight": torch.ones(2, 3, 3, 3), "conv.bias": torch.ones(2), "head.bias": torch.ones(3)}
+    torch.save(weights, "m.pt")
+    loaded = load_model("m.pt", factory="model.py:build", ignore_extra_keys=["head.*"])
+    assert loaded.notes == ("m.pt: 1 key is left out (`ignore_extra_keys`): head.bias",)
+    refused("`ignore_extra_keys`: only for weights that the model of `factory` takes", "m.pt",
+            ignore_extra_keys=["head.*"])  # fmt: skip

@@ -33,8 +33,8 @@ from model_files import (
 from torch import nn
 from torch.nn import functional as F
 
+from sepconvert.base import limits
 from sepconvert.base.errors import SepconvertError
-from sepconvert.files import limits
 from sepconvert.files.models import load_model
 
 pytestmark = pytest.mark.usefixtures("clean_imports")

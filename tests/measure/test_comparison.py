@@ -64,7 +64,7 @@ def test_every_output_has_its_numbers():
 
 
 def test_the_drop_is_in_the_unit_of_its_metric():
-    accuracy = AccuracyDelta(0.25, Interval(-0.5, 1.0), agreement=0.995, p_value=0.125)
+    accuracy = AccuracyDelta(0.25, Interval(-0.5, 1.0), agreement=0.995, p_value=0.125, n=2000, lost=8, won=3)
     comparison = Comparison((profile(1.0, 0.9), profile(1.0, 0.9)), "ab", (Delta(accuracy=accuracy),))
     rows = {name: cells for name, *cells in comparison.rows()}
     assert rows[f"drop, {TOP1.unit}"] == ["-", "0.25 [-0.50, 1.00]"]

@@ -168,8 +168,11 @@ def test_data_loaders_and_progress() -> None:
             seen.append(len(batch[0]))
             yield batch
 
-    predictions = evaluate(Echo(), DataLoader(TensorDataset(x, y), batch_size=8), progress)
+    shown: list[torch.Tensor] = []
+    loader = DataLoader(TensorDataset(x, y), batch_size=8)
+    predictions = evaluate(Echo(), loader, progress, on_images=shown.append)
     assert seen == [8, 8, 4]
+    assert torch.equal(torch.cat(shown), x)
     np.testing.assert_array_equal(predictions.ranked, evaluate(Echo(), batches).ranked)
     np.testing.assert_array_equal(predictions.labels, y)
 
@@ -225,6 +228,7 @@ def test_the_drop_by_hand() -> None:
             "value": 25.0,
             "ci95": pytest.approx([-26.381, 66.381], abs=1e-3),
             "mcnemar_p": pytest.approx(0.625),  # 2 · (1 + 4) / 16
+            "n": 8,
         },
         "agreement": 0.375,
     }

@@ -5,9 +5,18 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from strategies import numbered
 
 from sepconvert.base.errors import SepconvertError
-from sepconvert.measure.statistics import Interval, mcnemar, median_interval, paired_difference_interval
+from sepconvert.measure.statistics import (
+    Interval,
+    drop_bound,
+    drop_p_value,
+    mcnemar,
+    median_interval,
+    paired_difference_interval,
+    samples_needed,
+)
 
 
 # Ranks (from 1) of the 95 % interval of a median, from the tables of textbooks on non-parametric statistics.
@@ -113,3 +122,74 @@ def test_mcnemar_is_the_exact_binomial_test(lost, won):
 def test_mcnemar_counts():
     with pytest.raises(SepconvertError, match="two counts >= 0"):
         mcnemar(-1, 3)
+
+
+# Drops on unseen images
+
+
+@cache
+def rejected(n: int, limit: float, level: float) -> frozenset[tuple[int, int]]:
+    """All pairs (lost, won) of n samples at which the drop is called proven."""
+    pairs = ((lost, won) for lost in range(n + 1) for won in range(n + 1 - lost))
+    return frozenset(pair for pair in pairs if drop_p_value(*pair, n, limit, level) <= level)
+
+
+@pytest.mark.parametrize(("n", "limit"), [(25, 0.1), (40, 0.2), (30, 0.02)])
+@pytest.mark.parametrize("won", [0.0, 0.02, 0.1, 0.3, 0.39])
+def test_a_drop_at_the_limit_is_called_proven_in_at_most_the_level_of_samples(n, limit, won):
+    """The oracle: the multinomial probabilities of all samples that are rejected, added up."""
+    level = 0.05
+    lost = won + limit
+    same = 1 - lost - won
+    probability = sum(
+        math.comb(n, a) * math.comb(n - a, b) * lost**a * won**b * same ** (n - a - b)
+        for a, b in rejected(n, limit, level)
+    )
+    assert probability <= level
+
+
+def test_drops_of_few_samples_can_be_proven():
+    assert rejected(40, 0.2, 0.05)
+
+
+@numbered(25)
+@given(st.integers(0, 80), st.integers(0, 80), st.integers(0, 2000), st.sampled_from([0.8, 0.95, 0.99]))
+def test_the_bound_of_a_drop_is_where_its_proof_ends(lost, won, agreeing, confidence):
+    n = max(1, lost + won + agreeing)
+    bound = drop_bound(lost, won, n, confidence)
+    assert max(0.0, (lost - won) / n) <= bound <= 1
+    if 2e-5 < bound < 1:
+        level = 1 - confidence
+        assert (
+            drop_p_value(lost, won, n, bound, level)
+            <= level
+            < drop_p_value(lost, won, n, bound - 2e-5, level)
+        )
+
+
+def test_the_bound_narrows_with_more_samples_and_widens_with_confidence():
+    bounds = [drop_bound(5 * k, 2 * k, 1000 * k) for k in (1, 4, 16, 64)]
+    assert bounds == sorted(bounds, reverse=True)
+    assert 0.003 < bounds[-1] < 0.004
+    wider = [drop_bound(50, 20, 10_000, confidence) for confidence in (0.6, 0.9, 0.99, 0.9999)]
+    assert wider == sorted(wider)
+
+
+@pytest.mark.parametrize(("lost", "won", "n"), [(0, 0, 100), (3, 3, 300), (5, 1, 1000)])
+def test_the_number_of_samples_that_would_do_is_enough_and_not_far_too_many(lost, won, n):
+    needed = samples_needed(lost, won, n, 0.01)
+    for size, enough in ((needed, True), (0.9 * needed, False)):
+        scale = size / n
+        proof = drop_p_value(round(lost * scale), round(won * scale), round(size), 0.01) <= 0.05
+        assert proof is enough
+
+
+def test_no_number_of_samples_proves_what_is_not_so():
+    assert samples_needed(20, 5, 1000, 0.01) is None
+
+
+@pytest.mark.parametrize(("lost", "won", "n"), [(-1, 0, 5), (3, 3, 5), (0, 0, 0)])
+def test_impossible_counts_are_refused(lost, won, n):
+    for function in (drop_p_value, samples_needed):
+        with pytest.raises(SepconvertError, match="two counts >= 0"):
+            function(lost, won, n, 0.01)

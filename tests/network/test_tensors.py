@@ -1,11 +1,12 @@
 """Tensors in nested inputs and outputs."""
 
+import hashlib
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
-from sepconvert.network.tensors import cast, fresh, model_dtype, placed, tensor_leaves, tensors_in
+from sepconvert.network.tensors import cast, fresh, model_dtype, placed, sha256_of, tensor_leaves, tensors_in
 
 A, B, C = torch.ones(2), torch.arange(3), torch.zeros(1, dtype=torch.float64)
 
@@ -21,6 +22,13 @@ def test_copies_share_no_memory():
     assert all(map(torch.equal, tensors_in(copied), tensors_in(inputs)))
     assert not {value.data_ptr() for value in tensors_in(copied)} & {value.data_ptr() for value in (A, B, C)}
     assert copied[2:] == inputs[2:]
+
+
+def test_the_hash_of_tensors_is_that_of_their_bytes():
+    values = [torch.arange(6.0).reshape(2, 3).T, torch.tensor(7), torch.empty(0), "text"]
+    expected = hashlib.sha256(b"".join(value.numpy().tobytes() for value in values[:3])).hexdigest()
+    assert sha256_of(values) == expected
+    assert sha256_of(reversed(values)) != expected
 
 
 def test_floating_point_alone_is_cast():

@@ -8,7 +8,7 @@ from typing import Any
 import onnx
 import pytest
 import torch
-from conversions import convert_small, converted, decided
+from conversions import apart, convert_small, converted, decided
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Subset, TensorDataset
@@ -69,6 +69,7 @@ def test_report(fixed):
         "images": 150,
         "heldout": 50,
         "patches_per_unknown": 12,
+        "seen_twice": {"calib": {"images": 200, "compared": 200, "scored": 0}, "train": None},
     }
     names = [step["name"] for step in found["steps"]]
     assert names[:3] == ["fit the weights", "fit the outputs", "follow the drift, correct the bias"]
@@ -141,9 +142,9 @@ def test_the_same_command_gives_the_same_weights(small):
 
 
 def test_budgets(small):
-    result = convert_small(small, target_macs=0.6, data=small[1])
+    result = convert_small(small, target_macs=0.6, data=apart(small[1])[1])
     assert result.report["delta"]["macs_ratio"] >= 1 / 0.6
-    result = convert_small(small, max_drop=5.0, data=small[1])
+    result = convert_small(small, max_drop=5.0, data=apart(small[1])[1])
     found = result.report["approximation"]
     assert result.report["delta"]["accuracy_drop_pp"]["value"] <= 5.0
     assert len(found["curve"]) >= 3
@@ -161,7 +162,7 @@ def test_budgets(small):
     assert min(point["macs"] for point in caught.value.curve) > 0.01 * result.report["original"]["macs"]
     assert len(caught.value.curve) >= 3
     with pytest.raises(DemandNotMetError, match=r"`rank` 1 and `max_drop` 0 .*smallest drop"):
-        convert_small(small, rank=1, max_drop=0, data=small[1])
+        convert_small(small, rank=1, max_drop=0, data=apart(small[1])[1])
 
 
 @pytest.mark.slow
@@ -344,13 +345,14 @@ def timed(small, tmp_path_factory):
     model, loader = small
     cache, images = tmp_path_factory.mktemp("cache"), torch.cat([x for x, _ in loader])
     timing, calibration = Timing(threads=1, runs=10, cache=cache), Calibration(images=64)
+    calib, data = apart(loader)
     return lambda: convert(
         model,
         images[:2],
         "auto",
         max_drop=5.0,
-        calib=loader,
-        data=loader,
+        calib=calib,
+        data=data,
         calibration=calibration,
         timing=timing,
     )
@@ -376,7 +378,7 @@ def test_auto_mode(timed):
 
 
 def test_the_curve_of_auto_mode(small):
-    report = convert_small(small, mode="auto", gate="macs", max_drop=5.0, data=small[1]).report
+    report = convert_small(small, mode="auto", gate="macs", max_drop=5.0, data=apart(small[1])[1]).report
     curve = report["approximation"]["curve"]
     carried_out = [point for point in curve if point["heldout"]]
     assert len(carried_out) >= 6

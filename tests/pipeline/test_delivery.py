@@ -1,7 +1,7 @@
 """How far a plan may go before fine-tuning, and which of several is delivered."""
 
 import pytest
-from conversions import convert_small
+from conversions import apart, convert_small
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -65,7 +65,7 @@ def test_of_plans_that_fine_tuning_brings_back_the_last_is_delivered(small, monk
         return next_drop(attempts, most) if attempts else 100.0  # the cheapest plan of all
 
     monkeypatch.setattr(delivery, "next_drop", far)
-    report = convert_small(small, max_drop=0.5, data=small[1], finetune=1).report
+    report = convert_small(small, max_drop=0.5, data=apart(small[1])[1], finetune=1).report
     attempts = report["approximation"]["finetune"]["attempts"]
     assert attempts[0]["drop_pp"] > 0.5
     assert 1 <= len(attempts) <= 3
@@ -78,7 +78,7 @@ def test_of_plans_that_fine_tuning_brings_back_the_last_is_delivered(small, monk
 
 
 def test_fine_tuning_may_win_back_what_a_plan_loses(small):
-    report = convert_small(small, max_drop=30.0, data=small[1], finetune=1).report
+    report = convert_small(small, max_drop=30.0, data=apart(small[1])[1], finetune=1).report
     assert report["approximation"]["finetune"]["attempts"][-1]["delivered"]
     assert report["approximation"]["steps"][-1]["name"] == "fine-tune"
     assert report["delta"]["accuracy_drop_pp"]["value"] <= 30

@@ -5,34 +5,61 @@ import torch
 from sepconvert.base.notes import ReasonCode
 from sepconvert.base.progress import silent
 from sepconvert.cli.demo.net import load
+from sepconvert.measure.statistics import Interval
 from sepconvert.network.trace import trace
 from sepconvert.planning.forms import Prices, measured_prices
-from sepconvert.planning.timing import FormTime, FormTimes
+from sepconvert.planning.timing.clock import FormTime, FormTimes
+
+MEASURED = Interval(1.9, 2.1)
 
 
-def test_layers_of_many_macs_for_each_form_are_timed_first():
-    """Else a filter of one form waits for layers of fifty, and time is up; exact forms do not wait either."""
+class Stopwatch:
+    """A clock that measures a few layers, and models the others."""
+
+    def __init__(self, calls, faster=True):
+        self.calls, self.faster, self.asked = calls, faster, []
+
+    def forms(self, site, forms):
+        self.asked.append((site.name, len(forms)))
+        interval = MEASURED if len(self.asked) <= self.calls else None
+        return FormTimes(1.0, {form: FormTime(0.4, 2.5, interval, self.faster) for form in forms})
+
+
+def sites_and_prices():
     sites = {site.name: site for site in trace(load(), (torch.zeros(1, 1, 28, 28),))}
     counts = {"head.conv": 20, "contrast.conv2d_0": 1, "large.conv": 40, "edges.conv2d_0": 0}
-    prices = {name: Prices(1.0, {("any", rank): 0.5 for rank in range(n)}) for name, n in counts.items()}
-    held = ("any", 16)
-    exact = {"large.conv": [held], "contrast.conv2d_0": [("any", 0)]}
-    asked = []
+    exact = {"large.conv": {("any", 16)}, "contrast.conv2d_0": {("any", 0)}}
+    prices = {
+        name: Prices(1.0, {("any", rank): 0.5 for rank in range(n)}, frozenset(exact.get(name, ())))
+        for name, n in counts.items()
+    }
+    return [sites[name] for name in counts], prices
 
-    class TimeFor:
-        """One call."""
 
-        def forms(self, site, forms):
-            asked.append((site.name, len(forms)))
-            if len(asked) > 1:
-                return None
-            return FormTimes(1.0, {form: FormTime(0.4, faster=True) for form in forms})
-
-    found, reasons = measured_prices([sites[name] for name in counts], prices, exact, TimeFor(), silent)
-    assert asked == [
+def test_exact_forms_are_timed_first_and_then_layers_of_many_macs_for_each_form():
+    sites, prices = sites_and_prices()
+    clock = Stopwatch(calls=3)
+    found, reasons = measured_prices(sites, prices, clock, silent)
+    assert clock.asked == [
         ("large.conv", 1), ("contrast.conv2d_0", 1), ("contrast.conv2d_0", 1), ("large.conv", 40),
         ("head.conv", 20),
     ]  # fmt: skip
-    assert found == {"large.conv": Prices(1.0, {held: 0.4})}
-    assert reasons.keys() == {"contrast.conv2d_0", "head.conv"}
-    assert {reason.code for reason in reasons.values()} == {ReasonCode.UNTIMED}
+    assert reasons == {}
+    assert {name: each.modelled for name, each in found.items()} == {
+        "large.conv": True, "contrast.conv2d_0": False, "head.conv": True,
+    }  # fmt: skip
+    # The exact form is there, whatever costs are near its own.
+    assert ("any", 16) in found["large.conv"].forms
+
+
+def test_what_is_not_faster_is_kept_and_it_is_said_how_that_is_known():
+    sites, prices = sites_and_prices()
+    found, reasons = measured_prices(sites, prices, Stopwatch(calls=3, faster=False), silent)
+    assert found == {}
+    assert {reason.code for reason in reasons.values()} == {ReasonCode.COSTS_MORE}
+    assert reasons["contrast.conv2d_0"].text == (
+        "no form is measured to be faster in ONNX Runtime beyond noise (best 2.50× [1.90, 2.10])"
+    )
+    assert reasons["head.conv"].text == (
+        "no form is faster by the model of times (best 2.50×); there was no time to measure"
+    )

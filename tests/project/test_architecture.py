@@ -38,6 +38,7 @@ TESTED_ELSEWHERE: dict[str, tuple[str, str]] = {
     "planning/conversion": ("pipeline/test_convert.py", "values that the report is made of"),
     "planning/fitting": ("planning/test_workshop.py", "fits are judged where plans are carried out"),
     "report/schema/__main__": ("report/schema/test_published.py", "it is run there"),
+    "planning/timing/pairs": ("pipeline/test_stages.py", "files and layers are timed where they are made"),
     "pipeline/merging": ("network/test_merge.py", "pairs are merged on the models of that file"),
 }
 

@@ -90,7 +90,7 @@ EXACT = Report(
     original=profile(4000, 2_012_345, 1.5, 0.9675),
     converted=profile(1000, 1_006_172, 1.0, 0.965),
     speedup=SPEEDUP,
-    accuracy=AccuracyDelta(0.25, Interval(-0.05, 0.55), agreement=0.995, p_value=0.125),
+    accuracy=AccuracyDelta(0.25, Interval(-0.05, 0.55), 0.995, 0.125, n=2000, lost=8, won=3),
     changed=ChangedPredictions(10, lost=6, won=1, shown=(ChangedPrediction(31, 7, 7, 2),)),
     layers=(STEM, LARGE),
     verification=Verification(
@@ -174,16 +174,20 @@ def approximate() -> dict[str, Any]:
         check=None,
         approximation=errors,
     )
-    drop = {"value": 0.25, "ci95": [-0.05, 0.55], "mcnemar_p": 0.125}
+    drop = {"value": 0.25, "ci95": [-0.05, 0.55], "mcnemar_p": 0.125, "n": 2000}
     approximation = {
         "metric": "data",
-        "calibration": {"origin": "`calib`", "images": 768, "heldout": 256, "patches_per_unknown": 12},
+        "calibration": {"origin": "`calib`", "images": 768, "heldout": 256, "patches_per_unknown": 12,
+                        "seen_twice": None},
         "budget": {
             "rank": None, "target_macs": None, "target_params": None, "min_speedup": None, "max_drop": 1.0,
+            "confidence": None,
         },
         "unit": "macs",
         "curve": [point(2_012_345, 1.0, 0, None), point(1_006_172, 2.0, 1, drop)],
         "plans_measured_on_data": 1,
+        "modelled": [],
+        "choice": {"plans": 1, "images": 2000, "confidence": None, "bound_pp": 0.75, "rest": None},
         "steps": [
             step("weights", "fit the weights", 9.5, 0.15, 0.125, kept=False),
             step("data", "follow the drift, correct the bias", 0.0625, 0.9, 0.875, kept=True),

@@ -47,6 +47,37 @@ def test_an_approximate_conversion(approximate):
     ]
 
 
+def test_what_a_choice_leaves_to_be_expected_is_said(approximate):
+    choice = approximate["approximation"]["choice"]
+
+    def said():
+        return next(text for text in texts(approximate) if "unseen" in text)
+
+    assert said() == (
+        "The plan was chosen among 1 plan by 2,000 images, which favours it. On unseen images of the same "
+        "kind, expect a drop of up to 0.75 pp (95 % confidence, with allowance for the choice)."
+    )
+    choice |= {"plans": 6, "rest": {"value": 0.5, "ci95": [-0.25, 1.25], "mcnemar_p": 0.5, "n": 2000}}
+    assert "among 6 plans by 2,000 images, which favours it; on 2,000 others, its drop is 0.50" in said()
+    choice |= {"confidence": 0.95, "bound_pp": 0.875}
+    assert said() == (
+        "With 95 % confidence, the drop on unseen images of the same kind is at most 0.88 pp (`max_drop` 1). "
+        "Plans that were tested, in an order fixed beforehand: 6."
+    )
+    approximate["approximation"]["choice"] = None
+    assert not any("unseen" in text for text in texts(approximate))
+
+
+def test_a_difference_that_is_not_the_conversions_is_a_warning(document):
+    check = document["verification"]
+    check |= {"original_onnx_max_abs_diff": 1e-6, "original_onnx_tolerance": 1e-6}
+    assert not any("original.onnx" in text for text in texts(document))
+    check["original_onnx_max_abs_diff"] = 2e-5
+    warned = [note.text for note in warnings_of(document) if "original.onnx" in note.text]
+    assert len(warned) == 1
+    assert "by 2.0e-05, where rounding explains 1.0e-06" in warned[0]
+
+
 def test_without_onnx_runtime_the_reason_is_given(bare):
     assert texts(bare) == [
         "1 of 2 convolutions converted.",
@@ -77,16 +108,18 @@ def test_conversions_within_tol_only_are_not_passed_off_as_exact(document, appro
     assert not any("`tol`" in text for text in texts(approximate))
 
 
-def test_layers_that_were_not_timed_are_named(document):
+def test_layers_whose_times_are_modelled_are_named(approximate):
     def named(lines):
-        expected = "Kept because no time was left to measure their forms: stem.conv (`measure_seconds`)."
-        return expected in map(unfolded, lines)
+        return any(
+            "no time was left to measure: the times of forms of stem.conv." in unfolded(line)
+            for line in lines
+        )
 
-    assert not named(texts(document))
-    assert not named(story(document))
-    document["layers"][0]["reason_code"] = "untimed"
-    assert named(texts(document))
-    assert named(story(document))
+    assert not named(texts(approximate))
+    assert not named(story(approximate))
+    approximate["approximation"]["modelled"] = ["stem.conv"]
+    assert named(texts(approximate))
+    assert named(story(approximate))
 
 
 def test_merged_pairs_are_named_and_the_others_counted(approximate):
@@ -190,6 +223,26 @@ def test_conversion_without_calibration(approximate):
 def test_few_images(approximate, images, warned):
     approximate["approximation"]["calibration"]["images"] = images
     assert any("so few images" in note.text for note in warnings_of(approximate)) is warned
+
+
+@pytest.mark.parametrize(
+    ("calib", "train", "text"),
+    [
+        ((768, 768, 0), None, None),
+        ((768, 768, 0), (5000, 768, 0), None),
+        ((768, 768, 1), None, "1 scored image is also among 768 calibration images, so the accuracy"),
+        ((768, 768, 12), (768, 768, 12), "12 scored images are also among 768 training images, so"),
+        ((768, 768, 0), (5000, 256, 3), "3 scored images are also among 256 of 5,000 training images, so"),
+        ((768, 768, 9), (5000, 256, 0), "9 scored images are also among 768 calibration images, so"),
+    ],
+)
+def test_images_that_were_seen_twice(approximate, calib, train, text):
+    calib, train = (
+        each and dict(zip(("images", "compared", "scored"), each, strict=True)) for each in (calib, train)
+    )
+    approximate["approximation"]["calibration"]["seen_twice"] = {"calib": calib, "train": train}
+    warned = [note.text for note in warnings_of(approximate)]
+    assert [each[: len(text or "")] for each in warned] == ([text] if text else [])
 
 
 # The story and the causes --------------------------------------------------------------------------

@@ -4,6 +4,7 @@ import contextlib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
@@ -176,7 +177,7 @@ class _Runs:
         best, hidden = case, _hidden(case)
         for gain in _GAINS if hidden else ():
             with contextlib.suppress(Exception):
-                found = self.case(floating(lambda value, gain=gain: gain * value, case.inputs))
+                found = self.case(floating(partial(torch.mul, torch.tensor(gain)), case.inputs))
                 if all(output.isfinite().all() for output in found.outputs) and _hidden(found) < hidden:
                     best, hidden = found, _hidden(found)
             if not hidden:

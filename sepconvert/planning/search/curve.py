@@ -123,9 +123,12 @@ class Curve:
         return {name: layer.cost for name, layer in self.surveyed.items()}
 
     def best(self, cost: float) -> Plan | None:
-        """Return the plan of least expected divergence within a cost of the layers; None if there is none."""
+        """Return the plan of least expected divergence within a cost of the layers; None if there is none.
+
+        Whatever the cost, it holds all that is free of loss.
+        """
         found = self._allocated(cost)
-        return None if found is None else self.plan(found.choice, found.bound)
+        return None if found is None else self.plan(self._with_lossless(found.choice), found.bound)
 
     def known(self, choice: Choice) -> Plan:
         """Return the plan of a choice that was found in another way than by `best`."""
@@ -146,11 +149,16 @@ class Curve:
             predicted=self.totals.cost / (self.rest + cost) if self.totals.by_time else None,
         )
 
-    def draw(self) -> None:
+    def _with_lossless(self, choice: Choice) -> Choice:
+        """Return a choice with every other layer that has a cheaper exact form in that form."""
+        free = {name: layer.lossless() for name, layer in self.surveyed.items() if name not in choice}
+        return {**choice, **{name: candidate for name, candidate in free.items() if candidate is not None}}
+
+    def draw(self, points: int = _POINTS) -> None:
         """Add plans at about even ratios of cost, from nothing replaced to the cheapest."""
         first, last = self.dense_cost, self.least_cost
         ratio = last / first if first else 1.0
-        costs = [first * ratio ** (step / (_POINTS - 1)) for step in range(_POINTS - 1)]
+        costs = [first * ratio ** (step / (points - 1)) for step in range(points - 1)]
         for cost in (*costs, last):
             plan = self.best(cost)
             if plan is not None:

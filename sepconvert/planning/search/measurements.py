@@ -5,7 +5,9 @@ from collections.abc import Sequence
 from sepconvert.base.options import Budget
 from sepconvert.measure.latency import Speedup
 from sepconvert.measure.metrics import AccuracyDelta
+from sepconvert.planning.scores import Scores
 from sepconvert.planning.search.curve import Point
+from sepconvert.planning.search.judging import is_clearly_within, is_proven
 from sepconvert.planning.workshop import Fitted, Workshop
 
 
@@ -22,10 +24,15 @@ class Measurements:
         return point.measured.fitted
 
     def accuracy(self, point: Point) -> AccuracyDelta | None:
-        """Return the drop of accuracy of a point's model; None without evaluation data."""
-        if point.measured.accuracy is None:
-            point.measured.accuracy = self.workshop.accuracy(self.fitted(point).model)
-        return point.measured.accuracy
+        """Return the drop of accuracy of a point's model on all images; None without evaluation data."""
+        scores = self.workshop.scores
+        return None if scores is None else self._accuracy(point, scores, scores.sizes[-1])
+
+    def _accuracy(self, point: Point, scores: Scores, images: int) -> AccuracyDelta:
+        found = scores.delta(self.fitted(point).model, images)
+        if point.measured.accuracy is None or images > point.measured.accuracy.n:
+            point.measured.accuracy = found
+        return found
 
     def speedup(self, point: Point) -> Speedup | None:
         """Return the speed-up of a point's plan; None if plans are not timed."""
@@ -34,7 +41,11 @@ class Measurements:
         return point.measured.speedup
 
     def time(self, points: Sequence[Point]) -> None:
-        """Time the plans of some points together, if plans are timed."""
+        """Time the plans of some points together, if plans are timed.
+
+        A plan that replaces nothing is the original: any difference of its time would be noise.
+        """
+        points = [point for point in points if point.plan.choice]
         if not points or not self.workshop.times_plans:
             return
         # Times do not depend on the values that factors are fitted to: plans need not be carried out first.
@@ -57,11 +68,42 @@ class Measurements:
         }
 
     def is_accurate(self, point: Point, budget: Budget) -> bool:
-        """Return whether a plan keeps within the drop of accuracy that the budget allows."""
-        if budget.max_drop is None:
-            return True
+        """Return whether a plan keeps within the drop of accuracy that the budget allows.
+
+        Judged by the images that plans are chosen on, or fewer if they leave no doubt.
+        """
+        scores = self.workshop.scores
+        if budget.max_drop is None or scores is None:
+            return budget.max_drop is None
+        if budget.confidence is not None:
+            return self.is_proven(point, budget)
+        for images in scores.sizes[: scores.sizes.index(scores.choosing)]:
+            verdict = is_clearly_within(self._accuracy(point, scores, images), budget.max_drop)
+            if verdict is not None:
+                return verdict
+        return self._accuracy(point, scores, scores.choosing).drop <= budget.max_drop
+
+    def is_confirmed(self, point: Point, budget: Budget) -> bool:
+        """Return whether a plan keeps within the budget on all images."""
         accuracy = self.accuracy(point)
-        return accuracy is not None and accuracy.drop <= budget.max_drop
+        return budget.max_drop is None or (accuracy is not None and accuracy.drop <= budget.max_drop)
+
+    def is_proven(self, point: Point, budget: Budget, *, on_all: bool = False) -> bool:
+        """Return whether a plan's drop on unseen images is below the budget's, with its confidence.
+
+        The test stops as soon as it has the proof, or as soon as a proof is out of reach; `on_all` images, it
+        looks at the last of its steps alone.
+        """
+        scores, most, confidence = self.workshop.scores, budget.max_drop, budget.confidence
+        if scores is None or most is None or confidence is None:
+            return False
+        for images in scores.sizes[-1:] if on_all else scores.sizes:
+            delta, last = self._accuracy(point, scores, images), images == scores.sizes[-1]
+            if is_proven(delta, most, 1 - confidence, len(scores.sizes), last):
+                return True
+            if is_clearly_within(delta, most) is False:
+                break
+        return False
 
     def is_fast(self, point: Point, budget: Budget, *, surely: bool = False) -> bool:
         """Return whether a plan has the speed-up that the budget demands; `surely`: by its whole interval."""

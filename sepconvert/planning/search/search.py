@@ -1,14 +1,19 @@
 """The search itself: it measures the curve where the budget is decided, and chooses the plan to deliver."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
+
+from torch import nn
 
 from sepconvert.base.errors import DemandNotMetError
 from sepconvert.base.options import Budget
 from sepconvert.planning.search.bisection import cheaper_than, cheapest_that, dearest_that
+from sepconvert.planning.search.choosing import Chooser, shortfall
 from sepconvert.planning.search.curve import Curve, Point, Totals
+from sepconvert.planning.search.judging import expected_on_unseen_images
 from sepconvert.planning.search.learning import Learner
 from sepconvert.planning.search.measurements import Measurements
+from sepconvert.planning.search.proof import furthest_proven
 from sepconvert.planning.survey import LayerSurvey
 from sepconvert.planning.workshop import Workshop
 
@@ -24,9 +29,6 @@ _POLISHES = 1  # times that sensitivities are corrected by the best plan, to loo
 _LESSONS = 2  # times that errors of forms are corrected by a plan that diverges far more than expected
 
 
-_DOUBTFUL = 4  # layers, those that save least, that are tested for saving anything in the whole model
-
-
 Found = TypeVar("Found", bound=Point | None)
 
 
@@ -39,6 +41,7 @@ class Search:
     def __init__(self, surveyed: Mapping[str, LayerSurvey], workshop: Workshop, totals: Totals) -> None:
         self.curve, self.measurements = Curve(surveyed, totals), Measurements(workshop)
         self.learner, self._workshop = Learner(self.curve, self.measurements), workshop
+        self._chooser = Chooser(self.curve, self.measurements)
 
     @property
     def points(self) -> list[Point]:
@@ -62,16 +65,38 @@ class Search:
         else:
             point = self._within_limits(budget, refinements)
         if point is None or not self.measurements.is_fast(point, budget):
-            raise DemandNotMetError(_shortfall(budget, self.points), self.to_json(None))
-        if self.curve.totals.by_time:
-            point = self._without_idle_layers(point, budget)
-        self.measurements.fitted(point)
-        self.measurements.accuracy(point)
-        return point
+            raise DemandNotMetError(shortfall(budget, self.points), self.to_json(None))
+        if self.curve.totals.by_time and budget.confidence is None:
+            point = self._chooser.without_idle_layers(point, budget)
+        return self._chooser.confirmed(point, budget)
 
     def to_json(self, delivered: Point | None) -> list[dict[str, Any]]:
         """Return the report's `approximation.curve`."""
         return self.curve.to_json(delivered)
+
+    @property
+    def plans_measured_on_data(self) -> int:
+        """Number of plans whose drop was measured, on some of the images at least."""
+        return sum(point.measured.accuracy is not None and bool(point.plan.choice) for point in self.points)
+
+    def choice(self, point: Point, model: nn.Module, budget: Budget) -> dict[str, Any] | None:
+        """Return the report's `approximation.choice`: what the choice of a plan leaves to be expected.
+
+        `model` is the plan's, or what fine-tuning made of it. None without evaluation data.
+        """
+        scores = self._workshop.scores
+        if scores is None or not point.plan.choice:
+            return None
+        delta, plans = scores.delta(model, scores.sizes[-1]), self.plans_measured_on_data
+        rest = None if self._chooser.revised or budget.confidence is not None else scores.rest(model)
+        bound = expected_on_unseen_images(delta, plans, len(scores.sizes), budget.confidence)
+        return {
+            "plans": plans,
+            "images": delta.n if rest is None else scores.choosing,
+            "confidence": budget.confidence,
+            "bound_pp": bound,
+            "rest": None if rest is None else rest.to_dict()["accuracy_drop_pp"],
+        }
 
     # The three kinds of budgets
 
@@ -104,13 +129,17 @@ class Search:
         if not self.points:
             self.learner.learn_from_first_plans()
             self.curve.draw()
+        if budget.confidence is not None:
+            proven = furthest_proven(self.curve, self.measurements, budget)
+            self._fill_curve(proven)
+            return proven
         if budget.max_drop is None:
             point = self._taught(lambda: self._most_accurate(budget, refinements))
             self._fill_curve(point or self.points[-1])
-            return point or self._known_fast(budget)
+            return point or self._chooser.known_fast(budget)
         point = self._taught(lambda: self._cheapest(budget, refinements))
         self._fill_curve(point)
-        return self._fastest(point, budget.max_drop) if self.curve.totals.by_time else point
+        return self._chooser.fastest(point, budget) if self.curve.totals.by_time else point
 
     def _most_accurate(self, budget: Budget, refinements: int) -> Point | None:
         def is_fast(point: Point) -> bool:
@@ -147,25 +176,6 @@ class Search:
             best = better
         return best
 
-    # Choice among the plans that were measured
-
-    def _known_fast(self, budget: Budget) -> Point | None:
-        """Return the dearest of all plans timed fast enough: a cheaper plan need not be a faster one."""
-        timed = [point for point in self.points if point.plan.choice and point.measured.speedup is not None]
-        fast = [point for point in timed if self.measurements.is_fast(point, budget)]
-        return max(fast, key=lambda point: point.plan.cost, default=None)
-
-    def _fastest(self, point: Point, max_drop: float) -> Point:
-        """Return the plan timed fastest of all that were measured to be accurate enough, or else `point`."""
-        speeds = {
-            each: each.measured.speedup.median
-            for each in self.points
-            if each.measured.accuracy is not None
-            and each.measured.accuracy.drop <= max_drop
-            and each.measured.speedup is not None
-        }
-        return max(speeds, key=speeds.__getitem__, default=point)
-
     def _fill_curve(self, chosen: Point) -> None:
         """Carry out more plans, of costs near that of the chosen one, and time all that were carried out."""
         converting = [point for point in self.points if point.plan.choice]
@@ -181,59 +191,3 @@ class Search:
                 if point.measured.fitted is not None and point.measured.speedup is None
             ]
         )
-
-    def _without_idle_layers(self, point: Point, budget: Budget) -> Point:
-        """Return the plan without layers that save no time in the whole model.
-
-        Nothing is replaced if the whole plan is measured to be slower than the original.
-
-        Raises:
-            DemandNotMetError: it is slower, though a speed-up above 1 is demanded.
-        """
-        fitted, choice = self.measurements.fitted(point), point.plan.choice
-        if not choice:
-            return point
-        saved = {name: self.curve.surveyed[name].cost - candidate.cost for name, candidate in choice.items()}
-        doubtful = sorted(saved, key=saved.__getitem__)[:_DOUBTFUL]
-        whole, *others = self._workshop.speedups(
-            [self._workshop.restored(fitted, name) for name in (None, *doubtful)]
-        )
-        if whole.significant and whole.median < 1:
-            if budget.min_speedup is not None and budget.min_speedup > 1:
-                raise DemandNotMetError(
-                    f"`min_speedup` {budget.min_speedup:g}: the plan that met it is {whole.median:.2f}× as "
-                    "fast when timed again; measure on an idle machine with more `runs`, or relax the demand"
-                )
-            return self.curve.join(self.curve.known({}))
-        idle = [name for name, each in zip(doubtful, others, strict=True) if each.median >= whole.median]
-        if not idle:
-            return point
-        kept = {name: candidate for name, candidate in choice.items() if name not in idle}
-        found = self.curve.join(self.curve.known(kept))
-        # Noise may make a single layer look idle, so the plan without all of them must be as fast.
-        whole, without = self._workshop.speedups([fitted.model, self.measurements.fitted(found).model])
-        if found.measured.speedup is None:
-            found.measured.speedup = without
-        good = (
-            without.median >= whole.median
-            and self.measurements.is_accurate(found, budget)
-            and self.measurements.is_fast(found, budget)
-        )
-        return found if good else point
-
-
-def _shortfall(budget: Budget, points: Sequence[Point]) -> str:
-    """Return the message that no plan meets a budget, with how near the plans on the curve come to it."""
-    names = ("rank", "target_macs", "target_params", "max_drop", "min_speedup")
-    demands = [f"`{name}` {getattr(budget, name):g}" for name in names if getattr(budget, name) is not None]
-    drops = [point.measured.accuracy.drop for point in points if point.measured.accuracy is not None]
-    speeds = [point.measured.speedup.median for point in points if point.measured.speedup is not None]
-    reached = [
-        *([f"smallest drop {min(drops):.2f} pp of {len(drops)} measured"] if drops else []),
-        *([f"largest speed-up {max(speeds):.2f}× of {len(speeds)} timed"] if speeds else []),
-        f"fewest MACs {min(point.plan.macs for point in points):,}",
-    ]
-    return (
-        f"no plan meets {' and '.join(demands)} ({', '.join(reached)} among {len(points)} plans); "
-        "relax a demand, or pass `finetune`"
-    )

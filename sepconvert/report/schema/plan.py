@@ -43,7 +43,7 @@ class PlanDocument(Struct, frozen=True, kw_only=True):
     gate: Gate
     tol: Tolerance | None
     seed: Annotated[int, Meta(ge=-(2**63), le=MAX_SEED)]
-    model_sha256: Sha256 | None
+    model_sha256: Annotated[Sha256 | None, Meta(description="as in the report's model")]
     weights_sha256: Annotated[Sha256 | None, Meta(description="of the tensors beside the plan")]
     input_shapes: Annotated[tuple[tuple[Positive, ...], ...], Meta(description="with batch dimension")]
     layers: tuple[PlannedLayer, ...]

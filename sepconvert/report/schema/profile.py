@@ -59,6 +59,7 @@ class AccuracyDrop(Struct, frozen=True):
     value: float
     ci95: Interval
     mcnemar_p: Annotated[Share, Meta(description="p-value of McNemar's test")]
+    n: Annotated[Positive, Meta(description="images that it was measured on")]
 
 
 class Startup(Struct, frozen=True):
@@ -110,10 +111,13 @@ Environment = Annotated[
 
 
 class Model(Struct, frozen=True):
-    """The file that a model was read from."""
+    """The file that a model was read from, or the name of one whose weights a factory gave."""
 
     path: str
-    sha256: Sha256 | None
+    sha256: Annotated[
+        Sha256 | None,
+        Meta(description="of the file; for a name, of the bytes of the tensors in the model's state_dict"),
+    ]
 
 
 class ProfileDocument(Profile, frozen=True, kw_only=True):

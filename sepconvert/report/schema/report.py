@@ -150,6 +150,21 @@ class Layer(Struct, frozen=True):
 # Approximation -------------------------------------------------------------------------------------
 
 
+class Overlap(Struct, frozen=True):
+    """Scored images that are also among those to fit to, or to train on."""
+
+    images: Annotated[Positive, Meta(description="to fit to or to train on")]
+    compared: Annotated[Positive, Meta(description="of them, with the scored images")]
+    scored: Annotated[Count, Meta(description="scored images that are among those compared")]
+
+
+class SeenTwice(Struct, frozen=True):
+    """Scored images that are also among the calibration images, or the training images."""
+
+    calib: Overlap
+    train: Annotated[Overlap | None, Meta(description="null without fine-tuning")]
+
+
 class CalibrationSet(Struct, frozen=True):
     """Images that factors were fitted to, and that plans were compared on."""
 
@@ -157,6 +172,7 @@ class CalibrationSet(Struct, frozen=True):
     images: Count
     heldout: Count
     patches_per_unknown: float
+    seen_twice: Annotated[SeenTwice | None, Meta(description="null if no data are scored")]
 
 
 class Budget(Struct, frozen=True):
@@ -167,6 +183,7 @@ class Budget(Struct, frozen=True):
     target_params: float | None
     min_speedup: float | None
     max_drop: float | None
+    confidence: float | None
 
 
 class Divergence(Struct, frozen=True):
@@ -248,6 +265,18 @@ class Merge(Struct, frozen=True):
     speedup: Speedup | None
 
 
+class Choice(Struct, frozen=True):
+    """Drop that the delivered plan may have on unseen images, given how it was chosen."""
+
+    plans: Annotated[Count, Meta(description="plans whose drop was measured")]
+    images: Annotated[Count, Meta(description="images that the plan was chosen by")]
+    confidence: Annotated[float | None, Meta(description="with which the drop was proven, if it was")]
+    bound_pp: Annotated[
+        float, Meta(description="drop on unseen images, exceeded with probability 1 - confidence, or 5 %")
+    ]
+    rest: Annotated[AccuracyDrop | None, Meta(description="drop on images that had no part in the choice")]
+
+
 class ModelApproximation(Struct, frozen=True):
     """Search and fit of an approximate conversion."""
 
@@ -257,6 +286,10 @@ class ModelApproximation(Struct, frozen=True):
     unit: Annotated[str, Meta(description="of costs: macs, params or milliseconds")]
     curve: tuple[CurvePoint, ...]
     plans_measured_on_data: Count
+    modelled: Annotated[
+        tuple[str, ...], Meta(description="layers whose forms have modelled times; no time was left")
+    ]
+    choice: Annotated[Choice | None, Meta(description="null without evaluation data")]
     steps: tuple[Step, ...]
     finetune: Finetune | None
     merges: tuple[Merge, ...] | UnsetType = UNSET

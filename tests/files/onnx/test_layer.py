@@ -5,11 +5,20 @@ import onnx
 import onnxruntime
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from onnx import numpy_helper
+from strategies import geometries, numbered, spec_of
+from torch import nn
 from torch.nn import functional as F
 
+from sepconvert.factorize.border import Border
+from sepconvert.factorize.exact.analysis import ZERO_BORDER
+from sepconvert.factorize.exact.factors import branches as branches_of
 from sepconvert.factorize.geometry import ConvSpec
+from sepconvert.factorize.structures import FORMS
 from sepconvert.files.onnx.layer import layer_onnx
+from sepconvert.network.layers import FactorizedConv2d
 
 PLAIN = ConvSpec(4, 6, (3, 1), padding=((1, 1), (0, 0)), bias=True)
 LAYERS = {
@@ -58,3 +67,26 @@ def test_the_graph_computes_the_layer(branches):
 def test_the_same_layer_is_the_same_file():
     """Times are remembered by what is timed."""
     assert layer_onnx([[PLAIN]], (1, 4, 8, 8)) == layer_onnx([[PLAIN]], (1, 4, 8, 8))
+
+
+@numbered(120)
+@given(geometries(), st.data())
+def test_the_model_that_is_timed_is_the_layer(geometry, data):
+    spec = spec_of(geometry.conv())
+    offered = [ZERO_BORDER, *(name for name, form in FORMS.items() if form.applies(spec))]
+    scheme = data.draw(st.sampled_from(offered))
+    rank = 0 if scheme == ZERO_BORDER else data.draw(st.integers(1, FORMS[scheme].full_rank(spec)))
+    x = torch.randn(2, *geometry.inputs().shape[-3:])
+    model = onnx.load_model_from_string(layer_onnx(branches_of(spec, scheme, rank, Border()), x.shape))
+    onnx.checker.check_model(model, full_check=True)
+    layer = FactorizedConv2d(spec, scheme, rank, Border())
+    weights = {each.name: onnx.numpy_helper.to_array(each) for each in model.graph.initializer}
+    nodes = [node for node in model.graph.node if node.op_type == "Conv"]
+    for convolution, node in zip(layer.convolutions, nodes, strict=True):
+        for name, constant in zip(("weight", "bias"), node.input[1:], strict=False):
+            setattr(convolution, name, nn.Parameter(torch.from_numpy(weights[constant].copy())))
+    expected = layer(x).relu().detach()
+    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    (actual,) = session.run(None, {"input": x.numpy()})
+    scale = float(expected.abs().max()) or 1.0
+    np.testing.assert_allclose(actual, expected.numpy(), rtol=0, atol=1e-4 * scale)

@@ -9,9 +9,9 @@ import warnings
 import pytest
 import torch
 
+from sepconvert.base import limits
 from sepconvert.base.errors import SepconvertError
-from sepconvert.files import limits
-from sepconvert.files.limits import check_cost
+from sepconvert.base.limits import check_cost
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="limits are set only on Linux")
 

@@ -1,4 +1,4 @@
-"""Dense and converted, whole models and single layers, timed against each other in ONNX Runtime."""
+"""Times of forms of layers and of whole plans, measured once and remembered."""
 
 import contextlib
 import hashlib
@@ -31,11 +31,11 @@ from sepconvert.factorize.geometry import ConvSpec
 from sepconvert.factorize.structures import Form
 from sepconvert.files.onnx.export import export_program, onnx_feed, runtime_dtype, save_onnx
 from sepconvert.files.onnx.layer import layer_onnx
-from sepconvert.measure.latency import Deployed, PairTiming, Speedup, measure_pair, speedup, time_all
-from sepconvert.measure.profiling import batch_size
-from sepconvert.network.rewrite import Replacement
+from sepconvert.measure.latency import Deployed, Speedup, speedup, time_all
+from sepconvert.measure.statistics import Interval
 from sepconvert.network.tensors import Inputs, cast
 from sepconvert.network.trace import ConvSite
+from sepconvert.planning.timing.model import TimeModel
 
 FORM_RUNS = 20
 """Interleaved runs of each form of a layer."""
@@ -43,18 +43,21 @@ FORM_RUNS = 20
 
 # Layers and plans are timed at different moments, when the machine may be more or less busy. So each is timed
 # together with this layer, and its time is expressed as a multiple of this one's.
-_YARDSTICK = ConvSpec(64, 64, (3, 3), padding=((1, 1), (1, 1)), bias=True)
+YARDSTICK = ConvSpec(64, 64, (3, 3), padding=((1, 1), (1, 1)), bias=True)
 
 
-_YARDSTICK_SHAPE = (1, 64, 24, 24)
+YARDSTICK_SHAPE = (1, 64, 24, 24)
 
 
 # Entries of `environment` that times depend on.
 _RUNTIME = ("cpu", "threads", "graph_optimization", "provider", "onnxruntime")
 
 
-LAYOUT = 3
+LAYOUT = 4
 """Version of the models that `Clock` times; remembered times of another version are not used."""
+
+
+_MODEL_ERROR = 1.25  # ratio of modelled times that is taken for a gain: nine in ten are off by less
 
 
 T = TypeVar("T")
@@ -73,6 +76,7 @@ class _FormEntry:
     """The cached time of one form of a layer."""
 
     ratio: Positive  # time of the dense layer over that of the form
+    ci95: Interval  # of the ratio
     faster: bool
 
 
@@ -102,71 +106,23 @@ class _PlanEntry:
             raise ValueError("ratios of times are positive")
 
 
-def time_files(
-    model: nn.Module,
-    paths: tuple[Path, Path],
-    inputs: Inputs,
-    runs: int,
-    runtime: Runtime,
-    seed: int,
-    progress: Progress,
-) -> PairTiming:
-    """Two ONNX files of `model` and of what it became, on its inputs."""
-    feed = onnx_feed(cast(inputs, runtime_dtype(model)))
-    original, converted = (Deployed(path, runtime) for path in paths)
-    return measure_pair(
-        original, converted, feed, runs=runs, batch=batch_size(inputs), seed=seed, progress=progress
-    )
-
-
-def time_layers(
-    sites: Sequence[ConvSite],
-    replacements: Mapping[str, Replacement],
-    runs: int,
-    runtime: Runtime,
-    seed: int,
-    progress: Progress,
-) -> dict[str, PairTiming]:
-    """Dense layer against factors for each converted one; layers of the same shape share one measurement."""
-    measured: dict[Any, PairTiming] = {}
-    timings = {}
-    converted = [site for site in sites if site.name in replacements]
-    for site in progress(converted, "timing layers"):
-        replacement = replacements[site.name]
-        shapes = tuple(weight.shape for weight in replacement.weights)
-        key = (site.dense.spec, site.dense.inputs.shape, replacement.scheme, shapes)
-        if key not in measured:
-            measured[key] = time_layer(site, replacement, runs, runtime, seed)
-        timings[site.name] = measured[key]
-    return timings
-
-
-def time_layer(
-    site: ConvSite, replacement: Replacement, runs: int, runtime: Runtime, seed: int
-) -> PairTiming:
-    """The dense layer and its factors as they run within a graph, on inputs as large as there."""
-    spec, shape = site.dense.spec, _input_shape(site.dense.inputs)
-    forms = (ZERO_BORDER, 0, Border()), (replacement.scheme, replacement.rank, replacement.border)
-    before, after = (Deployed(layer_onnx(branches(spec, *form), shape), runtime) for form in forms)
-    return measure_pair(before, after, _feed(shape, seed), runs=runs, batch=shape[0], seed=seed)
-
-
-def not_faster(
-    site: ConvSite, replacement: Replacement, runs: int, runtime: Runtime, seed: int
-) -> str | None:
-    """Return why a replacement does not pay in the runtime; None if it is measured to be faster."""
-    speedup = time_layer(site, replacement, max(runs, 1), runtime, seed).speedup
-    if speedup.significant and speedup.median > 1:
-        return None
-    return f"is measured {speedup.median:.2f}× as fast [{speedup.ci95.lo:.2f}, {speedup.ci95.hi:.2f}]"
-
-
 @dataclass(frozen=True)
 class FormTime:
-    """The time of one form of a layer within a graph."""
+    """The time of one form of a layer within a graph.
+
+    `speedup` is the ratio of the dense layer's time to the form's, and `ci95` its interval; None if the time
+    is modelled.
+    """
 
     milliseconds: float  # over all calls of one forward pass
-    faster: bool  # than the dense layer, beyond noise
+    speedup: float
+    ci95: Interval | None
+    faster: bool  # than the dense layer, beyond noise or beyond the errors of the model
+
+    @property
+    def measured(self) -> bool:
+        """Whether the time was measured."""
+        return self.ci95 is not None
 
 
 @dataclass(frozen=True)
@@ -177,9 +133,9 @@ class FormTimes:
     forms: Mapping[Form, FormTime]
 
     @property
-    def best_ratio(self) -> float:
-        """Ratio of the layer's time to that of its fastest form."""
-        return max((self.dense_milliseconds / each.milliseconds for each in self.forms.values()), default=0.0)
+    def best(self) -> FormTime | None:
+        """The fastest form."""
+        return min(self.forms.values(), key=lambda each: each.milliseconds, default=None)
 
 
 class Clock:
@@ -195,6 +151,7 @@ class Clock:
         self._runtime, self._seed, self._cache = runtime, seed, cache
         self._seconds_left = seconds
         self._known: dict[str, Any] = {}
+        self._model, self._learnt = TimeModel(), set[str]()
         self._folder = Path(tempfile.mkdtemp(prefix="sepconvert-"))
         finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
         self._files: MutableMapping[nn.Module, Path] = WeakIdKeyDictionary()  # of models exported before
@@ -237,42 +194,60 @@ class Clock:
         known: list[_PlanEntry] = [self._known[key] for key in keys]
         return known[0].yardsticks * self._milliseconds, [each.speedup for each in known[1:]]
 
-    def forms(self, site: ConvSite, forms: Sequence[Form]) -> FormTimes | None:
-        """Return the times of the layer at `site` and of these forms; None if time is up."""
+    def forms(self, site: ConvSite, forms: Sequence[Form]) -> FormTimes:
+        """Return the times of the layer at `site` and of these forms, modelled if time is up."""
         conv = site.dense
-        shape = _input_shape(conv.inputs)
+        shape = input_shape(conv.inputs)
         key = self._key(layout=LAYOUT, spec=asdict(conv.spec), input=list(shape))
         known = self._recall(key, _LayerEntry)
         missing = [form for form in forms if known is None or _label(form) not in known.forms]
-        if known is None or missing:
-            if self._seconds_left <= 0:
-                return None
+        if missing and self._seconds_left > 0:
             with self._counted():
                 known = self._measure(conv.spec, shape, missing, known)
             self._keep(key, known)
         # Calls of other sizes are taken to run at the same pace.
-        calls = site.macs / (conv.spec.macs((shape[2], shape[3])) or 1)
-        dense = known.dense_yardsticks * self._milliseconds
-        entries = {form: known.forms[_label(form)] for form in forms}
-        return FormTimes(
-            dense * calls,
-            {form: FormTime(dense / each.ratio * calls, each.faster) for form, each in entries.items()},
-        )
+        calls = site.macs / (conv.spec.macs((shape[2], shape[3])) or 1) * self._milliseconds
+        modelled = self._model.time([[conv.spec]], shape)
+        if known is not None:
+            self._learn(key, conv.spec, shape, known)
+        dense = modelled if known is None else known.dense_yardsticks
+        found = {}
+        for form in forms:
+            entry = None if known is None else known.forms.get(_label(form))
+            if entry is not None:
+                time = FormTime(dense / entry.ratio * calls, entry.ratio, entry.ci95, entry.faster)
+            else:
+                ratio = modelled / self._model.time(branches(conv.spec, *form, Border()), shape)
+                time = FormTime(dense / ratio * calls, ratio, None, ratio > _MODEL_ERROR)
+            found[form] = time
+        return FormTimes(dense * calls, found)
 
-    def pair(self, pair: tuple[ConvSpec, ConvSpec], dense: ConvSpec, inputs: Tensor) -> Speedup | None:
-        """Return the speed-up of one convolution over the two that it equals; None if time is up."""
-        shape = _input_shape(inputs)
+    def pair(self, pair: tuple[ConvSpec, ConvSpec], dense: ConvSpec, inputs: Tensor) -> Speedup | float:
+        """Return the speed-up of one convolution over the two that it equals, modelled if time is up."""
+        shape = input_shape(inputs)
         key = self._key(layout=LAYOUT, pair=[asdict(spec) for spec in pair], input=list(shape))
         known = self._recall(key, _PlanEntry)
         if known is None:
             if self._seconds_left <= 0:
-                return None
+                return self._model.time([pair], shape) / self._model.time([[dense]], shape)
             models = [layer_onnx([chain], shape) for chain in (pair, pair, (dense,))]
             with self._counted():
-                first, again, times = self._samples([(model, _feed(shape, self._seed)) for model in models])
+                first, again, times = self._samples(
+                    [(model, random_feed(shape, self._seed)) for model in models]
+                )
             known = _PlanEntry(float(np.median(times)), speedup(first, again, times))
             self._keep(key, known)
         return known.speedup
+
+    def _learn(self, key: str, spec: ConvSpec, shape: Sequence[int], known: _LayerEntry) -> None:
+        """Correct the model of times by a measured layer, once."""
+        if key in self._learnt:
+            return
+        self._learnt.add(key)
+        self._model.learn([[spec]], shape, known.dense_yardsticks)
+        for label, entry in known.forms.items():
+            chains = branches(spec, *_form(label), Border())
+            self._model.learn(chains, shape, known.dense_yardsticks / entry.ratio)
 
     @contextlib.contextmanager
     def _counted(self) -> Iterator[None]:
@@ -284,12 +259,13 @@ class Clock:
         self, spec: ConvSpec, shape: Sequence[int], forms: Sequence[Form], known: _LayerEntry | None
     ) -> _LayerEntry:
         layouts = [branches(spec, *form, Border()) for form in ((ZERO_BORDER, 0), *forms)]
-        dense, *others = [(layer_onnx(each, shape), _feed(shape, self._seed)) for each in layouts]
+        dense, *others = [(layer_onnx(each, shape), random_feed(shape, self._seed)) for each in layouts]
         first, again, *samples = self._samples([dense, dense, *others])
         found = {} if known is None else {**known.forms}
         for form, times in zip(forms, samples, strict=True):
             ratio = speedup(first, again, times)
-            found[_label(form)] = _FormEntry(ratio.median, ratio.significant and ratio.median > 1)
+            faster = ratio.significant and ratio.median > 1
+            found[_label(form)] = _FormEntry(ratio.median, ratio.ci95, faster)
         return _LayerEntry(float(np.median(first)) if known is None else known.dense_yardsticks, found)
 
     def _samples(
@@ -299,20 +275,20 @@ class Clock:
         progress: Progress = silent,
     ) -> Any:
         """Return the times of models, models × runs, in units of the yardstick's time in the same round."""
-        yardstick = layer_onnx([[_YARDSTICK]], _YARDSTICK_SHAPE), _feed(_YARDSTICK_SHAPE, self._seed)
+        yardstick = layer_onnx([[YARDSTICK]], YARDSTICK_SHAPE), random_feed(YARDSTICK_SHAPE, self._seed)
         deployed = [(Deployed(model, self._runtime), feed) for model, feed in (*models, yardstick)]
         *samples, unit = time_all(
             deployed, runs=runs, seed=self._seed, progress=progress, description="timing plans"
         )
-        key = self._key(yardstick=asdict(_YARDSTICK), layout=LAYOUT)
+        key = self._key(yardstick=asdict(YARDSTICK), layout=LAYOUT)
         if self._recall(key, _YardstickEntry) is None:
             self._keep(key, _YardstickEntry(float(np.median(unit))))
-        return np.asarray(samples) / unit
+        return np.reshape(samples, (-1, runs)) / unit
 
     @property
     def _milliseconds(self) -> float:
         """Time of the yardstick."""
-        key = self._key(yardstick=asdict(_YARDSTICK), layout=LAYOUT)
+        key = self._key(yardstick=asdict(YARDSTICK), layout=LAYOUT)
         if self._recall(key, _YardstickEntry) is None:
             self._samples([])
         found: _YardstickEntry = self._known[key]
@@ -347,14 +323,20 @@ class Clock:
             unfinished.replace(self._cache / f"{key}.json")
 
 
-def _input_shape(inputs: Tensor) -> tuple[int, ...]:
+def input_shape(inputs: Tensor) -> tuple[int, ...]:
     """Return the shape N × C × H × W of a convolution's inputs."""
     return (len(inputs) if inputs.ndim == 4 else 1, *inputs.shape[-3:])
 
 
-def _feed(shape: Sequence[int], seed: int) -> dict[str, Any]:
+def random_feed(shape: Sequence[int], seed: int) -> dict[str, Any]:
+    """Return a random input of a model that `layer_onnx` makes."""
     return {"input": np.random.default_rng(seed).standard_normal(shape, np.float32)}
 
 
 def _label(form: Form) -> str:
     return f"{form[0]} {form[1]}"
+
+
+def _form(label: str) -> Form:
+    scheme, _, rank = label.rpartition(" ")
+    return scheme, int(rank)

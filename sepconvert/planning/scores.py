@@ -1,0 +1,146 @@
+"""Predictions on the scored data, of as many images as a decision needs."""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, IterableDataset, SequentialSampler, Subset
+
+from sepconvert.base.distributed import once
+from sepconvert.base.progress import Progress
+from sepconvert.files.data import Batch
+from sepconvert.measure.metrics import AccuracyDelta, Predictions, accuracy_delta, evaluate
+from sepconvert.network.copies import private_copy
+
+# Numbers of images after which a plan may be judged already: one that loses nothing, or ten points, needs no
+# more. They are looked at only where at least as many are left.
+_EARLY = (500, 2000)
+
+
+# With so many images, plans are chosen on one half. On the other, the drop of the chosen plan has no part in
+# the choice, and is free of its bias.
+_LARGE = 4000
+
+
+@dataclass(frozen=True, eq=False)
+class _Part:
+    """Some of the scored images, by their places in the data, and a loader of them."""
+
+    places: npt.NDArray[np.int64]
+    loader: Iterable[Batch]
+
+
+class Scores:
+    """Predictions of the original on the scored data, and of converted models on growing parts of them.
+
+    The parts are drawn at random, as data are often sorted by class. A loader whose samples cannot be indexed
+    is one part.
+
+    Attributes:
+        original: predictions of the original, for all images.
+        sizes: numbers of images after which a model may be judged, rising; the last is all of them.
+        choosing: the one of `sizes` that plans are chosen on, where they are chosen by their measured drop.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        data: Iterable[Batch],
+        seed: int,
+        progress: Progress,
+        on_images: Callable[[Tensor], None] | None = None,
+    ) -> None:
+        """Take the original and the scored data; `on_images` is called with each of their batches, once."""
+        self._progress = progress
+        self.original = evaluate(private_copy(model), data, progress, "accuracy, original", on_images)
+        size = len(self.original.labels)
+        self.sizes, self.choosing = sizes_of(size) if _may_be_divided(data) else ((size,), size)
+        self._parts = _parts(data, self.sizes, seed)
+        self._known: dict[int, tuple[nn.Module, list[Predictions]]] = {}  # by identity, which is kept alive
+
+    def predictions(self, model: nn.Module) -> Predictions:
+        """Return the predictions of a converted model for all images, in the order of the data."""
+        found = joined(self._predicted(model, self.sizes[-1]))
+        order = np.argsort(self._places(0, self.sizes[-1]))
+        return found.at(order)
+
+    def delta(self, model: nn.Module, images: int) -> AccuracyDelta:
+        """Return the drop of a converted model on the first `images` in the random order, one of `sizes`."""
+        return self._delta(model, 0, images)
+
+    def rest(self, model: nn.Module) -> AccuracyDelta | None:
+        """Return the drop on the images that no plan is chosen on; None if there are none."""
+        if self.choosing == self.sizes[-1]:
+            return None
+        return self._delta(model, self.choosing, self.sizes[-1])
+
+    def replace(self, model: nn.Module, copy: nn.Module) -> None:
+        """Take the predictions of a model for those of its copy."""
+        if id(model) in self._known:
+            self._known[id(copy)] = copy, self._known[id(model)][1]
+
+    def _delta(self, model: nn.Module, start: int, stop: int) -> AccuracyDelta:
+        found = joined(self._predicted(model, stop)).at(np.arange(start, stop))
+        return accuracy_delta(self.original.at(self._places(start, stop)), found)
+
+    def _places(self, start: int, stop: int) -> npt.NDArray[np.int64]:
+        return np.concatenate([part.places for part in self._parts])[start:stop]
+
+    def _predicted(self, model: nn.Module, images: int) -> Sequence[Predictions]:
+        """Return the predictions of a model for the parts that make up the first `images`, each made once."""
+        _, known = self._known.setdefault(id(model), (model, []))
+        needed = self.sizes.index(images) + 1
+        for part in self._parts[len(known) : needed]:
+            known.append(once(partial(self._evaluated, model, part.loader)))
+        return known[:needed]
+
+    def _evaluated(self, model: nn.Module, loader: Iterable[Batch]) -> Predictions:
+        return evaluate(private_copy(model), loader, self._progress, "accuracy, converted")
+
+
+def joined(parts: Sequence[Predictions]) -> Predictions:
+    """Return the predictions for several parts of the data, one after the other."""
+    return Predictions(
+        np.concatenate([part.ranked for part in parts]),
+        np.concatenate([part.labels for part in parts]),
+        parts[0].classes,
+    )
+
+
+def sizes_of(images: int) -> tuple[tuple[int, ...], int]:
+    """Return the numbers of images to judge models after, and the one to choose on."""
+    choosing = images // 2 if images >= _LARGE else images
+    early = [size for size in _EARLY if 2 * size <= choosing]
+    return tuple(dict.fromkeys((*early, choosing, images))), choosing
+
+
+def _may_be_divided(data: object) -> bool:
+    """Return whether single samples of a loader can be read, in the order in which it yields them."""
+    return (
+        isinstance(data, DataLoader)
+        and not isinstance(data.dataset, IterableDataset)
+        and isinstance(data.sampler, SequentialSampler)
+        and data.batch_size is not None
+        and not data.drop_last
+    )
+
+
+def _parts(data: Iterable[Batch], sizes: Sequence[int], seed: int) -> tuple[_Part, ...]:
+    if len(sizes) == 1 or not isinstance(data, DataLoader):
+        return (_Part(np.arange(sizes[-1]), data),)
+    order = torch.randperm(sizes[-1], generator=torch.Generator().manual_seed(seed)).numpy()
+    parts = []
+    for start, stop in zip((0, *sizes), sizes, strict=False):
+        places = np.sort(order[start:stop])
+        loader = DataLoader(
+            Subset(data.dataset, places.tolist()),
+            batch_size=data.batch_size,
+            collate_fn=data.collate_fn,
+            num_workers=data.num_workers,
+        )
+        parts.append(_Part(places, loader))
+    return tuple(parts)

@@ -1,0 +1,123 @@
+"""The choice among plans that were measured, and its check by all images and by the whole model's time."""
+
+from collections.abc import Sequence
+
+from sepconvert.base.errors import DemandNotMetError
+from sepconvert.base.options import Budget
+from sepconvert.planning.search.curve import Curve, Point
+from sepconvert.planning.search.measurements import Measurements
+
+_DOUBTFUL = 4  # layers, those that save least, that are tested for saving anything in the whole model
+
+
+class Chooser:
+    """Chooses among the measured plans of a curve.
+
+    Attributes:
+        revised: whether all images spoke against the plan that was chosen by some of them.
+    """
+
+    def __init__(self, curve: Curve, measurements: Measurements) -> None:
+        self._curve, self._measurements = curve, measurements
+        self.revised = False
+
+    def known_fast(self, budget: Budget) -> Point | None:
+        """Return the dearest of all plans timed fast enough: a cheaper plan need not be a faster one."""
+        timed = [
+            point for point in self._curve.points if point.plan.choice and point.measured.speedup is not None
+        ]
+        fast = [point for point in timed if self._measurements.is_fast(point, budget)]
+        return max(fast, key=lambda point: point.plan.cost, default=None)
+
+    def fastest(self, point: Point, budget: Budget) -> Point:
+        """Return the plan timed fastest of all that were measured to be accurate enough, or else `point`."""
+        return next(iter(self._by_speed(budget)), point)
+
+    def _by_speed(self, budget: Budget) -> list[Point]:
+        """Return the timed plans that were measured to be accurate enough, the fastest first."""
+        speeds = {
+            each: each.measured.speedup.median
+            for each in self._curve.points
+            if each.measured.accuracy is not None
+            and each.measured.speedup is not None
+            and self._measurements.is_accurate(each, budget)
+        }
+        return sorted(speeds, key=speeds.__getitem__, reverse=True)
+
+    def confirmed(self, point: Point, budget: Budget) -> Point:
+        """Return the plan, carried out and scored, or another if it exceeds the budget on all images.
+
+        Raises:
+            DemandNotMetError: no plan that was measured keeps within the budget.
+        """
+        accurate = [
+            each
+            for each in self._curve.points
+            if each.measured.accuracy is not None and self._measurements.is_accurate(each, budget)
+        ]
+        others = self._by_speed(budget) or sorted(accurate, key=lambda each: each.plan.cost)
+        fixed = budget.rank is not None or budget.share is not None
+        for each in (point,) if fixed else (point, *others, self._curve.join(self._curve.known({}))):
+            self._measurements.fitted(each)
+            if self._measurements.is_confirmed(each, budget) and self._measurements.is_fast(each, budget):
+                self.revised = each is not point
+                return each
+        raise DemandNotMetError(shortfall(budget, self._curve.points), self._curve.to_json(None))
+
+    def without_idle_layers(self, point: Point, budget: Budget) -> Point:
+        """Return the plan without layers that save no time in the whole model.
+
+        Nothing is replaced if the whole plan is measured to be slower than the original.
+
+        Raises:
+            DemandNotMetError: it is slower, though a speed-up above 1 is demanded.
+        """
+        fitted, choice = self._measurements.fitted(point), point.plan.choice
+        if not choice:
+            return point
+        saved = {name: self._curve.surveyed[name].cost - candidate.cost for name, candidate in choice.items()}
+        doubtful = sorted(saved, key=saved.__getitem__)[:_DOUBTFUL]
+        whole, *others = self._measurements.workshop.speedups(
+            [self._measurements.workshop.restored(fitted, name) for name in (None, *doubtful)]
+        )
+        if whole.significant and whole.median < 1:
+            if budget.min_speedup is not None and budget.min_speedup > 1:
+                raise DemandNotMetError(
+                    f"`min_speedup` {budget.min_speedup:g}: the plan that met it is {whole.median:.2f}× as "
+                    "fast when timed again; measure on an idle machine with more `runs`, or relax the demand"
+                )
+            return self._curve.join(self._curve.known({}))
+        idle = [name for name, each in zip(doubtful, others, strict=True) if each.median >= whole.median]
+        # With nothing left to replace, there is nothing to gain.
+        if not idle or (len(idle) == len(choice) and whole.median > 1):
+            return point
+        kept = {name: candidate for name, candidate in choice.items() if name not in idle}
+        found = self._curve.join(self._curve.known(kept))
+        # Noise may make a single layer look idle, so the plan without all of them must be as fast.
+        models = [fitted.model, self._measurements.fitted(found).model]
+        whole, without = self._measurements.workshop.speedups(models)
+        if found.measured.speedup is None and kept:
+            found.measured.speedup = without
+        good = (
+            without.median >= whole.median
+            and self._measurements.is_accurate(found, budget)
+            and self._measurements.is_fast(found, budget)
+        )
+        return found if good else point
+
+
+def shortfall(budget: Budget, points: Sequence[Point]) -> str:
+    """Return the message that no plan meets a budget, with how near the plans on the curve come to it."""
+    names = ("rank", "target_macs", "target_params", "max_drop", "min_speedup")
+    demands = [f"`{name}` {getattr(budget, name):g}" for name in names if getattr(budget, name) is not None]
+    drops = [point.measured.accuracy.drop for point in points if point.measured.accuracy is not None]
+    speeds = [point.measured.speedup.median for point in points if point.measured.speedup is not None]
+    reached = [
+        *([f"smallest drop {min(drops):.2f} pp of {len(drops)} measured"] if drops else []),
+        *([f"largest speed-up {max(speeds):.2f}× of {len(speeds)} timed"] if speeds else []),
+        f"fewest MACs {min(point.plan.macs for point in points):,}",
+    ]
+    return (
+        f"no plan meets {' and '.join(demands)} ({', '.join(reached)} among {len(points)} plans); "
+        "relax a demand, or pass `finetune`"
+    )

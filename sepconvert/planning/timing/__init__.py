@@ -1,0 +1,1 @@
+"""Times of models, layers and forms in ONNX Runtime, measured or modelled."""
