@@ -12,6 +12,7 @@ class ReasonCode(str, Enum):
     MERGED = "merged"  # into another convolution, or has taken in another
     NOT_SELECTED = "not-selected"  # by `include` and `exclude`
     OBSTACLE = "obstacle"  # the layer, or the model around it, does not allow it
+    UNFOLLOWED = "unfollowed"  # an operator that may be part of a convolution, or of something else
     FULL_RANK = "full-rank"  # no exact structure holds
     COSTS_MORE = "costs-more"  # its structures do not pass the gate
     TOO_LARGE = "too-large"  # its statistics exceed the memory limit

@@ -5,6 +5,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
+from sepconvert.base.modules import modules
 from sepconvert.network.tensors import fresh
 
 
@@ -20,7 +21,7 @@ def reestimate_batchnorm(model: nn.Module, batches: Iterable[Tensor]) -> int:
     """
     norms = [
         module
-        for module in model.modules()
+        for module in modules(model)
         if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is not None
     ]
     before = [(norm.momentum, norm.training) for norm in norms]

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from sepconvert.base.distributed import gather
 from sepconvert.base.errors import SepconvertError
+from sepconvert.base.modules import unshadowed
 from sepconvert.calibration.footprint import footprint
 from sepconvert.measure.divergence import is_logits, outputs
 from sepconvert.network.calls import Call, ConvolutionInterceptor
@@ -41,7 +42,7 @@ def fisher_information(
         seed: of the labels drawn.
     """
     private = private_copy(model)
-    for parameter in private.parameters():
+    for parameter in unshadowed(private).parameters():
         parameter.requires_grad_(parameter.is_floating_point())
     places = {site.place: site for site in sites}
     probes: list[tuple[ConvSite, Tensor]] = []

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from sepconvert.base.errors import SepconvertError, first_line
+from sepconvert.base.modules import unshadowed
 from sepconvert.base.options import Timing
 from sepconvert.calibration.footprint import images_at_once
 from sepconvert.cli.options import Options, in_flags, value_of
@@ -81,7 +82,7 @@ def load_subject(options: Options) -> LoadedModel:
     for note in loaded.notes:
         click.echo(f"sepconvert: {in_flags(note)}", err=True)
     try:
-        loaded.model.to(options["device"])
+        unshadowed(loaded.model).to(options["device"])
         if torch.device(options["device"]).type == "meta":
             raise ValueError("it holds no data")
     except Exception as error:  # torch's errors for unknown and for missing devices share no base class

@@ -10,6 +10,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.swa_utils import AveragedModel
 
 from sepconvert.base.errors import SepconvertError
+from sepconvert.base.modules import modules, unshadowed
 from sepconvert.measure.divergence import outputs
 from sepconvert.network.copies import duplicate, quick_copy
 
@@ -22,10 +23,10 @@ AVERAGING = 0.05
 
 
 def prepared(model: nn.Module, example: Tensor, device: torch.device) -> nn.Module:
-    """Return a copy in eval mode and in float32 (or 64 if it is), in the fastest memory layout."""
-    double = any(tensor.dtype == torch.float64 for tensor in model.state_dict().values())
+    """Return an `unshadowed` copy in eval mode and float32 (or 64 if it is), in the fastest memory layout."""
+    double = any(tensor.dtype == torch.float64 for tensor in unshadowed(model).state_dict().values())
     copied = quick_copy(model, example, torch.float64 if double else torch.float32)
-    return copied.to(device)
+    return unshadowed(copied).to(device)
 
 
 class Student:
@@ -53,14 +54,16 @@ class Student:
             use_buffers=True,
         )
         self.average.update_parameters(self.module)  # the start is the first of those that are averaged
-        self._trainable = [parameter for parameter in self.module.parameters() if parameter.requires_grad]
+        self._trainable = [
+            parameter for parameter in unshadowed(self.module).parameters() if parameter.requires_grad
+        ]
         if not self._trainable:
             raise SepconvertError(
                 "`student`: expected parameters that require a gradient, got none; call"
                 " requires_grad_() first"
             )
         # Five epochs of a ResNet-20 end at a divergence of 0.37 so, at 0.42 with fixed statistics.
-        for module in self.module.modules():
+        for module in modules(self.module):
             if isinstance(module, _BatchNorm) and _trains(module):
                 module.training = True
                 if module.momentum is None:  # a mean over all time would hardly move any more
@@ -90,7 +93,7 @@ class Student:
 
     def trained(self) -> nn.Module:
         """Return a copy with the weights as they are now, for evaluation."""
-        self._copy.load_state_dict(self.module.state_dict())
+        unshadowed(self._copy).load_state_dict(unshadowed(self.module).state_dict())
         return self._copy
 
     def agree_on_buffers(self) -> None:
@@ -98,15 +101,15 @@ class Student:
         if self._accelerator.num_processes == 1:
             return
         for model in (self.module, self.average.module):
-            for buffer in model.buffers():
+            for buffer in unshadowed(model).buffers():
                 if buffer.is_floating_point():
                     buffer.copy_(self._accelerator.reduce(buffer, "mean"))
 
     def tensors(self) -> dict[str, Tensor]:
         """Return all that a checkpoint has to hold, by dotted names: weights, average and optimizer."""
         parts = {
-            "student": self.module.state_dict(),
-            "average": self.average.state_dict(),
+            "student": unshadowed(self.module).state_dict(),
+            "average": unshadowed(self.average).state_dict(),
             "optimizer": {
                 f"{index}.{name}": value
                 for index, values in self._optimizer.state_dict()["state"].items()
@@ -122,8 +125,9 @@ class Student:
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
         """Take over the tensors that `tensors` returned in an earlier run."""
-        self.module.load_state_dict(self.module.state_dict() | _part(tensors, "student"))
-        self.average.load_state_dict(self.average.state_dict() | _part(tensors, "average"))
+        for model, part in ((self.module, "student"), (self.average, "average")):
+            plain = unshadowed(model)
+            plain.load_state_dict(plain.state_dict() | _part(tensors, part))
         moments: dict[int, dict[str, Tensor]] = {}
         for name, value in _part(tensors, "optimizer").items():
             index, _, key = name.partition(".")
@@ -158,5 +162,5 @@ def _move(
 
 def _trains(norm: _BatchNorm) -> bool:
     """Return whether a BatchNorm has no parameters, or one that is not frozen."""
-    parameters = list(norm.parameters())
+    parameters = list(unshadowed(norm).parameters())
     return not parameters or any(parameter.requires_grad for parameter in parameters)

@@ -11,6 +11,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from sepconvert.base.modules import submodule
 from sepconvert.distillation.samples import Share
 from sepconvert.measure.divergence import outputs
 
@@ -38,7 +39,7 @@ class Tap:
     @property
     def width(self) -> int:
         """Length of the vector that the classifier takes; 0 if there is no classifier."""
-        classifier = None if self._classifier is None else self._model.get_submodule(self._classifier)
+        classifier = None if self._classifier is None else submodule(self._model, self._classifier)
         return classifier.in_features if isinstance(classifier, nn.Linear) else 0
 
     @contextmanager
@@ -46,11 +47,13 @@ class Tap:
         """Keep the values for as long as the context lasts."""
         with ExitStack() as stack:
             if self._classifier is not None:
-                classifier = self._model.get_submodule(self._classifier)
-                stack.callback(classifier.register_forward_pre_hook(self._keep_embedding).remove)
+                classifier = submodule(self._model, self._classifier)
+                handle = nn.Module.register_forward_pre_hook(classifier, self._keep_embedding)
+                stack.callback(handle.remove)
             for name in self.features:
                 hook = partial(self._keep_feature, name)
-                stack.callback(self._model.get_submodule(name).register_forward_hook(hook).remove)
+                handle = nn.Module.register_forward_hook(submodule(self._model, name), hook)
+                stack.callback(handle.remove)
             yield
 
     def _keep_embedding(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:

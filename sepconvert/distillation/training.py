@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader
 
 from sepconvert.base.determinism import reproducible
 from sepconvert.base.errors import SepconvertError, check_number, first_line
+from sepconvert.base.modules import named_modules, unshadowed
 from sepconvert.base.options import Precision
 from sepconvert.distillation.checkpoint import Checkpoint, State, digest_of, read_checkpoint, write_checkpoint
 from sepconvert.distillation.judge import Judge
@@ -124,8 +125,8 @@ def finetune(
     training_data = Samples.of(data, "training data", accelerator.num_processes)
     heldout_data = Samples.of(heldout, "held-out data", 1)
     fingerprint = {
-        "student": digest_of(student.state_dict().values()),
-        "teacher": digest_of(teacher.state_dict().values()),
+        "student": digest_of(unshadowed(student).state_dict().values()),
+        "teacher": digest_of(unshadowed(teacher).state_dict().values()),
         "training data": training_data.fingerprint(),
         "held-out data": heldout_data.fingerprint(),
         "options": f"{settings} batch={training_data.batch_size} precision={accelerator.mixed_precision}",
@@ -324,7 +325,7 @@ class Training:
                 " or from the teacher; check both models and the preprocessing of the inputs"
             )
         if self.step and score.loss < min(epoch.heldout_loss for epoch in self.history):
-            state = candidates[better].state_dict()
+            state = unshadowed(candidates[better]).state_dict()
             self.best = {
                 name: tensor.cpu().clone() for name, tensor in state.items() if isinstance(tensor, Tensor)
             }
@@ -371,7 +372,8 @@ class Training:
         """Return a copy of `student` with the best weights, and the history."""
         model = duplicate(student)
         if self.best is not None:
-            model.load_state_dict(model.state_dict() | self.best)
+            plain = unshadowed(model)
+            plain.load_state_dict(plain.state_dict() | self.best)
         delivered = min(self.history, key=lambda epoch: epoch.heldout_loss)
         precision = self.accelerator.mixed_precision
         return FinetuneResult(model, tuple(self.history), delivered, precision, self.stopped)
@@ -379,8 +381,8 @@ class Training:
 
 def _replaced(student: nn.Module, teacher: nn.Module) -> list[str]:
     """Return the paths of replaced layers that the teacher has too: a functional convolution has none."""
-    paths = dict(teacher.named_modules())
-    names = [name for name, module in student.named_modules() if isinstance(module, FactorizedConv2d)]
+    paths = dict(named_modules(teacher))
+    names = [name for name, module in named_modules(student) if isinstance(module, FactorizedConv2d)]
     if not (shared := [name for name in names if name in paths]):
         raise SepconvertError(
             f"`feature_weight`: expected replaced layers that are modules of the original, got none of"
@@ -398,14 +400,15 @@ def _classifier(teacher: nn.Module, student: nn.Module, x: Tensor) -> str | None
         given.extend((name, value) for value in inputs)
 
     with ExitStack() as stack:
-        for name, module in teacher.named_modules():
+        for name, module in named_modules(teacher):
             if isinstance(module, nn.Linear):
-                stack.callback(module.register_forward_pre_hook(partial(note, name)).remove)
+                hook = nn.Module.register_forward_pre_hook(module, partial(note, name))
+                stack.callback(hook.remove)
         outputs(teacher, x)
     if not given or given[-1][1].ndim != 2 or len(given[-1][1]) != len(x):
         return None
     name, embedding = given[-1]
-    own = dict(student.named_modules()).get(name)
+    own = dict(named_modules(student)).get(name)
     return name if isinstance(own, nn.Linear) and own.in_features == embedding.shape[1] else None
 
 

@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from sepconvert.base.errors import SepconvertError, one_line, some_of
+from sepconvert.base.modules import modules, named_modules, unshadowed
 from sepconvert.factorize.geometry import MAX_INPUT_ELEMENTS
 from sepconvert.files.archives import load_archive
 from sepconvert.files.callables import resolve_callable
@@ -121,7 +122,7 @@ def load_model(
             f"{path}: holds a state_dict ({len(content)} entries), which does not say how to build the "
             "model; pass `factory` pkg.mod:callable or `factory` file.py:callable that returns it"
         )
-    model = model.cpu()
+    unshadowed(model).cpu()
     return LoadedModel(model, path, _sha256(path), examples or _timm_example(model), notes)
 
 
@@ -140,7 +141,7 @@ def _read(
     content = unwrapped_content(stored, path)
     if isinstance(content, nn.Module):
         _check_state(content)
-    weights = content.state_dict() if isinstance(content, nn.Module) else content
+    weights = unshadowed(content).state_dict() if isinstance(content, nn.Module) else content
     _check_tensors(content, weights, path)
     return content, weights, examples
 
@@ -242,7 +243,7 @@ def _zip_format(path: Path, expected: str) -> str:
 def _check_state(model: nn.Module) -> None:
     """Raise `ValueError` if a module's own dictionaries have other types than its constructor gives them."""
     usual = {name: value for name, value in vars(nn.Module()).items() if isinstance(value, dict)}
-    for module in model.modules():
+    for _, module in named_modules(model):  # one after the other: the next are found in what is checked
         if _makes_layers(vars(module).get("forward", id)):
             raise ValueError(f"the forward of a {type(module).__name__} is not as torch makes it")
         for name, value in usual.items():
@@ -259,7 +260,8 @@ def _makes_layers(called: object) -> bool:
 
 def _check_tensors(content: Content, weights: Mapping[str, object], path: Path) -> None:
     """Refuse sparse tensors, and views that repeat a few stored numbers until they fill the memory."""
-    own = [*content.parameters(), *content.buffers()] if isinstance(content, nn.Module) else []
+    plain = unshadowed(content) if isinstance(content, nn.Module) else nn.Module()
+    own = [*plain.parameters(), *plain.buffers()]
     tensors = [value for value in (*weights.values(), *own) if isinstance(value, Tensor)]
     if any(tensor.layout is not torch.strided and not tensor.is_mkldnn for tensor in tensors):
         raise SepconvertError(f"{path}: has sparse weights; save them dense (tensor.to_dense())")
@@ -341,17 +343,19 @@ def _as_built(build: Callable[[], nn.Module], path: Path) -> LoadedModel:
         SepconvertError: they are others each time, as those of a model that was not trained are.
     """
     model = build()
-    _check_data(model.state_dict(), path)
-    sha256 = sha256_of(model.state_dict().values())
+    weights = unshadowed(model).state_dict()
+    _check_data(weights, path)
+    sha256 = sha256_of(weights.values())
     found = "is no model file of torch" if path.exists() else "there is no such file"
-    if sha256_of(build().state_dict().values()) != sha256:
+    if sha256_of(unshadowed(build()).state_dict().values()) != sha256:
         raise SepconvertError(
             f"{path}: {found}, and the weights that `factory` gives are random: no two calls give the same; "
             "pass the file that holds trained ones, or a `factory` that loads them"
         )
     note = f"{path}: {found}; the weights are those that `factory` gives"
     sha256 = _sha256(path) if path.exists() else sha256
-    return LoadedModel(model.cpu(), path, sha256, _timm_example(model), (note,))
+    unshadowed(model).cpu()
+    return LoadedModel(model, path, sha256, _timm_example(model), (note,))
 
 
 # Small helpers ------------------------------------------------------------------------------------
@@ -365,10 +369,10 @@ def _timm_example(model: nn.Module) -> tuple[Tensor, ...] | None:
     if not isinstance(size, tuple | list) or len(size) != 3 or not _is_sensible(size, _MAX_EXAMPLE):
         return None
     # The configuration keeps its 3 channels when a model is created with in_chans=1.
-    first = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
+    first = next((m for m in modules(model) if isinstance(m, nn.Conv2d)), None)
     if first is not None and first.in_channels % size[0]:
         return None
-    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+    dtype = next((p.dtype for p in unshadowed(model).parameters() if p.is_floating_point()), torch.float32)
     return (torch.zeros(1, *size, dtype=dtype),)
 
 

@@ -27,6 +27,7 @@ from torch.utils import _pytree as pytree
 
 from sepconvert.base.errors import SepconvertError, some_of
 from sepconvert.base.limits import check_cost, check_length
+from sepconvert.base.modules import modules
 from sepconvert.files.callables import look_up, make_importable
 
 # Packages of modules whose constructors build layers and do nothing else. All of timm would be too much:
@@ -128,7 +129,7 @@ def load_pickle(path: Path, allow: Sequence[str], trust: bool, *, legacy: bool) 
 def _walk(content: object) -> None:
     """Walk through everything in a file, attributes of modules too, as a copy of a model does later."""
     for value in pytree.tree_leaves(content):
-        for module in value.modules() if isinstance(value, nn.Module) else ():
+        for module in modules(value) if isinstance(value, nn.Module) else ():
             pytree.tree_leaves(vars(module))
 
 

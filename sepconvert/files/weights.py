@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from sepconvert.base.errors import SepconvertError, one_line, some_of
+from sepconvert.base.modules import unshadowed
 
 Content = nn.Module | Mapping[str, Tensor]
 """What a model file holds: a module or a state_dict."""
@@ -62,7 +63,7 @@ def load_weights(
     Raises:
         SepconvertError: they do not fit; the message says where.
     """
-    expected = model.state_dict()
+    expected = unshadowed(model).state_dict()
     stored, own = _float_dtypes(weights), _float_dtypes(expected)
     names = {_plain_key(key, expected): key for key in weights}
     plain = {key: weights[name] for key, name in names.items()}
@@ -76,7 +77,7 @@ def load_weights(
         and value.shape != expected[key].shape
     ]
     try:
-        missing, unexpected = model.load_state_dict(plain, strict=False)
+        missing, unexpected = unshadowed(model).load_state_dict(plain, strict=False)
     except Exception as error:  # size mismatches, and whatever load hooks of user code raise
         problem = f"has shapes that differ: {some_of(shapes)}" if shapes else one_line(error)
         raise _unfit(path, problem) from error

@@ -2,7 +2,7 @@
 
 import collections
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence, Set
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -13,6 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 from sepconvert.base.errors import SepconvertError, first_line
+from sepconvert.base.modules import hashable, modules, unshadowed
+from sepconvert.network.calls import DEFORMABLE
 from sepconvert.network.copies import evaluation_mode
 from sepconvert.network.tensors import Inputs, fresh, tensor_leaves, tensors_in
 
@@ -21,9 +23,6 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore", FutureWarning)
     from fvcore.nn import FlopCountAnalysis
     from fvcore.nn.jit_handles import conv_flop_count, get_shape
-
-
-_ROOT = "model"
 
 
 Counter = Literal["fvcore", "torch"]
@@ -68,7 +67,13 @@ def count(model: nn.Module, inputs: Inputs, counter: Counter = "fvcore") -> Cost
             f"cost: expected inputs with a batch of at least 1, got {_shapes(inputs)}; give a batch of 1"
         )
     macs = None
-    with evaluation_mode(model), _hooks_kept(model), torch.no_grad(), warnings.catch_warnings():
+    with (
+        evaluation_mode(model),
+        _hooks_kept(model),
+        hashable(model),
+        torch.no_grad(),
+        warnings.catch_warnings(),
+    ):
         warnings.simplefilter("ignore")
         if counter == "fvcore":
             # The tracer and fvcore may raise anything; errors of the model itself recur below.
@@ -83,35 +88,50 @@ def count(model: nn.Module, inputs: Inputs, counter: Counter = "fvcore") -> Cost
                     f"cost: expected a model that runs on {_shapes(inputs)}, got"
                     f" {type(error).__name__}: {first_line(error)}; check the input shape first"
                 ) from error
-    params = sum(parameter.numel() for parameter in model.parameters())
+    params = sum(parameter.numel() for parameter in unshadowed(model).parameters())
     return Cost(round(macs / batch), params, uncounted, counter)
 
 
 def _traced(model: nn.Module, inputs: Inputs) -> tuple[float, dict[str, int]]:
-    analysis = FlopCountAnalysis(_TensorsOnly(model), inputs)
+    analysis = FlopCountAnalysis(unshadowed(_TensorsOnly(model)), inputs)
     analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False)
-    analysis.set_op_handle("aten::_convolution_mode", _same_padding_conv)
+    for name in ("aten::_convolution_mode", f"torchvision::{DEFORMABLE}"):
+        analysis.set_op_handle(name, _convolution)
     return analysis.total(), dict(analysis.unsupported_ops())
 
 
 def _run(model: nn.Module, inputs: Inputs) -> tuple[float, dict[str, int]]:
-    uncounted = _Uncounted()
-    with FlopCounterMode(display=False) as counter, uncounted:
+    rules = _deformable()
+    uncounted = _Uncounted({*flop_registry, *rules})
+    with FlopCounterMode(display=False, custom_mapping=rules) as counter, uncounted:
         _TensorsOnly(model)(*inputs)
     return counter.get_total_flops() / 2, dict(uncounted.calls)
+
+
+def _deformable() -> dict[Any, Any]:
+    """Return the rule for deformable convolutions that torch's counter lacks, if torchvision is loaded."""
+    operator = getattr(torch.ops.torchvision, DEFORMABLE, None)
+    return {} if operator is None else {operator: _deformable_flops}
+
+
+def _deformable_flops(
+    x: Sequence[int], weight: Sequence[int], *_: Any, out_shape: Sequence[int], **__: Any
+) -> int:
+    return 2 * int(conv_flop_count(x, weight, out_shape))
 
 
 class _Uncounted(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's own
     """Counter of calls of operators that torch's counter has no rule for; views compute nothing."""
 
-    def __init__(self) -> None:
+    def __init__(self, counted: Set[Any]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # torch's own
+        self._counted = counted
         self.calls = collections.Counter[str]()
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if func.overloadpacket not in flop_registry and not func.is_view:
+        if func.overloadpacket not in self._counted and not func.is_view:
             self.calls[func.name().partition(".")[0]] += 1
         return func(*args, **(kwargs or {}))
 
@@ -121,25 +141,25 @@ class _TensorsOnly(nn.Module):
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        self.add_module(_ROOT, model)
+        self.model = model
 
     def forward(self, *inputs: Any) -> tuple[Tensor, ...]:
-        output = self.get_submodule(_ROOT)(*inputs)
+        output = self.model(*inputs)
         tensors = tuple(tensor_leaves(output))
         if not tensors:  # nothing would reach the output, and everything would be counted as 0
             raise TypeError(f"the model returns {type(output).__name__}, in which no tensor is found")
         return tensors
 
 
-def _same_padding_conv(inputs: list[Any], outputs: list[Any]) -> int:
-    """Return the MACs of a convolution with `padding="same"` or `"valid"`, an operator that fvcore lacks."""
+def _convolution(inputs: list[Any], outputs: list[Any]) -> int:
+    """Return the MACs of a convolution that fvcore lacks: deformable, or with `padding="same"` or "valid"."""
     return int(conv_flop_count(*(get_shape(value) for value in (inputs[0], inputs[1], outputs[0]))))
 
 
 @contextmanager
 def _hooks_kept(model: nn.Module) -> Iterator[None]:
     """Remove the hooks that fvcore leaves behind when tracing fails; the model could not be pickled then."""
-    tables = [t for m in model.modules() for t in (m._forward_pre_hooks, m._forward_hooks)]
+    tables = [t for m in modules(model) for t in (m._forward_pre_hooks, m._forward_hooks)]
     before = [set(table) for table in tables]
     try:
         yield

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from sepconvert.base.environment import Runtime
 from sepconvert.base.errors import SepconvertError, first_line
+from sepconvert.base.modules import unshadowed
 from sepconvert.base.progress import Progress
 from sepconvert.files.onnx.export import export_program, save_onnx
 from sepconvert.files.onnx.facts import OnnxFile, onnx_sizes
@@ -53,7 +54,7 @@ class Subject:
         Raises:
             SepconvertError: it does not run on them, or cannot be exported.
         """
-        tensors = (*model.parameters(), *model.buffers())
+        tensors = (*unshadowed(model).parameters(), *unshadowed(model).buffers())
         device = next((tensor.device for tensor in tensors), torch.device("cpu"))
         own = tuple(
             value.to(device) if isinstance(value, Tensor) else value

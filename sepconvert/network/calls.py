@@ -1,9 +1,12 @@
 """Interception of the convolution calls of a forward pass, and what one such call computes."""
 
 import math
+import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,6 +14,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from sepconvert.base.modules import has, named_modules
 from sepconvert.factorize.geometry import ConvSpec, Pair
 
 Place = tuple[str, int]
@@ -33,6 +37,23 @@ _FUNCTIONS = {
 
 
 _DISPATCHED = (torch.ops.aten.convolution.default, torch.ops.aten._convolution.default)
+
+
+# Names of operators that compute a convolution; others prepare weights, or compute gradients.
+_CONVOLUTION = re.compile(r"(?!.*(backward|weight|pack)).*conv(?!er)")
+
+
+DEFORMABLE = "deform_conv2d"
+"""Name of torchvision's operator, which does as many multiply-adds as a dense convolution."""
+
+
+# Operators of which convolutions are made by hand, and other things too: a name, and what they do there.
+_PARTS = {
+    "aten.im2col": ("unfold", "it cuts out patches, for a convolution or for something else"),
+    "aten.col2im": ("fold", "it adds up patches, for a transposed convolution or for something else"),
+    "aten._fft_c2r": ("fft", "it transforms a spectrum back, for a convolution or for something else"),
+    "aten._fft_c2c": ("fft", "it transforms a spectrum back, for a convolution or for something else"),
+}
 
 
 _PARAMETERS = {
@@ -101,18 +122,13 @@ class Call:
     @property
     def name(self) -> str:
         """Name for a submodule in the place of the call: `conv2d_0`, or a longer one if that is taken."""
-        name = f"{self.function}_{self.place[1]}"
-        while hasattr(self.module, name):  # left by an earlier conversion
-            name += "_"
-        return name
+        return _free_name(self.module, f"{self.function}_{self.place[1]}")
 
     def macs(self, output: Tensor) -> int:
         """Count multiply-adds as fvcore does: positions of `output` (input if transposed) × weights."""
-        weight: Tensor = self.arguments["weight"]
-        positions: Tensor = self.arguments["input"] if "transpose" in self.function else output
-        dims = weight.ndim - 2
-        images = positions.shape[0] if positions.ndim == weight.ndim else 1
-        return images * math.prod(positions.shape[-dims:]) * weight.numel()
+        return _macs(
+            self.arguments["weight"], self.arguments["input"] if "transpose" in self.function else output
+        )
 
     def same_kernel(self, other: "Call") -> bool:
         """Tell whether weight and bias of both calls are equal."""
@@ -121,6 +137,18 @@ class Call:
             if mine is not others and (mine is None or others is None or not same_values(mine, others)):
                 return False
         return True
+
+
+def _free_name(module: nn.Module, name: str) -> str:
+    while has(module, name):  # left by an earlier conversion
+        name += "_"
+    return name
+
+
+def _macs(weight: Tensor, positions: Tensor) -> int:
+    dims = weight.ndim - 2
+    images = positions.shape[0] if positions.ndim == weight.ndim else 1
+    return images * math.prod(positions.shape[-dims:]) * weight.numel()
 
 
 def same_values(a: Tensor, b: Tensor) -> bool:
@@ -146,6 +174,38 @@ def _pair(value: Any) -> Pair:
     return int(values[0]), int(values[-1])
 
 
+def is_plain(module: nn.Module) -> bool:
+    """Tell whether it computes what `nn.Conv2d` does; parametrised classes do, they only make the weight."""
+    cls = type(module)
+    return cls.forward is nn.Conv2d.forward and getattr(cls, "_conv_forward", None) is nn.Conv2d._conv_forward
+
+
+def geometry(call: Call) -> tuple[ConvSpec | None, str | None]:
+    """Return the geometry of a two-dimensional convolution, or the reason why there is none."""
+    weight: Tensor = call.arguments["weight"]
+    if "transpose" in call.function or call.arguments.get("transposed"):
+        return None, "transposed convolutions are not factorised"
+    if weight.ndim != 4:
+        return None, f"{weight.ndim - 2}-D convolutions are not factorised"
+    if not weight.is_floating_point():
+        return None, f"kernels of {weight.dtype} are not factorised"
+    spec, module = call.spec, call.module
+    if isinstance(module, nn.Conv2d) and is_plain(module):
+        # Seen from outside, a padding mode other than zeros is a call to F.pad.
+        padding = resolve_padding(module.padding, spec.kernel_size, spec.dilation)
+        spec = replace(spec, padding=padding, padding_mode=module.padding_mode)
+    return spec, None
+
+
+def layer_input(call: Call, spec: ConvSpec) -> Tensor:
+    """Return the layer's input, without the padding that modes other than zeros add before the call."""
+    inputs: Tensor = call.arguments["input"]
+    if spec.padding_mode == "zeros":
+        return inputs
+    (top, bottom), (left, right) = spec.padding
+    return inputs[..., top : inputs.shape[-2] - bottom, left : inputs.shape[-1] - right]
+
+
 @dataclass
 class Frame:
     """The forward of one module while it runs, and the convolutions that it has called so far."""
@@ -155,6 +215,7 @@ class Frame:
     inputs: tuple[Any, ...]
     kwargs: dict[str, Any]
     calls: int = 0
+    others: Counter[str] = field(default_factory=Counter)  # calls of `OtherOperator`s by name
 
 
 class ConvolutionInterceptor(TorchFunctionMode):
@@ -200,10 +261,9 @@ class ConvolutionInterceptor(TorchFunctionMode):
 
         Hooks are removed on leaving.
         """
-        paths = {module: path for path, module in self._model.named_modules()}
 
-        def enter(module: nn.Module, inputs: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            self.frames.append(Frame(module, paths[module], inputs, kwargs))
+        def enter(path: str, module: nn.Module, inputs: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            self.frames.append(Frame(module, path, inputs, kwargs))
 
         def leave(module: nn.Module, inputs: Any, output: Any) -> None:
             frame = self.frames.pop()
@@ -211,12 +271,12 @@ class ConvolutionInterceptor(TorchFunctionMode):
                 on_return(frame, output)
 
         with ExitStack() as stack:
-            for module in paths:
+            for path, module in named_modules(self._model):
                 if isinstance(module, torch.jit.ScriptModule):
                     continue  # takes no hooks; its convolutions are counted by the dispatcher
-                entering = module.register_forward_pre_hook(enter, with_kwargs=True)
+                entering = nn.Module.register_forward_pre_hook(module, partial(enter, path), with_kwargs=True)
                 # Always: a forward may catch what a submodule raises.
-                leaving = module.register_forward_hook(leave, prepend=True, always_call=True)
+                leaving = nn.Module.register_forward_hook(module, leave, prepend=True, always_call=True)
                 stack.callback(entering.remove)
                 stack.callback(leaving.remove)
             stack.enter_context(self)
@@ -228,26 +288,102 @@ def substitute(model: nn.Module, kernels: Mapping[Place, Kernel]) -> Convolution
     return ConvolutionInterceptor(model, lambda call: call.run_with(kernels.get(call.place)))
 
 
+@dataclass
+class OtherOperator:
+    """A call of an operator that convolves, or may be part of that, but is not torch's own convolution."""
+
+    module: nn.Module  # whose forward calls it
+    path: str
+    function: str  # "deform_conv2d", "unfold", …
+    name: str  # of this call among those of the forward: `unfold_0`
+    obstacle: str  # why it cannot be replaced
+    convolves: bool  # for certain
+    params: int  # among its arguments
+    calls: int = 0
+    macs: int = 0  # of all calls, as `measure.cost` counts them
+
+    @property
+    def is_module(self) -> bool:
+        """Whether its module is a layer made for it: `torchvision.ops.DeformConv2d` or `nn.Unfold`, say."""
+        library = type(self.module).__module__.partition(".")[0]
+        return library in ("torch", "torchvision") and not self.module._modules
+
+
 class HiddenConvolutions(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's own
-    """Counts, by module, the convolutions that Python does not see (TorchScript, C++), but the dispatcher."""
+    """Finds the convolutions that the interceptor does not see, but the dispatcher.
+
+    Attributes:
+        count: torch's own, run by TorchScript or C++: how many, by path of the module.
+        others: other operators, by path of the module and name of the call.
+    """
 
     def __init__(self, interceptor: ConvolutionInterceptor) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # torch's own
         self._interceptor = interceptor
-        self.count: dict[nn.Module, int] = {}
+        self._has_spectrum = False  # a signal has been transformed
+        self.count: dict[str, tuple[nn.Module, int]] = {}
+        self.others: dict[tuple[str, str], OtherOperator] = {}
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Pass every operation on, and count convolutions that the interceptor has not reported."""
-        interceptor = self._interceptor
-        if func not in _DISPATCHED or interceptor.depth or not interceptor.frames:
-            return func(*args, **(kwargs or {}))
-        module = interceptor.frames[-1].module
-        self.count[module] = self.count.get(module, 0) + 1
-        # Calling `func` passes the function mode again, which must not take it for a call by the module.
-        interceptor.depth += 1
+        """Pass every operation on, and note convolutions that the interceptor has not reported."""
+        interceptor, kwargs = self._interceptor, kwargs or {}
+        if interceptor.depth or not interceptor.frames:
+            return func(*args, **kwargs)
+        frame = interceptor.frames[-1]
+        if func in _DISPATCHED:
+            module, count = self.count.get(frame.path, (frame.module, 0))
+            self.count[frame.path] = module, count + 1
+            return self._run(func, args, kwargs)
+        arguments = dict(zip((each.name for each in func._schema.arguments), args, strict=False)) | kwargs
+        function, obstacle, convolves = self._described(func, arguments)
+        if not function:
+            return func(*args, **kwargs)
+        output = self._run(func, args, kwargs)
+        name = f"{function}_{frame.others[function]}"
+        frame.others[function] += 1
+        held = [value for value in arguments.values() if isinstance(value, nn.Parameter)]
+        other = self.others.setdefault(
+            (frame.path, name),
+            OtherOperator(
+                frame.module,
+                frame.path,
+                function,
+                _free_name(frame.module, name),
+                obstacle,
+                convolves,
+                sum(parameter.numel() for parameter in held),
+            ),
+        )
+        other.calls += 1
+        if function == DEFORMABLE:
+            other.macs += _macs(arguments["weight"], output)
+        return output
+
+    def _described(self, func: Any, arguments: Mapping[str, Any]) -> tuple[str, str, bool]:
+        """Return name, obstacle, and whether it certainly convolves, of an operator; empty for any other."""
+        namespace, _, function = str(func.overloadpacket).rpartition(".")
+        if function == DEFORMABLE:
+            reason = (
+                "a deformable convolution reads its input at computed positions, as no separable form does"
+            )
+            return function, reason, True
+        if _CONVOLUTION.match(function):
+            reason = f"it is a call of {namespace}::{function}; only torch's own convolutions are replaced"
+            return function, reason, True
+        if function == "_fft_r2c" or (function == "_fft_c2c" and arguments["forward"]):
+            self._has_spectrum = True
+            return "", "", False
+        part = _PARTS.get(f"{namespace}.{function}")
+        if part is None or (part[0] == "fft" and not self._has_spectrum):
+            return "", "", False
+        return *part, False
+
+    def _run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Make a call, which passes the function mode again, and is no other call by the module."""
+        self._interceptor.depth += 1
         try:
-            return func(*args, **(kwargs or {}))
+            return func(*args, **kwargs)
         finally:
-            interceptor.depth -= 1
+            self._interceptor.depth -= 1

@@ -1,6 +1,5 @@
 """Copies of models, for experiments or to keep, and the mode that they run in."""
 
-import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import chain
@@ -13,6 +12,7 @@ from torch.nn.parameter import is_lazy
 from torch.utils import _pytree as pytree
 
 from sepconvert.base.errors import SepconvertError, quoted
+from sepconvert.base.modules import deep_copy, modules, unshadowed
 from sepconvert.network.tensors import fresh, placed
 
 M = TypeVar("M", bound=nn.Module)
@@ -29,7 +29,7 @@ def checked(model: nn.Module) -> nn.Module:
             f"model: expected a torch.nn.Module, got {quoted(model)}; pass the trained model itself"
         )
     model = unwrapped(model)
-    for name, tensor in chain(model.named_parameters(), model.named_buffers()):
+    for name, tensor in chain(unshadowed(model).named_parameters(), unshadowed(model).named_buffers()):
         if is_lazy(tensor):
             raise SepconvertError(f"{name} has no shape yet; run the model on all of its parts once")
         if tensor.is_meta:
@@ -52,7 +52,8 @@ def _wrapped(module: nn.Module) -> nn.Module | None:
     if isinstance(module, nn.DataParallel | DistributedDataParallel):
         inner: nn.Module = module.module
         return inner
-    return getattr(module, "_orig_mod", None)  # of torch.compile, whose class is costly to import
+    # Of torch.compile, whose class is costly to import.
+    return dict(module._modules.items()).get("_orig_mod")
 
 
 def duplicate(model: M, memo: dict[int, Any] | None = None) -> M:
@@ -63,14 +64,14 @@ def duplicate(model: M, memo: dict[int, Any] | None = None) -> M:
     `torch.compile` and of data parallelism are left out: they refer to the original model.
     """
     memo = {} if memo is None else memo
-    for module in model.modules():
+    for module in modules(model):
         for value in pytree.tree_leaves(vars(module)):
             if isinstance(value, Tensor) and not value.is_leaf:
                 memo[id(value)] = value.detach().clone()
-    for module in reversed(list(model.modules())):  # one may be wrapped in another
+    for module in reversed(modules(model)):  # one may be wrapped in another
         if (wrapped := _wrapped(module)) is not None:
-            memo[id(module)] = copy.deepcopy(wrapped, memo)
-    return copy.deepcopy(model, memo)
+            memo[id(module)] = deep_copy(wrapped, memo)
+    return deep_copy(model, memo)
 
 
 def shared_parameters(model: nn.Module) -> dict[int, Any]:
@@ -79,7 +80,7 @@ def shared_parameters(model: nn.Module) -> dict[int, Any]:
         id(parameter): nn.Parameter(
             parameter.clone() if parameter.is_inference() else parameter.detach(), parameter.requires_grad
         )
-        for parameter in model.parameters()
+        for parameter in unshadowed(model).parameters()
         if type(parameter) is nn.Parameter
     }
 
@@ -91,18 +92,19 @@ def private_copy(model: M, dtype: torch.dtype | None = None) -> M:
     no forward pass in eval mode writes to parameters; changing their dtype leaves the original alone.
     """
     copied = duplicate(model, shared_parameters(model))
-    for module in copied.modules():  # not .eval(): modules from torch.export refuse it
+    for module in modules(copied):  # not .eval(): modules from torch.export refuse it
         module.training = False
     return copied if dtype is None else _in_dtype(copied, dtype)
 
 
 def _in_dtype(model: M, dtype: torch.dtype) -> M:
     """Return `model.to(dtype)`, in place, with the tensors that modules hold as plain attributes cast too."""
-    for module in model.modules():
+    for module in modules(model):
         for name, value in vars(module).items():
             if isinstance(value, Tensor) and value.is_floating_point():
                 setattr(module, name, value.to(dtype))
-    return model.to(dtype)
+    unshadowed(model).to(dtype)
+    return model
 
 
 def quick_copy(model: M, images: Tensor, dtype: torch.dtype | None = None) -> M:
@@ -113,7 +115,7 @@ def quick_copy(model: M, images: Tensor, dtype: torch.dtype | None = None) -> M:
     """
     copied = private_copy(model, dtype)
     try:
-        copied = copied.to(memory_format=torch.channels_last)  # which tensors of rank 5 refuse
+        unshadowed(copied).to(memory_format=torch.channels_last)  # which tensors of rank 5 refuse
         with torch.no_grad():
             copied(placed(fresh(images[:1]), copied))
     except Exception:  # another cause will show when the other copy is run
@@ -128,20 +130,20 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
     Models loaded by `torch.export` refuse `eval()` and `train()`: they compute in the mode that they were
     exported in, whatever their flags say.
     """
-    flags = {module: module.training for module in model.modules()}
+    flags = [(module, module.training) for module in modules(model)]
     _set_mode(model, training=False)
     try:
         yield
     finally:
         # Through train() first: some classes override it, to merge weights for eval and unmerge them.
-        _set_mode(model, training=flags[model])
-        for module, flag in flags.items():
+        _set_mode(model, training=flags[0][1])
+        for module, flag in flags:
             module.training = flag
 
 
 def _set_mode(model: nn.Module, *, training: bool) -> None:
     try:
-        model.train() if training else model.eval()
+        unshadowed(model).train(training)
     except NotImplementedError:
-        for module in model.modules():
+        for module in modules(model):
             module.training = training

@@ -10,6 +10,7 @@ from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from sepconvert.base.errors import first_line
+from sepconvert.base.modules import has, hashable, put, submodule
 from sepconvert.network.symbolic import (
     UntraceableError,
     agree,
@@ -40,8 +41,10 @@ def call_graph(owner: nn.Module, inputs: Inputs | None, calls: int) -> fx.GraphM
     for tracer in (symbolic_graph, exported_graph):
         this_mode, other_mode = stand_in(owner, owner.training), stand_in(owner, not owner.training)
         try:
-            module = tracer(this_mode, inputs)
-            if tracer(other_mode, inputs).code != module.code:
+            with hashable(owner):
+                module = tracer(this_mode, inputs)
+                other = tracer(other_mode, inputs)
+            if other.code != module.code:
                 raise UntraceableError("it does other things in training mode than in eval mode")
             if tracer is exported_graph and not agree(this_mode, module, inputs or ()):
                 raise UntraceableError("it does other things in float64")
@@ -71,13 +74,13 @@ def replace_calls(
     """
     graph, nodes = module.graph, convolution_nodes(module.graph)
     for target in _attributes(graph):  # tensors that the forward makes
-        if "." not in target and not hasattr(owner, target):
-            owner.register_buffer(target, getattr(module, target).detach(), persistent=False)
+        if "." not in target and not has(owner, target):
+            nn.Module.register_buffer(owner, target, getattr(module, target).detach(), persistent=False)
     before = _attributes(graph)
     for index, replacement in replacements.items():
         node = nodes[index]
         for holder in (owner, module):
-            holder.add_module(names[index], replacement)
+            put(holder, names[index], replacement)
         with graph.inserting_before(node):
             call = graph.call_module(names[index], (node_arguments(node)["input"],))
         node.replace_all_uses_with(call)
@@ -155,7 +158,7 @@ def _delete(owner: nn.Module, target: str, graph: fx.Graph) -> None:
     used = (str(node.target) for node in graph.nodes if node.op in ("get_attr", "call_module"))
     if path and not any(f"{other}.".startswith(f"{path}.") for other in used):
         parent, _, name = path.rpartition(".")
-        owner.get_submodule(parent)._modules.pop(name, None)
+        submodule(owner, parent)._modules.pop(name, None)
     elif not path:
         owner._parameters.pop(name, None)
         owner._buffers.pop(name, None)

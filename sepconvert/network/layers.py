@@ -156,7 +156,7 @@ class FactorizedConv2d(nn.Module):
 
 
 def _convolutions(branch: nn.Module) -> list[nn.Conv2d]:
-    return [module for module in branch.children() if isinstance(module, nn.Conv2d)]
+    return [module for module in branch._modules.values() if isinstance(module, nn.Conv2d)]
 
 
 def _modules(spec: ConvSpec) -> list[nn.Module]:

@@ -13,6 +13,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from sepconvert.base.errors import SepconvertError
+from sepconvert.base.modules import put, submodule
 from sepconvert.factorize.geometry import ConvSpec, Pair
 from sepconvert.network.calls import resolve_padding
 from sepconvert.network.copies import duplicate, private_copy
@@ -44,14 +45,14 @@ def linear_pairs(traced: TracedModel) -> tuple[LinearPair, ...]:
     that is gone, and the same parameters of both must be frozen.
     """
     model = private_copy(traced.model)
-    candidates = {model.get_submodule(site.owner): site for site in traced.sites if _is_plain(model, site)}
+    candidates = {submodule(model, site.owner): site for site in traced.sites if _is_plain(model, site)}
     watch = _Watch(candidates)
     handles = [
         handle
         for module in candidates
         for handle in (
-            module.register_forward_pre_hook(watch.enter),
-            module.register_forward_hook(watch.leave),
+            nn.Module.register_forward_pre_hook(module, watch.enter),
+            nn.Module.register_forward_hook(module, watch.leave),
         )
     ]
     with torch.no_grad(), watch:
@@ -187,20 +188,20 @@ def with_merged(model: M, convs: Mapping[str, DenseConv], places: Mapping[str, s
         places: the name of the first by that of each second.
     """
     for second in places:
-        model.set_submodule(second, nn.Identity().train(model.get_submodule(second).training))
+        put(model, second, nn.Identity().train(submodule(model, second).training))
     for first in dict.fromkeys(places.values()):
         module = conv2d_at(model, first)
         layer = _layer(convs[first]).to(module.weight).train(module.training)
         layer.weight.requires_grad_(module.weight.requires_grad)
         if layer.bias is not None:  # frozen as the first's bias, or as its weight if it has none
             layer.bias.requires_grad_((module.weight if module.bias is None else module.bias).requires_grad)
-        model.set_submodule(first, layer)
+        put(model, first, layer)
     return model
 
 
 def conv2d_at(model: nn.Module, name: str) -> nn.Conv2d:
     """Return the submodule of that name, which is known to be a plain `nn.Conv2d`."""
-    module = model.get_submodule(name)
+    module = submodule(model, name)
     assert isinstance(module, nn.Conv2d)  # noqa: S101  (`_is_plain` looked)
     return module
 
@@ -262,7 +263,7 @@ class _Watch(TorchFunctionMode):
 def _is_plain(model: nn.Module, site: ConvSite) -> bool:
     if site.conv is None or site.obstacle is not None or site.index is not None:
         return False
-    module = model.get_submodule(site.owner)
+    module = submodule(model, site.owner)
     return (
         type(module) is nn.Conv2d
         and "forward" not in vars(module)

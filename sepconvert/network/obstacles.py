@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from sepconvert.base.errors import first_line
+from sepconvert.base.modules import submodule
 from sepconvert.factorize.border import Border
 from sepconvert.factorize.exact.analysis import ZERO_BORDER
 from sepconvert.network.copies import private_copy
@@ -57,7 +58,7 @@ class Obstacles:
     def _graph_of(self, owner: str) -> fx.GraphModule | UntraceableError:
         calls = [site for site in self._traced.sites if site.owner == owner and site.index is not None]
         last = max(site.index or 0 for site in calls)
-        module = self._traced.model.get_submodule(owner)
+        module = submodule(self._traced.model, owner)
         try:
             return call_graph(module, calls[0].owner_inputs, last + 1)
         except UntraceableError as error:
@@ -100,7 +101,8 @@ class Obstacles:
         try:
             trial = rewrite(self._traced, equivalents)
             for name in equivalents:
-                trial.get_submodule(name).register_forward_hook(lambda *_, name=name: called.add(name))
+                layer = submodule(trial, name)
+                nn.Module.register_forward_hook(layer, lambda *_, name=name: called.add(name))
             outputs = self._outputs(trial)
         except Exception as error:  # the user's code
             return f"the model does not run once it is replaced: {first_line(error)}"

@@ -8,6 +8,7 @@ from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
+from sepconvert.base.modules import put, submodule
 from sepconvert.factorize.border import Border
 from sepconvert.network.copies import duplicate, shared_parameters
 from sepconvert.network.graph import call_graph, replace_calls
@@ -46,14 +47,14 @@ def rewrite(
     owners = {site.owner: site for site in chosen if site.index is not None}
     for owner in owners:
         calls = {site.index: site for site in chosen if site.owner == owner and site.index is not None}
-        module = converted.get_submodule(owner)
+        module = submodule(converted, owner)
         graph = call_graph(module, owners[owner].owner_inputs, max(calls) + 1)
         layers = {index: _layer(site, replacements[site.name]) for index, site in calls.items()}
         names = {index: site.name.rpartition(".")[2] for index, site in calls.items()}
         replace_calls(module, graph, layers, names)
     for site in chosen:
         if site.index is None:
-            dense = converted.get_submodule(site.owner)
+            dense = submodule(converted, site.owner)
             layer = _layer(site, replacements[site.name])
             _keep_mode_and_hooks(dense, layer)
             converted = _put(converted, site, layer)
@@ -71,7 +72,7 @@ def _put(model: nn.Module, site: ConvSite, module: nn.Module) -> nn.Module:
     if not site.owner:
         return module
     for path in (site.owner, *site.aliases):
-        model.set_submodule(path, module)
+        put(model, path, module)
     return model
 
 

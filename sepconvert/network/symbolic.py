@@ -15,6 +15,7 @@ from torch.export import Dim, ExportedProgram
 from torch.fx.experimental import _config as shape_config
 from torch.fx.experimental.symbolic_shapes import SYMPY_INTERP
 
+from sepconvert.base.modules import unshadowed
 from sepconvert.network.calls import bind_arguments, convolution_name
 from sepconvert.network.copies import duplicate
 from sepconvert.network.tensors import Inputs, fresh
@@ -39,7 +40,7 @@ class _ShallowTracer(fx.Tracer):
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
         """Trace buffers as well: what a forward computes from them would be a constant otherwise."""
         if isinstance(attr_val, Tensor) and not isinstance(attr_val, nn.Parameter):
-            for name, buffer in self.root.named_buffers():
+            for name, buffer in unshadowed(self.root).named_buffers():
                 if buffer is attr_val:
                     if name not in parameter_proxy_cache:
                         parameter_proxy_cache[name] = self.create_proxy(
@@ -173,7 +174,7 @@ def symbolic_graph(owner: nn.Module, inputs: Inputs | None) -> fx.GraphModule:
         graph.set_codegen(owner.graph._codegen)
         graph.output(graph.graph_copy(owner.graph, {}))
         return fx.GraphModule(owner, graph)
-    versions = {name: buffer._version for name, buffer in owner.named_buffers(recurse=False)}
+    versions = {name: buffer._version for name, buffer in unshadowed(owner).named_buffers(recurse=False)}
     state = torch.get_rng_state()
     with _refusing_side_effects(owner):
         for on in (True, False):  # a forward that sets one of them differs from one of the two
@@ -182,7 +183,7 @@ def symbolic_graph(owner: nn.Module, inputs: Inputs | None) -> fx.GraphModule:
     if not torch.equal(state, torch.get_rng_state()):
         torch.set_rng_state(state)
         raise UntraceableError("it draws random numbers that do not depend on its input")
-    for name, buffer in owner.named_buffers(recurse=False):
+    for name, buffer in unshadowed(owner).named_buffers(recurse=False):
         if buffer._version != versions.get(name):
             raise UntraceableError(f"it changes the buffer {name}")
     return fx.GraphModule(owner, graph)
@@ -197,7 +198,7 @@ def exported_graph(owner: nn.Module, inputs: Inputs | None) -> fx.GraphModule:
     """
     if inputs is None or not all(isinstance(value, Tensor) for value in inputs):
         raise UntraceableError("its forward takes other arguments than tensors")
-    if any(True for _ in owner.children()):
+    if any(child is not None for child in owner._modules.values()):
         raise UntraceableError("torch.export would dissolve its submodules")
     probe = stand_in(owner, False)
     with torch.no_grad(), _refusing_side_effects(probe):
@@ -206,7 +207,7 @@ def exported_graph(owner: nn.Module, inputs: Inputs | None) -> fx.GraphModule:
     shapes = tuple(dict.fromkeys(range(value.ndim), Dim.AUTO) for value in inputs)
     with shape_config.patch(backed_size_oblivious=True):  # type: ignore[attr-defined]  # made at run time
         # Sizes 0 and 1 are sizes like others here.
-        program = torch.export.export(owner, inputs, dynamic_shapes=shapes, strict=False)
+        program = torch.export.export(unshadowed(owner), inputs, dynamic_shapes=shapes, strict=False)
         unlifted = program.module()
     if not program.call_spec.out_spec.is_leaf():
         raise UntraceableError("its forward returns something else than a tensor")
@@ -254,9 +255,13 @@ def agree(owner: nn.Module, module: nn.Module, inputs: Inputs) -> bool:
     double = tuple(value.double() if value.is_floating_point() else value for value in inputs)
     with torch.no_grad():
         try:
-            expected = duplicate(owner).double()(*fresh(double))
+            expected = _in_double(owner)(*fresh(double))
         except Exception:  # the user's code
             return True
-        actual = duplicate(module).double()(*double)
+        actual = _in_double(module)(*double)
     eps = max(torch.finfo(value.dtype).eps for value in inputs if value.is_floating_point())
     return float((actual - expected).abs().max()) <= 100 * eps * float(expected.abs().max())
+
+
+def _in_double(module: nn.Module) -> nn.Module:
+    return unshadowed(duplicate(module)).double()

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from sepconvert.base.modules import unshadowed
+
 Inputs = tuple[Any, ...]
 """Positional arguments of a forward: tensors, containers of tensors, and other values."""
 
@@ -50,6 +52,17 @@ def cast(inputs: Inputs, dtype: torch.dtype) -> Inputs:
     return floating(lambda value: value.to(dtype), inputs)
 
 
+def random_like(inputs: Inputs, more: int) -> Inputs:
+    """Return random values in the place of the inputs, with so many `more` samples."""
+    generator = torch.Generator().manual_seed(0)
+
+    def other(value: Tensor) -> Tensor:
+        shape = (value.shape[0] + more, *value.shape[1:]) if value.ndim else value.shape
+        return torch.rand(shape, generator=generator).to(value)
+
+    return floating(other, inputs)
+
+
 def placed(x: Tensor, model: nn.Module) -> Tensor:
     """Return `x` on the model's device, and in its dtype if `x` is floating-point (see `model_dtype`)."""
     like = _first_floating(model)
@@ -65,7 +78,7 @@ def model_dtype(model: nn.Module) -> torch.dtype:
 
 
 def _first_floating(model: nn.Module) -> Tensor | None:
-    tensors = chain(model.parameters(), model.buffers())
+    tensors = chain(unshadowed(model).parameters(), unshadowed(model).buffers())
     return next((tensor for tensor in tensors if tensor.is_floating_point()), None)
 
 

@@ -1,6 +1,6 @@
 """Finding of every convolution that a model's forward pass executes, functional ones included."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any
@@ -11,18 +11,22 @@ from torch._C._functorch import TransformType
 from torch.nn.modules.conv import _ConvNd
 
 from sepconvert.base.errors import SepconvertError, first_line
+from sepconvert.base.modules import modules, named_modules, unshadowed
 from sepconvert.factorize.geometry import ConvSpec, Pair
 from sepconvert.network.calls import (
     Call,
     ConvolutionInterceptor,
     Frame,
     HiddenConvolutions,
+    OtherOperator,
     Place,
-    resolve_padding,
+    geometry,
+    is_plain,
+    layer_input,
     same_values,
 )
 from sepconvert.network.copies import private_copy
-from sepconvert.network.tensors import Inputs, floating, fresh, tensors_in
+from sepconvert.network.tensors import Inputs, fresh, random_like, tensors_in
 
 
 @dataclass(frozen=True)
@@ -60,6 +64,7 @@ class ConvSite:
     conv: DenseConv | None  # None if it is not a plain two-dimensional convolution
     owner_inputs: Inputs | None  # arguments of the owner's forward; None if it takes keyword arguments
     obstacle: str | None  # why it cannot be replaced, whatever its kernel
+    is_convolution: bool = True  # or perhaps something else, made of the same operator
 
     @property
     def place(self) -> Place:
@@ -112,10 +117,20 @@ class _Record:
 
 @dataclass(frozen=True)
 class _Hidden:
-    """Kind of a module of which some convolutions cannot be followed, and the reason."""
+    """A module of which some convolutions cannot be followed, a kind for them, and the reason."""
 
+    module: nn.Module
     kind: str
     obstacle: str
+
+
+@dataclass(frozen=True)
+class _Found:
+    """Convolutions of one forward pass: calls that were followed, and others, by path of their modules."""
+
+    records: list[_Record]
+    hidden: Mapping[str, _Hidden]
+    others: Sequence[OtherOperator]
 
 
 def trace(model: nn.Module, inputs: Inputs) -> tuple[ConvSite, ...]:
@@ -137,12 +152,12 @@ def trace(model: nn.Module, inputs: Inputs) -> tuple[ConvSite, ...]:
             f"the model is quantised ({found}), and factors need kernels in floating point; convert the "
             "model before it is quantised, and quantise the result"
         )
-    records, hidden = _run(model, inputs)
+    seen = _run(model, inputs)
     # One entry for a layer of which some calls are followed and some are not.
     records = [
         record
-        for record in records
-        if not (isinstance(record.call.module, _ConvNd) and record.call.module in hidden)
+        for record in seen.records
+        if not (isinstance(record.call.module, _ConvNd) and record.call.place[0] in seen.hidden)
     ]
     # Weights that the forward pass computes from its input differ on another input, or another batch.
     variable = _variable_weights(model, records, inputs)
@@ -157,12 +172,14 @@ def trace(model: nn.Module, inputs: Inputs) -> tuple[ConvSite, ...]:
             for calls in grouped.values()
         ]
     )
-    for module, reason in hidden.items():
-        sites.append(_unseen(module, names[id(module)], reason.kind, reason.obstacle))
+    for each in seen.hidden.values():
+        sites.append(_unseen(each.module, names[id(each.module)], each.kind, each.obstacle))
+    sites += [_other_site(other, names, max(batch, 1)) for other in seen.others]
     # By their weights too: `conv.forward(x)` is a call by the module that makes it.
-    executed = {id(record.call.module) for record in records} | set(map(id, hidden))
+    executed = {id(each.module) for each in seen.hidden.values()} | {id(each.module) for each in seen.others}
+    executed |= {id(record.call.module) for record in records}
     executed |= {id(record.call.arguments["weight"]) for record in records}
-    for module in model.modules():
+    for module in modules(model):
         if isinstance(module, _ConvNd) and executed.isdisjoint((id(module), id(module.weight))):
             sites.append(
                 _unseen(module, names[id(module)], type(module).__name__, "not executed on these inputs")
@@ -170,10 +187,10 @@ def trace(model: nn.Module, inputs: Inputs) -> tuple[ConvSite, ...]:
     return tuple(sites)
 
 
-def _run(model: nn.Module, inputs: Inputs) -> tuple[list[_Record], dict[nn.Module, _Hidden]]:
+def _run(model: nn.Module, inputs: Inputs) -> _Found:
     """Run the model; return the calls that were followed, and the modules that make others."""
     records: list[_Record] = []
-    hidden: dict[nn.Module, _Hidden] = {}
+    hidden: dict[str, _Hidden] = {}
 
     def on_call(call: Call) -> Tensor:
         output = call.run()
@@ -185,7 +202,8 @@ def _run(model: nn.Module, inputs: Inputs) -> tuple[list[_Record], dict[nn.Modul
                 )
             is_module = isinstance(call.module, _ConvNd)
             kind = type(call.module).__name__ if is_module else f"functional {call.function}"
-            hidden[call.module] = _Hidden(kind, "it runs under a transform of torch.func, such as vmap")
+            reason = "it runs under a transform of torch.func, such as vmap"
+            hidden[call.place[0]] = _Hidden(call.module, kind, reason)
             return output
         frame = interceptor.frames[-1]
         reads = any(call.arguments.get("input") is value for value in frame.inputs)
@@ -208,9 +226,10 @@ def _run(model: nn.Module, inputs: Inputs) -> tuple[list[_Record], dict[nn.Modul
             raise
         except Exception as error:  # the model's own code may raise anything
             raise _failed(inputs, error) from error
-    for module, count in outside.count.items():
-        hidden[module] = _Hidden("TorchScript or C++", f"{count} convolutions run outside Python")
-    return records, hidden
+    for path, (module, count) in outside.count.items():
+        reason = f"{count} convolutions run outside Python"
+        hidden[path] = _Hidden(module, "TorchScript or C++", reason)
+    return _Found(records, hidden, list(outside.others.values()))
 
 
 def _failed(inputs: Inputs, error: Exception) -> SepconvertError:
@@ -226,11 +245,13 @@ def _failed(inputs: Inputs, error: Exception) -> SepconvertError:
 
 def _quantised(model: nn.Module) -> str | None:
     """Describe the first part of a model that torch.ao or torchao has quantised; None if there is none."""
-    for name, module in model.named_modules():
+    for name, module in named_modules(model):
         kind = type(module)
         if ".quantized." in f"{kind.__module__}.":
             return f"{name or 'the model'} is {kind.__module__.partition('.modules')[0]}.{kind.__name__}"
-        for key, tensor in chain(module.named_parameters(recurse=False), module.named_buffers(recurse=False)):
+        for key, tensor in chain(module._parameters.items(), module._buffers.items()):
+            if tensor is None:
+                continue
             if tensor.is_quantized or type(tensor).__module__.startswith("torchao."):
                 return f"{name}.{key}".lstrip(".") + f" is a {type(tensor).__name__} of integers"
         if isinstance(module, fx.GraphModule):
@@ -240,23 +261,12 @@ def _quantised(model: nn.Module) -> str | None:
     return None
 
 
-def _other_inputs(inputs: Inputs, more: int) -> Inputs:
-    """Return random values in the place of the inputs, with so many `more` samples."""
-    generator = torch.Generator().manual_seed(0)
-
-    def other(value: Tensor) -> Tensor:
-        shape = (value.shape[0] + more, *value.shape[1:]) if value.ndim else value.shape
-        return torch.rand(shape, generator=generator).to(value)
-
-    return floating(other, inputs)
-
-
 def _variable_weights(model: nn.Module, records: list[_Record], inputs: Inputs) -> set[Place]:
     """Return the places of calls whose weight or bias differs on other inputs."""
     try:
-        others, _ = _run(model, _other_inputs(inputs, 1))
+        others = _run(model, random_like(inputs, 1)).records
     except SepconvertError:  # a model of fixed batch size, or with inputs that are not all batches
-        others, _ = _run(model, _other_inputs(inputs, 0))
+        others = _run(model, random_like(inputs, 0)).records
     seen = {record.call.place: record.call for record in others}
     calls = (record.call for record in records if record.call.place in seen)
     return {call.place for call in calls if not call.same_kernel(seen[call.place])}
@@ -265,7 +275,7 @@ def _variable_weights(model: nn.Module, records: list[_Record], inputs: Inputs) 
 def _names(model: nn.Module) -> dict[int, list[str]]:
     """Return all paths of each module, by its identity."""
     names: dict[int, list[str]] = {}
-    for name, module in model.named_modules(remove_duplicate=False):
+    for name, module in named_modules(model, duplicates=True):
         names.setdefault(id(module), []).append(name)
     return names
 
@@ -280,15 +290,15 @@ def _site(
     is_module = isinstance(module, _ConvNd)
     suffix = "" if is_module else f"{'.' if owner else ''}{call.name}"
     # A parametrised module has other parameters than its weight.
-    trained = tuple(module.parameters()) if is_module else (weight, bias)
-    spec, obstacle = _geometry(call)
+    trained = tuple(unshadowed(module).parameters()) if is_module else (weight, bias)
+    spec, obstacle = geometry(call)
     conv = None
     if spec is not None:
         conv = DenseConv(
             spec,
             weight.detach().cpu(),
             None if bias is None else bias.detach().cpu(),
-            _layer_input(call, spec).detach().cpu(),
+            layer_input(call, spec).detach().cpu(),
             weight.device,
         )
     return ConvSite(
@@ -317,11 +327,11 @@ def _obstacle(records: list[_Record], spec: ConvSpec | None, *, computed: bool) 
         return "its kernel holds NaN or Inf"
     if not all(call.same_kernel(first.call) for call in calls):
         return "it is called with different kernels or biases"
-    if any(_geometry(call)[0] != spec for call in calls):
+    if any(geometry(call)[0] != spec for call in calls):
         return "it is called with different geometries"
     if computed:
         return "its kernel or bias is computed from the input"
-    if isinstance(first.call.module, _ConvNd) and not _plain(first.call.module):
+    if isinstance(first.call.module, _ConvNd) and not is_plain(first.call.module):
         return _own_forward_obstacle(first)
     return None
 
@@ -333,7 +343,7 @@ def _frozen(module: nn.Module | None, weight: Tensor, bias: Tensor | None) -> fr
     """
     trained = {"weight": weight.requires_grad, "bias": (weight if bias is None else bias).requires_grad}
     if module is not None:
-        named = list(module.named_parameters())
+        named = list(unshadowed(module).named_parameters())
         of_bias = {name for name, _ in named if name.removeprefix("parametrizations.").startswith("bias")}
         weights = [parameter for name, parameter in named if name not in of_bias]
         biases = [parameter for name, parameter in named if name in of_bias]
@@ -358,7 +368,7 @@ def _without_ties(sites: list[tuple[ConvSite, Tensor]]) -> list[ConvSite]:
 
 def _unseen(module: nn.Module, names: list[str], kind: str, obstacle: str) -> ConvSite:
     """Return the entry for a module whose convolutions were not followed."""
-    params = sum(parameter.numel() for parameter in module.parameters(recurse=False))
+    params = sum(parameter.numel() for parameter in module._parameters.values() if parameter is not None)
     return ConvSite(
         name=names[0],
         aliases=tuple(names[1:]),
@@ -376,43 +386,28 @@ def _unseen(module: nn.Module, names: list[str], kind: str, obstacle: str) -> Co
     )
 
 
-def _plain(module: nn.Module) -> bool:
-    """Tell whether it computes what `nn.Conv2d` does; parametrised classes do, they only make the weight."""
-    cls = type(module)
-    return cls.forward is nn.Conv2d.forward and getattr(cls, "_conv_forward", None) is nn.Conv2d._conv_forward
-
-
-def _geometry(call: Call) -> tuple[ConvSpec | None, str | None]:
-    """Return the geometry of a two-dimensional convolution, or the reason why there is none."""
-    weight: Tensor = call.arguments["weight"]
-    if "transpose" in call.function or call.arguments.get("transposed"):
-        return None, "transposed convolutions are not factorised"
-    if weight.ndim != 4:
-        return None, f"{weight.ndim - 2}-D convolutions are not factorised"
-    if not weight.is_floating_point():
-        return None, f"kernels of {weight.dtype} are not factorised"
-    spec, module = call.spec, call.module
-    if isinstance(module, nn.Conv2d) and _plain(module):
-        # Seen from outside, a padding mode other than zeros is a call to F.pad.
-        padding = resolve_padding(module.padding, spec.kernel_size, spec.dilation)
-        spec = replace(spec, padding=padding, padding_mode=module.padding_mode)
-    return spec, None
-
-
-def _layer_input(call: Call, spec: ConvSpec) -> Tensor:
-    """Return the layer's input, without the padding that modes other than zeros add before the call."""
-    inputs: Tensor = call.arguments["input"]
-    if spec.padding_mode == "zeros":
-        return inputs
-    (top, bottom), (left, right) = spec.padding
-    return inputs[..., top : inputs.shape[-2] - bottom, left : inputs.shape[-1] - right]
+def _other_site(other: OtherOperator, names: Mapping[int, list[str]], batch: int) -> ConvSite:
+    """Return the entry for an operator that no convolution function of torch has called."""
+    paths, kind = names[id(other.module)], f"functional {other.function}"
+    if other.is_module:
+        kind = type(other.module).__name__
+    else:
+        paths = [f"{path}.{other.name}".lstrip(".") for path in paths]
+    return replace(
+        _unseen(other.module, paths, kind, other.obstacle),
+        owner=other.path,
+        calls=other.calls,
+        macs=other.macs // batch,
+        params=other.params,
+        is_convolution=other.convolves,
+    )
 
 
 def _sizes(call: Call, spec: ConvSpec | None, batch: int) -> tuple[Pair, ...]:
     """Return the input size, once for each image that the call convolves for one sample."""
     if spec is None:
         return ()
-    inputs = _layer_input(call, spec)
+    inputs = layer_input(call, spec)
     images = inputs.shape[0] if inputs.ndim == 4 else 1
     return ((inputs.shape[-2], inputs.shape[-1]),) * max(images // batch, 1)
 
@@ -430,12 +425,12 @@ def _own_forward_obstacle(record: _Record) -> str | None:
     for extra in range(4):
         size = [spec.dilation[axis] * spec.kernel_size[axis] + 4 + extra for axis in (0, 1)]
         try:
-            seen, _ = _run(module, (inputs.new_zeros(*inputs.shape[:-2], *size),))
+            seen = _run(module, (inputs.new_zeros(*inputs.shape[:-2], *size),)).records
         except SepconvertError:  # it takes other arguments too
             return reason
         if len(seen) != 1 or not (seen[0].reads_module_input and seen[0].returns_output):
             return reason
-        if _geometry(replace(seen[0].call, module=call.module)) != _geometry(call):
+        if geometry(replace(seen[0].call, module=call.module)) != geometry(call):
             return reason
         if not same_values(seen[0].call.arguments["weight"], weight):
             return reason

@@ -37,7 +37,7 @@ from sepconvert.planning.forms import (
     measured_prices,
     params_of,
 )
-from sepconvert.planning.plan import LayerPlan, kept
+from sepconvert.planning.plan import LayerPlan, kept, obstacle_reason
 from sepconvert.planning.search.curve import Totals
 from sepconvert.planning.search.search import Search
 from sepconvert.planning.survey import LayerSurvey, survey
@@ -135,7 +135,7 @@ def _obstacles(traced: TracedModel, job: Job) -> dict[str, Reason]:
             why = depthwise_obstacle(site, named=bool(job.selection.include))
         why = why or obstacles.of(site)
         if why is not None:
-            reasons[site.name] = Reason(ReasonCode.OBSTACLE, why)
+            reasons[site.name] = obstacle_reason(site, why)
     return reasons
 
 

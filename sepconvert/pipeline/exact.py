@@ -5,6 +5,7 @@ from functools import partial
 
 from torch import nn
 
+from sepconvert.base.modules import submodule
 from sepconvert.base.options import Selection
 from sepconvert.base.progress import Progress, silent
 from sepconvert.factorize.exact.analysis import Analysis, Spectrum, analyse
@@ -141,7 +142,7 @@ def verify_model(
     """
     checks: dict[str, LayerCheck] = {}
     for site in progress([site for site in sites if site.name in tolerances], "verifying layers"):
-        layer = converted.get_submodule(site.name)
+        layer = submodule(converted, site.name)
         if site.conv is not None and isinstance(layer, FactorizedConv2d):
             checks[site.name] = check_layer(site.conv, layer, tolerances[site.name])
     expected = reference(model, inputs, sites, tolerances, seed)

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from sepconvert.base.errors import SepconvertError
+from sepconvert.base.modules import unshadowed
 from sepconvert.base.options import Selection
 from sepconvert.calibration.footprint import images_at_once
 from sepconvert.calibration.split import (
@@ -127,7 +128,7 @@ def trace_selected(model: nn.Module, inputs: Inputs, selection: Selection) -> Tr
     Raises:
         SepconvertError: a glob matches no convolution, or the forward pass writes to a parameter.
     """
-    shared = {name: each for name, each in model.named_parameters() if type(each) is nn.Parameter}
+    shared = {name: each for name, each in unshadowed(model).named_parameters() if type(each) is nn.Parameter}
     before = {name: parameter.detach().clone() for name, parameter in shared.items()}
     found = traced(model, inputs)
     for name, parameter in shared.items():

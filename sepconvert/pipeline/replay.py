@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from sepconvert.base.determinism import reproducible
 from sepconvert.base.errors import SepconvertError, first_line, shortened
+from sepconvert.base.modules import unshadowed
 from sepconvert.base.progress import Progress, silent
 from sepconvert.factorize.exact.factors import factor_specs
 from sepconvert.files.onnx.export import export_program, save_archive, save_onnx
@@ -142,7 +143,7 @@ def _load_weights(model: nn.Module, path: Path, sha256: str | None) -> None:
         weights = load_file(path)
         if different := weights.keys() ^ state_tensors(model).keys():
             raise ValueError(f"one of them lacks {min(different)}")
-        model.load_state_dict(weights, strict=False)
+        unshadowed(model).load_state_dict(weights, strict=False)
     except Exception as error:  # safetensors' own error, or that of load_state_dict
         raise SepconvertError(
             f"{path}: does not fit the model: {first_line(error)}; use the plan's model"

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from sepconvert.base.documents import writing
 from sepconvert.base.environment import Runtime
 from sepconvert.base.errors import DemandNotMetError, ExportError, SepconvertError, VerificationError
+from sepconvert.base.modules import unshadowed
 from sepconvert.base.progress import Progress
 from sepconvert.files.onnx.export import (
     Export,
@@ -229,11 +230,11 @@ def write_models(
     note = ExportNote(False, str(runtime_dtype(converted)).removeprefix("torch."), None)
     missing = {}
     files = {"original.onnx": model, "converted.onnx": converted, "converted.pt2": converted}
-    exports: dict[tuple[nn.Module, torch.dtype], Export] = {}  # both files of the converted model share one
+    exports: dict[tuple[int, torch.dtype], Export] = {}  # both files of the converted model share one
     for name, each in progress(files.items(), "exporting"):
         path = folder / name
         is_onnx = path.suffix == ".onnx"
-        key = each, runtime_dtype(each) if is_onnx else model_dtype(each)
+        key = id(each), runtime_dtype(each) if is_onnx else model_dtype(each)
         try:
             if key not in exports:
                 exports[key] = export_program(each, inputs, key[1], dynamic_batch=dynamic_batch)
@@ -251,7 +252,9 @@ def write_models(
 
 def state_tensors(model: nn.Module) -> dict[str, Tensor]:
     """Return the tensors of a model's `state_dict` by name; an extra state may hold anything else."""
-    return {name: value for name, value in model.state_dict().items() if isinstance(value, Tensor)}
+    return {
+        name: value for name, value in unshadowed(model).state_dict().items() if isinstance(value, Tensor)
+    }
 
 
 @dataclass(frozen=True)

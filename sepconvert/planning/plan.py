@@ -282,7 +282,12 @@ def _converted(
 def _not_analysed(site: ConvSite) -> Reason:
     if site.obstacle is None:
         return Reason(ReasonCode.NOT_SELECTED, "not selected")
-    return Reason(ReasonCode.OBSTACLE, site.obstacle)
+    return obstacle_reason(site, site.obstacle)
+
+
+def obstacle_reason(site: ConvSite, text: str) -> Reason:
+    """Return the reason not to replace a site that allows no replacement."""
+    return Reason(ReasonCode.OBSTACLE if site.is_convolution else ReasonCode.UNFOLLOWED, text)
 
 
 def _nearest_structure(analysis: Analysis) -> Reason:

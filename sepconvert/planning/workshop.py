@@ -12,6 +12,7 @@ from torch import nn
 
 from sepconvert.base.distributed import once
 from sepconvert.base.errors import SepconvertError
+from sepconvert.base.modules import unshadowed
 from sepconvert.base.progress import Progress
 from sepconvert.calibration.batchnorm import reestimate_batchnorm
 from sepconvert.calibration.evidence import Evidence
@@ -211,7 +212,8 @@ class Workshop:
         if not reestimate_batchnorm(running, [placed(batch, running) for batch in images]):
             return converted, (fitted,)
         candidate = duplicate(converted, shared_parameters(converted))
-        for buffer, estimated in zip(candidate.buffers(), running.buffers(), strict=True):
+        buffers = (unshadowed(model).buffers() for model in (candidate, running))
+        for buffer, estimated in zip(*buffers, strict=True):
             buffer.copy_(estimated)
         reached = self.heldout.measure(candidate)
         # Labels may speak against the step, but cannot outweigh outputs that are further from the original's.

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import BatchSampler, DataLoader, SequentialSampler
 
+from sepconvert.base.modules import submodule
 from sepconvert.files.data import Batch
 from sepconvert.network.layers import FactorizedConv2d
 from sepconvert.planning.conversion import LayerReport
@@ -44,7 +45,7 @@ def kernel_pairs(layers: Iterable[LayerReport], converted: nn.Module) -> tuple[K
     changed = [layer for layer in layers if layer.weight_error is not None and layer.site.conv is not None]
     for layer in sorted(changed, key=lambda layer: -(layer.weight_error or 0.0)):
         dense = layer.site.dense.weight.detach().double().cpu()
-        module = converted.get_submodule(layer.plan.name)
+        module = submodule(converted, layer.plan.name)
         if max(dense.shape[2:]) == 1 or not isinstance(module, FactorizedConv2d):
             continue
         after = module.weight.detach().double().cpu()

@@ -5,7 +5,7 @@ Sentences name parameters of the Python API in backticks; the command line shows
 
 from collections.abc import Mapping, Sequence
 
-from sepconvert.base.notes import Note, NoteLevel, info, warning
+from sepconvert.base.notes import Note, NoteLevel, ReasonCode, info, warning
 from sepconvert.report.numbers import (
     Document,
     drop_text,
@@ -63,7 +63,7 @@ def story(document: Document) -> list[str]:
     delta, schemes = document["delta"], sorted({layer["scheme"] for layer in layers})
     by = f" ({', '.join(schemes)})" if schemes else ""
     lines = [
-        f"{len(layers)} of {len(document['layers'])} convolutions were replaced{by}.",
+        f"{len(layers)} of {_counts(document)[0]} convolutions were replaced{by}.",
         f"An image takes {ratio_text(delta['macs_ratio'])} fewer multiplications, and the network has "
         f"{ratio_text(delta['params_ratio'])} fewer parameters.",
     ]
@@ -108,10 +108,14 @@ def causes(document: Document) -> list[str]:
 
 
 def _decisions(document: Document, converted: Sequence[Document]) -> list[Note]:
-    count = len(document["layers"])
+    count, others = _counts(document)
     inexact = 0 if document["approximation"] is not None else sum(not layer["exact"] for layer in converted)
     within = f", {inexact} of them only within `tol`, not exactly" if inexact else ""
     notes = [info(f"{len(converted)} of {count} convolutions converted{within}.")]
+    if others:
+        notes.append(
+            info(f"Other operators that may be part of a convolution: {others}; listed with the reason.")
+        )
     if count and not converted and document["mode"] == "exact":
         notes.append(
             info(
@@ -120,6 +124,13 @@ def _decisions(document: Document, converted: Sequence[Document]) -> list[Note]:
             )
         )
     return notes
+
+
+def _counts(document: Document) -> tuple[int, int]:
+    """Return how many layers are convolutions, and how many others may be part of one."""
+    codes = [layer["reason_code"] for layer in document["layers"]]
+    others = codes.count(ReasonCode.UNFOLLOWED)
+    return len(codes) - others, others
 
 
 def _verification(check: Document) -> Note:

@@ -18,8 +18,10 @@ import small_net
 import torch
 from command_line import RESULTS, SHAPE, Outcome, listing, listing_of, network, start
 from safetensors.torch import load_file, save_file
+from shadows import all_shadowed
 
 from sepconvert.base.documents import sealed
+from sepconvert.base.modules import unshadowed
 from sepconvert.cli import inputs
 
 
@@ -86,6 +88,18 @@ def test_tables_on_standard_output(here, run):
     assert "1 of 2 convolutions converted." in outcome.out
     assert "Written to net-sepconvert/" in outcome.out
     assert listing(here / "net-sepconvert") == RESULTS
+
+
+def test_a_pickled_model_that_shadows_names(here, run):
+    torch.save(all_shadowed(), here / "shadowing.pt")
+    outcome = run("shadowing.pt", "--allow", "shadows.Shadowing", *SHAPE, "--runs", "0", "--json")
+    assert outcome.code == 0, outcome.err
+    assert [layer["decision"] for layer in json.loads(outcome.out)["layers"]] == ["converted", "converted"]
+    assert listing(here / "shadowing-sepconvert") == RESULTS
+    save_file(unshadowed(all_shadowed()).state_dict(), here / "weights.safetensors")
+    outcome = run("inspect", "weights.safetensors", "--factory", "shadows:all_shadowed", *SHAPE)
+    assert outcome.code == 0, outcome.err
+    assert "block.conv" in outcome.out
 
 
 def test_quiet_says_nothing_and_user_code_keeps_off_standard_output(here, run):

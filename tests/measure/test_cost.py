@@ -7,9 +7,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
+from torchvision.ops import DeformConv2d
 
 from sepconvert.base.errors import SepconvertError
-from sepconvert.measure.cost import count
+from sepconvert.measure.cost import Counter, count
 
 X = torch.randn(1, 8, 16, 12)
 
@@ -95,6 +96,21 @@ def test_eval_mode_counts_batch_norm_as_scale_and_shift_and_leaves_no_trace() ->
     assert [module.training for module in model.modules()] == [True, True, True, False]
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
     assert all(p.grad is None and p.requires_grad for p in model.parameters())
+
+
+@pytest.mark.parametrize("counter", ["fvcore", "torch"])
+def test_deformable_convolutions_count_as_dense_ones(counter: Counter) -> None:
+    class Deformable(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.offsets, self.deform = nn.Conv2d(8, 18, 3), DeformConv2d(8, 4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.deform(x, self.offsets(x))  # type: ignore[no-any-return]
+
+    cost = count(Deformable(), (X,), counter)
+    assert (cost.macs, cost.counter) == ((X.shape[2] - 2) * (X.shape[3] - 2) * 8 * 9 * (18 + 4), counter)
+    assert "torchvision::deform_conv2d" not in cost.uncounted_ops
 
 
 def test_what_is_not_counted_is_named(

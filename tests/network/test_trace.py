@@ -6,6 +6,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrizations
 from torch.utils._python_dispatch import TorchDispatchMode
+from torchvision.ops import DeformConv2d, deform_conv2d
 
 from sepconvert.base.errors import SepconvertError
 from sepconvert.measure.cost import FlopCountAnalysis
@@ -233,6 +234,86 @@ def test_other_kinds_are_listed_with_a_reason():
         ("Conv3d", "3-D convolutions are not factorised"),
         ("functional conv_transpose2d", "transposed convolutions are not factorised"),
     ]
+
+
+class ByOtherOperators(nn.Module):
+    """Convolutions by operators of torchvision, of torch's backends and of the user's, and by hand."""
+
+    def __init__(self):
+        super().__init__()
+        self.offsets, self.deform = nn.Conv2d(4, 18, 3, padding=1), DeformConv2d(4, 6, 3, padding=1)
+        self.kernel = nn.Parameter(torch.randn(4, 6, 3, 3))
+        self.matrix = nn.Parameter(torch.randn(4, 4 * 9))
+        self.patches = nn.Unfold(2, stride=2)
+
+    def forward(self, x):
+        offsets = self.offsets(x)
+        x = deform_conv2d(self.deform(x, offsets), offsets, self.kernel, padding=1)
+        for _ in range(2):
+            x = (self.matrix @ F.unfold(x, 3, padding=1)).view_as(x)
+        x = F.fold(self.patches(x), x.shape[-2:], 2, stride=2)
+        x = torch.ops.aten.mkldnn_convolution(x, torch.ones(4, 4, 1, 1), None, [0, 0], [1, 1], [1, 1], 1)
+        return torch.fft.irfft2(torch.fft.rfft2(torch.ops.tests.conv_by_user(x)))
+
+
+@torch.library.custom_op("tests::conv_by_user", mutates_args=())
+def conv_by_user(x: torch.Tensor) -> torch.Tensor:
+    return x.clone()
+
+
+def test_other_operators_that_convolve_are_listed_with_a_reason():
+    """The multiply-adds of a deformable convolution are those of a dense one: positions × weights."""
+    sites = traced(seeded(ByOtherOperators), (torch.randn(2, 4, 8, 8),)).sites
+    deformable = "a deformable convolution reads its input at computed positions, as no separable form does"
+    assert [(site.name, site.kind, site.macs, site.params, site.is_convolution) for site in sites] == [
+        ("offsets", "Conv2d", 64 * 18 * 36, 18 * 37, True),
+        ("deform", "DeformConv2d", 64 * 6 * 36, 6 * 37, True),
+        ("deform_conv2d_0", "functional deform_conv2d", 64 * 4 * 54, 4 * 54, True),
+        ("unfold_0", "functional unfold", 0, 0, False),
+        ("unfold_1", "functional unfold", 0, 0, False),
+        ("patches", "Unfold", 0, 0, False),
+        ("fold_0", "functional fold", 0, 0, False),
+        ("mkldnn_convolution_0", "functional mkldnn_convolution", 0, 0, True),
+        ("conv_by_user_0", "functional conv_by_user", 0, 0, True),
+        ("fft_0", "functional fft", 0, 0, False),
+    ]
+    assert [site.obstacle for site in sites[:4]] == [
+        None, deformable, deformable, "it cuts out patches, for a convolution or for something else",
+    ]  # fmt: skip
+    assert sites[6].obstacle == "it adds up patches, for a transposed convolution or for something else"
+    assert (
+        sites[8].obstacle == "it is a call of tests::conv_by_user; only torch's own convolutions are replaced"
+    )
+    assert sites[9].obstacle == "it transforms a spectrum back, for a convolution or for something else"
+    assert all(site.conv is None for site in sites[1:])
+
+
+def test_a_layer_that_is_called_twice_and_a_module_named_as_a_call():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.offsets, self.deform = nn.Conv2d(4, 18, 3, padding=1), DeformConv2d(4, 4, 3, padding=1)
+            self.unfold_0 = nn.Identity()
+
+        def forward(self, x):
+            offsets = self.offsets(x)
+            return F.unfold(self.deform(self.deform(x, offsets), offsets), 2)
+
+    sites = by_name(Twice(), torch.randn(2, 4, 8, 8))
+    assert set(sites) == {"offsets", "deform", "unfold_0_"}
+    assert (sites["deform"].calls, sites["deform"].macs) == (2, 2 * 64 * 4 * 36)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [lambda x: torch.fft.rfft2(x).abs(), lambda x: x.to(torch.float64), lambda x: x.unfold(2, 3, 1)],
+)
+def test_operators_that_are_no_part_of_a_convolution(function):
+    class Other(nn.Module):
+        def forward(self, x):
+            return function(x)
+
+    assert by_name(Other(), torch.randn(2, 4, 8, 8)) == {}
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.*is deprecated:FutureWarning")

@@ -8,9 +8,22 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from conversions import Answering, Net, close, convert, decided, decisions, fvcore_macs, look, snapshot
+from conversions import (
+    UNTIMED,
+    Answering,
+    Net,
+    close,
+    convert,
+    decided,
+    decisions,
+    fvcore_macs,
+    look,
+    snapshot,
+)  # fmt: skip
+from shadows import NAMES, AnswersAll, Compared, all_shadowed, shadowing_net
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.data import DataLoader, TensorDataset
 
 import sepconvert
 from sepconvert.base.errors import SepconvertError
@@ -309,3 +322,51 @@ def test_bad_inputs(net):
         with pytest.raises(SepconvertError) as caught:
             decided(net, torch.randn(shape))
         assert "\n" not in str(caught.value)
+
+
+def shadowing(kind):
+    """A network that uses names of `nn.Module` for itself, or whose modules are equal, empty and false."""
+    return {
+        "all names": all_shadowed,
+        "special": lambda: shadowing_net([], outer=Compared, inner=AnswersAll),
+    }[kind]()
+
+
+@pytest.mark.parametrize("kind", ["all names", "special"])
+def test_a_model_that_shadows_names_of_its_modules(kind, tmp_path):
+    model, x = shadowing(kind), torch.rand(2, 3, 16, 16)
+    expected = model(x)
+    result = convert(model, x, out=tmp_path)
+    assert decisions(result.report) == {"stem": "converted", "block.conv": "converted"}
+    assert isinstance(result.model._modules["stem"], FactorizedConv2d)
+    assert type(result.model) is type(model)
+    assert close(result.model(x), expected)
+    assert result.report["verification"]["onnx_max_abs_diff"] is not None
+    assert result.report["original"]["macs"] == fvcore_macs(shadowing_net([]), x) / 2
+    assert (tmp_path / "converted.pt2").exists()
+    profile = sepconvert.profile(model, x)
+    assert (profile.params, profile.macs) == tuple(
+        result.report["original"][key] for key in ("params", "macs")
+    )
+    again = sepconvert.apply(model, tmp_path / "plan.json", x)
+    assert torch.equal(again(x), result.model(x))
+
+
+@pytest.mark.parametrize("kind", ["all names", "special"])
+def test_approximation_and_fine_tuning_of_such_a_model(kind):
+    model, images = shadowing(kind), torch.rand(32, 3, 16, 16)
+    calib = DataLoader(TensorDataset(images, torch.arange(32) % 4), batch_size=8)
+    with torch.no_grad():
+        model.block.conv.weight.add_(0.5 * torch.randn(8, 8, 5, 5))
+    expected, settings = model(images), {"rank": 2, "gate": "macs", "timing": UNTIMED}
+    result = decided(model, images[:2], "approx", calib=calib, finetune=1, **settings)
+    assert decisions(result.report)["block.conv"] == "converted"
+    start, trained = result.report["approximation"]["finetune"]["history"]
+    assert trained["heldout_loss"] < start["heldout_loss"]
+    assert torch.equal(model(images), expected)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_one_shadowed_name(name):
+    found = sepconvert.inspect(shadowing_net([name]), torch.rand(1, 3, 8, 8))
+    assert decisions(found) == {"stem": "converted", "block.conv": "converted"}

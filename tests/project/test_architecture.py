@@ -42,6 +42,16 @@ TESTED_ELSEWHERE: dict[str, tuple[str, str]] = {
     "pipeline/merging": ("network/test_merge.py", "pairs are merged on the models of that file"),
 }
 
+# Methods whose names a class of the user's may use for values of its own, such as `self.modules = []`.
+SHADOWED = {
+    "modules", "named_modules", "children", "named_children", "parameters", "named_parameters", "buffers",
+    "named_buffers", "get_submodule", "set_submodule", "get_parameter", "get_buffer", "add_module",
+    "state_dict", "load_state_dict",
+}  # fmt: skip
+
+# What they are called on: the class, a result of `unshadowed`, and what is no module.
+CALLED_ON = re.compile(r"nn\.Module|unshadowed\(.*\)|plain|self\._optimizer|(self\.accelerator\.)?scaler")
+
 FRAGMENT = re.compile(r"(Of|By|With|That|As|In|To|For|From|On|At|What|Where|Which|How|And)\b")
 
 SOURCES = {
@@ -220,6 +230,22 @@ def test_no_docstring_begins_with_a_fragment():
         for name, node in definitions()
         if FRAGMENT.match(ast.get_docstring(node) or "")
     ]
+    assert not found, "\n".join(found)
+
+
+def test_methods_of_modules_are_called_on_what_is_unshadowed():
+    """But for modules of our own, in the demo and in `network/layers.py`."""
+    found = []
+    for name, tree in TREES.items():
+        if name.startswith("cli/demo/") or name == "network/layers.py":
+            continue
+        for node in ast.walk(tree):
+            if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Attribute):
+                continue
+            method, receiver = node.func.attr, ast.unparse(node.func.value)
+            is_hook = re.fullmatch(r"register_\w*hook|register_buffer|register_parameter", method)
+            if (method in SHADOWED or is_hook) and not CALLED_ON.fullmatch(receiver):
+                found.append(f"{name}:{node.lineno} {receiver}.{method}")
     assert not found, "\n".join(found)
 
 

@@ -28,6 +28,16 @@ def test_an_exact_conversion(document):
     assert {note.level for note in sentences(document)} == {NoteLevel.INFO}
 
 
+def test_what_may_be_no_convolution_is_counted_apart(document):
+    kept = {**document["layers"][0], "decision": "kept", "name": "unfold_0", "reason_code": "unfollowed"}
+    document["layers"].append(kept)
+    assert texts(document)[:2] == [
+        "1 of 2 convolutions converted.",
+        "Other operators that may be part of a convolution: 1; listed with the reason.",
+    ]
+    assert story(document)[0].startswith("1 of 2 convolutions were replaced")
+
+
 def test_an_approximate_conversion(approximate):
     assert texts(approximate)[:3] == [
         "1 of 2 convolutions converted.",

@@ -22,6 +22,7 @@ from torch.utils import _pytree as pytree
 
 from sepconvert.base.documents import writing
 from sepconvert.base.errors import ExportError, first_line
+from sepconvert.base.modules import hashable, unshadowed
 from sepconvert.files.onnx.fold import FoldBatchNormPass
 from sepconvert.network.copies import private_copy
 from sepconvert.network.tensors import Inputs, cast, fresh, model_dtype, tensor_leaves, tensors_in
@@ -98,7 +99,8 @@ def export_program(
     Raises:
         ExportError: torch cannot export the model.
     """
-    named = (*model.named_modules(), *model.named_parameters(), *model.named_buffers())
+    plain = unshadowed(model)
+    named = (*plain.named_modules(), *plain.named_parameters(), *plain.named_buffers())
     words = {word for name, _ in named for word in name.split(".")}
     if reserved := sorted(filter(keyword.iskeyword, words)):
         # torch writes such archives, and cannot load them.
@@ -113,12 +115,11 @@ def export_program(
     program, reason = _exported_dynamically(private, inputs) if dynamic_batch else (None, None)
     is_dynamic = program is not None
     if program is None:
-        with _quiet(), torch.no_grad():
-            try:
-                program = torch.export.export(private, inputs, strict=False)
-            except Exception as error:  # tracing runs the user's code
-                raise _export_error("torch.export", error) from error
-    if any(tensor.device.type != "cpu" for tensor in (*private.parameters(), *private.buffers())):
+        try:
+            program = _exported(private, inputs)
+        except Exception as error:  # tracing runs the user's code
+            raise _export_error("torch.export", error) from error
+    if any(tensor.device.type != "cpu" for tensor in (*plain.parameters(), *plain.buffers())):
         # The machine that loads the file may have no such device.
         with _quiet():
             program = move_to_device_pass(program, "cpu")
@@ -182,12 +183,16 @@ def _exported_dynamically(model: nn.Module, inputs: Inputs) -> tuple[ExportedPro
     shapes = pytree.tree_map(
         lambda value: {0: Dim.AUTO} if isinstance(value, Tensor) and value.ndim else None, wide
     )
-    with _quiet(), torch.no_grad():
-        try:
-            program = torch.export.export(model, wide, dynamic_shapes=shapes, strict=False)
-        except Exception as error:  # a fixed batch may still work
-            return None, first_line(error)
+    try:
+        program = _exported(model, wide, shapes)
+    except Exception as error:  # a fixed batch may still work
+        return None, first_line(error)
     return (program, None) if _is_dynamic(program) else (None, "the model fixes the batch size")
+
+
+def _exported(model: nn.Module, inputs: Inputs, shapes: Any = None) -> ExportedProgram:
+    with _quiet(), torch.no_grad(), hashable(model):
+        return torch.export.export(unshadowed(model), inputs, dynamic_shapes=shapes, strict=False)
 
 
 class _Tensors(nn.Module):

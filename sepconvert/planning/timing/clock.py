@@ -9,15 +9,16 @@ import sys
 import tempfile
 import time
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
-from weakref import WeakKeyDictionary, finalize
+from weakref import finalize
 
 import numpy as np
 from msgspec import Meta
 from torch import Tensor, nn
+from torch.utils.weak import WeakIdKeyDictionary
 
 from sepconvert.base.documents import is_intact, read_file, sealed, structured
 from sepconvert.base.environment import Runtime, environment
@@ -153,7 +154,7 @@ class Clock:
         self._model, self._learnt = TimeModel(), set[str]()
         self._folder = Path(tempfile.mkdtemp(prefix="sepconvert-"))
         finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
-        self._files: WeakKeyDictionary[nn.Module, Path] = WeakKeyDictionary()  # of models exported before
+        self._files: MutableMapping[nn.Module, Path] = WeakIdKeyDictionary()  # of models exported before
 
     def plans(
         self,
