@@ -71,7 +71,8 @@ def test_times_are_remembered_on_disk(site, tmp_path):
     assert Clock(Runtime(1), 0, cache, 0).forms(site, FORMS_TIMED[:1]).forms == {
         FORMS_TIMED[0]: first.forms[FORMS_TIMED[0]]
     }
-    assert Clock(Runtime(2), 0, cache, 0).forms(site, FORMS_TIMED) is None
+    for other in (Runtime(2), Runtime(1, spinning="on"), Runtime(1, "basic")):
+        assert Clock(other, 0, cache, 0).forms(site, FORMS_TIMED) is None
     assert Clock(Runtime(1), 0, cache, 0).forms(site, [("spatial-hv", 4)]) is None
     more = Clock(Runtime(1), 0, cache, 60).forms(site, [*FORMS_TIMED, ("spatial-hv", 4)])
     assert {form: more.forms[form] for form in FORMS_TIMED} == dict(first.forms)
