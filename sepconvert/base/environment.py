@@ -28,6 +28,10 @@ MAX_THREADS = 1024  # more is a typing error, for which ONNX Runtime would alloc
 _THREADS = {"dnnl": "num_of_threads", "openvino": "num_of_threads", "xnnpack": "intra_op_num_threads"}
 
 
+# The same within OpenVINO's option `load_config`, where it prevails.
+_THREADS_IN_JSON = "INFERENCE_NUM_THREADS"
+
+
 # Flags of /proc/cpuinfo that the speed of convolutions depends on, of x86 and of AArch64.
 _INSTRUCTION_SETS = {
     "avx2": "AVX2",
@@ -73,10 +77,12 @@ class Runtime:
                 f"`provider_options`: the provider cpu has none, got {quoted(dict(self.provider_options))}; "
                 "pass `provider`, too"
             )
-        if self._threads_option in self.provider_options:
-            raise SepconvertError(
-                f"`provider_options`: {self._threads_option} follows from `threads`; pass `threads` instead"
-            )
+        given = " ".join(map(" ".join, self.provider_options.items()))
+        for name in (self._threads_option, _THREADS_IN_JSON):
+            if name is not None and name in given:
+                raise SepconvertError(
+                    f"`provider_options`: {name} follows from `threads`; pass `threads` instead"
+                )
 
     @property
     def execution_provider(self) -> str:

@@ -180,12 +180,13 @@ def session(deployed: Deployed, profile: Path | None = None) -> ort.InferenceSes
             enable_fallback=0,  # which would print an error, and go on without the provider
         )
     except Exception as error:  # ONNX Runtime's errors share no base class
-        _check_options(deployed, error)
+        _check_options(deployed, first_line(error))
         raise SepconvertError(
             f"onnxruntime cannot load {deployed}: {first_line(error)}; expected a valid ONNX file,"
             " check it with onnx.checker.check_model"
         ) from error
     if opened.get_providers()[0] != runtime.execution_provider:  # without an error
+        _check_options(deployed, "it does not start")
         raise SepconvertError(
             f"`provider`: onnxruntime has {runtime.provider} but cannot start it; install the drivers and "
             "libraries that it needs, or pass 'cpu'"
@@ -193,8 +194,8 @@ def session(deployed: Deployed, profile: Path | None = None) -> ort.InferenceSes
     return opened
 
 
-def _check_options(deployed: Deployed, error: Exception) -> None:
-    """Raise `SepconvertError` if the options of the provider caused `error`: without them it starts."""
+def _check_options(deployed: Deployed, failure: str) -> None:
+    """Raise `SepconvertError` if the options of the provider caused a failure: without them it starts."""
     options, runtime = deployed.runtime.provider_options, replace(deployed.runtime, provider_options={})
     if not options:
         return
@@ -203,7 +204,7 @@ def _check_options(deployed: Deployed, error: Exception) -> None:
     except SepconvertError:
         return
     raise SepconvertError(
-        f"`provider_options`: {runtime.provider} refuses {quoted(dict(options))}: {first_line(error)}; "
+        f"`provider_options`: {runtime.provider} refuses {quoted(dict(options))}: {failure}; "
         "expected options that ONNX Runtime documents for this provider"
     ) from None
 

@@ -81,8 +81,19 @@ def test_threads_are_an_option_of_openvino_on_the_cpu():
     runtime = Runtime(3, provider="openvino", provider_options={"device_type": "GPU"})
     assert not runtime.takes_threads
     assert runtime.execution_options == {"device_type": "GPU"}
-    with pytest.raises(SepconvertError, match="`provider_options`: num_of_threads follows from `threads`"):
-        Runtime(3, provider="openvino", provider_options={"num_of_threads": "2"})
+
+
+@needs_openvino
+@pytest.mark.parametrize(
+    ("key", "value", "name"),
+    [
+        ("num_of_threads", "2", "num_of_threads"),
+        ("load_config", '{"CPU": {"INFERENCE_NUM_THREADS": "2"}}', "INFERENCE_NUM_THREADS"),
+    ],
+)
+def test_threads_are_given_in_one_place(key, value, name):
+    with pytest.raises(SepconvertError, match=f"`provider_options`: {name} follows from `threads`"):
+        Runtime(3, provider="openvino", provider_options={key: value})
 
 
 def test_the_provider_cpu_has_no_options():

@@ -1,4 +1,5 @@
 import json
+import os
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -255,7 +256,9 @@ needs_openvino = pytest.mark.skipif(
 
 @needs_openvino
 @pytest.mark.parametrize(
-    "options", [{"num_of_thread": "1"}, {"device_type": "TPU"}, {"load_config": "{"}], ids=str
+    "options",
+    [{"num_of_thread": "1"}, {"num_streams": "x"}, {"load_config": '{"CPU": {"SPEED": "1"}}'}],
+    ids=str,
 )
 def test_options_that_a_provider_refuses(options: dict[str, str], capfd: pytest.CaptureFixture[str]) -> None:
     runtime = Runtime(1, provider="openvino", provider_options=options)
@@ -263,6 +266,31 @@ def test_options_that_a_provider_refuses(options: dict[str, str], capfd: pytest.
         session(Deployed(conv_net(1), runtime))
     assert "\n" not in str(caught.value)
     assert capfd.readouterr().out == ""
+
+
+@needs_openvino
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs the times of threads of Linux")
+@pytest.mark.parametrize("threads", [1, 2])
+def test_openvino_works_on_the_threads_asked_for(threads: int) -> None:
+    if available_cores() < threads:
+        pytest.skip("needs two cores")
+    feeds = {"x": np.ones((1, 64, 48, 48), np.float32)}
+    opened = session(Deployed(conv_net(20, 64, 48), Runtime(threads, provider="openvino")))
+    opened.run(None, feeds)
+    before = seconds_by_thread()
+    for _ in range(10):
+        opened.run(None, feeds)
+    worked = [after - before.get(thread, 0) for thread, after in seconds_by_thread().items()]
+    assert sum(each > 0.2 * sum(worked) for each in worked) == threads
+
+
+def seconds_by_thread() -> dict[str, float]:
+    """Return the processor time of each thread of this process."""
+    found = {}
+    for path in Path("/proc/self/task").iterdir():
+        user, system = (path / "stat").read_text().rpartition(")")[2].split()[11:13]
+        found[path.name] = (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
+    return found
 
 
 @needs_openvino
