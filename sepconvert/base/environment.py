@@ -71,7 +71,6 @@ class Runtime:
                 f"`provider`: expected one that the installed onnxruntime has ({', '.join(_providers())}), "
                 f"got {self.provider!r}; install the onnxruntime package that brings it"
             )
-
         if self.provider_options and self.provider == "cpu":
             raise SepconvertError(
                 f"`provider_options`: the provider cpu has none, got {quoted(dict(self.provider_options))}; "
@@ -164,7 +163,7 @@ def _processor() -> tuple[str, list[str]]:
         return platform.processor() or platform.machine(), sets
 
 
-def _clock_mhz() -> float | None:
+def _clock_mhz() -> int | None:
     """Return the mean clock of the cores; None where the system does not tell."""
     with contextlib.suppress(AttributeError, NotImplementedError, OSError, RuntimeError):
         clock = psutil.cpu_freq()

@@ -66,7 +66,7 @@ def size(
 def pairs(
     context: click.Context, parameter: click.Parameter, texts: tuple[str, ...]
 ) -> dict[str, str] | None:
-    """Read names and values: KEY=VALUE, KEY=VALUE, …."""
+    """Read options of the form KEY=VALUE; None where there are none."""
     found = {}
     for text in texts:
         name, equals, value = text.partition("=")

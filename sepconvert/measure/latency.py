@@ -180,33 +180,38 @@ def session(deployed: Deployed, profile: Path | None = None) -> ort.InferenceSes
             enable_fallback=0,  # which would print an error, and go on without the provider
         )
     except Exception as error:  # ONNX Runtime's errors share no base class
-        _check_options(deployed, first_line(error))
+        _check_provider(deployed, first_line(error))
         raise SepconvertError(
             f"onnxruntime cannot load {deployed}: {first_line(error)}; expected a valid ONNX file,"
             " check it with onnx.checker.check_model"
         ) from error
-    if opened.get_providers()[0] != runtime.execution_provider:  # without an error
-        _check_options(deployed, "it does not start")
-        raise SepconvertError(
-            f"`provider`: onnxruntime has {runtime.provider} but cannot start it; install the drivers and "
-            "libraries that it needs, or pass 'cpu'"
-        )
+    if opened.get_providers()[0] != runtime.execution_provider:  # left out, and the CPU taken instead
+        _check_provider(deployed, "it gives no reason")
     return opened
 
 
-def _check_options(deployed: Deployed, failure: str) -> None:
-    """Raise `SepconvertError` if the options of the provider caused a failure: without them it starts."""
-    options, runtime = deployed.runtime.provider_options, replace(deployed.runtime, provider_options={})
-    if not options:
-        return
+def _check_provider(deployed: Deployed, failure: str) -> None:
+    """Raise `SepconvertError` if the provider or its options cause a failure: without them there is none."""
+    runtime = deployed.runtime
+    options, plain = runtime.provider_options, replace(runtime, provider_options={})
+    if options and _opens(replace(deployed, runtime=plain)):
+        raise SepconvertError(
+            f"`provider_options`: {runtime.provider} refuses {quoted(dict(options))} ({failure}); "
+            "expected options that ONNX Runtime documents for this provider"
+        ) from None
+    if runtime.provider != "cpu" and _opens(replace(deployed, runtime=replace(plain, provider="cpu"))):
+        raise SepconvertError(
+            f"`provider`: onnxruntime has {runtime.provider} but cannot start it ({failure}); install the "
+            "drivers and libraries that it needs, or pass 'cpu'"
+        ) from None
+
+
+def _opens(deployed: Deployed) -> bool:
     try:
-        session(replace(deployed, runtime=runtime))
+        session(deployed)
     except SepconvertError:
-        return
-    raise SepconvertError(
-        f"`provider_options`: {runtime.provider} refuses {quoted(dict(options))}: {failure}; "
-        "expected options that ONNX Runtime documents for this provider"
-    ) from None
+        return False
+    return True
 
 
 @dataclass(frozen=True)
