@@ -304,11 +304,11 @@ def test_a_bad_model_is_not_blamed_on_the_options() -> None:
 @pytest.mark.slow
 @pytest.mark.skipif(available_cores() < 2, reason="needs two cores")
 def test_openvino_is_faster_on_two_threads_than_on_one() -> None:
-    """It is: 1.9 times on two cores, for the 20 convolutions of VDSR."""
+    """The 20 convolutions of VDSR: 141 and 75 ms on an AMD EPYC (AVX2) of two cores, if both are idle."""
     feeds = {"x": np.ones((1, 64, 96, 96), np.float32)}
     models = [Deployed(conv_net(20, 64, 96), Runtime(threads, provider="openvino")) for threads in (1, 2)]
-    one, two = time_all([(model, feeds) for model in models], runs=10, seed=0)
-    assert np.median(one / two) > 1.3
+    one, two = time_all([(model, feeds) for model in models], runs=30, seed=0)
+    assert one.min() / two.min() > 1.3  # of the runs that other work disturbed least
 
 
 @pytest.mark.parametrize("level", GRAPH_OPTIMIZATIONS)
