@@ -192,7 +192,7 @@ def convert(net: Net, **keywords: Any) -> Converted:
 
 HEADING = """# Peers: every point
 
-Written by `python benchmarks/peers.py report`; README.md explains what is compared and how."""
+Written by `python benchmarks/peers.py report`; README.md says what is compared, how, and on which machine."""
 SPEEDUPS = (1.2, 1.5, 1.8, 2.2, 2.7, 3.4)
 SHARES = ({"rank": 0.6}, {"rank": 0.4}, {"rank": 0.25}, {"rank": 0.12})  # of the weights
 REMOVED = ({"percent_removed": 0.3}, {"percent_removed": 0.5}, {"percent_removed": 0.7})

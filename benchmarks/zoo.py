@@ -506,6 +506,7 @@ def supported(found: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     """Yield the section for the documentation: families, caveats, one row per mode, and every failure."""
     stated = next(each["environment"] | each["libraries"] for each in found if "environment" in each)
     versions = {name: str(version).partition("+")[0] for name, version in stated.items()}
+    machine = ", ".join([f"{stated['cores']} cores", *stated.get("instruction_sets", [])])
     families = Counter(family for family, _ in {(each["family"], each["name"]) for each in found})
     names = ", ".join(
         family if count == 1 else f"{family} ({count})" for family, count in sorted(families.items())
@@ -513,7 +514,7 @@ def supported(found: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     yield from textwrap.wrap(
         f"{families.total()} architectures of torchvision {versions['torchvision']} and timm "
         f"{versions['timm']} were converted at their real shapes under torch {versions['torch']} and ONNX "
-        f"Runtime {versions['onnxruntime']} (`benchmarks/zoo.py`): {names}.",
+        f"Runtime {versions['onnxruntime']} on {stated['cpu']} ({machine}; `benchmarks/zoo.py`): {names}.",
         110,
     )
     yield ""

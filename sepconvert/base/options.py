@@ -5,13 +5,19 @@ default are made from it (see `sepconvert.cli.options`). Nothing here imports to
 """
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import Field, dataclass, field, fields, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from sepconvert.base.environment import GRAPH_OPTIMIZATIONS, MAX_THREADS, Runtime, available_cores
+from sepconvert.base.environment import (
+    GRAPH_OPTIMIZATIONS,
+    MAX_THREADS,
+    SPINNING,
+    Runtime,
+    available_cores,
+)
 from sepconvert.base.errors import SepconvertError, check_choice, check_number, quoted
 
 if TYPE_CHECKING:
@@ -79,6 +85,24 @@ def _path(name: str, value: Any) -> Path | None:
     if value is None or isinstance(value, str | os.PathLike):
         return None if value is None else Path(value)
     raise SepconvertError(f"`{name}`: expected a path, got {quoted(value)}")
+
+
+def _texts(name: str, value: Any) -> dict[str, str] | None:
+    """Return a mapping of names to texts or numbers as one of names to texts.
+
+    Raises:
+        SepconvertError: it is something else.
+    """
+    if value is None:
+        return None
+    if isinstance(value, Mapping) and all(
+        isinstance(key, str) and isinstance(each, str | int | float) for key, each in value.items()
+    ):
+        return {key: str(each) for key, each in value.items()}
+    raise SepconvertError(
+        f"`{name}`: expected a mapping of names to texts or numbers, such as {{'device_id': 1}}, "
+        f"got {quoted(value)}"
+    )
 
 
 @dataclass(frozen=True)
@@ -208,6 +232,18 @@ class Timing:
         "cpu",
         metavar="NAME",
     )
+    provider_options: Mapping[str, Any] | None = option(
+        "Option of the execution provider, such as device_id=1; its threads follow from `threads`. "
+        "Repeatable.",
+        flag="provider-option",
+        metavar="KEY=VALUE",
+    )
+    spinning: str = option(
+        "Whether ONNX Runtime's threads spin while they wait, as they do by default where it is deployed; "
+        "models that are timed in turns then disturb each other.",
+        SPINNING[0],
+        choices=SPINNING,
+    )
     runs: int = option("Timed runs of each model; 0 for none.", 50, low=0, whole=True, metavar="N")
     measure_seconds: float = option(
         "Time limit for timing single layers in approx and auto mode.",
@@ -228,13 +264,15 @@ class Timing:
         if not isinstance(self.provider, str):
             raise SepconvertError(f"`provider`: expected a name such as cpu, got {quoted(self.provider)}")
         object.__setattr__(self, "provider", self.provider.lower())
+        object.__setattr__(self, "provider_options", _texts("provider_options", self.provider_options))
         _ = self.runtime
 
     @property
     def runtime(self) -> Runtime:
         """Settings of ONNX Runtime."""
         threads = available_cores() if self.threads is None else self.threads
-        return Runtime(threads, self.graph_optimization, self.provider)
+        options = self.provider_options or {}
+        return Runtime(threads, self.graph_optimization, self.provider, options, self.spinning)
 
 
 @dataclass(frozen=True)

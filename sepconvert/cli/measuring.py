@@ -31,6 +31,8 @@ from sepconvert.measure.profiling import StoredProfile, anatomy, batch_size, rea
 from sepconvert.measure.profiling import profile as run_profile
 from sepconvert.network.tensors import Inputs, tensors_in
 from sepconvert.report.html import render_comparison
+from sepconvert.report.numbers import fold
+from sepconvert.report.sentences import machine
 from sepconvert.report.tables import anatomy_text
 
 
@@ -52,8 +54,10 @@ def profile(**options: Any) -> None:
     if out is not None:
         with writing(out):
             out.write_text(json.dumps(document, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-    details = ("", anatomy_text(document["anatomy"])) if "anatomy" in document else ()
-    show(options, document, str(Comparison((found.profile,))), *details)
+    details = [anatomy_text(document["anatomy"])] if "anatomy" in document else []
+    if found.profile.latency is not None:
+        details += [fold(str(note)) for note in machine(document["environment"])]
+    show(options, document, str(Comparison((found.profile,))), *("\n" + detail for detail in details))
 
 
 def _is_profile(path: Path) -> bool:
@@ -129,7 +133,10 @@ def _together(options: Options) -> tuple[Comparison, str]:
         if options["runs"]
         else "not timed (--runs 0)."
     )
-    return comparison, f"Measured together: {rounds}\nDifferences are those {seen}, output by output."
+    notes = [f"Measured together: {rounds}", f"Differences are those {seen}, output by output."]
+    if options["runs"]:
+        notes += [fold(str(note)) for note in machine(environment(timing_of(options).runtime))]
+    return comparison, "\n".join(notes)
 
 
 def _profile(options: Options) -> StoredProfile:

@@ -63,6 +63,19 @@ def size(
     return int(parts[0]) if len(parts) == 1 else (int(parts[0]), int(parts[1]))
 
 
+def pairs(
+    context: click.Context, parameter: click.Parameter, texts: tuple[str, ...]
+) -> dict[str, str] | None:
+    """Read options of the form KEY=VALUE; None where there are none."""
+    found = {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        if not name or not equals:
+            raise click.BadParameter(f"expected KEY=VALUE, e.g. device_id=1, got {text!r}")
+        found[name] = value
+    return found or None
+
+
 def in_flags(text: str) -> str:
     """Return a text in which parameters between backticks, such as `max_drop`, are flags: --max-drop."""
     return re.sub(r"`([a-z][a-z_]*)`", lambda found: _flag(_RENAMED.get(found[1], found[1])), text)
@@ -113,6 +126,8 @@ def _made_from(option: Field[Any]) -> Command:
         )
     if isinstance(option.default, tuple):
         return click.option(_flag(name), multiple=True, **settings)
+    if "Mapping" in str(option.type):
+        return click.option(_flag(name), multiple=True, callback=pairs, **settings)
     if "choices" in about:
         settings["type"] = click.Choice(about["choices"])
     elif "low" in about:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Sized
 from typing import Any, TypeVar
 
 import click
+import onnxruntime
 from tqdm import tqdm
 
 from sepconvert.base.progress import Progress, silent
@@ -83,6 +84,7 @@ def quietly() -> Iterator[None]:
     Our own warnings are notes in the report, and standard output is for our tables and JSON alone.
     """
     logging.getLogger("torch").setLevel(logging.ERROR)
+    onnxruntime.set_default_logger_severity(4)  # fatal errors only; what fails is raised, too
     with warnings.catch_warnings(), contextlib.redirect_stdout(sys.stderr):
         warnings.simplefilter("ignore")
         yield

@@ -8,7 +8,7 @@ to the first shows what this machine, at this moment, calls "the same speed".
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ import numpy.typing as npt
 import onnxruntime as ort
 
 from sepconvert.base.environment import Runtime
-from sepconvert.base.errors import SepconvertError, first_line
+from sepconvert.base.errors import SepconvertError, first_line, quoted
 from sepconvert.base.progress import Progress, silent
 from sepconvert.measure.statistics import Interval, median_interval
 
@@ -39,6 +39,9 @@ _WARMUP_MOST_NS = 5_000_000_000
 
 
 _CPU = "CPUExecutionProvider"
+
+
+_SPINNING = {"off": "0", "on": "1"}
 
 
 _LEVELS = {
@@ -150,23 +153,22 @@ def session(deployed: Deployed, profile: Path | None = None) -> ort.InferenceSes
     With `profile`, the times of operators are written to a file whose name begins so. Operators for which the
     provider has no kernel run on the CPU.
 
-    Everything else is ONNX Runtime's default, as deployed, with one exception: the worker threads do not spin
-    while they wait. The workers of one session would spin on the cores of whichever session is timed next:
-    with two threads on two cores, three interleaved sessions of one 0.56 ms model took 0.6 to 3.6 ms, and
-    without spinning 0.56 to 0.60 ms, as it does alone. (To stop spinning after each run, as
-    `session.force_spinning_stop` does, does not help: 1.4 to 2.0 ms.)
+    Everything else is ONNX Runtime's default, as deployed, with one exception: unless the runtime's spinning
+    is "on", the worker threads do not spin while they wait. The workers of one session would spin on the
+    cores of whichever session is timed next: with two threads on two cores, three interleaved sessions of one
+    0.56 ms model took 0.6 to 3.6 ms, and without spinning 0.56 to 0.60 ms, as it does alone. (To stop
+    spinning after each run, as `session.force_spinning_stop` does, does not help: 1.4 to 2.0 ms.)
 
-    Raises `SepconvertError` if ONNX Runtime cannot load the model, or start the provider.
+    Raises `SepconvertError` if ONNX Runtime cannot load the model, start the provider, or read its options.
     """
     model, runtime = deployed.model, deployed.runtime
-    provider = runtime.execution_provider
     options = ort.SessionOptions()
     options.intra_op_num_threads = runtime.threads
     options.graph_optimization_level = _LEVELS[runtime.graph_optimization]
     options.inter_op_num_threads = 1
     options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
     options.log_severity_level = 4
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    options.add_session_config_entry("session.intra_op.allow_spinning", _SPINNING[runtime.spinning])
     if profile is not None:
         options.enable_profiling = True
         options.profile_file_prefix = str(profile)
@@ -174,19 +176,42 @@ def session(deployed: Deployed, profile: Path | None = None) -> ort.InferenceSes
         opened = ort.InferenceSession(
             str(model) if isinstance(model, Path) else model,
             options,
-            providers=list(dict.fromkeys((provider, _CPU))),
+            providers=list({runtime.execution_provider: runtime.execution_options, _CPU: {}}.items()),
+            enable_fallback=0,  # which would print an error, and go on without the provider
         )
     except Exception as error:  # ONNX Runtime's errors share no base class
+        _check_provider(deployed, first_line(error))
         raise SepconvertError(
             f"onnxruntime cannot load {deployed}: {first_line(error)}; expected a valid ONNX file,"
             " check it with onnx.checker.check_model"
         ) from error
-    if opened.get_providers()[0] != provider:  # it falls back to the CPU without an error
-        raise SepconvertError(
-            f"`provider`: onnxruntime has {runtime.provider} but cannot start it; install the drivers and "
-            "libraries that it needs, or pass 'cpu'"
-        )
+    if opened.get_providers()[0] != runtime.execution_provider:  # left out, and the CPU taken instead
+        _check_provider(deployed, "it gives no reason")
     return opened
+
+
+def _check_provider(deployed: Deployed, failure: str) -> None:
+    """Raise `SepconvertError` if the provider or its options cause a failure: without them there is none."""
+    runtime = deployed.runtime
+    options, plain = runtime.provider_options, replace(runtime, provider_options={})
+    if options and _opens(replace(deployed, runtime=plain)):
+        raise SepconvertError(
+            f"`provider_options`: {runtime.provider} refuses {quoted(dict(options))} ({failure}); "
+            "expected options that ONNX Runtime documents for this provider"
+        ) from None
+    if runtime.provider != "cpu" and _opens(replace(deployed, runtime=replace(plain, provider="cpu"))):
+        raise SepconvertError(
+            f"`provider`: onnxruntime has {runtime.provider} but cannot start it ({failure}); install the "
+            "drivers and libraries that it needs, or pass 'cpu'"
+        ) from None
+
+
+def _opens(deployed: Deployed) -> bool:
+    try:
+        session(deployed)
+    except SepconvertError:
+        return False
+    return True
 
 
 @dataclass(frozen=True)

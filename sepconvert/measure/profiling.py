@@ -81,7 +81,8 @@ def anatomy(
         path: the file. One that fixes the batch is timed in that batch alone.
         inputs: arrays by position, batch first; repeated to fill the other batches.
         batches: sizes to time in addition to that of `inputs`.
-        runs: interleaved rounds, in each of which every batch runs with one thread and with all of `runtime`.
+        runs: interleaved rounds, in each of which every batch runs with all threads of `runtime` and, if the
+            provider takes threads, with one.
         runtime: settings of ONNX Runtime.
         seed: seed of the order of runs.
         progress: shows the progress of loops.
@@ -100,9 +101,8 @@ def anatomy(
         }
         for size in ([own] if fixed else sorted({own, *batches}))
     }
-    by_threads = [
-        Deployed(path, replace(runtime, threads=threads)) for threads in sorted({1, runtime.threads})
-    ]
+    numbers = {1, runtime.threads} if runtime.takes_threads else {runtime.threads}
+    by_threads = [Deployed(path, replace(runtime, threads=threads)) for threads in sorted(numbers)]
     return Anatomy(
         file.peak_activation_bytes,
         startup(deployed, feeds[own], sessions=_SESSIONS),
@@ -166,10 +166,13 @@ class StoredProfile:
         """Return the differences to another environment that make latencies incomparable."""
         names = (
             "cpu",
+            "instruction_sets",
             "cores",
             "threads",
+            "spinning",
             "graph_optimization",
             "provider",
+            "provider_options",
             "onnxruntime",
             "platform",
         )

@@ -52,8 +52,19 @@ def _template(name: str) -> Template:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    pages.filters.update(estimate=estimate_text, ratio=ratio_text, percent=percent_text, code=_with_code)
+    pages.filters.update(
+        estimate=estimate_text, ratio=ratio_text, percent=percent_text, code=_with_code, fact=_fact
+    )
     return pages.get_template(name)
+
+
+def _fact(value: Any) -> str:
+    """Return an entry of the environment: a text, a number, a list, a mapping, or None."""
+    if isinstance(value, Mapping):
+        value = [f"{key}={each}" for key, each in value.items()]
+    if isinstance(value, list):
+        return ", ".join(value) or "none"
+    return "unknown" if value is None else str(value)
 
 
 def _with_code(text: object) -> Markup:

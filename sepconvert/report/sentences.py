@@ -40,6 +40,7 @@ def sentences(document: Document) -> list[Note]:
         notes += risks(document)
     notes += _export(document)
     notes += _latency(document)
+    notes += machine(document["environment"]) if document["delta"]["latency_speedup"] else []
     notes += _slowdowns(document, converted)
     notes += _missed_speedup(document)
     notes += _modelled(approximation)
@@ -50,6 +51,49 @@ def sentences(document: Document) -> list[Note]:
         names = ", ".join(name.removeprefix("aten::") for name in sorted(uncounted))
         notes.append(info(f"Not counted in MACs: {names}."))
     return notes
+
+
+def machine(environment: Document) -> list[Note]:
+    """Return where and by which settings something was timed, and a warning of more threads than cores."""
+    cores, load, clock = (environment[name] for name in ("cores", "load_average", "clock_mhz"))
+    facts = [
+        _number(cores, "core"),
+        *environment["instruction_sets"],
+        *([] if clock is None else [f"{clock / 1000:.1f} GHz"]),
+        *([f"load {load:.1f}"] if load is not None and load > cores else []),
+    ]
+    options = [f"{key}={value}" for key, value in environment["provider_options"].items()]
+    settings = [
+        " ".join(["provider", environment["provider"], *([f"({', '.join(options)})"] if options else [])]),
+        _threads(environment),
+        f"{environment['execution_mode']} execution",
+        f"graph optimization {environment['graph_optimization']}",
+    ]
+    notes = [
+        info(
+            f"Timed on {environment['cpu']} ({', '.join(facts)}) in ONNX Runtime "
+            f"{environment['onnxruntime']}: {', '.join(settings)}."
+        )
+    ]
+    if environment["threads"] > cores:
+        notes.append(
+            warning(
+                f"{environment['threads']} threads share {_number(cores, 'core')} and wait for each other; "
+                f"pass `threads` {cores} or fewer."
+            )
+        )
+    return notes
+
+
+def _threads(environment: Document) -> str:
+    threads, provider = _number(environment["threads"], "thread"), environment["provider"]
+    if not environment["provider_takes_threads"]:
+        return f"{threads} for what it leaves to the CPU"
+    return f"{threads}, spinning {environment['spinning']}" if provider == "cpu" else threads
+
+
+def _number(count: int, noun: str) -> str:
+    return f"{count} {noun}{'s' * (count > 1)}"
 
 
 def warnings_of(document: Document) -> list[Note]:
@@ -282,14 +326,12 @@ def _latency(document: Document) -> list[Note]:
     speedup = document["delta"]["latency_speedup"]
     if speedup is None:
         return []
-    latency, level = document["converted"]["latency_ms"], document["environment"]["graph_optimization"]
-    threads = f"{latency['threads']} thread{'s' * (latency['threads'] > 1)}"
-    optimization = "" if level == "all" else f", graph optimization {level}"
+    latency = document["converted"]["latency_ms"]
     low, high = speedup["noise_floor"]
     notes = [
         info(
-            f"Latency: {latency['runs']} interleaved runs, batch {latency['batch']}, {threads}"
-            f"{optimization}, median and 95 % interval; the original against itself: [{low:.3f}, {high:.3f}]."
+            f"Latency: {latency['runs']} interleaved runs, batch {latency['batch']}, median and 95 % "
+            f"interval; the original against itself: [{low:.3f}, {high:.3f}]."
         )
     ]
     if not low <= 1 <= high:

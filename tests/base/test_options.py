@@ -46,6 +46,14 @@ def test_help_is_one_sentence(option):
             {"graph_optimization": "some"},
             "`graph_optimization`: expected one of all, extended, basic",
         ),
+        (Timing, {"spinning": "maybe"}, "`spinning`: expected one of off, on, got 'maybe'"),
+        (Timing, {"provider_options": ["a=b"]}, "`provider_options`: expected a mapping of names to texts"),
+        (Timing, {"provider_options": {"a": None}}, "`provider_options`: expected a mapping of names"),
+        (
+            Timing,
+            {"provider_options": {"a": 1}},
+            "`provider_options`: the provider cpu has none, got {'a': '1'}",
+        ),
         (Timing, {"provider": "abacus"}, "`provider`: expected one that the installed onnxruntime has"),
         (Calibration, {"images": 0}, "`images`: expected a whole number from 1, got 0"),
         (Calibration, {"memory": math.nan}, "`memory`: expected a number from 1, got nan"),
@@ -101,6 +109,8 @@ def test_the_runtime_follows_from_the_timing():
     runtime = Timing(threads=3, graph_optimization="basic", provider="CPU", cache="times").runtime
     assert (runtime.threads, runtime.graph_optimization, runtime.provider) == (3, "basic", "cpu")
     assert Timing().runtime.threads >= 1
+    assert Timing().runtime.spinning == "off"
+    assert Timing(spinning="on").runtime.spinning == "on"
     assert Timing(cache="times").cache == Path("times")
 
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import re
 import shutil
 
@@ -21,6 +22,7 @@ def test_a_profile_is_written_and_compared(here, run):
     shown = run("profile", "net.pt", *SHAPE, "--runs", "3", "--batches", "2,4").out
     assert "samples/s" in shown
     assert re.search(r"\bmix +Conv ", shown)
+    assert f"Timed on {document['environment']['cpu']} (" in " ".join(shown.split())
 
     table = run("compare", "net.json", "net.pt", *SHAPE, "--runs", "3")
     assert table.code == 0
@@ -55,7 +57,16 @@ def test_models_and_files_are_compared_in_turns(run):
     assert (outcome.code, outcome.err) == (0, "")
     assert "base: net.pt" in outcome.out
     assert "Measured together: 6 interleaved rounds" in outcome.out
+    assert "provider cpu, " in " ".join(outcome.out.split())
     assert all(len(line) <= 80 for line in outcome.out.splitlines())
+
+
+@pytest.mark.usefixtures("results")
+def test_more_threads_than_cores_are_warned_of(run):
+    threads = (os.cpu_count() or 1) + 1
+    text = " ".join(run("compare", *FILES, "--runs", "2", "--threads", threads).out.split())
+    assert f"Warning: {threads} threads share " in text
+    assert "pass --threads " in text
 
 
 @pytest.mark.usefixtures("results")
@@ -77,10 +88,11 @@ def test_formats_of_a_comparison(here, run):
     page = run("compare", *FILES, "--runs", "3", "--format", "html").out
     assert page.startswith("<!doctype html>")
     assert page.rstrip().endswith("</html>")
-    for expected in (*FILES, "Measured together: 3 interleaved rounds", "max abs Δ", "<svg"):
+    for expected in (*FILES, "Measured together: 3 interleaved rounds", "max abs Δ", "<svg", "Timed on "):
         assert expected in page
     page = run("compare", *FILES, "--runs", "0", "--format", "html").out
     assert "<svg" not in page
+    assert "Timed on " not in page
     assert "Measured together" in page
 
 

@@ -60,12 +60,19 @@ def test_every_option_is_a_flag_with_its_default_and_its_help(option):
         (["--calib-images", "64", "--memory", "1.5"], Calibration(images=64, memory=1.5e9)),
         (["--include", "a*", "--include", "b", "--exclude", "c"], Selection(("a*", "b"), ("c",))),
         (["--runs", "3", "--threads", "2", "--provider", "CPU"], Timing(threads=2, runs=3)),
+        (["--spinning", "on"], Timing(spinning="on")),
         (["--finetune", "2", "--precision", "bf16"], Finetuning(epochs=2, precision="bf16")),
         ([], Timing()),
     ],
 )
 def test_a_command_line_makes_the_values(arguments, value):
     assert value_of(type(value), given(*arguments)) == value
+
+
+def test_options_of_the_provider_are_pairs():
+    text = '{"CPU": {"NUM_STREAMS": "1"}}'
+    found = given("--provider-option", "device_id=1", "--provider-option", f"load_config={text}=")
+    assert found["provider_option"] == {"device_id": "1", "load_config": f"{text}="}
 
 
 def test_fields_that_no_flag_fills_are_given():
@@ -106,6 +113,8 @@ def test_parameters_that_messages_name_are_flags():
     [
         (["--mean", "a,b"], "expected numbers, joined by commas, e.g. 0.485,0.456,0.406, got 'a,b'"),
         (["--resize", "1x2x3"], "expected N or HxW in pixels, e.g. 224, got '1x2x3'"),
+        (["--provider-option", "fast"], "expected KEY=VALUE, e.g. device_id=1, got 'fast'"),
+        (["--provider-option", "=1"], "expected KEY=VALUE, e.g. device_id=1, got '=1'"),
         (["--rank", "some"], "'some' is not a valid integer"),
         (["--mode", "best"], "'best' is not one of 'exact', 'approx', 'auto'"),
     ],
@@ -152,6 +161,7 @@ def test_layers_can_be_left_out(here, run):
             "Invalid value for '--batches': expected whole numbers from 1, joined by commas",
         ),
         (("--seed", str(2**63)), "--seed: expected a whole number from 0 to 9,223,372,036,854,775,807, got "),
+        (("--provider-option", "a=b"), "--provider-option: the provider cpu has none, got {'a': 'b'}"),
         (("--provider", "npu"), "--provider: expected one that the installed onnxruntime has"),
     ],
 )

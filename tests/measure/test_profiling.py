@@ -1,6 +1,7 @@
 import json
 import math
 
+import onnxruntime
 import pytest
 import torch
 from torch import nn
@@ -93,6 +94,19 @@ def test_a_file_that_fixes_the_batch_is_timed_in_that_alone(model, tmp_path):
     assert found.peak_activation_bytes == 2 * 4 * 64 * (8 + 8)
 
 
+@pytest.mark.skipif(
+    "AzureExecutionProvider" not in onnxruntime.get_available_providers(),
+    reason="a provider of some installations",
+)
+def test_a_provider_without_threads_is_timed_once(model, tmp_path):
+    path = tmp_path / "model.onnx"
+    x = torch.randn(2, 3, 8, 8)
+    save_onnx(export_program(model, (x,), dynamic_batch=False), path)
+    runtime = Runtime(2, provider="azure")
+    found = anatomy(path, [x.numpy()], batches=[], runs=3, runtime=runtime, seed=0)
+    assert [each.threads for each in found.latencies] == [2]
+
+
 def test_an_unknown_provider(model):
     with pytest.raises(SepconvertError, match=r"`provider`: expected one that .* has \(.*cpu.*\), got 'npu'"):
         sepconvert.profile(model, torch.randn(1, 3, 8, 8), timing=sepconvert.Timing(provider="npu"))
@@ -136,6 +150,9 @@ def test_what_is_stored_is_read(measured, stored, tmp_path):
     assert (found.model, found.sha256) == ("net.pt", "12ab")
     assert found.differences({"cpu": "fast", "threads": 1}) == []
     assert found.differences({"cpu": "slow", "threads": 1, "python": "4"}) == ["cpu (fast, slow)"]
+    assert found.differences({"cpu": "fast", "threads": 1, "spinning": "on", "load_average": 9.0}) == [
+        "spinning (None, on)"
+    ]
 
 
 KEYS = (

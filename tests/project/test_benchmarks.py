@@ -97,7 +97,13 @@ def zoo_result(name: str, mode: str, outcome: str = "passed", **more: Any) -> di
     costs = {"seconds": 2.4, "peak_gb": 1.25, "converted": 3, "convolutions": 7, "macs_ratio": 1.5}
     costs |= {"speedup": {"median": 1.21, "significant": True}}
     versions = {
-        "environment": {"torch": "2.14", "onnxruntime": "1.32"},
+        "environment": {
+            "torch": "2.14",
+            "onnxruntime": "1.32",
+            "cpu": "Abacus",
+            "cores": 2,
+            "instruction_sets": ["AVX2"],
+        },
         "libraries": {"torchvision": "0.29", "timm": "1.0"},
     }
     return {**found, **costs, **versions, **more}
@@ -141,7 +147,7 @@ def test_the_zoo_s_section_goes_between_the_marks(tmp_path):
         assert "2 architectures of torchvision 0.29 and timm 1.0 were" in words
         assert zoo.CAVEATS in words
         assert "the median speed-up is 1.21×, 0 of 2 are within noise" in words
-        assert "`benchmarks/zoo.py`): tim, tor." in text
+        assert "Runtime 1.32 on Abacus (2 cores, AVX2; `benchmarks/zoo.py`): tim, tor." in text
         rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if "|" in line]
         assert rows[2:] == [
             ["exact", "2", "2", "0", "0"],

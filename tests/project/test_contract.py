@@ -47,6 +47,7 @@ RUNNING = {
 TIMING = {
     "--threads": Flag(), "--provider": Flag("cpu"), "--runs": Flag(50),
     "--graph-optimization": Flag("all", ("all", "extended", "basic", "none")),
+    "--provider-option": Flag(), "--spinning": Flag("off", ("off", "on")),
 }  # fmt: skip
 WRITING = {
     "--out": Flag(),
@@ -117,7 +118,12 @@ PROFILE = {
     # Operator → how often it was met. A list of names was intended, but the mapping was released first.
     "uncounted_ops": dict,
 }  # fmt: skip
-ENVIRONMENT = {"sepconvert": str, "torch": str, "onnxruntime": str, "cpu": str, "threads": int}
+ENVIRONMENT = {
+    "sepconvert": str, "torch": str, "onnxruntime": str, "cpu": str, "instruction_sets": [str], "cores": int,
+    "clock_mhz": OrNull(NUMBER), "load_average": OrNull(NUMBER), "threads": int, "spinning": {"off", "on"},
+    "execution_mode": {"sequential"}, "inter_op_threads": int, "graph_optimization": str, "provider": str,
+    "provider_options": dict, "provider_takes_threads": bool,
+}  # fmt: skip
 FILE = {"path": str, "sha256": str}
 DELTA = {
     "params_ratio": OrNull(NUMBER), "macs_ratio": OrNull(NUMBER),

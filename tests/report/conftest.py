@@ -118,6 +118,18 @@ BARE = replace(
 )
 
 
+# As of a machine that these tests may not run on.
+MACHINE = {
+    "cpu": "AMD EPYC", "instruction_sets": ["AVX2", "FMA"], "cores": 8, "clock_mhz": 2445,
+    "load_average": 0.5, "onnxruntime": "1.32.0",
+}  # fmt: skip
+
+
+def documented(report: Report) -> dict[str, Any]:
+    document = report_document(report)
+    return {**document, "environment": document["environment"] | MACHINE}
+
+
 def point(macs: int, ratio: float, converted: int, drop: dict[str, Any] | None) -> dict[str, Any]:
     return {
         "macs": macs, "macs_ratio": ratio, "converted": converted, "cost": macs,
@@ -146,13 +158,13 @@ def report() -> Report:
 @pytest.fixture
 def document() -> dict[str, Any]:
     """Two layers, one converted; 2 × fewer MACs, 4 × fewer parameters, 1.5 × as fast, 0.25 pp worse."""
-    return report_document(EXACT)
+    return documented(EXACT)
 
 
 @pytest.fixture
 def bare() -> dict[str, Any]:
     """The same without latency, accuracy, source and ONNX Runtime, and with no MACs left."""
-    return report_document(BARE)
+    return documented(BARE)
 
 
 @pytest.fixture
@@ -196,7 +208,7 @@ def approximate() -> dict[str, Any]:
         "finetune": None,
     }  # fmt: skip
     verification = replace(EXACT.verification, torch=OutputCheck(3.5e-8, None, "float64"), layers={})
-    return report_document(
+    return documented(
         replace(
             EXACT, mode="approx", layers=(STEM, large), verification=verification,
             approximation=approximation,

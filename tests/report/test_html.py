@@ -178,7 +178,7 @@ def test_names_are_text(document, name):
     page = Page(render_html(document))
     assert [e for e in page.elements if e != "code"] == [e for e in plain.elements if e != "code"]
     assert {key for key, _ in page.attributes} == {key for key, _ in plain.attributes}
-    assert page.text.count(name) == 7  # the title too
+    assert page.text.count(name) == 8  # the title and a sentence too
     document["layers"][0]["spectrum"]["scheme"] = document["command"] = name
     assert {key for key, _ in Page(render_html(document)).attributes} == {key for key, _ in plain.attributes}
 

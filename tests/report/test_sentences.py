@@ -3,7 +3,7 @@
 import pytest
 
 from sepconvert.base.notes import NoteLevel
-from sepconvert.report.sentences import causes, sentences, story, warnings_of
+from sepconvert.report.sentences import causes, machine, sentences, story, warnings_of
 
 
 def texts(document) -> list[str]:
@@ -20,8 +20,10 @@ def test_an_exact_conversion(document):
         "1 of 2 convolutions converted.",
         "Verified: PyTorch float64 outputs differ by 3.5e-08 (tolerance 4.5e-06), "
         "ONNX Runtime float32 outputs by 6.5e-08 (tolerance 5.5e-06).",
-        "Latency: 50 interleaved runs, batch 1, 2 threads, median and 95 % interval; "
+        "Latency: 50 interleaved runs, batch 1, median and 95 % interval; "
         "the original against itself: [0.980, 1.020].",
+        "Timed on AMD EPYC (8 cores, AVX2, FMA, 2.4 GHz) in ONNX Runtime 1.32.0: provider cpu, 2 threads, "
+        "spinning off, sequential execution, graph optimization all.",
         "Predictions agree on 99.50 % of 2,000 images.",
         "Not counted in MACs: add, mul.",
     ]
@@ -156,9 +158,37 @@ def test_export_limits_are_told(document):
     assert "The batch dimension of the ONNX files is fixed: the model fixes the batch size." in found
 
 
-def test_graph_optimization_is_named_if_it_is_not_the_default(document):
-    document["environment"]["graph_optimization"] = "basic"
-    assert any("2 threads, graph optimization basic, median" in text for text in texts(document))
+def test_without_times_no_machine_is_named(bare):
+    assert not any("Timed on" in text for text in texts(bare))
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        ({"graph_optimization": "basic"}, "graph optimization basic."),
+        ({"spinning": "on", "threads": 1}, "provider cpu, 1 thread, spinning on, sequential"),
+        (
+            {"provider": "openvino", "provider_options": {"num_of_threads": "2"}},
+            "provider openvino (num_of_threads=2), 2 threads, sequential",
+        ),
+        (
+            {"provider": "cuda", "provider_takes_threads": False},
+            "provider cuda, 2 threads for what it leaves to the CPU, sequential",
+        ),
+        ({"load_average": 8.25}, "(8 cores, AVX2, FMA, 2.4 GHz, load 8.2)"),
+        ({"load_average": None, "clock_mhz": None, "instruction_sets": [], "cores": 1}, "(1 core)"),
+    ],
+)
+def test_other_machines_and_settings(document, change, text):
+    assert text in str(machine({**document["environment"], **change})[0])
+
+
+def test_more_threads_than_cores_are_warned_of(document):
+    environment = document["environment"]
+    assert len(machine({**environment, "threads": 8})) == 1
+    _, note = machine({**environment, "threads": 9})
+    assert note.level is NoteLevel.WARNING
+    assert note.text.startswith("9 threads share 8 cores")
 
 
 # Warnings ------------------------------------------------------------------------------------------

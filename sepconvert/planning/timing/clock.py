@@ -50,7 +50,16 @@ YARDSTICK_SHAPE = (1, 64, 24, 24)
 
 
 # Entries of `environment` that times depend on.
-_RUNTIME = ("cpu", "threads", "graph_optimization", "provider", "onnxruntime")
+_RUNTIME = (
+    "cpu",
+    "instruction_sets",
+    "threads",
+    "spinning",
+    "graph_optimization",
+    "provider",
+    "provider_options",
+    "onnxruntime",
+)
 
 
 LAYOUT = 4

@@ -104,10 +104,47 @@ class Profile(Struct, frozen=True, kw_only=True):
     anatomy: Anatomy | UnsetType = UNSET
 
 
-Environment = Annotated[
-    dict[str, str | int],
-    Meta(description="versions, processor, and the settings of ONNX Runtime: threads, provider, …"),
-]
+class Environment(Struct, frozen=True, kw_only=True):
+    """Versions, machine, and settings of ONNX Runtime; files of version 0.1.0 lack some of them."""
+
+    python: str
+    platform: str
+    cpu: Annotated[str, Meta(description="name of the processor")]
+    instruction_sets: Annotated[
+        tuple[str, ...] | UnsetType, Meta(description="those that convolutions gain from, such as AVX2")
+    ] = UNSET
+    cores: Positive
+    clock_mhz: Annotated[
+        Positive | UnsetType | None, Meta(description="mean of the cores at the time; null if unknown")
+    ] = UNSET
+    load_average: Annotated[
+        Annotated[float, Meta(ge=0)] | UnsetType | None,
+        Meta(description="mean number of busy processes in the minute before; null if unknown"),
+    ] = UNSET
+    threads: Annotated[Positive, Meta(description="within one operator")]
+    spinning: Annotated[
+        Literal["off", "on"] | UnsetType,
+        Meta(description="whether worker threads of the provider cpu keep cores busy while they wait"),
+    ] = UNSET
+    execution_mode: Annotated[
+        Literal["sequential"] | UnsetType, Meta(description="one operator after the other")
+    ] = UNSET
+    inter_op_threads: Positive | UnsetType = UNSET
+    graph_optimization: Literal["all", "extended", "basic", "none"]
+    provider: Annotated[str, Meta(description="execution provider, in lower case")]
+    provider_options: Annotated[
+        dict[str, str] | UnsetType, Meta(description="its number of threads included, if it takes one")
+    ] = UNSET
+    provider_takes_threads: Annotated[
+        bool | UnsetType, Meta(description="if not, `threads` run what the provider leaves to the CPU")
+    ] = UNSET
+    onnxruntime: str
+    sepconvert: str
+    torch: str
+    onnx: str
+    onnxscript: str
+    fvcore: str
+    numpy: str
 
 
 class Model(Struct, frozen=True):

@@ -35,8 +35,9 @@ def test_times_are_remembered_on_disk(site, tmp_path):
     assert Clock(Runtime(1), 0, cache, 0).forms(site, FORMS_TIMED[:1]).forms == {
         FORMS_TIMED[0]: first.forms[FORMS_TIMED[0]]
     }
-    other = Clock(Runtime(2), 0, cache, 0).forms(site, FORMS_TIMED)
-    assert not any(each.measured for each in other.forms.values())
+    for other in (Runtime(2), Runtime(1, spinning="on"), Runtime(1, "basic")):
+        modelled = Clock(other, 0, cache, 0).forms(site, FORMS_TIMED)
+        assert not any(each.measured for each in modelled.forms.values())
     half = Clock(Runtime(1), 0, cache, 0).forms(site, [*FORMS_TIMED, ("spatial-hv", 4)])
     assert [each.measured for each in half.forms.values()] == [True, True, True, False]
     assert half.dense_milliseconds == first.dense_milliseconds

@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 from schemas import assert_conforms, assert_refused
 
+from sepconvert.base.environment import environment
 from sepconvert.measure.latency import Startup
 from sepconvert.measure.profiling import Anatomy
 from sepconvert.report.schema.profile import ProfileDocument
@@ -16,7 +17,7 @@ def document(report):
     return {
         "schema": "sepconvert.profile/1",
         "model": report.source,
-        "environment": {"threads": 2, "provider": "cpu"},
+        "environment": environment(report.runtime),
         **report.original.to_json(),
     }
 
@@ -25,6 +26,13 @@ def test_a_profile_with_and_without_the_anatomy_of_its_file(report, document):
     assert_conforms(document, ProfileDocument)
     anatomy = Anatomy(None, Startup(1.5, 0.5, 3), (report.original.latency,), ())
     assert_conforms({**document, **replace(report.original, anatomy=anatomy).to_json()}, ProfileDocument)
+
+
+def test_a_profile_of_version_0_1_0(document):
+    versions = ("sepconvert", "torch", "onnx", "onnxruntime", "onnxscript", "fvcore", "numpy")
+    names = ("python", "platform", "cpu", "cores", "threads", "graph_optimization", "provider", *versions)
+    known = {name: document["environment"][name] for name in names}
+    assert_conforms({**document, "environment": known}, ProfileDocument)
 
 
 @pytest.mark.parametrize(
