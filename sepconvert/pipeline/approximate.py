@@ -1,6 +1,6 @@
 """Modes approx and auto: merge pairs, survey the layers, search for a plan, deliver and describe it."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -181,7 +181,7 @@ def _described(
     fitted = search.measurements.fitted(delivery.point)
     steps = (*workshop.explain(fitted), *delivery.steps)
     expected = reference(original.model, original.inputs, (), {}, job.seed)
-    plans = tuple(_layer_plan(site, findings, fitted) for site in start.sites)
+    plans = tuple(_layer_plan(site, findings, fitted, search.idle) for site in start.sites)
     return Conversion(
         model=duplicate(delivery.model),  # with memory of its own
         layers=plans,
@@ -215,12 +215,15 @@ def _described(
     )
 
 
-def _layer_plan(site: ConvSite, findings: _Findings, fitted: Fitted) -> LayerPlan:
-    if site.name in findings.reasons:
-        return kept(site, findings.reasons[site.name])
+def _layer_plan(site: ConvSite, findings: _Findings, fitted: Fitted, idle: Collection[str]) -> LayerPlan:
     found = fitted.layers.get(site.name)
+    if found is None and site.name in findings.reasons:
+        return kept(site, findings.reasons[site.name])
     if found is None or site.conv is None:
         if site.name in findings.surveyed:
+            if site.name in idle:
+                text = "saves no time in the whole model, as measured"
+                return kept(site, Reason(ReasonCode.COSTS_MORE, text))
             return kept(site, Reason(ReasonCode.BUDGET, "kept by the budget"))
         return kept(site, Reason(ReasonCode.COSTS_MORE, "no form passes the gate (gate none converts it)"))
     form = found.scheme, found.rank

@@ -1,5 +1,6 @@
 """Survey of the layers: the forms that each could take, with their costs and errors."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -55,7 +56,9 @@ class LayerSurvey:
 
     macs: int
     cost: float
-    offers: tuple[Offer, ...]  # by falling cost, none with another that costs no more and errs no more
+    # By falling cost, none with another that costs no more and errs no more; but for the exact form of the
+    # fewest MACs, which is always there.
+    offers: tuple[Offer, ...]
     sensitivity: float  # measured divergence of the model over the `error` of an offer
     excess: Mapping[Form, float] = field(default_factory=dict)  # factors on the errors of single forms
     exact: frozenset[Form] = frozenset()  # forms that its kernel has exactly
@@ -86,6 +89,15 @@ class LayerSurvey:
         """Return the cheapest of the exact forms, if one is cheaper than the layer as it is."""
         free = [each for each in self.candidates() if each.form in self.exact and each.cost < self.cost]
         return min(free, key=lambda each: each.cost, default=None)
+
+    def fewest_macs(self) -> Candidate | None:
+        """Return the exact form of the fewest MACs, as exact mode does; None if there is no exact form."""
+        exact = [each for each in self.candidates() if each.form in self.exact]
+        return min(exact, key=lambda each: self.offer(each).macs, default=None)
+
+    def is_free(self, candidate: Candidate) -> bool:
+        """Return whether a candidate is an exact form that was measured to be faster."""
+        return candidate.form in self.exact and not self.modelled
 
     def with_excess(self, form: Form, times: float) -> "LayerSurvey":
         """Return the survey with `times` the errors of a form, and of the lower ranks of its scheme."""
@@ -134,7 +146,12 @@ def survey(
             else _offer(site, problem.fit(*form_of(each), _SURVEY_SWEEPS, each.fitted.basis), each.cost)
             for each in promising
         ]
-        if offers := _undominated(offers):
+        fewest = min(
+            (each for each in offers if form_of(each) in prices[site.name].exact),
+            key=lambda each: each.macs,
+            default=None,
+        )
+        if offers := _undominated(offers, fewest):
             price = prices[site.name]
             found[site.name] = LayerSurvey(
                 site.macs, price.dense, tuple(offers), 1.0, exact=price.exact, modelled=price.modelled
@@ -167,12 +184,14 @@ def _least_error(offers: Sequence[Offer], cost: float) -> float:
     return min(offer.error for offer in offers if offer.cost <= cost)
 
 
-def _undominated(offers: Sequence[Offer]) -> list[Offer]:
-    """Return the Pareto front of the offers, by falling cost and rising error."""
+def _undominated(offers: Sequence[Offer], always: Offer | None) -> list[Offer]:
+    """Return the Pareto front of the offers and the one that is `always` there, by falling cost."""
     kept: list[Offer] = []
+    least = math.inf
     for offer in sorted(offers, key=lambda each: (each.cost, each.error)):
-        if not kept or offer.error < kept[-1].error:
+        if offer is always or offer.error < least:
             kept.append(offer)
+            least = min(least, offer.error)
     return kept[::-1]
 
 

@@ -510,7 +510,8 @@ def test_auto_mode_has_what_exact_mode_has_whatever_time_there_is(samples, secon
     converted = {layer["name"] for layer in exact.report["layers"] if layer["decision"] == "converted"}
     assert converted
     for name in converted & kept.keys():
-        assert "faster" in kept[name], name  # measured or modelled, and no gain
+        # Measured or modelled, and no gain.
+        assert "faster" in kept[name] or "saves no time" in kept[name], name
     assert not any("no time was left" in reason for reason in kept.values())
     assert bool(auto.report["approximation"]["modelled"]) or seconds > 0
     timed = measure_pair(

@@ -15,11 +15,12 @@ class Chooser:
 
     Attributes:
         revised: whether all images spoke against the plan that was chosen by some of them.
+        idle: layers that were left out of the plan, as they save no time in the whole model.
     """
 
     def __init__(self, curve: Curve, measurements: Measurements) -> None:
         self._curve, self._measurements = curve, measurements
-        self.revised = False
+        self.revised, self.idle = False, frozenset[str]()
 
     def known_fast(self, budget: Budget) -> Point | None:
         """Return the dearest of all plans timed fast enough: a cheaper plan need not be a faster one."""
@@ -67,6 +68,8 @@ class Chooser:
     def without_idle_layers(self, point: Point, budget: Budget) -> Point:
         """Return the plan without layers that save no time in the whole model.
 
+        What costs no accuracy and is measured to be faster by itself is not in doubt.
+
         Nothing is replaced if the whole plan is measured to be slower than the original.
 
         Raises:
@@ -75,7 +78,11 @@ class Chooser:
         fitted, choice = self._measurements.fitted(point), point.plan.choice
         if not choice:
             return point
-        saved = {name: self._curve.surveyed[name].cost - candidate.cost for name, candidate in choice.items()}
+        saved = {
+            name: self._curve.surveyed[name].cost - candidate.cost
+            for name, candidate in choice.items()
+            if not self._curve.surveyed[name].is_free(candidate)
+        }
         doubtful = sorted(saved, key=saved.__getitem__)[:_DOUBTFUL]
         whole, *others = self._measurements.workshop.speedups(
             [self._measurements.workshop.restored(fitted, name) for name in (None, *doubtful)]
@@ -103,6 +110,8 @@ class Chooser:
             and self._measurements.is_accurate(found, budget)
             and self._measurements.is_fast(found, budget)
         )
+        if good:
+            self.idle = frozenset(idle)
         return found if good else point
 
 

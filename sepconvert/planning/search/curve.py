@@ -154,6 +154,11 @@ class Curve:
         free = {name: layer.lossless() for name, layer in self.surveyed.items() if name not in choice}
         return {**choice, **{name: candidate for name, candidate in free.items() if candidate is not None}}
 
+    def exact(self) -> Plan:
+        """Return the plan of exact mode: every layer in the exact form of the fewest MACs, if it has one."""
+        found = {name: layer.fewest_macs() for name, layer in self.surveyed.items()}
+        return self.known({name: candidate for name, candidate in found.items() if candidate is not None})
+
     def draw(self, points: int = _POINTS) -> None:
         """Add plans at about even ratios of cost, from nothing replaced to the cheapest."""
         first, last = self.dense_cost, self.least_cost

@@ -98,6 +98,11 @@ class Search:
             "rest": None if rest is None else rest.to_dict()["accuracy_drop_pp"],
         }
 
+    @property
+    def idle(self) -> frozenset[str]:
+        """Layers that the delivered plan leaves as they are, since they save no time in the whole model."""
+        return self._chooser.idle
+
     # The three kinds of budgets
 
     def _of_rank(self, budget: Budget) -> Point | None:
@@ -129,6 +134,7 @@ class Search:
         if not self.points:
             self.learner.learn_from_first_plans()
             self.curve.draw()
+        self._carry_out_exact(budget)
         if budget.confidence is not None:
             proven = furthest_proven(self.curve, self.measurements, budget)
             self._fill_curve(proven)
@@ -175,6 +181,14 @@ class Search:
                 break
             best = better
         return best
+
+    def _carry_out_exact(self, budget: Budget) -> None:
+        """Carry out the plan of exact mode where plans are chosen by their times, as one to be compared."""
+        plan = self.curve.exact()
+        if self.curve.totals.by_time and plan.choice and budget.confidence is None:
+            point = self.curve.join(plan)
+            self.measurements.fitted(point)
+            self.measurements.is_accurate(point, budget)
 
     def _fill_curve(self, chosen: Point) -> None:
         """Carry out more plans, of costs near that of the chosen one, and time all that were carried out."""
