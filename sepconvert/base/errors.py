@@ -43,13 +43,24 @@ class ExportError(SepconvertError):
 MAX_SEED = 2**63 - 1  # of torch and of numpy alike
 
 
+ABOVE_ZERO = 1e-9  # the least of numbers that must be above 0
+
+
 def check_number(name: str, value: Any, low: float, high: float = math.inf, *, whole: bool = False) -> None:
     """Raise `SepconvertError` unless `value` is None, or a finite number from `low` to `high`."""
     kind: type[Any] = numbers.Integral if whole else numbers.Real
-    if value is None or (isinstance(value, kind) and low <= value <= high and math.isfinite(value)):
+    is_number = isinstance(value, kind) and not isinstance(value, bool)
+    if value is None or (is_number and low <= value <= high and math.isfinite(value)):
         return
-    bounds = f" from {low:,}" * (low > -math.inf) + f" to {high:,}" * (high < math.inf)
-    raise SepconvertError(f"`{name}`: expected a {'whole ' * whole}number{bounds}, got {quoted(value)}")
+    expected = f"a {'whole ' * whole}number{range_text(low, high)}"
+    raise SepconvertError(f"`{name}`: expected {expected}, got {quoted(value)}")
+
+
+def range_text(low: float, high: float) -> str:
+    """Return a range in words that follow "a number", such as " from 1 to 100"."""
+    if low == ABOVE_ZERO:
+        return " above 0" + f", at most {high:,}" * (high < math.inf)
+    return f" from {low:,}" * (low > -math.inf) + f" to {high:,}" * (high < math.inf)
 
 
 def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:

@@ -18,7 +18,7 @@ from sepconvert.base.environment import (
     Runtime,
     available_cores,
 )
-from sepconvert.base.errors import SepconvertError, check_choice, check_number, quoted
+from sepconvert.base.errors import ABOVE_ZERO, SepconvertError, check_choice, check_number, quoted
 
 if TYPE_CHECKING:
     from torch.utils.data import DataLoader
@@ -31,8 +31,6 @@ GATES: tuple[Gate, ...] = ("macs", "latency", "none")
 
 Precision = Literal["no", "bf16", "fp16"]
 PRECISIONS: tuple[Precision, ...] = ("no", "bf16", "fp16")
-
-_ABOVE_ZERO = 1e-9
 
 
 def option(help: str, default: Any = None, **metadata: Any) -> Any:
@@ -74,6 +72,8 @@ def check_option(option: Field[Any], given: Any) -> None:
         )
     if "choices" in bounds and given is not None:
         check_choice(option.name, given, bounds["choices"])
+    if isinstance(option.default, bool) and not isinstance(given, bool):
+        raise SepconvertError(f"`{option.name}`: expected True or False, got {quoted(given)}")
 
 
 def _path(name: str, value: Any) -> Path | None:
@@ -121,19 +121,19 @@ class Budget:
     )
     target_macs: float | None = option(
         "Largest MACs, as a share of the original's; excludes `rank` and `target_params`.",
-        low=_ABOVE_ZERO,
+        low=ABOVE_ZERO,
         high=1,
         metavar="F",
     )
     target_params: float | None = option(
         "Largest number of parameters, as a share of the original's; excludes `rank` and `target_macs`.",
-        low=_ABOVE_ZERO,
+        low=ABOVE_ZERO,
         high=1,
         metavar="F",
     )
     min_speedup: float | None = option(
         "Smallest speed-up: measured latency of the original over that of the converted model.",
-        low=_ABOVE_ZERO,
+        low=ABOVE_ZERO,
         metavar="X",
     )
     max_drop: float | None = option(
@@ -335,6 +335,8 @@ class Finetuning:
     def __post_init__(self) -> None:
         """Check the ranges, and that nothing is set that would be ignored."""
         check_options(self)
+        if self.on_step is not None and not callable(self.on_step):
+            raise SepconvertError(f"`on_step`: expected a function, got {quoted(self.on_step)}")
         object.__setattr__(self, "checkpoint", _path("checkpoint", self.checkpoint))
         ignored = [
             f"`{name}`" for name in ("train", "precision", "checkpoint", "resume") if getattr(self, name)

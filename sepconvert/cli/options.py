@@ -5,6 +5,7 @@ An option that Python has too is a field of a value in `sepconvert.base.options`
 terminal are defined here.
 """
 
+import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import Field
@@ -13,6 +14,7 @@ from typing import Any, TypeVar
 
 import click
 
+from sepconvert.base.errors import range_text
 from sepconvert.base.options import (
     Budget,
     Calibration,
@@ -114,9 +116,11 @@ def _made_from(option: Field[Any]) -> Command:
         return given
 
     name, about = _name(option), option.metadata
+    low, high = about.get("low"), about.get("high", math.inf)
+    allowed = "" if low is None or "unit" in about else f" [a number{range_text(low, high)}]"
     shown = f" [default: {about['shown_default']}]" if "shown_default" in about else ""
     settings: dict[str, Any] = {
-        "help": in_flags(about["help"]).rstrip(".") + f"{shown}.",
+        "help": in_flags(about["help"]).rstrip(".") + f"{allowed}{shown}.",
         "metavar": about.get("metavar"),
     }
     if isinstance(option.default, bool):

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from tabulate import tabulate
 
+from sepconvert.base.errors import SepconvertError, quoted
 from sepconvert.measure.divergence import OutputDifference
 from sepconvert.measure.latency import Speedup
 from sepconvert.measure.metrics import TOP1, AccuracyDelta
@@ -136,6 +137,9 @@ def _dominates(one: Profile, other: Profile) -> bool:
 def compare(*profiles: Profile) -> Comparison:
     """Put profiles side by side. Latencies of separate runs are shown without a claim of significance.
 
+    Raises:
+        SepconvertError: there is no profile, or something that is none.
+
     Example:
         >>> from sepconvert import Profile, compare
         >>> before, after = (
@@ -149,6 +153,12 @@ def compare(*profiles: Profile) -> Comparison:
         MACs        1,228,800  53,952 (22.78×)
         FLOPs       2,457,600  107,904
     """
+    if not profiles or not all(isinstance(each, Profile) for each in profiles):
+        wrong = next((each for each in profiles if not isinstance(each, Profile)), None)
+        raise SepconvertError(
+            f"compare: expected profiles, got {quoted(wrong) if profiles else 'none'}; pass what "
+            "sepconvert.profile returns, the base first"
+        )
     return Comparison(profiles)
 
 

@@ -313,6 +313,12 @@ def profile(
     """
     model, inputs = checked(model), as_inputs(example_inputs)
     check_number("seed", seed, 0, MAX_SEED, whole=True)
+    if not isinstance(timing, Timing):
+        raise SepconvertError(
+            f"`timing`: expected a sepconvert.Timing, got {quoted(timing)}; pass timing=sepconvert.Timing(…)"
+        )
+    for size in batches or ():
+        check_number("batches", size, 1, whole=True)
     runs, runtime = timing.runs, timing.runtime
     latency, detail = None, None
     with tempfile.TemporaryDirectory() as folder:

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from sepconvert.base.errors import MAX_SEED, SepconvertError, quoted
+from sepconvert.base.errors import MAX_SEED, SepconvertError, check_number, quoted
 from sepconvert.base.options import (
     GATES,
     MODES,
@@ -78,6 +78,8 @@ class Job:
                     f"`{name}`: expected a sepconvert.{kind.__name__}, got {quoted(value)}; "
                     f"pass {name}=sepconvert.{kind.__name__}(…)"
                 )
+        if not callable(self.progress):
+            raise SepconvertError(f"`progress`: expected a function, got {quoted(self.progress)}")
         if self.tol is not None and self.tol >= 1:
             raise SepconvertError(f"`tol`: expected a relative error in [0, 1), got {self.tol}")
         if self.check not in ("onnx", "torch"):
@@ -122,5 +124,7 @@ class Job:
         **settings: Any,
     ) -> "Job":
         """Return a job of the arguments of `sepconvert.convert`."""
-        finetuning = finetune if isinstance(finetune, Finetuning) else Finetuning(epochs=finetune)
-        return cls(finetuning=finetuning, out=None if out is None else Path(out), **settings)
+        if not isinstance(finetune, Finetuning):
+            check_number("finetune", finetune, 0, whole=True)
+            finetune = Finetuning(epochs=finetune)
+        return cls(finetuning=finetune, out=None if out is None else Path(out), **settings)

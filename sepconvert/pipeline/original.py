@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from sepconvert.base.errors import SepconvertError
+from sepconvert.base.errors import SepconvertError, quoted
 from sepconvert.base.modules import unshadowed
 from sepconvert.base.options import Selection
 from sepconvert.calibration.footprint import images_at_once
@@ -93,6 +93,10 @@ def examine(
                 f"`{name}`: expected a torch.utils.data.DataLoader, got {type(loader).__name__}; make one, "
                 "e.g. DataLoader(dataset, batch_size=64)"
             )
+    if data is not None and not isinstance(data, Iterable):
+        raise SepconvertError(
+            f"`data`: expected batches (x, y), got {quoted(data)}; pass a DataLoader, or a list of batches"
+        )
     if job.mode == "exact" and calib is not None:
         raise SepconvertError("`calib`: is for the modes approx and auto; pass one of them, or leave it out")
     model, inputs = checked(model), as_inputs(example_inputs)
@@ -135,7 +139,10 @@ def trace_selected(model: nn.Module, inputs: Inputs, selection: Selection) -> Tr
         _check_unwritten(name, parameter, before[name])
     for glob in (*selection.include, *selection.exclude):
         if not any(Selection(include=(glob,)).admits(site.name) for site in found.sites):
-            raise SepconvertError(f"{glob}: matches none of the {len(found.sites)} convolutions; see inspect")
+            name = "include" if glob in selection.include else "exclude"
+            raise SepconvertError(
+                f"`{name}` {glob}: matches none of the {len(found.sites)} convolutions; inspect lists them"
+            )
     return found
 
 

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from sepconvert.base.determinism import reproducible
-from sepconvert.base.errors import SepconvertError, first_line, shortened
+from sepconvert.base.errors import SepconvertError, first_line, quoted, shortened
 from sepconvert.base.modules import unshadowed
 from sepconvert.base.progress import Progress, silent
 from sepconvert.factorize.exact.factors import factor_specs
@@ -44,6 +44,11 @@ def apply(
     Raises:
         SepconvertError: plan, weights and model do not belong together, or the model does not run.
     """
+    if not isinstance(plan, str | os.PathLike):
+        raise SepconvertError(
+            f"plan: expected the path of a plan.json, got {quoted(plan)}; a plan of this session is in "
+            "plan.json of the folder that `out` named"
+        )
     path = Path(plan)
     inputs = None if example_inputs is None else as_inputs(example_inputs)
     return _replayed(model, read_plan(path), path.parent / "converted.safetensors", inputs)[0]
@@ -120,8 +125,8 @@ def _replayed(
 
 def _planned_replacement(layer: LayerPlan, site: ConvSite) -> Replacement:
     """Return factors of the planned shapes, to be filled with the plan's weights."""
-    assert layer.scheme is not None  # noqa: S101  (`read_plan` checked it)
-    assert layer.rank is not None  # noqa: S101  (likewise)
+    if layer.scheme is None or layer.rank is None:
+        raise ValueError(f"{layer.name}: no plan that was read is like that")
     specs = factor_specs(site.dense.spec, layer.scheme, layer.rank, layer.border)
     empty = tuple(site.dense.weight.new_zeros(spec.weight_shape) for spec in specs)
     bias = site.dense.weight.new_zeros(site.dense.spec.out_channels) if layer.bias else None

@@ -29,8 +29,8 @@ def test_help_is_one_sentence(option):
     [
         (Budget, {"rank": 0}, "`rank`: expected a whole number from 1, got 0"),
         (Budget, {"rank": 1.5}, "`rank`: expected a whole number from 1, got 1.5"),
-        (Budget, {"target_macs": 1.5}, "`target_macs`: expected a number from 1e-09 to 1, got 1.5"),
-        (Budget, {"target_macs": math.nan}, "`target_macs`: expected a number from 1e-09 to 1, got nan"),
+        (Budget, {"target_macs": 1.5}, "`target_macs`: expected a number above 0, at most 1, got 1.5"),
+        (Budget, {"target_macs": math.nan}, "`target_macs`: expected a number above 0, at most 1, got nan"),
         (Budget, {"target_params": 0}, "`target_params`: expected a number"),
         (Budget, {"min_speedup": -1}, "`min_speedup`: expected a number"),
         (Budget, {"max_drop": 101}, "`max_drop`: expected a number from 0 to 100, got 101"),

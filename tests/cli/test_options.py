@@ -25,7 +25,9 @@ FLAGS = {
     for name in (*parameter.opts, *parameter.secondary_opts)
 }
 # Parameters of functions that no command calls with values of the user's.
-OF_PYTHON = {"--check", "--example-inputs", "--feature-weight", "--student"}
+OF_PYTHON = {
+    "--check", "--example-inputs", "--feature-weight", "--on-step", "--progress", "--student", "--timing",
+}  # fmt: skip
 
 
 def given(*arguments):

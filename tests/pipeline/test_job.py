@@ -3,7 +3,10 @@
 from pathlib import Path
 
 import pytest
+import torch
+from torch import nn
 
+import sepconvert
 from sepconvert.base.errors import SepconvertError
 from sepconvert.base.options import Budget, Calibration, Finetuning, Selection, Timing
 from sepconvert.pipeline.job import Job
@@ -68,3 +71,55 @@ def test_arguments_of_convert_become_a_job():
         job = Job.of(finetune=given, out="results", mode="approx", calibration=Calibration(images=9))
         assert (job.finetuning, job.out, job.calibration.images) == (expected, Path("results"), 9)
     assert Job.of(finetune=0, out=None, selection=Selection(include=["a"])).out is None
+
+
+# Arguments of another type
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"data": 5}, r"`data`: expected batches \(x, y\), got 5"),
+        ({"progress": None}, "`progress`: expected a function, got None"),
+        ({"finetune": -1, "mode": "approx"}, "`finetune`: expected a whole number from 0, got -1"),
+        ({"finetune": True, "mode": "approx"}, "`finetune`: expected a whole number from 0, got True"),
+        ({"dynamic_batch": "x"}, "`dynamic_batch`: expected True or False, got 'x'"),
+        ({"seed": True}, "`seed`: expected a whole number from 0 .*, got True"),
+        ({"mode": "auto", "min_speedup": 0}, "`min_speedup`: expected a number above 0, got 0"),
+        ({"mode": "auto", "max_drop": 1, "confidence": 1.5}, "`confidence`: expected a number from 0.5 to"),
+        (
+            {"mode": "auto", "rank": None, "target_macs": 0.5, "confidence": 0.9},
+            "`confidence`: .* pass `max_drop`",
+        ),
+        (
+            {"mode": "auto", "max_drop": 1, "confidence": 0.9, "finetune": 2},
+            "`confidence`: .* leave `finetune`",
+        ),
+    ],
+)
+def test_arguments_of_another_type_are_refused_by_name(options, message):
+    with pytest.raises(SepconvertError, match=message):
+        sepconvert.convert(nn.Conv2d(1, 1, 3), torch.rand(1, 1, 8, 8), **options)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda m, x: sepconvert.apply(m, None), "plan: expected the path of a plan.json, got None"),
+        (lambda m, x: sepconvert.compare(1), "compare: expected profiles, got 1"),
+        (lambda m, x: sepconvert.compare(), "compare: expected profiles, got none"),
+        (
+            lambda m, x: sepconvert.profile(m, x, timing=None),
+            "`timing`: expected a sepconvert.Timing, got None",
+        ),
+        (
+            lambda m, x: sepconvert.profile(m, x, batches=[0]),
+            "`batches`: expected a whole number from 1, got 0",
+        ),
+        (lambda m, x: sepconvert.Finetuning(1, resume="no"), "`resume`: expected True or False, got 'no'"),
+        (lambda m, x: sepconvert.Finetuning(1, on_step=5), "`on_step`: expected a function, got 5"),
+    ],
+)
+def test_so_do_the_other_public_functions(call, message):
+    with pytest.raises(SepconvertError, match=message):
+        call(nn.Conv2d(1, 1, 3), torch.rand(1, 1, 8, 8))

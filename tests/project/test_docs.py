@@ -50,6 +50,7 @@ RUN: dict[str, tuple[str, ...]] = {
     "sepconvert model.pt --input-shape 3x224x224 --gate latency --threads 1 --runs 200": SHORT,
     "sepconvert model.pt --mode auto --calib images/ --data val.npz --max-drop 1.0 --threads 1": FIT,
     "sepconvert model.pt --mode auto --calib images/ --min-speedup 1.5": FIT,
+    "sepconvert model.pt --mode auto --calib train.npz --data val.npz --max-drop 1.0 --confidence 0.95": FIT,
     "sepconvert model.pt --mode approx --calib images/ --data val.npz --max-drop 1.0": FIT,
     "sepconvert model.pt --mode approx --calib train.npz --data val.npz --rank 2 --finetune 5": FIT,
     "sepconvert model.pt --mode approx --calib train.npz --data val.npz --max-drop 0.5 "
@@ -325,7 +326,7 @@ def test_commands_run(prepared, monkeypatch, capsys, text):
         call(text, *RUN[text], *force, *out)
     except sepconvert.DemandNotMetError as error:
         # Three runs of such a small network may find either model slower: both outcomes are legitimate.
-        demands = {"--fail-if", "--min-speedup", "--gate"}
+        demands = {"--fail-if", "--min-speedup", "--gate", "--confidence"}
         assert demands & set(text.split())
         print(error)
     assert capsys.readouterr().out
