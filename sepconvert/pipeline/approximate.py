@@ -181,9 +181,12 @@ def _described(
     fitted = search.measurements.fitted(delivery.point)
     steps = (*workshop.explain(fitted), *delivery.steps)
     expected = reference(original.model, original.inputs, (), {}, job.seed)
+    model = duplicate(delivery.model)  # with memory of its own
+    if original.scores is not None:
+        original.scores.share(delivery.model, model)
     plans = tuple(_layer_plan(site, findings, fitted, search.idle) for site in start.sites)
     return Conversion(
-        model=duplicate(delivery.model),  # with memory of its own
+        model=model,
         layers=plans,
         replacements={
             site.name: replacement(site, fitted.layers[site.name])

@@ -78,8 +78,8 @@ class Scores:
             return None
         return self._delta(model, self.choosing, self.sizes[-1])
 
-    def replace(self, model: nn.Module, copy: nn.Module) -> None:
-        """Take the predictions of a model for those of its copy."""
+    def share(self, model: nn.Module, copy: nn.Module) -> None:
+        """Take the predictions of a model for those of its copy, which need not be run."""
         if id(model) in self._known:
             self._known[id(copy)] = copy, self._known[id(model)][1]
 

@@ -1,5 +1,7 @@
 """Predictions on growing parts of the data: each image once, in a random order, and those of whole runs."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -116,6 +118,18 @@ def streamed(x, y):
 
 def listed(x, y):
     return list(zip(x.split(100), y.split(100), strict=True))
+
+
+def test_a_copy_has_the_predictions_of_its_model():
+    x, y = samples(600)
+    data = Counting(x, y)
+    original, converted = models()
+    scores = Scores(original, DataLoader(data, 64), 0, silent)
+    found = scores.delta(converted, 600)
+    data.read.clear()
+    scores.share(converted, copied := copy.deepcopy(converted))
+    assert scores.delta(copied, 600) == found
+    assert data.read == []
 
 
 @pytest.mark.parametrize("loader", [batched, streamed, listed])
