@@ -31,7 +31,8 @@ _MOST_HELD_OUT = 256
 _MOST_SEEN_TWICE = 0.5  # share of the images of a set; data sets with some duplicates stay far below
 
 
-_OWN_PART = "split off `data`, and not scored"
+OWN_PART = "split off `data`, and not scored"
+"""Origin of calibration images that the user did not pass as such."""
 
 
 @dataclass(frozen=True)
@@ -155,7 +156,7 @@ def _source(
         return _Source(train, "`train`", data)
     if isinstance(data, DataLoader):
         part, rest = split(data, [min(images, _size(data) // 2)], seed)
-        return _Source(part, _OWN_PART, rest)
+        return _Source(part, OWN_PART, rest)
     return None
 
 
@@ -243,7 +244,7 @@ def _overlap(compared: Sequence[bytes], images: int, scored: Sequence[bytes], or
     both = ours & theirs
     share = len(both) / len(ours)
     most = share > _MOST_SEEN_TWICE or share * images > _MOST_SEEN_TWICE * len(theirs)
-    if most and origin != _OWN_PART:
+    if most and origin != OWN_PART:
         raise SepconvertError(
             f"{origin}: {len(both):,} of {len(ours):,} images that were compared are in `data`, too, and the "
             "accuracy on what was fitted to says nothing; pass other images, or, without fine-tuning, `data` "

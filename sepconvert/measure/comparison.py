@@ -180,8 +180,7 @@ def _paired(delta: Delta) -> dict[str, str]:
         "speed-up": "-"
         if ratio is None
         else f"{ratio.median:.3f}× [{ratio.ci95.lo:.3f}, {ratio.ci95.hi:.3f}]"
-        if ratio.significant
-        else "~ within noise",
+        + ("" if ratio.significant else " ~ within noise"),
         "noise": "-" if ratio is None else f"[{ratio.noise_floor.lo:.3f}, {ratio.noise_floor.hi:.3f}]",
         f"drop, {TOP1.unit}": "-"
         if accuracy is None

@@ -247,6 +247,7 @@ def _result(
         export=written.export,
         execution=measured.execution,
         approximation=made.approximation,
+        data=None if original.facts is None else original.facts.to_json(),
     )
     shown = [each.index for each in measured.changed.shown] if measured.changed else []
     images = {} if original.data.scored is None else images_at(original.data.scored, shown)

@@ -10,7 +10,7 @@ from markupsafe import Markup, escape
 from sepconvert.measure.comparison import Comparison
 from sepconvert.report import plots
 from sepconvert.report.exhibits import Exhibits
-from sepconvert.report.numbers import Document, estimate_text, percent_text, ratio_text
+from sepconvert.report.numbers import Document, estimate_text, percent_text, ratio_text, speedup_text
 from sepconvert.report.sentences import causes, sentences
 
 
@@ -52,7 +52,9 @@ def _template(name: str) -> Template:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    pages.filters.update(estimate=estimate_text, ratio=ratio_text, percent=percent_text, code=_with_code)
+    pages.filters.update(
+        estimate=estimate_text, ratio=ratio_text, speedup=speedup_text, percent=percent_text, code=_with_code
+    )
     return pages.get_template(name)
 
 
