@@ -78,12 +78,12 @@ def _range_doubts(values: Document, skill: float | None) -> list[Note]:
                     f"inputs over {range_text(example)}; preprocess both alike."
                 )
             )
-        elif most > _PIXELS and (skill is None or skill < _MUCH):
+        elif most > _PIXELS if skill is None else skill < _MUCH and (most > _PIXELS or min(found) >= 0):
             notes.append(
                 warning(
                     f"the values of {name} images range over {range_text(found)}, as if they were not "
-                    "normalised; unless the model was trained so, preprocess them as in training (float "
-                    "images are used as they are)."
+                    "normalised; unless the model was trained so, preprocess them as in training (`mean` and "
+                    "`std` are for uint8 images; float images are used as they are)."
                 )
             )
     return notes
@@ -96,9 +96,9 @@ def _accuracy_doubts(data: Document, accuracy: Document) -> list[Note]:
     if _skill(data, proportion_interval(right, n).lo) <= _LITTLE:
         notes.append(
             warning(
-                f"the original itself classifies {percent_text(top1)} % of {n:,} images correctly, hardly "
-                f"more than chance ({percent_text(data['labels']['chance'])} %): drop and agreement mean "
-                "nothing. Check the preprocessing (`mean`, `std`, `resize`), the numbering of the classes "
+                f"the original itself classifies {percent_text(top1)} % of {n:,} images correctly, where "
+                f"chance gives {percent_text(data['labels']['chance'])} %: drop and agreement mean nothing. "
+                "Check the preprocessing (`mean`, `std`, `resize`), the numbering of the classes "
                 "and the weights, or pass more images."
             )
         )

@@ -20,7 +20,7 @@ _SLOWEST = 12  # operators that have a row of their own
 
 
 def summary(document: Document) -> str:
-    """Return what was converted, the costs, the other sentences, tables of an approximation, and the causes."""
+    """Return what was converted, costs, the other sentences, tables of an approximation, and the causes."""
     first, *others = (fold(str(note)) for note in sentences(document))
     lines = [first, "", _cost_table(document), "", *others]
     if (approximation := document["approximation"]) is not None:

@@ -100,7 +100,7 @@ def test_data_that_fit(document, approximate, bare):
 @pytest.mark.parametrize(("top1", "n", "warned"), [(0.13, 2000, True), (0.19, 2000, False), (0.19, 50, True)])
 def test_an_original_near_chance(document, top1, n, warned):
     document["original"]["accuracy"] |= {"top1": top1, "n": n}
-    assert ("hardly more than chance (12.50 %)" in doubt(document)) == warned
+    assert ("where chance gives 12.50 %: drop and agreement mean nothing" in doubt(document)) == warned
     assert all(note in warnings_of(document) for note in doubts(document))
 
 
@@ -121,8 +121,10 @@ def test_an_original_far_below_its_accuracy_on_calibration_labels(document):
         ((0, 255), (0, 255), 0.3, "as if they were not normalised"),
         ((0, 255), (0, 255), 0.9, None),  # the model was trained so
         ((-9, 9.5), (-1.0, 1.0), 0.9, None),
+        ((0, 1), (0, 1), 0.3, "range over 0 to 1, as if they were not normalised"),
+        ((0, 1), (0, 1), 0.9, None),
         ((-21, 0), None, 0.3, "range over -21 to 0, as if"),
-        ((0, 19), (0, 19), 0.3, None),
+        ((-19, 19), (-19, 19), 0.3, None),
     ],
 )
 def test_values_that_leave_the_range_of_the_example(document, scored, example, top1, said):
