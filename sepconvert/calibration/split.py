@@ -8,7 +8,6 @@ import hashlib
 import itertools
 from collections.abc import Iterable, Iterator, Sequence, Sized
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +16,7 @@ from torch.utils.data import DataLoader
 from sepconvert.base.distributed import processes, rank
 from sepconvert.base.errors import SepconvertError
 from sepconvert.base.options import Calibration
-from sepconvert.files.data import UNLABELLED, Batch, dimensions, split
+from sepconvert.files.data import Batch, dimensions, paired, split
 from sepconvert.measure.metrics import whole
 from sepconvert.network.tensors import Inputs, placed, tensors_in
 
@@ -31,7 +30,8 @@ _MOST_HELD_OUT = 256
 _MOST_SEEN_TWICE = 0.5  # share of the images of a set; data sets with some duplicates stay far below
 
 
-_OWN_PART = "split off `data`, and not scored"
+OWN_PART = "split off `data`, and not scored"
+"""Origin of calibration images that the user did not pass as such."""
 
 
 @dataclass(frozen=True)
@@ -110,8 +110,9 @@ def split_data(
 
     Args:
         data: labelled batches to score; a part is split off to fit to if there are no other images.
-        calib: images to fit to and to judge by; by default those of `train`, or a part of `data`.
-        train: images to fine-tune on; by default those that may be fitted to.
+        calib: images to fit to and to judge by; by default those of `train`, or a part of `data`. Batches
+            need no labels, and may have any form that `paired` takes.
+        train: images to fine-tune on; by default those that may be fitted to. Likewise.
         options: how many images to fit to and to judge by, and in how much memory.
         epochs: of fine-tuning; 0 for none.
         seed: of the split.
@@ -122,6 +123,10 @@ def split_data(
     """
     if epochs and calib is None and train is None:
         raise SepconvertError("`finetune`: needs images to train on; pass `calib` or `train`")
+    same = train is calib
+    calib = None if calib is None else paired(calib, "calib")
+    if train is not None:
+        train = calib if same else paired(train, "train")
     source = _source(data, calib, train, options.images, seed)
     if source is None:
         return DataSplit(data)
@@ -155,7 +160,7 @@ def _source(
         return _Source(train, "`train`", data)
     if isinstance(data, DataLoader):
         part, rest = split(data, [min(images, _size(data) // 2)], seed)
-        return _Source(part, _OWN_PART, rest)
+        return _Source(paired(part, "data"), OWN_PART, rest)
     return None
 
 
@@ -179,9 +184,8 @@ def _calibration_set(
 def _training_set(loader: DataLoader[Batch], heldout: int, origin: str, seed: int) -> TrainingSet:
     # The same seed as for calibration: of the same source the same images are held out.
     judge, train = split(loader, [heldout], seed)
-    _, *labels = next(iter(train))
-    labelled = bool(labels) and bool((labels[0] >= 0).any())
-    return TrainingSet(train, judge, labelled, origin)
+    _, labels = next(iter(train))
+    return TrainingSet(train, judge, bool((labels >= 0).any()), origin)
 
 
 @dataclass(frozen=True)
@@ -243,7 +247,7 @@ def _overlap(compared: Sequence[bytes], images: int, scored: Sequence[bytes], or
     both = ours & theirs
     share = len(both) / len(ours)
     most = share > _MOST_SEEN_TWICE or share * images > _MOST_SEEN_TWICE * len(theirs)
-    if most and origin != _OWN_PART:
+    if most and origin != OWN_PART:
         raise SepconvertError(
             f"{origin}: {len(both):,} of {len(ours):,} images that were compared are in `data`, too, and the "
             "accuracy on what was fitted to says nothing; pass other images, or, without fine-tuning, `data` "
@@ -281,7 +285,7 @@ def _size(loader: DataLoader[Batch]) -> int:
 
 def _batches(loader: DataLoader[Batch], at_once: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield images of one shape and their labels, -1 for images without one, in batches of `at_once`."""
-    found = [(x, _labels(x, *rest)) for x, *rest in whole(loader)]
+    found = list(whole(loader))
     if not all(x.isfinite().all() for x, _ in found):
         raise SepconvertError("calibration: the images hold NaN or Inf; check the data")
     if found and all(_is_flat(x) for x, _ in found):
@@ -292,14 +296,6 @@ def _batches(loader: DataLoader[Batch], at_once: int) -> Iterator[tuple[Tensor, 
     for _, alike in itertools.groupby(found, lambda pair: pair[0].shape[1:]):
         images, labels = map(torch.cat, zip(*alike, strict=True))
         yield from zip(torch.split(images, at_once), torch.split(labels, at_once), strict=True)
-
-
-def _labels(x: Tensor, *rest: Any) -> Tensor:
-    """Return the labels that come with a batch of images, or -1 if the batch has no class for each image."""
-    for y in rest[:1]:
-        if isinstance(y, Tensor) and y.shape == (len(x),) and not y.is_floating_point():
-            return y.long()
-    return torch.full((len(x),), UNLABELLED)
 
 
 def _is_flat(x: Tensor) -> bool:

@@ -164,7 +164,11 @@ def _show(options: Options, result: ConversionResult, out: Path) -> None:
         for warning in warnings_of(result.report):
             click.echo(in_flags(str(warning)), err=True)
     written = [name for name in FILES if name not in result.report["export"]["missing"]]
-    show(options, result.report, layer_table(result.report["layers"]), "", summary(result.report), "",
+    layers = result.report["layers"]
+    texts = [layer_table(layers), "", summary(result.report)]
+    if all(layer["decision"] == "kept" for layer in layers):  # the summary's first line says so
+        texts.reverse()
+    show(options, result.report, *texts, "",
            f"Written to {out}/:\n  {', '.join(written[:4])},\n  {', '.join(written[4:])}")  # fmt: skip
 
 

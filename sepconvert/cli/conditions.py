@@ -59,22 +59,29 @@ class Demand:
             )
         return cls(text, metric, "<" if match[2] == "<" else ">", float(match[3]))
 
-    def require(self, *, together: bool, timed: bool, data: bool) -> None:
+    def require(self, *, together: bool, timed: bool, data: bool, labels: bool) -> None:
         """Check, before anything is measured, that the metric will be.
 
         Args:
             together: whether the models are measured in this process, not read from stored profiles.
             timed: whether they are timed.
-            data: whether they are evaluated on labelled data.
+            data: whether they are run on data.
+            labels: whether these may have labels.
 
         Raises:
             SepconvertError: the metric will not be measured.
         """
         measured = {
             **dict.fromkeys(("latency", "speedup"), together and timed),
-            **dict.fromkeys(("drop", "agreement"), together and data),
+            "drop": together and labels,
+            "agreement": together and data,
             "max_abs": together,
         }
+        if self.metric == "drop" and data and not labels:
+            raise SepconvertError(
+                f"--fail-if {self.text!r}: the images of --data have no labels, which drop needs; add labels "
+                "(y, or class folders), or compare predictions: 'agreement < 99%'"
+            )
         if not measured.get(self.metric, True):
             raise self._not_measured()
 
@@ -106,7 +113,7 @@ class Demand:
             "params": _change(profile.params, base.params),
             "bytes": _change(profile.onnx_bytes, base.onnx_bytes),
             "drop": None if delta.accuracy is None else delta.accuracy.drop,
-            "agreement": None if delta.accuracy is None else 100 * delta.accuracy.agreement,
+            "agreement": _agreement(delta),
             "max_abs": _largest_difference(delta),
         }
         value = values[self.metric]
@@ -117,7 +124,7 @@ class Demand:
     def _not_measured(self) -> SepconvertError:
         return SepconvertError(
             f"--fail-if {self.text!r}: {self.metric} is not measured; compare models, not stored profiles, "
-            "with --data for accuracy and without --runs 0 for latency"
+            "with --data, which has labels for drop, and without --runs 0 for latency"
         )
 
 
@@ -128,6 +135,14 @@ def _beyond_noise(speedup: Speedup) -> float:
 def _change(value: float | None, base: float | None) -> float | None:
     """Return a change in percent."""
     return None if value is None or not base else 100 * (value / base - 1)
+
+
+def _agreement(delta: Delta) -> float | None:
+    """Return the percentage of equal predictions; without labels, that of the first output."""
+    share = delta.accuracy.agreement if delta.accuracy is not None else None
+    if share is None and delta.outputs:
+        share = delta.outputs[0].agreement
+    return None if share is None else 100 * share
 
 
 def _largest_difference(delta: Delta) -> float | None:

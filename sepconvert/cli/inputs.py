@@ -111,11 +111,12 @@ def _that_fit(data: Iterable[Batch], model: nn.Module, inputs: Inputs) -> Iterab
 
 
 def read_data_and_examples(
-    options: Options, example_inputs: Inputs | None
+    options: Options, example_inputs: Inputs | None, *, labelled: bool = True
 ) -> tuple[Iterable[Batch] | None, Inputs]:
     """Return evaluation data and inputs in the dtype in which they come.
 
-    `example_inputs` give the shape where neither data nor --input-shape do.
+    `example_inputs` give the shape where neither data nor --input-shape do. Unless the data have to be
+    `labelled`, labels are -1 where there are none.
     """
     data = None
     batch = options["batch"]
@@ -129,7 +130,10 @@ def read_data_and_examples(
         found = read_images(options, images)
         options = {**options, "input_shape": "x".join(map(str, sample_shape(found)))} if found else options
     if options["data"] is not None:
-        data = load_data(options["data"], _preprocess(options))
+        if labelled:
+            data = load_data(options["data"], _preprocess(options))
+        else:
+            data = load_data(options["data"], _preprocess(options), labelled=has_labels(options["data"]))
         shape = parse_input_shape(options["input_shape"]) if options["input_shape"] else sample_shape(data)
         check_against_model(data, shape, None)
         images = next(iter(data))[0]

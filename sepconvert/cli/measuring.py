@@ -21,7 +21,7 @@ from sepconvert.cli.inputs import (
 from sepconvert.cli.options import Options
 from sepconvert.cli.outputs import show
 from sepconvert.cli.progress import progress_for, quietly
-from sepconvert.files.data import Batch
+from sepconvert.files.data import Batch, has_labels
 from sepconvert.files.onnx.facts import read_onnx
 from sepconvert.measure.comparison import Comparison
 from sepconvert.measure.head_to_head import Subject
@@ -75,7 +75,12 @@ def compare(**options: Any) -> None:
     demands = [Demand.parse(text) for text in options["fail_if"]]
     stored = any(path.suffix == ".json" for path in options["models"])
     for demand in demands:
-        demand.require(together=not stored, timed=options["runs"] > 0, data=options["data"] is not None)
+        demand.require(
+            together=not stored,
+            timed=options["runs"] > 0,
+            data=options["data"] is not None,
+            labels=options["data"] is not None and _may_have_labels(options["data"]),
+        )
     with quietly():
         found, note = _stored(options) if stored else _together(options)
     json_wanted = {**options, "as_json": options["as_json"] or options["style"] == "json"}
@@ -87,6 +92,11 @@ def compare(**options: Any) -> None:
     failures = [failure for demand in demands for failure in demand.failures(found)]
     if failures:
         raise DemandNotMetError(f"--fail-if: {'; '.join(failures)}")
+
+
+def _may_have_labels(spec: str) -> bool:
+    """Return whether data have labels, or come from a callable, which alone knows."""
+    return has_labels(spec) or not Path(spec).exists()
 
 
 def _stored(options: Options) -> tuple[Comparison, str]:
@@ -117,7 +127,7 @@ def _together(options: Options) -> tuple[Comparison, str]:
         example_of_file(each) for each in files.values()
     ]
     example = next((each for each in examples if each is not None), None)
-    data, inputs = read_data_and_examples(options, example)
+    data, inputs = read_data_and_examples(options, example, labelled=False)
     with tempfile.TemporaryDirectory() as folder:
         subjects = [
             Subject.of_file(path, files[path])

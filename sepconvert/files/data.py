@@ -1,8 +1,10 @@
 """Data for evaluation, calibration and training: loaders of (x, y) batches in a fixed order."""
 
-from collections.abc import Sequence
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import TypeGuard
+from typing import Any, TypeGuard
 
 import numpy as np
 import torch
@@ -23,9 +25,14 @@ __all__ = [
     "has_labels",
     "is_own",
     "load_data",
+    "paired",
     "sample_shape",
     "split",
 ]
+
+# Usual keys of batches that are mappings.
+_IMAGES = ("image", "images", "img", "pixel_values", "x", "input", "inputs")
+_LABELS = ("label", "labels", "y", "target", "targets")
 
 
 def load_data(
@@ -45,6 +52,7 @@ def load_data(
         preprocess: of uint8 images. Float data and loaders, which are preprocessed already, refuse it.
         batch_size: samples in a batch, unless a callable returns the loader.
         labelled: whether labels are needed; otherwise `y` and class folders are ignored, and labels are -1.
+            A loader is then one of `paired` batches, which keep the labels that there are.
         parameter: name of the parameter that `spec` was passed as, for error messages.
 
     Raises:
@@ -59,7 +67,7 @@ def load_data(
     if path.is_file() or path.suffix == ".npz":
         return DataLoader(read_npz(path, preprocess, labelled), batch_size)
     if ":" in spec:
-        return _call(spec, preprocess, parameter)
+        return _call(spec, preprocess, parameter, labelled)
     raise SepconvertError(
         f"`{parameter}` {spec}: there is no such file or folder; expected an .npz file, a folder of class "
         "folders with images, or pkg.mod:callable that returns a DataLoader"
@@ -67,14 +75,57 @@ def load_data(
 
 
 def has_labels(spec: str) -> bool:
-    """Return whether data have labels: `y` in an .npz file, or class folders; loaders always have them."""
+    """Return whether files have labels: integers `y` in an .npz file, or class folders.
+
+    It is False of a callable, whose loader need not have any.
+    """
     if Path(spec).is_dir():
         return any(child.is_dir() for child in Path(spec).iterdir())
+    if not Path(spec).is_file():
+        return False
     try:
         with np.load(spec, allow_pickle=False) as archive:
-            return "y" in archive
+            return "y" in archive and archive["y"].ndim == 1 and archive["y"].dtype.kind in "iu"
     except Exception:  # no archive, or a damaged one, which `load_data` reports
         return True
+
+
+def paired(loader: DataLoader[Any], parameter: str) -> DataLoader[Batch]:
+    """Return a loader of the same images in batches (x, y), for uses that need no labels.
+
+    Its batches may be x alone, tuples or lists that begin with x, or mappings with images under a usual key
+    or with one floating-point tensor. y is -1 unless there are integers of shape (N,) behind x, or under a
+    usual key. A batch of another form raises `SepconvertError`, which names the `parameter`, when it is made.
+    """
+    pairs = copy.copy(loader)
+    vars(pairs)["_iterator"] = None  # persistent workers would go on with the old `collate_fn`
+    pairs.collate_fn = partial(_collated_pair, loader.collate_fn, parameter)
+    return pairs
+
+
+def _collated_pair(collate: Callable[[Any], Any], parameter: str, samples: Any) -> Batch:
+    return _pair(collate(samples), parameter)
+
+
+def _pair(batch: object, parameter: str) -> Batch:
+    """Return the images of a batch, and their labels, -1 if it has no class for each."""
+    x: object = batch
+    y: object = None
+    if isinstance(batch, Mapping):
+        floating = [each for each in batch.values() if isinstance(each, Tensor) and each.is_floating_point()]
+        found = [batch[key] for key in _IMAGES if isinstance(batch.get(key), Tensor)]
+        x = next(iter(found), floating[0] if len(floating) == 1 else None)
+        y = next((batch[key] for key in _LABELS if key in batch), None)
+    elif isinstance(batch, tuple | list):
+        x, y = (*batch, None, None)[:2]
+    if not isinstance(x, Tensor) or x.ndim < 2:
+        raise SepconvertError(
+            f"`{parameter}`: its batches are {_kind(batch)}; expected a tensor N×C×H×W, a tuple that begins "
+            f"with one, or a dict with one under a key such as {_IMAGES[0]}"
+        )
+    if isinstance(y, Tensor) and y.shape == x.shape[:1] and not (y.is_floating_point() or y.is_complex()):
+        return x, y.long()
+    return x, torch.full((len(x),), UNLABELLED)
 
 
 def is_own(loader: object) -> TypeGuard[DataLoader[Batch]]:
@@ -156,7 +207,7 @@ def split(loader: DataLoader[Batch], counts: Sequence[int], seed: int) -> list[D
     ]
 
 
-def _call(spec: str, preprocess: Preprocess, parameter: str) -> DataLoader[Batch]:
+def _call(spec: str, preprocess: Preprocess, parameter: str, labelled: bool) -> DataLoader[Batch]:
     """Return the loader that a callable returns, after a check of its first batch."""
     label = f"`{parameter}` {spec}"
     function = resolve_callable(spec, parameter)
@@ -174,12 +225,14 @@ def _call(spec: str, preprocess: Preprocess, parameter: str) -> DataLoader[Batch
         ) from error
     if not isinstance(loader, DataLoader):
         raise SepconvertError(f"{label}: returned a {type(loader).__name__}; expected a DataLoader")
-    if isinstance(loader.sampler, RandomSampler):
+    if batch is None:
+        raise SepconvertError(f"{label}: its loader is empty; expected batches of images")
+    if not labelled:
+        loader, batch = paired(loader, parameter), _pair(batch, parameter)
+    elif isinstance(loader.sampler, RandomSampler):
         raise SepconvertError(
             f"{label}: its loader shuffles, so two models would see different batches; pass shuffle=False"
         )
-    if batch is None:
-        raise SepconvertError(f"{label}: its loader is empty; expected batches (x, y)")
     if not (
         isinstance(batch, tuple | list)
         and len(batch) == 2
@@ -189,7 +242,7 @@ def _call(spec: str, preprocess: Preprocess, parameter: str) -> DataLoader[Batch
     x, y = batch
     if x.dtype != torch.float32 or x.ndim < 2:
         raise SepconvertError(f"{label}: its x is {_kind(x)}; expected float32 N×C×H×W")
-    if y.dtype != torch.int64 or y.shape != x.shape[:1] or int(y.min()) < 0:
+    if labelled and (y.dtype != torch.int64 or y.shape != x.shape[:1] or int(y.min()) < 0):
         raise SepconvertError(
             f"{label}: its y is {_kind(y)}; expected int64 class numbers of shape ({len(x)},)"
         )
@@ -202,4 +255,6 @@ def _kind(value: object) -> str:
         return f"{str(value.dtype).removeprefix('torch.')} of shape {tuple(value.shape)}"
     if isinstance(value, tuple | list):
         return f"{type(value).__name__}s of {', '.join(type(item).__name__ for item in value)}"
+    if isinstance(value, Mapping):
+        return f"dicts of {', '.join(map(str, value))}"
     return f"of type {type(value).__name__}"

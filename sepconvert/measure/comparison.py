@@ -74,6 +74,8 @@ class Comparison:
             ]
             csv.writer(lines, lineterminator="\n").writerows(table)
             return lines.getvalue().rstrip("\n")
+        if style == "table":  # narrower, to fit a terminal
+            rows = [[cell.replace(" ~ ", "\n~ ") for cell in row] for row in rows]
         text = tabulate(
             rows,
             headers=headers,
@@ -189,9 +191,8 @@ def _paired(delta: Delta) -> dict[str, str]:
     return {
         "speed-up": "-"
         if ratio is None
-        else f"{ratio.median:.3f}× [{ratio.ci95.lo:.3f}, {ratio.ci95.hi:.3f}]"
-        if ratio.significant
-        else "~ within noise",
+        else f"{ratio.median:.2f}× [{ratio.ci95.lo:.2f}, {ratio.ci95.hi:.2f}]"
+        + ("" if ratio.significant else " ~ within noise"),
         "noise": "-" if ratio is None else f"[{ratio.noise_floor.lo:.3f}, {ratio.noise_floor.hi:.3f}]",
         f"drop, {TOP1.unit}": "-"
         if accuracy is None

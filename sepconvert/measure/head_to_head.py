@@ -19,6 +19,7 @@ from sepconvert.base.environment import Runtime
 from sepconvert.base.errors import SepconvertError, first_line
 from sepconvert.base.modules import unshadowed
 from sepconvert.base.progress import Progress
+from sepconvert.files.data import UNLABELLED
 from sepconvert.files.onnx.export import export_program, save_onnx
 from sepconvert.files.onnx.facts import OnnxFile, onnx_sizes
 from sepconvert.measure.comparison import Comparison, Delta
@@ -81,8 +82,8 @@ def measure(
     Args:
         subjects: one or more.
         inputs: the arrays that every model is given, by position and batch first; they are timed.
-        data: labelled batches (x, y) for accuracy and for the comparison of outputs; without them, the
-            outputs for `inputs` are compared.
+        data: batches (x, y) for accuracy and for the comparison of outputs; without them, the outputs for
+            `inputs` are compared. If every y of the first batch is -1, there is no accuracy.
         runs: timed rounds; 0 for no latency.
         runtime: settings of ONNX Runtime.
         seed: seed of the order of runs.
@@ -182,17 +183,20 @@ class _Session:
 
 def _predictions(
     sessions: Sequence[_Session], data: Iterable[tuple[Tensor, Tensor]], progress: Progress
-) -> tuple[list[Predictions], list[list[OutputComparison] | None]]:
-    """Return every model's predictions, and how far its outputs are from the first one's."""
+) -> tuple[list[Predictions] | None, list[list[OutputComparison] | None]]:
+    """Return every model's predictions, if there are labels, and how far its outputs are from the first's."""
     ranked: list[list[npt.NDArray[np.int64]]] = [[] for _ in sessions]
     labels: list[npt.NDArray[np.int64]] = []
     outputs: list[list[OutputComparison] | None] = []
-    classes = 0
+    classes, labelled = 0, False
     for x, y in whole(data, progress, "comparing outputs"):
         returned = [opened.run_batch(x.numpy()) for opened in sessions]
-        if not labels:
+        if not outputs:
             outputs = [_started(returned[0], own) for own in returned[1:]]
+            labelled = bool((y != UNLABELLED).any())
         _add(outputs, returned)
+        if not labelled:
+            continue
         labels.append(y.numpy().astype(np.int64))
         for opened, classes_by_rank, own in zip(sessions, ranked, returned, strict=True):
             logits = own[0]
@@ -210,6 +214,8 @@ def _predictions(
                 )
             top = torch.from_numpy(logits).float().topk(min(5, classes), dim=1)
             classes_by_rank.append(top.indices.numpy())
+    if not labels:
+        return None, outputs
     predictions = [Predictions(np.concatenate(own), np.concatenate(labels), classes) for own in ranked]
     return predictions, outputs
 

@@ -197,7 +197,8 @@ def evaluate(
             if len(foreign):
                 raise SepconvertError(
                     f"labels: expected 0 to {classes - 1}, as the model has {classes} classes,"
-                    f" got {int(foreign[0])}; use the labels that the model was trained with"
+                    f" got {int(foreign[0])}; use the labels that the model was trained with,"
+                    " numbered from 0"
                 )
             ranked.append(logits.topk(min(5, classes), dim=1).indices.cpu())
             labels.append(y.cpu())

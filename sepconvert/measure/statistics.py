@@ -81,6 +81,36 @@ def paired_difference_interval(
     return Interval(max(-1.0, float(p1 - p2 - half)), min(1.0, float(p1 - p2 + half)))
 
 
+def proportion_interval(count: int, n: int, confidence: float = 0.95) -> Interval:
+    """Return the exact interval of a proportion (Clopper–Pearson), of which `count` of `n` were seen.
+
+    Raises `SepconvertError` if the count is not in [0, n], `n` is 0, or `confidence` is not in (0, 1).
+    """
+    _check_counts(count, 0, n)
+    _check_confidence(confidence)
+    found = stats.binomtest(count, n).proportion_ci(confidence, "exact")
+    return Interval(float(found.low), float(found.high))
+
+
+def difference_interval(
+    first: tuple[int, int], second: tuple[int, int], confidence: float = 0.95
+) -> Interval:
+    """Return an interval of the difference of two proportions on different subjects, first minus second.
+
+    Each is a count of successes and the number of subjects. The adjusted Wald interval of Agresti & Caffo
+    ("Simple and Effective Confidence Intervals for Proportions …", Am. Stat. 54(4), 2000): one success and
+    one failure are added to each, and the result is cut to [-1, 1].
+
+    Raises `SepconvertError` as `proportion_interval` does.
+    """
+    _check_confidence(confidence)
+    for count, n in (first, second):
+        _check_counts(count, 0, n)
+    (p1, n1), (p2, n2) = (((count + 1) / (n + 2), n + 2) for count, n in (first, second))
+    half = stats.norm.ppf((1 + confidence) / 2) * np.sqrt(p1 * (1 - p1) / n1 + p2 * (1 - p2) / n2)
+    return Interval(max(-1.0, float(p1 - p2 - half)), min(1.0, float(p1 - p2 + half)))
+
+
 def mcnemar(only_first: int, only_second: int) -> float:
     """Return the two-sided p-value of McNemar's exact test that discordant subjects favour neither.
 

@@ -131,8 +131,9 @@ def convert(
         mode: "exact" keeps the function. "approx" fits depthwise and pointwise factors to the data; "auto"
             chooses for each layer among all structures, under the budget.
         data: labelled batches (x, y) on which accuracy is reported; read once for each model.
-        calib: images that factors are fitted to, in approx and auto mode. Without it a part of `data` is
-            split off and not scored; without either, factors are fitted to the weights alone.
+        calib: images that factors are fitted to, in approx and auto mode: batches of x alone, tuples that
+            begin with x, or dicts. Without it a part of `data` is split off and not scored; without either,
+            factors are fitted to the weights alone.
         max_drop: largest drop of top-1 accuracy on `data`, in percentage points; 1 if nothing else is
             demanded.
         confidence: probability with which the drop on unseen images of the same kind is at most `max_drop`;
@@ -247,6 +248,7 @@ def _result(
         export=written.export,
         execution=measured.execution,
         approximation=made.approximation,
+        data=None if original.facts is None else original.facts.to_json(),
     )
     shown = [each.index for each in measured.changed.shown] if measured.changed else []
     images = {} if original.data.scored is None else images_at(original.data.scored, shown)

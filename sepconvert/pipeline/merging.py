@@ -202,5 +202,6 @@ def _timed_verdict(speedup: Speedup | float) -> Reason:
     interval = f"[{speedup.ci95.lo:.2f}, {speedup.ci95.hi:.2f}]"
     return Reason(
         ReasonCode.MERGED if pays else ReasonCode.COSTS_MORE,
-        f"the dense form is measured {speedup.median:.2f}× as fast {interval}",
+        f"the dense form is measured {speedup.median:.2f}× as fast {interval}"
+        + ("" if speedup.significant else " ~ within noise"),
     )

@@ -27,6 +27,7 @@ from sepconvert.network.copies import checked, private_copy
 from sepconvert.network.tensors import Inputs
 from sepconvert.network.trace import ConvSite, TracedModel, traced
 from sepconvert.pipeline.job import Job
+from sepconvert.pipeline.plausibility import DataFacts, ValueRange, find_facts
 from sepconvert.planning.scores import Scores
 from sepconvert.planning.timing.clock import Clock
 
@@ -40,6 +41,7 @@ class Original:
     cost: Cost
     scores: Scores | None  # None where there are no data to score
     seen_twice: SeenTwice | None  # None unless data are scored, and images fitted to
+    facts: DataFacts | None  # None without data
     clock: Clock
 
     @property
@@ -115,15 +117,31 @@ def examine(
         )
         check_shapes(parts, inputs)
     # Before the long work, as this is where data that do not suit the model are found out.
-    scores = seen_twice = None
-    if parts.scored is not None:
-        hashes: list[bytes] = []
-        watch = None if parts.calibration is None else lambda x: hashes.extend(image_hashes(x))
-        scores = Scores(model, parts.scored, job.seed, job.progress, watch)
-        seen_twice = find_seen_twice(parts, hashes, trained=bool(job.finetuning))
+    scores, seen_twice, facts = _scored(model, inputs, parts, job)
     cost = count(private_copy(model), inputs)
     clock = Clock(job.timing.runtime, job.seed, job.timing.cache, job.timing.measure_seconds)
-    return Original(found, parts, cost, scores, seen_twice, clock)
+    return Original(found, parts, cost, scores, seen_twice, facts, clock)
+
+
+def _scored(
+    model: nn.Module, inputs: Inputs, parts: DataSplit, job: Job
+) -> tuple[Scores | None, SeenTwice | None, DataFacts | None]:
+    """Return the original's scores, the images that are seen twice, and whether the data are plausible."""
+    if parts.scored is None and parts.calibration is None:
+        return None, None, None
+    values, hashes = ValueRange(), list[bytes]()
+
+    def watch(x: Tensor) -> None:
+        values.add(x)
+        if parts.calibration is not None:
+            hashes.extend(image_hashes(x))
+
+    scores = seen_twice = None
+    if parts.scored is not None:
+        scores = Scores(model, parts.scored, job.seed, job.progress, watch)
+        seen_twice = find_seen_twice(parts, hashes, trained=bool(job.finetuning))
+    predictions = None if scores is None else scores.original
+    return scores, seen_twice, find_facts(model, inputs, predictions, values, parts.calibration)
 
 
 def trace_selected(model: nn.Module, inputs: Inputs, selection: Selection) -> TracedModel:

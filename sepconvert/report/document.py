@@ -36,6 +36,7 @@ class Report:
     export: ExportNote
     execution: ModelExecution | None = None
     approximation: Mapping[str, Any] | None = None
+    data: Mapping[str, Any] | None = None  # facts that show whether results on the data mean anything
 
 
 def report_document(report: Report) -> dict[str, Any]:
@@ -66,6 +67,7 @@ def report_document(report: Report) -> dict[str, Any]:
             "latency_speedup": None if report.speedup is None else report.speedup.to_dict(),
             **accuracy,
         },
+        "data": report.data,
         "changed_predictions": None if report.changed is None else report.changed.to_dict(),
         "execution": None if report.execution is None else report.execution.to_dict(),
         "layers": [layer.to_json() for layer in report.layers],

@@ -10,7 +10,7 @@ from markupsafe import Markup, escape
 from sepconvert.measure.comparison import Comparison
 from sepconvert.report import plots
 from sepconvert.report.exhibits import Exhibits
-from sepconvert.report.numbers import Document, estimate_text, percent_text, ratio_text
+from sepconvert.report.numbers import Document, estimate_text, percent_text, ratio_text, speedup_text
 from sepconvert.report.sentences import causes, sentences
 
 
@@ -53,7 +53,12 @@ def _template(name: str) -> Template:
         lstrip_blocks=True,
     )
     pages.filters.update(
-        estimate=estimate_text, ratio=ratio_text, percent=percent_text, code=_with_code, fact=_fact
+        estimate=estimate_text,
+        ratio=ratio_text,
+        speedup=speedup_text,
+        percent=percent_text,
+        code=_with_code,
+        fact=_fact,
     )
     return pages.get_template(name)
 

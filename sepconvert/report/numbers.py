@@ -39,10 +39,21 @@ def estimate_text(value: float, ci95: Sequence[float], unit: str = "", digits: i
     return f"{value:.{digits}f}{unit} [{low:.{digits}f}, {high:.{digits}f}]"
 
 
+def range_text(ends: Sequence[float]) -> str:
+    """Return a range of values, such as `-2.1 to 2.6`."""
+    low, high = ends
+    return f"{low:.3g} to {high:.3g}"
+
+
 def speedup_text(speedup: Document) -> str:
     """Return a `latency_speedup` object with its interval, marked if noise can explain it."""
     noise = "" if speedup["significant"] else " ~ within noise"
     return estimate_text(speedup["median"], speedup["ci95"], "×") + noise
+
+
+def as_fast_text(speedup: Document) -> str:
+    """Return a `latency_speedup` object in words, without its interval, marked if noise can explain it."""
+    return f"{ratio_text(speedup['median'])} as fast" + ("" if speedup["significant"] else " (within noise)")
 
 
 def drop_text(drop: Document) -> str:

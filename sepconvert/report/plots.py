@@ -37,7 +37,8 @@ _PIXELS_PER_WEIGHT = 12
 def trade_off(curve: Sequence[Document]) -> str:
     """Return a plot of divergence, and of the change of accuracy if measured, against the gain of each plan.
 
-    `curve` is that of the report; plans that were not carried out are left out.
+    `curve` is that of the report; plans that were not carried out are left out. Markers of plans whose
+    measured speed-up is within noise are hollow.
     """
     plans = [point for point in curve if point["heldout"] is not None and point["converted"]]
     scored = [point for point in plans if point["accuracy_drop_pp"] is not None]
@@ -72,7 +73,10 @@ def trade_off(curve: Sequence[Document]) -> str:
 
 
 def _marker(point: Document) -> dict[str, Any]:
-    return {"color": _AFTER, "markersize": 9} if point["delivered"] else {"color": _BEFORE, "markersize": 6}
+    marker = {"color": _AFTER, "markersize": 9} if point["delivered"] else {"color": _BEFORE, "markersize": 6}
+    speedup = point["latency_speedup"]
+    hollow = speedup is not None and not speedup["significant"]  # noise can explain it
+    return {**marker, "markerfacecolor": "none"} if hollow else marker
 
 
 def distributions(latencies: Sequence[tuple[str, Document]]) -> str:

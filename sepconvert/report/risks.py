@@ -1,10 +1,12 @@
-"""Warnings that an approximate conversion may have cost accuracy, given before anybody deploys it."""
+"""Warnings before anybody deploys a result: its data may mean nothing, or it may have cost accuracy."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 
 from sepconvert.base.notes import Note, warning
-from sepconvert.report.numbers import Document, drop_text
+from sepconvert.measure.statistics import difference_interval, proportion_interval
+from sepconvert.report.numbers import Document, drop_text, percent_text, range_text
 
 # A measured drop is reported if it exceeds the default `max_drop`, unless chance alone explains it.
 _DROP_PP = 1.0
@@ -25,6 +27,140 @@ _LAYER_SHARE, _MODEL_SHARE = 1 / 16, 1 / 8
 
 
 _NAMED_LAYERS = 4
+
+
+# Share of the way from chance to perfection, below which the original can do nothing. Networks that are fed
+# images without their preprocessing stay near it.
+_LITTLE = 0.05
+
+
+# Inputs suit an original that goes this share of the way, whatever their values are.
+_MUCH = 0.5
+
+
+# More than training images are usually classified better than others.
+_FAR_BELOW = 0.10
+
+
+# Inputs with mean 0 and variance 1 seldom exceed 10, and images of 8 bits go to 255.
+_NORMALISED, _PIXELS, _BEYOND_EXAMPLE = 10, 20, 4
+
+
+def doubts(document: Document) -> list[Note]:
+    """Return warnings that results on the data may mean nothing, as data and original do not fit."""
+    data, accuracy = document["data"], document["original"]["accuracy"]
+    if data is None:
+        return []
+    notes = _range_doubts(data["values"], None if accuracy is None else _skill(data, accuracy["top1"]))
+    if accuracy is not None:
+        notes += _accuracy_doubts(data, accuracy) + _label_doubts(data["labels"])
+    return notes + _interval_doubt(document)
+
+
+def _skill(data: Document, share: float) -> float:
+    """Return how far an accuracy is on the way from chance, 0, to perfection, 1."""
+    chance: float = data["labels"]["chance"]
+    return (share - chance) / (1 - chance) if chance < 1 else 1.0
+
+
+def _range_doubts(values: Document, skill: float | None) -> list[Note]:
+    """Return warnings about images whose values leave the range of the example, or of normalised images."""
+    notes = []
+    example = values["example"]
+    for name in ("scored", "calibration"):
+        if (found := values[name]) is None:
+            continue
+        most = max(map(abs, found))
+        if example is not None and most > max(_NORMALISED, _BEYOND_EXAMPLE * max(map(abs, example))):
+            notes.append(
+                warning(
+                    f"the values of {name} images range over {range_text(found)}, those of the example "
+                    f"inputs over {range_text(example)}; preprocess both alike."
+                )
+            )
+        elif most > _PIXELS if skill is None else skill < _MUCH and (most > _PIXELS or min(found) >= 0):
+            notes.append(
+                warning(
+                    f"the values of {name} images range over {range_text(found)}, as if they were not "
+                    "normalised; unless the model was trained so, preprocess them as in training (`mean` and "
+                    "`std` are for uint8 images; float images are used as they are)."
+                )
+            )
+    return notes
+
+
+def _accuracy_doubts(data: Document, accuracy: Document) -> list[Note]:
+    """Return warnings about an original that is near chance, or far worse than on calibration images."""
+    top1, n, calibration = accuracy["top1"], accuracy["n"], data["calibration_accuracy"]
+    right, notes = round(top1 * n), list[Note]()
+    if _skill(data, proportion_interval(right, n).lo) <= _LITTLE:
+        notes.append(
+            warning(
+                f"the original itself classifies {percent_text(top1)} % of {n:,} images correctly, where "
+                f"chance gives {percent_text(data['labels']['chance'])} %: drop and agreement mean nothing. "
+                "Check the preprocessing (`mean`, `std`, `resize`), the numbering of the classes "
+                "and the weights, or pass more images."
+            )
+        )
+    if calibration is not None:
+        reached = round(calibration["top1"] * calibration["n"]), calibration["n"]
+        if difference_interval(reached, (right, n)).lo > _FAR_BELOW:
+            notes.append(
+                warning(
+                    f"the original classifies {percent_text(calibration['top1'])} % of {calibration['n']:,} "
+                    f"calibration images as labelled, but {percent_text(top1)} % of {n:,} scored ones. "
+                    "Unless it has overfitted to the former, check the labels and the preprocessing of "
+                    "`data`."
+                )
+            )
+    return notes
+
+
+def _label_doubts(labels: Document) -> list[Note]:
+    """Return a warning about classes that no label names, though there are labels enough."""
+    expected, missing = labels["missing_by_chance"], labels["missing"]
+    if missing <= expected + 3 * math.sqrt(expected):  # three standard deviations of a Poisson variable
+        return []
+    if labels["smallest"] == 1 and labels["largest"] == labels["classes"] - 1:
+        return [
+            warning(
+                f"labels range over {range_text([1, labels['largest']])}, the model's {labels['classes']:,} "
+                "classes are numbered from 0; subtract 1 if the labels are numbered from 1."
+            )
+        ]
+    more = missing - len(labels["missing_shown"])
+    names = ", ".join(map(str, labels["missing_shown"])) + (f" and {more:,} more" if more else "")
+    return [
+        warning(
+            f"no scored image is labelled {names}, though the model has {labels['classes']:,} classes: the "
+            "result holds for the others alone. Check the numbering of the classes, and pass images of all."
+        )
+    ]
+
+
+def _interval_doubt(document: Document) -> list[Note]:
+    """Return a warning if the drop is known less exactly than the budget asks."""
+    approximation, drop = document["approximation"], document["delta"]["accuracy_drop_pp"]
+    if approximation is None or drop is None or approximation["budget"]["confidence"] is not None:
+        return []
+    low, high = drop["ci95"]
+    half, most = (high - low) / 2, approximation["budget"]["max_drop"]
+    converted = any(layer["decision"] == "converted" for layer in document["layers"])
+    if not most or half <= most or not converted:
+        return []
+    # The width falls with the square root of the number of images.
+    return [
+        warning(
+            f"the drop is known to ±{half:.2f} pp, `max_drop` is {most:g}: about "
+            f"{_rounded_up(drop['n'] * (half / most) ** 2):,} scored images would do, {drop['n']:,} are few."
+        )
+    ]
+
+
+def _rounded_up(number: float) -> int:
+    """Return the next number of two significant digits."""
+    unit: int = 10 ** max(0, math.floor(math.log10(number)) - 1)
+    return math.ceil(number / unit) * unit
 
 
 def risks(document: Document) -> list[Note]:

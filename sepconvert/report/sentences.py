@@ -3,11 +3,13 @@
 Sentences name parameters of the Python API in backticks; the command line shows them as its options.
 """
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 
 from sepconvert.base.notes import Note, NoteLevel, ReasonCode, info, warning
 from sepconvert.report.numbers import (
     Document,
+    as_fast_text,
     drop_text,
     estimate_text,
     fold,
@@ -15,7 +17,7 @@ from sepconvert.report.numbers import (
     ratio_text,
     speedup_text,
 )
-from sepconvert.report.risks import risks
+from sepconvert.report.risks import doubts, risks
 
 _PLACES = ("converted", "kept", "layout", "other")  # keys of `execution` that partition the time
 
@@ -26,11 +28,14 @@ _FEW_IMAGES = 64
 
 
 def sentences(document: Document) -> list[Note]:
-    """Return what the numbers of a report mean: decisions, verification, measurements and warnings."""
+    """Return what the numbers of a report mean: decisions, verification, measurements and warnings.
+
+    The first one says how many convolutions were converted, or why none was, and what to do next.
+    """
     layers = document["layers"]
     converted = [layer for layer in layers if layer["decision"] == "converted"]
     approximation, delta = document["approximation"], document["delta"]
-    notes = _decisions(document, converted)
+    notes = [*_decisions(document, converted), *doubts(document)]
     notes.append(_verification(document["verification"]))
     notes += _exporter(document["verification"])
     if approximation is not None:
@@ -104,6 +109,9 @@ def warnings_of(document: Document) -> list[Note]:
 def story(document: Document) -> list[str]:
     """Return the result in plain words, folded to 80 columns, for a reader who is new to conversions."""
     layers = [layer for layer in document["layers"] if layer["decision"] == "converted"]
+    warnings, modelled = warnings_of(document), _modelled(document["approximation"])
+    if not layers:
+        return [fold(str(note)) for note in (*warnings, *modelled)]
     delta, schemes = document["delta"], sorted({layer["scheme"] for layer in layers})
     by = f" ({', '.join(schemes)})" if schemes else ""
     lines = [
@@ -122,8 +130,7 @@ def story(document: Document) -> list[str]:
             f"It classifies {percent_text(after['top1'])} % of {before['n']:,} images correctly, the "
             f"original {percent_text(before['top1'])} %: a drop of {drop_text(drop)}."
         )
-    notes = [*_modelled(document["approximation"]), *warnings_of(document)]
-    return [fold(line) for line in (*lines, *map(str, notes))]
+    return [fold(line) for line in (*lines, *map(str, (*modelled, *warnings)))]
 
 
 def causes(document: Document) -> list[str]:
@@ -137,16 +144,16 @@ def causes(document: Document) -> list[str]:
     before, after = execution["operators"]
     lines = [
         f"The whole model: {ratio_text(delta['macs_ratio'] or 1.0)} fewer MACs, measured "
-        f"{ratio_text(speedup['median'])} as fast; {kept:.0f} % of the remaining time is in layers that were "
+        f"{as_fast_text(speedup)}; {kept:.0f} % of the remaining time is in layers that were "
         f"not replaced, {layout:.0f} % in copies to other memory layouts; {after} operators instead of "
         f"{before}."
     ]
     for layer in document["layers"]:
         if layer["execution"] is not None and layer["execution"]["cause"] is not None:
-            macs, gain = layer["macs"], layer["latency_speedup"]["median"]
+            macs, gain = layer["macs"], layer["latency_speedup"]
             lines.append(
                 f"{layer['name']}: {ratio_text(macs[0] / macs[1])} fewer MACs, measured alone "
-                f"{ratio_text(gain)} as fast; {layer['execution']['cause']}."
+                f"{as_fast_text(gain)}; {layer['execution']['cause']}."
             )
     return lines
 
@@ -155,19 +162,58 @@ def _decisions(document: Document, converted: Sequence[Document]) -> list[Note]:
     count, others = _counts(document)
     inexact = 0 if document["approximation"] is not None else sum(not layer["exact"] for layer in converted)
     within = f", {inexact} of them only within `tol`, not exactly" if inexact else ""
-    notes = [info(f"{len(converted)} of {count} convolutions converted{within}.")]
-    if others:
-        notes.append(
-            info(f"Other operators that may be part of a convolution: {others}; listed with the reason.")
+    first = info(f"{len(converted)} of {count} convolutions converted{within}.")
+    notes = [first if converted else _nothing(document)]
+    text = f"Other operators that may be part of a convolution: {others}; listed with the reason."
+    return [*notes, info(text)] if others else notes
+
+
+# Why a layer is kept, for any number of them; the first that occurs has the most to gain from the next step.
+_WHY_KEPT = {
+    ReasonCode.BUDGET: "kept by the budget",
+    ReasonCode.FULL_RANK: "without an exact structure",
+    ReasonCode.COSTS_MORE: "without a form that passes the gate",
+    ReasonCode.TOO_LARGE: "too large for the memory",
+    ReasonCode.OBSTACLE: "not replaceable here",
+    ReasonCode.NOT_SELECTED: "not selected",
+}
+
+
+def _nothing(document: Document) -> Note:
+    """Return a warning that nothing was converted, with the reasons and the next step."""
+    counts = Counter(ReasonCode(layer["reason_code"]) for layer in document["layers"])
+    counts.pop(ReasonCode.UNFOLLOWED, None)
+    if not counts:
+        return warning(
+            "nothing was converted. The model runs no convolution on these inputs; pass one that does."
         )
-    if count and not converted and document["mode"] == "exact":
-        notes.append(
-            info(
-                "No convolution separates exactly into something cheaper. `mode` auto, with `calib` and "
-                "`data`, finds approximations that pay at a small loss of accuracy."
-            )
+    found = {code: counts[code] for code in _WHY_KEPT if code in counts}
+    reasons = ", ".join(f"{count} {_WHY_KEPT[code]}" for code, count in found.items())
+    all_of_them = f"{counts.total()} convolution{'s' * (counts.total() > 1)}"
+    step = _next_step(document, next(iter(found)))
+    return warning(f"nothing was converted. Of {all_of_them}: {reasons}. {step}")
+
+
+def _next_step(document: Document, code: ReasonCode) -> str:
+    """Return what to try where the layers that matter most were kept for this reason."""
+    if code is ReasonCode.BUDGET:
+        budget = document["approximation"]["budget"]
+        if budget["max_drop"] is None:
+            return "The original meets the budget as it is: demand more (`min_speedup`, `target_macs`)."
+        others = (
+            "recover accuracy by training (`finetune`)"
+            if budget["confidence"] is None
+            else "pass more scored images, or leave out `confidence`"
         )
-    return notes
+        return f"Raise `max_drop` (it is {budget['max_drop']:g}), or {others}."
+    if code is ReasonCode.COSTS_MORE:
+        return "`gate` macs asks for fewer MACs alone, and `gate` none for nothing; neither promises speed."
+    return {
+        ReasonCode.FULL_RANK: "`mode` auto, with `calib` and `data`, finds approximations that pay at "
+        "a small loss of accuracy.",
+        ReasonCode.TOO_LARGE: "Pass more `memory`, or fewer `calib_images`.",
+        ReasonCode.NOT_SELECTED: "Select other layers (`include`, `exclude`).",
+    }.get(code, "The table of layers says what stands in the way.")
 
 
 def _counts(document: Document) -> tuple[int, int]:

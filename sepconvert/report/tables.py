@@ -20,8 +20,9 @@ _SLOWEST = 12  # operators that have a row of their own
 
 
 def summary(document: Document) -> str:
-    """Return the costs before and after, the sentences, the tables of an approximation, and the causes."""
-    lines = [_cost_table(document), "", *(fold(str(note)) for note in sentences(document))]
+    """Return what was converted, costs, the other sentences, tables of an approximation, and the causes."""
+    first, *others = (fold(str(note)) for note in sentences(document))
+    lines = [first, "", _cost_table(document), "", *others]
     if (approximation := document["approximation"]) is not None:
         lines += _step_lines(approximation) + _curve_lines(approximation)
     if reasons := causes(document):
@@ -73,11 +74,19 @@ def modes_table(documents: Mapping[str, Document]) -> str:
                 name,
                 ratio_text(delta["params_ratio"]),
                 ratio_text(delta["macs_ratio"]),
-                "-" if speedup is None else estimate_text(speedup["median"], speedup["ci95"], "×"),
-                "-" if drop is None else drop_text(drop),
+                "-" if speedup is None else speedup_text(speedup),
+                "-" if drop is None else " → ".join(percent_text(share) for share in _top1(document)),
+                "-" if drop is None else estimate_text(drop["value"], drop["ci95"]),
             ]
         )
-    return _table(rows, ["mode", "fewer\nparameters", "fewer\nMACs", "as fast", "accuracy\nlost"])
+    headers = ["mode", "fewer\nparams", "fewer\nMACs", "as fast", "top-1, %", "drop, pp"]
+    # The mark of a speed-up is below its interval: beside it, rows would be wider than a terminal.
+    return _table(rows, headers, [None, None, None, 18, None, None])
+
+
+def _top1(document: Document) -> tuple[float, float]:
+    """Return the top-1 accuracy of the original and of the converted model."""
+    return document["original"]["accuracy"]["top1"], document["converted"]["accuracy"]["top1"]
 
 
 def curve_table(curve: Sequence[Document]) -> str:
@@ -93,12 +102,21 @@ def curve_table(curve: Sequence[Document]) -> str:
                 # Units are in the header: with them, rows would be wider than a terminal.
                 "-" if drop is None else estimate_text(drop["value"], drop["ci95"]),
                 ratio_text(point["predicted_speedup"]) or "-",
-                "-" if speedup is None else estimate_text(speedup["median"], speedup["ci95"]),
+                "-"
+                if speedup is None
+                else estimate_text(speedup["median"], speedup["ci95"]) + _noise(speedup),
                 "<-" if point["delivered"] else "",
             ]
         )
-    predicted, measured = "speed-\nup, pre-\ndicted", "speed-up\nmeasured"
-    return _table(rows, ["fewer\nMACs", "lay-\ners", "diver-\ngence", "drop, pp", predicted, measured, ""])
+    predicted, measured = "speed-\nup,\npre-\ndicted", "speed-up\nmeasured"
+    headers = ["fewer\nMACs", "lay-\ners", "diver-\ngence", "drop, pp", predicted, measured, ""]
+    legend = ["~ within noise"] if any(_noise(point["latency_speedup"]) for point in curve) else []
+    return "\n".join([_table(rows, headers), *legend])
+
+
+def _noise(speedup: Document | None) -> str:
+    """Return a mark if noise can explain a speed-up."""
+    return "" if speedup is None or speedup["significant"] else " ~"
 
 
 def anatomy_text(anatomy: Document) -> str:

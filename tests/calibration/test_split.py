@@ -129,6 +129,17 @@ def test_images_need_no_labels():
     assert not parts.training.labelled
 
 
+@pytest.mark.parametrize("samples", [X[:8], [{"image": x, "name": "a"} for x in X[:8]]])
+def test_images_may_come_in_batches_of_other_forms(samples):
+    loader = DataLoader(samples, batch_size=4)
+    parts = divided(calib=loader, train=loader, images=8, epochs=1)
+    found = torch.cat(parts.calibration.fit + parts.calibration.heldout)
+    assert {*map(float, found.sum((1, 2, 3)))} == {*map(float, X[:8].sum((1, 2, 3)))}
+    assert parts.training.origin == "`calib`"  # of the same images the same are held out
+    x, y = next(iter(parts.training.train))
+    assert (x.shape[1:], set(y.tolist())) == (X.shape[1:], {-1})
+
+
 @pytest.mark.parametrize(
     ("images", "message"),
     [

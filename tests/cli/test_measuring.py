@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 
+import numpy as np
 import pytest
 from command_line import SHAPE, listing
 
@@ -77,6 +78,27 @@ def test_a_condition_that_holds_fails_after_the_comparison_is_printed(run):
     (delta,) = json.loads(outcome.out)["deltas"]
     assert delta["macs_ratio"] > 1
     assert delta["outputs"][0]["relative"] < 1e-4
+
+
+@pytest.mark.usefixtures("results")
+def test_models_are_compared_on_images_without_labels(here, run):
+    with np.load(here / "data.npz") as data:
+        np.savez(here / "images.npz", x=data["x"])
+    (here / "images.py").write_text(
+        "import torch\nfrom torch.utils.data import DataLoader\n"
+        "def make():\n    return DataLoader(torch.ones(8, 3, 8, 8), 4)\n"
+    )
+    for data in ("images.npz", "images.py:make"):
+        outcome = run("compare", *FILES, "--data", data, "--runs", "0", "--fail-if", "agreement < 50%")
+        assert (outcome.code, outcome.err) == (0, "")
+        assert re.search(r"same argmax +- +100.00%", outcome.out)
+        assert "top-1" not in outcome.out
+        refused = run("compare", *FILES, "--data", data, "--runs", "0", "--fail-if", "drop > 1")
+        assert refused.code == 2
+        assert "drop" in refused.err
+    first = run("compare", *FILES, "--data", "images.npz", "--fail-if", "drop > 1")
+    assert (first.code, first.out) == (2, "")
+    assert "the images of --data have no labels, which drop needs" in first.err
 
 
 @pytest.mark.usefixtures("results")

@@ -4,10 +4,20 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 from data_files import IMAGES, LABELS, everything, refused
+from torch.utils.data import DataLoader, TensorDataset
 
 from sepconvert.base.errors import SepconvertError
-from sepconvert.files.data import Preprocess, check_against_model, load_data, split
+from sepconvert.files.data import (
+    UNLABELLED,
+    Preprocess,
+    check_against_model,
+    has_labels,
+    load_data,
+    paired,
+    split,
+)
 
 
 @pytest.fixture
@@ -54,6 +64,66 @@ def test_callable_returns_the_loader_itself(module):
 )
 def test_bad_callables(module, expression, match):
     refused(f"^`calib` .*{match}", module(expression), parameter="calib")
+
+
+X, Y = torch.arange(24.0).reshape(4, 1, 2, 3), torch.tensor([3, 1, 4, 1])
+
+
+@pytest.mark.parametrize(
+    ("samples", "labels"),
+    [
+        (X, None),
+        (TensorDataset(X), None),
+        (TensorDataset(X, Y), Y),
+        (TensorDataset(X, Y, Y + 1), Y),
+        (TensorDataset(X, Y.float()), None),
+        (TensorDataset(X, torch.zeros(4, 2, 3)), None),
+        ([(x, f"{int(y)}.png") for x, y in zip(X, Y, strict=True)], None),
+        ([{"pixel_values": x, "labels": y} for x, y in zip(X, Y, strict=True)], Y),
+        ([{"id": y, "photo": x} for x, y in zip(X, Y, strict=True)], None),
+        ([{"image": x, "mask": x > 0.5, "depth": x} for x in X], None),
+    ],
+)
+def test_images_are_found_in_batches_of_any_form(samples, labels):
+    loader = DataLoader(samples, 3)
+    x, y = everything(paired(paired(loader, "calib"), "calib"))
+    assert torch.equal(x, X)
+    assert y.tolist() == (torch.full((4,), UNLABELLED) if labels is None else labels).tolist()
+    assert type(next(iter(loader))) is type(next(iter(DataLoader(samples, 3))))  # it is left as it is
+
+
+@pytest.mark.parametrize("sample", [1, (), {"a": X[0], "b": X[0]}, {"image": 3}, ("a.png", X[0])])
+def test_batches_without_images_name_the_parameter(sample):
+    loader = paired(DataLoader([sample], collate_fn=lambda samples: samples[0]), "calib")
+    with pytest.raises(
+        SepconvertError, match=r"^`calib`: its batches are .*; expected a tensor N×C×H×W, a tuple"
+    ):
+        next(iter(loader))
+
+
+@pytest.mark.parametrize(
+    "expression", ["DataLoader(x, 2)", "DataLoader(TensorDataset(x, x), 2, shuffle=True)"]
+)
+def test_a_callable_needs_no_labels_where_none_are_needed(module, expression):
+    spec = module(expression)
+    assert not has_labels(spec)
+    x, y = everything(load_data(spec, labelled=False))
+    assert (x.shape, y.tolist()) == ((4, 3, 5, 5), [UNLABELLED] * 4)
+
+
+def test_labels_of_a_callable_are_kept_where_none_are_needed(module):
+    _, y = everything(load_data(module("DataLoader(TensorDataset(x, y), 3)"), labelled=False))
+    assert y.tolist() == [0, 1, 2, 3]
+
+
+def test_arrays_that_are_no_labels(tmp_path):
+    for name, y in (("classes", Y.numpy()), ("masks", np.zeros((4, 2, 3), int)), ("scores", np.zeros(4))):
+        np.savez(tmp_path / f"{name}.npz", x=X.numpy(), y=y)
+    assert [has_labels(str(tmp_path / f"{each}.npz")) for each in ("classes", "masks", "scores")] == [
+        True,
+        False,
+        False,
+    ]
 
 
 def test_preprocessing_a_loader_is_refused(module):

@@ -96,6 +96,21 @@ def test_accuracy_and_outputs_are_those_of_the_models(files, data):
     assert found.profiles[0].latency is None
 
 
+def test_outputs_are_compared_on_images_without_labels(files, data):
+    x, y = data.dataset.tensors
+    unlabelled = DataLoader(TensorDataset(x, torch.full_like(y, -1)), batch_size=10)
+    found = measured(subjects(files), unlabelled)
+    assert [each.accuracy for each in found.profiles] == [None] * 3
+    assert [each.accuracy for each in found.deltas] == [None] * 2
+    assert [each.outputs for each in found.deltas] == [
+        each.outputs for each in measured(subjects(files), data).deltas
+    ]
+    assert "drop" not in str(found)
+    y = y.index_fill(0, torch.tensor([41]), -1)
+    with pytest.raises(SepconvertError, match="expected labels from 0 to 6"):
+        measured(subjects(files), DataLoader(TensorDataset(x, y), batch_size=10))
+
+
 def test_models_and_files_are_measured_together(files, folder):
     inputs = (torch.randn(4, 3, 12, 12),)
     whole = Subject.of_model("whole", network().double(), inputs, folder / "whole.onnx")

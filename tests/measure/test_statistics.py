@@ -10,11 +10,13 @@ from strategies import numbered
 from sepconvert.base.errors import SepconvertError
 from sepconvert.measure.statistics import (
     Interval,
+    difference_interval,
     drop_bound,
     drop_p_value,
     mcnemar,
     median_interval,
     paired_difference_interval,
+    proportion_interval,
     samples_needed,
 )
 
@@ -193,3 +195,14 @@ def test_impossible_counts_are_refused(lost, won, n):
     for function in (drop_p_value, samples_needed):
         with pytest.raises(SepconvertError, match="two counts >= 0"):
             function(lost, won, n, 0.01)
+
+
+def test_a_proportion_and_a_difference_of_proportions():
+    assert proportion_interval(0, 10).hi == pytest.approx(1 - 0.025**0.1)
+    low, high = proportion_interval(30, 100).to_list()
+    assert low < 0.3 < high
+    # Agresti & Caffo: 7 of 8 and 1 of 8 give (8 / 10 - 2 / 10) ± 1.96 · √(2 · 0.16 / 10).
+    found = difference_interval((7, 8), (1, 8))
+    assert found.to_list() == pytest.approx([0.6 - 1.96 * 0.032**0.5, 0.6 + 1.96 * 0.032**0.5], abs=1e-4)
+    with pytest.raises(SepconvertError, match="expected two counts"):
+        difference_interval((9, 8), (1, 8))

@@ -102,6 +102,14 @@ EXACT = Report(
         converted=(1.0, 0.5), kept=(0.25, 0.25), layout=(0.0, 0.125), other=(0.125, 0.125),
         operators=(4, 6), layout_changes=(0, 1),
     ),
+    data={
+        "labels": {
+            "classes": 10, "smallest": 0, "largest": 9, "missing": 0, "missing_shown": (),
+            "missing_by_chance": 0.0, "chance": 0.125,
+        },
+        "calibration_accuracy": None,
+        "values": {"example": (-2.0, 2.0), "scored": (-2.0, 2.0), "calibration": None},
+    },
 )  # fmt: skip
 BARE = replace(
     EXACT,
@@ -112,6 +120,7 @@ BARE = replace(
     speedup=None,
     accuracy=None,
     changed=None,
+    data=None,
     layers=(STEM, replace(LARGE, latency=None, execution=None)),
     verification=replace(EXACT.verification, onnx=None, onnx_reason="no kernel"),
     execution=None,

@@ -69,6 +69,33 @@ def test_noise_is_marked(document):
     assert "within noise" in text
 
 
+def test_noise_is_marked_in_layers_and_on_the_curve(approximate):
+    approximate["layers"][1]["latency_speedup"] |= {
+        "median": 1.02,
+        "ci95": [0.97, 1.05],
+        "significant": False,
+    }
+    with_times(approximate, [None, 0.25, 0.75])[1]["latency_speedup"]["significant"] = False
+    text = Page(render_html(approximate)).text
+    assert "1.02× [0.97, 1.05] ~ within noise" in text
+    assert "1.25× [1.20, 1.30] ~ within noise" in text
+    assert "2.25× [1.20, 1.30]" in text
+    assert "2.25× [1.20, 1.30] ~" not in text
+
+
+def test_accuracy_before_and_after_is_a_tile(document, bare):
+    assert "top-1 accuracy96.50 %original 96.75 %, 2,000 images" in Page(render_html(document)).text.replace(
+        "\n", ""
+    )
+    assert "top-1 accuracy" not in Page(render_html(bare)).text
+
+
+def test_the_page_begins_with_what_was_converted(document):
+    text = Page(render_html(document)).text
+    assert text.index("1 of 2 convolutions converted.") < text.index("measured speed-up")
+    assert text.count("1 of 2 convolutions converted.") == 1
+
+
 def test_the_page_is_rendered_without_what_was_not_measured(bare):
     text = Page(render_html(bare)).text
     assert "measured speed-up" not in text
@@ -80,7 +107,7 @@ def test_the_page_is_rendered_without_what_was_not_measured(bare):
 
 def test_a_model_without_convolutions(bare):
     bare["layers"] = []
-    assert "0 of 0 convolutions converted." in Page(render_html(bare)).text
+    assert "nothing was converted. The model runs no convolution" in Page(render_html(bare)).text
 
 
 @pytest.fixture

@@ -26,7 +26,7 @@ def points(count: int, drops=()) -> list[dict]:
             "macs_ratio": 1.5 + number,
             "heldout": {"divergence": 0.01 * 2**number},
             "accuracy_drop_pp": None if drop is None else {"value": drop, "ci95": [drop - 0.5, drop + 0.5]},
-            "latency_speedup": {"median": 1.25 + number},
+            "latency_speedup": {"median": 1.25 + number, "significant": True},
             "delivered": number == 0,
         }
         for number, drop in zip(range(count), [*drops, *[None] * count], strict=False)
@@ -72,6 +72,13 @@ def test_a_curve_is_drawn_over_macs_unless_all_is_timed():
     assert "measured speed-up" in plots.trade_off(curve)
     curve[1]["latency_speedup"] = None
     assert "fewer MACs" in plots.trade_off(curve)
+
+
+def test_speedups_within_noise_are_hollow():
+    curve = points(3)
+    assert "fill-opacity: 0; stroke: var(--bar)" not in plots.trade_off(curve)
+    curve[1]["latency_speedup"]["significant"] = False
+    assert "fill-opacity: 0; stroke: var(--bar)" in plots.trade_off(curve)
 
 
 def test_the_label_of_a_spectrum_says_where_it_is_cut():

@@ -1,8 +1,8 @@
-"""Plans that put accuracy at risk are warned about, with the layers, and no others."""
+"""Plans that put accuracy at risk are warned about, with the layers, and so are data that do not fit."""
 
 import pytest
 
-from sepconvert.report.risks import risks
+from sepconvert.report.risks import doubts, risks
 from sepconvert.report.sentences import warnings_of
 
 
@@ -83,3 +83,78 @@ def test_a_drop_that_was_measured(risky):
     assert str(warning).startswith("Warning: accuracy falls by 1.20 pp [0.67, 1.73].")
     risky["approximation"]["budget"]["max_drop"] = 3.0  # who allows it knows
     assert risks(risky) == []
+
+
+# Data that do not fit the original ----------------------------------------------------------------
+
+
+def doubt(document) -> str:
+    """The text of the only doubt; nothing if there is none."""
+    return "".join(note.text for note in doubts(document))
+
+
+def test_data_that_fit(document, approximate, bare):
+    assert doubts(document) == doubts(approximate) == doubts(bare) == []
+
+
+@pytest.mark.parametrize(("top1", "n", "warned"), [(0.13, 2000, True), (0.19, 2000, False), (0.19, 50, True)])
+def test_an_original_near_chance(document, top1, n, warned):
+    document["original"]["accuracy"] |= {"top1": top1, "n": n}
+    assert ("where chance gives 12.50 %: drop and agreement mean nothing" in doubt(document)) == warned
+    assert all(note in warnings_of(document) for note in doubts(document))
+
+
+def test_an_original_far_below_its_accuracy_on_calibration_labels(document):
+    document["original"]["accuracy"] |= {"top1": 0.6, "n": 1000}
+    document["data"]["calibration_accuracy"] = {"top1": 0.75, "top5": None, "n": 256}
+    assert doubt(document) == ""  # it may be 9 points
+    document["data"]["calibration_accuracy"]["n"] = 1024
+    assert "classifies 75.00 % of 1,024 calibration images as labelled, but 60.00 % of 1,000" in doubt(
+        document
+    )
+
+
+@pytest.mark.parametrize(
+    ("scored", "example", "top1", "said"),
+    [
+        ((0, 255), (-2.0, 2.0), 0.9, "range over 0 to 255, those of the example inputs over -2 to 2"),
+        ((0, 255), (0, 255), 0.3, "as if they were not normalised"),
+        ((0, 255), (0, 255), 0.9, None),  # the model was trained so
+        ((-9, 9.5), (-1.0, 1.0), 0.9, None),
+        ((0, 1), (0, 1), 0.3, "range over 0 to 1, as if they were not normalised"),
+        ((0, 1), (0, 1), 0.9, None),
+        ((-21, 0), None, 0.3, "range over -21 to 0, as if"),
+        ((-19, 19), (-19, 19), 0.3, None),
+    ],
+)
+def test_values_that_leave_the_range_of_the_example(document, scored, example, top1, said):
+    document["original"]["accuracy"]["top1"] = top1
+    document["data"]["values"] |= {"scored": scored, "example": example}
+    assert said in doubt(document) if said else doubt(document) == ""
+
+
+def test_calibration_images_have_a_range_as_well(approximate):
+    approximate["data"]["values"] |= {"calibration": [0, 255], "scored": None}
+    approximate["original"]["accuracy"] = None
+    assert "the values of calibration images range over 0 to 255" in doubt(approximate)
+
+
+@pytest.mark.parametrize(
+    ("labels", "said"),
+    [
+        ({"missing": 1, "missing_shown": [0], "smallest": 1}, "subtract 1 if"),
+        ({"missing": 7, "missing_shown": [1, 2, 4, 5, 6]}, "labelled 1, 2, 4, 5, 6 and 2 more, though"),
+        ({"missing": 740, "missing_shown": [0], "missing_by_chance": 740.7, "classes": 1000}, None),
+        ({"missing": 1, "missing_shown": [3], "missing_by_chance": 0.4}, None),
+    ],
+)
+def test_classes_without_images(document, labels, said):
+    document["data"]["labels"] |= labels
+    assert said in doubt(document) if said else doubt(document) == ""
+
+
+def test_a_drop_that_is_not_known_as_exactly_as_the_budget_asks(approximate):
+    approximate["delta"]["accuracy_drop_pp"] |= {"n": 300, "ci95": [-1.25, 1.75]}
+    assert "known to ±1.50 pp, `max_drop` is 1: about 680 scored images would do" in doubt(approximate)
+    converted(approximate)["decision"] = "kept"
+    assert doubt(approximate) == ""

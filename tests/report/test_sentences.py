@@ -93,15 +93,38 @@ def test_without_onnx_runtime_the_reason_is_given(bare):
     )
 
 
-def test_an_exact_conversion_of_nothing_says_what_to_try(document):
-    def advice():
-        return any("`mode` auto, with `calib` and `data`" in text for text in texts(document))
+def nothing(document, *codes):
+    """The first sentence of a conversion that kept layers for these reasons."""
+    layer = {**document["layers"][0], "decision": "kept"}
+    document["layers"] = [{**layer, "reason_code": code} for code in codes]
+    first = sentences(document)[0]
+    assert first.level is NoteLevel.WARNING
+    return first.text
 
-    assert not advice()
-    document["layers"] = document["layers"][:1]
-    assert advice()
-    document["mode"] = "approx"
-    assert not advice()
+
+def test_an_exact_conversion_of_nothing_says_what_to_try(document):
+    assert not any("nothing was converted" in text for text in texts(document))
+    assert nothing(document, "obstacle", "full-rank", "full-rank") == (
+        "nothing was converted. Of 3 convolutions: 2 without an exact structure, 1 not replaceable here. "
+        "`mode` auto, with `calib` and `data`, finds approximations that pay at a small loss of accuracy."
+    )
+    assert "`gate` none" in nothing(document, "costs-more")
+    assert "Of 1 convolution: 1 not selected. Select other" in nothing(document, "not-selected")
+    assert "what stands in the way" in nothing(document, "obstacle")
+    assert "runs no convolution" in nothing(document)
+
+
+def test_an_approximate_conversion_of_nothing_says_what_to_try(approximate):
+    budget = approximate["approximation"]["budget"]
+    assert nothing(approximate, "budget", "costs-more") == (
+        "nothing was converted. Of 2 convolutions: 1 kept by the budget, 1 without a form that passes the "
+        "gate. Raise `max_drop` (it is 1), or recover accuracy by training (`finetune`)."
+    )
+    budget["confidence"] = 0.9
+    assert "leave out `confidence`" in nothing(approximate, "budget")
+    budget |= {"confidence": None, "max_drop": None}
+    assert "meets the budget as it is: demand more" in nothing(approximate, "budget")
+    assert "Pass more `memory`" in nothing(approximate, "too-large")
 
 
 def test_conversions_within_tol_only_are_not_passed_off_as_exact(document, approximate):
@@ -298,8 +321,9 @@ def test_the_story_of_an_approximation_claims_no_equality(approximate):
 
 def test_the_story_of_a_conversion_that_replaced_nothing(document):
     kept = [{**layer, "decision": "kept", "scheme": None} for layer in document["layers"]]
-    first, *_ = story({**document, "layers": kept})
-    assert first == "0 of 2 convolutions were replaced."
+    first, *others = story({**document, "layers": kept})
+    assert unfolded(first).startswith("Warning: nothing was converted. Of 2 convolutions:")
+    assert not any("fewer" in line for line in others)
 
 
 def test_causes_of_the_model_and_of_its_layers(document):
@@ -308,6 +332,11 @@ def test_causes_of_the_model_and_of_its_layers(document):
         "that were not replaced, 12 % in copies to other memory layouts; 6 operators instead of 4.",
         "large.conv: 4.00× fewer MACs, measured alone 1.50× as fast; memory is slow.",
     ]
+
+
+def test_causes_call_no_noise_a_gain(document):
+    document["delta"]["latency_speedup"]["significant"] = False
+    assert "measured 1.50× as fast (within noise); 25 %" in causes(document)[0]
 
 
 def test_what_changed_nothing_needs_no_cause(document):

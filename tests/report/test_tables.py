@@ -155,8 +155,14 @@ def test_modes_side_by_side(document):
     bare = json.loads(json.dumps(document))
     bare["delta"].update(latency_speedup=None, accuracy_drop_pp=None)
     rows = cells(modes_table({"exact": document, "none": bare}))
-    assert rows["exact"] == ["4.00×", "2.00×", "1.50× [1.40, 1.60]", "0.25 pp [-0.05, 0.55]"]
-    assert rows["none"] == ["4.00×", "2.00×", "-", "-"]
+    assert rows["exact"] == [
+        "4.00×", "2.00×", "1.50× [1.40, 1.60]", "96.75 → 96.50", "0.25 [-0.05, 0.55]",
+    ]  # fmt: skip
+    assert rows["none"] == ["4.00×", "2.00×", "-", "-", "-"]
+    document["delta"]["latency_speedup"]["significant"] = False
+    lines = modes_table({"approx": document}).splitlines()
+    assert "~ within noise" in lines[-1]
+    assert max(map(len, lines)) <= 80
 
 
 def test_the_curve_has_a_row_for_each_plan(approximate):
@@ -170,6 +176,10 @@ def test_the_curve_has_a_row_for_each_plan(approximate):
         "1.00× 0 - - - -",
         "2.00× 1 0.0625 0.25 [-0.05, 0.55] 1.75× 1.50 [1.40, 1.60] <-",
     ]
+    curve[1]["latency_speedup"]["significant"] = False
+    lines = [unfolded(line) for line in curve_table(curve).splitlines()]
+    assert lines[-2].endswith("1.50 [1.40, 1.60] ~ <-")
+    assert lines[-1] == "~ within noise"
     assert max(map(len, curve_table(curve).splitlines())) <= 80
 
 

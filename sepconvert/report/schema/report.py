@@ -9,6 +9,7 @@ from msgspec import UNSET, Meta, Struct, UnsetType
 
 from sepconvert.base.notes import ReasonCode
 from sepconvert.report.schema.profile import (
+    Accuracy,
     AccuracyDrop,
     Bytes,
     Count,
@@ -308,6 +309,40 @@ class Delta(Struct, frozen=True):
     agreement: Annotated[Share | None, Meta(description="share of equal predictions")]
 
 
+class Labels(Struct, frozen=True):
+    """Labels of the scored images."""
+
+    classes: Annotated[Positive, Meta(description="of the model")]
+    smallest: Count
+    largest: Count
+    missing: Annotated[Count, Meta(description="classes that no label names")]
+    missing_shown: Annotated[tuple[Count, ...], Meta(description="the first of them")]
+    missing_by_chance: Annotated[
+        float, Meta(description="number to expect of as many labels if all classes are equally frequent")
+    ]
+    chance: Annotated[
+        Share, Meta(description="accuracy without looking: of the commonest label, at least of guessing")
+    ]
+
+
+class Values(Struct, frozen=True):
+    """Smallest and largest value of the inputs; null where there are none."""
+
+    example: tuple[float, float] | None
+    scored: tuple[float, float] | None
+    calibration: tuple[float, float] | None
+
+
+class Data(Struct, frozen=True):
+    """Facts that show whether results on the data mean anything."""
+
+    labels: Labels | None
+    calibration_accuracy: Annotated[
+        Accuracy | None, Meta(description="of the original, on the labels of held-out calibration images")
+    ]
+    values: Values
+
+
 class ChangedPrediction(Struct, frozen=True):
     """A sample that the two models classify differently."""
 
@@ -378,6 +413,7 @@ class ReportDocument(Struct, frozen=True):
     original: Profile
     converted: Profile
     delta: Delta
+    data: Annotated[Data | None, Meta(description="null without data")]
     changed_predictions: ChangedPredictions | None
     execution: ModelExecution | None
     layers: Annotated[tuple[Layer, ...], Meta(description="every convolution, in the order of execution")]

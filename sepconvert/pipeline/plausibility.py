@@ -1,0 +1,138 @@
+"""Facts about the data that show whether results on them mean anything: labels, ranges of values."""
+
+import math
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from torch import Tensor, nn
+
+from sepconvert.calibration.split import OWN_PART, CalibrationSet
+from sepconvert.measure.metrics import Accuracy, Predictions, evaluate
+from sepconvert.network.copies import private_copy
+from sepconvert.network.tensors import Inputs, tensors_in
+
+_SHOWN = 5  # classes that the labels lack
+
+
+class ValueRange:
+    """The smallest and the largest of all finite values that were added."""
+
+    def __init__(self, tensors: Iterable[Tensor] = ()) -> None:
+        """Add the values of some tensors."""
+        self._low, self._high = math.inf, -math.inf
+        for x in tensors:
+            self.add(x)
+
+    def add(self, x: Tensor) -> None:
+        """Add the values of a tensor."""
+        finite = x[x.isfinite()]
+        if len(finite):
+            low, high = finite.aminmax()
+            self._low, self._high = min(self._low, float(low)), max(self._high, float(high))
+
+    def to_json(self) -> list[float] | None:
+        """Return both ends; None without values."""
+        return [self._low, self._high] if self._low <= self._high else None
+
+
+@dataclass(frozen=True)
+class Labels:
+    """Labels of the scored images.
+
+    `missing` counts the classes of the model that no label names, of which `missing_shown` are the first;
+    `missing_by_chance` is the number to be expected of as many labels if all classes are equally frequent.
+    `chance` is the accuracy without looking: of the commonest label, and at least that of guessing.
+    """
+
+    classes: int
+    smallest: int
+    largest: int
+    missing: int
+    missing_shown: tuple[int, ...]
+    missing_by_chance: float
+    chance: float
+
+    @classmethod
+    def of(cls, predictions: Predictions) -> "Labels":
+        """Return what the labels of a classifier's data show."""
+        labels, classes = predictions.labels, predictions.classes
+        counts = np.bincount(labels, minlength=classes)
+        missing = np.flatnonzero(counts == 0)
+        return cls(
+            classes=classes,
+            smallest=int(labels.min()),
+            largest=int(labels.max()),
+            missing=len(missing),
+            missing_shown=tuple(missing[:_SHOWN].tolist()),
+            missing_by_chance=classes * (1 - 1 / classes) ** len(labels),
+            chance=max(1 / classes, float(counts.max()) / len(labels)),
+        )
+
+
+@dataclass(frozen=True)
+class DataFacts:
+    """The data of a conversion: labels, accuracy on calibration images, ranges of the inputs' values.
+
+    What there is no data for is None.
+    """
+
+    labels: Labels | None
+    calibration_accuracy: Accuracy | None  # the original's, on the labels of calibration images
+    example: ValueRange
+    scored: ValueRange
+    calibration: ValueRange
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the report's `data` object."""
+        accuracy = self.calibration_accuracy
+        return {
+            "labels": None if self.labels is None else asdict(self.labels),
+            "calibration_accuracy": None if accuracy is None else accuracy.to_dict(),
+            "values": {
+                "example": self.example.to_json(),
+                "scored": self.scored.to_json(),
+                "calibration": self.calibration.to_json(),
+            },
+        }
+
+
+def find_facts(
+    model: nn.Module,
+    inputs: Inputs,
+    predictions: Predictions | None,
+    scored: ValueRange,
+    calibration: CalibrationSet | None,
+) -> DataFacts:
+    """Return the facts about the data of a conversion.
+
+    Args:
+        model: the original.
+        inputs: those that it is run, verified and timed on.
+        predictions: its predictions on the scored images, if any.
+        scored: values of these images.
+        calibration: the images to fit to, if any.
+    """
+    images = () if calibration is None else (*calibration.fit, *calibration.heldout)
+    accuracy: Accuracy | None = None
+    # Calibration images that are a part of the scored data have the same labels and preprocessing.
+    if predictions is not None and calibration is not None and calibration.origin != OWN_PART:
+        accuracy = _accuracy(model, calibration, predictions.classes)
+    return DataFacts(
+        labels=None if predictions is None else Labels.of(predictions),
+        calibration_accuracy=accuracy,
+        example=ValueRange(value for value in tensors_in(inputs) if value.is_floating_point()),
+        scored=scored,
+        calibration=ValueRange(images),
+    )
+
+
+def _accuracy(model: nn.Module, calibration: CalibrationSet, classes: int) -> Accuracy | None:
+    """Return a classifier's accuracy on the held-out calibration images that have a label."""
+    labelled: list[tuple[Tensor, Tensor]] = []
+    for x, y in zip(calibration.heldout, calibration.labels, strict=True):
+        known = (y >= 0) & (y < classes)
+        if known.any():
+            labelled.append((x[known], y[known]))
+    return evaluate(private_copy(model), labelled).accuracy() if labelled else None

@@ -1,0 +1,79 @@
+"""Labels, accuracy on calibration images, and ranges of values are those of the data."""
+
+import numpy as np
+import pytest
+import torch
+from conversions import decided
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from sepconvert import Calibration
+from sepconvert.measure.metrics import Predictions
+from sepconvert.pipeline.plausibility import Labels, ValueRange
+
+
+def predictions(labels, classes=10):
+    return Predictions(np.zeros((len(labels), 1), np.int64), np.array(labels), classes)
+
+
+def test_labels():
+    found = Labels.of(predictions([1, 1, 1, 2, 9] * 4))
+    assert (found.classes, found.smallest, found.largest) == (10, 1, 9)
+    assert (found.missing, found.missing_shown, found.chance) == (7, (0, 3, 4, 5, 6), 0.6)
+
+
+def test_classes_missing_by_chance():
+    random = np.random.default_rng(0)
+    missing = [Labels.of(predictions(random.integers(0, 100, 200), 100)).missing for _ in range(200)]
+    expected = Labels.of(predictions([0] * 200, 100)).missing_by_chance
+    assert np.mean(missing) == pytest.approx(expected, abs=0.75)
+
+
+def test_no_label_is_worse_than_guessing():
+    assert Labels.of(predictions([0, 1], classes=2)).chance == 0.5
+    assert Labels.of(predictions([*range(10)], classes=10)).chance == 0.1
+
+
+def test_the_range_of_values():
+    values = ValueRange([torch.tensor([1.5, -2.0, torch.inf]), torch.arange(3)])
+    assert values.to_json() == [-2.0, 2.0]
+    assert ValueRange([torch.tensor([torch.nan])]).to_json() is None
+
+
+@pytest.fixture(scope="module")
+def classifier():
+    """A network of three classes, and 120 images with the labels that it gives them."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(1, 6, 3), nn.ReLU(), nn.Conv2d(6, 3, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten()
+    )
+    with torch.no_grad():
+        x = torch.randn(120, 1, 8, 8) * torch.linspace(0.2, 3, 120)[:, None, None, None]
+        model[2].bias -= model(x).median(0).values
+        return model.eval(), x, model(x).argmax(1)
+
+
+def test_the_report_holds_the_facts(classifier):
+    model, x, y = classifier
+    data = DataLoader(TensorDataset(50 * x[:40], (y[:40] + 1) % 3), 16)
+    calib = DataLoader(TensorDataset(x[40:], y[40:]), 16)
+    report = decided(
+        model, x[:2], "approx", data=data, calib=calib, rank=1, gate="none",
+        calibration=Calibration(images=80),
+    ).report  # fmt: skip
+    found = report["data"]
+    assert found["labels"]["classes"] == 3
+    assert found["calibration_accuracy"] == {"top1": 1.0, "top5": None, "n": 20}
+    low, high = found["values"]["scored"]
+    assert low == pytest.approx(50 * float(x[:40].min()))
+    assert high == pytest.approx(50 * float(x[:40].max()))
+    assert found["values"]["calibration"] == [float(x[40:].min()), float(x[40:].max())]
+    assert found["values"]["example"] == [float(x[:2].min()), float(x[:2].max())]
+
+
+def test_exact_mode_reports_them_too_and_nothing_without_data(classifier):
+    model, x, y = classifier
+    found = decided(model, x[:2], data=DataLoader(TensorDataset(x, y), 64)).report["data"]
+    assert found["labels"]["chance"] == pytest.approx(float(y.bincount().max()) / 120)
+    assert (found["calibration_accuracy"], found["values"]["calibration"]) == (None, None)
+    assert decided(model, x[:2]).report["data"] is None
