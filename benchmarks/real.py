@@ -334,14 +334,9 @@ def table(found: Sequence[Mapping[str, Any]]) -> Iterator[str]:
 
 def _measured_on(stated: Mapping[str, Any]) -> str:
     """Describe where a result was measured; not every environment names its instruction sets."""
-    machine = [
-        stated["cpu"],
-        *stated.get("instruction_sets", ()),
-        f"{stated['cores']} cores",
-        stated["platform"],
-    ]
+    machine = [stated["cpu"], *stated.get("instruction_sets", ()), f"{stated['cores']} cores"]
     versions = [f"{name} {stated[name]}" for name in ("python", "sepconvert", "torch", "onnxruntime")]
-    return f"{', '.join([*machine, stated['platform'], *versions])}; {stated['threads']} threads."
+    return f"{', '.join([*machine, stated['platform'], *versions])}; threads: {stated['threads']}."
 
 
 def _speed(found: Mapping[str, Any] | None) -> str:
