@@ -133,7 +133,7 @@ def attempt(case: Case, folder: Path) -> dict[str, Any]:
     found["seconds"] = time.perf_counter() - start
     found["peak_gb"] = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024 / 1e9
     if error is None and code:
-        error = _failure(code, log.read_text(encoding="utf-8"))
+        error = _failure(code, log.read_text(encoding="utf-8", errors="replace"))
     if error is None:
         found |= figures(json.loads((out / "report.json").read_text(encoding="utf-8")))
         try:
@@ -278,11 +278,11 @@ def _read(folder: Path, case: Case) -> dict[str, Any] | None:
 
 def _in_a_process(path: Path, case: Case, folder: Path) -> dict[str, Any]:
     """Run `one` where the paths of the TOML file begin, on the package that this process has imported."""
-    package = Path(sepconvert.__file__).parents[1]
+    paths = filter(None, [str(Path(sepconvert.__file__).parents[1]), os.environ.get("PYTHONPATH")])
     done = subprocess.run(  # noqa: S603  (our own script)
         [sys.executable, Path(__file__).resolve(), "one", path, case.name, folder],
         capture_output=True, text=True, check=False, cwd=path.parent,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(package), os.environ.get("PYTHONPATH", "")])},
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
     )  # fmt: skip
     if done.returncode:
         return _about(case) | {"error": _failure(done.returncode, done.stderr)}
