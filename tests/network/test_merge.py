@@ -534,8 +534,9 @@ def test_what_is_measured_decides(ratio, decision, timed_as):
     assert [each.decision for each in decisions] == [decision] * 2
     assert all(each.speedup == ratio for each in decisions)
     low, high = ratio.ci95.to_list()
+    noise = "" if ratio.significant else " ~ within noise"
     assert decisions[0].reason.text == (
-        f"the dense form is measured {ratio.median:.2f}× as fast [{low:.2f}, {high:.2f}]"
+        f"the dense form is measured {ratio.median:.2f}× as fast [{low:.2f}, {high:.2f}]{noise}"
     )
     assert torch.equal(run(merged.eval(), x), run(model.eval(), x))
     assert decisions[0].to_json()["speedup"] == ratio.to_dict()

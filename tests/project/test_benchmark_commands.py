@@ -37,6 +37,8 @@ QUICKLY = {
         "approx",
     ),
     "benchmarks/zoo.py report": ("--results", "zoo.json"),
+    "benchmarks/real.py run": ("--results", "real"),
+    "benchmarks/real.py report": ("--results", "real"),
     "tests/faults.py": ("full disk",),
     "tests/fuzz.py": ("--kind", "npz", "--cases", "8", "--seed", "3"),
     "benchmarks/compare_noise.py": ("--times", "1", "--runs", "3"),
@@ -62,6 +64,15 @@ def net():
     )
 
 resnet9 = resnet20 = net
+"""
+CASE = """
+[[case]]
+name = "{name}"
+model = "{folder}/resnet9.pt"
+factory = "{folder}/nets.py:resnet9"
+data = "{folder}/cifar10_val.npz"
+metric = "top1"
+options = ["--runs", "3"]
 """
 
 
@@ -121,6 +132,8 @@ def folder(tmp_path: Path) -> Path:
         torch.save(namespace["net"]().state_dict(), tmp_path / name)
     write_images(tmp_path / "cifar10_train.npz", 128, seed=0)
     write_images(tmp_path / "cifar10_val.npz", 64, seed=1)
+    for path in ("nets.toml", "benchmarks/real_nets.toml"):
+        (tmp_path / path).write_text(CASE.format(name=Path(path).stem, folder=tmp_path))
     random = np.random.default_rng(2)
     (tmp_path / "fashion-mnist").mkdir()
     for prefix, count in (("train", 256), ("t10k", 64)):

@@ -4,13 +4,17 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import click
 import numpy as np
 import pytest
+import torch
 from click.testing import CliRunner
+from skimage.metrics import peak_signal_noise_ratio
 
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
 import fashion_mnist
 import peers
+import real
 import zoo
 
 
@@ -155,3 +159,188 @@ def test_the_zoo_s_section_goes_between_the_marks(tmp_path):
             ["auto", "2", "1", "1", "0"],
         ]
         assert "- timm dla34, approx: ValueError: no" in text
+
+
+# Real networks -------------------------------------------------------------------------------------
+
+FACTORIES = """
+import os
+from torch import nn
+
+def net():
+    return nn.Sequential(
+        nn.Conv2d(1, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 1, 1)
+    )
+
+def crashing():
+    os._exit(7)
+"""
+QUICK = ("--rank", "1", "--gate", "none", "--runs", "3")
+CASES = f"""
+[[case]]
+name = "psnr"
+model = "net.pt"
+factory = "nets.py:net"
+calib = "calib.npz"
+data = "val.npz"
+metric = "psnr"
+mode = "approx"
+threads = 1
+options = {json.dumps(QUICK)}
+
+[[case]]
+name = "crash"
+model = "net.pt"
+factory = "nets.py:crashing"
+"""
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('[[case]]\nname = "a"\nmodel = "b"\nweigths = "c"', r"weigths.*case\[0\]"),
+        ('[[case]]\nname = "a"', r"missing required field `model`"),
+        ('[[case]]\nname = "a/b"\nmodel = "c"', r"case\[0\]\.name"),
+        ('[[case]]\nname = "a"\nmodel = "b"\nmetric = "top1"', "metric top1 needs `data`"),
+        ('[[case]]\nname = "a"\nmodel = "b"\n' * 2, "2 cases are named a"),
+        ("case = [", "cases.toml: "),
+    ],
+    ids=["unknown", "missing", "name", "metric", "twice", "syntax"],
+)
+def test_cases_of_another_form_are_refused(tmp_path, text, message):
+    (tmp_path / "cases.toml").write_text(text)
+    with pytest.raises(click.UsageError, match=message):
+        real.read_cases(tmp_path / "cases.toml")
+
+
+@pytest.mark.parametrize("name", ["real.example.toml", "real_nets.toml"])
+def test_the_files_of_cases_are_read(name):
+    cases = real.read_cases(Path(real.__file__).with_name(name))
+    assert len(cases) >= 2
+
+
+def test_arguments_are_those_of_the_command_line():
+    case = real.Case(
+        name="a", model="b.pt", mode="auto", data="c.npz", metric="top1", input_shape=(3, 8, 8),
+        mean=(-0.5, 0.25), resize=9, options=("--max-drop", "1"),
+    )  # fmt: skip
+    assert list(case.arguments()) == [
+        "b.pt", "--mode=auto", "--data=c.npz", "--input-shape=3x8x8", "--mean=-0.5,0.25", "--resize=9",
+        "--batch=1", "--max-drop", "1",
+    ]  # fmt: skip
+    without_classes = real.Case(name="a", model="b.pt", data="c.npz")
+    assert list(without_classes.arguments()) == ["b.pt", "--mode=exact", "--batch=1"]
+
+
+def test_psnr_is_that_of_scikit_image():
+    random = np.random.default_rng(0)
+    truth, before, after = random.random((3, 5, 1, 4, 6), dtype=np.float32)
+    pairs = (([before[at : at + 2]], [after[at : at + 2]]) for at in (0, 2, 4))
+    found = real.mean_psnr(pairs, truth)
+    expected = [
+        np.mean([peak_signal_noise_ratio(t, x, data_range=1) for t, x in zip(truth, images, strict=True)])
+        for images in (before, after)
+    ]
+    assert found == pytest.approx(expected)
+
+
+def test_the_relative_error_is_that_of_the_worst_output():
+    random = np.random.default_rng(1)
+    first, second = random.normal(size=(6, 3)), random.normal(size=(6, 2, 2))
+    pairs = (
+        ([first[at : at + 3], second[at : at + 3]], [first[at : at + 3] * 1.1, second[at : at + 3] * 0.7])
+        for at in (0, 3)
+    )
+    assert real.relative_error(pairs) == pytest.approx(0.3)
+
+
+def real_result(name: str, **more: Any) -> dict[str, Any]:
+    environment = {
+        "cpu": "Test CPU", "cores": 2, "threads": 1, "platform": "Linux", "python": "3.11", "torch": "2.14",
+        "sepconvert": "0.1", "onnxruntime": "1.32",
+    }  # fmt: skip
+    speedup = {"median": 1.18, "ci95": [1.15, 1.21], "significant": True}
+    found = {"name": name, "case": {"mode": "auto"}, "environment": environment, "error": None}
+    costs = {"seconds": 277.2, "peak_gb": 2.34, "converted": 3, "convolutions": 26, "macs_ratio": 1.3}
+    return {**found, **costs, "speedup": speedup, **more}
+
+
+def test_the_table_of_real_networks_shows_gains_and_failures():
+    noisy = {"median": 1.01, "ci95": [0.97, 1.05], "significant": False}
+    found = [
+        real_result("a", drop={"value": 0.714, "ci95": [-0.5, 1.9]}, top1=0.6229),
+        real_result("b", psnr={"original": 28.21, "converted": 28.125}),
+        real_result("c", speedup=noisy, relative_error=0.0123),
+        {"name": "d", "case": {}, "seconds": 3.0, "error": "exit code 2: a | b"},
+    ]
+    where, gap, table = real.table(found)
+    assert where == (
+        "Test CPU, 2 cores, Linux, python 3.11, sepconvert 0.1, torch 2.14, onnxruntime 1.32; threads: 1."
+    )
+    assert gap == ""
+    rows = [
+        [cell.strip() for cell in line.replace(r"\|", "/").split("|")[1:-1]] for line in table.splitlines()
+    ]
+    first = ["a", "auto", "3 of 26", "1.30×", "1.18× [1.15, 1.21]", "0.71 pp [-0.50, 1.90] of 62.29%"]
+    assert rows[2] == [*first, "277", "2.3", ""]
+    assert rows[3][5] == "0.085 dB of 28.21"
+    assert rows[4][4:6] == ["1.01× [0.97, 1.05], within noise", "relative error 0.012"]
+    assert rows[5] == ["d", "exact", "", "", "", "", "3", "", "exit code 2: a / b"]
+
+
+@pytest.fixture
+def cases(tmp_path) -> Path:
+    namespace: dict[str, Any] = {}
+    exec(FACTORIES, namespace)  # noqa: S102
+    torch.manual_seed(0)
+    torch.save(namespace["net"]().state_dict(), tmp_path / "net.pt")
+    (tmp_path / "nets.py").write_text(FACTORIES)
+    x, y = np.random.default_rng(0).integers(0, 256, (2, 16, 12, 12, 1), dtype=np.uint8)
+    np.savez(tmp_path / "calib.npz", x=x)
+    np.savez(tmp_path / "val.npz", x=x[:6], y=y[:6])
+    (tmp_path / "cases.toml").write_text(CASES)
+    return tmp_path / "cases.toml"
+
+
+def real_outcome(command: str, cases: Path) -> str:
+    words = [command, str(cases), "--results", str(cases.parent / "results")]
+    return CliRunner().invoke(real.cli, words, catch_exceptions=False).output
+
+
+@pytest.mark.slow
+def test_real_networks_are_converted_each_in_a_process_of_its_own(cases):
+    assert "not run yet" in real_outcome("report", cases)
+    shown = real_outcome("run", cases).splitlines()
+    assert shown[0].startswith("psnr: converted, ")
+    assert shown[1].startswith("crash: exit code 7: no message, ")
+    found = json.loads((cases.parent / "results/psnr.json").read_text())
+    assert (found["converted"], found["convolutions"]) == (1, 3)
+    assert found["peak_gb"] > 0.1
+    with np.load(cases.with_name("val.npz")) as data, torch.no_grad():
+        x, y = (torch.from_numpy(data[name]).permute(0, 3, 1, 2) / 255 for name in "xy")
+    namespace: dict[str, Any] = {}
+    exec(FACTORIES, namespace)  # noqa: S102
+    net = namespace["net"]()
+    net.load_state_dict(torch.load(cases.with_name("net.pt")))
+    outputs = net(x).detach().clip(0, 1)
+    expected = [
+        peak_signal_noise_ratio(t.numpy(), o.numpy(), data_range=1) for t, o in zip(y, outputs, strict=True)
+    ]
+    assert found["psnr"]["original"] == pytest.approx(np.mean(expected), abs=1e-4)
+    table = real_outcome("report", cases)
+    assert "| 1 of 3" in table
+    assert "exit code 7: no message" in table
+
+
+@pytest.mark.slow
+def test_real_networks_are_continued_where_keys_are_the_same(cases):
+    """Results are kept, failures too, unless the keys of a case change."""
+    results = cases.parent / "results"
+    results.mkdir()
+    for name, case in real.read_cases(cases).items():
+        (results / f"{name}.json").write_text(json.dumps(real._about(case) | {"error": "kept"}))
+    assert real_outcome("run", cases) == ""
+    cases.write_text(CASES.replace('"net.pt"', '"none.pt"', 1))
+    (line,) = real_outcome("run", cases).splitlines()
+    assert line.startswith("psnr: exit code 2: sepconvert: none.pt: there is no such file")
+    assert real_outcome("report", cases).count("kept") == 1

@@ -87,7 +87,7 @@ FORMS = {
     "accelerate launch -m sepconvert …",
 }
 
-FOREIGN = {"--keep-going", "--figure"}  # options of other programs
+FOREIGN = {"--keep-going", "--figure", "--no-deps"}  # options of other programs
 
 MYNETS = """
 import torch
