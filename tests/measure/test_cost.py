@@ -7,7 +7,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
-from torchvision.ops import DeformConv2d
 
 from sepconvert.base.errors import SepconvertError
 from sepconvert.measure.cost import Counter, count
@@ -100,10 +99,12 @@ def test_eval_mode_counts_batch_norm_as_scale_and_shift_and_leaves_no_trace() ->
 
 @pytest.mark.parametrize("counter", ["fvcore", "torch"])
 def test_deformable_convolutions_count_as_dense_ones(counter: Counter) -> None:
+    ops = pytest.importorskip("torchvision.ops")
+
     class Deformable(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.offsets, self.deform = nn.Conv2d(8, 18, 3), DeformConv2d(8, 4, 3)
+            self.offsets, self.deform = nn.Conv2d(8, 18, 3), ops.DeformConv2d(8, 4, 3)
 
         def forward(self, x: Tensor) -> Tensor:
             return self.deform(x, self.offsets(x))  # type: ignore[no-any-return]
