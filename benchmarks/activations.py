@@ -7,11 +7,11 @@ Each activation of torch is exported as `sepconvert` exports models, and run on 
 100, most of them near 0. The table also shows where the exporter or the runtime computes something else.
 """
 
-import argparse
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+import click
 import onnxruntime as ort
 import torch
 from tabulate import tabulate
@@ -99,11 +99,11 @@ def measured(name: str, x: Tensor, dtype: torch.dtype) -> list[object]:
     return [name, float(error.max()), at, rounded, moving.count, float(share)]
 
 
-def main() -> None:
+@click.command(help=__doc__)
+@click.option("--dtype", "name", type=click.Choice(["float32", "float16", "float64"]), default="float32")
+def main(name: str) -> None:
     """Print the table."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--dtype", default="float32", choices=["float32", "float16", "float64"])
-    dtype = getattr(torch, parser.parse_args().dtype)
+    dtype = getattr(torch, name)
     rows = []
     for name in ACTIVATIONS:
         try:
@@ -111,10 +111,10 @@ def main() -> None:
         except Exception as error:
             rows.append([name, f"{type(error).__name__}: {str(error)[:60]}"])
     headers = ["activation", "largest error", "at x", "PyTorch's own", "moved", "share of the bound"]
-    print(tabulate(rows, headers, floatfmt=".3g"))
+    click.echo(tabulate(rows, headers, floatfmt=".3g"))
     machine = environment(Runtime(1))
-    print(f"\nonnxruntime {ort.__version__}, torch {torch.__version__}, {machine['cpu']}, {dtype}")
-    print("Bounds, in roundings:", {name: each.roundings for name, each in OPERATOR_ERRORS.items()})
+    click.echo(f"\nonnxruntime {ort.__version__}, torch {torch.__version__}, {machine['cpu']}, {dtype}")
+    click.echo("Bounds, in roundings:", {name: each.roundings for name, each in OPERATOR_ERRORS.items()})
 
 
 if __name__ == "__main__":

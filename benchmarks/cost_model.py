@@ -7,9 +7,9 @@ coefficients by least squares of logarithms, the spread of measured over modelle
 kind of kernel, and how well the model ranks the forms of a layer.
 """
 
-import argparse
 import math
 
+import click
 import numpy as np
 from scipy.optimize import least_squares
 from scipy.stats import spearmanr
@@ -82,17 +82,16 @@ def measured(
     return [float(np.median(each / unit)) for each in times]
 
 
-def main() -> None:
+@click.command(help=__doc__)
+@click.option("--threads", default=1, show_default=True)
+@click.option("--runs", default=10, show_default=True, help="Timed rounds of each layer.")
+def main(threads: int, runs: int) -> None:
     """Print the coefficients."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--runs", type=int, default=10)
-    arguments = parser.parse_args()
-    runtime = Runtime(arguments.threads)
+    runtime = Runtime(threads)
     rows, times, groups, kinds = [], [], [], []
     for number, (spec, shape) in enumerate(layers()):
         forms = [((spec,),), *(branches(spec, *form, Border()) for form in all_forms(spec)[::4])]
-        for chains, seconds in zip(forms, measured(forms, shape, runtime, arguments.runs), strict=True):
+        for chains, seconds in zip(forms, measured(forms, shape, runtime, runs), strict=True):
             rows.append(features(chains, shape))
             times.append(seconds)
             groups.append(number)
@@ -100,10 +99,8 @@ def main() -> None:
                 path_of(max((each for chain in chains for each in chain), key=lambda each: each.params))
             )
     fitted = coefficients(np.array(rows), np.array(times))
-    print(
-        f"{environment(runtime)['cpu']}, {arguments.threads} threads, {len(times)} forms; yardsticks per 10⁹:"
-    )
-    print(dict(zip([*KINDS, "moved", "call (each)"], fitted.round(4).tolist(), strict=True)))
+    click.echo(f"{environment(runtime)['cpu']}, {threads} threads, {len(times)} forms; yardsticks per 10⁹:")
+    click.echo(dict(zip([*KINDS, "moved", "call (each)"], fitted.round(4).tolist(), strict=True)))
     modelled = np.array(rows) @ fitted
     ratios = np.array(times) / modelled
     table = []
@@ -111,13 +108,13 @@ def main() -> None:
         some = ratios[[each == kind for each in kinds]]
         if len(some):
             table.append([kind, len(some), *np.quantile(some, [0.05, 0.5, 0.95])])
-    print(tabulate(table, ["largest part", "forms", "5 %", "median", "95 %"], floatfmt=".2f"))
+    click.echo(tabulate(table, ["largest part", "forms", "5 %", "median", "95 %"], floatfmt=".2f"))
     ranks = []
     for number in set(groups):
         own = [each == number for each in groups]
         if sum(own) > 3:
             ranks.append(spearmanr(np.array(times)[own], modelled[own]).statistic)
-    print(f"rank correlation within a layer: median {np.median(ranks):.2f}, least {min(ranks):.2f}")
+    click.echo(f"rank correlation within a layer: median {np.median(ranks):.2f}, least {min(ranks):.2f}")
 
 
 if __name__ == "__main__":

@@ -192,6 +192,9 @@ def counted_prices(
     return Prices(site.params, {form: params_of(site, form) for form in passed}, lossless)
 
 
+_FREE = 0.99  # of a layer's time: what a modelled exact form costs at most
+
+
 def measured_prices(
     sites: Sequence[ConvSite],
     counted: Mapping[str, Prices],
@@ -226,17 +229,20 @@ def measured_prices(
         faster = {form: each.milliseconds for form, each in times.forms.items() if each.faster}
         exact = counted[site.name].exact
         reasons.pop(site.name, None)
+        fewest = min(exact, key=counted[site.name].forms.__getitem__, default=None)
+        if fewest is not None and not times.forms[fewest].measured:
+            # It costs no accuracy, and the model of times is too coarse to speak against it.
+            faster[fewest] = min(times.forms[fewest].milliseconds, _FREE * times.dense_milliseconds)
         if not faster:
             reasons[site.name] = _not_faster(times)
-        if not faster and not exact:
+        if not faster and fewest is None:
             continue
         many = math.prod(site.dense.spec.weight_shape) > _MANY_WEIGHTS
         step = _COARSE_COST_STEP if many else _COST_STEP
         worth = _worth_fitting(faster, step, exact)
-        if exact:
+        if fewest is not None:
             # What exact mode takes is there in any case: many small gains, each within noise, add up.
-            fewest = min(exact, key=counted[site.name].forms.__getitem__)
-            worth[fewest] = times.forms[fewest].milliseconds
+            worth[fewest] = faster.get(fewest, times.forms[fewest].milliseconds)
         modelled = not all(times.forms[form].measured for form in worth)
         prices[site.name] = Prices(times.dense_milliseconds, worth, exact, modelled)
     return prices, reasons

@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 
-from sepconvert.base.notes import Note, warning
+from sepconvert.base.notes import Note, info, warning
 from sepconvert.measure.statistics import difference_interval, proportion_interval
 from sepconvert.report.numbers import Document, drop_text, percent_text, range_text
 
@@ -57,10 +57,50 @@ def doubts(document: Document) -> list[Note]:
     return notes + _interval_doubt(document)
 
 
+def unseen(document: Document) -> list[Note]:
+    """Return what an approximate conversion leaves to be expected on unseen images.
+
+    Where the original itself can do nothing, its drop says nothing about them.
+    """
+    approximation, accuracy = document["approximation"], document["original"]["accuracy"]
+    choice, most = approximation["choice"], approximation["budget"]["max_drop"]
+    if choice is None or accuracy is None or not _is_skilled(document["data"], accuracy):
+        return []
+    if choice["confidence"] is not None:
+        return [
+            info(
+                f"With {100 * choice['confidence']:g} % confidence, the drop on unseen images of the same "
+                f"kind is at most {most:g} pp (`max_drop`). Plans that were tested, in an order fixed "
+                f"beforehand: {choice['plans']}."
+            )
+        ]
+    if choice["plans"] <= 1:
+        text = f"On unseen images of the same kind, expect a drop of up to {choice['bound_pp']:.2f} pp"
+        return [info(f"{text} (95 % confidence).")]
+    among = (
+        f"{choice['plans']} plans were measured on {choice['images']:,} images; the best was taken, which "
+    )
+    among += "favours it"
+    rest = choice["rest"]
+    free = f"; on {rest['n']:,} others, its drop is {drop_text(rest)}" if rest is not None else ""
+    return [
+        info(
+            f"{among}{free}. On unseen images of the same kind, expect a drop of up to "
+            f"{choice['bound_pp']:.2f} pp (95 % confidence, with allowance for the choice)."
+        )
+    ]
+
+
 def _skill(data: Document, share: float) -> float:
     """Return how far an accuracy is on the way from chance, 0, to perfection, 1."""
     chance: float = data["labels"]["chance"]
     return (share - chance) / (1 - chance) if chance < 1 else 1.0
+
+
+def _is_skilled(data: Document, accuracy: Document) -> bool:
+    """Return whether the original is surely better than one answer for all images."""
+    right, n = round(accuracy["top1"] * accuracy["n"]), accuracy["n"]
+    return _skill(data, proportion_interval(right, n).lo) > _LITTLE
 
 
 def _range_doubts(values: Document, skill: float | None) -> list[Note]:
@@ -93,11 +133,12 @@ def _accuracy_doubts(data: Document, accuracy: Document) -> list[Note]:
     """Return warnings about an original that is near chance, or far worse than on calibration images."""
     top1, n, calibration = accuracy["top1"], accuracy["n"], data["calibration_accuracy"]
     right, notes = round(top1 * n), list[Note]()
-    if _skill(data, proportion_interval(right, n).lo) <= _LITTLE:
+    if not _is_skilled(data, accuracy):
         notes.append(
             warning(
                 f"the original itself classifies {percent_text(top1)} % of {n:,} images correctly, where "
-                f"chance gives {percent_text(data['labels']['chance'])} %: drop and agreement mean nothing. "
+                f"one answer for all gives {percent_text(data['labels']['chance'])} %: drop and agreement "
+                "mean nothing. "
                 "Check the preprocessing (`mean`, `std`, `resize`), the numbering of the classes "
                 "and the weights, or pass more images."
             )

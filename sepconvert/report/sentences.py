@@ -17,7 +17,7 @@ from sepconvert.report.numbers import (
     ratio_text,
     speedup_text,
 )
-from sepconvert.report.risks import doubts, risks
+from sepconvert.report.risks import doubts, risks, unseen
 
 _PLACES = ("converted", "kept", "layout", "other")  # keys of `execution` that partition the time
 
@@ -41,7 +41,7 @@ def sentences(document: Document) -> list[Note]:
     if approximation is not None:
         notes += _merges(approximation.get("merges", []))
         notes += _calibration(approximation)
-        notes += _choice(approximation)
+        notes += unseen(document)
         notes += risks(document)
     notes += _export(document)
     notes += _latency(document)
@@ -302,31 +302,6 @@ def _calibration(approximation: Document) -> list[Note]:
             )
         )
     return notes
-
-
-def _choice(approximation: Document) -> list[Note]:
-    """Return what the choice of the plan leaves to be expected on unseen images."""
-    choice, most = approximation["choice"], approximation["budget"]["max_drop"]
-    if choice is None:
-        return []
-    plans = "1 plan" if choice["plans"] == 1 else f"{choice['plans']} plans"
-    if choice["confidence"] is not None:
-        return [
-            info(
-                f"With {100 * choice['confidence']:g} % confidence, the drop on unseen images of the same "
-                f"kind is at most {choice['bound_pp']:.2f} pp (`max_drop` {most:g}). Plans that were tested, "
-                f"in an order fixed beforehand: {choice['plans']}."
-            )
-        ]
-    among = f"The plan was chosen among {plans} by {choice['images']:,} images, which favours it"
-    rest = choice["rest"]
-    free = f"; on {rest['n']:,} others, its drop is {drop_text(rest)}" if rest is not None else ""
-    return [
-        info(
-            f"{among}{free}. On unseen images of the same kind, expect a drop of up to "
-            f"{choice['bound_pp']:.2f} pp (95 % confidence, with allowance for the choice)."
-        )
-    ]
 
 
 def _seen_twice(found: Document | None) -> list[Note]:

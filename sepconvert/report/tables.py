@@ -92,6 +92,7 @@ def _top1(document: Document) -> tuple[float, float]:
 def curve_table(curve: Sequence[Document]) -> str:
     """Return accuracy against cost: one row for every plan that was considered."""
     rows = []
+    most = max((point["accuracy_drop_pp"]["n"] for point in curve if point["accuracy_drop_pp"]), default=0)
     for point in curve:
         heldout, drop, speedup = point["heldout"], point["accuracy_drop_pp"], point["latency_speedup"]
         rows.append(
@@ -100,7 +101,7 @@ def curve_table(curve: Sequence[Document]) -> str:
                 point["converted"],
                 "-" if heldout is None else f"{heldout['divergence']:.4f}",
                 # Units are in the header: with them, rows would be wider than a terminal.
-                "-" if drop is None else estimate_text(drop["value"], drop["ci95"]),
+                "-" if drop is None else estimate_text(drop["value"], drop["ci95"]) + _fewer(drop, most),
                 ratio_text(point["predicted_speedup"]) or "-",
                 "-"
                 if speedup is None
@@ -111,7 +112,16 @@ def curve_table(curve: Sequence[Document]) -> str:
     predicted, measured = "speed-\nup,\npre-\ndicted", "speed-up\nmeasured"
     headers = ["fewer\nMACs", "lay-\ners", "diver-\ngence", "drop, pp", predicted, measured, ""]
     legend = ["~ within noise"] if any(_noise(point["latency_speedup"]) for point in curve) else []
+    drops = [point["accuracy_drop_pp"] for point in curve if point["accuracy_drop_pp"] is not None]
+    fewer = sorted({drop["n"] for drop in drops if drop["n"] < most})
+    if fewer:
+        legend.append(f"* by {' or '.join(f'{n:,}' for n in fewer)} of the {most:,} images, which decided")
     return "\n".join([_table(rows, headers), *legend])
+
+
+def _fewer(drop: Document, most: int) -> str:
+    """Return a mark if a drop was measured on some of the images only."""
+    return " *" if drop["n"] < most else ""
 
 
 def _noise(speedup: Document | None) -> str:

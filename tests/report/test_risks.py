@@ -100,7 +100,9 @@ def test_data_that_fit(document, approximate, bare):
 @pytest.mark.parametrize(("top1", "n", "warned"), [(0.13, 2000, True), (0.19, 2000, False), (0.19, 50, True)])
 def test_an_original_near_chance(document, top1, n, warned):
     document["original"]["accuracy"] |= {"top1": top1, "n": n}
-    assert ("where chance gives 12.50 %: drop and agreement mean nothing" in doubt(document)) == warned
+    assert (
+        "where one answer for all gives 12.50 %: drop and agreement mean nothing" in doubt(document)
+    ) == warned
     assert all(note in warnings_of(document) for note in doubts(document))
 
 

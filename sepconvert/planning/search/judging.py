@@ -34,14 +34,10 @@ def is_proven(delta: AccuracyDelta, most: float, level: float, looks: int, last:
     return drop_p_value(delta.lost, delta.won, delta.n, most / 100, share) <= share
 
 
-def expected_on_unseen_images(
-    delta: AccuracyDelta, plans: int, looks: int, confidence: float | None
-) -> float:
+def expected_on_unseen_images(delta: AccuracyDelta, plans: int) -> float:
     """Return the largest drop, in percentage points, that a cautious reader expects on unseen images.
 
-    It is exceeded with a probability of 1 − `confidence` at most, 5 % by default. A plan that was proven
-    needs no allowance for the choice among several; one that was chosen by its measured drop is one of
-    `plans` hypotheses (Bonferroni).
+    It is exceeded with a probability of 5 % at most, where a plan was chosen by its measured drop among
+    `plans` (Bonferroni).
     """
-    level = 0.05 / max(plans, 1) if confidence is None else final_level(1 - confidence, looks)
-    return 100 * drop_bound(delta.lost, delta.won, delta.n, 1 - level)
+    return 100 * drop_bound(delta.lost, delta.won, delta.n, 1 - 0.05 / max(plans, 1))

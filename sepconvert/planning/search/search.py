@@ -89,12 +89,13 @@ class Search:
             return None
         delta, plans = scores.delta(model, scores.sizes[-1]), self.plans_measured_on_data
         rest = None if self._chooser.revised or budget.confidence is not None else scores.rest(model)
-        bound = expected_on_unseen_images(delta, plans, len(scores.sizes), budget.confidence)
+        # What is proven of a plan that passed is the budget, and no more.
+        proven = budget.max_drop if budget.confidence is not None else None
         return {
             "plans": plans,
             "images": delta.n if rest is None else scores.choosing,
             "confidence": budget.confidence,
-            "bound_pp": bound,
+            "bound_pp": expected_on_unseen_images(delta, plans) if proven is None else proven,
             "rest": None if rest is None else rest.to_dict()["accuracy_drop_pp"],
         }
 

@@ -207,3 +207,28 @@ def test_a_folder_that_is_not_there(save, name, tmp_path):
     export = export_program(nn.Conv2d(3, 4, 3), (torch.randn(1, 3, 8, 8),))
     with pytest.raises(SepconvertError, match=r"cannot be written: .*pass another `out`"):
         save(export, tmp_path / "none" / name)
+
+
+class OwnLength(nn.Module):
+    """A class that torch's exporters see through a stand-in."""
+
+    def __init__(self, outputs):
+        super().__init__()
+        self.conv, self.outputs = nn.Conv2d(3, 4, 3), outputs
+
+    def __len__(self):
+        return 3
+
+    def forward(self, x):
+        return self.outputs(self.conv(x))
+
+
+@pytest.mark.parametrize("outputs", [lambda y: y, lambda y: {"out": y, "more": [y + 1]}])
+def test_classes_with_methods_of_containers_keep_an_open_batch(outputs, tmp_path):
+    model = OwnLength(outputs).eval()
+    export = export_program(model, (torch.randn(1, 3, 8, 8),))
+    assert export.note.dynamic_batch
+    save_onnx(export, tmp_path / "model.onnx")
+    x = torch.randn(5, 3, 8, 8)
+    found = onnxruntime.InferenceSession(tmp_path / "model.onnx").run(None, {"input": x.numpy()})
+    torch.testing.assert_close(torch.from_numpy(found[0]), model.conv(x).detach(), rtol=1e-4, atol=1e-5)

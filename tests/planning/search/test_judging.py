@@ -45,16 +45,9 @@ def test_the_shares_of_all_looks_are_the_level():
     assert final_level(0.05, 3) + 2 * (0.1 * 0.05 / 2) == pytest.approx(0.05)
 
 
-def test_what_is_proven_is_expected_to_keep_within_the_budget():
-    measured = delta(0.3, 5000)
-    assert is_proven(measured, 1.0, 0.05, 3, last=True)
-    assert expected_on_unseen_images(measured, 9, 3, 0.95) <= 1.0
-
-
 def test_a_choice_among_many_is_expected_to_be_worse():
     measured = delta(0.9, 5000)
-    bounds = [expected_on_unseen_images(measured, plans, 1, None) for plans in (1, 5, 50)]
-    assert bounds == sorted(bounds)
+    bounds = [expected_on_unseen_images(measured, plans) for plans in (1, 5, 50)]
     assert bounds[0] == pytest.approx(100 * drop_bound(measured.lost, 0, 5000, 0.95))
     assert bounds[0] < bounds[1] < bounds[2]
-    assert expected_on_unseen_images(measured, 0, 1, None) == bounds[0]
+    assert expected_on_unseen_images(measured, 0) == bounds[0]
