@@ -192,8 +192,8 @@ def _exported_dynamically(model: nn.Module, inputs: Inputs) -> tuple[ExportedPro
 
 def _exported(model: nn.Module, inputs: Inputs, shapes: Any = None) -> ExportedProgram:
     given = unshadowed(model)
-    if shapes is not None and given is not model:
-        shapes = (shapes,)  # its forward takes all inputs as one parameter, `*args`
+    if shapes is not None and (given is not model or isinstance(model, _Tensors)):
+        shapes = (shapes,)  # its forward takes all inputs as one parameter, `*inputs`
     with _quiet(), torch.no_grad(), hashable(model):
         return torch.export.export(given, inputs, dynamic_shapes=shapes, strict=False)
 
