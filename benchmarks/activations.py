@@ -114,7 +114,8 @@ def main(name: str) -> None:
     click.echo(tabulate(rows, headers, floatfmt=".3g"))
     machine = environment(Runtime(1))
     click.echo(f"\nonnxruntime {ort.__version__}, torch {torch.__version__}, {machine['cpu']}, {dtype}")
-    click.echo("Bounds, in roundings:", {name: each.roundings for name, each in OPERATOR_ERRORS.items()})
+    bounds = {name: each.roundings for name, each in OPERATOR_ERRORS.items()}
+    click.echo(f"Bounds, in roundings: {bounds}")
 
 
 if __name__ == "__main__":
