@@ -21,6 +21,13 @@ SPINNING = ("off", "on")
 """Whether ONNX Runtime's worker threads keep their cores busy while they wait; its own default is "on"."""
 
 
+TIMES_DEPEND_ON = (
+    "cpu", "instruction_sets", "threads", "spinning", "graph_optimization", "provider", "provider_options",
+    "onnxruntime",
+)  # fmt: skip
+"""Keys of `environment` without which times of two runs are not comparable."""
+
+
 MAX_THREADS = 1024  # more is a typing error, for which ONNX Runtime would allocate gigabytes
 
 

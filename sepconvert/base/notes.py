@@ -17,6 +17,7 @@ class ReasonCode(str, Enum):
     COSTS_MORE = "costs-more"  # its structures do not pass the gate
     TOO_LARGE = "too-large"  # its statistics exceed the memory limit
     BUDGET = "budget"  # the plan spends the budget elsewhere
+    UNTIMED = "untimed"  # in plans of 0.1.0: no time was left to measure its forms
 
 
 @dataclass(frozen=True)

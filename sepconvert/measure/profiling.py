@@ -12,7 +12,7 @@ import numpy.typing as npt
 from torch import Tensor, nn
 
 from sepconvert.base.documents import decode, read_file
-from sepconvert.base.environment import Runtime
+from sepconvert.base.environment import TIMES_DEPEND_ON, Runtime
 from sepconvert.base.errors import MAX_SEED, SepconvertError, check_number, quoted
 from sepconvert.base.options import Timing
 from sepconvert.base.progress import Progress, silent
@@ -164,18 +164,7 @@ class StoredProfile:
 
     def differences(self, environment: Mapping[str, Any]) -> list[str]:
         """Return the differences to another environment that make latencies incomparable."""
-        names = (
-            "cpu",
-            "instruction_sets",
-            "cores",
-            "threads",
-            "spinning",
-            "graph_optimization",
-            "provider",
-            "provider_options",
-            "onnxruntime",
-            "platform",
-        )
+        names = (*TIMES_DEPEND_ON, "cores", "platform")
         return [
             f"{name} ({self.environment.get(name)}, {environment.get(name)})"
             for name in names

@@ -24,9 +24,7 @@ class Chooser:
 
     def known_fast(self, budget: Budget) -> Point | None:
         """Return the dearest of all plans timed fast enough: a cheaper plan need not be a faster one."""
-        timed = [
-            point for point in self._curve.points if point.plan.choice and point.measured.speedup is not None
-        ]
+        timed = [point for point in self._curve.points if point.measured.speedup is not None]
         fast = [point for point in timed if self._measurements.is_fast(point, budget)]
         return max(fast, key=lambda point: point.plan.cost, default=None)
 
@@ -58,11 +56,13 @@ class Chooser:
         ]
         others = self._by_speed(budget) or sorted(accurate, key=lambda each: each.plan.cost)
         fixed = budget.rank is not None or budget.share is not None
-        for each in (point,) if fixed else (point, *others, self._curve.join(self._curve.known({}))):
-            self._measurements.fitted(each)
-            if self._measurements.is_confirmed(each, budget) and self._measurements.is_fast(each, budget):
-                self.revised = each is not point
-                return each
+        for each in (point,) if fixed else (point, *others, None):
+            # As the last resort, nothing is replaced.
+            tried = self._curve.join(self._curve.known({})) if each is None else each
+            self._measurements.fitted(tried)
+            if self._measurements.is_confirmed(tried, budget) and self._measurements.is_fast(tried, budget):
+                self.revised = tried is not point
+                return tried
         raise DemandNotMetError(shortfall(budget, self._curve.points), self._curve.to_json(None))
 
     def without_idle_layers(self, point: Point, budget: Budget) -> Point:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
 from sepconvert.base.documents import is_intact, read_file, sealed, structured
-from sepconvert.base.environment import Runtime, environment
+from sepconvert.base.environment import TIMES_DEPEND_ON, Runtime, environment
 from sepconvert.base.errors import SepconvertError, first_line
 from sepconvert.base.progress import Progress, silent
 from sepconvert.factorize.border import Border
@@ -47,19 +47,6 @@ YARDSTICK = ConvSpec(64, 64, (3, 3), padding=((1, 1), (1, 1)), bias=True)
 
 
 YARDSTICK_SHAPE = (1, 64, 24, 24)
-
-
-# Entries of `environment` that times depend on.
-_RUNTIME = (
-    "cpu",
-    "instruction_sets",
-    "threads",
-    "spinning",
-    "graph_optimization",
-    "provider",
-    "provider_options",
-    "onnxruntime",
-)
 
 
 LAYOUT = 4
@@ -305,7 +292,7 @@ class Clock:
 
     def _key(self, **what: Any) -> str:
         found = environment(self._runtime)
-        what |= {name: found[name] for name in _RUNTIME}
+        what |= {name: found[name] for name in TIMES_DEPEND_ON}
         return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:32]
 
     def _recall(self, key: str, kind: type[T]) -> T | None:
