@@ -1,10 +1,14 @@
 """Helpers of the exact tests: kernels with planted structure, and their factors multiplied out by numpy."""
 
+from dataclasses import replace
+
 import numpy as np
 import torch
-from strategies import PLANTS, plant
+from strategies import PLANTS, plant, spec_of
+from torch import nn
 
 from sepconvert.factorize.exact.analysis import ZERO_BORDER, analyse
+from sepconvert.factorize.exact.factors import factorize
 from sepconvert.factorize.geometry import ConvSpec
 
 SIZE = (32, 32)
@@ -59,3 +63,21 @@ def rank_four(out_channels, dtype=torch.float32, rank=4):
     axes = {"g": 1, "o": out_channels, "c": 16, "i": 3, "j": 3}
     weight = plant("spatial-vh", axes, rank, np.random.default_rng(0))
     return torch.from_numpy(weight / np.sqrt((weight**2).sum(axis=(1, 2, 3), keepdims=True))).to(dtype)
+
+
+def factors(conv, scheme, rank=None, size=(16, 16)):
+    """The exact factors of a convolution."""
+    analysis = analyse(spec_of(conv), conv.weight.detach(), [size])
+    finding = next(finding for finding in analysis.findings if finding.scheme == scheme)
+    return factorize(analysis, finding if rank is None else replace(finding, rank=rank), conv.weight.detach())
+
+
+def conv_with(scheme="spatial-vh", rank=2, dtype=torch.float32, **options):
+    """A convolution of 6 to 10 channels with a planted structure."""
+    torch.manual_seed(0)
+    conv = nn.Conv2d(6, 10, **{"kernel_size": 3, "padding": 1, **options})
+    kh, kw = conv.kernel_size
+    axes = {"g": conv.groups, "o": 10 // conv.groups, "c": 6 // conv.groups, "i": kh, "j": kw}
+    weight = plant(scheme, axes, rank, np.random.default_rng(0))
+    conv.weight.data = torch.from_numpy(weight)
+    return conv.to(dtype).requires_grad_(False)

@@ -92,6 +92,13 @@ def test_files_that_are_no_plans(text, message, tmp_path):
     assert "\n" not in str(caught.value)
 
 
+def test_plans_of_the_first_version_are_read(document):
+    """Layers that there was no time to measure had a code of their own then."""
+    old = copy.deepcopy(document)
+    old["layers"][2] |= {"reason_code": "untimed", "reason": "no time was left to measure its forms"}
+    assert read_plan(old).layers[2].reason.code is ReasonCode.UNTIMED
+
+
 def test_a_plan_that_is_not_as_it_was_written(document, tmp_path):
     path = tmp_path / "plan.json"
     path.write_text(json.dumps(sealed(document)))

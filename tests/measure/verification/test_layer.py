@@ -6,21 +6,14 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from exact_kernels import conv_with, factors
 from hypothesis import given
-from strategies import ROUNDOFF, geometries, numbered, plant, planted, run, spec_of
+from strategies import ROUNDOFF, geometries, numbered, planted, run, spec_of
 from torch import nn
 
-from sepconvert.factorize.exact.analysis import analyse
-from sepconvert.factorize.exact.factors import factorize
 from sepconvert.measure.verification.layer import LayerCheck, check_layer, dense_convolution
 from sepconvert.network.layers import FactorizedConv2d
 from sepconvert.network.trace import DenseConv
-
-
-def factors(conv, scheme, rank=None, size=(16, 16)):
-    analysis = analyse(spec_of(conv), conv.weight.detach(), [size])
-    finding = next(finding for finding in analysis.findings if finding.scheme == scheme)
-    return factorize(analysis, finding if rank is None else replace(finding, rank=rank), conv.weight.detach())
 
 
 def layer_of(conv, scheme, rank=None):
@@ -74,16 +67,6 @@ def test_right_factors_pass_and_the_numbers_are_those_of_torch(case):
         norms = case.conv.weight.double().flatten(1).norm(dim=1).max()
         patch = inputs.double().abs().max() * case.conv.weight[0].numel() ** 0.5
         assert check.bound_float64 <= 65 * ROUNDOFF[case.geometry.dtype] * norms * patch
-
-
-def conv_with(scheme="spatial-vh", rank=2, dtype=torch.float32, **options):
-    torch.manual_seed(0)
-    conv = nn.Conv2d(6, 10, **{"kernel_size": 3, "padding": 1, **options})
-    kh, kw = conv.kernel_size
-    axes = {"g": conv.groups, "o": 10 // conv.groups, "c": 6 // conv.groups, "i": kh, "j": kw}
-    weight = plant(scheme, axes, rank, np.random.default_rng(0))
-    conv.weight.data = torch.from_numpy(weight)
-    return conv.to(dtype).requires_grad_(False)
 
 
 INPUTS = torch.randn(2, 6, 12, 11, generator=torch.Generator().manual_seed(0))

@@ -1,17 +1,15 @@
 """A right conversion passes, and a wrong one is caught, however little is wrong."""
 
 import copy
-from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from strategies import ROUNDOFF, plant, spec_of
+from exact_kernels import conv_with, factors
+from strategies import ROUNDOFF, plant
 from torch import nn
 from torch.nn import functional as F
 
-from sepconvert.factorize.exact.analysis import analyse
-from sepconvert.factorize.exact.factors import factorize
 from sepconvert.measure.verification.outputs import (
     OutputCheck,
     compare_export,
@@ -25,23 +23,6 @@ from sepconvert.network.copies import private_copy
 from sepconvert.network.layers import FactorizedConv2d
 from sepconvert.network.rewrite import Replacement, rewrite
 from sepconvert.network.trace import trace, traced
-
-
-def factors(conv, scheme, rank=None, size=(16, 16)):
-    analysis = analyse(spec_of(conv), conv.weight.detach(), [size])
-    finding = next(finding for finding in analysis.findings if finding.scheme == scheme)
-    return factorize(analysis, finding if rank is None else replace(finding, rank=rank), conv.weight.detach())
-
-
-def conv_with(scheme="spatial-vh", rank=2, dtype=torch.float32, **options):
-    torch.manual_seed(0)
-    conv = nn.Conv2d(6, 10, **{"kernel_size": 3, "padding": 1, **options})
-    kh, kw = conv.kernel_size
-    axes = {"g": conv.groups, "o": 10 // conv.groups, "c": 6 // conv.groups, "i": kh, "j": kw}
-    weight = plant(scheme, axes, rank, np.random.default_rng(0))
-    conv.weight.data = torch.from_numpy(weight)
-    return conv.to(dtype).requires_grad_(False)
-
 
 INPUTS = torch.randn(2, 6, 12, 11, generator=torch.Generator().manual_seed(0))
 
