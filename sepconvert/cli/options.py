@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import Field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args, get_origin
 
 import click
 
@@ -130,13 +130,14 @@ def _made_from(option: Field[Any]) -> Command:
         )
     if isinstance(option.default, tuple):
         return click.option(_flag(name), multiple=True, **settings)
-    if "Mapping" in str(option.type):
+    kinds = get_args(option.type)  # of `Path | None`, for example
+    if any(get_origin(kind) is Mapping for kind in kinds):
         return click.option(_flag(name), multiple=True, callback=pairs, **settings)
     if "choices" in about:
         settings["type"] = click.Choice(about["choices"])
     elif "low" in about:
         settings |= {"type": int if about.get("whole") else float, "callback": check}
-    elif "Path" in str(option.type):
+    elif Path in kinds:
         settings["type"] = click.Path(path_type=Path)
     return click.option(
         _flag(name), default=option.default, show_default=option.default is not None, **settings
