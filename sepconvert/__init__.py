@@ -19,6 +19,7 @@ _PUBLIC = {
     "FinetuneResult": "distillation.results",
     "Finetuning": "base.options",
     "Selection": "base.options",
+    "Task": "base.options",
     "Timing": "base.options",
     "VerificationError": "base.errors",
     "SepconvertError": "base.errors",
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
     from sepconvert.base.options import Calibration as Calibration
     from sepconvert.base.options import Finetuning as Finetuning
     from sepconvert.base.options import Selection as Selection
+    from sepconvert.base.options import Task as Task
     from sepconvert.base.options import Timing as Timing
     from sepconvert.distillation.results import FinetuneResult as FinetuneResult
     from sepconvert.distillation.training import finetune as finetune

@@ -29,6 +29,9 @@ MODES: tuple[Mode, ...] = ("exact", "approx", "auto")
 Gate = Literal["macs", "latency", "none"]
 GATES: tuple[Gate, ...] = ("macs", "latency", "none")
 
+Divergence = Literal["kl", "bernoulli", "squared", "relative"]
+DIVERGENCES: tuple[Divergence, ...] = ("kl", "bernoulli", "squared", "relative")
+
 Precision = Literal["no", "bf16", "fp16"]
 PRECISIONS: tuple[Precision, ...] = ("no", "bf16", "fp16")
 
@@ -137,11 +140,10 @@ class Budget:
         metavar="X",
     )
     max_drop: float | None = option(
-        "Largest drop of top-1 accuracy on `data`, in percentage points.",
+        "Largest drop of the metric on `data`, in its unit: percentage points of accuracy, dB of psnr.",
         low=0,
-        high=100,
-        metavar="PP",
-        shown_default="1, if nothing else is demanded",
+        metavar="X",
+        shown_default="1 percentage point, if nothing else is demanded",
     )
     confidence: float | None = option(
         "Probability with which the drop on unseen images of the same kind keeps within `max_drop`, such as "
@@ -167,26 +169,104 @@ class Budget:
         """Fraction of the original's MACs or parameters that the plan may have, if one is demanded."""
         return self.target_params if self.target_macs is None else self.target_macs
 
-    def or_default(self, *, labelled: bool, timed: bool) -> "Budget":
+    def or_default(self, *, unit: str | None, timed: bool) -> "Budget":
         """Return the budget, or a drop of one percentage point where nothing is demanded.
 
+        Args:
+            unit: that of drops; None if there are no data to measure any on.
+            timed: whether models are timed.
+
         Raises:
-            SepconvertError: a demand cannot be measured, for want of labelled data or of timed runs.
+            SepconvertError: a demand cannot be measured, for want of labelled data or of timed runs, or there
+                is none and the metric is no share.
         """
         if self == Budget(confidence=self.confidence):
-            if not labelled:
+            if unit not in (None, "pp"):
+                raise SepconvertError(
+                    "`max_drop`: has no default for this metric; pass the largest drop"
+                    + (f" in {unit}" if unit else "")
+                    + ", or another budget"
+                )
+            if unit is None:
                 raise SepconvertError(
                     "`mode`: approx and auto need a budget; pass `rank`, `target_macs`, `target_params` or "
                     "`min_speedup`, or `data` to hold accuracy"
                 )
             return replace(self, max_drop=1.0)
-        if self.max_drop is not None and not labelled:
+        if self.max_drop is not None and unit is None:
             raise SepconvertError("`max_drop`: needs labelled data to measure the drop on; pass `data`")
         if self.min_speedup is not None and not timed:
             raise SepconvertError("`min_speedup`: needs timed runs; pass `runs` above 0")
         if self.confidence is not None and self.max_drop is None:
             raise SepconvertError("`confidence`: is that of a drop of accuracy; pass `max_drop` too")
         return self
+
+
+@dataclass(frozen=True)
+class Task:
+    """What the outputs of a model are for: how they are judged, compared and trained.
+
+    `metric` may be a name, a function `(outputs, targets) → N scores` or a `torchmetrics.Metric`;
+    `postprocess` and `loss` may be functions.
+    """
+
+    metric: Any = option(
+        "What drops are measured in: top1, top5, miou, dice, pixel-accuracy, psnr, ssim, mse, mae, auc, f1, "
+        "map, cer, or a callable (outputs, targets) → N scores, as file.py:callable or pkg.mod:callable.",
+        metavar="NAME|FILE:CALLABLE",
+        shown_default="top1, of classifiers",
+    )
+    postprocess: Any = option(
+        "Callable between the outputs of both models and the metric, as file.py:callable.",
+        metavar="FILE:CALLABLE",
+    )
+    output: int | str | None = option(
+        "Name or number of the output that is judged.",
+        metavar="NAME|INDEX",
+        shown_default="`logits`, or the first",
+    )
+    ignore_index: int | None = option(
+        "Class number that is not scored, such as 255.",
+        low=-(2**31),
+        high=2**31,
+        whole=True,
+        metavar="N",
+    )
+    batch_dim: int | None = option(
+        "Dimension of the inputs that counts samples.",
+        low=0,
+        high=8,
+        whole=True,
+        metavar="N",
+        shown_default="found by running two samples",
+    )
+    divergence: Divergence | None = option(
+        "How outputs are compared with the original's: kl (logits over classes), bernoulli (of each value), "
+        "squared (pictures), relative (to their own scale).",
+        choices=DIVERGENCES,
+        shown_default="decided from each output",
+    )
+    loss: Any = option(
+        "Loss of the task next to the distillation, a callable (outputs, targets), as file.py:callable.",
+        metavar="FILE:CALLABLE",
+    )
+
+    def __post_init__(self) -> None:
+        """Check the ranges; a number given as text is one."""
+        if isinstance(self.output, str) and self.output.isdecimal():
+            object.__setattr__(self, "output", int(self.output))
+        check_options(self)
+        if isinstance(self.output, bool) or not isinstance(self.output, int | str | None):
+            raise SepconvertError(f"`output`: expected a name or a number, got {quoted(self.output)}")
+        for name in ("postprocess", "loss"):
+            value = getattr(self, name)
+            if value is not None and not callable(value) and not isinstance(value, str):
+                raise SepconvertError(f"`{name}`: expected a function, got {quoted(value)}")
+
+    @classmethod
+    def of(cls, metric: Any) -> "Task":
+        """Return the task of an argument `metric`, which may be one."""
+        return metric if isinstance(metric, Task) else cls(metric=metric)
 
 
 @dataclass(frozen=True)

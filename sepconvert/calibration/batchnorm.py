@@ -3,13 +3,13 @@
 from collections.abc import Iterable
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from sepconvert.base.modules import modules
-from sepconvert.network.tensors import fresh
+from sepconvert.network.tensors import InputBatch
 
 
-def reestimate_batchnorm(model: nn.Module, batches: Iterable[Tensor]) -> int:
+def reestimate_batchnorm(model: nn.Module, batches: Iterable[InputBatch]) -> int:
     """Replace mean and variance of every BatchNorm by those of its inputs on `batches`, in place.
 
     While they are estimated, layers that follow see the statistics of the batch, as in training; the running
@@ -32,7 +32,7 @@ def reestimate_batchnorm(model: nn.Module, batches: Iterable[Tensor]) -> int:
     with torch.no_grad():
         for batch in batches:
             try:
-                model(fresh(batch))
+                batch.run(model)
             except ValueError:  # a batch of one has no variance behind a pooling
                 return 0
     for norm, (momentum, training) in zip(norms, before, strict=True):

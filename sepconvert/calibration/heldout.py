@@ -16,7 +16,7 @@ from sepconvert.files.data import UNLABELLED
 from sepconvert.measure.divergence import divergence, is_logits, outputs
 from sepconvert.network.calls import Kernel, Place, substitute
 from sepconvert.network.copies import quick_copy
-from sepconvert.network.tensors import placed
+from sepconvert.network.tensors import InputBatch
 
 
 @dataclass(frozen=True)
@@ -42,15 +42,15 @@ class Heldout:
 
     Args:
         original: left as it is.
-        batches: images N × C × H × W.
+        batches: the samples.
         labels: integers for each batch, -1 for an image without one; None if there are no labels.
     """
 
     def __init__(
-        self, original: nn.Module, batches: Sequence[Tensor], labels: Sequence[Tensor] | None = None
+        self, original: nn.Module, batches: Sequence[InputBatch], labels: Sequence[Tensor] | None = None
     ) -> None:
         self._original = quick_copy(original, batches[0])
-        self.batches = [placed(batch, self._original) for batch in batches]
+        self.batches = [batch.on(self._original) for batch in batches]
         self._labels = labels or [torch.full((len(batch),), UNLABELLED) for batch in batches]
 
     @functools.cached_property

@@ -14,6 +14,7 @@ from sepconvert.calibration.footprint import footprint
 from sepconvert.measure.divergence import is_logits, outputs
 from sepconvert.network.calls import Call, ConvolutionInterceptor
 from sepconvert.network.copies import private_copy
+from sepconvert.network.tensors import InputBatch
 from sepconvert.network.trace import ConvSite
 
 BATCHES = 4
@@ -24,7 +25,7 @@ _AT_ONCE = 16  # images of which all activations are held, if memory allows it
 
 
 def fisher_information(
-    model: nn.Module, batches: Mapping[int, Tensor], sites: Sequence[ConvSite], *, seed: int
+    model: nn.Module, batches: Mapping[int, InputBatch], sites: Sequence[ConvSite], *, seed: int
 ) -> dict[str, Tensor]:
     """Return E Σ g gᵀ over positions for each layer by name: groups × O/groups × O/groups, in float64.
 
@@ -56,10 +57,10 @@ def fisher_information(
         return output + probes[-1][1]
 
     found: dict[str, Tensor] = {}
-    at_once = footprint(model, (next(iter(batches.values()))[:1],)).differentiated(_AT_ONCE)
+    at_once = footprint(model, next(iter(batches.values()))[:1].inputs).differentiated(_AT_ONCE)
     first = {number: batch for number, batch in batches.items() if number < BATCHES}
     for number, batch in first.items():
-        for part, images in enumerate(torch.split(batch, at_once)):
+        for part, images in enumerate(batch.split(at_once)):
             probes.clear()
             generator = torch.Generator().manual_seed(hash((seed, number, part)))
             try:

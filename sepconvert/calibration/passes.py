@@ -18,6 +18,7 @@ from sepconvert.calibration.footprint import footprint
 from sepconvert.calibration.record import run_on
 from sepconvert.network.calls import Call, ConvolutionInterceptor, Kernel, Place
 from sepconvert.network.copies import private_copy
+from sepconvert.network.tensors import InputBatch
 
 
 class _CancelledError(BaseException):
@@ -34,7 +35,7 @@ class _Pass(threading.Thread):
     def __init__(
         self,
         model: nn.Module,
-        batch: Tensor,
+        batch: InputBatch,
         stops: Set[Place],
         kernels: Mapping[Place, Kernel | None],
         turns: threading.Semaphore,
@@ -106,7 +107,7 @@ class _Pass(threading.Thread):
         return call.run_with(self._kernels.get(call.place))
 
 
-def passes_at_once(batches: Mapping[int, Tensor]) -> int:
+def passes_at_once(batches: Mapping[int, InputBatch]) -> int:
     """Return how many batches run at the same time."""
     return min(torch.get_num_threads(), len(batches))
 
@@ -125,7 +126,7 @@ class Passes:
     def __init__(
         self,
         model: nn.Module,
-        batches: Mapping[int, Tensor],
+        batches: Mapping[int, InputBatch],
         stops: Set[Place],
         kernels: Mapping[Place, Kernel | None],
         room: float,
@@ -136,7 +137,7 @@ class Passes:
         self._batches, self._stops = batches, stops
         self._begun: dict[int, _Pass] = {}
         first = next(iter(batches.values()))
-        self._footprint = footprint(model, (first[:1],))
+        self._footprint = footprint(model, first[:1].inputs)
         self._room = room - self._at_once * len(first) * self._footprint.peak
 
     def arrivals(self) -> Iterator[tuple[int, Call | None]]:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from sepconvert.base.errors import SepconvertError, first_line
 from sepconvert.network.calls import Call, ConvolutionInterceptor, Place
 from sepconvert.network.copies import quick_copy
-from sepconvert.network.tensors import fresh
+from sepconvert.network.tensors import InputBatch
 from sepconvert.network.trace import ConvSite
 
 PATCHES = 12
@@ -56,7 +56,7 @@ class RecordedOutputs:
 
 def record(
     model: nn.Module,
-    batches: Mapping[int, Tensor],
+    batches: Mapping[int, InputBatch],
     sites: Sequence[ConvSite],
     *,
     images: int,
@@ -66,7 +66,7 @@ def record(
 
     Args:
         model: the original; left as it is.
-        batches: images N × C × H × W by number; this process's share of them.
+        batches: samples by number; this process's share of them.
         sites: convolutions to look at, as `trace` found them; those without a `conv` are skipped.
         images: number of images of all processes.
         seed: of the positions.
@@ -102,21 +102,21 @@ def batched(value: Tensor) -> Tensor:
     return value if value.ndim == 4 else value[None]
 
 
-def run_on(model: nn.Module, images: Tensor) -> None:
+def run_on(model: nn.Module, samples: InputBatch) -> None:
     """Run the model on a batch.
 
     Raises:
         SepconvertError: the model raises an error.
     """
     try:
-        model(fresh(images))
+        samples.run(model)
     except Exception as error:  # the user's code
-        raise cannot_run(images, error) from error
+        raise cannot_run(samples, error) from error
 
 
-def cannot_run(images: Tensor, error: Exception) -> SepconvertError:
+def cannot_run(samples: InputBatch, error: Exception) -> SepconvertError:
     """Return the error that says which images the model fails on."""
     return SepconvertError(
-        f"calibration: the model fails on images of shape {tuple(images.shape[1:])}: "
+        f"calibration: the model fails on samples of shape {', '.join(map(str, samples.shapes))}: "
         f"{first_line(error)}; use data of the shape that it takes"
     )

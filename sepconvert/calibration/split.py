@@ -6,8 +6,9 @@ the same images for both, they are found by their hashes.
 
 import hashlib
 import itertools
-from collections.abc import Iterable, Iterator, Sequence, Sized
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,9 +17,9 @@ from torch.utils.data import DataLoader
 from sepconvert.base.distributed import processes, rank
 from sepconvert.base.errors import SepconvertError
 from sepconvert.base.options import Calibration
-from sepconvert.files.data import Batch, dimensions, paired, split
-from sepconvert.measure.metrics import whole
-from sepconvert.network.tensors import Inputs, placed, tensors_in
+from sepconvert.files.data import UNLABELLED, Batch, class_labels, dimensions, paired, split
+from sepconvert.measure.metrics.evaluation import whole
+from sepconvert.network.tensors import InputBatch
 
 MOST_AT_ONCE = 64
 """Most calibration images in one batch."""
@@ -38,8 +39,8 @@ OWN_PART = "split off `data`, and not scored"
 class CalibrationSet:
     """Images to fit to, in batches, and held-out images to judge by; none of them is scored."""
 
-    fit: tuple[Tensor, ...]
-    heldout: tuple[Tensor, ...]
+    fit: tuple[InputBatch, ...]
+    heldout: tuple[InputBatch, ...]
     labels: tuple[Tensor, ...]  # of the held-out images, -1 for those without one
     origin: str  # which of the user's data they come from
     memory: float | None = None  # bytes that the process may use; None for half of the free memory
@@ -49,7 +50,7 @@ class CalibrationSet:
         """Number of images to fit to."""
         return sum(map(len, self.fit))
 
-    def share(self, model: nn.Module) -> dict[int, Tensor]:
+    def share(self, model: nn.Module) -> dict[int, InputBatch]:
         """Return this process's batches to fit to, by number, on the device and in the dtype of `model`.
 
         Raises:
@@ -60,7 +61,7 @@ class CalibrationSet:
                 f"calibration: {len(self.fit)} batches for {processes()} processes; pass more images"
             )
         numbers = range(rank(), len(self.fit), processes())
-        return {number: placed(self.fit[number], model) for number in numbers}
+        return {number: self.fit[number].on(model) for number in numbers}
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ class TrainingSet:
 
     train: DataLoader[Batch]
     judge: DataLoader[Batch]
-    labelled: bool  # whether there are labels in the first batch to train on
+    labelled: bool  # whether there are class numbers in the first batch to train on
     origin: str  # which of the user's data they come from
 
     @property
@@ -88,6 +89,20 @@ class DataSplit:
 
 
 @dataclass(frozen=True)
+class Division:
+    """How the data of a conversion are divided.
+
+    `batched` makes the inputs of some samples from what a loader yields as x.
+    """
+
+    options: Calibration  # how many images to fit to and to judge by, and in how much memory
+    epochs: int  # of fine-tuning; 0 for none
+    seed: int
+    batched: Callable[[Any], InputBatch]
+    at_once: int = MOST_AT_ONCE  # images to fit to in a batch
+
+
+@dataclass(frozen=True)
 class _Source:
     """Data of which images to fit to and to judge by are taken, and the data that are still to be scored."""
 
@@ -100,11 +115,7 @@ def split_data(
     data: Iterable[Batch] | None,
     calib: DataLoader[Batch] | None,
     train: DataLoader[Batch] | None,
-    options: Calibration,
-    *,
-    epochs: int,
-    seed: int,
-    at_once: int = MOST_AT_ONCE,
+    division: Division,
 ) -> DataSplit:
     """Divide the data of an approximate conversion by purpose.
 
@@ -113,14 +124,12 @@ def split_data(
         calib: images to fit to and to judge by; by default those of `train`, or a part of `data`. Batches
             need no labels, and may have any form that `paired` takes.
         train: images to fine-tune on; by default those that may be fitted to. Likewise.
-        options: how many images to fit to and to judge by, and in how much memory.
-        epochs: of fine-tuning; 0 for none.
-        seed: of the split.
-        at_once: how many of the images to fit to make a batch.
+        division: how they are divided.
 
     Raises:
         SepconvertError: there are too few images, or none to train on.
     """
+    options, epochs, seed = division.options, division.epochs, division.seed
     if epochs and calib is None and train is None:
         raise SepconvertError("`finetune`: needs images to train on; pass `calib` or `train`")
     same = train is calib
@@ -131,7 +140,7 @@ def split_data(
     if source is None:
         return DataSplit(data)
     images = min(options.images, _size(source.loader))
-    calibration = _calibration_set(source, images, options.memory, seed, at_once)
+    calibration = _calibration_set(source, images, division)
     if train is None or train is source.loader:
         train, heldout, origin = source.loader, _heldout(images), source.origin
     else:
@@ -140,7 +149,7 @@ def split_data(
         raise SepconvertError(
             f"`finetune`: needs images to judge by too, got {_size(train)} in all; pass more"
         )
-    return DataSplit(source.scored, calibration, _training_set(train, heldout, origin, seed))
+    return DataSplit(source.scored, calibration, _training_set(train, heldout, origin, division))
 
 
 def _heldout(images: int) -> int:
@@ -164,28 +173,27 @@ def _source(
     return None
 
 
-def _calibration_set(
-    source: _Source, images: int, memory: float | None, seed: int, at_once: int
-) -> CalibrationSet:
+def _calibration_set(source: _Source, images: int, division: Division) -> CalibrationSet:
     if not images:
         raise SepconvertError(f"calibration: no image is left to fit to ({source.origin}); pass more images")
     judges = _heldout(images)
-    heldout, fit, _ = split(source.loader, [judges, images - judges], seed)
-    batches, judged = ([*_batches(loader, at_once)] for loader in (fit, heldout))
+    heldout, fit, _ = split(source.loader, [judges, images - judges], division.seed)
+    batches, judged = ([*_batches(loader, division)] for loader in (fit, heldout))
     return CalibrationSet(
         fit=tuple(x for x, _ in batches),
         heldout=tuple(x for x, _ in judged),
         labels=tuple(y for _, y in judged),
         origin=source.origin,
-        memory=memory,
+        memory=division.options.memory,
     )
 
 
-def _training_set(loader: DataLoader[Batch], heldout: int, origin: str, seed: int) -> TrainingSet:
+def _training_set(loader: DataLoader[Batch], heldout: int, origin: str, division: Division) -> TrainingSet:
     # The same seed as for calibration: of the same source the same images are held out.
-    judge, train = split(loader, [heldout], seed)
-    _, labels = next(iter(train))
-    return TrainingSet(train, judge, bool((labels >= 0).any()), origin)
+    judge, train = split(loader, [heldout], division.seed)
+    x, y = next(iter(train))
+    labelled = bool((class_labels(y, len(division.batched(x))) != UNLABELLED).any())
+    return TrainingSet(train, judge, labelled, origin)
 
 
 @dataclass(frozen=True)
@@ -209,13 +217,18 @@ class SeenTwice:
     train: Overlap | None
 
 
-def image_hashes(x: Tensor) -> list[bytes]:
-    """Return a hash of each image of a batch: the same for the same values, in whatever dtype."""
-    values = x.detach().to("cpu", torch.float32).numpy()
-    return [hashlib.sha256(image.tobytes()).digest() for image in values]
+def image_hashes(samples: InputBatch) -> list[bytes]:
+    """Return a hash of each sample of a batch: the same for the same values, in whatever dtype."""
+    size = len(samples)
+    digests = [hashlib.sha256() for _ in range(size)]
+    for values in samples.floating:
+        if len(values) == size:
+            for digest, each in zip(digests, values.detach().to("cpu", torch.float32).numpy(), strict=True):
+                digest.update(each.tobytes())
+    return [digest.digest() for digest in digests]
 
 
-def find_seen_twice(parts: DataSplit, scored: Sequence[bytes], *, trained: bool) -> SeenTwice | None:
+def find_seen_twice(parts: DataSplit, scored: Sequence[bytes], division: Division) -> SeenTwice | None:
     """Find the scored images that are fitted to or trained on as well; None without calibration images.
 
     Training images are not read for this: a sample of them is compared, that of the calibration images or,
@@ -224,7 +237,7 @@ def find_seen_twice(parts: DataSplit, scored: Sequence[bytes], *, trained: bool)
     Args:
         parts: the images by purpose.
         scored: hashes of the scored ones.
-        trained: whether there is any training.
+        division: how they were divided.
 
     Raises:
         SepconvertError: most images are, as the user passed the same data for both.
@@ -234,10 +247,10 @@ def find_seen_twice(parts: DataSplit, scored: Sequence[bytes], *, trained: bool)
         return None
     found = [each for x in (*calibration.fit, *calibration.heldout) for each in image_hashes(x)]
     calib = _overlap(found, len(found), scored, calibration.origin)
-    if not trained or training is None:
+    if not division.epochs or training is None:
         return SeenTwice(calib, None)
     if training.origin != calibration.origin:
-        found = [each for x, *_ in whole(training.judge) for each in image_hashes(x)]
+        found = [each for x, _ in whole(training.judge) for each in image_hashes(division.batched(x))]
     return SeenTwice(calib, _overlap(found, training.images, scored, training.origin))
 
 
@@ -256,46 +269,63 @@ def _overlap(compared: Sequence[bytes], images: int, scored: Sequence[bytes], or
     return Overlap(images, len(compared), sum(each in both for each in scored))
 
 
-def check_shapes(parts: DataSplit, inputs: Inputs) -> None:
-    """Raise `SepconvertError` if no image to fit to or to train on has the shape of the model's input."""
+def check_shapes(parts: DataSplit, example: InputBatch, division: Division) -> None:
+    """Raise `SepconvertError` if the images to fit to or to train on are not such as the model is run on.
+
+    Images of several sizes need only have its channels.
+    """
     if parts.calibration is None or parts.training is None:
         return
-    expected = [value.shape[1:] for value in tensors_in(inputs)]
-    if len(expected) > 1:
-        raise SepconvertError(
-            f"calibration: the model takes {len(expected)} tensors, but calibration images are one; wrap it "
-            "in a module that makes the others from that, or leave out `calib`, `train` and `data`"
-        )
     found = {
-        "to fit to": {x.shape[1:] for x in parts.calibration.fit},
-        "to train on": {next(iter(parts.training.train))[0].shape[1:]},
+        "to fit to": {x.shapes for x in parts.calibration.fit},
+        "to train on": {division.batched(next(iter(parts.training.train))[0]).shapes},
     }
     for purpose, shapes in found.items():
-        if expected and not shapes & set(expected):
-            raise SepconvertError(
-                f"calibration: images {purpose} are {' or '.join(sorted(map(dimensions, shapes)))}, the model"
-                f" is run on {dimensions(expected[0])} (C×H×W); pass images of that shape (`resize`), or "
-                "inputs of another (`input_shape`)"
-            )
+        several = len(shapes) > 1 and _leading(example.shapes) in map(_leading, shapes)
+        if example.shapes in shapes or several:
+            continue
+        raise SepconvertError(
+            f"calibration: images {purpose} are {' or '.join(sorted(map(_written, shapes)))}, the model"
+            f" is run on {_written(example.shapes)} (C×H×W); pass images of that shape (`resize`), or "
+            "inputs of another (`input_shape`)"
+        )
+
+
+def _leading(shapes: tuple[tuple[int, ...], ...]) -> tuple[tuple[int, ...], ...]:
+    """Return the shapes without the last two dimensions of those that have three: sizes of images."""
+    return tuple(shape[:-2] if len(shape) > 2 else shape for shape in shapes)
+
+
+def _written(shapes: tuple[tuple[int, ...], ...]) -> str:
+    return " and ".join(map(dimensions, shapes))
 
 
 def _size(loader: DataLoader[Batch]) -> int:
     return len(loader.dataset) if isinstance(loader.dataset, Sized) else 0
 
 
-def _batches(loader: DataLoader[Batch], at_once: int) -> Iterator[tuple[Tensor, Tensor]]:
+def _batches(loader: DataLoader[Batch], division: Division) -> Iterator[tuple[InputBatch, Tensor]]:
     """Yield images of one shape and their labels, -1 for images without one, in batches of `at_once`."""
-    found = list(whole(loader))
-    if not all(x.isfinite().all() for x, _ in found):
+    found = []
+    for x, y in whole(loader):
+        samples = division.batched(x)
+        found.append((samples, class_labels(y, len(samples))))
+    if not all(value.isfinite().all() for samples, _ in found for value in samples.floating):
         raise SepconvertError("calibration: the images hold NaN or Inf; check the data")
-    if found and all(_is_flat(x) for x, _ in found):
+    pictures = [value for samples, _ in found for value in samples.floating if value[0].ndim > 1]
+    if pictures and all(map(_is_flat, pictures)):
         raise SepconvertError(
             "calibration: every image is of one colour, which says nothing of the data that the model meets; "
             "check the path and the preprocessing"
         )
-    for _, alike in itertools.groupby(found, lambda pair: pair[0].shape[1:]):
-        images, labels = map(torch.cat, zip(*alike, strict=True))
-        yield from zip(torch.split(images, at_once), torch.split(labels, at_once), strict=True)
+    for _, alike in itertools.groupby(found, lambda pair: pair[0].shapes):
+        batches, labels = zip(*alike, strict=True)
+        images = InputBatch.joined(batches)
+        yield from zip(
+            images.split(division.at_once),
+            torch.split(torch.cat(labels), division.at_once),
+            strict=True,
+        )
 
 
 def _is_flat(x: Tensor) -> bool:

@@ -23,13 +23,13 @@ from sepconvert.calibration.record import RecordedOutputs, Sampling, cannot_run
 from sepconvert.factorize.approximate.weighted import Moments
 from sepconvert.network.calls import Call, ConvolutionInterceptor, Kernel, Place
 from sepconvert.network.copies import private_copy, quick_copy
-from sepconvert.network.tensors import fresh
+from sepconvert.network.tensors import InputBatch
 from sepconvert.network.trace import ConvSite
 
 
 def calibrate(
     model: nn.Module,
-    batches: Mapping[int, Tensor],
+    batches: Mapping[int, InputBatch],
     sites: Sequence[ConvSite],
     recorded: RecordedOutputs,
     known: Mapping[str, Kernel] | None = None,
@@ -103,7 +103,7 @@ def _accumulated(
 
 
 def _moments_of_all_calls(
-    model: nn.Module, batches: Mapping[int, Tensor], sites: Mapping[Place, ConvSite], sampling: Sampling
+    model: nn.Module, batches: Mapping[int, InputBatch], sites: Mapping[Place, ConvSite], sampling: Sampling
 ) -> dict[Place, Moments]:
     """Return the moments of all calls of each layer, as the original makes them."""
     model = private_copy(model)
@@ -117,13 +117,13 @@ def _moments_of_all_calls(
 
     with torch.no_grad(), ConvolutionInterceptor(model, on_call).watching():
         for number, batch in batches.items():  # noqa: B007  (`on_call` reads it)
-            model(fresh(batch))
+            batch.run(model)
     return {place: found.moments() for place, found in accumulators.items() if found.count}
 
 
 def too_large(
     model: nn.Module,
-    batches: Mapping[int, Tensor],
+    batches: Mapping[int, InputBatch],
     sites: Sequence[ConvSite],
     *,
     images: int,
@@ -135,7 +135,7 @@ def too_large(
 
     Args:
         model: the original; left as it is.
-        batches: images N × C × H × W by number; this process's share of them, at least one.
+        batches: samples by number; this process's share of them, at least one.
         sites: convolutions to look at, those with a `conv`.
         images: number of images of all processes.
         memory: bytes that the process may use; None for half of the free memory.
@@ -147,7 +147,7 @@ def too_large(
         return {}
     batch = next(iter(batches.values()))
     try:
-        running = footprint(model, (batch[:1],)).peak * len(batch) * passes_at_once(batches)
+        running = footprint(model, batch[:1].inputs).peak * len(batch) * passes_at_once(batches)
     except Exception as error:  # the user's code
         raise cannot_run(batch, error) from error
     outputs = sum(map(len, batches.values())) * sum(_bytes_of_outputs(site, images) for site in sites)

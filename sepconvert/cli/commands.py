@@ -10,7 +10,7 @@ import click
 
 from sepconvert.base.distributed import join, rank
 from sepconvert.base.errors import SepconvertError
-from sepconvert.base.options import Budget, Calibration, Finetuning, Gate, Origin, Selection
+from sepconvert.base.options import Budget, Calibration, Finetuning, Gate, Origin, Selection, Task
 from sepconvert.cli.inputs import load_subject, read_data_and_inputs, read_images, timing_of
 from sepconvert.cli.options import Options, in_flags, value_of
 from sepconvert.cli.outputs import command_line, out_of, result_directory_of, show
@@ -45,6 +45,7 @@ def convert(**options: Any) -> None:
             options["mode"],
             data=data,
             calib=read_images(options, "calib"),
+            metric=value_of(Task, options),
             **dataclasses.asdict(value_of(Budget, options)),
             gate=options["gate"],
             tol=options["tol"],

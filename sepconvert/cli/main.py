@@ -21,6 +21,7 @@ from sepconvert.base.errors import DemandNotMetError, SepconvertError, first_lin
 from sepconvert.cli.options import (
     budget_options,
     calibration_options,
+    comparing_options,
     data_options,
     finetuning_options,
     in_flags,
@@ -32,6 +33,7 @@ from sepconvert.cli.options import (
     run_options,
     search_options,
     selection_options,
+    task_options,
     timing_options,
 )
 from sepconvert.files.results import ignore_signal
@@ -85,7 +87,9 @@ def cli() -> None:
 @mode_options
 @budget_options
 @data_options
+@task_options
 @calibration_options
+@comparing_options
 @selection_options
 @finetuning_options
 @output_options
@@ -97,10 +101,10 @@ def cli() -> None:
 def convert(**options: Any) -> None:
     """Convert MODEL, verify the result, and measure the gain.
 
-    The original and the converted model are exported to ONNX and compared: MACs, latency, and accuracy on
-    --data. Mode exact needs no images. Modes approx and auto fit replacements to --calib, and need a budget
-    (--max-drop, --min-speedup, --target-macs, --target-params, or --rank in mode approx), or labelled --data,
-    on which the default budget is kept.
+    The original and the converted model are exported to ONNX and compared: MACs, latency, and accuracy
+    (or --metric) on --data. Mode exact needs no images. Modes approx and auto fit replacements to --calib,
+    and need a budget (--max-drop, --min-speedup, --target-macs, --target-params, or --rank in mode approx),
+    or labelled --data, on which the default budget is kept.
     """
     _commands("commands").convert(**options)
 
@@ -122,6 +126,7 @@ def inspect(**options: Any) -> None:
 @cli.command()
 @model_argument
 @data_options
+@task_options
 @click.option("--out", type=click.Path(path_type=Path), metavar="FILE",
               help="Write the profile to this JSON file.")  # fmt: skip
 @click.option("--batches", default="8", show_default=True, metavar="N,N…", callback=numbers(int, "1,8,32"),
@@ -132,7 +137,7 @@ def inspect(**options: Any) -> None:
 def profile(**options: Any) -> None:
     """Measure one MODEL, or one .onnx file.
 
-    Reports MACs, parameters, size, latency, and accuracy on --data.
+    Reports MACs, parameters, size, latency, and accuracy (or --metric) on --data.
     """
     _commands("measuring").profile(**options)
 
@@ -140,6 +145,7 @@ def profile(**options: Any) -> None:
 @cli.command()
 @click.argument("models", nargs=-1, required=True, type=click.Path(path_type=Path))
 @data_options
+@task_options
 @click.option(
     "--format",
     "style",

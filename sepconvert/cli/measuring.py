@@ -10,6 +10,7 @@ from typing import Any
 from sepconvert.base.documents import writing
 from sepconvert.base.environment import environment
 from sepconvert.base.errors import DemandNotMetError, SepconvertError
+from sepconvert.base.options import Task
 from sepconvert.cli.conditions import Demand
 from sepconvert.cli.inputs import (
     example_of_file,
@@ -18,7 +19,7 @@ from sepconvert.cli.inputs import (
     read_data_and_inputs,
     timing_of,
 )
-from sepconvert.cli.options import Options
+from sepconvert.cli.options import Options, value_of
 from sepconvert.cli.outputs import show
 from sepconvert.cli.progress import progress_for, quietly
 from sepconvert.files.data import Batch, has_labels
@@ -26,6 +27,7 @@ from sepconvert.files.onnx.facts import read_onnx
 from sepconvert.measure.comparison import Comparison
 from sepconvert.measure.head_to_head import Subject
 from sepconvert.measure.head_to_head import measure as measure_together
+from sepconvert.measure.metrics.own import scoring_of
 from sepconvert.measure.profiling import SCHEMA as PROFILE_SCHEMA
 from sepconvert.measure.profiling import StoredProfile, anatomy, batch_size, read_profile
 from sepconvert.measure.profiling import profile as run_profile
@@ -174,6 +176,7 @@ def _profile(options: Options) -> StoredProfile:
         loaded.model,
         inputs,
         data=data,
+        metric=value_of(Task, options),
         timing=timing_of(options),
         batches=options.get("batches"),
         seed=options["seed"],
@@ -189,6 +192,7 @@ def _measured(
         subjects,
         [value.numpy() for value in tensors_in(inputs)],
         data=data,
+        scoring=scoring_of(value_of(Task, options)),
         runs=options["runs"],
         runtime=timing_of(options).runtime,
         seed=options["seed"],

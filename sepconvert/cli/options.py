@@ -20,6 +20,7 @@ from sepconvert.base.options import (
     Calibration,
     Finetuning,
     Selection,
+    Task,
     Timing,
     check_option,
     options_of,
@@ -160,7 +161,7 @@ def _of(kind: Any, *names: str) -> list[Command]:
 
 _RENAMED = {
     each.name: _name(each)
-    for kind in (Budget, Calibration, Finetuning, Selection, Timing, Job)
+    for kind in (Budget, Calibration, Finetuning, Selection, Task, Timing, Job)
     for each in options_of(kind)
 }
 
@@ -206,6 +207,9 @@ data_options = _options(
     ),
     click.option("--resize", callback=size, metavar="N|HxW", help="Size to which uint8 images are resized."),
 )
+_OF_TRAINING = ("divergence", "loss")  # of use where something is fitted to outputs
+task_options = _options(*(_made_from(each) for each in options_of(Task) if each.name not in _OF_TRAINING))
+comparing_options = _options(*_of(Task, *_OF_TRAINING))
 mode_options = _options(*_of(Job, "mode", "gate"))
 selection_options = _options(*_of(Selection), *_of(Job, "tol"))
 budget_options = _options(*reversed(_of(Budget)))  # those that are used most come first

@@ -10,11 +10,10 @@ from torch import nn
 
 from sepconvert.base.errors import SepconvertError
 from sepconvert.distillation.losses import class_logits, label_loss
-from sepconvert.distillation.samples import Samples, as_input
+from sepconvert.distillation.samples import Samples, as_input, on_device
 from sepconvert.distillation.settings import Settings
-from sepconvert.files.data import UNLABELLED
+from sepconvert.files.data import UNLABELLED, class_labels
 from sepconvert.measure.divergence import divergence, outputs
-from sepconvert.measure.metrics import checked_batch
 
 
 class Score(NamedTuple):
@@ -54,9 +53,9 @@ class Judge:
         losses, divergences, correct = ([0.0] * len(candidates) for _ in range(3))
         labels = 0.0
         for pair in self._heldout.load(self._heldout.ordered()[rank::processes]):
-            x, y = checked_batch(pair)
+            x, target = self._heldout.pair(pair)
             x = as_input(x, self._accelerator.device, self._dtype)
-            y = y.to(self._accelerator.device)
+            y = on_device(class_labels(target, len(x)), self._accelerator.device)
             expected = outputs(self._teacher, x)
             labels += float((y != UNLABELLED).sum())
             for index, model in enumerate(candidates):

@@ -1,8 +1,8 @@
 """Training and held-out samples: their order, their augmentation and each process's share of a batch."""
 
 import math
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -10,12 +10,14 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils import _pytree as pytree
 from torch.utils.data import DataLoader, IterableDataset
 
 from sepconvert.base.errors import SepconvertError
 from sepconvert.distillation.checkpoint import digest_of
 from sepconvert.files.data import Batch
-from sepconvert.measure.metrics import checked_batch
+from sepconvert.measure.metrics.evaluation import pair_of
+from sepconvert.network.tensors import InputBatch, cast
 
 Positions = npt.NDArray[np.int64]
 """Positions of samples in `Samples.indices`."""
@@ -26,11 +28,14 @@ class Samples:
     """The samples that a loader yields, to be batched anew."""
 
     loader: DataLoader[Batch]
+    batched: Callable[[Any], InputBatch]  # makes inputs of what the loader yields as x
     indices: tuple[Any, ...]
     batch_size: int
 
     @classmethod
-    def of(cls, loader: DataLoader[Batch], name: str, processes: int) -> "Samples":
+    def of(
+        cls, loader: DataLoader[Batch], batched: Callable[[Any], InputBatch], name: str, processes: int
+    ) -> "Samples":
         """Return the samples of a loader that errors call `name`.
 
         Raises:
@@ -45,7 +50,7 @@ class Samples:
         # In the same order in every process, even if the loader shuffles.
         indices = tuple(sorted(index for batch in batches for index in batch))
         size = max(map(len, batches), default=0)
-        samples = cls(loader, indices, size)
+        samples = cls(loader, batched, indices, size)
         if not indices or len(indices) // samples.steps < processes:
             raise SepconvertError(
                 f"{name}: expected a sample for each of {processes} processes in every batch, got"
@@ -79,23 +84,31 @@ class Samples:
             generator=torch.Generator(),  # otherwise it would draw from the user's
         )
 
-    def first(self) -> Tensor:
+    def pair(self, batch: object) -> tuple[InputBatch, Any]:
+        """Return the inputs and the targets of a batch that the loader yields.
+
+        Raises:
+            SepconvertError: it is no pair.
+        """
+        x, y = pair_of(batch)
+        return self.batched(x), y
+
+    def first(self) -> InputBatch:
         """Return a batch of the first sample alone."""
-        x, _ = checked_batch(next(iter(self.load([np.array([0])]))))
-        return x
+        return self.pair(next(iter(self.load([np.array([0])]))))[0]
 
     def fingerprint(self) -> str:
         """Return a hash of the number of samples and of the first, the middle and the last one."""
         (batch,) = self.load([np.array([0, len(self.indices) // 2, -1])])
-        return digest_of([torch.tensor(len(self.indices)), *batch])
+        return digest_of([torch.tensor(len(self.indices)), *pytree.tree_leaves(batch)])
 
 
 class Share(NamedTuple):
     """One process's part of a batch of `whole` samples; `mirrored` says which pictures are mirrored."""
 
     positions: Tensor
-    x: Tensor
-    y: Tensor
+    x: InputBatch
+    y: Any
     mirrored: Tensor
     whole: int
 
@@ -104,15 +117,20 @@ class Share(NamedTuple):
         return Share(
             self.positions.to(device),
             as_input(self.x, device, dtype),
-            self.y.to(device),
+            on_device(self.y, device),
             self.mirrored.to(device),
             self.whole,
         )
 
 
-def as_input(x: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
+def as_input(samples: InputBatch, device: torch.device, dtype: torch.dtype) -> InputBatch:
     """Return inputs on a device, in the dtype of the model unless they are integers."""
-    return x.to(device, dtype if x.is_floating_point() else x.dtype)
+    return replace(samples, inputs=on_device(cast(samples.inputs, dtype), device))
+
+
+def on_device(values: Any, device: torch.device) -> Any:
+    """Return nested values with their tensors on a device."""
+    return pytree.tree_map_only(Tensor, lambda value: value.to(device), values)
 
 
 def shares(
@@ -126,18 +144,19 @@ def shares(
     batches = samples.shuffled(seed, epoch)[done:]
     own = [batch[rank::processes] for batch in batches]
     for batch, positions, pair in zip(batches, own, samples.load(own), strict=True):
-        x, y = checked_batch(pair)
+        x, y = samples.pair(pair)
         x, mirrored = augmented(x, draws[:, positions])
         yield Share(torch.from_numpy(positions), x, y, mirrored, len(batch))
 
 
-def augmented(x: Tensor, draws: npt.NDArray[np.float64]) -> tuple[Tensor, Tensor]:
+def augmented(samples: InputBatch, draws: npt.NDArray[np.float64]) -> tuple[InputBatch, Tensor]:
     """Return pictures shifted by up to an eighth and mirrored at random, and which of them are mirrored.
 
-    `draws` are 3×N random numbers from 0 to 1. Inputs that are no batch of pictures stay as they are.
+    `draws` are 3×N random numbers from 0 to 1. Inputs that are no single batch of pictures stay as they are.
     """
-    if x.ndim != 4 or not x.is_floating_point():
-        return x, torch.zeros(len(x), dtype=torch.bool)
+    (x, *others) = samples.inputs
+    if others or not isinstance(x, Tensor) or x.ndim != 4 or not x.is_floating_point() or samples.axis:
+        return samples, torch.zeros(len(samples), dtype=torch.bool)
     height, width = x.shape[2:]
     down, right = height // 8, width // 8
     tops, lefts = ((draws[i] * (2 * room + 1)).astype(int) for i, room in enumerate((down, right)))
@@ -149,4 +168,5 @@ def augmented(x: Tensor, draws: npt.NDArray[np.float64]) -> tuple[Tensor, Tensor
             for picture, top, left in zip(padded, tops, lefts, strict=True)
         ]
     )
-    return torch.where(mirrored[:, None, None, None], shifted.flip(3), shifted), mirrored
+    pictures = torch.where(mirrored[:, None, None, None], shifted.flip(3), shifted)
+    return InputBatch((pictures,)), mirrored

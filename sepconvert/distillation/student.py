@@ -13,6 +13,7 @@ from sepconvert.base.errors import SepconvertError
 from sepconvert.base.modules import modules, unshadowed
 from sepconvert.measure.divergence import outputs
 from sepconvert.network.copies import duplicate, quick_copy
+from sepconvert.network.tensors import InputBatch
 
 MAX_GRADIENT = 1.0
 """Norm to which gradients are clipped: nearly all are, at the temperature 4, which AdamW does not mind."""
@@ -22,7 +23,7 @@ AVERAGING = 0.05
 """Share of the steps over which weights are averaged."""
 
 
-def prepared(model: nn.Module, example: Tensor, device: torch.device) -> nn.Module:
+def prepared(model: nn.Module, example: InputBatch, device: torch.device) -> nn.Module:
     """Return an `unshadowed` copy in eval mode and float32 (or 64 if it is), in the fastest memory layout."""
     double = any(tensor.dtype == torch.float64 for tensor in unshadowed(model).state_dict().values())
     copied = quick_copy(model, example, torch.float64 if double else torch.float32)
@@ -37,7 +38,12 @@ class Student:
     """
 
     def __init__(
-        self, model: nn.Module, example: Tensor, accelerator: Accelerator, learning_rate: float, steps: int
+        self,
+        model: nn.Module,
+        example: InputBatch,
+        accelerator: Accelerator,
+        learning_rate: float,
+        steps: int,
     ) -> None:
         """Copy `model`; `example` are inputs that it runs on, and `steps` the length of the training.
 
@@ -76,7 +82,7 @@ class Student:
         """Dtype of the weights, and of the inputs."""
         return self._trainable[0].dtype
 
-    def outputs(self, x: Tensor) -> list[Tensor]:
+    def outputs(self, x: InputBatch) -> list[Tensor]:
         """Return the floating-point outputs for a batch, in mixed precision if that is on."""
         with self._accelerator.autocast():
             return outputs(self._model, x)

@@ -15,12 +15,14 @@ from sepconvert.base.errors import SepconvertError
 from sepconvert.files.arrays import read_npz
 from sepconvert.files.callables import resolve_callable
 from sepconvert.files.images import UNLABELLED, Batch, Preprocess, StoredSamples, dimensions, read_folder
+from sepconvert.network.tensors import tensors_in
 
 __all__ = [
     "UNLABELLED",
     "Batch",
     "Preprocess",
     "check_against_model",
+    "class_labels",
     "dimensions",
     "has_labels",
     "is_own",
@@ -94,8 +96,9 @@ def paired(loader: DataLoader[Any], parameter: str) -> DataLoader[Batch]:
     """Return a loader of the same images in batches (x, y), for uses that need no labels.
 
     Its batches may be x alone, tuples or lists that begin with x, or mappings with images under a usual key
-    or with one floating-point tensor. y is -1 unless there are integers of shape (N,) behind x, or under a
-    usual key. A batch of another form raises `SepconvertError`, which names the `parameter`, when it is made.
+    or with one floating-point tensor; x is a tensor, or a tuple, list or mapping of tensors. y is what stands
+    behind x, or under a usual key, and None where there is nothing. A batch of another form raises
+    `SepconvertError`, which names the `parameter`, when it is made.
     """
     pairs = copy.copy(loader)
     vars(pairs)["_iterator"] = None  # persistent workers would go on with the old `collate_fn`
@@ -103,29 +106,41 @@ def paired(loader: DataLoader[Any], parameter: str) -> DataLoader[Batch]:
     return pairs
 
 
+def class_labels(y: object, samples: int) -> Tensor:
+    """Return the targets of so many samples as int64 class numbers; `UNLABELLED` where they are no such."""
+    if isinstance(y, Tensor) and y.shape == (samples,) and not (y.is_floating_point() or y.is_complex()):
+        return y.long()
+    return torch.full((samples,), UNLABELLED)
+
+
 def _collated_pair(collate: Callable[[Any], Any], parameter: str, samples: Any) -> Batch:
     return _pair(collate(samples), parameter)
 
 
 def _pair(batch: object, parameter: str) -> Batch:
-    """Return the images of a batch, and their labels, -1 if it has no class for each."""
+    """Return the images of a batch, and what stands behind them."""
     x: object = batch
     y: object = None
     if isinstance(batch, Mapping):
         floating = [each for each in batch.values() if isinstance(each, Tensor) and each.is_floating_point()]
         found = [batch[key] for key in _IMAGES if isinstance(batch.get(key), Tensor)]
-        x = next(iter(found), floating[0] if len(floating) == 1 else None)
+        others = {key: value for key, value in batch.items() if key not in _LABELS}
+        several = sum(isinstance(each, Tensor) for each in others.values()) > 1
+        x = (
+            others
+            if several and not found
+            else next(iter(found), floating[0] if len(floating) == 1 else None)
+        )
         y = next((batch[key] for key in _LABELS if key in batch), None)
     elif isinstance(batch, tuple | list):
         x, y = (*batch, None, None)[:2]
-    if not isinstance(x, Tensor) or x.ndim < 2:
+    tensors = tensors_in(x)
+    if not tensors or any(each.ndim < 2 for each in tensors[:1]):
         raise SepconvertError(
             f"`{parameter}`: its batches are {_kind(batch)}; expected a tensor N×C×H×W, a tuple that begins "
             f"with one, or a dict with one under a key such as {_IMAGES[0]}"
         )
-    if isinstance(y, Tensor) and y.shape == x.shape[:1] and not (y.is_floating_point() or y.is_complex()):
-        return x, y.long()
-    return x, torch.full((len(x),), UNLABELLED)
+    return x, y
 
 
 def is_own(loader: object) -> TypeGuard[DataLoader[Batch]]:

@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,8 +19,8 @@ from torch.utils.data import Dataset
 
 from sepconvert.base.errors import SepconvertError, first_line
 
-Batch = tuple[Tensor, Tensor]
-"""Images, float32 N × C × H × W, and labels, int64 N."""
+Batch = tuple[Any, Any]
+"""Inputs, such as images float32 N × C × H × W, and labels, int64 N, or other targets."""
 
 UNLABELLED = -1
 """Label of unlabelled samples. It is no class: a loss or an accuracy of them fails instead of misleading."""

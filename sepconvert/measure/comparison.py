@@ -12,7 +12,8 @@ from tabulate import tabulate
 from sepconvert.base.errors import SepconvertError, quoted
 from sepconvert.measure.divergence import OutputDifference
 from sepconvert.measure.latency import Speedup
-from sepconvert.measure.metrics import TOP1, AccuracyDelta
+from sepconvert.measure.metrics.evaluation import NO_DELTA, TOP1, MetricDelta
+from sepconvert.measure.metrics.metric import written_drop
 from sepconvert.measure.profiling import Profile
 
 Style = Literal["table", "markdown", "csv"]
@@ -30,7 +31,7 @@ class Delta:
     """
 
     speedup: Speedup | None = None
-    accuracy: AccuracyDelta | None = None
+    accuracy: MetricDelta | None = None
     outputs: tuple[OutputDifference, ...] | None = ()
 
 
@@ -100,11 +101,7 @@ class Comparison:
                     "params_ratio": base.params / profile.params if profile.params else None,
                     "macs_ratio": base.macs / profile.macs if profile.macs else None,
                     "latency_speedup": None if delta.speedup is None else delta.speedup.to_dict(),
-                    **(
-                        {"accuracy_drop_pp": None, "agreement": None}
-                        if delta.accuracy is None
-                        else delta.accuracy.to_dict()
-                    ),
+                    **(NO_DELTA if delta.accuracy is None else delta.accuracy.to_dict()),
                     "outputs": None
                     if delta.outputs is None
                     else [difference.to_dict() for difference in delta.outputs],
@@ -127,13 +124,14 @@ class Comparison:
 
 
 def _dominates(one: Profile, other: Profile) -> bool:
-    if one.latency is None or one.accuracy is None or other.latency is None or other.accuracy is None:
+    if one.latency is None or one.metric is None or other.latency is None or other.metric is None:
         return False
     faster = one.latency.ci95_ms.hi < other.latency.ci95_ms.lo
     slower = other.latency.ci95_ms.hi < one.latency.ci95_ms.lo
-    if one.accuracy.top1 == other.accuracy.top1:
+    if one.metric.value == other.metric.value:
         return faster
-    return one.accuracy.top1 > other.accuracy.top1 and not slower
+    better = (one.metric.value > other.metric.value) == one.metric.higher_is_better
+    return better and not slower
 
 
 def compare(*profiles: Profile) -> Comparison:
@@ -171,7 +169,7 @@ def _column(profile: Profile, base: Profile, delta: Delta | None) -> dict[str, s
     def against(value: float | None, reference: float | None) -> str:
         return "" if profile is base or not value or not reference else f" ({reference / value:.2f}×)"
 
-    accuracy, latency, size = profile.accuracy, profile.latency, profile.onnx_bytes
+    latency, size = profile.latency, profile.onnx_bytes
     column = {
         "parameters": f"{profile.params:,}{against(profile.params, base.params)}",
         "MACs": f"{profile.macs:,}{against(profile.macs, base.macs)}",
@@ -181,9 +179,16 @@ def _column(profile: Profile, base: Profile, delta: Delta | None) -> dict[str, s
         "latency, ms": "-"
         if latency is None
         else f"{latency.median_ms:.3f} [{latency.ci95_ms.lo:.3f}, {latency.ci95_ms.hi:.3f}]",
-        "top-1": "-" if accuracy is None else f"{100 * accuracy.top1:.2f} % of {accuracy.n}",
+        **_scored(profile),
     }
     return column | _paired(delta or Delta())
+
+
+def _scored(profile: Profile) -> dict[str, str]:
+    """Return the cells of top-1 accuracy and of the metric, if it is another."""
+    accuracy, metric = profile.accuracy, profile.metric
+    cells = {"top-1": "-" if accuracy is None else f"{100 * accuracy.top1:.2f} % of {accuracy.n}"}
+    return cells if metric is None or metric.name == TOP1.name else cells | {metric.name: str(metric)}
 
 
 def _paired(delta: Delta) -> dict[str, str]:
@@ -194,11 +199,11 @@ def _paired(delta: Delta) -> dict[str, str]:
         else f"{ratio.median:.2f}× [{ratio.ci95.lo:.2f}, {ratio.ci95.hi:.2f}]"
         + ("" if ratio.significant else " ~ within noise"),
         "noise": "-" if ratio is None else f"[{ratio.noise_floor.lo:.3f}, {ratio.noise_floor.hi:.3f}]",
-        f"drop, {TOP1.unit}": "-"
-        if accuracy is None
-        else f"{accuracy.drop:.2f} [{accuracy.ci95.lo:.2f}, {accuracy.ci95.hi:.2f}]",
-        "McNemar p": "-" if accuracy is None else f"{accuracy.p_value:.3g}",
-        "agreement": "-" if accuracy is None else f"{100 * accuracy.agreement:.2f} %",
+        "drop": "-" if accuracy is None else _drop(accuracy),
+        "McNemar p": "-" if accuracy is None or accuracy.p_value is None else f"{accuracy.p_value:.3g}",
+        "agreement": "-"
+        if accuracy is None or accuracy.agreement is None
+        else f"{100 * accuracy.agreement:.2f} %",
         "max abs Δ": "other shapes"
         if delta.outputs is None
         else _each(delta, lambda output: "not finite" if output.max_abs is None else _number(output.max_abs)),
@@ -208,6 +213,11 @@ def _paired(delta: Delta) -> dict[str, str]:
         "SNR, dB": _each(delta, lambda output: _number(output.snr_db, ".1f")),
         "same argmax": _each(delta, lambda output: _number(output.agreement, ".2%")),
     }
+
+
+def _drop(delta: MetricDelta) -> str:
+    low, high = (written_drop(end, "") for end in delta.ci95.to_list())
+    return f"{delta.written_drop} [{low}, {high}]"
 
 
 def _each(delta: Delta, cell: Callable[[OutputDifference], str]) -> str:

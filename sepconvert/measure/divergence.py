@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sepconvert.base.errors import SepconvertError, first_line
-from sepconvert.network.tensors import fresh, tensor_leaves
+from sepconvert.network.tensors import InputBatch, tensor_leaves
 
 
 def divergence(expected: Sequence[Tensor], actual: Sequence[Tensor], temperature: float = 1) -> Tensor:
@@ -60,16 +60,17 @@ def relative_error(expected: Tensor, actual: Tensor) -> Tensor:
     return (given - wanted).square().mean() / torch.where(variance > 0, variance, 1)
 
 
-def outputs(model: nn.Module, x: Tensor) -> list[Tensor]:
-    """Return the floating-point tensors among the outputs of `model` for the batch `x`.
+def outputs(model: nn.Module, samples: InputBatch) -> list[Tensor]:
+    """Return the floating-point tensors among the outputs of `model` for some samples.
 
-    Raises `SepconvertError` if it cannot run on `x`.
+    Raises `SepconvertError` if it cannot run on them.
     """
     try:
-        returned = model(fresh(x))
+        returned = samples.run(model)
     except Exception as error:  # whatever the user's forward raises
+        shapes = ", ".join(map(str, samples.shapes))
         raise SepconvertError(
-            f"data: expected inputs that the model takes, got shape {tuple(x.shape)}, on which it fails with"
+            f"data: expected inputs that the model takes, got shape {shapes}, on which it fails with"
             f" {type(error).__name__}: {first_line(error)}; check the size and the channels of the data"
         ) from error
     return [leaf for leaf in tensor_leaves(returned) if leaf.is_floating_point()]

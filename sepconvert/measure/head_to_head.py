@@ -4,7 +4,7 @@ Each runs once in every round, in random order. The first one runs twice, which 
 equal models differ on this machine. All get the same inputs and data.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -26,10 +26,10 @@ from sepconvert.measure.comparison import Comparison, Delta
 from sepconvert.measure.cost import count
 from sepconvert.measure.divergence import OutputComparison
 from sepconvert.measure.latency import Deployed, Speedup, latency, session, speedup, time_all
-from sepconvert.measure.metrics import Predictions, accuracy_delta, whole
+from sepconvert.measure.metrics.evaluation import Evaluation, Scoring, joined, metric_delta, score, whole
 from sepconvert.measure.profiling import Profile
 from sepconvert.network.copies import private_copy
-from sepconvert.network.tensors import Inputs, cast, model_dtype
+from sepconvert.network.tensors import Inputs, cast, model_dtype, tensors_in
 
 _DTYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(double)": np.float64}
 
@@ -71,7 +71,8 @@ def measure(
     subjects: Sequence[Subject],
     inputs: Sequence[npt.NDArray[Any]],
     *,
-    data: Iterable[tuple[Tensor, Tensor]] | None,
+    data: Iterable[Any] | None,
+    scoring: Scoring,
     runs: int,
     runtime: Runtime,
     seed: int,
@@ -82,8 +83,9 @@ def measure(
     Args:
         subjects: one or more.
         inputs: the arrays that every model is given, by position and batch first; they are timed.
-        data: batches (x, y) for accuracy and for the comparison of outputs; without them, the outputs for
-            `inputs` are compared. If every y of the first batch is -1, there is no accuracy.
+        data: batches (x, y) for the metric and for the comparison of outputs; without them, the outputs for
+            `inputs` are compared. If every y of the first batch is -1 or None, there is no metric.
+        scoring: how outputs are judged.
         runs: timed rounds; 0 for no latency.
         runtime: settings of ONNX Runtime.
         seed: seed of the order of runs.
@@ -98,9 +100,9 @@ def measure(
         returned = [opened.run(inputs) for opened in sessions]
         outputs = [_started(returned[0], own) for own in returned[1:]]
         _add(outputs, returned)
-        predictions: list[Predictions] | None = None
+        scored: list[Evaluation] | None = None
     else:
-        predictions, outputs = _predictions(sessions, data, progress)
+        scored, outputs = _evaluated(sessions, data, scoring, progress)
     speedups: list[Speedup | None] = [None] * (len(subjects) - 1)
     profiles = [subject.profile for subject in subjects]
     if runs:
@@ -112,15 +114,12 @@ def measure(
             replace(profile, latency=latency(times, runtime.threads, batch))
             for profile, times in zip(profiles, (first, *others), strict=True)
         ]
-    if predictions is not None:
-        profiles = [
-            replace(profile, accuracy=predicted.accuracy())
-            for profile, predicted in zip(profiles, predictions, strict=True)
-        ]
+    if scored is not None:
+        profiles = [profile.with_scores(own) for profile, own in zip(profiles, scored, strict=True)]
     deltas = tuple(
         Delta(
             ratio,
-            None if predictions is None else accuracy_delta(predictions[0], predictions[index]),
+            None if scored is None else metric_delta(scored[0], scored[index]),
             None if differences is None else tuple(output.result() for output in differences),
         )
         for index, (ratio, differences) in enumerate(zip(speedups, outputs, strict=True), start=1)
@@ -169,55 +168,85 @@ class _Session:
                 f"({first_line(error)}); pass `input_shape`, `batch` or other data"
             ) from error
 
-    def run_batch(self, x: npt.NDArray[Any]) -> list[npt.NDArray[Any]]:
+    def run_batch(self, arrays: Sequence[npt.NDArray[Any]]) -> list[npt.NDArray[Any]]:
         """Return the outputs for any number of samples, run in batches that the file allows."""
-        size = self.batch or len(x)
+        samples = len(arrays[0])
+        size = self.batch or samples
+        if size >= samples and self.batch is None:
+            return self.run(arrays)
         parts = []
-        for start in range(0, len(x), size):
-            part = x[start : start + size]
-            padding = size - len(part)
-            whole = np.concatenate([part, np.repeat(part[-1:], padding, 0)]) if padding else part
-            parts.append([each[: len(part)] for each in self.run([whole])])
+        for start in range(0, samples, size):
+            part = [array[start : start + size] for array in arrays]
+            held = len(part[0])
+            padded = [np.concatenate([each, np.repeat(each[-1:], size - held, 0)]) for each in part]
+            parts.append([each[:held] for each in self.run(padded)])
         return [np.concatenate(each) for each in zip(*parts, strict=True)]
 
+    def ordered(self, x: Any) -> list[npt.NDArray[Any]]:
+        """Return what a loader yields as x as arrays in the order of the file's inputs.
 
-def _predictions(
-    sessions: Sequence[_Session], data: Iterable[tuple[Tensor, Tensor]], progress: Progress
-) -> tuple[list[Predictions] | None, list[list[OutputComparison] | None]]:
-    """Return every model's predictions, if there are labels, and how far its outputs are from the first's."""
-    ranked: list[list[npt.NDArray[np.int64]]] = [[] for _ in sessions]
-    labels: list[npt.NDArray[np.int64]] = []
+        Raises:
+            SepconvertError: it is a mapping that lacks one of them.
+        """
+        if isinstance(x, Mapping):
+            names = [each.name for each in self._inputs]
+            if missing := [name for name in names if name not in x]:
+                raise SepconvertError(
+                    f"{self.name}: the data lack the input {missing[0]}, and hold {', '.join(map(str, x))}; "
+                    "let them yield a mapping by the names of the inputs, or a tuple"
+                )
+            x = [x[name] for name in names]
+        return [value.numpy() for value in tensors_in(x)]
+
+    def judged(self, returned: Sequence[npt.NDArray[Any]], by_name: bool) -> Any:
+        """Return the outputs as the metric takes them: one tensor, several, or tensors by name."""
+        tensors = [torch.from_numpy(np.asarray(each)) for each in returned]
+        if by_name:
+            return {
+                each.name: value for each, value in zip(self._session.get_outputs(), tensors, strict=True)
+            }
+        return tensors[0] if len(tensors) == 1 else tuple(tensors)
+
+
+def _evaluated(
+    sessions: Sequence[_Session], data: Iterable[Any], scoring: Scoring, progress: Progress
+) -> tuple[list[Evaluation] | None, list[list[OutputComparison] | None]]:
+    """Return every model's evaluation, if there are targets, and how far its outputs are from the first's."""
+    parts: list[list[Evaluation]] = [[] for _ in sessions]
     outputs: list[list[OutputComparison] | None] = []
-    classes, labelled = 0, False
+    firsts: list[Any] = []
+    scored, by_name = False, isinstance(scoring.output, str)
     for x, y in whole(data, progress, "comparing outputs"):
-        returned = [opened.run_batch(x.numpy()) for opened in sessions]
+        arrays = sessions[0].ordered(x)
+        returned = [opened.run_batch(arrays) for opened in sessions]
         if not outputs:
             outputs = [_started(returned[0], own) for own in returned[1:]]
-            labelled = bool((y != UNLABELLED).any())
+            scored = _has_targets(y)
+            firsts = [_first(opened, arrays, by_name) for opened in sessions]
         _add(outputs, returned)
-        if not labelled:
+        if not scored:
             continue
-        labels.append(y.numpy().astype(np.int64))
-        for opened, classes_by_rank, own in zip(sessions, ranked, returned, strict=True):
-            logits = own[0]
-            classes = logits.shape[1] if logits.ndim == 2 else 0
-            if classes < 2 or not np.isfinite(logits).all():
-                raise SepconvertError(
-                    f"{opened.name}: expected finite logits of shape ({len(x)}, classes) as the first "
-                    f"output, got shape {logits.shape}{'' if classes < 2 else ' with NaN or Inf'}; "
-                    "leave out `data`"
-                )
-            if int(y.min()) < 0 or int(y.max()) >= classes:
-                raise SepconvertError(
-                    f"{opened.name}: expected labels from 0 to {classes - 1}, as the model has {classes} "
-                    f"classes, got {int(y.min())} to {int(y.max())}; use the data that it was trained for"
-                )
-            top = torch.from_numpy(logits).float().topk(min(5, classes), dim=1)
-            classes_by_rank.append(top.indices.numpy())
-    if not labels:
-        return None, outputs
-    predictions = [Predictions(np.concatenate(own), np.concatenate(labels), classes) for own in ranked]
-    return predictions, outputs
+        for index, (opened, own) in enumerate(zip(sessions, returned, strict=True)):
+            judged = opened.judged(own, by_name)
+            try:
+                scoring, part = score(scoring, judged, y, len(arrays[0]), firsts[index])
+            except SepconvertError as error:
+                raise SepconvertError(f"{opened.name}: {error}") from error
+            parts[index].append(part)
+    return [joined(own) for own in parts] if scored else None, outputs
+
+
+def _has_targets(y: Any) -> bool:
+    return y is not None and not (
+        isinstance(y, Tensor) and y.ndim == 1 and not y.is_floating_point() and bool((y == UNLABELLED).all())
+    )
+
+
+def _first(opened: _Session, arrays: Sequence[npt.NDArray[Any]], by_name: bool) -> Any:
+    """Return the outputs for the first sample alone; None if the file fixes the batch."""
+    if opened.batch is not None or len(arrays[0]) < 2:
+        return None
+    return opened.judged(opened.run([array[:1] for array in arrays]), by_name)
 
 
 def _started(

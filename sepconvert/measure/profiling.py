@@ -1,7 +1,7 @@
 """Profile of one model: cost, latency and accuracy, as a value that can be stored and compared."""
 
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from sepconvert.base.documents import decode, read_file
 from sepconvert.base.environment import TIMES_DEPEND_ON, Runtime
 from sepconvert.base.errors import MAX_SEED, SepconvertError, check_number, quoted
-from sepconvert.base.options import Timing
+from sepconvert.base.options import Task, Timing
 from sepconvert.base.progress import Progress, silent
 from sepconvert.files.onnx.export import export_program, onnx_feed, runtime_dtype, save_onnx
 from sepconvert.files.onnx.facts import onnx_sizes, read_onnx
@@ -29,7 +29,10 @@ from sepconvert.measure.latency import (
     session,
     startup,
 )
-from sepconvert.measure.metrics import Accuracy, evaluate
+from sepconvert.measure.metrics.classes import Accuracy
+from sepconvert.measure.metrics.evaluation import Evaluation, evaluate
+from sepconvert.measure.metrics.metric import MetricValue
+from sepconvert.measure.metrics.own import scoring_of
 from sepconvert.measure.statistics import Interval
 from sepconvert.network.copies import checked, private_copy
 from sepconvert.network.tensors import Inputs, cast, tensors_in
@@ -118,7 +121,7 @@ def _resized(array: npt.NDArray[Any], size: int) -> npt.NDArray[Any]:
 
 @dataclass(frozen=True)
 class Profile:
-    """Cost, latency and accuracy of a model.
+    """Cost, latency and accuracy of a model, or the value of another metric.
 
     `macs` are those of one sample as fvcore counts them (one fused multiply-add = 1), `flops` is twice that.
     `uncounted_ops` are operators that fvcore has no count for, with their numbers of calls.
@@ -132,11 +135,18 @@ class Profile:
     accuracy: Accuracy | None
     uncounted_ops: Mapping[str, int]
     anatomy: Anatomy | None = None  # if it was requested
+    metric: MetricValue | None = None
 
     @property
     def flops(self) -> int:
         """Floating-point operations of one sample: 2 × `macs`."""
         return 2 * self.macs
+
+    def with_scores(self, scored: Evaluation | None) -> "Profile":
+        """Return the profile with the value of a metric, and the accuracy of a classifier."""
+        if scored is None:
+            return self
+        return replace(self, accuracy=scored.accuracy(), metric=scored.summary())
 
     def to_json(self) -> dict[str, Any]:
         """Return the PROFILE object of the report."""
@@ -148,6 +158,7 @@ class Profile:
             "weight_bytes": self.weight_bytes,
             "latency_ms": None if self.latency is None else self.latency.to_dict(),
             "accuracy": None if self.accuracy is None else self.accuracy.to_dict(),
+            "metric": None if self.metric is None else self.metric.to_dict(),
             "uncounted_ops": dict(self.uncounted_ops),
             **({} if self.anatomy is None else {"anatomy": self.anatomy.to_json()}),
         }
@@ -227,6 +238,7 @@ class _Document:
     latency_ms: _StoredLatency | None
     accuracy: _StoredAccuracy | None
     uncounted_ops: dict[str, int]
+    metric: MetricValue | None = None  # which older profiles lack
 
     def profile(self) -> Profile:
         return Profile(
@@ -237,6 +249,7 @@ class _Document:
             None if self.latency_ms is None else self.latency_ms.latency(),
             None if self.accuracy is None else self.accuracy.accuracy(),
             self.uncounted_ops,
+            metric=self.metric,
         )
 
 
@@ -270,7 +283,8 @@ def profile(
     model: nn.Module,
     example_inputs: Tensor | Inputs,
     *,
-    data: Iterable[tuple[Tensor, Tensor]] | None = None,
+    data: Iterable[Any] | None = None,
+    metric: str | Callable[..., Any] | Task | None = None,
     timing: Timing = Timing(),
     batches: Sequence[int] | None = None,
     seed: int = 0,
@@ -281,7 +295,8 @@ def profile(
     Args:
         model: the model; it is left as it is.
         example_inputs: N × … tensor, or a tuple of positional arguments; N is the batch that is timed.
-        data: labelled batches (x, y), for accuracy.
+        data: batches (x, y) of inputs and labels or other targets, for accuracy or another metric.
+        metric: what the outputs are judged by, as in `convert`.
         timing: how often, and by which runtime, the model is timed; no runs for no latency.
         batches: where not None, the profile has an `anatomy`, with latencies of these sizes too.
         seed: of the order of runs.
@@ -325,8 +340,10 @@ def profile(
             latency = detail.latency(runtime.threads, batch)
         sizes = onnx_sizes(path)
     cost = count(private_copy(model), inputs)
-    accuracy = None if data is None else evaluate(private_copy(model), data).accuracy()
-    return Profile(cost.params, cost.macs, *sizes, latency, accuracy, cost.uncounted_ops, detail)
+    scoring = scoring_of(Task.of(metric), model, inputs)
+    scored = None if data is None else evaluate(private_copy(model), data, scoring)
+    found = Profile(cost.params, cost.macs, *sizes, latency, None, cost.uncounted_ops, detail)
+    return found.with_scores(scored)
 
 
 def as_inputs(example_inputs: Tensor | Inputs) -> Inputs:

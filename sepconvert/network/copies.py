@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 
 from sepconvert.base.errors import SepconvertError, quoted
 from sepconvert.base.modules import deep_copy, modules, unshadowed
-from sepconvert.network.tensors import fresh, placed
+from sepconvert.network.tensors import InputBatch
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -107,17 +107,17 @@ def _in_dtype(model: M, dtype: torch.dtype) -> M:
     return model
 
 
-def quick_copy(model: M, images: Tensor, dtype: torch.dtype | None = None) -> M:
+def quick_copy(model: M, samples: InputBatch, dtype: torch.dtype | None = None) -> M:
     """Return a `private_copy` with channels last in memory, in which convolutions run fastest.
 
-    Where the copy does not run on `images` in that layout, it has the original one: a model may look at a
+    Where the copy does not run on the samples in that layout, it has the original one: a model may look at a
     tensor through `view`, which takes one layout alone.
     """
     copied = private_copy(model, dtype)
     try:
         unshadowed(copied).to(memory_format=torch.channels_last)  # which tensors of rank 5 refuse
         with torch.no_grad():
-            copied(placed(fresh(images[:1]), copied))
+            samples[:1].on(copied).run(copied)
     except Exception:  # another cause will show when the other copy is run
         return private_copy(model, dtype)
     return copied

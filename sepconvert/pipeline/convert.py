@@ -1,7 +1,7 @@
 """The operations `convert` and `inspect`: the stages of a conversion, in order."""
 
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,11 +10,21 @@ from torch.utils.data import DataLoader
 
 from sepconvert.base.determinism import reproducible
 from sepconvert.base.distributed import rank as rank_of_process
-from sepconvert.base.options import Budget, Calibration, Finetuning, Gate, Mode, Origin, Selection, Timing
+from sepconvert.base.options import (
+    Budget,
+    Calibration,
+    Finetuning,
+    Gate,
+    Mode,
+    Origin,
+    Selection,
+    Task,
+    Timing,
+)
 from sepconvert.base.progress import Progress, silent
 from sepconvert.files.data import Batch
 from sepconvert.measure.latency import Speedup
-from sepconvert.measure.metrics import AccuracyDelta
+from sepconvert.measure.metrics.evaluation import MetricDelta
 from sepconvert.measure.profiling import Profile, as_inputs
 from sepconvert.network.copies import checked
 from sepconvert.network.tensors import Inputs, model_dtype, tensors_in
@@ -39,8 +49,8 @@ class ConversionResult:
     `model` is a converted copy of the user's model. `plan` and `report` are the JSON documents that the
     command line writes, as plain dictionaries; a plan can be replayed with the weights of `model`. The other
     fields hold the same results typed: profiles of both models, `speedup` (`.median`, `.ci95`), `accuracy`
-    (`.drop` in percentage points, `.ci95`), one report a convolution, and the verification. They are None in
-    all processes but the main one. `exhibits` holds the kernels and images shown in the HTML report.
+    (`.drop` in the metric's unit, `.ci95`, `.metric`), one report a convolution, and the verification. They
+    are None in all processes but the main one. `exhibits` holds kernels and images of the HTML report.
     """
 
     model: nn.Module
@@ -49,7 +59,7 @@ class ConversionResult:
     original: Profile | None = None
     converted: Profile | None = None
     speedup: Speedup | None = None
-    accuracy: AccuracyDelta | None = None
+    accuracy: MetricDelta | None = None
     layers: tuple[LayerReport, ...] = ()
     verification: Verification | None = None
     exhibits: Exhibits = field(default_factory=Exhibits)
@@ -103,6 +113,7 @@ def convert(
     *,
     data: Iterable[Batch] | None = None,
     calib: DataLoader[Batch] | None = None,
+    metric: str | Callable[..., Any] | Task | None = None,
     max_drop: float | None = None,
     confidence: float | None = None,
     min_speedup: float | None = None,
@@ -130,11 +141,15 @@ def convert(
             and timed on them; MACs are counted for one sample.
         mode: "exact" keeps the function. "approx" fits depthwise and pointwise factors to the data; "auto"
             chooses for each layer among all structures, under the budget.
-        data: labelled batches (x, y) on which accuracy is reported; read once for each model.
+        data: batches (x, y) of inputs and labels or other targets, on which the metric is reported; read once
+            for each model. x is a tensor, a tuple of positional arguments, or a mapping of arguments by name.
         calib: images that factors are fitted to, in approx and auto mode: batches of x alone, tuples that
             begin with x, or dicts. Without it a part of `data` is split off and not scored; without either,
             factors are fitted to the weights alone.
-        max_drop: largest drop of top-1 accuracy on `data`, in percentage points; 1 if nothing else is
+        metric: what drops are measured in: a name such as "miou" or "psnr", a function `(outputs, targets) →
+            N scores`, a `torchmetrics.Metric`, or a `Task`, which says more. By default top-1 accuracy, of
+            classifiers.
+        max_drop: largest drop of the metric on `data`, in its unit; 1 percentage point if nothing else is
             demanded.
         confidence: probability with which the drop on unseen images of the same kind is at most `max_drop`;
             by default, the drop that is measured on `data` is.
@@ -182,18 +197,20 @@ def convert(
         [(3, 1), (1, 3)]
     """
     job = Job.of(
-        mode=mode, gate=gate, tol=tol, seed=seed, dynamic_batch=dynamic_batch, check=check, out=out,
-        budget=Budget(rank, target_macs, target_params, min_speedup, max_drop, confidence),
+        metric=metric, mode=mode, gate=gate, tol=tol, seed=seed, dynamic_batch=dynamic_batch, check=check,
+        out=out,        budget=Budget(rank, target_macs, target_params, min_speedup, max_drop, confidence),
         selection=selection, timing=timing, calibration=calibration, finetune=finetune,
         origin=origin, progress=progress,
     )  # fmt: skip
     main = rank_of_process() == 0
     place = checked_place(job.out) if main else None
     original = examine(model, example_inputs, data, calib, job)
-    job = job.with_default_budget(labelled=original.predictions is not None)
+    job = job.with_default_budget(
+        unit=None if original.evaluation is None else original.evaluation.metric.unit
+    )
     convert_model = convert_exactly if job.mode == "exact" else convert_approximately
     made = convert_model(original, job)
-    original.predict(made.model)  # all processes take part
+    original.evaluate(made.model)  # all processes take part
     plan = _plan(original, made, job)
     if not main:
         return ConversionResult(made.model, plan.to_json(), {})

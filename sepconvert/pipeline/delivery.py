@@ -96,7 +96,7 @@ def deliver(original: Original, job: Job, search: Search, workshop: Workshop) ->
     budget = job.budget
     if not job.finetuning or original.data.training is None:
         return _untuned(search, search.run(budget))
-    if budget.max_drop is None or original.predictions is None or _fixes_plan(job):
+    if budget.max_drop is None or original.scores is None or _fixes_plan(job):
         # The drop is known only after fine-tuning, so that no plan is chosen by it.
         point = search.run(replace(budget, max_drop=None))
         if not point.plan.choice:

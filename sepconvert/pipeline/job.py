@@ -16,6 +16,7 @@ from sepconvert.base.options import (
     Mode,
     Origin,
     Selection,
+    Task,
     Timing,
     check_options,
     option,
@@ -24,7 +25,13 @@ from sepconvert.base.progress import Progress, silent
 
 Check = Literal["onnx", "torch"]
 
-_VALUES = {"selection": Selection, "timing": Timing, "calibration": Calibration, "origin": Origin}
+_VALUES = {
+    "task": Task,
+    "selection": Selection,
+    "timing": Timing,
+    "calibration": Calibration,
+    "origin": Origin,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +65,7 @@ class Job:
     )
     dynamic_batch: bool = option("Leave the batch dimension open where the model allows it.", True)
     check: Check = "onnx"
+    task: Task = field(default_factory=Task)
     budget: Budget = field(default_factory=Budget)
     selection: Selection = field(default_factory=Selection)
     timing: Timing = field(default_factory=Timing)
@@ -106,19 +114,21 @@ class Job:
         """Timed runs of the files; 0 where none are written."""
         return self.timing.runs if self.check == "onnx" else 0
 
-    def with_default_budget(self, *, labelled: bool) -> "Job":
-        """Return the job with the budget that holds where none is given; see `Budget.or_default`."""
+    def with_default_budget(self, *, unit: str | None) -> "Job":
+        """Return the job with the budget that holds where none is given; see `Budget.or_default`.
+
+        `unit` is that of drops, None without data to measure any on.
+        """
         if self.mode == "exact":
             return self
         by_time = self.gate == "latency" and self.budget.share is None
-        return replace(
-            self, budget=self.budget.or_default(labelled=labelled, timed=self.timing.runs > 0 or by_time)
-        )
+        return replace(self, budget=self.budget.or_default(unit=unit, timed=self.timing.runs > 0 or by_time))
 
     @classmethod
     def of(
         cls,
         *,
+        metric: Any,
         finetune: int | Finetuning,
         out: str | os.PathLike[str] | None,
         **settings: Any,
@@ -127,4 +137,6 @@ class Job:
         if not isinstance(finetune, Finetuning):
             check_number("finetune", finetune, 0, whole=True)
             finetune = Finetuning(epochs=finetune)
-        return cls(finetuning=finetune, out=None if out is None else Path(out), **settings)
+        return cls(
+            task=Task.of(metric), finetuning=finetune, out=None if out is None else Path(out), **settings
+        )

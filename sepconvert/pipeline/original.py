@@ -1,7 +1,8 @@
-"""The original: its convolutions, cost, data and predictions, known before any layer is replaced."""
+"""The original: its convolutions, cost, data and scores, known before any layer is replaced."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -13,6 +14,7 @@ from sepconvert.calibration.footprint import images_at_once
 from sepconvert.calibration.split import (
     MOST_AT_ONCE,
     DataSplit,
+    Division,
     SeenTwice,
     check_shapes,
     find_seen_twice,
@@ -21,10 +23,11 @@ from sepconvert.calibration.split import (
 )
 from sepconvert.files.data import Batch
 from sepconvert.measure.cost import Cost, count
-from sepconvert.measure.metrics import AccuracyDelta, Predictions
+from sepconvert.measure.metrics.evaluation import Evaluation, MetricDelta, Scoring
+from sepconvert.measure.metrics.own import scoring_of
 from sepconvert.measure.profiling import as_inputs
 from sepconvert.network.copies import checked, private_copy
-from sepconvert.network.tensors import Inputs
+from sepconvert.network.tensors import InputBatch, Inputs
 from sepconvert.network.trace import ConvSite, TracedModel, traced
 from sepconvert.pipeline.job import Job
 from sepconvert.pipeline.plausibility import DataFacts, ValueRange, find_facts
@@ -64,16 +67,16 @@ class Original:
         return count(private_copy(model), self.inputs, self.cost.counter)
 
     @property
-    def predictions(self) -> Predictions | None:
-        """Its predictions on the data that are scored; None where there are none."""
+    def evaluation(self) -> Evaluation | None:
+        """Its evaluation on the data that are scored; None where there are none."""
         return None if self.scores is None else self.scores.original
 
-    def predict(self, model: nn.Module) -> Predictions | None:
-        """Return the predictions of a converted model, computed once; None where there are no data."""
-        return None if self.scores is None else self.scores.predictions(model)
+    def evaluate(self, model: nn.Module) -> Evaluation | None:
+        """Return the evaluation of a converted model, computed once; None where there are no data."""
+        return None if self.scores is None else self.scores.evaluation(model)
 
-    def delta(self, model: nn.Module) -> AccuracyDelta | None:
-        """Return the drop of accuracy of a converted model; None where there are no data."""
+    def delta(self, model: nn.Module) -> MetricDelta | None:
+        """Return the drop of the metric of a converted model; None where there are no data."""
         return None if self.scores is None else self.scores.delta(model, self.scores.sizes[-1])
 
 
@@ -103,45 +106,39 @@ def examine(
         raise SepconvertError("`calib`: is for the modes approx and auto; pass one of them, or leave it out")
     model, inputs = checked(model), as_inputs(example_inputs)
     found = trace_selected(model, inputs, job.selection)
-    parts = DataSplit(data)
+    parts, scoring = DataSplit(data), scoring_of(job.task, model, inputs)
+    division = Division(job.calibration, job.finetuning.epochs, job.seed, partial(scoring.batched, model))
     if job.mode != "exact":
-        at_once = images_at_once(model, inputs, MOST_AT_ONCE)
-        parts = split_data(
-            data,
-            calib,
-            job.finetuning.train,
-            job.calibration,
-            epochs=job.finetuning.epochs,
-            seed=job.seed,
-            at_once=at_once,
-        )
-        check_shapes(parts, inputs)
+        division = replace(division, at_once=images_at_once(model, inputs, MOST_AT_ONCE))
+        parts = split_data(data, calib, job.finetuning.train, division)
+        check_shapes(parts, InputBatch(inputs, scoring.axis), division)
     # Before the long work, as this is where data that do not suit the model are found out.
-    scores, seen_twice, facts = _scored(model, inputs, parts, job)
+    scores, seen_twice, facts = _scored(found, parts, scoring, division, job)
     cost = count(private_copy(model), inputs)
     clock = Clock(job.timing.runtime, job.seed, job.timing.cache, job.timing.measure_seconds)
     return Original(found, parts, cost, scores, seen_twice, facts, clock)
 
 
 def _scored(
-    model: nn.Module, inputs: Inputs, parts: DataSplit, job: Job
+    traced: TracedModel, parts: DataSplit, scoring: Scoring, division: Division, job: Job
 ) -> tuple[Scores | None, SeenTwice | None, DataFacts | None]:
     """Return the original's scores, the images that are seen twice, and whether the data are plausible."""
     if parts.scored is None and parts.calibration is None:
         return None, None, None
     values, hashes = ValueRange(), list[bytes]()
 
-    def watch(x: Tensor) -> None:
-        values.add(x)
+    def watch(samples: InputBatch) -> None:
+        for value in samples.floating:
+            values.add(value)
         if parts.calibration is not None:
-            hashes.extend(image_hashes(x))
+            hashes.extend(image_hashes(samples))
 
     scores = seen_twice = None
     if parts.scored is not None:
-        scores = Scores(model, parts.scored, job.seed, job.progress, watch)
-        seen_twice = find_seen_twice(parts, hashes, trained=bool(job.finetuning))
-    predictions = None if scores is None else scores.original
-    return scores, seen_twice, find_facts(model, inputs, predictions, values, parts.calibration)
+        scores = Scores(traced.model, parts.scored, scoring, job.seed, job.progress, watch)
+        seen_twice = find_seen_twice(parts, hashes, division)
+    predictions = None if scores is None else scores.original.predictions
+    return scores, seen_twice, find_facts(traced, predictions, values, parts.calibration, scoring)
 
 
 def trace_selected(model: nn.Module, inputs: Inputs, selection: Selection) -> TracedModel:

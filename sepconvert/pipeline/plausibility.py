@@ -2,16 +2,18 @@
 
 import math
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
 from torch import Tensor, nn
 
 from sepconvert.calibration.split import OWN_PART, CalibrationSet
-from sepconvert.measure.metrics import Accuracy, Predictions, evaluate
+from sepconvert.measure.metrics.classes import Accuracy, Predictions
+from sepconvert.measure.metrics.evaluation import Scoring, evaluate
 from sepconvert.network.copies import private_copy
 from sepconvert.network.tensors import Inputs, tensors_in
+from sepconvert.network.trace import TracedModel
 
 _SHOWN = 5  # classes that the labels lack
 
@@ -99,40 +101,46 @@ class DataFacts:
 
 
 def find_facts(
-    model: nn.Module,
-    inputs: Inputs,
+    original: TracedModel,
     predictions: Predictions | None,
     scored: ValueRange,
     calibration: CalibrationSet | None,
+    scoring: Scoring,
 ) -> DataFacts:
     """Return the facts about the data of a conversion.
 
     Args:
-        model: the original.
-        inputs: those that it is run, verified and timed on.
-        predictions: its predictions on the scored images, if any.
+        original: the model, and the inputs that it is run, verified and timed on.
+        predictions: its predictions on the scored images, if it is a classifier.
         scored: values of these images.
         calibration: the images to fit to, if any.
+        scoring: how outputs are judged.
     """
     images = () if calibration is None else (*calibration.fit, *calibration.heldout)
+    values = (value for samples in images for value in samples.floating)
     accuracy: Accuracy | None = None
     # Calibration images that are a part of the scored data have the same labels and preprocessing.
     if predictions is not None and calibration is not None and calibration.origin != OWN_PART:
-        accuracy = _accuracy(model, calibration, predictions.classes)
+        accuracy = _accuracy(original.model, calibration, predictions.classes, scoring)
     return DataFacts(
         labels=None if predictions is None else Labels.of(predictions),
         calibration_accuracy=accuracy,
-        example=ValueRange(value for value in tensors_in(inputs) if value.is_floating_point()),
+        example=ValueRange(value for value in tensors_in(original.inputs) if value.is_floating_point()),
         scored=scored,
-        calibration=ValueRange(images),
+        calibration=ValueRange(values),
     )
 
 
-def _accuracy(model: nn.Module, calibration: CalibrationSet, classes: int) -> Accuracy | None:
+def _accuracy(
+    model: nn.Module, calibration: CalibrationSet, classes: int, scoring: Scoring
+) -> Accuracy | None:
     """Return a classifier's accuracy on the held-out calibration images that have a label."""
-    labelled: list[tuple[Tensor, Tensor]] = []
+    labelled: list[tuple[Inputs, Tensor]] = []
     for x, y in zip(calibration.heldout, calibration.labels, strict=True):
         known = (y >= 0) & (y < classes)
         if known.any():
-            labelled.append((x[known], y[known]))
-    return evaluate(private_copy(model), labelled).accuracy() if labelled else None
+            labelled.append((x[known].inputs, y[known]))
+    if not labelled:
+        return None
+    found = evaluate(private_copy(model), labelled, replace(scoring, metric=None)).predictions
+    return None if found is None else found.accuracy()

@@ -38,7 +38,8 @@ from sepconvert.measure.execution import (
     operator_times,
 )
 from sepconvert.measure.latency import Deployed, Latency, PairTiming, Speedup, session
-from sepconvert.measure.metrics import AccuracyDelta, ChangedPredictions, Predictions, changes
+from sepconvert.measure.metrics.classes import ChangedPredictions, changes
+from sepconvert.measure.metrics.evaluation import Evaluation, MetricDelta
 from sepconvert.measure.profiling import Profile, batch_size
 from sepconvert.measure.verification.outputs import (
     OutputCheck,
@@ -79,7 +80,7 @@ class Measured:
     original: Profile
     converted: Profile
     speedup: Speedup | None
-    accuracy: AccuracyDelta | None
+    accuracy: MetricDelta | None
     changed: ChangedPredictions | None
     layers: tuple[LayerReport, ...]
     execution: ModelExecution | None
@@ -153,7 +154,8 @@ def measure(
             original.model, written.paths, original.inputs, runs, runtime, job.seed, job.progress
         )
         hold_to_speed(timing, job)
-    converted, accuracy = original.predict(made.model), original.delta(made.model)
+    before, after = original.evaluation, original.evaluate(made.model)
+    accuracy = original.delta(made.model)
     hold_to_accuracy(accuracy, job)
     if timing is not None:
         times = time_layers(original.sites, made.replacements, runs, runtime, job.seed, job.progress)
@@ -162,16 +164,14 @@ def measure(
             layers, original.model, written.paths, original.inputs, runs, runtime
         )
     return Measured(
-        original=_profile(
-            original.cost, original.predictions, timing.original if timing else None, written.paths[0]
-        ),
+        original=_profile(original.cost, before, timing.original if timing else None, written.paths[0]),
         converted=_profile(
-            original.count(made.model), converted, timing.converted if timing else None, written.paths[1]
+            original.count(made.model), after, timing.converted if timing else None, written.paths[1]
         ),
         speedup=timing.speedup if timing else None,
         accuracy=accuracy,
-        changed=changes(original.predictions, converted, _SHOWN)
-        if original.predictions and converted
+        changed=changes(before.predictions, after.predictions, _SHOWN)
+        if before is not None and after is not None and before.predictions and after.predictions
         else None,
         layers=layers,
         execution=execution,
@@ -194,20 +194,21 @@ def hold_to_speed(timing: PairTiming, job: Job) -> None:
         )
 
 
-def hold_to_accuracy(accuracy: AccuracyDelta | None, job: Job) -> None:
-    """Raise `DemandNotMetError` if the converted model loses more accuracy than the budget allows."""
+def hold_to_accuracy(accuracy: MetricDelta | None, job: Job) -> None:
+    """Raise `DemandNotMetError` if the converted model loses more than the budget allows."""
     most = job.budget.max_drop
     if accuracy is not None and most is not None and accuracy.drop > most:
         raise DemandNotMetError(
-            f"`max_drop` {most:g}: the fine-tuned model loses {accuracy.drop:.2f} pp; "
+            f"`max_drop` {most:g}: the fine-tuned model loses {accuracy.written_drop}; "
             "fine-tune for longer or relax a demand"
         )
 
 
-def _profile(cost: Cost, predictions: Predictions | None, latency: Latency | None, path: Path) -> Profile:
+def _profile(cost: Cost, scored: Evaluation | None, latency: Latency | None, path: Path) -> Profile:
     size, weights = onnx_sizes(path) if path.exists() else (None, None)
-    accuracy = None if predictions is None else predictions.accuracy()
-    return Profile(cost.params, cost.macs, size, weights, latency, accuracy, cost.uncounted_ops)
+    return Profile(cost.params, cost.macs, size, weights, latency, None, cost.uncounted_ops).with_scores(
+        scored
+    )
 
 
 def _gain(speedup: Speedup) -> float:

@@ -1,20 +1,28 @@
-"""Predictions on the scored data, of as many images as a decision needs."""
+"""Scores on the data, of as many samples as a decision needs."""
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, SequentialSampler, Subset
 
 from sepconvert.base.distributed import once
 from sepconvert.base.progress import Progress
 from sepconvert.files.data import Batch
-from sepconvert.measure.metrics import AccuracyDelta, Predictions, accuracy_delta, evaluate
+from sepconvert.measure.metrics.evaluation import (
+    Evaluation,
+    MetricDelta,
+    Scoring,
+    evaluate,
+    joined,
+    metric_delta,
+)
 from sepconvert.network.copies import private_copy
+from sepconvert.network.tensors import InputBatch
 
 # Numbers of images after which a plan may be judged already: one that loses nothing, or ten points, needs no
 # more. They are looked at only where at least as many are left.
@@ -35,13 +43,13 @@ class _Part:
 
 
 class Scores:
-    """Predictions of the original on the scored data, and of converted models on growing parts of them.
+    """Scores of the original on the data, and of converted models on growing parts of them.
 
     The parts are drawn at random, as data are often sorted by class. A loader whose samples cannot be indexed
     is one part.
 
     Attributes:
-        original: predictions of the original, for all images.
+        original: evaluation of the original, on all images.
         sizes: numbers of images after which a model may be judged, rising; the last is all of them.
         choosing: the one of `sizes` that plans are chosen on, where they are chosen by their measured drop.
     """
@@ -50,65 +58,60 @@ class Scores:
         self,
         model: nn.Module,
         data: Iterable[Batch],
+        scoring: Scoring,
         seed: int,
         progress: Progress,
-        on_images: Callable[[Tensor], None] | None = None,
+        on_images: Callable[[InputBatch], None] | None = None,
     ) -> None:
         """Take the original and the scored data; `on_images` is called with each of their batches, once."""
         self._progress = progress
-        self.original = evaluate(private_copy(model), data, progress, "accuracy, original", on_images)
-        size = len(self.original.labels)
+        self.original = evaluate(
+            private_copy(model), data, scoring, progress, "accuracy, original", on_images
+        )
+        self._scoring = replace(scoring, metric=self.original.metric)
+        size = len(self.original)
         self.sizes, self.choosing = sizes_of(size) if _may_be_divided(data) else ((size,), size)
         self._parts = _parts(data, self.sizes, seed)
-        self._known: dict[int, tuple[nn.Module, list[Predictions]]] = {}  # by identity, which is kept alive
+        self._known: dict[int, tuple[nn.Module, list[Evaluation]]] = {}  # by identity, which is kept alive
 
-    def predictions(self, model: nn.Module) -> Predictions:
-        """Return the predictions of a converted model for all images, in the order of the data."""
-        found = joined(self._predicted(model, self.sizes[-1]))
+    def evaluation(self, model: nn.Module) -> Evaluation:
+        """Return the evaluation of a converted model on all images, in the order of the data."""
+        found = joined(self._evaluated(model, self.sizes[-1]))
         order = np.argsort(self._places(0, self.sizes[-1]))
         return found.at(order)
 
-    def delta(self, model: nn.Module, images: int) -> AccuracyDelta:
+    def delta(self, model: nn.Module, images: int) -> MetricDelta:
         """Return the drop of a converted model on the first `images` in the random order, one of `sizes`."""
         return self._delta(model, 0, images)
 
-    def rest(self, model: nn.Module) -> AccuracyDelta | None:
+    def rest(self, model: nn.Module) -> MetricDelta | None:
         """Return the drop on the images that no plan is chosen on; None if there are none."""
         if self.choosing == self.sizes[-1]:
             return None
         return self._delta(model, self.choosing, self.sizes[-1])
 
     def share(self, model: nn.Module, copy: nn.Module) -> None:
-        """Take the predictions of a model for those of its copy, which need not be run."""
+        """Take the evaluation of a model for that of its copy, which need not be run."""
         if id(model) in self._known:
             self._known[id(copy)] = copy, self._known[id(model)][1]
 
-    def _delta(self, model: nn.Module, start: int, stop: int) -> AccuracyDelta:
-        found = joined(self._predicted(model, stop)).at(np.arange(start, stop))
-        return accuracy_delta(self.original.at(self._places(start, stop)), found)
+    def _delta(self, model: nn.Module, start: int, stop: int) -> MetricDelta:
+        found = joined(self._evaluated(model, stop)).at(np.arange(start, stop))
+        return metric_delta(self.original.at(self._places(start, stop)), found)
 
     def _places(self, start: int, stop: int) -> npt.NDArray[np.int64]:
         return np.concatenate([part.places for part in self._parts])[start:stop]
 
-    def _predicted(self, model: nn.Module, images: int) -> Sequence[Predictions]:
-        """Return the predictions of a model for the parts that make up the first `images`, each made once."""
+    def _evaluated(self, model: nn.Module, images: int) -> Sequence[Evaluation]:
+        """Return the evaluations of a model on the parts that make up the first `images`, each made once."""
         _, known = self._known.setdefault(id(model), (model, []))
         needed = self.sizes.index(images) + 1
         for part in self._parts[len(known) : needed]:
-            known.append(once(partial(self._evaluated, model, part.loader)))
+            known.append(once(partial(self._run, model, part.loader)))
         return known[:needed]
 
-    def _evaluated(self, model: nn.Module, loader: Iterable[Batch]) -> Predictions:
-        return evaluate(private_copy(model), loader, self._progress, "accuracy, converted")
-
-
-def joined(parts: Sequence[Predictions]) -> Predictions:
-    """Return the predictions for several parts of the data, one after the other."""
-    return Predictions(
-        np.concatenate([part.ranked for part in parts]),
-        np.concatenate([part.labels for part in parts]),
-        parts[0].classes,
-    )
+    def _run(self, model: nn.Module, loader: Iterable[Batch]) -> Evaluation:
+        return evaluate(private_copy(model), loader, self._scoring, self._progress, "accuracy, converted")
 
 
 def sizes_of(images: int) -> tuple[tuple[int, ...], int]:

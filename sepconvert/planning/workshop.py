@@ -24,7 +24,7 @@ from sepconvert.measure.latency import Speedup
 from sepconvert.network.calls import Kernel
 from sepconvert.network.copies import duplicate, quick_copy, shared_parameters
 from sepconvert.network.rewrite import rewrite
-from sepconvert.network.tensors import Inputs, placed
+from sepconvert.network.tensors import Inputs
 from sepconvert.network.trace import ConvSite, TracedModel
 from sepconvert.planning.allocate import Choice
 from sepconvert.planning.fitting import bias_of, fit_problem, for_each_layer, kernel_of, replacement
@@ -209,7 +209,7 @@ class Workshop:
         )
         images = self.evidence.calibration.fit
         running = quick_copy(converted, images[0])
-        if not reestimate_batchnorm(running, [placed(batch, running) for batch in images]):
+        if not reestimate_batchnorm(running, [batch.on(running) for batch in images]):
             return converted, (fitted,)
         candidate = duplicate(converted, shared_parameters(converted))
         buffers = (unshadowed(model).buffers() for model in (candidate, running))

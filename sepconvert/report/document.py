@@ -9,7 +9,8 @@ from sepconvert.base.environment import Runtime, environment
 from sepconvert.files.onnx.export import ExportNote
 from sepconvert.measure.execution import ModelExecution
 from sepconvert.measure.latency import Speedup
-from sepconvert.measure.metrics import AccuracyDelta, ChangedPredictions
+from sepconvert.measure.metrics.classes import ChangedPredictions
+from sepconvert.measure.metrics.evaluation import NO_DELTA, MetricDelta
 from sepconvert.measure.profiling import Profile
 from sepconvert.planning.conversion import LayerReport, Verification
 
@@ -29,7 +30,7 @@ class Report:
     original: Profile
     converted: Profile
     speedup: Speedup | None
-    accuracy: AccuracyDelta | None
+    accuracy: MetricDelta | None
     changed: ChangedPredictions | None
     layers: tuple[LayerReport, ...]
     verification: Verification
@@ -47,11 +48,7 @@ def report_document(report: Report) -> dict[str, Any]:
     Raises:
         ValueError: a number is NaN or infinite, which JSON cannot express.
     """
-    accuracy = (
-        {"accuracy_drop_pp": None, "agreement": None}
-        if report.accuracy is None
-        else report.accuracy.to_dict()
-    )
+    accuracy = NO_DELTA if report.accuracy is None else report.accuracy.to_dict()
     document = {
         "schema": SCHEMA,
         "mode": report.mode,

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from sepconvert.base.errors import DemandNotMetError
 from sepconvert.base.options import Budget
+from sepconvert.measure.metrics.evaluation import MetricDelta
 from sepconvert.planning.search.curve import Curve, Point
 from sepconvert.planning.search.measurements import Measurements
 
@@ -119,10 +120,10 @@ def shortfall(budget: Budget, points: Sequence[Point]) -> str:
     """Return the message that no plan meets a budget, with how near the plans on the curve come to it."""
     names = ("rank", "target_macs", "target_params", "max_drop", "min_speedup")
     demands = [f"`{name}` {getattr(budget, name):g}" for name in names if getattr(budget, name) is not None]
-    drops = [point.measured.accuracy.drop for point in points if point.measured.accuracy is not None]
+    deltas = [point.measured.accuracy for point in points if point.measured.accuracy is not None]
     speeds = [point.measured.speedup.median for point in points if point.measured.speedup is not None]
     reached = [
-        *([f"smallest drop {min(drops):.2f} pp of {len(drops)} measured"] if drops else []),
+        *([f"smallest drop {_smallest(deltas)} of {len(deltas)} measured"] if deltas else []),
         *([f"largest speed-up {max(speeds):.2f}× of {len(speeds)} timed"] if speeds else []),
         f"fewest MACs {min(point.plan.macs for point in points):,}",
     ]
@@ -130,3 +131,7 @@ def shortfall(budget: Budget, points: Sequence[Point]) -> str:
         f"no plan meets {' and '.join(demands)} ({', '.join(reached)} among {len(points)} plans); "
         "relax a demand, or pass `finetune`"
     )
+
+
+def _smallest(deltas: Sequence[MetricDelta]) -> str:
+    return min(deltas, key=lambda delta: delta.drop).written_drop

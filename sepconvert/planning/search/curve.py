@@ -7,7 +7,7 @@ from typing import Any
 
 from sepconvert.factorize.structures import Form
 from sepconvert.measure.latency import Speedup
-from sepconvert.measure.metrics import AccuracyDelta
+from sepconvert.measure.metrics.evaluation import MetricDelta
 from sepconvert.planning.allocate import Allocation, Choice, allocate, cost_of
 from sepconvert.planning.forms import Unit
 from sepconvert.planning.survey import LayerSurvey
@@ -54,7 +54,7 @@ class Measured:
     """Measurements of one plan; None for those that have not been made."""
 
     fitted: Fitted | None = None
-    accuracy: AccuracyDelta | None = None
+    accuracy: MetricDelta | None = None
     speedup: Speedup | None = None
 
     def __bool__(self) -> bool:
@@ -83,6 +83,7 @@ class Point:
             "lower_bound": plan.bound,
             "heldout": None if heldout is None else asdict(heldout),
             "batchnorm_reestimated": fitted is not None and fitted.batchnorm,
+            "drop": None if accuracy is None else accuracy.drop_to_dict(),
             "accuracy_drop_pp": None if accuracy is None else accuracy.to_dict()["accuracy_drop_pp"],
             "predicted_speedup": plan.predicted,
             "latency_speedup": None if speedup is None else speedup.to_dict(),

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from sepconvert.base.options import Budget
 from sepconvert.measure.latency import Speedup
-from sepconvert.measure.metrics import AccuracyDelta
+from sepconvert.measure.metrics.evaluation import MetricDelta
 from sepconvert.planning.scores import Scores
 from sepconvert.planning.search.curve import Point
 from sepconvert.planning.search.judging import is_clearly_within, is_proven
@@ -23,12 +23,12 @@ class Measurements:
             point.measured.fitted = self.workshop.carry_out(point.plan.choice)
         return point.measured.fitted
 
-    def accuracy(self, point: Point) -> AccuracyDelta | None:
+    def accuracy(self, point: Point) -> MetricDelta | None:
         """Return the drop of accuracy of a point's model on all images; None without evaluation data."""
         scores = self.workshop.scores
         return None if scores is None else self._accuracy(point, scores, scores.sizes[-1])
 
-    def _accuracy(self, point: Point, scores: Scores, images: int) -> AccuracyDelta:
+    def _accuracy(self, point: Point, scores: Scores, images: int) -> MetricDelta:
         found = scores.delta(self.fitted(point).model, images)
         if point.measured.accuracy is None or images > point.measured.accuracy.n:
             point.measured.accuracy = found

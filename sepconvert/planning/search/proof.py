@@ -5,7 +5,6 @@ from itertools import takewhile
 
 from sepconvert.base.errors import DemandNotMetError
 from sepconvert.base.options import Budget
-from sepconvert.measure.statistics import samples_needed
 from sepconvert.planning.search.curve import Curve, Point
 from sepconvert.planning.search.measurements import Measurements
 
@@ -52,7 +51,7 @@ def _shortfall(order: list[Point], budget: Budget) -> str:
     if not order or order[0].measured.accuracy is None:
         return f"no plan meets {demand}: none is cheap and fast enough; relax a demand"
     first = order[0].measured.accuracy
-    needed = samples_needed(first.lost, first.won, first.n, most / 100, 1 - confidence)
+    needed = first.uncertainty.samples_needed(most, 1 - confidence)
     outlook = (
         "more images would not help"
         if needed is None
@@ -60,6 +59,6 @@ def _shortfall(order: list[Point], budget: Budget) -> str:
     )
     return (
         f"{demand}: even the most cautious plan, with {len(order[0].plan.choice)} layers replaced, is not "
-        f"proven to keep within it: it loses {first.drop:.2f} pp on {first.n:,} images; {outlook}; pass more "
-        "`data`, or allow a larger drop"
+        f"proven to keep within it: it loses {first.written_drop} on {first.n:,} images; {outlook}; pass "
+        "more `data`, or allow a larger drop"
     )

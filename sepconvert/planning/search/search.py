@@ -95,8 +95,8 @@ class Search:
             "plans": plans,
             "images": delta.n if rest is None else scores.choosing,
             "confidence": budget.confidence,
-            "bound_pp": expected_on_unseen_images(delta, plans) if proven is None else proven,
-            "rest": None if rest is None else rest.to_dict()["accuracy_drop_pp"],
+            "bound": expected_on_unseen_images(delta, plans) if proven is None else proven,
+            "rest": None if rest is None else rest.drop_to_dict(),
         }
 
     @property

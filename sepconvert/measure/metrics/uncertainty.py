@@ -1,0 +1,161 @@
+"""What a drop on some samples says of others of the same kind: intervals, tests and bounds."""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+from scipy import stats
+
+from sepconvert.measure.metrics.metric import Metric, Statistics, Weights
+from sepconvert.measure.statistics import (
+    Interval,
+    drop_bound,
+    drop_p_value,
+    paired_difference_interval,
+    samples_needed,
+)
+
+_REPLICATES, _COSTLY_REPLICATES = 1000, 100
+
+_AT_ONCE = 2**22  # weights held at once
+
+
+class Uncertainty(Protocol):
+    """How far the drop of a metric on `n` samples may be off; all numbers are in the metric's unit."""
+
+    @property
+    def n(self) -> int:
+        """Number of samples."""
+
+    def interval(self, confidence: float) -> Interval:
+        """Return an interval that encloses the drop on samples of the same kind with this confidence."""
+
+    def p_value(self, limit: float, level: float) -> float:
+        """Return the p-value of the hypothesis that the drop is `limit` or more, for a test at `level`."""
+
+    def bound(self, confidence: float) -> float:
+        """Return the drop that is not exceeded with this confidence; 0 at least."""
+
+    def samples_needed(self, limit: float, level: float) -> int | None:
+        """Return how many samples would prove a drop below `limit`, at the rates seen; None if none would."""
+
+
+@dataclass(frozen=True)
+class Discordant:
+    """Of `n` samples, `lost` are right before and wrong after, and `won` the converse: shares, in percent.
+
+    Tests and bounds are exact (`sepconvert.measure.statistics.drop_p_value`).
+    """
+
+    lost: int
+    won: int
+    n: int
+
+    def interval(self, confidence: float) -> Interval:
+        """Return the adjusted Wald interval; see `paired_difference_interval`."""
+        found = paired_difference_interval(self.lost, self.won, self.n, confidence)
+        return Interval(100 * found.lo, 100 * found.hi)
+
+    def p_value(self, limit: float, level: float) -> float:
+        """Return the exact p-value."""
+        return drop_p_value(self.lost, self.won, self.n, limit / 100, level)
+
+    def bound(self, confidence: float) -> float:
+        """Return the exact bound."""
+        return 100 * drop_bound(self.lost, self.won, self.n, confidence)
+
+    def samples_needed(self, limit: float, level: float) -> int | None:
+        """Return the number by doubling and bisection."""
+        return samples_needed(self.lost, self.won, self.n, limit / 100, level)
+
+
+class Estimated:
+    """A drop with a standard error, whose ratio is taken for Student's t with n − 1 degrees of freedom."""
+
+    drop: float
+    n: int
+
+    @property
+    def error(self) -> float:
+        """Standard error of the drop."""
+        raise NotImplementedError
+
+    def interval(self, confidence: float) -> Interval:
+        """Return the drop ± t standard errors."""
+        half = self._quantile((1 + confidence) / 2) * self.error
+        return Interval(self.drop - half, self.drop + half)
+
+    def p_value(self, limit: float, level: float) -> float:
+        """Return the p-value of a one-sided t-test; 1 for a single sample."""
+        if self.n < 2:
+            return 1.0
+        if not self.error:
+            return 0.0 if self.drop < limit else 1.0
+        return float(stats.t.sf((limit - self.drop) / self.error, self.n - 1))
+
+    def bound(self, confidence: float) -> float:
+        """Return the end of a one-sided interval."""
+        return max(0.0, self.drop + self._quantile(confidence) * self.error)
+
+    def samples_needed(self, limit: float, level: float) -> int | None:
+        """Return the number at which the standard error would be small enough."""
+        if self.drop >= limit:
+            return None
+        ratio = self._quantile(1 - level) * self.error / (limit - self.drop)
+        return max(2, math.ceil(self.n * ratio**2))
+
+    def _quantile(self, share: float) -> float:
+        return float(stats.t.ppf(share, max(self.n - 1, 1)))
+
+
+class MeanDrop(Estimated):
+    """The mean of N paired drops."""
+
+    def __init__(self, drops: npt.NDArray[np.float64]) -> None:
+        """Take the drop of each sample."""
+        self._drops = drops
+        self.drop, self.n = float(drops.mean()), len(drops)
+
+    @cached_property
+    def error(self) -> float:
+        """Standard error of the mean."""
+        return float(self._drops.std(ddof=1) / math.sqrt(self.n)) if self.n > 1 else 0.0
+
+
+class ResampledDrop(Estimated):
+    """The drop of a metric that is no mean of its samples; its error is found by a bootstrap over samples.
+
+    Both models are scored on the same samples, drawn with replacement (B. Efron, R. Tibshirani, "An
+    Introduction to the Bootstrap", 1993, chapter 6); the draws are seeded.
+    """
+
+    def __init__(self, metric: Metric, before: Statistics, after: Statistics, drop: float) -> None:
+        """Take the statistics of both models on the same samples, and the drop on all of them."""
+        self._metric, self._before, self._after = metric, before, after
+        self.drop, self.n = drop, len(before)
+
+    @cached_property
+    def error(self) -> float:
+        """Standard deviation of the drop over the data sets that are drawn."""
+        replicates = _COSTLY_REPLICATES if self._metric.costly else _REPLICATES
+        found = np.concatenate(
+            [
+                self._metric.values(self._before, weights) - self._metric.values(self._after, weights)
+                for weights in _drawn(self.n, replicates)
+            ]
+        )
+        finite = found[np.isfinite(found)]
+        return float(finite.std(ddof=1)) if len(finite) > 1 else 0.0
+
+
+def _drawn(n: int, replicates: int) -> Iterator[Weights]:
+    """Yield how often each of `n` samples is drawn, a part of the replicates at a time."""
+    generator = np.random.default_rng(0)
+    part = max(1, min(replicates, _AT_ONCE // n))
+    for start in range(0, replicates, part):
+        size = min(part, replicates - start)
+        yield generator.multinomial(n, np.full(n, 1 / n), size=size).astype(np.float64)
