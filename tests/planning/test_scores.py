@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from sepconvert.base.progress import silent
-from sepconvert.measure.metrics import accuracy_delta, evaluate
+from sepconvert.measure.metrics.evaluation import Scoring, evaluate, metric_delta
 from sepconvert.planning.scores import Scores, sizes_of
 
 
@@ -70,7 +70,7 @@ def test_parts_are_those_of_whole_runs_and_each_image_is_read_once():
     x, y = samples(4200)
     data = Counting(x, y)
     original, converted = models()
-    scores = Scores(original, DataLoader(data, 64), seed=3, progress=silent)
+    scores = Scores(original, DataLoader(data, 64), Scoring(), seed=3, progress=silent)
     assert sorted(data.read) == [*range(4200)]
     data.read.clear()
     first = scores.delta(converted, 500)
@@ -82,14 +82,15 @@ def test_parts_are_those_of_whole_runs_and_each_image_is_read_once():
     whole = scores.delta(converted, 4200)
     assert sorted(data.read) == [*range(4200)]
     assert (second.n, rest.n, whole.n) == (2100, 2100, 4200)
-    assert whole.lost == second.lost + rest.lost
-    assert whole.won == second.won + rest.won
+    counts, half, others = (each.uncertainty for each in (whole, second, rest))
+    assert counts.lost == half.lost + others.lost
+    assert counts.won == half.won + others.won
     # The oracle: one run over everything.
     plain = [evaluate(model, DataLoader(TensorDataset(x, y), 100)) for model in (original, converted)]
-    assert whole == accuracy_delta(*plain)
-    assert whole.lost > 0
-    found = scores.predictions(converted)
-    assert np.array_equal(found.ranked, plain[1].ranked)
+    assert whole == metric_delta(*plain)
+    assert counts.lost > 0
+    found = scores.evaluation(converted).predictions
+    assert np.array_equal(found.ranked, plain[1].predictions.ranked)
     assert np.array_equal(found.labels, y)
 
 
@@ -99,7 +100,7 @@ def test_the_order_depends_on_the_seed_alone():
 
     def first(seed):
         data = Counting(x, y)
-        scores = Scores(original, DataLoader(data, 64), seed, silent)
+        scores = Scores(original, DataLoader(data, 64), Scoring(), seed, silent)
         data.read.clear()
         scores.delta(converted, 500)
         return data.read
@@ -124,7 +125,7 @@ def test_a_copy_has_the_predictions_of_its_model():
     x, y = samples(600)
     data = Counting(x, y)
     original, converted = models()
-    scores = Scores(original, DataLoader(data, 64), 0, silent)
+    scores = Scores(original, DataLoader(data, 64), Scoring(), 0, silent)
     found = scores.delta(converted, 600)
     data.read.clear()
     scores.share(converted, copied := copy.deepcopy(converted))
@@ -136,9 +137,9 @@ def test_a_copy_has_the_predictions_of_its_model():
 def test_what_cannot_be_indexed_is_one_part(loader):
     x, y = samples(1200)
     original, converted = models()
-    scores = Scores(original, loader(x, y), 0, silent)
+    scores = Scores(original, loader(x, y), Scoring(), 0, silent)
     assert scores.sizes == (1200,)
     assert scores.rest(converted) is None
     plain = [evaluate(model, DataLoader(TensorDataset(x, y), 100)) for model in (original, converted)]
-    assert scores.delta(converted, 1200) == accuracy_delta(*plain)
-    assert np.array_equal(scores.predictions(converted).ranked, plain[1].ranked)
+    assert scores.delta(converted, 1200) == metric_delta(*plain)
+    assert np.array_equal(scores.evaluation(converted).predictions.ranked, plain[1].predictions.ranked)

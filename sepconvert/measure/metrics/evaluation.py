@@ -205,8 +205,9 @@ def evaluate(
                 on_images(samples)
             if running is None:  # a Sequential of nothing is false
                 running = quick_copy(model, samples)
-                first = _run(running, samples[:1].on(running)) if len(samples) > 1 else None
             returned = _run(running, samples.on(running))
+            if not parts and len(samples) > 1:
+                first = _run(running, samples[:1].on(running))
             scoring, part = score(scoring, returned, y, len(samples), first)
             parts.append(part)
     return joined(parts)

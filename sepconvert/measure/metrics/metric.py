@@ -1,7 +1,7 @@
 """Metrics as values: name, unit, direction, and how a value is made of statistics of single samples."""
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 import numpy as np
@@ -36,8 +36,8 @@ class Metric:
     name: str
     unit: str
     higher_is_better: bool
-    statistics: Callable[[Any, Any], Statistics]
-    values: Callable[[Statistics, Weights], npt.NDArray[np.float64]]
+    statistics: Callable[[Any, Any], Statistics] = field(repr=False)
+    values: Callable[[Statistics, Weights], npt.NDArray[np.float64]] = field(repr=False)
     is_mean: bool = False
     targets: Literal["classes", "pictures", "any"] = "any"
     costly: bool = False

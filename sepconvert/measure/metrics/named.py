@@ -37,7 +37,7 @@ def named(name: str, ignore_index: int | None = None) -> Metric:
         "ssim": Metric("ssim", "", True, _ssim, means, True, "pictures"),
         "mse": Metric("mse", "", False, partial(_errors, torch.square, "mse"), means, True, "pictures"),
         "mae": Metric("mae", "", False, partial(_errors, torch.abs, "mae"), means, True, "pictures"),
-        "auc": Metric("auc", "pp", True, _scores, _auroc, targets="classes", costly=True),
+        "auc": Metric("auc", "pp", True, _scores, _auroc, targets="classes"),
         "map": Metric("map", "pp", True, records_of_boxes, mean_average_precisions),
         "cer": Metric("cer", "pp", False, _edits, _error_rate),
     }
@@ -163,42 +163,45 @@ def _recall(statistics: Statistics, weights: Weights) -> npt.NDArray[np.float64]
 
 
 def _scores(outputs: object, targets: object) -> Statistics:
-    """Return the scores of all classes, followed by the class, or by 0 or 1 for each: N × (K + 1 or 2 K)."""
+    """Return scores and truth, 0 or 1, of every class: N × K × 2; of two classes that of the second alone."""
     scores, truth = _tensors("auc", outputs, targets)
-    if scores.ndim == 1:
-        scores = scores[:, None]
-    if truth.ndim == 1:
-        truth = truth[:, None]
-    if scores.ndim != 2 or truth.ndim != 2 or len(scores) != len(truth) or truth.shape[1] not in (
-        1, scores.shape[1],
-    ):  # fmt: skip
+    scores, truth = (value[:, None] if value.ndim == 1 else value for value in (scores, truth))
+    alike = scores.ndim == truth.ndim == 2 and len(scores) == len(truth)
+    if not alike or truth.is_floating_point() or truth.shape[1] not in (1, scores.shape[1]):
         raise SepconvertError(
             f"`metric` auc: expected outputs N×classes, and class numbers N or 0 and 1 for each class, got "
             f"outputs {_described(scores)} and targets {_described(truth)}; pass other data, or `postprocess`"
         )
-    if truth.shape[1] == 1:
-        check_classes("auc", truth, max(scores.shape[1], 2))
-    return torch.cat([scores.double(), truth.double()], 1).cpu().numpy()
+    number = scores.shape[1]
+    if truth.shape[1] == number:
+        check_classes("auc", truth, 2)
+    else:
+        check_classes("auc", truth, number)
+        scores, truth = scores.double().softmax(1), truth == torch.arange(number)
+        scores, truth = (value[:, 1:] if number == 2 else value for value in (scores, truth))
+    return torch.stack([scores.double(), truth.to(scores.device).double()], 2).cpu().numpy()
 
 
 def _auroc(statistics: Statistics, weights: Weights) -> npt.NDArray[np.float64]:
-    """Return the area under the ROC curve in percent, a mean over classes, of each data set."""
-    from torchmetrics.functional.classification import binary_auroc, multiclass_auroc, multilabel_auroc
+    """Return the area under the ROC curve in percent, a mean over the classes that have samples and others.
 
-    width = statistics.shape[1]
-    classes = width // 2 if width % 2 == 0 and width > 2 else width - 1
-    found = []
-    for each in weights:
-        rows = torch.from_numpy(np.repeat(statistics, each.astype(int), axis=0))
-        scores, truth = rows[:, :classes], rows[:, classes:].long()
-        if classes == 1:
-            area = binary_auroc(scores[:, 0].sigmoid(), truth[:, 0])
-        elif truth.shape[1] == 1:
-            area = multiclass_auroc(scores.softmax(1), truth[:, 0], classes)
-        else:
-            area = multilabel_auroc(scores.sigmoid(), truth, classes)
-        found.append(100 * float(area))
-    return np.array(found)
+    It is the share of pairs of a sample of the class and another in which the former scores higher, equal
+    scores counting half (J. Hanley, B. McNeil, Radiology 143, 1982).
+    """
+    areas = []
+    for scores, truth in np.moveaxis(statistics, (1, 2), (0, 1)):
+        _, group = np.unique(scores, return_inverse=True)
+        of_groups = np.zeros((len(scores), group.max() + 1))
+        of_groups[np.arange(len(scores)), group] = 1
+        positive, negative = (weights * truth) @ of_groups, (weights * (1 - truth)) @ of_groups
+        below = negative.cumsum(1) - negative / 2
+        pairs = positive.sum(1) * negative.sum(1)
+        areas.append(
+            np.divide((positive * below).sum(1), pairs, out=np.full(len(pairs), np.nan), where=pairs > 0)
+        )
+    known = np.isfinite(areas)
+    found: npt.NDArray[np.float64] = 100 * np.where(known, areas, 0).sum(0) / np.maximum(known.sum(0), 1)
+    return found
 
 
 # Pictures and numbers -------------------------------------------------------------------------------

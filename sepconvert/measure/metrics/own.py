@@ -1,7 +1,8 @@
 """Metrics of the user's own: functions, and metrics of torchmetrics."""
 
 import copy
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Sequence
 from inspect import Parameter, signature
 from typing import Any
 
@@ -132,17 +133,12 @@ def _of_torchmetric(name: str, metric: Any) -> Metric:
             f"`metric` {name}: does not say whether higher is better; set higher_is_better in its class"
         )
     metric = copy.deepcopy(metric).cpu()
-    states = list(metric._defaults)
-    summed = all(
-        isinstance(metric._defaults[state], Tensor)
-        and getattr(metric._reductions[state], "__name__", "") == "dim_zero_sum"
-        for state in states
-    )
-    lists = all(isinstance(metric._defaults[state], list) for state in states)
-    if not summed and not lists:
+    found = {state: _combined_by(metric, state) for state in metric._defaults}
+    states = {state: combine for state, combine in found.items() if combine is not None}
+    if len(states) < len(found):
         raise SepconvertError(
-            f"`metric` {name}: its states are neither sums nor lists over samples, so that it has no "
-            "interval; pass a metric of such states, or a function that returns a score for each sample"
+            f"`metric` {name}: its states are neither sums, means, extremes nor lists over samples, so that "
+            "it has no interval; pass another metric, or a function that returns a score for each sample"
         )
 
     def statistics(outputs: Any, targets: Any) -> Statistics:
@@ -167,16 +163,12 @@ def _of_torchmetric(name: str, metric: Any) -> Metric:
         for counts in weights:
             metric.reset()
             drawn = [(statistics[index], int(counts[index])) for index in np.flatnonzero(counts)]
-            for place, state in enumerate(states):
-                if summed:
-                    total = sum(times * record[place] for record, times in drawn)
-                    setattr(metric, state, total.to(metric._defaults[state].dtype))
-                else:
-                    setattr(
-                        metric, state, [each for record, times in drawn for each in record[place] * times]
-                    )
+            for place, (state, combine) in enumerate(states.items()):
+                setattr(metric, state, combine([(record[place], times) for record, times in drawn]))
             metric._update_count, metric._computed = 1, None
-            found.append(float(metric.compute()))
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of classes that a drawn data set lacks
+                found.append(float(metric.compute()))
         return np.array(found)
 
     return Metric(
@@ -187,6 +179,25 @@ def _of_torchmetric(name: str, metric: Any) -> Metric:
         values,
         costly=True,
     )
+
+
+Drawn = Sequence[tuple[Any, int]]
+"""States of single samples, and how often each is drawn."""
+
+
+def _combined_by(metric: Any, state: str) -> Callable[[Drawn], Any] | None:
+    """Return what makes one state of those of single samples, as torchmetrics does across processes."""
+    default, reduction = metric._defaults[state], getattr(metric._reductions[state], "__name__", "")
+    if isinstance(default, list):
+        return lambda drawn: [each for record, times in drawn for each in record * times]
+    if reduction == "dim_zero_sum":
+        return lambda drawn: torch.stack([record * times for record, times in drawn]).sum(0).to(default.dtype)
+    if reduction == "dim_zero_mean":
+        return lambda drawn: torch.stack([record for record, times in drawn for _ in range(times)]).mean(0)
+    if reduction in ("dim_zero_max", "dim_zero_min"):
+        extreme = torch.amax if reduction == "dim_zero_max" else torch.amin
+        return lambda drawn: extreme(torch.stack([record for record, _ in drawn]), 0)
+    return None
 
 
 def _kept(state: Any) -> Any:

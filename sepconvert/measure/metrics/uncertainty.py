@@ -21,6 +21,8 @@ from sepconvert.measure.statistics import (
 
 _REPLICATES, _COSTLY_REPLICATES = 1000, 100
 
+_STEPS = 8
+
 _AT_ONCE = 2**22  # weights held at once
 
 
@@ -105,8 +107,11 @@ class Estimated:
         """Return the number at which the standard error would be small enough."""
         if self.drop >= limit:
             return None
-        ratio = self._quantile(1 - level) * self.error / (limit - self.drop)
-        return max(2, math.ceil(self.n * ratio**2))
+        deviation, needed = self.error * math.sqrt(self.n), self.n
+        for _ in range(_STEPS):  # the quantile depends on the number itself
+            ratio = stats.t.ppf(1 - level, max(needed - 1, 1)) * deviation / (limit - self.drop)
+            needed = max(2, math.ceil(ratio**2))
+        return needed
 
     def _quantile(self, share: float) -> float:
         return float(stats.t.ppf(share, max(self.n - 1, 1)))
