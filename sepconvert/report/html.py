@@ -8,9 +8,18 @@ from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 from markupsafe import Markup, escape
 
 from sepconvert.measure.comparison import Comparison
+from sepconvert.measure.metrics.metric import written_interval
 from sepconvert.report import plots
 from sepconvert.report.exhibits import Exhibits
-from sepconvert.report.numbers import Document, estimate_text, percent_text, ratio_text, speedup_text
+from sepconvert.report.numbers import (
+    Document,
+    Quality,
+    drop_text,
+    measured_drop,
+    percent_text,
+    ratio_text,
+    speedup_text,
+)
 from sepconvert.report.sentences import causes, sentences
 
 
@@ -20,6 +29,8 @@ def render_html(document: Document, exhibits: Exhibits | None = None) -> str:
         report=document,
         sentences=sentences(document),
         causes=causes(document),
+        quality=Quality.of(document),
+        drop=measured_drop(document),
         pictures=_pictures(document, exhibits or Exhibits()),
     )
 
@@ -53,10 +64,11 @@ def _template(name: str) -> Template:
         lstrip_blocks=True,
     )
     pages.filters.update(
-        estimate=estimate_text,
         ratio=ratio_text,
         speedup=speedup_text,
         percent=percent_text,
+        drop_text=drop_text,
+        drop_interval=written_interval,
         code=_with_code,
         fact=_fact,
     )
@@ -85,7 +97,7 @@ def _pictures(document: Document, exhibits: Exhibits) -> Mapping[str, Any]:
     carried_out = sum(point["heldout"] is not None for point in curve)
     errors = {layer["name"]: layer["weight_error"] for layer in document["layers"]}
     return {
-        "trade_off": _svg(plots.trade_off(curve)) if carried_out > 2 else None,
+        "trade_off": _svg(plots.trade_off(curve, Quality.of(document))) if carried_out > 2 else None,
         "distributions": before and _svg(plots.distributions([("original", before), ("converted", after)])),
         "spectra": {
             layer["name"]: _svg(plots.spectrum(layer["spectrum"]))

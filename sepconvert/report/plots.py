@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from sepconvert.report.exhibits import KernelPair
-from sepconvert.report.numbers import Document
+from sepconvert.report.numbers import Document, Quality, heading
 
 # Placeholders for the colours of text, before and after, which the page's light or dark scheme defines.
 _INK, _BEFORE, _AFTER = "#010203", "#010204", "#010205"
@@ -34,14 +34,14 @@ _LINE_STYLES = ("-", "--", ":", "-.")  # for the second and later models
 _PIXELS_PER_WEIGHT = 12
 
 
-def trade_off(curve: Sequence[Document]) -> str:
-    """Return a plot of divergence, and of the change of accuracy if measured, against the gain of each plan.
+def trade_off(curve: Sequence[Document], quality: Quality) -> str:
+    """Return a plot of divergence, and of the change of the metric if measured, against each plan's gain.
 
     `curve` is that of the report; plans that were not carried out are left out. Markers of plans whose
     measured speed-up is within noise are hollow.
     """
     plans = [point for point in curve if point["heldout"] is not None and point["converted"]]
-    scored = [point for point in plans if point["accuracy_drop_pp"] is not None]
+    scored = [point for point in plans if point["drop"] is not None]
     timed = all(point["latency_speedup"] is not None for point in plans)
 
     def gain(point: Document) -> float:
@@ -60,16 +60,18 @@ def trade_off(curve: Sequence[Document]) -> str:
     for axes in lower:
         axes.axhline(0, color=_INK, linewidth=0.8, alpha=0.5)
         for point in scored:
-            drop = point["accuracy_drop_pp"]
-            low, high = drop["ci95"]
-            bars = [[high - drop["value"]], [drop["value"] - low]]
-            axes.errorbar(gain(point), -drop["value"], bars, fmt="o", capsize=3, **_marker(point))
-        axes.set_ylabel("change of\ntop-1, pp", color=_INK)
+            sign = -1 if quality.higher_is_better else 1
+            change, *ends = (sign * value for value in (point["drop"]["value"], *point["drop"]["ci95"]))
+            bars = [[change - min(ends)], [max(ends) - change]]
+            axes.errorbar(gain(point), change, bars, fmt="o", capsize=3, **_marker(point))
+        axes.set_ylabel(f"change of\n{heading(quality.heading, quality.unit)}", color=_INK)
     last = lower[0] if lower else upper
     last.set_xlabel("measured speed-up, ×" if timed else "fewer MACs, ×", color=_INK)
     for axes in (upper, *lower):
         _dress(axes)
-    return _svg(figure, "Divergence and change of accuracy against the gain, for every plan carried out")
+    return _svg(
+        figure, f"Divergence and change of {quality.noun} against the gain, for every plan carried out"
+    )
 
 
 def _marker(point: Document) -> dict[str, Any]:
