@@ -9,8 +9,6 @@ from markupsafe import Markup, escape
 
 from sepconvert.measure.comparison import Comparison
 from sepconvert.measure.metrics.metric import written_interval
-from sepconvert.report import plots
-from sepconvert.report.exhibits import Exhibits
 from sepconvert.report.numbers import (
     Document,
     Quality,
@@ -20,18 +18,27 @@ from sepconvert.report.numbers import (
     ratio_text,
     speedup_text,
 )
+from sepconvert.report.pictures import plots
+from sepconvert.report.pictures.exhibits import Exhibits
+from sepconvert.report.pictures.images import picture
+from sepconvert.report.pictures.panels import LEGENDS, panels
+from sepconvert.report.pictures.samples import ChangedSample
 from sepconvert.report.sentences import causes, sentences
 
 
 def render_html(document: Document, exhibits: Exhibits | None = None) -> str:
     """Return a report as a page that loads nothing from elsewhere and can be read without scripts."""
+    exhibits = exhibits or Exhibits()
+    changed = exhibits.changed
     return _template("report.html.jinja").render(
         report=document,
         sentences=sentences(document),
         causes=causes(document),
         quality=Quality.of(document),
         drop=measured_drop(document),
-        pictures=_pictures(document, exhibits or Exhibits()),
+        examined=changed,
+        legend=LEGENDS[changed.kind] if changed.kind else "",
+        pictures=_pictures(document, exhibits),
     )
 
 
@@ -108,10 +115,20 @@ def _pictures(document: Document, exhibits: Exhibits) -> Mapping[str, Any]:
             {"layer": pair.layer, "weight_error": errors[pair.layer], **plots.kernels(pair)}
             for pair in exhibits.kernels
         ],
-        "images": {
-            index: plots.picture(image) for index, image in exhibits.images.items() if image.ndim == 3
-        },
+        "images": {index: picture(image) for index, image in exhibits.images.items() if image.ndim == 3},
+        "changed": [
+            {"caption": _change(sample, Quality.of(document)), "panels": panels(sample)}
+            for sample in exhibits.changed.shown
+        ],
     }
+
+
+def _change(sample: ChangedSample, quality: Quality) -> str:
+    """Return which sample it is, and its scores."""
+    if sample.scores is None:
+        return f"sample {sample.index}"
+    before, after = (quality.value(score) for score in sample.scores)
+    return f"sample {sample.index}: {quality.name} {before} → {after}"
 
 
 def _svg(text: str) -> Markup:

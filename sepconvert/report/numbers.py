@@ -73,7 +73,7 @@ def drop_text(drop: Document, *, unit: bool = True) -> str:
 
 @dataclass(frozen=True)
 class Quality:
-    """What a report holds quality by: the metric of its data, or accuracy where there are none."""
+    """The metric that a report judges a model by: that of its data, or accuracy where there are none."""
 
     name: str
     unit: str

@@ -12,8 +12,8 @@ from PIL import Image
 from profiles import profile
 
 from sepconvert.measure.comparison import Comparison
-from sepconvert.report.exhibits import Exhibits, KernelPair
 from sepconvert.report.html import render_comparison, render_html
+from sepconvert.report.pictures.exhibits import Exhibits, KernelPair
 from sepconvert.report.sentences import causes, sentences
 
 VOID = {"meta", "br", "img", "input"}

@@ -73,7 +73,7 @@ class MetricValue(Struct, frozen=True):
 
 
 class Drop(Struct, frozen=True):
-    """What a metric lost, in its unit; negative if it gained."""
+    """Loss of a metric, in its unit; negative if it gained."""
 
     value: float
     unit: Annotated[str, Meta(description="of the metric")]

@@ -1,6 +1,5 @@
-"""Pictures to embed in a page: plots as SVG text, kernels and images as PNG data URLs."""
+"""Plots to embed in a page as SVG text, and kernels as PNG data URLs."""
 
-import base64
 import html
 import io
 import re
@@ -12,11 +11,11 @@ import numpy as np
 import numpy.typing as npt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from PIL import Image
 from torch import Tensor
 
-from sepconvert.report.exhibits import KernelPair
 from sepconvert.report.numbers import Document, Quality, heading
+from sepconvert.report.pictures.exhibits import KernelPair
+from sepconvert.report.pictures.images import png
 
 # Placeholders for the colours of text, before and after, which the page's light or dark scheme defines.
 _INK, _BEFORE, _AFTER = "#010203", "#010204", "#010205"
@@ -123,27 +122,9 @@ def kernels(pair: KernelPair) -> dict[str, Any]:
     before, after = (_strip(part, largest) for part in (pair.before, pair.after))
     height, width = before.shape[:2]
     return {
-        "before": _png(before), "after": _png(after),
+        "before": png(before), "after": png(after),
         "width": _PIXELS_PER_WEIGHT * width, "height": _PIXELS_PER_WEIGHT * height,
     }  # fmt: skip
-
-
-def picture(image: Tensor) -> dict[str, Any]:
-    """Return an image C × H × W as a data URL, stretched from black to white, and its size in pixels.
-
-    Channels are averaged unless there are 1 or 3.
-    """
-    pixels = image.detach().double().cpu()
-    if len(pixels) not in (1, 3):
-        pixels = pixels.mean(0, keepdim=True)
-    low, high = float(pixels.min()), float(pixels.max())
-    stretched = ((pixels - low) / ((high - low) or 1.0) * 255).round().byte().permute(1, 2, 0).numpy()
-    height, width = stretched.shape[:2]
-    return {
-        "url": _png(stretched.squeeze(2) if len(pixels) == 1 else stretched),
-        "width": width,
-        "height": height,
-    }
 
 
 def _strip(filters: Tensor, largest: float) -> npt.NDArray[np.uint8]:
@@ -152,12 +133,6 @@ def _strip(filters: Tensor, largest: float) -> npt.NDArray[np.uint8]:
     padded = np.pad(colours, ((0, 0), (0, 0), (0, 1), (0, 0)))
     strip: npt.NDArray[np.uint8] = (np.concatenate(padded, axis=1)[:, :-1] * 255).round().astype(np.uint8)
     return strip
-
-
-def _png(pixels: npt.NDArray[np.uint8]) -> str:
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, "PNG", optimize=True)
-    return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
 def _dress(axes: Axes) -> None:

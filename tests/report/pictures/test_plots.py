@@ -10,9 +10,9 @@ import pytest
 import torch
 from PIL import Image
 
-from sepconvert.report import plots
-from sepconvert.report.exhibits import KernelPair
 from sepconvert.report.numbers import TOP1, Quality
+from sepconvert.report.pictures import plots
+from sepconvert.report.pictures.exhibits import KernelPair
 
 
 def pixels(url: str) -> np.ndarray:
