@@ -17,15 +17,18 @@ UNITS: Mapping[str, tuple[str, ...]] = {
     "macs": ("%",),
     "params": ("%",),
     "bytes": ("%",),
-    "drop": ("", "pp"),
+    "drop": ("", "pp", "db"),
     "agreement": ("%",),
     "max_abs": ("",),
 }
-"""The units in which a condition may give each metric; failures are reported in the last of them."""
+"""The units in which a condition may give each metric; failures are reported in the last of them.
+
+A drop is in the unit of `--metric`, which a condition need not repeat.
+"""
 
 
 _CONDITION = re.compile(
-    r"\s*(\w+)\s*([<>])\s*([+-]?\d+(?:\.\d+)?(?:e[+-]?\d+)?)\s*(%|pp|x|×|)\s*", re.IGNORECASE
+    r"\s*(\w+)\s*([<>])\s*([+-]?\d+(?:\.\d+)?(?:e[+-]?\d+)?)\s*(%|pp|dB|x|×|)\s*", re.IGNORECASE
 )
 
 
@@ -34,14 +37,16 @@ class Demand:
     """A condition that fails a comparison, such as `latency > +5%`, for use in continuous integration.
 
     `latency`, `macs`, `params` and `bytes` are changes in percent of the first model's value. `speedup` is
-    the ratio of latencies, `drop` the loss of top-1 accuracy in percentage points, `agreement` the percentage
-    of equal predictions, and `max_abs` the largest absolute difference of any output.
+    the ratio of latencies, `drop` the loss of the metric in its unit (percentage points of top-1 accuracy, dB
+    of psnr), `agreement` the percentage of equal predictions, and `max_abs` the largest absolute difference
+    of any output.
     """
 
     text: str
     metric: str
     sign: Literal["<", ">"]
     threshold: float
+    unit: str = ""  # as it was given, in lower case
 
     @classmethod
     def parse(cls, text: str) -> "Demand":
@@ -57,9 +62,9 @@ class Demand:
                 f"--fail-if {text!r}: expected one of {', '.join(UNITS)}, then < or >, then a number, with "
                 "% for changes; e.g. 'latency > +5%' or 'drop > 0.5'"
             )
-        return cls(text, metric, "<" if match[2] == "<" else ">", float(match[3]))
+        return cls(text, metric, "<" if match[2] == "<" else ">", float(match[3]), match[4].lower())
 
-    def require(self, *, together: bool, timed: bool, data: bool, labels: bool) -> None:
+    def require(self, *, together: bool, timed: bool, data: bool, labels: bool, unit: str) -> None:
         """Check, before anything is measured, that the metric will be.
 
         Args:
@@ -67,9 +72,10 @@ class Demand:
             timed: whether they are timed.
             data: whether they are run on data.
             labels: whether these may have labels.
+            unit: that of drops.
 
         Raises:
-            SepconvertError: the metric will not be measured.
+            SepconvertError: the metric will not be measured, or not in the unit of the condition.
         """
         measured = {
             **dict.fromkeys(("latency", "speedup"), together and timed),
@@ -84,6 +90,11 @@ class Demand:
             )
         if not measured.get(self.metric, True):
             raise self._not_measured()
+        if self.metric == "drop" and self.unit not in ("", unit.lower()):
+            raise SepconvertError(
+                f"--fail-if {self.text!r}: drops of this metric are {f'in {unit}' if unit else 'unitless'}; "
+                "give the threshold so, or pass another --metric"
+            )
 
     def failures(self, comparison: Comparison) -> list[str]:
         """Return a message for each model that meets the condition.
@@ -95,15 +106,22 @@ class Demand:
         """
         messages = []
         deltas = comparison.deltas or (Delta(),) * (len(comparison.profiles) - 1)
-        base, unit = comparison.profiles[0], UNITS[self.metric][-1]
+        base = comparison.profiles[0]
         for index, (profile, delta) in enumerate(zip(comparison.profiles[1:], deltas, strict=True), start=1):
             value = self._value(base, profile, delta)
             if value > self.threshold if self.sign == ">" else value < self.threshold:
                 name = comparison.names[index] if comparison.names else f"#{index + 1}"
+                unit = self._unit(delta)
                 messages.append(
                     f"{name}: {self.metric} is {value:.4g}{unit and ' '}{unit} ({self.text.strip()})"
                 )
         return messages
+
+    def _unit(self, delta: Delta) -> str:
+        """Return the unit in which a failure is reported."""
+        if self.metric == "drop" and delta.accuracy is not None:
+            return delta.accuracy.metric.unit
+        return UNITS[self.metric][-1]
 
     def _value(self, base: Profile, profile: Profile, delta: Delta) -> float:
         values: Mapping[str, float | None] = {

@@ -27,6 +27,7 @@ from sepconvert.files.onnx.facts import read_onnx
 from sepconvert.measure.comparison import Comparison
 from sepconvert.measure.head_to_head import Subject
 from sepconvert.measure.head_to_head import measure as measure_together
+from sepconvert.measure.metrics.evaluation import TOP1
 from sepconvert.measure.metrics.own import scoring_of
 from sepconvert.measure.profiling import SCHEMA as PROFILE_SCHEMA
 from sepconvert.measure.profiling import StoredProfile, anatomy, batch_size, read_profile
@@ -76,12 +77,14 @@ def compare(**options: Any) -> None:
         raise SepconvertError("compare: expected two models or more, got one; profile measures one")
     demands = [Demand.parse(text) for text in options["fail_if"]]
     stored = any(path.suffix == ".json" for path in options["models"])
+    unit = (scoring_of(value_of(Task, options)).metric or TOP1).unit
     for demand in demands:
         demand.require(
             together=not stored,
             timed=options["runs"] > 0,
             data=options["data"] is not None,
             labels=options["data"] is not None and _may_have_labels(options["data"]),
+            unit=unit,
         )
     with quietly():
         found, note = _stored(options) if stored else _together(options)

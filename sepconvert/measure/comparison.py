@@ -3,7 +3,7 @@
 import csv
 import io
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -13,7 +13,7 @@ from sepconvert.base.errors import SepconvertError, quoted
 from sepconvert.measure.divergence import OutputDifference
 from sepconvert.measure.latency import Speedup
 from sepconvert.measure.metrics.evaluation import NO_DELTA, TOP1, MetricDelta
-from sepconvert.measure.metrics.metric import written_drop
+from sepconvert.measure.metrics.metric import drop_number, written_interval
 from sepconvert.measure.profiling import Profile
 
 Style = Literal["table", "markdown", "csv"]
@@ -58,7 +58,7 @@ class Comparison:
             _column(profile, base, delta) for profile, delta in zip(self.profiles, deltas, strict=True)
         ]
         wanted = [name for name in columns[0] if any(column[name] != "-" for column in columns)]
-        rows = [[name, *(column[name] for column in columns)] for name in wanted]
+        rows = [[_with_unit(name, deltas), *(column[name] for column in columns)] for name in wanted]
         if any(self.dominated):
             rows.append(["", *("dominated" if dominated else "" for dominated in self.dominated)])
         return rows
@@ -216,8 +216,16 @@ def _paired(delta: Delta) -> dict[str, str]:
 
 
 def _drop(delta: MetricDelta) -> str:
-    low, high = (written_drop(end, "") for end in delta.ci95.to_list())
-    return f"{delta.written_drop} [{low}, {high}]"
+    unit = delta.metric.unit
+    return f"{drop_number(delta.drop, unit)} {written_interval(delta.ci95.to_list(), unit)}"
+
+
+def _with_unit(name: str, deltas: Sequence[Delta | None]) -> str:
+    """Return the name of a row; that of the drop is followed by the unit of the metric, which all share."""
+    if name != "drop":
+        return name
+    unit = next(each.accuracy.metric.unit for each in deltas if each is not None and each.accuracy)
+    return f"drop, {unit}" if unit else "drop"
 
 
 def _each(delta: Delta, cell: Callable[[OutputDifference], str]) -> str:

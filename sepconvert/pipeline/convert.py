@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -36,8 +37,9 @@ from sepconvert.pipeline.stages import Measured, Written, checked_place, measure
 from sepconvert.planning.conversion import Conversion, LayerReport, Verification
 from sepconvert.planning.plan import ConversionPlan
 from sepconvert.report.document import Report, report_document
-from sepconvert.report.exhibits import Exhibits, images_at, kernel_pairs
 from sepconvert.report.files import write_documents
+from sepconvert.report.pictures.exhibits import Exhibits, kernel_pairs
+from sepconvert.report.pictures.samples import changed_samples, image_of, samples_at
 
 _RUNS = 30  # of each layer under the gate "latency" of `inspect`
 
@@ -267,8 +269,6 @@ def _result(
         approximation=made.approximation,
         data=None if original.facts is None else original.facts.to_json(),
     )
-    shown = [each.index for each in measured.changed.shown] if measured.changed else []
-    images = {} if original.data.scored is None else images_at(original.data.scored, shown)
     return ConversionResult(
         made.model,
         written.plan.to_json(),
@@ -279,5 +279,26 @@ def _result(
         measured.accuracy,
         measured.layers,
         verification,
-        Exhibits(kernel_pairs(measured.layers, made.model), images),
+        _exhibits(original, made, measured, job),
     )
+
+
+def _exhibits(original: Original, made: Conversion, measured: Measured, job: Job) -> Exhibits:
+    """Return what the HTML page shows in addition to the report.
+
+    The samples of a classifier are those whose predictions changed. Others are run again, unless the outputs
+    are proven to be the same.
+    """
+    kernels = kernel_pairs(measured.layers, made.model)
+    scores, data, after = original.scores, original.data.scored, original.evaluate(made.model)
+    if scores is None or data is None or after is None:
+        return Exhibits(kernels)
+    if measured.changed is not None:
+        indices = [each.index for each in measured.changed.shown]
+        found = samples_at(data, indices, partial(scores.scoring.batched, original.model))
+        images = {index: image_of(x) for index, (x, _) in found.items()}
+        return Exhibits(kernels, {index: image for index, image in images.items() if image is not None})
+    if job.mode == "exact":
+        return Exhibits(kernels)
+    models = original.model, made.model
+    return Exhibits(kernels, changed=changed_samples(models, data, scores.scoring, (scores.original, after)))

@@ -36,7 +36,7 @@ _FURTHER = 2.0  # largest step beyond a drop that was won back: how much is won 
 
 @dataclass(frozen=True)
 class Attempt:
-    """Drops of accuracy of one plan before and after fine-tuning, in percentage points."""
+    """Drops of one plan before and after fine-tuning, in the unit of the metric."""
 
     before: float
     after: float
@@ -120,7 +120,7 @@ def _attempts(
     """Fine-tune one plan after the other, as far from the original as `next_drop` says."""
     tried: list[Tuned] = []
     while (drop := next_drop([each.attempt for each in tried if each.attempt], most)) is not None:
-        point = search.run(replace(job.budget, max_drop=min(drop, 100.0)), _REFINEMENTS)
+        point = search.run(replace(job.budget, max_drop=drop), _REFINEMENTS)
         if not point.plan.choice or any(point is each.point for each in tried):
             break
         tuned = _fine_tuned(original, job, search, workshop, point, len(tried))
@@ -173,8 +173,9 @@ def _fine_tuned(
 def next_drop(attempts: Sequence[Attempt], most: float) -> float | None:
     """Return the drop before fine-tuning to look for next, for one of at most `most` afterwards.
 
-    All drops are in percentage points. Between a plan that came back within `most` and one that did not, the
-    drop afterwards is taken to be linear in the drop before; with plans on one side only, proportional to it.
+    All drops are in the unit of the metric. Between a plan that came back within `most` and one that did not,
+    the drop afterwards is taken to be linear in the drop before; with plans on one side only, proportional to
+    it.
 
     Returns:
         None after `MOST` attempts, or if no plan is worth another one: too little of the budget is left, or a

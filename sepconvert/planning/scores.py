@@ -50,6 +50,7 @@ class Scores:
 
     Attributes:
         original: evaluation of the original, on all images.
+        scoring: how outputs are judged, with the metric filled in.
         sizes: numbers of images after which a model may be judged, rising; the last is all of them.
         choosing: the one of `sizes` that plans are chosen on, where they are chosen by their measured drop.
     """
@@ -68,7 +69,7 @@ class Scores:
         self.original = evaluate(
             private_copy(model), data, scoring, progress, "accuracy, original", on_images
         )
-        self._scoring = replace(scoring, metric=self.original.metric)
+        self.scoring = replace(scoring, metric=self.original.metric)
         size = len(self.original)
         self.sizes, self.choosing = sizes_of(size) if _may_be_divided(data) else ((size,), size)
         self._parts = _parts(data, self.sizes, seed)
@@ -111,7 +112,7 @@ class Scores:
         return known[:needed]
 
     def _run(self, model: nn.Module, loader: Iterable[Batch]) -> Evaluation:
-        return evaluate(private_copy(model), loader, self._scoring, self._progress, "accuracy, converted")
+        return evaluate(private_copy(model), loader, self.scoring, self._progress, "accuracy, converted")
 
 
 def sizes_of(images: int) -> tuple[tuple[int, ...], int]:

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from sepconvert.base.documents import writing
-from sepconvert.report.exhibits import Exhibits
 from sepconvert.report.html import render_html
+from sepconvert.report.pictures.exhibits import Exhibits
 
 
 def write_documents(

@@ -8,19 +8,37 @@ from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 from markupsafe import Markup, escape
 
 from sepconvert.measure.comparison import Comparison
-from sepconvert.report import plots
-from sepconvert.report.exhibits import Exhibits
-from sepconvert.report.numbers import Document, estimate_text, percent_text, ratio_text, speedup_text
+from sepconvert.measure.metrics.metric import written_interval
+from sepconvert.report.numbers import (
+    Document,
+    Quality,
+    drop_text,
+    measured_drop,
+    percent_text,
+    ratio_text,
+    speedup_text,
+)
+from sepconvert.report.pictures import plots
+from sepconvert.report.pictures.exhibits import Exhibits
+from sepconvert.report.pictures.images import picture
+from sepconvert.report.pictures.panels import LEGENDS, panels
+from sepconvert.report.pictures.samples import ChangedSample
 from sepconvert.report.sentences import causes, sentences
 
 
 def render_html(document: Document, exhibits: Exhibits | None = None) -> str:
     """Return a report as a page that loads nothing from elsewhere and can be read without scripts."""
+    exhibits = exhibits or Exhibits()
+    changed = exhibits.changed
     return _template("report.html.jinja").render(
         report=document,
         sentences=sentences(document),
         causes=causes(document),
-        pictures=_pictures(document, exhibits or Exhibits()),
+        quality=Quality.of(document),
+        drop=measured_drop(document),
+        examined=changed,
+        legend=LEGENDS[changed.kind] if changed.kind else "",
+        pictures=_pictures(document, exhibits),
     )
 
 
@@ -53,10 +71,11 @@ def _template(name: str) -> Template:
         lstrip_blocks=True,
     )
     pages.filters.update(
-        estimate=estimate_text,
         ratio=ratio_text,
         speedup=speedup_text,
         percent=percent_text,
+        drop_text=drop_text,
+        drop_interval=written_interval,
         code=_with_code,
         fact=_fact,
     )
@@ -85,7 +104,7 @@ def _pictures(document: Document, exhibits: Exhibits) -> Mapping[str, Any]:
     carried_out = sum(point["heldout"] is not None for point in curve)
     errors = {layer["name"]: layer["weight_error"] for layer in document["layers"]}
     return {
-        "trade_off": _svg(plots.trade_off(curve)) if carried_out > 2 else None,
+        "trade_off": _svg(plots.trade_off(curve, Quality.of(document))) if carried_out > 2 else None,
         "distributions": before and _svg(plots.distributions([("original", before), ("converted", after)])),
         "spectra": {
             layer["name"]: _svg(plots.spectrum(layer["spectrum"]))
@@ -96,10 +115,20 @@ def _pictures(document: Document, exhibits: Exhibits) -> Mapping[str, Any]:
             {"layer": pair.layer, "weight_error": errors[pair.layer], **plots.kernels(pair)}
             for pair in exhibits.kernels
         ],
-        "images": {
-            index: plots.picture(image) for index, image in exhibits.images.items() if image.ndim == 3
-        },
+        "images": {index: picture(image) for index, image in exhibits.images.items() if image.ndim == 3},
+        "changed": [
+            {"caption": _change(sample, Quality.of(document)), "panels": panels(sample)}
+            for sample in exhibits.changed.shown
+        ],
     }
+
+
+def _change(sample: ChangedSample, quality: Quality) -> str:
+    """Return which sample it is, and its scores."""
+    if sample.scores is None:
+        return f"sample {sample.index}"
+    before, after = (quality.value(score) for score in sample.scores)
+    return f"sample {sample.index}: {quality.name} {before} → {after}"
 
 
 def _svg(text: str) -> Markup:

@@ -2,7 +2,16 @@
 
 import textwrap
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
+
+from sepconvert.measure.metrics.metric import (
+    drop_number,
+    value_unit,
+    written,
+    written_drop,
+    written_interval,
+)
 
 Document = Mapping[str, Any]
 """The report as JSON, or an object within it; see `sepconvert.report.schema`."""
@@ -56,6 +65,83 @@ def as_fast_text(speedup: Document) -> str:
     return f"{ratio_text(speedup['median'])} as fast" + ("" if speedup["significant"] else " (within noise)")
 
 
-def drop_text(drop: Document) -> str:
-    """Return an `accuracy_drop_pp` object in percentage points, with its interval."""
-    return estimate_text(drop["value"], drop["ci95"], " pp")
+def drop_text(drop: Document, *, unit: bool = True) -> str:
+    """Return a `drop` object with its interval, such as `0.098 dB [0.0901, 0.106]`."""
+    write = written_drop if unit else drop_number
+    return f"{write(drop['value'], drop['unit'])} {written_interval(drop['ci95'], drop['unit'])}"
+
+
+@dataclass(frozen=True)
+class Quality:
+    """The metric that a report judges a model by: that of its data, or accuracy where there are none."""
+
+    name: str
+    unit: str
+    higher_is_better: bool
+
+    @classmethod
+    def of(cls, document: Document) -> "Quality":
+        """Return that of a report."""
+        metric = document["delta"]["metric"]
+        if metric is None:
+            return TOP1
+        return cls(metric["name"], metric["unit"], metric["higher_is_better"])
+
+    @property
+    def is_top1(self) -> bool:
+        """Whether it is top-1 accuracy."""
+        return self == TOP1
+
+    @property
+    def noun(self) -> str:
+        """Word in sentences: accuracy, psnr, miou."""
+        return "accuracy" if self.is_top1 else self.name
+
+    @property
+    def heading(self) -> str:
+        """Name in headings, without a unit: top-1, psnr."""
+        return "top-1" if self.is_top1 else self.name
+
+    @property
+    def of_values(self) -> str:
+        """Heading of values: `top-1, %`, `psnr, dB`."""
+        return heading(self.heading, value_unit(self.unit))
+
+    @property
+    def of_drops(self) -> str:
+        """Heading of drops: `drop, pp`, `drop, dB`."""
+        return heading("drop", self.unit)
+
+    def value(self, value: float) -> str:
+        """Return a value with its unit."""
+        return written(value, self.unit)
+
+    def drop(self, drop: float) -> str:
+        """Return a drop with its unit."""
+        return written_drop(drop, self.unit)
+
+    def limit(self, most: float) -> str:
+        """Return a limit as it was given, with the unit unless it is that of top-1 accuracy."""
+        return f"{most:g}" if self.is_top1 else with_unit(f"{most:g}", self.unit)
+
+
+TOP1 = Quality("top1", "pp", True)
+"""Top-1 accuracy, which has words of its own."""
+
+
+def heading(name: str, unit: str) -> str:
+    """Return a heading with a unit, if there is one: `drop, dB`."""
+    return f"{name}, {unit}" if unit else name
+
+
+def with_unit(number: str, unit: str) -> str:
+    """Return a number with a unit, if there is one: `0.1 dB`."""
+    return f"{number} {unit}".rstrip()
+
+
+def measured_drop(document: Document) -> Document | None:
+    """Return a report's drop as a `drop` object; None if none was measured."""
+    metric = document["delta"]["metric"]
+    if metric is None:
+        return None
+    return {**metric, "value": metric["drop"]}

@@ -6,10 +6,19 @@ from dataclasses import replace
 
 from sepconvert.base.notes import Note, info, warning
 from sepconvert.measure.statistics import difference_interval, proportion_interval
-from sepconvert.report.numbers import Document, drop_text, percent_text, range_text
+from sepconvert.report.numbers import (
+    Document,
+    Quality,
+    drop_text,
+    measured_drop,
+    percent_text,
+    range_text,
+    with_unit,
+)
 
-# A measured drop is reported if it exceeds the default `max_drop`, unless chance alone explains it.
-_DROP_PP = 1.0
+# A measured drop is reported if it exceeds the default `max_drop`, unless chance alone explains it. Metrics
+# that are no shares have no default: a hundredth of the original's value takes its place.
+_DROP_PP, _DROP_SHARE = 1.0, 0.01
 
 
 # Thresholds for when accuracy was not measured. Plans that lost a point on a ResNet-9 agreed on 96 to 97 % of
@@ -60,23 +69,24 @@ def doubts(document: Document) -> list[Note]:
 def unseen(document: Document) -> list[Note]:
     """Return what an approximate conversion leaves to be expected on unseen images.
 
-    Where the original itself can do nothing, its drop says nothing about them.
+    Where a classifier itself can do nothing, its drop says nothing about them. What a metric without a level
+    of chance has dropped by holds in any case.
     """
     approximation, accuracy = document["approximation"], document["original"]["accuracy"]
-    choice, most = approximation["choice"], approximation["budget"]["max_drop"]
-    if choice is None or accuracy is None or not _is_skilled(document["data"], accuracy):
+    choice, most, quality = approximation["choice"], approximation["budget"]["max_drop"], Quality.of(document)
+    if choice is None or (accuracy is not None and not _is_skilled(document["data"], accuracy)):
         return []
+    expected = f"expect a drop of up to {quality.drop(choice['bound'])}"
     if choice["confidence"] is not None:
         return [
             info(
                 f"With {100 * choice['confidence']:g} % confidence, the drop on unseen images of the same "
-                f"kind is at most {most:g} pp (`max_drop`). Plans that were tested, in an order fixed "
-                f"beforehand: {choice['plans']}."
+                f"kind is at most {with_unit(f'{most:g}', quality.unit)} (`max_drop`). Plans that were "
+                f"tested, in an order fixed beforehand: {choice['plans']}."
             )
         ]
     if choice["plans"] <= 1:
-        text = f"On unseen images of the same kind, expect a drop of up to {choice['bound_pp']:.2f} pp"
-        return [info(f"{text} (95 % confidence).")]
+        return [info(f"On unseen images of the same kind, {expected} (95 % confidence).")]
     among = (
         f"{choice['plans']} plans were measured on {choice['images']:,} images; the best was taken, which "
     )
@@ -85,8 +95,8 @@ def unseen(document: Document) -> list[Note]:
     free = f"; on {rest['n']:,} others, its drop is {drop_text(rest)}" if rest is not None else ""
     return [
         info(
-            f"{among}{free}. On unseen images of the same kind, expect a drop of up to "
-            f"{choice['bound_pp']:.2f} pp (95 % confidence, with allowance for the choice)."
+            f"{among}{free}. On unseen images of the same kind, {expected} (95 % confidence, with allowance "
+            "for the choice)."
         )
     ]
 
@@ -181,7 +191,7 @@ def _label_doubts(labels: Document) -> list[Note]:
 
 def _interval_doubt(document: Document) -> list[Note]:
     """Return a warning if the drop is known less exactly than the budget asks."""
-    approximation, drop = document["approximation"], document["delta"]["accuracy_drop_pp"]
+    approximation, drop, quality = document["approximation"], measured_drop(document), Quality.of(document)
     if approximation is None or drop is None or approximation["budget"]["confidence"] is not None:
         return []
     low, high = drop["ci95"]
@@ -192,7 +202,7 @@ def _interval_doubt(document: Document) -> list[Note]:
     # The width falls with the square root of the number of images.
     return [
         warning(
-            f"the drop is known to ±{half:.2f} pp, `max_drop` is {most:g}: about "
+            f"the drop is known to ±{quality.drop(half)}, `max_drop` is {quality.limit(most)}: about "
             f"{_rounded_up(drop['n'] * (half / most) ** 2):,} scored images would do, {drop['n']:,} are few."
         )
     ]
@@ -205,29 +215,36 @@ def _rounded_up(number: float) -> int:
 
 
 def risks(document: Document) -> list[Note]:
-    """Return warnings about accuracy; none in exact mode, or if accuracy was kept.
+    """Return warnings about accuracy or another metric; none in exact mode, or if it was kept.
 
     A model fitted to the weights alone has none either: `sentences` warns about that fit itself.
     """
-    approximation, drop = document["approximation"], document["delta"]["accuracy_drop_pp"]
+    approximation, drop, quality = document["approximation"], measured_drop(document), Quality.of(document)
     layers = [layer for layer in document["layers"] if layer["decision"] == "converted"]
     if approximation is None or approximation["calibration"] is None or not layers:
         return []
     if drop is not None:
         allowed = approximation["budget"]["max_drop"] is not None
-        if allowed or drop["value"] <= _DROP_PP or drop["ci95"][0] <= 0:
+        if allowed or drop["value"] <= _unremarkable(document) or drop["ci95"][0] <= 0:
             return []
-        notes = [warning(f"accuracy falls by {drop_text(drop)}.")]
+        moves = "falls" if quality.higher_is_better else "rises"
+        notes = [warning(f"{quality.noun} {moves} by {drop_text(drop)}.")]
     else:
         notes = _agreement_risk(approximation) + _error_risk(layers, approximation)
-    notes += _parameter_risk(layers, document)
+    notes += _parameter_risk(layers, document, quality)
     if notes:
         advice = (
             " Demand less (a higher `rank`, a lower `min_speedup`, a `max_drop`), leave layers as they are "
-            "(`exclude`), or recover accuracy by training (`finetune`)."
+            f"(`exclude`), or recover {quality.noun} by training (`finetune`)."
         )
         notes[-1] = replace(notes[-1], text=notes[-1].text + advice)
     return notes
+
+
+def _unremarkable(document: Document) -> float:
+    """Return the drop up to which nothing is said of it, where none was allowed or forbidden."""
+    metric = document["delta"]["metric"]
+    return _DROP_PP if metric["unit"] == "pp" else _DROP_SHARE * abs(float(metric["original"]))
 
 
 def _agreement_risk(approximation: Document) -> list[Note]:
@@ -253,7 +270,7 @@ def _error_risk(layers: Sequence[Document], approximation: Document) -> list[Not
     return [warning(f"accuracy is at risk: {_listed(names)} {have} of {100 * _OUTPUT_ERROR:.0f} % or more.")]
 
 
-def _parameter_risk(layers: Sequence[Document], document: Document) -> list[Note]:
+def _parameter_risk(layers: Sequence[Document], document: Document, quality: Quality) -> list[Note]:
     before, after = (document[side]["params"] for side in ("original", "converted"))
     names = [layer["name"] for layer in layers if layer["params"][1] < _LAYER_SHARE * layer["params"][0]]
     if after < _MODEL_SHARE * before:
@@ -263,7 +280,7 @@ def _parameter_risk(layers: Sequence[Document], document: Document) -> list[Note
         share = f"{_listed(names)} {keep} less than {100 * _LAYER_SHARE:.0f} % of the parameters"
     else:
         return []
-    return [warning(f"accuracy is at risk: {share}, which may be too few to recover what is lost.")]
+    return [warning(f"{quality.noun} is at risk: {share}, which may be too few to recover what is lost.")]
 
 
 def _listed(names: Sequence[str]) -> str:

@@ -7,8 +7,10 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 
 from sepconvert.base.notes import Note, NoteLevel, ReasonCode, info, warning
+from sepconvert.measure.metrics.metric import drop_number
 from sepconvert.report.numbers import (
     Document,
+    Quality,
     as_fast_text,
     drop_text,
     estimate_text,
@@ -40,7 +42,7 @@ def sentences(document: Document) -> list[Note]:
     notes += _exporter(document["verification"])
     if approximation is not None:
         notes += _merges(approximation.get("merges", []))
-        notes += _calibration(approximation)
+        notes += _calibration(approximation, Quality.of(document))
         notes += unseen(document)
         notes += risks(document)
     notes += _export(document)
@@ -52,6 +54,7 @@ def sentences(document: Document) -> list[Note]:
     if delta["agreement"] is not None:
         images = document["original"]["accuracy"]["n"]
         notes.append(info(f"Predictions agree on {percent_text(delta['agreement'])} % of {images:,} images."))
+    notes += [] if Quality.of(document).is_top1 else [info(_outcome(document, "The converted model"))]
     if uncounted := document["original"]["uncounted_ops"]:
         names = ", ".join(name.removeprefix("aten::") for name in sorted(uncounted))
         notes.append(info(f"Not counted in MACs: {names}."))
@@ -124,13 +127,28 @@ def story(document: Document) -> list[str]:
         lines.append(f"Its outputs are the same: they differ by {difference:.0e}, which is rounding error.")
     if (speedup := delta["latency_speedup"]) is not None:
         lines.append(f"Its speed-up, measured in ONNX Runtime, is {speedup_text(speedup)}.")
-    if (drop := delta["accuracy_drop_pp"]) is not None:
-        before, after = (document[side]["accuracy"] for side in ("original", "converted"))
-        lines.append(
-            f"It classifies {percent_text(after['top1'])} % of {before['n']:,} images correctly, the "
-            f"original {percent_text(before['top1'])} %: a drop of {drop_text(drop)}."
-        )
+    if delta["metric"] is not None:
+        lines.append(_outcome(document, "It"))
     return [fold(line) for line in (*lines, *map(str, (*modelled, *warnings)))]
+
+
+def _outcome(document: Document, subject: str) -> str:
+    """Return what the converted model reaches on the data, what the original does, and the drop."""
+    metric, quality = document["delta"]["metric"], Quality.of(document)
+    if quality.is_top1:
+        before, after = (document[side]["accuracy"] for side in ("original", "converted"))
+        reached = (
+            f"{subject} classifies {percent_text(after['top1'])} % of {before['n']:,} images correctly, the "
+            f"original {percent_text(before['top1'])} %"
+        )
+    else:
+        reached = (
+            f"{subject} reaches {quality.value(metric['converted'])} of {quality.name} on {metric['n']:,} "
+            f"images, the original {quality.value(metric['original'])}"
+        )
+    # What rises to the worse does not drop.
+    worse = "a drop of" if quality.higher_is_better else "worse by"
+    return f"{reached}: {worse} {drop_text({**metric, 'value': metric['drop']})}."
 
 
 def causes(document: Document) -> list[str]:
@@ -201,11 +219,11 @@ def _next_step(document: Document, code: ReasonCode) -> str:
         if budget["max_drop"] is None:
             return "The original meets the budget as it is: demand more (`min_speedup`, `target_macs`)."
         others = (
-            "recover accuracy by training (`finetune`)"
+            f"recover {Quality.of(document).noun} by training (`finetune`)"
             if budget["confidence"] is None
             else "pass more scored images, or leave out `confidence`"
         )
-        return f"Raise `max_drop` (it is {budget['max_drop']:g}), or {others}."
+        return f"Raise `max_drop` (it is {Quality.of(document).limit(budget['max_drop'])}), or {others}."
     if code is ReasonCode.COSTS_MORE:
         return "`gate` macs asks for fewer MACs alone, and `gate` none for nothing; neither promises speed."
     return {
@@ -270,7 +288,7 @@ def _merges(merges: Sequence[Document]) -> list[Note]:
     return notes
 
 
-def _calibration(approximation: Document) -> list[Note]:
+def _calibration(approximation: Document, quality: Quality) -> list[Note]:
     calibration, finetune = approximation["calibration"], approximation["finetune"]
     if calibration is None:
         return [
@@ -292,29 +310,32 @@ def _calibration(approximation: Document) -> list[Note]:
                 "`calib_images`)."
             )
         )
-    notes += _seen_twice(calibration["seen_twice"])
+    notes += _seen_twice(calibration["seen_twice"], quality)
     for attempt in finetune["attempts"] if finetune else []:
         outcome = "delivered" if attempt["delivered"] else "not delivered"
+        before = drop_number(attempt["drop_before_pp"], quality.unit)
         notes.append(
             info(
-                f"Fine-tuning changed a plan's drop from {attempt['drop_before_pp']:.2f} to "
-                f"{attempt['drop_pp']:.2f} pp; it was {outcome}."
+                f"Fine-tuning changed a plan's drop from {before} to {quality.drop(attempt['drop_pp'])}; it "
+                f"was {outcome}."
             )
         )
     return notes
 
 
-def _seen_twice(found: Document | None) -> list[Note]:
+def _seen_twice(found: Document | None, quality: Quality) -> list[Note]:
     """Return a warning if images are scored that were trained on or fitted to."""
     sets = {} if found is None else {"training": found["train"], "calibration": found["calib"]}
     for purpose, overlap in sets.items():
         if overlap is not None and overlap["scored"]:
             scored = f"{overlap['scored']:,} scored image" + ("s are" if overlap["scored"] > 1 else " is")
             sample = f"{overlap['compared']:,} of " * (overlap["compared"] < overlap["images"])
+            worse = "lower" if quality.is_top1 else "worse"
             return [
                 warning(
-                    f"{scored} also among {sample}{overlap['images']:,} {purpose} images, so the accuracy on "
-                    "others may be lower than is reported; remove such images from one of the two."
+                    f"{scored} also among {sample}{overlap['images']:,} {purpose} images, so the "
+                    f"{quality.noun} on others may be {worse} than is reported; remove such images from one "
+                    "of the two."
                 )
             ]
     return []

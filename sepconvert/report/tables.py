@@ -4,12 +4,17 @@ from collections.abc import Mapping, Sequence
 
 from tabulate import tabulate
 
+from sepconvert.measure.metrics.metric import value_number
 from sepconvert.report.numbers import (
+    TOP1,
     Document,
+    Quality,
     count_text,
     drop_text,
     estimate_text,
     fold,
+    heading,
+    measured_drop,
     percent_text,
     ratio_text,
     speedup_text,
@@ -67,41 +72,46 @@ def modes_table(documents: Mapping[str, Document]) -> str:
     """Return one row for each conversion of the same model."""
     rows = []
     for name, document in documents.items():
-        delta = document["delta"]
-        speedup, drop = delta["latency_speedup"], delta["accuracy_drop_pp"]
+        delta, drop = document["delta"], measured_drop(document)
+        speedup = delta["latency_speedup"]
         rows.append(
             [
                 name,
                 ratio_text(delta["params_ratio"]),
                 ratio_text(delta["macs_ratio"]),
                 "-" if speedup is None else speedup_text(speedup),
-                "-" if drop is None else " → ".join(percent_text(share) for share in _top1(document)),
-                "-" if drop is None else estimate_text(drop["value"], drop["ci95"]),
+                "-" if drop is None else " → ".join(_values(document)),
+                "-" if drop is None else drop_text(drop, unit=False),
             ]
         )
-    headers = ["mode", "fewer\nparams", "fewer\nMACs", "as fast", "top-1, %", "drop, pp"]
+    measured = (Quality.of(each) for each in documents.values() if each["delta"]["metric"] is not None)
+    quality = next(measured, TOP1)
+    names = "fewer\nparams", "fewer\nMACs", "as fast", quality.of_values, quality.of_drops
+    headers = ["mode", *names]
     # The mark of a speed-up is below its interval: beside it, rows would be wider than a terminal.
     return _table(rows, headers, [None, None, None, 18, None, None])
 
 
-def _top1(document: Document) -> tuple[float, float]:
-    """Return the top-1 accuracy of the original and of the converted model."""
-    return document["original"]["accuracy"]["top1"], document["converted"]["accuracy"]["top1"]
+def _values(document: Document) -> list[str]:
+    """Return the value of the metric, without its unit, of the original and of the converted model."""
+    metric = document["delta"]["metric"]
+    return [value_number(metric[side], metric["unit"]) for side in ("original", "converted")]
 
 
 def curve_table(curve: Sequence[Document]) -> str:
-    """Return accuracy against cost: one row for every plan that was considered."""
+    """Return the drop of the metric against cost: one row for every plan that was considered."""
     rows = []
-    most = max((point["accuracy_drop_pp"]["n"] for point in curve if point["accuracy_drop_pp"]), default=0)
+    drops = [point["drop"] for point in curve if point["drop"] is not None]
+    most = max((drop["n"] for drop in drops), default=0)
     for point in curve:
-        heldout, drop, speedup = point["heldout"], point["accuracy_drop_pp"], point["latency_speedup"]
+        heldout, drop, speedup = point["heldout"], point["drop"], point["latency_speedup"]
         rows.append(
             [
                 ratio_text(point["macs_ratio"]),
                 point["converted"],
                 "-" if heldout is None else f"{heldout['divergence']:.4f}",
                 # Units are in the header: with them, rows would be wider than a terminal.
-                "-" if drop is None else estimate_text(drop["value"], drop["ci95"]) + _fewer(drop, most),
+                "-" if drop is None else drop_text(drop, unit=False) + _fewer(drop, most),
                 ratio_text(point["predicted_speedup"]) or "-",
                 "-"
                 if speedup is None
@@ -109,10 +119,10 @@ def curve_table(curve: Sequence[Document]) -> str:
                 "<-" if point["delivered"] else "",
             ]
         )
+    lost = heading("drop", drops[0]["unit"] if drops else TOP1.unit)
     predicted, measured = "speed-\nup,\npre-\ndicted", "speed-up\nmeasured"
-    headers = ["fewer\nMACs", "lay-\ners", "diver-\ngence", "drop, pp", predicted, measured, ""]
+    headers = ["fewer\nMACs", "lay-\ners", "diver-\ngence", lost, predicted, measured, ""]
     legend = ["~ within noise"] if any(_noise(point["latency_speedup"]) for point in curve) else []
-    drops = [point["accuracy_drop_pp"] for point in curve if point["accuracy_drop_pp"] is not None]
     fewer = sorted({drop["n"] for drop in drops if drop["n"] < most})
     if fewer:
         legend.append(f"* by {' or '.join(f'{n:,}' for n in fewer)} of the {most:,} images, which decided")
@@ -194,13 +204,22 @@ def _cost_table(document: Document) -> str:
         latencies = (side["latency_ms"] for side in (before, after))
         texts = (estimate_text(latency["median"], latency["ci95"], digits=3) for latency in latencies)
         rows.append(["latency, ms", *texts, speedup_text(speedup)])
-    if before["accuracy"] is not None:
-        change = f"drop {drop_text(delta['accuracy_drop_pp'])}"
-        for key, gain in (("top1", change), ("top5", "")):
-            if before["accuracy"][key] is not None:
-                shares = (percent_text(side["accuracy"][key]) for side in (before, after))
-                rows.append([f"top-{key[-1]}, %", *shares, gain])
+    rows += _quality_rows(document)
     return _table(rows, ["", "original", "converted", "gain"], [None, None, None, 18])
+
+
+def _quality_rows(document: Document) -> list[list[str]]:
+    """Return the rows of a classifier's accuracy, and of the metric if it is another."""
+    before, after = (document[side]["accuracy"] for side in ("original", "converted"))
+    quality, drop = Quality.of(document), measured_drop(document)
+    change, rows = "" if drop is None else f"drop {drop_text(drop)}", list[list[str]]()
+    for key in ("top1", "top5"):
+        if before is not None and before[key] is not None:
+            shares = (percent_text(side[key]) for side in (before, after))
+            rows.append([f"top-{key[-1]}, %", *shares, change if key == quality.name else ""])
+    if drop is not None and not any(row[-1] for row in rows):
+        rows.append([quality.of_values, *_values(document), change])
+    return rows
 
 
 def _step_lines(approximation: Document) -> list[str]:

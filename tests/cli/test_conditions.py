@@ -1,11 +1,15 @@
 """Conditions of `compare --fail-if`."""
 
+import numpy as np
 import pytest
 from profiles import profile, speedup
 
 from sepconvert.base.errors import SepconvertError
 from sepconvert.cli.conditions import Demand
 from sepconvert.measure.comparison import Comparison, Delta
+from sepconvert.measure.metrics.evaluation import MetricDelta
+from sepconvert.measure.metrics.named import named
+from sepconvert.measure.metrics.uncertainty import MeanDrop
 
 
 @pytest.mark.parametrize(
@@ -66,6 +70,40 @@ def test_conditions_on_what_was_not_measured(text):
 def test_conditions_have_units():
     comparison = Comparison((profile(1.0), profile(2.0)), ("a", "b"), (Delta(speedup(0.5)),))
     assert Demand.parse("latency > 5%").failures(comparison) == ["b: latency is 100 % (latency > 5%)"]
+
+
+def lost(drop, metric):
+    delta = MetricDelta(named(metric), 28.2, 28.2 - drop, drop, MeanDrop(np.full(9, drop)))
+    return Comparison((profile(1), profile(1)), ("a", "b"), (Delta(accuracy=delta),))
+
+
+@pytest.mark.parametrize("text", ["drop > 0.1", "drop > 0.1 dB", "drop > 0.1db"])
+def test_drops_are_in_the_unit_of_the_metric(text):
+    found = Demand.parse(text)
+    assert found.failures(lost(0.125, "psnr")) == [f"b: drop is 0.125 dB ({text})"]
+    assert found.failures(lost(0.05, "psnr")) == []
+    assert Demand.parse("drop > 0.1").failures(lost(0.125, "mse")) == ["b: drop is 0.125 (drop > 0.1)"]
+
+
+@pytest.mark.parametrize(
+    ("text", "unit", "said"),
+    [
+        ("drop > 1", "dB", None),
+        ("drop > 1 dB", "dB", None),
+        ("drop > 1 pp", "pp", None),
+        ("drop > 1 pp", "dB", "in dB"),
+        ("drop > 1 dB", "pp", "in pp"),
+        ("drop > 1 pp", "", "unitless"),
+        ("latency > 5%", "dB", None),
+    ],
+)
+def test_a_drop_in_another_unit_is_refused_first(text, unit, said):
+    demand = Demand.parse(text)
+    if said is None:
+        demand.require(together=True, timed=True, data=True, labels=True, unit=unit)
+        return
+    with pytest.raises(SepconvertError, match=f"drops of this metric are {said}; give the threshold so"):
+        demand.require(together=True, timed=True, data=True, labels=True, unit=unit)
 
 
 def test_outputs_of_other_shapes_differ_without_limit():

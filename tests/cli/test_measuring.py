@@ -36,6 +36,7 @@ def test_a_profile_is_written_and_compared(here, run):
             "params_ratio": 1,
             "macs_ratio": 1,
             "latency_speedup": None,
+            "metric": None,
             "accuracy_drop_pp": None,
             "agreement": None,
             "outputs": [],

@@ -3,12 +3,16 @@
 import re
 from dataclasses import replace
 
+import numpy as np
 from profiles import profile, speedup
 
 from sepconvert.measure.comparison import Comparison, Delta
 from sepconvert.measure.divergence import OutputDifference
-from sepconvert.measure.metrics import TOP1, AccuracyDelta
-from sepconvert.measure.statistics import Interval
+from sepconvert.measure.metrics.evaluation import MetricDelta
+from sepconvert.measure.metrics.metric import MetricValue
+from sepconvert.measure.metrics.named import named
+from sepconvert.measure.metrics.uncertainty import Discordant, MeanDrop
+from sepconvert.measure.statistics import paired_difference_interval
 
 
 def test_who_is_dominated():
@@ -19,7 +23,7 @@ def test_who_is_dominated():
     # Of two, or of what was measured apart, nothing is said.
     assert Comparison(profiles[:2], "ab", deltas[:1]).dominated == (False, False)
     assert not any(Comparison(profiles).dominated)
-    unmeasured = (replace(profiles[0], accuracy=None), *profiles[1:])
+    unmeasured = (replace(profiles[0], metric=None), *profiles[1:])
     assert Comparison(unmeasured, "abcde", deltas).dominated == (False, False, False, False, True)
 
 
@@ -65,8 +69,28 @@ def test_every_output_has_its_numbers():
 
 
 def test_the_drop_is_in_the_unit_of_its_metric():
-    accuracy = AccuracyDelta(0.25, Interval(-0.5, 1.0), agreement=0.995, p_value=0.125, n=2000, lost=8, won=3)
+    counts = Discordant(lost=8, won=3, n=2000)
+    accuracy = MetricDelta(named("top1"), 90.0, 89.75, 0.25, counts, agreement=0.995)
     comparison = Comparison((profile(1.0, 0.9), profile(1.0, 0.9)), "ab", (Delta(accuracy=accuracy),))
     rows = {name: cells for name, *cells in comparison.rows()}
-    assert rows[f"drop, {TOP1.unit}"] == ["-", "0.25 [-0.50, 1.00]"]
+    low, high = paired_difference_interval(8, 3, 2000).to_list()
+    assert rows["drop, pp"] == ["-", f"0.25 [{100 * low:.2f}, {100 * high:.2f}]"]
     assert rows["agreement"] == ["-", "99.50 %"]
+
+
+def test_other_metrics_have_a_row_of_values_and_their_own_unit():
+    def reached(value):
+        return replace(profile(1.0), metric=MetricValue("psnr", "dB", True, value, 300))
+
+    delta = MetricDelta(named("psnr"), 28.2, 28.1, 0.1, MeanDrop(np.full(300, 0.1)))
+    found = Comparison((reached(28.2), reached(28.1)), "ab", (Delta(accuracy=delta),))
+    rows = {name: cells for name, *cells in found.rows()}
+    assert rows["psnr"] == ["28.20 dB of 300", "28.10 dB of 300"]
+    assert rows["drop, dB"] == ["-", "0.1 [0.1, 0.1]"]
+    assert "top-1" not in rows
+    assert "McNemar p" not in rows
+    assert found.to_json()["deltas"][0]["metric"]["unit"] == "dB"
+    # Without a unit, there is none to print.
+    delta = MetricDelta(named("mse"), 0.5, 0.625, 0.125, MeanDrop(np.full(9, 0.125)))
+    found = Comparison((profile(1.0), profile(1.0)), "ab", (Delta(accuracy=delta),))
+    assert ["drop", "-", "0.125 [0.125, 0.125]"] in found.rows()

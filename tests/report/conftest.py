@@ -15,7 +15,11 @@ from sepconvert.factorize.geometry import ConvSpec
 from sepconvert.files.onnx.export import ExportNote
 from sepconvert.measure.execution import LayerExecution, ModelExecution
 from sepconvert.measure.latency import Latency, PairTiming, Speedup
-from sepconvert.measure.metrics import Accuracy, AccuracyDelta, ChangedPrediction, ChangedPredictions
+from sepconvert.measure.metrics.classes import Accuracy, ChangedPrediction, ChangedPredictions
+from sepconvert.measure.metrics.evaluation import MetricDelta
+from sepconvert.measure.metrics.metric import MetricValue
+from sepconvert.measure.metrics.named import named
+from sepconvert.measure.metrics.uncertainty import Discordant
 from sepconvert.measure.profiling import Profile
 from sepconvert.measure.statistics import Interval
 from sepconvert.measure.verification.layer import LayerCheck
@@ -55,7 +59,15 @@ def profile(params: int, macs: int, milliseconds: float, top1: float) -> Profile
     return Profile(
         params, macs, onnx_bytes=5 * params, weight_bytes=4 * params, latency=latency(milliseconds),
         accuracy=Accuracy(top1, None, 2000), uncounted_ops={"aten::add": 3, "aten::mul": 1},
+        metric=MetricValue("top1", "pp", True, 100 * top1, 2000),
     )  # fmt: skip
+
+
+class Known(Discordant):
+    """Counts with an interval that is easy to recognise."""
+
+    def interval(self, confidence: float) -> Interval:
+        return Interval(-0.05, 0.55)
 
 
 STEM = LayerReport(
@@ -90,7 +102,7 @@ EXACT = Report(
     original=profile(4000, 2_012_345, 1.5, 0.9675),
     converted=profile(1000, 1_006_172, 1.0, 0.965),
     speedup=SPEEDUP,
-    accuracy=AccuracyDelta(0.25, Interval(-0.05, 0.55), 0.995, 0.125, n=2000, lost=8, won=3),
+    accuracy=MetricDelta(named("top1"), 96.75, 96.5, 0.25, Known(lost=8, won=3, n=2000), agreement=0.995),
     changed=ChangedPredictions(10, lost=6, won=1, shown=(ChangedPrediction(31, 7, 7, 2),)),
     layers=(STEM, LARGE),
     verification=Verification(
@@ -115,8 +127,8 @@ BARE = replace(
     EXACT,
     source=None,
     command=None,
-    original=replace(EXACT.original, latency=None, accuracy=None, uncounted_ops={}),
-    converted=replace(EXACT.converted, macs=0, latency=None, accuracy=None, uncounted_ops={}),
+    original=replace(EXACT.original, latency=None, accuracy=None, metric=None, uncounted_ops={}),
+    converted=replace(EXACT.converted, macs=0, latency=None, accuracy=None, metric=None, uncounted_ops={}),
     speedup=None,
     accuracy=None,
     changed=None,
@@ -140,13 +152,14 @@ def documented(report: Report) -> dict[str, Any]:
 
 
 def point(macs: int, ratio: float, converted: int, drop: dict[str, Any] | None) -> dict[str, Any]:
+    top1 = drop and {**{key: drop[key] for key in ("value", "ci95", "n")}, "mcnemar_p": 0.125}
     return {
         "macs": macs, "macs_ratio": ratio, "converted": converted, "cost": macs,
         "expected_divergence": 0.5, "lower_bound": 0.25, "predicted_speedup": None,
         "heldout": {
             "divergence": 0.0625 * converted, "agreement": 0.9, "accuracy": None, "label_loss": None,
         },
-        "batchnorm_reestimated": False, "accuracy_drop_pp": drop, "latency_speedup": None,
+        "batchnorm_reestimated": False, "drop": drop, "accuracy_drop_pp": top1, "latency_speedup": None,
         "delivered": converted == 1, "ranks": {},
     }  # fmt: skip
 
@@ -195,7 +208,7 @@ def approximate() -> dict[str, Any]:
         check=None,
         approximation=errors,
     )
-    drop = {"value": 0.25, "ci95": [-0.05, 0.55], "mcnemar_p": 0.125, "n": 2000}
+    drop = {"value": 0.25, "unit": "pp", "ci95": [-0.05, 0.55], "n": 2000}
     approximation = {
         "metric": "data",
         "calibration": {"origin": "`calib`", "images": 768, "heldout": 256, "patches_per_unknown": 12,
@@ -208,7 +221,7 @@ def approximate() -> dict[str, Any]:
         "curve": [point(2_012_345, 1.0, 0, None), point(1_006_172, 2.0, 1, drop)],
         "plans_measured_on_data": 1,
         "modelled": [],
-        "choice": {"plans": 1, "images": 2000, "confidence": None, "bound_pp": 0.75, "rest": None},
+        "choice": {"plans": 1, "images": 2000, "confidence": None, "bound": 0.75, "rest": None},
         "steps": [
             step("weights", "fit the weights", 9.5, 0.15, 0.125, kept=False),
             step("data", "follow the drift, correct the bias", 0.0625, 0.9, 0.875, kept=True),
@@ -223,3 +236,26 @@ def approximate() -> dict[str, Any]:
             approximation=approximation,
         )
     )  # fmt: skip
+
+
+RESTORED = {
+    "name": "psnr", "unit": "dB", "higher_is_better": True, "original": 28.2, "converted": 28.102,
+    "drop": 0.098, "ci95": [0.0901, 0.106], "n": 300,
+}  # fmt: skip
+
+
+@pytest.fixture
+def restored(approximate) -> dict[str, Any]:
+    """The same as of a model that restores pictures: 0.098 dB of PSNR are lost, of at most 0.1."""
+    drop = {"value": 0.098, "unit": "dB", "ci95": [0.0901, 0.106], "n": 300}
+    approximate["delta"] |= {"metric": RESTORED, "accuracy_drop_pp": None, "agreement": None}
+    for side in ("original", "converted"):
+        value = {key: RESTORED[key] for key in ("name", "unit", "higher_is_better", "n")}
+        approximate[side] |= {"accuracy": None, "metric": value | {"value": RESTORED[side]}}
+    approximate["data"]["labels"] = approximate["changed_predictions"] = None
+    approximation = approximate["approximation"]
+    approximation["budget"]["max_drop"] = 0.1
+    approximation["curve"][1] |= {"drop": drop, "accuracy_drop_pp": None}
+    approximation["choice"] |= {"images": 300, "bound": 0.1043}
+    approximation["steps"] = []
+    return approximate

@@ -38,8 +38,8 @@ def test_the_difference_is_original_over_converted(report, document):
 
 def test_what_was_not_measured_is_null(bare):
     assert bare["delta"] == {
-        "params_ratio": 4.0, "macs_ratio": None, "latency_speedup": None, "accuracy_drop_pp": None,
-        "agreement": None,
+        "params_ratio": 4.0, "macs_ratio": None, "latency_speedup": None, "metric": None,
+        "accuracy_drop_pp": None, "agreement": None,
     }  # fmt: skip
     assert bare["model"] is bare["execution"] is bare["changed_predictions"] is bare["command"] is None
 

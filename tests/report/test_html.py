@@ -12,8 +12,8 @@ from PIL import Image
 from profiles import profile
 
 from sepconvert.measure.comparison import Comparison
-from sepconvert.report.exhibits import Exhibits, KernelPair
 from sepconvert.report.html import render_comparison, render_html
+from sepconvert.report.pictures.exhibits import Exhibits, KernelPair
 from sepconvert.report.sentences import causes, sentences
 
 VOID = {"meta", "br", "img", "input"}
@@ -88,6 +88,21 @@ def test_accuracy_before_and_after_is_a_tile(document, bare):
         "\n", ""
     )
     assert "top-1 accuracy" not in Page(render_html(bare)).text
+
+
+def test_another_metric_is_a_tile_and_in_the_curve(restored):
+    curve = with_times(restored, [0.25, 0.5, 0.75])
+    for point in curve[1:]:
+        point["drop"]["unit"] = "dB"
+    text = Page(render_html(restored)).text.replace("\n", "")
+    assert "psnr28.10 dBoriginal 28.20 dB, 300 images" in text
+    assert "psnr drop0.098 dB95 % interval [0.0901, 0.106]" in text
+    assert "psnr drop, dB" in text
+    assert "0.25 [-0.25, 0.75]" in text
+    assert "Changes of psnr are measured" in text
+    assert "psnr, dB" in text  # the axis
+    assert "top-1" not in text
+    assert " pp" not in text
 
 
 def test_the_page_begins_with_what_was_converted(document):
@@ -250,7 +265,9 @@ def with_times(document, drops):
             **curve[1],
             "converted": number + 1,
             "heldout": {"divergence": 0.01 * 2**number, "agreement": 0.9},
-            "accuracy_drop_pp": None if drop is None else {"value": drop, "ci95": [drop - 0.5, drop + 0.5]},
+            "drop": None
+            if drop is None
+            else {"value": drop, "unit": "pp", "ci95": [drop - 0.5, drop + 0.5], "n": 9},
             "predicted_speedup": 1.5 + number,
             "latency_speedup": {"median": 1.25 + number, "ci95": [1.2, 1.3], "significant": True},
             "delivered": drop == drops[-1],

@@ -7,6 +7,7 @@ from sepconvert.report.numbers import (
     drop_text,
     estimate_text,
     fold,
+    heading,
     percent_text,
     ratio_text,
     speedup_text,
@@ -29,7 +30,12 @@ SPEEDUP = {"median": 1.234, "ci95": [1.2, 1.3], "significant": True}
         (estimate_text(1.5, (1.25, 1.75), " ms", 3), "1.500 ms [1.250, 1.750]"),
         (speedup_text(SPEEDUP), "1.23× [1.20, 1.30]"),
         (speedup_text({**SPEEDUP, "significant": False}), "1.23× [1.20, 1.30] ~ within noise"),
-        (drop_text({"value": -0.25, "ci95": [-1, 0.5]}), "-0.25 pp [-1.00, 0.50]"),
+        (drop_text({"value": -0.25, "unit": "pp", "ci95": [-1, 0.5]}), "-0.25 pp [-1.00, 0.50]"),
+        (drop_text({"value": 0.098, "unit": "dB", "ci95": [0.09012, 0.1059]}), "0.098 dB [0.0901, 0.106]"),
+        (drop_text({"value": 1e-4, "unit": "", "ci95": [0, 2.5e-4]}), "0.0001 [0, 0.00025]"),
+        (drop_text({"value": 0.5, "unit": "dB", "ci95": [0.25, 1]}, unit=False), "0.5 [0.25, 1]"),
+        (heading("drop", "dB"), "drop, dB"),
+        (heading("drop", ""), "drop"),
     ],
 )
 def test_texts(text, expected):

@@ -2,14 +2,14 @@
 
 import pytest
 
-from sepconvert.report.risks import doubts, risks
+from sepconvert.report.risks import doubts, risks, unseen
 from sepconvert.report.sentences import warnings_of
 
 
 @pytest.fixture
 def risky(approximate):
     """Not measured on evaluation data, and not at risk yet."""
-    approximate["delta"]["accuracy_drop_pp"] = None
+    approximate["delta"] |= {"metric": None, "accuracy_drop_pp": None}
     approximate["approximation"]["budget"]["max_drop"] = None
     approximate["approximation"]["steps"] = [
         {"kind": kind, "agreement": agreement, "kept": kept}
@@ -75,14 +75,55 @@ def test_many_layers_are_counted(risky):
 
 def test_a_drop_that_was_measured(risky):
     converted(risky)["output_error"] = 0.9  # the measured drop is a better judge
+    top1 = {"name": "top1", "unit": "pp", "higher_is_better": True, "original": 96.75}
     for value, low, high in ((1.0, 0.4, 1.6), (1.5, -0.1, 3.1)):
-        risky["delta"]["accuracy_drop_pp"] = {"value": value, "ci95": [low, high]}
+        risky["delta"]["metric"] = {**top1, "drop": value, "ci95": [low, high]}
         assert risks(risky) == []
-    risky["delta"]["accuracy_drop_pp"] = {"value": 1.2, "ci95": [0.67, 1.73]}
+    risky["delta"]["metric"] = {**top1, "drop": 1.2, "ci95": [0.67, 1.73]}
     (warning,) = risks(risky)
     assert str(warning).startswith("Warning: accuracy falls by 1.20 pp [0.67, 1.73].")
     risky["approximation"]["budget"]["max_drop"] = 3.0  # who allows it knows
     assert risks(risky) == []
+
+
+# Metrics in other units ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("drop", "text"),
+    [(0.28, None), (0.29, "Warning: psnr falls by 0.29 dB [0.1, 0.5].")],
+    ids=["less than a hundredth of 28.2", "more"],
+)
+def test_a_drop_in_decibels(restored, drop, text):
+    restored["approximation"]["budget"]["max_drop"] = None
+    restored["delta"]["metric"] = {**restored["delta"]["metric"], "drop": drop, "ci95": [0.1, 0.5]}
+    found = [str(note) for note in risks(restored)]
+    assert [each[: len(text or "")] for each in found] == ([text] if text else [])
+    assert all("recover psnr by training" in each for each in found)
+
+
+def test_an_error_that_rises(restored):
+    restored["approximation"]["budget"]["max_drop"] = None
+    error = {"name": "mse", "unit": "", "higher_is_better": False, "original": 0.5, "drop": 0.0125}
+    restored["delta"]["metric"] = {**error, "ci95": [0.01, 0.015]}
+    (warning,) = risks(restored)
+    assert str(warning).startswith("Warning: mse rises by 0.0125 [0.01, 0.015].")
+
+
+def test_unseen_images_of_a_metric_without_a_level_of_chance(restored):
+    (note,) = unseen(restored)
+    assert str(note) == (
+        "On unseen images of the same kind, expect a drop of up to 0.104 dB (95 % confidence)."
+    )
+    restored["approximation"]["choice"] |= {"confidence": 0.95, "bound": 0.1}
+    (note,) = unseen(restored)
+    assert "is at most 0.1 dB (`max_drop`)" in str(note)
+
+
+def test_an_interval_in_decibels(restored):
+    assert doubt(restored) == ""
+    restored["delta"]["metric"] = {**restored["delta"]["metric"], "ci95": [-0.052, 0.248]}
+    assert "known to ±0.15 dB, `max_drop` is 0.1 dB: about 680 scored images would do" in doubt(restored)
 
 
 # Data that do not fit the original ----------------------------------------------------------------
@@ -156,7 +197,7 @@ def test_classes_without_images(document, labels, said):
 
 
 def test_a_drop_that_is_not_known_as_exactly_as_the_budget_asks(approximate):
-    approximate["delta"]["accuracy_drop_pp"] |= {"n": 300, "ci95": [-1.25, 1.75]}
+    approximate["delta"]["metric"] |= {"n": 300, "ci95": [-1.25, 1.75]}
     assert "known to ±1.50 pp, `max_drop` is 1: about 680 scored images would do" in doubt(approximate)
     converted(approximate)["decision"] = "kept"
     assert doubt(approximate) == ""

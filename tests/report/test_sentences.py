@@ -56,7 +56,7 @@ def test_what_a_choice_leaves_to_be_expected_is_said(approximate):
         return next(text for text in texts(approximate) if "unseen" in text)
 
     assert said() == ("On unseen images of the same kind, expect a drop of up to 0.75 pp (95 % confidence).")
-    choice |= {"plans": 6, "rest": {"value": 0.5, "ci95": [-0.25, 1.25], "mcnemar_p": 0.5, "n": 2000}}
+    choice |= {"plans": 6, "rest": {"value": 0.5, "ci95": [-0.25, 1.25], "unit": "pp", "n": 2000}}
     assert said().startswith(
         "6 plans were measured on 2,000 images; the best was taken, which favours it; on 2,000 others, its "
         "drop is 0.50 "
@@ -65,7 +65,7 @@ def test_what_a_choice_leaves_to_be_expected_is_said(approximate):
         "On unseen images of the same kind, expect a drop of up to 0.75 pp (95 % confidence, with allowance "
         "for the choice)."
     )
-    choice |= {"confidence": 0.95, "bound_pp": 1.0}
+    choice |= {"confidence": 0.95, "bound": 1.0}
     assert said() == (
         "With 95 % confidence, the drop on unseen images of the same kind is at most 1 pp (`max_drop`). "
         "Plans that were tested, in an order fixed beforehand: 6."
@@ -172,6 +172,33 @@ def test_attempts_at_fine_tuning_are_told(approximate):
         "Fine-tuning changed a plan's drop from 2.50 to 0.75 pp; it was delivered.",
         "Fine-tuning changed a plan's drop from 4.00 to 1.25 pp; it was not delivered.",
     ]
+
+
+def test_a_metric_in_decibels_is_told(restored):
+    found = texts(restored)
+    reaches = (
+        "reaches 28.10 dB of psnr on 300 images, the original 28.20 dB: a drop of 0.098 dB [0.0901, 0.106]."
+    )
+    assert f"The converted model {reaches}" in found
+    assert not any("accuracy" in text or " pp" in text for text in found)
+    assert unfolded(story(restored)[-1]) == f"It {reaches}"
+    attempt = {"drop_before_pp": 0.25, "drop_pp": 0.075, "delivered": True}
+    restored["approximation"]["finetune"] = {"attempts": [attempt]}
+    assert "Fine-tuning changed a plan's drop from 0.25 to 0.075 dB; it was delivered." in texts(restored)
+    restored["approximation"]["calibration"]["seen_twice"] = {
+        "calib": {"images": 9, "compared": 9, "scored": 2}, "train": None,
+    }  # fmt: skip
+    assert any("so the psnr on others may be worse than is reported" in text for text in texts(restored))
+    assert "(it is 0.1 dB), or recover psnr by" in nothing(restored, "budget")
+
+
+def test_an_error_is_not_said_to_drop(restored):
+    error = {"name": "mse", "unit": "", "higher_is_better": False, "original": 0.5, "converted": 0.5125}
+    restored["delta"]["metric"] = {**error, "drop": 0.0125, "ci95": [0.01, 0.015], "n": 300}
+    assert (
+        "The converted model reaches 0.5125 of mse on 300 images, the original 0.5: worse by 0.0125 "
+        "[0.01, 0.015]." in texts(restored)
+    )
 
 
 def test_export_limits_are_told(document):

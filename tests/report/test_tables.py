@@ -153,7 +153,7 @@ def test_structures(document):
 
 def test_modes_side_by_side(document):
     bare = json.loads(json.dumps(document))
-    bare["delta"].update(latency_speedup=None, accuracy_drop_pp=None)
+    bare["delta"].update(latency_speedup=None, metric=None, accuracy_drop_pp=None)
     rows = cells(modes_table({"exact": document, "none": bare}))
     assert rows["exact"] == [
         "4.00×", "2.00×", "1.50× [1.40, 1.60]", "96.75 → 96.50", "0.25 [-0.05, 0.55]",
@@ -163,6 +163,30 @@ def test_modes_side_by_side(document):
     lines = modes_table({"approx": document}).splitlines()
     assert "~ within noise" in lines[-1]
     assert max(map(len, lines)) <= 80
+
+
+def test_tables_of_a_metric_in_decibels(restored):
+    text = summary(restored)
+    rows = cells(text)
+    assert rows["psnr, dB"] == ["28.20", "28.10", "drop 0.098 dB"]
+    assert "[0.0901, 0.106]" in rows  # in the line below
+    assert not any(name.startswith("top-") for name in rows)
+    assert "drop, dB" in text
+    assert "2.00× 1 0.0625 0.098 [0.0901, 0.106] - - <-" in [unfolded(line) for line in text.splitlines()]
+    assert max(map(len, text.splitlines())) <= 80
+    modes = modes_table({"auto": restored})
+    assert "psnr, dB" in modes
+    assert cells(modes)["auto"][3:] == ["28.20 → 28.10", "0.098 [0.0901, 0.106]"]
+
+
+def test_another_metric_of_a_classifier_has_a_row_of_its_own(document):
+    document["delta"]["metric"] |= {"name": "f1", "original": 95.5, "converted": 95.25}
+    rows = cells(summary(document))
+    assert rows["top-1, %"] == ["96.75", "96.50"]
+    assert rows["f1, %"] == ["95.50", "95.25", "drop 0.25 pp"]
+    document["delta"]["metric"]["name"] = "top5"
+    document["original"]["accuracy"]["top5"] = document["converted"]["accuracy"]["top5"] = 0.999
+    assert cells(summary(document))["top-5, %"] == ["99.90", "99.90", "drop 0.25 pp"]
 
 
 def test_the_curve_has_a_row_for_each_plan(approximate):

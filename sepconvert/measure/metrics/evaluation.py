@@ -145,8 +145,13 @@ class MetricDelta:
         return written_drop(self.drop, self.metric.unit)
 
     def drop_to_dict(self) -> dict[str, Any]:
-        """Return the drop, its interval and the number of samples, as the JSON of plans holds them."""
-        return {"value": self.drop, "ci95": self.ci95.to_list(), "n": self.n}
+        """Return the drop, its unit and interval, and the number of samples, as the JSON of plans does."""
+        return {
+            "value": self.drop,
+            "unit": self.metric.unit,
+            "ci95": self.ci95.to_list(),
+            "n": self.n,
+        }
 
     def to_dict(self) -> dict[str, Any]:
         """Return the keys `metric`, `accuracy_drop_pp` and `agreement` of the JSON report."""

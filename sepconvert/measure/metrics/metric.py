@@ -1,6 +1,6 @@
 """Metrics as values: name, unit, direction, and how a value is made of statistics of single samples."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
@@ -69,16 +69,35 @@ class MetricValue:
         return f"{written(self.value, self.unit)} of {self.n}"
 
 
+def value_unit(unit: str) -> str:
+    """Return the unit of values, given that of differences: percent, where these are percentage points."""
+    return "%" if unit == "pp" else unit
+
+
+def value_number(value: float, unit: str) -> str:
+    """Return a value as people read it, without its unit: 91.73, 28.20, 0.0412."""
+    return f"{value:.2f}" if unit else f"{value:.4g}"
+
+
 def written(value: float, unit: str) -> str:
     """Return a value as people read it, with its unit: 91.73 %, 28.20 dB, 0.0412."""
-    if unit == "pp":
-        return f"{value:.2f} %"
-    return f"{value:.2f} {unit}" if unit else f"{value:.4g}"
+    return f"{value_number(value, unit)} {value_unit(unit)}".rstrip()
+
+
+def drop_number(drop: float, unit: str) -> str:
+    """Return a drop as people read it, without its unit: 0.71, 0.085, 0.00123."""
+    return f"{drop:.2f}" if unit == "pp" else f"{drop:.3g}"
 
 
 def written_drop(drop: float, unit: str) -> str:
     """Return a drop as people read it, with its unit: 0.71 pp, 0.085 dB, 0.00123."""
-    return f"{drop:.2f} pp" if unit == "pp" else f"{drop:.3g} {unit}".rstrip()
+    return f"{drop_number(drop, unit)} {unit}".rstrip()
+
+
+def written_interval(ends: Sequence[float], unit: str) -> str:
+    """Return an interval of drops as people read it, without its unit: [0.52, 0.90], [0.079, 0.091]."""
+    low, high = (drop_number(end, unit) for end in ends)
+    return f"[{low}, {high}]"
 
 
 def means(statistics: Statistics, weights: Weights) -> npt.NDArray[np.float64]:

@@ -62,6 +62,38 @@ class AccuracyDrop(Struct, frozen=True):
     n: Annotated[Positive, Meta(description="images that it was measured on")]
 
 
+class MetricValue(Struct, frozen=True):
+    """Value of a metric on `n` samples, in its unit: for "pp", which is that of differences, in percent."""
+
+    name: Annotated[str, Meta(description="as --metric calls it")]
+    unit: Annotated[str, Meta(description='such as "pp" or "dB"; "" for numbers without one')]
+    higher_is_better: bool
+    value: float
+    n: Positive
+
+
+class Drop(Struct, frozen=True):
+    """Loss of a metric, in its unit; negative if it gained."""
+
+    value: float
+    unit: Annotated[str, Meta(description="of the metric")]
+    ci95: Interval
+    n: Annotated[Positive, Meta(description="samples that it was measured on")]
+
+
+class MetricDrop(Struct, frozen=True):
+    """Value of a metric before and after, and what it lost, all in its unit (see `MetricValue`)."""
+
+    name: str
+    unit: str
+    higher_is_better: bool
+    original: float
+    converted: float
+    drop: Annotated[float, Meta(description="lost; negative if the metric became better")]
+    ci95: Annotated[Interval, Meta(description="of the drop")]
+    n: Annotated[Positive, Meta(description="samples that it was measured on")]
+
+
 class Startup(Struct, frozen=True):
     """Medians over new sessions in one process."""
 
@@ -99,7 +131,10 @@ class Profile(Struct, frozen=True, kw_only=True):
     onnx_bytes: Bytes | None
     weight_bytes: Annotated[Bytes | None, Meta(description="of the weights in the ONNX file")]
     latency_ms: Latency | None
-    accuracy: Accuracy | None
+    accuracy: Annotated[Accuracy | None, Meta(description="of classifiers")]
+    metric: Annotated[
+        MetricValue | UnsetType | None, Meta(description="null without data; version 0.1.0 lacks it")
+    ] = UNSET
     uncounted_ops: Annotated[dict[str, Positive], Meta(description="operators that fvcore does not count")]
     anatomy: Anatomy | UnsetType = UNSET
 

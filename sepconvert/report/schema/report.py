@@ -13,7 +13,9 @@ from sepconvert.report.schema.profile import (
     AccuracyDrop,
     Bytes,
     Count,
+    Drop,
     Environment,
+    MetricDrop,
     Milliseconds,
     Model,
     Positive,
@@ -196,7 +198,7 @@ class Divergence(Struct, frozen=True):
     label_loss: float | None
 
 
-class CurvePoint(Struct, frozen=True):
+class CurvePoint(Struct, frozen=True, kw_only=True):
     """One plan on the trade-off curve; null for what was not measured."""
 
     macs: Count
@@ -207,7 +209,8 @@ class CurvePoint(Struct, frozen=True):
     lower_bound: float
     heldout: Divergence | None
     batchnorm_reestimated: bool
-    accuracy_drop_pp: AccuracyDrop | None
+    drop: Drop | UnsetType | None = UNSET
+    accuracy_drop_pp: Annotated[AccuracyDrop | None, Meta(description="the same, of top-1 accuracy alone")]
     predicted_speedup: float | None
     latency_speedup: Speedup | None
     delivered: bool
@@ -236,7 +239,7 @@ class Epoch(Struct, frozen=True):
 
 
 class Attempt(Struct, frozen=True):
-    """Drops of one plan before and after fine-tuning, in percentage points."""
+    """Drops of one plan before and after fine-tuning, in the unit of the metric."""
 
     drop_before_pp: float
     drop_pp: float
@@ -272,10 +275,14 @@ class Choice(Struct, frozen=True):
     plans: Annotated[Count, Meta(description="plans whose drop was measured")]
     images: Annotated[Count, Meta(description="images that the plan was chosen by")]
     confidence: Annotated[float | None, Meta(description="with which the drop was proven, if it was")]
-    bound_pp: Annotated[
-        float, Meta(description="drop on unseen images, exceeded with probability 1 - confidence, or 5 %")
+    bound: Annotated[
+        float,
+        Meta(
+            description="drop on unseen images, in the unit of the metric, exceeded with probability 1 - "
+            "confidence, or 5 %"
+        ),
     ]
-    rest: Annotated[AccuracyDrop | None, Meta(description="drop on images that had no part in the choice")]
+    rest: Annotated[Drop | None, Meta(description="drop on images that had no part in the choice")]
 
 
 class ModelApproximation(Struct, frozen=True):
@@ -299,14 +306,15 @@ class ModelApproximation(Struct, frozen=True):
 # Documents -----------------------------------------------------------------------------------------
 
 
-class Delta(Struct, frozen=True):
+class Delta(Struct, frozen=True, kw_only=True):
     """The converted model against the original; ratios are original over converted."""
 
     params_ratio: float | None
     macs_ratio: float | None
     latency_speedup: Speedup | None
-    accuracy_drop_pp: AccuracyDrop | None
-    agreement: Annotated[Share | None, Meta(description="share of equal predictions")]
+    metric: MetricDrop | UnsetType | None = UNSET
+    accuracy_drop_pp: Annotated[AccuracyDrop | None, Meta(description="of top-1 accuracy alone")]
+    agreement: Annotated[Share | None, Meta(description="share of equal predictions, of classifiers")]
 
 
 class Labels(Struct, frozen=True):

@@ -11,7 +11,7 @@ from sepconvert.report.schema.published import json_schema
 from sepconvert.report.schema.report import ReportDocument
 
 
-@pytest.mark.parametrize("fixture", ["document", "bare", "approximate"])
+@pytest.mark.parametrize("fixture", ["document", "bare", "approximate", "restored"])
 def test_documents_of_the_tests_conform(request, fixture):
     document = request.getfixturevalue(fixture)
     assert_conforms(document, ReportDocument)

@@ -7,7 +7,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from sepconvert import convert
 from sepconvert.base.options import Timing
-from sepconvert.report.exhibits import images_at
+from sepconvert.report.pictures.exhibits import images_at
 
 IMAGES = torch.arange(10.0).reshape(10, 1, 1, 1).expand(10, 3, 4, 4)
 DATA = TensorDataset(IMAGES, torch.zeros(10, dtype=torch.int64))

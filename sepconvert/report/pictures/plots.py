@@ -1,6 +1,5 @@
-"""Pictures to embed in a page: plots as SVG text, kernels and images as PNG data URLs."""
+"""Plots to embed in a page as SVG text, and kernels as PNG data URLs."""
 
-import base64
 import html
 import io
 import re
@@ -12,11 +11,11 @@ import numpy as np
 import numpy.typing as npt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from PIL import Image
 from torch import Tensor
 
-from sepconvert.report.exhibits import KernelPair
-from sepconvert.report.numbers import Document
+from sepconvert.report.numbers import Document, Quality, heading
+from sepconvert.report.pictures.exhibits import KernelPair
+from sepconvert.report.pictures.images import png
 
 # Placeholders for the colours of text, before and after, which the page's light or dark scheme defines.
 _INK, _BEFORE, _AFTER = "#010203", "#010204", "#010205"
@@ -34,14 +33,14 @@ _LINE_STYLES = ("-", "--", ":", "-.")  # for the second and later models
 _PIXELS_PER_WEIGHT = 12
 
 
-def trade_off(curve: Sequence[Document]) -> str:
-    """Return a plot of divergence, and of the change of accuracy if measured, against the gain of each plan.
+def trade_off(curve: Sequence[Document], quality: Quality) -> str:
+    """Return a plot of divergence, and of the change of the metric if measured, against each plan's gain.
 
     `curve` is that of the report; plans that were not carried out are left out. Markers of plans whose
     measured speed-up is within noise are hollow.
     """
     plans = [point for point in curve if point["heldout"] is not None and point["converted"]]
-    scored = [point for point in plans if point["accuracy_drop_pp"] is not None]
+    scored = [point for point in plans if point["drop"] is not None]
     timed = all(point["latency_speedup"] is not None for point in plans)
 
     def gain(point: Document) -> float:
@@ -60,16 +59,18 @@ def trade_off(curve: Sequence[Document]) -> str:
     for axes in lower:
         axes.axhline(0, color=_INK, linewidth=0.8, alpha=0.5)
         for point in scored:
-            drop = point["accuracy_drop_pp"]
-            low, high = drop["ci95"]
-            bars = [[high - drop["value"]], [drop["value"] - low]]
-            axes.errorbar(gain(point), -drop["value"], bars, fmt="o", capsize=3, **_marker(point))
-        axes.set_ylabel("change of\ntop-1, pp", color=_INK)
+            sign = -1 if quality.higher_is_better else 1
+            change, *ends = (sign * value for value in (point["drop"]["value"], *point["drop"]["ci95"]))
+            bars = [[change - min(ends)], [max(ends) - change]]
+            axes.errorbar(gain(point), change, bars, fmt="o", capsize=3, **_marker(point))
+        axes.set_ylabel(f"change of\n{heading(quality.heading, quality.unit)}", color=_INK)
     last = lower[0] if lower else upper
     last.set_xlabel("measured speed-up, ×" if timed else "fewer MACs, ×", color=_INK)
     for axes in (upper, *lower):
         _dress(axes)
-    return _svg(figure, "Divergence and change of accuracy against the gain, for every plan carried out")
+    return _svg(
+        figure, f"Divergence and change of {quality.noun} against the gain, for every plan carried out"
+    )
 
 
 def _marker(point: Document) -> dict[str, Any]:
@@ -121,27 +122,9 @@ def kernels(pair: KernelPair) -> dict[str, Any]:
     before, after = (_strip(part, largest) for part in (pair.before, pair.after))
     height, width = before.shape[:2]
     return {
-        "before": _png(before), "after": _png(after),
+        "before": png(before), "after": png(after),
         "width": _PIXELS_PER_WEIGHT * width, "height": _PIXELS_PER_WEIGHT * height,
     }  # fmt: skip
-
-
-def picture(image: Tensor) -> dict[str, Any]:
-    """Return an image C × H × W as a data URL, stretched from black to white, and its size in pixels.
-
-    Channels are averaged unless there are 1 or 3.
-    """
-    pixels = image.detach().double().cpu()
-    if len(pixels) not in (1, 3):
-        pixels = pixels.mean(0, keepdim=True)
-    low, high = float(pixels.min()), float(pixels.max())
-    stretched = ((pixels - low) / ((high - low) or 1.0) * 255).round().byte().permute(1, 2, 0).numpy()
-    height, width = stretched.shape[:2]
-    return {
-        "url": _png(stretched.squeeze(2) if len(pixels) == 1 else stretched),
-        "width": width,
-        "height": height,
-    }
 
 
 def _strip(filters: Tensor, largest: float) -> npt.NDArray[np.uint8]:
@@ -150,12 +133,6 @@ def _strip(filters: Tensor, largest: float) -> npt.NDArray[np.uint8]:
     padded = np.pad(colours, ((0, 0), (0, 0), (0, 1), (0, 0)))
     strip: npt.NDArray[np.uint8] = (np.concatenate(padded, axis=1)[:, :-1] * 255).round().astype(np.uint8)
     return strip
-
-
-def _png(pixels: npt.NDArray[np.uint8]) -> str:
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, "PNG", optimize=True)
-    return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
 def _dress(axes: Axes) -> None:

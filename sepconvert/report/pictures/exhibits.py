@@ -1,17 +1,15 @@
 """Kernels and images that the HTML page shows in addition to the document, as tensors."""
 
-import itertools
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import BatchSampler, DataLoader, SequentialSampler
 
 from sepconvert.base.modules import submodule
-from sepconvert.files.data import Batch
 from sepconvert.network.layers import FactorizedConv2d
 from sepconvert.planning.conversion import LayerReport
+from sepconvert.report.pictures.samples import ChangedSamples
 
 _LAYERS = 4
 
@@ -33,10 +31,15 @@ class KernelPair:
 
 @dataclass(frozen=True, eq=False)
 class Exhibits:
-    """Kernels, and `images` by their index in the data set, each C × H × W as the model takes it."""
+    """Kernels, and samples that changed.
+
+    `images` are those whose predicted class changed, by index in the data set, C × H × W as the model takes
+    them; `changed` are samples of models that are no classifiers.
+    """
 
     kernels: tuple[KernelPair, ...] = ()
     images: Mapping[int, Tensor] = field(default_factory=dict)
+    changed: ChangedSamples = field(default_factory=ChangedSamples)
 
 
 def kernel_pairs(layers: Iterable[LayerReport], converted: nn.Module) -> tuple[KernelPair, ...]:
@@ -58,17 +61,3 @@ def kernel_pairs(layers: Iterable[LayerReport], converted: nn.Module) -> tuple[K
         if len(pairs) == _LAYERS:
             break
     return tuple(pairs)
-
-
-def images_at(data: Iterable[Batch], indices: Iterable[int]) -> dict[int, Tensor]:
-    """Return samples of a data set by index; if it can be indexed, no others are read."""
-    wanted = set(indices)
-    if (
-        isinstance(data, DataLoader)
-        and type(data.sampler) is SequentialSampler
-        and type(data.batch_sampler) is BatchSampler
-    ):
-        return {index: data.collate_fn([data.dataset[index]])[0][0] for index in sorted(wanted)}
-    samples = itertools.chain.from_iterable(x for x, *_ in data)
-    first = itertools.islice(samples, max(wanted, default=-1) + 1)
-    return {index: image for index, image in enumerate(first) if index in wanted}

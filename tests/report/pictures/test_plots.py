@@ -10,8 +10,9 @@ import pytest
 import torch
 from PIL import Image
 
-from sepconvert.report import plots
-from sepconvert.report.exhibits import KernelPair
+from sepconvert.report.numbers import TOP1, Quality
+from sepconvert.report.pictures import plots
+from sepconvert.report.pictures.exhibits import KernelPair
 
 
 def pixels(url: str) -> np.ndarray:
@@ -25,7 +26,7 @@ def points(count: int, drops=()) -> list[dict]:
             "converted": number + 1,
             "macs_ratio": 1.5 + number,
             "heldout": {"divergence": 0.01 * 2**number},
-            "accuracy_drop_pp": None if drop is None else {"value": drop, "ci95": [drop - 0.5, drop + 0.5]},
+            "drop": None if drop is None else {"value": drop, "ci95": [drop - 0.5, drop + 0.5]},
             "latency_speedup": {"median": 1.25 + number, "significant": True},
             "delivered": number == 0,
         }
@@ -39,7 +40,7 @@ SPECTRUM = {"scheme": "spatial-vh", "cut": 2, "full_rank": 24, "values": [[1, 0.
 @pytest.fixture(params=["trade-off", "distributions", "spectrum"])
 def svg(request, document) -> str:
     if request.param == "trade-off":
-        return plots.trade_off(points(3, [0.25]))
+        return plots.trade_off(points(3, [0.25]), TOP1)
     if request.param == "spectrum":
         return plots.spectrum(SPECTRUM)
     return plots.distributions(
@@ -63,22 +64,44 @@ def test_plots_take_the_colours_of_the_page(svg):
 
 
 def test_a_curve_without_accuracy_has_one_plot():
-    assert "top-1" not in plots.trade_off(points(2))
-    assert "top-1" in plots.trade_off(points(2, [0.5]))
+    assert "top-1" not in plots.trade_off(points(2), TOP1)
+    assert "top-1" in plots.trade_off(points(2, [0.5]), TOP1)
+
+
+def drawn_height(svg: str, gain: int) -> float:
+    """Where the marker of a plan is in the lower plot, from above."""
+    return [float(y) for y in re.findall(r'<use [^>]*y="([\d.]+)"[^>]*var\(--(?:bar|after)\)', svg)][gain]
+
+
+def test_the_lower_axis_is_that_of_the_metric():
+    curve = points(2, [0.5, 1.0])
+    assert "psnr, dB" in plots.trade_off(curve, Quality("psnr", "dB", higher_is_better=True))
+    shown = plots.trade_off(curve, Quality("mse", "", higher_is_better=False))
+    assert "change of" in shown
+    assert ">mse<" in shown
+
+
+def test_what_is_worse_lies_lower_unless_less_is_better():
+    curve = points(2, [0.5, 1.0])
+    better, worse = (drawn_height(plots.trade_off(curve, TOP1), -place) for place in (2, 1))
+    assert better < worse
+    error = Quality("mse", "", higher_is_better=False)
+    better, worse = (drawn_height(plots.trade_off(curve, error), -place) for place in (2, 1))
+    assert better > worse
 
 
 def test_a_curve_is_drawn_over_macs_unless_all_is_timed():
     curve = points(3)
-    assert "measured speed-up" in plots.trade_off(curve)
+    assert "measured speed-up" in plots.trade_off(curve, TOP1)
     curve[1]["latency_speedup"] = None
-    assert "fewer MACs" in plots.trade_off(curve)
+    assert "fewer MACs" in plots.trade_off(curve, TOP1)
 
 
 def test_speedups_within_noise_are_hollow():
     curve = points(3)
-    assert "fill-opacity: 0; stroke: var(--bar)" not in plots.trade_off(curve)
+    assert "fill-opacity: 0; stroke: var(--bar)" not in plots.trade_off(curve, TOP1)
     curve[1]["latency_speedup"]["significant"] = False
-    assert "fill-opacity: 0; stroke: var(--bar)" in plots.trade_off(curve)
+    assert "fill-opacity: 0; stroke: var(--bar)" in plots.trade_off(curve, TOP1)
 
 
 def test_the_label_of_a_spectrum_says_where_it_is_cut():
