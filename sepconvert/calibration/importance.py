@@ -103,7 +103,7 @@ def _log_likelihood(
     Scaled so that the squares of its gradients are the curvature of the divergence, a mean over positions.
     """
     total = predicted[0].new_zeros(())
-    for kind, output in zip(yardstick.kinds, predicted, strict=True):
+    for number, (kind, output) in enumerate(zip(yardstick.kinds, predicted, strict=True)):
         positions = max(output.numel() // samples, 1)
         if kind.name == "kl":
             share = _of_classes(kind, output, generator) / math.sqrt(positions // output.shape[kind.axis])
@@ -112,7 +112,7 @@ def _log_likelihood(
             drawn = torch.bernoulli(logits.detach().sigmoid().cpu(), generator=generator).to(logits)
             share = -F.binary_cross_entropy_with_logits(logits, drawn, reduction="sum") / math.sqrt(positions)
         else:
-            variance = _variance(kind, output, alone=len(predicted) == 1)
+            variance = _variance(yardstick, number, output.detach())
             noise = torch.randint(0, 2, output.shape, generator=generator) * 2.0 - 1
             scale = (2 / (len(predicted) * positions * variance)) ** 0.5
             total = total + (output * noise.to(output) * scale).sum()
@@ -127,11 +127,13 @@ def _of_classes(kind: Kind, output: Tensor, generator: torch.Generator) -> Tenso
     return logits.log_softmax(1).gather(1, drawn.to(logits.device)).sum()
 
 
-def _variance(kind: Kind, output: Tensor, *, alone: bool) -> Tensor:
+def _variance(yardstick: Yardstick, number: int, output: Tensor) -> Tensor:
     """Return what squared errors of an output are relative to."""
-    variance = output.detach().var(correction=0)
-    is_relative = kind.name == "relative" or not alone
-    return torch.where(variance > 0, variance, 1) if is_relative else torch.ones_like(variance)
+    if yardstick.names == ["squared"]:
+        return output.new_ones(())
+    known = yardstick.variance(number, output)
+    variance = output.var(correction=0) if known is None else known.to(output)
+    return torch.where(variance > 0, variance, 1)
 
 
 def _by_group(site: ConvSite, gradient: Tensor) -> Tensor:

@@ -28,6 +28,11 @@ _ARRANGING = (
 _JOINING = ("Cat", "Stack")
 
 
+# Of embeddings, where a model has other outputs too: activations, and the division by a norm.
+_POOLING = ("Mean", "AdaptiveAvgPool2D", "AvgPool2D")
+_OF_EMBEDDINGS = ("Relu", "Hardtanh", "Gelu", "Silu", "Tanh", "Div")
+
+
 _OF_A_BOX = 4  # numbers, which are no logits of as many classes where a model has other outputs too
 
 
@@ -128,7 +133,7 @@ class Yardstick:
         """
         self._check(expected, actual)
         distances = [
-            kind.distance(wanted, given, temperature, self._variance(number, wanted))
+            kind.distance(wanted, given, temperature, self.variance(number, wanted))
             for number, (kind, wanted, given) in enumerate(zip(self.kinds, expected, actual, strict=True))
         ]
         return distances[0] if len(distances) == 1 else torch.stack(distances).mean()
@@ -165,7 +170,7 @@ class Yardstick:
         variances = (squares / count - (total / count).square()).tolist()
         return replace(self, variances=tuple(value if value > 0 else 1.0 for value in variances))
 
-    def _variance(self, number: int, wanted: Tensor) -> Tensor | None:
+    def variance(self, number: int, wanted: Tensor) -> Tensor | None:
         """Return the variance that an output's squared error is relative to; None to let its kind decide."""
         kind = self.kinds[number]
         if not kind.has_scale or (len(self.kinds) == 1 and kind.name == "relative"):
@@ -259,7 +264,7 @@ def _asked(name: Divergence, output: Tensor) -> Kind:
         return Kind(name, probabilities=bool(((output >= 0) & (output <= 1)).all()), ndim=output.ndim)
     if name != "kl":
         return Kind(name, ndim=output.ndim)
-    axis = _class_axis(output) if output.numel() and float(output.min()) >= 0 else None
+    axis = _class_axis(output) if output.numel() and bool((output >= 0).all()) else None
     if axis is not None:
         return Kind(name, axis, True, output.ndim)
     axis = 2 if output.ndim == 3 else 1
@@ -271,15 +276,18 @@ def _asked(name: Divergence, output: Tensor) -> Kind:
     return Kind(name, axis, ndim=output.ndim)
 
 
-def _origin(node: Any) -> str | None:
-    """Return the operator whose results a tensor holds, however arranged, by the name of its derivative."""
+def _origin(node: Any, *more: str) -> str | None:
+    """Return the operator whose results a tensor holds, however arranged, by the name of its derivative.
+
+    Operators named `more` are passed over as well.
+    """
     if node is None:
         return None
     name = str(node.name()).partition("Backward")[0]
     if name in _JOINING:
-        found = {_origin(before) for before, _ in node.next_functions}
+        found = {_origin(before, *more) for before, _ in node.next_functions}
         return found.pop() if len(found) == 1 else None
-    return _origin(node.next_functions[0][0]) if name in _ARRANGING else name
+    return _origin(node.next_functions[0][0], *more) if name in (*_ARRANGING, *more) else name
 
 
 def _class_axis(probabilities: Tensor) -> int | None:
@@ -295,8 +303,9 @@ def _class_axis(probabilities: Tensor) -> int | None:
 
 
 def _is_no_class_score(output: Tensor) -> bool:
-    """Return whether one of several outputs N×K is rather a box, or an embedding behind a ReLU."""
-    return output.ndim == 2 and (output.shape[1] == _OF_A_BOX or float(output.min()) >= 0)
+    """Return whether one of several outputs N×K is rather a box or an embedding."""
+    is_embedding = _origin(output.grad_fn, *_POOLING) in _OF_EMBEDDINGS
+    return output.ndim == 2 and (output.shape[1] == _OF_A_BOX or is_embedding)
 
 
 def is_logits(output: Tensor) -> bool:
@@ -323,7 +332,7 @@ def returned_by(model: nn.Module, samples: InputBatch) -> Any:
     try:
         return samples.run(model)
     except Exception as error:  # whatever the user's forward raises
-        shapes = ", ".join(map(str, samples.shapes))
+        shapes = ", ".join(str((len(samples), *shape)) for shape in samples.shapes)
         raise SepconvertError(
             f"data: expected inputs that the model takes, got shape {shapes}, on which it fails with"
             f" {type(error).__name__}: {first_line(error)}; check the size and the channels of the data"

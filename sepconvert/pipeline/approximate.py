@@ -95,7 +95,8 @@ def _survey(original: Original, start: Start, job: Job) -> _Findings:
     reasons |= slow
     evidence: Evidence | None = None
     if calibration is not None:
-        evidence = collect_evidence(model, layers, calibration, seed=job.seed, yardstick=original.yardstick)
+        yardstick = original.yardstick if heldout is None else heldout.yardstick
+        evidence = collect_evidence(model, layers, calibration, seed=job.seed, yardstick=yardstick)
     surveyed = survey(model, layers, evidence, heldout, prices, job.progress)
     return _Findings(tuple(layers), reasons, evidence, heldout, unit, surveyed)
 
