@@ -13,12 +13,13 @@ from torch.nn import functional as F
 
 from sepconvert.base.errors import SepconvertError, first_line
 from sepconvert.base.options import Task
+from sepconvert.distillation.samples import on_device
 from sepconvert.files.callables import resolve_callable
 from sepconvert.files.data import UNLABELLED
 from sepconvert.measure.divergence import Kind, relative_error, returned_by
 from sepconvert.measure.metrics.evaluation import Scoring
 from sepconvert.network.copies import private_copy
-from sepconvert.network.tensors import InputBatch
+from sepconvert.network.tensors import InputBatch, tensors_in
 
 EMBEDDING_WEIGHT = 32.0
 """Weight of the relative error of the classifier's input, next to the divergence from the teacher.
@@ -78,11 +79,14 @@ class TaskLoss:
     def check(self, model: nn.Module, samples: InputBatch, targets: Any) -> None:
         """Raise `SepconvertError` unless the loss of a model can be taken, is finite and has a derivative."""
         private = private_copy(model)
+        inputs = samples.on(private)
+        device = tensors_in(inputs.inputs)[0].device
         with torch.enable_grad():
-            returned = returned_by(private, samples.on(private))
-            loss = self(returned, targets)
+            loss = self(returned_by(private, inputs), on_device(targets, device))
         if not bool(loss.isfinite()):
-            raise SepconvertError(f"`loss`: expected a finite number for the first sample, got {float(loss)}")
+            raise SepconvertError(
+                f"`loss`: expected a finite number for the first sample, got {float(loss.detach())}"
+            )
         if not loss.requires_grad:
             raise SepconvertError(
                 "`loss`: expected a loss that depends on the outputs, got one without a derivative; compute "
@@ -103,6 +107,15 @@ def label_loss(kind: Kind, leaves: Sequence[Tensor], labels: Tensor) -> Tensor:
     """
     logits = kind.logits(class_logits(leaves, labels)).float()
     return LABEL_WEIGHT * F.cross_entropy(logits, labels, ignore_index=UNLABELLED, reduction="sum")
+
+
+def check_labels(targets: Any, samples: int) -> None:
+    """Raise `SepconvertError` unless targets are class numbers, or -1, of so many samples."""
+    if not isinstance(targets, Tensor) or targets.shape != (samples,) or targets.is_floating_point():
+        raise SepconvertError(
+            f"labels: expected {samples} integers, one for each sample, got {_described(targets)}; leave the "
+            "labels out of the data (in Python: labelled=False), or pass a `loss`"
+        )
 
 
 def class_logits(leaves: Sequence[Tensor], labels: Tensor) -> Tensor:

@@ -28,6 +28,7 @@ from sepconvert.distillation.checkpoint import Checkpoint, State, digest_of, rea
 from sepconvert.distillation.judge import Judge
 from sepconvert.distillation.losses import (
     TaskLoss,
+    check_labels,
     embedding_loss,
     feature_loss,
     holding_labels,
@@ -187,6 +188,8 @@ def _training(
     device, (example, targets) = accelerator.device, data.first_pair()
     original = prepared(teacher, example, device)
     task_loss = TaskLoss.of(task)
+    if task_loss is None and settings.labelled:
+        check_labels(targets, len(example))
     if task_loss is not None:
         task_loss.check(student, example, targets)
         holds = bool((class_labels(targets, len(example)) != UNLABELLED).all())
