@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from sepconvert.calibration.importance import fisher_information
 from sepconvert.calibration.record import RecordedOutputs, record
 from sepconvert.calibration.split import CalibrationSet
+from sepconvert.measure.divergence import Yardstick
 from sepconvert.network.trace import ConvSite
 
 
@@ -21,7 +22,12 @@ class Evidence:
 
 
 def collect_evidence(
-    model: nn.Module, sites: Sequence[ConvSite], calibration: CalibrationSet, *, seed: int
+    model: nn.Module,
+    sites: Sequence[ConvSite],
+    calibration: CalibrationSet,
+    *,
+    seed: int,
+    yardstick: Yardstick | None = None,
 ) -> Evidence:
     """Run the original on the calibration images.
 
@@ -30,10 +36,12 @@ def collect_evidence(
         sites: layers that may be replaced.
         calibration: the images.
         seed: of sampled positions and labels.
+        yardstick: what outputs are compared by; decided from the original's if there is none.
 
     Raises:
         SepconvertError: the model cannot run on the images, or there are fewer batches than processes.
     """
     share = calibration.share(model)
     recorded = record(model, share, sites, images=calibration.images, seed=seed)
-    return Evidence(calibration, recorded, fisher_information(model, share, sites, seed=seed))
+    importance = fisher_information(model, share, sites, seed=seed, yardstick=yardstick)
+    return Evidence(calibration, recorded, importance)

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from sepconvert.base.distributed import once
 from sepconvert.base.errors import SepconvertError
 from sepconvert.files.data import UNLABELLED
-from sepconvert.measure.divergence import divergence, is_logits, outputs
+from sepconvert.measure.divergence import Yardstick, outputs, yardstick_of
 from sepconvert.network.calls import Kernel, Place, substitute
 from sepconvert.network.copies import quick_copy
 from sepconvert.network.tensors import InputBatch
@@ -23,11 +23,12 @@ from sepconvert.network.tensors import InputBatch
 class Divergence:
     """Difference of a model from the original on held-out images, and from their labels if they have any.
 
-    All but the divergence are None if the outputs are no logits, and the last two if there are no labels.
+    All but the divergence are None if the outputs are not over classes, and the last two if there are no
+    labels of samples.
     """
 
     divergence: float  # `sepconvert.measure.divergence`
-    agreement: float | None  # share of equal predictions, 0 to 1
+    agreement: float | None  # share of equal predictions, of samples or of their positions, 0 to 1
     accuracy: float | None = None  # top-1, 0 to 1
     label_loss: float | None = None  # cross-entropy, in nats
 
@@ -44,12 +45,18 @@ class Heldout:
         original: left as it is.
         batches: the samples.
         labels: integers for each batch, -1 for an image without one; None if there are no labels.
+        yardstick: what outputs are compared by; decided from the original's if there is none.
     """
 
     def __init__(
-        self, original: nn.Module, batches: Sequence[InputBatch], labels: Sequence[Tensor] | None = None
+        self,
+        original: nn.Module,
+        batches: Sequence[InputBatch],
+        labels: Sequence[Tensor] | None = None,
+        yardstick: Yardstick | None = None,
     ) -> None:
         self._original = quick_copy(original, batches[0])
+        self._yardstick = yardstick or yardstick_of(original, batches[0])
         self.batches = [batch.on(self._original) for batch in batches]
         self._labels = labels or [torch.full((len(batch),), UNLABELLED) for batch in batches]
 
@@ -68,6 +75,12 @@ class Heldout:
             )
         return expected
 
+    @functools.cached_property
+    def yardstick(self) -> Yardstick:
+        """What outputs are compared by, with the variances of the original's."""
+        given = self._yardstick
+        return given if given.variances is not None else given.measured_on(self.expected)
+
     def first(self, most: int) -> "Heldout":
         """Return the same for the first `most` images."""
         starts = itertools.accumulate((len(batch) for batch in self.batches), initial=0)
@@ -76,32 +89,37 @@ class Heldout:
             for batch, labels, start in zip(self.batches, self._labels, starts, strict=False)
             if start < most
         ]
-        return Heldout(self._original, *zip(*shown, strict=True))
+        batches, labels = zip(*shown, strict=True)
+        return Heldout(self._original, batches, labels, self.yardstick)
 
     def measure(self, model: nn.Module, kernels: Mapping[Place, Kernel] | None = None) -> Divergence:
         """Return the difference of `model` in eval mode, with some kernels replaced, from the original."""
         return once(lambda: self._measure(quick_copy(model, self.batches[0]), kernels or {}))
 
     def _measure(self, private: nn.Module, kernels: Mapping[Place, Kernel]) -> Divergence:
-        total, equal, count, classified = 0.0, 0, 0, True
+        total, count, equal, positions = 0.0, 0, 0, 0
         loss, right, labelled = 0.0, 0, 0
+        yardstick, classes = self.yardstick, self.yardstick.classes
         watching = substitute(private, kernels).watching() if kernels else contextlib.nullcontext()
         with torch.no_grad(), watching:
             for batch, labels, expected in zip(self.batches, self._labels, self.expected, strict=True):
                 actual = outputs(private, batch)
-                total += len(batch) * float(divergence(expected, actual))
-                classified = len(expected) == 1 and expected[0].ndim == 2 and is_logits(expected[0])
-                if classified:
-                    equal += int((expected[0].argmax(1) == actual[0].argmax(1)).sum())
+                total += len(batch) * float(yardstick.divergence(expected, actual))
+                count += len(batch)
+                if classes is None:
+                    continue
+                predicted = actual[0].argmax(classes.axis)
+                equal += int((expected[0].argmax(classes.axis) == predicted).sum())
+                positions += predicted.numel()
+                if yardstick.is_classifier:
                     known = (labels >= 0) & (labels < expected[0].shape[1])
-                    logits, truth = actual[0].cpu().double()[known], labels[known]
+                    logits, truth = classes.logits(actual[0]).cpu().double()[known], labels[known]
                     loss += float(F.cross_entropy(logits, truth, reduction="sum"))
                     right += int((logits.argmax(1) == truth).sum())
                     labelled += len(truth)
-                count += len(batch)
         return Divergence(
             max(total / count, 0.0),  # only rounding makes it negative
-            equal / count if classified else None,
+            equal / positions if positions else None,
             right / labelled if labelled else None,
             loss / labelled if labelled else None,
         )

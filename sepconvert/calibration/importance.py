@@ -6,12 +6,13 @@ from collections.abc import Mapping, Sequence
 import torch
 from einops import rearrange
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from sepconvert.base.distributed import gather
 from sepconvert.base.errors import SepconvertError
 from sepconvert.base.modules import unshadowed
 from sepconvert.calibration.footprint import footprint
-from sepconvert.measure.divergence import is_logits, outputs
+from sepconvert.measure.divergence import Kind, Yardstick, outputs, yardstick_of
 from sepconvert.network.calls import Call, ConvolutionInterceptor
 from sepconvert.network.copies import private_copy
 from sepconvert.network.tensors import InputBatch
@@ -25,15 +26,19 @@ _AT_ONCE = 16  # images of which all activations are held, if memory allows it
 
 
 def fisher_information(
-    model: nn.Module, batches: Mapping[int, InputBatch], sites: Sequence[ConvSite], *, seed: int
+    model: nn.Module,
+    batches: Mapping[int, InputBatch],
+    sites: Sequence[ConvSite],
+    *,
+    seed: int,
+    yardstick: Yardstick | None = None,
 ) -> dict[str, Tensor]:
     """Return E Σ g gᵀ over positions for each layer by name: groups × O/groups × O/groups, in float64.
 
     g is the gradient of log p(z) by the layer's outputs at one position, and z a label drawn from the model's
     own prediction: the labels of the data are not used. To second order the divergence of the model's outputs
-    is then ½ E Σ δᵀ g gᵀ δ when the layer's outputs move by δ (J. Martens, arXiv:1412.1193). Model outputs
-    that are no logits are treated as means of Gaussians with the variance of these outputs
-    (`sepconvert.measure.divergence.relative_error`).
+    is then ½ E Σ δᵀ g gᵀ δ when the layer's outputs move by δ (J. Martens, arXiv:1412.1193). Outputs that are
+    compared by squared errors are treated as means of Gaussians.
 
     Args:
         model: the original; left as it is.
@@ -41,7 +46,9 @@ def fisher_information(
         sites: convolutions to look at. Left out are those that the images or the gradients do not reach, and
             all of a model that cannot be differentiated.
         seed: of the labels drawn.
+        yardstick: what outputs are compared by; decided from the model's if there is none.
     """
+    yardstick = yardstick or yardstick_of(model, next(iter(batches.values())))
     private = private_copy(model)
     for parameter in unshadowed(private).parameters():
         parameter.requires_grad_(parameter.is_floating_point())
@@ -65,7 +72,8 @@ def fisher_information(
             generator = torch.Generator().manual_seed(hash((seed, number, part)))
             try:
                 with torch.enable_grad(), ConvolutionInterceptor(private, on_call).watching():
-                    likelihood = _log_likelihood(outputs(private, images), generator)
+                    predicted = outputs(private, images)
+                    likelihood = _log_likelihood(yardstick, predicted, len(images), generator)
                 if not probes:  # the images reach none of the layers
                     break
                 gradients = torch.autograd.grad(likelihood, [probe for _, probe in probes], allow_unused=True)
@@ -87,21 +95,45 @@ def _add(total: dict[str, Tensor], sums: Mapping[str, Tensor]) -> None:
         total[name] = total[name] + value if name in total else value
 
 
-def _log_likelihood(predicted: Sequence[Tensor], generator: torch.Generator) -> Tensor:
-    """Return the log-likelihood of labels that are drawn from the model's outputs."""
-    if len(predicted) == 1 and is_logits(predicted[0]):
-        logits = predicted[0].movedim(1, -1).flatten(0, -2)
-        drawn = torch.multinomial(logits.detach().softmax(1).cpu(), 1, generator=generator)
-        positions = math.prod(predicted[0].shape[2:])
-        of_drawn: Tensor = logits.log_softmax(1).gather(1, drawn.to(logits.device))
-        return of_drawn.sum() / math.sqrt(positions)
+def _log_likelihood(
+    yardstick: Yardstick, predicted: Sequence[Tensor], samples: int, generator: torch.Generator
+) -> Tensor:
+    """Return the log-likelihood of what is drawn from the model's outputs, as distributions of their kinds.
+
+    Scaled so that the squares of its gradients are the curvature of the divergence, a mean over positions.
+    """
     total = predicted[0].new_zeros(())
-    for output in predicted:
-        variance = output.detach().var(correction=0)
-        noise = torch.randint(0, 2, output.shape, generator=generator) * 2.0 - 1
-        scale = (2 / (len(predicted) * output[0].numel() * torch.where(variance > 0, variance, 1))) ** 0.5
-        total = total + (output * noise.to(output) * scale).sum()
+    for number, (kind, output) in enumerate(zip(yardstick.kinds, predicted, strict=True)):
+        positions = max(output.numel() // samples, 1)
+        if kind.name == "kl":
+            share = _of_classes(kind, output, generator) / math.sqrt(positions // output.shape[kind.axis])
+        elif kind.name == "bernoulli":
+            logits = kind.logits(output)
+            drawn = torch.bernoulli(logits.detach().sigmoid().cpu(), generator=generator).to(logits)
+            share = -F.binary_cross_entropy_with_logits(logits, drawn, reduction="sum") / math.sqrt(positions)
+        else:
+            variance = _variance(yardstick, number, output.detach())
+            noise = torch.randint(0, 2, output.shape, generator=generator) * 2.0 - 1
+            scale = (2 / (len(predicted) * positions * variance)) ** 0.5
+            total = total + (output * noise.to(output) * scale).sum()
+            continue
+        total = total + share / math.sqrt(len(predicted))
     return total
+
+
+def _of_classes(kind: Kind, output: Tensor, generator: torch.Generator) -> Tensor:
+    logits = kind.logits(output).movedim(kind.axis, -1).flatten(0, -2)
+    drawn = torch.multinomial(logits.detach().softmax(1).cpu(), 1, generator=generator)
+    return logits.log_softmax(1).gather(1, drawn.to(logits.device)).sum()
+
+
+def _variance(yardstick: Yardstick, number: int, output: Tensor) -> Tensor:
+    """Return what squared errors of an output are relative to."""
+    if yardstick.names == ["squared"]:
+        return output.new_ones(())
+    known = yardstick.variance(number, output)
+    variance = output.var(correction=0) if known is None else known.to(output)
+    return torch.where(variance > 0, variance, 1)
 
 
 def _by_group(site: ConvSite, gradient: Tensor) -> Tensor:

@@ -19,18 +19,27 @@ from sepconvert.files.data import Batch
 from sepconvert.measure.metrics.evaluation import pair_of
 from sepconvert.network.tensors import InputBatch, cast
 
+ACCUMULATED = 8
+"""Samples of a step where the loader makes batches of one, as it must where images have several sizes."""
+
+
 Positions = npt.NDArray[np.int64]
 """Positions of samples in `Samples.indices`."""
 
 
 @dataclass(frozen=True)
 class Samples:
-    """The samples that a loader yields, to be batched anew."""
+    """The samples that a loader yields, to be batched anew.
+
+    A step is made of `batch_size` samples, of which the models are run on `at_once` together.
+    """
 
     loader: DataLoader[Batch]
     batched: Callable[[Any], InputBatch]  # makes inputs of what the loader yields as x
     indices: tuple[Any, ...]
     batch_size: int
+    at_once: int
+    augment: bool = True  # whether pictures are shifted and mirrored
 
     @classmethod
     def of(
@@ -50,18 +59,24 @@ class Samples:
         # In the same order in every process, even if the loader shuffles.
         indices = tuple(sorted(index for batch in batches for index in batch))
         size = max(map(len, batches), default=0)
-        samples = cls(loader, batched, indices, size)
+        samples = cls(loader, batched, indices, ACCUMULATED if size == 1 else size, size)
         if not indices or len(indices) // samples.steps < processes:
             raise SepconvertError(
                 f"{name}: expected a sample for each of {processes} processes in every batch, got"
-                f" {len(indices)} samples in batches of {size}; check the data path and the batch size"
+                f" {len(indices)} samples in steps of {samples.batch_size}; check the data path and the batch"
+                " size"
             )
         return samples
 
     @property
     def steps(self) -> int:
-        """Number of batches in an epoch."""
+        """Number of steps in an epoch."""
         return math.ceil(len(self.indices) / self.batch_size)
+
+    @property
+    def accumulates(self) -> bool:
+        """Whether the gradients of several batches are those of a step."""
+        return self.at_once < self.batch_size
 
     def shuffled(self, seed: int, epoch: int) -> list[Positions]:
         """Return shuffled batches whose sizes differ by at most one: BatchNorm suffers from a small one."""
@@ -69,13 +84,20 @@ class Samples:
         return np.array_split(order, self.steps)
 
     def ordered(self) -> list[Positions]:
-        """Return batches in a fixed order."""
-        count, size = len(self.indices), self.batch_size
-        return np.split(np.arange(count), range(size, count, size))
+        """Return batches to run at once, in a fixed order."""
+        return self.run_at_once(np.arange(len(self.indices)))
 
-    def load(self, batches: Iterable[Positions]) -> DataLoader[Batch]:
-        """Return a loader of these batches that leaves the user's random generators alone."""
-        return DataLoader(
+    def run_at_once(self, positions: Positions) -> list[Positions]:
+        """Return some samples in batches of `at_once`."""
+        return np.split(positions, range(self.at_once, len(positions), self.at_once))
+
+    def load(self, batches: Iterable[Positions]) -> Iterator[Batch]:
+        """Yield these batches; the user's random generators are left alone.
+
+        Raises:
+            SepconvertError: the images of a batch have several sizes.
+        """
+        loader = DataLoader(
             self.loader.dataset,
             batch_sampler=[[self.indices[i] for i in batch] for batch in batches],
             collate_fn=self.loader.collate_fn,
@@ -83,6 +105,15 @@ class Samples:
             worker_init_fn=self.loader.worker_init_fn,
             generator=torch.Generator(),  # otherwise it would draw from the user's
         )
+        try:
+            yield from loader
+        except RuntimeError as error:
+            if "equal size" not in str(error):  # as torch.stack puts it
+                raise
+            raise SepconvertError(
+                "data: expected samples of one shape in a batch, got several; pass images of several sizes "
+                "in a DataLoader of batch_size=1"
+            ) from error
 
     def pair(self, batch: object) -> tuple[InputBatch, Any]:
         """Return the inputs and the targets of a batch that the loader yields.
@@ -95,12 +126,17 @@ class Samples:
 
     def first(self) -> InputBatch:
         """Return a batch of the first sample alone."""
-        return self.pair(next(iter(self.load([np.array([0])]))))[0]
+        return self.first_pair()[0]
+
+    def first_pair(self) -> tuple[InputBatch, Any]:
+        """Return the inputs and the targets of the first sample alone."""
+        return self.pair(next(self.load([np.array([0])])))
 
     def fingerprint(self) -> str:
         """Return a hash of the number of samples and of the first, the middle and the last one."""
-        (batch,) = self.load([np.array([0, len(self.indices) // 2, -1])])
-        return digest_of([torch.tensor(len(self.indices)), *pytree.tree_leaves(batch)])
+        shown = np.array([0, len(self.indices) // 2, -1])
+        batches = list(self.load(np.split(shown, 3) if self.accumulates else [shown]))
+        return digest_of([torch.tensor(len(self.indices)), *pytree.tree_leaves(batches)])
 
 
 class Share(NamedTuple):
@@ -135,18 +171,24 @@ def on_device(values: Any, device: torch.device) -> Any:
 
 def shares(
     samples: Samples, seed: int, epoch: int, view: int, *, done: int, rank: int, processes: int
-) -> Iterator[Share]:
-    """Yield one process's shares of an epoch's batches after the first `done`, augmented as in `view`.
+) -> Iterator[list[Share]]:
+    """Yield one process's shares of an epoch's steps after the first `done`, augmented as in `view`.
 
-    The pictures of a view depend neither on the order of the samples nor on the number of processes.
+    A step has one share, unless fewer samples are run at once than it has. The pictures of a view depend
+    neither on the order of the samples nor on the number of processes.
     """
     draws = np.random.default_rng([seed, view, 1]).random((3, len(samples.indices)))
-    batches = samples.shuffled(seed, epoch)[done:]
-    own = [batch[rank::processes] for batch in batches]
-    for batch, positions, pair in zip(batches, own, samples.load(own), strict=True):
-        x, y = samples.pair(pair)
-        x, mirrored = augmented(x, draws[:, positions])
-        yield Share(torch.from_numpy(positions), x, y, mirrored, len(batch))
+    steps = samples.shuffled(seed, epoch)[done:]
+    own = [samples.run_at_once(step[rank::processes]) for step in steps]
+    loaded = samples.load(positions for parts in own for positions in parts)
+    for step, parts in zip(steps, own, strict=True):
+        found = []
+        for positions in parts:
+            x, y = samples.pair(next(loaded))
+            still = torch.zeros(len(x), dtype=torch.bool)
+            x, mirrored = augmented(x, draws[:, positions]) if samples.augment else (x, still)
+            found.append(Share(torch.from_numpy(positions), x, y, mirrored, len(step)))
+        yield found
 
 
 def augmented(samples: InputBatch, draws: npt.NDArray[np.float64]) -> tuple[InputBatch, Tensor]:

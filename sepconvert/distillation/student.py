@@ -1,7 +1,9 @@
 """The student: the converted model in training, its moving average and its optimizer."""
 
 from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -11,7 +13,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from sepconvert.base.errors import SepconvertError
 from sepconvert.base.modules import modules, unshadowed
-from sepconvert.measure.divergence import outputs
+from sepconvert.measure.divergence import returned_by
 from sepconvert.network.copies import duplicate, quick_copy
 from sepconvert.network.tensors import InputBatch
 
@@ -34,7 +36,7 @@ class Student:
     """The weights in training, their moving average, and the optimizer.
 
     Both are in eval mode, except that those BatchNorms of the student that are not frozen use the statistics
-    of the batch.
+    of the batch, where batches have more than one sample.
     """
 
     def __init__(
@@ -44,8 +46,12 @@ class Student:
         accelerator: Accelerator,
         learning_rate: float,
         steps: int,
+        *,
+        renews_statistics: bool = True,
     ) -> None:
         """Copy `model`; `example` are inputs that it runs on, and `steps` the length of the training.
+
+        BatchNorms keep their statistics unless it `renews_statistics`.
 
         Raises:
             SepconvertError: no parameter requires a gradient.
@@ -70,7 +76,7 @@ class Student:
             )
         # Five epochs of a ResNet-20 end at a divergence of 0.37 so, at 0.42 with fixed statistics.
         for module in modules(self.module):
-            if isinstance(module, _BatchNorm) and _trains(module):
+            if renews_statistics and isinstance(module, _BatchNorm) and _trains(module):
                 module.training = True
                 if module.momentum is None:  # a mean over all time would hardly move any more
                     module.momentum = 0.1
@@ -82,20 +88,27 @@ class Student:
         """Dtype of the weights, and of the inputs."""
         return self._trainable[0].dtype
 
-    def outputs(self, x: InputBatch) -> list[Tensor]:
-        """Return the floating-point outputs for a batch, in mixed precision if that is on."""
+    def run(self, x: InputBatch) -> Any:
+        """Return what the model returns for a batch, in mixed precision if that is on."""
         with self._accelerator.autocast():
-            return outputs(self._model, x)
+            return returned_by(self._model, x)
 
-    def step(self, loss: Tensor, learning_rate: float) -> None:
-        """Descend along the gradient of `loss`, then move the average."""
+    def accumulating(self, last: bool) -> AbstractContextManager[Any]:
+        """Return a context of one batch of a step: gradients are exchanged among processes after the last."""
+        return nullcontext() if last else self._accelerator.no_sync(self._model)
+
+    def step(self, learning_rate: float) -> None:
+        """Descend along the gradients of `backward`, then move the average."""
         for group in self._optimizer.param_groups:
             group["lr"] = learning_rate
-        self._optimizer.zero_grad()
-        self._accelerator.backward(loss)
         self._accelerator.clip_grad_norm_(self._trainable, MAX_GRADIENT)
         self._optimizer.step()
+        self._optimizer.zero_grad()
         self.average.update_parameters(self.module)
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradient of a loss to those of the step."""
+        self._accelerator.backward(loss)
 
     def trained(self) -> nn.Module:
         """Return a copy with the weights as they are now, for evaluation."""

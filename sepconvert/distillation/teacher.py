@@ -11,9 +11,12 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from sepconvert.base.modules import submodule
+from sepconvert.base.errors import SepconvertError
+from sepconvert.base.modules import named_modules, submodule
 from sepconvert.distillation.samples import Share
 from sepconvert.measure.divergence import outputs
+from sepconvert.network.layers import FactorizedConv2d
+from sepconvert.network.tensors import InputBatch
 
 USES = 3
 """Epochs that see a picture shifted and mirrored in the same way, if the teacher's output for it is kept.
@@ -25,6 +28,48 @@ take a fifth longer.
 
 MOST_KEPT = 2**30
 """Most bytes of outputs that are kept."""
+
+
+@torch.no_grad()
+def classifier_of(teacher: nn.Module, student: nn.Module, x: InputBatch) -> str | None:
+    """Return the path of the last `nn.Linear`, if both have it and it takes a vector for each sample.
+
+    A model that returns no vectors has no classifier: its `nn.Linear`s weigh channels, perhaps.
+    """
+    given: list[tuple[str, Tensor]] = []
+
+    def note(name: str, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        given.extend((name, value) for value in inputs)
+
+    with ExitStack() as stack:
+        for name, module in named_modules(teacher):
+            if isinstance(module, nn.Linear):
+                hook = nn.Module.register_forward_pre_hook(module, partial(note, name))
+                stack.callback(hook.remove)
+        returned = outputs(teacher, x)
+    if not given or given[-1][1].ndim != 2 or len(given[-1][1]) != len(x):
+        return None
+    if all(output.ndim != 2 for output in returned):
+        return None
+    name, embedding = given[-1]
+    own = dict(named_modules(student)).get(name)
+    return name if isinstance(own, nn.Linear) and own.in_features == embedding.shape[1] else None
+
+
+def replaced_layers(student: nn.Module, teacher: nn.Module) -> list[str]:
+    """Return the paths of replaced layers that the teacher has too: a functional convolution has none.
+
+    Raises:
+        SepconvertError: there are none.
+    """
+    paths = dict(named_modules(teacher))
+    names = [name for name, module in named_modules(student) if isinstance(module, FactorizedConv2d)]
+    if not (shared := [name for name in names if name in paths]):
+        raise SepconvertError(
+            f"`feature_weight`: expected replaced layers that are modules of the original, got none of"
+            f" {len(names)}; leave it at 0"
+        )
+    return shared
 
 
 class Tap:
@@ -114,16 +159,16 @@ class Teacher:
         if self._kept is not None and epoch < self.views and self._accelerator.num_processes > 1:
             self._kept[epoch] = self._accelerator.reduce(self._kept[epoch], "sum")
 
-    def recall(self, step: int, steps: int, shares: Callable[[int], Iterator[Share]]) -> None:
+    def recall(self, step: int, steps: int, shares: Callable[[int], Iterator[list[Share]]]) -> None:
         """Run the teacher again for the outputs that a checkpoint does not hold.
 
         `step` is where training resumes, `steps` the number of steps in an epoch and `shares` yields those of
-        an epoch. They are batched as they were the first time, since the batch size may change how outputs
-        are rounded.
+        the steps of an epoch. They are batched as they were the first time, since the batch size may change
+        how outputs are rounded.
         """
         for epoch in range(min(self.views, math.ceil(step / steps))):
             done = min(step - epoch * steps, steps)
-            for share in itertools.islice(shares(epoch), done):
+            for share in itertools.chain.from_iterable(itertools.islice(shares(epoch), done)):
                 self.target(epoch, share)
                 if self._kept is None:
                     return

@@ -7,10 +7,12 @@ epoch and the step alone, so that a run that was killed resumes where it was.
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -20,29 +22,34 @@ from torch.utils.data import DataLoader
 
 from sepconvert.base.determinism import reproducible
 from sepconvert.base.errors import SepconvertError, check_number, first_line
-from sepconvert.base.modules import named_modules, unshadowed
+from sepconvert.base.modules import unshadowed
 from sepconvert.base.options import Precision, Task
 from sepconvert.distillation.checkpoint import Checkpoint, State, digest_of, read_checkpoint, write_checkpoint
 from sepconvert.distillation.judge import Judge
-from sepconvert.distillation.losses import embedding_loss, feature_loss, holding_labels, label_loss
+from sepconvert.distillation.losses import (
+    TaskLoss,
+    check_labels,
+    embedding_loss,
+    feature_loss,
+    holding_labels,
+    label_loss,
+)
 from sepconvert.distillation.results import Epoch, FinetuneResult, TrainingStep
 from sepconvert.distillation.samples import Samples, Share, as_input, shares
 from sepconvert.distillation.settings import Settings
 from sepconvert.distillation.student import Student, prepared
-from sepconvert.distillation.teacher import Tap, Target, Teacher
-from sepconvert.files.data import Batch, class_labels
-from sepconvert.measure.divergence import divergence, outputs
-from sepconvert.measure.metrics.evaluation import Scoring
+from sepconvert.distillation.teacher import Tap, Target, Teacher, classifier_of, replaced_layers
+from sepconvert.files.data import UNLABELLED, Batch, class_labels
+from sepconvert.measure.divergence import floating_outputs, yardstick_of
+from sepconvert.measure.metrics.own import scoring_of
 from sepconvert.network.copies import duplicate
-from sepconvert.network.layers import FactorizedConv2d
-from sepconvert.network.tensors import InputBatch
 
 WARM_UP = 0.1
 """Share of the steps in which the learning rate rises."""
 
 
 FAR = 0.3
-"""Divergence of a student that learns at the full rate; a nearer one would be led away first.
+"""Divergence, without a unit, of a student that learns at the full rate; a nearer one would be led away.
 
 At the full rate a ResNet-9 that starts at a divergence of 0.09 is at 0.11 after two epochs."""
 
@@ -71,14 +78,18 @@ def finetune(
 
     The loss is the sum of
 
-    - `sepconvert.measure.divergence.divergence` at `temperature`,
+    - the divergence of the outputs, each by the kind that suits it (`sepconvert.measure.divergence.Kind`), at
+      `temperature`, squared errors relative to the variance of the teacher's outputs,
     - the relative squared error of the embedding: the input of the `nn.Linear` at the end, if there is one
       (Chen et al., arXiv:2203.14001, use that alone),
     - `feature_weight` times the relative squared error of the outputs of the replaced layers,
+    - the task's own `loss`, if it has one, of the outputs and the targets of the data, or else,
     - with `labelled`, the cross-entropy with those labels that are not -1.
 
     Both models see the same picture, shifted and mirrored at random (Beyer et al., arXiv:2106.05237); the
-    label of a mirrored picture counts where the teacher predicts it too. The optimizer is AdamW with a linear
+    label of a mirrored picture counts where the teacher predicts it too. Several inputs stay as they are, and
+    so does everything if the task's loss takes other targets than class numbers of samples, which would not
+    move along. The optimizer is AdamW with a linear
     warm-up, cosine decay and clipped gradients. Both models are in eval mode, without dropout that is, except
     that the student's BatchNorms use the statistics of the batch; those whose parameters are all frozen stay
     as they are, as does every frozen parameter. Models in half precision are trained in float32.
@@ -96,11 +107,13 @@ def finetune(
         student: the model to train, such as the `model` of a `ConversionResult`.
         teacher: the original.
         data: batches `(x, y)` with a map-style dataset; every sample that it yields is used once an epoch, in
-            an order of its own. Its batch size is the size of a step over all processes.
+            an order of its own. Its batch size is the size of a step over all processes; with a batch size of
+            1, which images of several sizes need, a step has `sepconvert.distillation.samples.ACCUMULATED`.
         heldout: held-out batches, from which the weights are chosen; nothing is trained on them.
         epochs: passes over `data`.
         labelled: use the labels; one of -1 means none.
-        task: which dimension of the inputs counts samples; the first by default.
+        task: what the outputs are for: `batch_dim`, `divergence`, `loss`, and the `metric` and `output`, by
+            which these are understood.
         learning_rate: largest learning rate of a student that is far from its teacher.
         temperature: softmax temperature. One epoch of a ResNet-20 on 10,000 pictures ends at 87.0 % with 4,
             at 86.0 % with 2 and with a divergence that is larger by 0.03.
@@ -118,7 +131,8 @@ def finetune(
 
     Raises:
         SepconvertError: an option is out of range, data are empty or not map-style, the models cannot run on
-            them or do not match, or `checkpoint` is damaged, of another run, or in the way.
+            them or do not match, the task's loss is no finite number, or `checkpoint` is damaged, of another
+            run, or in the way.
     """
     settings = Settings(epochs, labelled, learning_rate, temperature, feature_weight, seed)
     check_number("checkpoint_every", checkpoint_every, 1, whole=True)
@@ -126,7 +140,7 @@ def finetune(
         raise SepconvertError("`resume`: expected a `checkpoint` to continue from, got none; pass its path")
     accelerator = _accelerator(precision)
     stored = None if checkpoint is None else read_checkpoint(checkpoint, resume, accelerator)
-    batched = partial(Scoring(axis=task.batch_dim or 0).batched, teacher)
+    batched = partial(scoring_of(replace(task, batch_dim=task.batch_dim or 0)).batched, teacher)
     training_data = Samples.of(data, batched, "training data", accelerator.num_processes)
     heldout_data = Samples.of(heldout, batched, "held-out data", 1)
     fingerprint = {
@@ -134,9 +148,10 @@ def finetune(
         "teacher": digest_of(unshadowed(teacher).state_dict().values()),
         "training data": training_data.fingerprint(),
         "held-out data": heldout_data.fingerprint(),
-        "options": f"{settings} batch={training_data.batch_size} precision={accelerator.mixed_precision}",
+        "options": f"{settings} batch={training_data.batch_size} precision={accelerator.mixed_precision}"
+        f"{_written(task)}",
     }
-    training = _training(accelerator, settings, student, teacher, training_data, heldout_data)
+    training = _training(accelerator, settings, student, teacher, training_data, heldout_data, task)
     if checkpoint is not None and stored is not None:
         stored[0].check_run(checkpoint, fingerprint)
         training.restore(stored)
@@ -153,6 +168,13 @@ def finetune(
     return training.result(student)
 
 
+def _written(task: Task) -> str:
+    """Return what training depends on of a task, as a checkpoint stores it; "" where nothing is said."""
+    loss = getattr(task.loss, "__qualname__", task.loss)
+    given = {"divergence": task.divergence, "loss": loss, "output": task.output}
+    return "".join(f" {name}={value}" for name, value in given.items() if value is not None)
+
+
 def _training(
     accelerator: Accelerator,
     settings: Settings,
@@ -160,13 +182,30 @@ def _training(
     teacher: nn.Module,
     data: Samples,
     heldout: Samples,
+    task: Task,
 ) -> "Training":
     """Return what trains a copy of `student` on copies of the rest."""
-    device, example = accelerator.device, data.first()
+    device, (example, targets) = accelerator.device, data.first_pair()
     original = prepared(teacher, example, device)
-    learner = Student(student, example, accelerator, settings.learning_rate, settings.epochs * data.steps)
-    classifier = _classifier(original, learner.module, as_input(example, device, learner.dtype))
-    layers = _replaced(student, teacher) if settings.feature_weight else []
+    task_loss = TaskLoss.of(task)
+    if task_loss is None and settings.labelled:
+        check_labels(targets, len(example))
+    if task_loss is not None:
+        task_loss.check(student, example, targets)
+        holds = bool((class_labels(targets, len(example)) != UNLABELLED).all())
+        data = replace(data, augment=data.augment and holds)
+    metric = scoring_of(replace(task, batch_dim=example.axis)).metric
+    yardstick = yardstick_of(original, example, task.divergence, "any" if metric is None else metric.targets)
+    learner = Student(
+        student,
+        example,
+        accelerator,
+        settings.learning_rate,
+        settings.epochs * data.steps,
+        renews_statistics=not data.accumulates,
+    )
+    classifier = classifier_of(original, learner.module, as_input(example, device, learner.dtype))
+    layers = replaced_layers(student, teacher) if settings.feature_weight else []
     return Training(
         accelerator,
         settings,
@@ -174,7 +213,8 @@ def _training(
         Teacher(original, Tap(original, classifier, layers), accelerator, settings.epochs, len(data.indices)),
         learner,
         Tap(learner.module, classifier, layers),
-        Judge(original, heldout, accelerator, settings, learner.dtype),
+        Judge(original, heldout, accelerator, settings, learner.dtype, yardstick, task_loss),
+        task_loss,
     )
 
 
@@ -204,10 +244,12 @@ class Training:
         student: Student,
         tap: Tap,
         judge: Judge,
+        task_loss: TaskLoss | None,
     ) -> None:
         """Take the parts; `tap` is on the student."""
         self.accelerator, self.settings, self.data = accelerator, settings, data
         self.teacher, self.student, self.tap, self.judge = teacher, student, tap, judge
+        self.task_loss = task_loss
         self.step = 0
         self.loss_sum = 0.0  # over this epoch's steps
         self.history: list[Epoch] = []
@@ -241,8 +283,8 @@ class Training:
             started, first = time.perf_counter(), self.step
             while self.step < self.steps and self.stopped is None:
                 epoch, done = divmod(self.step, self.data.steps)
-                for share in self._shares(epoch, done):
-                    loss = self._train(epoch, share)
+                for parts in self._shares(epoch, done):
+                    loss = self._train(epoch, parts)
                     if not math.isfinite(loss):
                         self.stopped = f"the loss was {loss} at step {self.step + 1} of {self.steps}"
                         break
@@ -260,10 +302,10 @@ class Training:
                         left = (self.steps - self.step) * pace
                         progress(TrainingStep(self.step, self.steps, epoch + 1, loss, left))
 
-    def _shares(self, epoch: int, done: int = 0) -> Iterator[Share]:
-        """Yield this process's shares of the epoch's batches after the first `done`."""
+    def _shares(self, epoch: int, done: int = 0) -> Iterator[list[Share]]:
+        """Yield this process's shares of the epoch's steps after the first `done`."""
         rank, processes = self.accelerator.process_index, self.accelerator.num_processes
-        for share in shares(
+        for parts in shares(
             self.data,
             self.settings.seed,
             epoch,
@@ -272,41 +314,52 @@ class Training:
             rank=rank,
             processes=processes,
         ):
-            yield share.to(self.accelerator.device, self.student.dtype)
+            yield [share.to(self.accelerator.device, self.student.dtype) for share in parts]
 
-    def _train(self, epoch: int, share: Share) -> float:
-        """Do one step; return the mean loss of the whole batch over all processes."""
-        target = self.teacher.target(epoch, share)
-        loss = self._loss(target, self.student.outputs(share.x), share)
-        # Gradients are averaged over processes, whose shares may differ by a sample.
-        loss = loss * (len(share.x) * self.accelerator.num_processes / share.whole)
-        mean = float(self.accelerator.reduce(loss.detach(), "mean"))
+    def _train(self, epoch: int, parts: Sequence[Share]) -> float:
+        """Do one step; return the mean loss of the whole step over all processes."""
+        total = torch.zeros((), device=self.accelerator.device)
+        for number, share in enumerate(parts, start=1):
+            target = self.teacher.target(epoch, share)
+            with self.student.accumulating(last=number == len(parts)):
+                loss = self._loss(target, self.student.run(share.x), share)
+                # Gradients are averaged over processes, whose shares may differ by a sample.
+                loss = loss * (len(share.x) * self.accelerator.num_processes / share.whole)
+                self.student.backward(loss)
+            total = total + loss.detach()
+        mean = float(self.accelerator.reduce(total, "mean"))
         if math.isfinite(mean):
             # A student that is close to its teacher learns more slowly.
-            reach = min(1.0, math.sqrt(self.history[0].divergence / FAR))
-            rate = self.settings.learning_rate * reach * _schedule(self.step, self.steps)
-            self.student.step(loss, rate)
+            reach = min(1.0, math.sqrt(self.history[0].divergence / self.judge.yardstick.unit / FAR))
+            self.student.step(self.settings.learning_rate * reach * _schedule(self.step, self.steps))
         return mean
 
-    def _loss(self, target: Target, actual: list[Tensor], share: Share) -> Tensor:
+    def _loss(self, target: Target, returned: Any, share: Share) -> Tensor:
         """Return the mean loss of a share."""
-        loss = divergence(target.outputs, actual, self.settings.temperature)
+        actual, yardstick = floating_outputs(returned), self.judge.yardstick
+        loss = yardstick.scaled(target.outputs, actual, self.settings.temperature)
         if target.embedding is not None and self.tap.embedding is not None:
             variance = self._variance(target.embedding, share.whole)
             loss = loss + embedding_loss(target.embedding, self.tap.embedding, variance)
         if self.tap.features:
             errors = feature_loss(self.teacher.tap.features, self.tap.features)
             loss = loss + self.settings.feature_weight * errors
-        if self.settings.labelled:
+        if self.task_loss is not None:
+            loss = loss + self.task_loss(returned, share.y)
+        elif self.settings.labelled:
             known = class_labels(share.y, len(share.x)).to(share.mirrored.device)
             labels = holding_labels(known, share.mirrored, target.outputs[0])
-            loss = loss + label_loss(actual, labels) / len(labels)
+            loss = loss + label_loss(yardstick.kinds[0], actual, labels) / len(labels)
         return loss
 
     def _variance(self, embedding: Tensor, whole: int) -> Tensor:
-        """Return the variance of the elements in all shares of a batch; 1 where they do not vary."""
+        """Return the variance of the elements in all shares that run at once; 1 where they do not vary."""
         given = embedding.float()  # not every backend has double
-        sums = self.accelerator.reduce(torch.stack([given.sum(), given.square().sum()]), "sum")
+        sums = torch.stack([given.sum(), given.square().sum()])
+        if self.data.accumulates:  # processes may have different numbers of shares
+            whole = len(given)
+        else:
+            sums = self.accelerator.reduce(sums, "sum")
         mean, square = sums / (whole * given.shape[1])
         variance = square - mean.square()
         return torch.where(variance > 0, variance, 1)
@@ -383,39 +436,6 @@ class Training:
         delivered = min(self.history, key=lambda epoch: epoch.heldout_loss)
         precision = self.accelerator.mixed_precision
         return FinetuneResult(model, tuple(self.history), delivered, precision, self.stopped)
-
-
-def _replaced(student: nn.Module, teacher: nn.Module) -> list[str]:
-    """Return the paths of replaced layers that the teacher has too: a functional convolution has none."""
-    paths = dict(named_modules(teacher))
-    names = [name for name, module in named_modules(student) if isinstance(module, FactorizedConv2d)]
-    if not (shared := [name for name in names if name in paths]):
-        raise SepconvertError(
-            f"`feature_weight`: expected replaced layers that are modules of the original, got none of"
-            f" {len(names)}; leave it at 0"
-        )
-    return shared
-
-
-@torch.no_grad()
-def _classifier(teacher: nn.Module, student: nn.Module, x: InputBatch) -> str | None:
-    """Return the path of the last `nn.Linear`, if both have it and it takes a vector for each sample."""
-    given: list[tuple[str, Tensor]] = []
-
-    def note(name: str, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        given.extend((name, value) for value in inputs)
-
-    with ExitStack() as stack:
-        for name, module in named_modules(teacher):
-            if isinstance(module, nn.Linear):
-                hook = nn.Module.register_forward_pre_hook(module, partial(note, name))
-                stack.callback(hook.remove)
-        outputs(teacher, x)
-    if not given or given[-1][1].ndim != 2 or len(given[-1][1]) != len(x):
-        return None
-    name, embedding = given[-1]
-    own = dict(named_modules(student)).get(name)
-    return name if isinstance(own, nn.Linear) and own.in_features == embedding.shape[1] else None
 
 
 def _schedule(step: int, steps: int) -> float:

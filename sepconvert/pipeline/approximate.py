@@ -90,12 +90,13 @@ def _survey(original: Original, start: Start, job: Job) -> _Findings:
         reasons |= {name: Reason(ReasonCode.TOO_LARGE, text) for name, text in large.items()}
         layers = [site for site in layers if site.name not in reasons]
         if calibration.heldout:
-            heldout = Heldout(model, calibration.heldout, calibration.labels)
+            heldout = Heldout(model, calibration.heldout, calibration.labels, original.yardstick)
     unit, prices, slow = _prices(original, layers, job)
     reasons |= slow
     evidence: Evidence | None = None
     if calibration is not None:
-        evidence = collect_evidence(model, layers, calibration, seed=job.seed)
+        yardstick = original.yardstick if heldout is None else heldout.yardstick
+        evidence = collect_evidence(model, layers, calibration, seed=job.seed, yardstick=yardstick)
     surveyed = survey(model, layers, evidence, heldout, prices, job.progress)
     return _Findings(tuple(layers), reasons, evidence, heldout, unit, surveyed)
 
@@ -206,6 +207,7 @@ def _described(
         torch_check=replace(compare_with(expected, delivery.model), tolerance=None),
         approximation={
             **_calibration_json(original.data.calibration, original.seen_twice),
+            "divergence": [] if original.yardstick is None else original.yardstick.names,
             "budget": asdict(job.budget),
             "unit": findings.unit,
             "curve": search.to_json(delivery.point),

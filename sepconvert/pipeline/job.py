@@ -99,6 +99,8 @@ class Job:
                 "`mode`: budgets, calibration and fine-tuning are for the modes approx and auto; pass one of "
                 "them"
             )
+        if self.task.loss is not None and not self.finetuning:
+            raise SepconvertError("`loss`: only for fine-tuning; pass `finetune` too, or leave it out")
         if self.finetuning and self.budget.confidence is not None:
             raise SepconvertError(
                 "`confidence`: proves plans that are fixed beforehand, and fine-tuning chooses them by their "

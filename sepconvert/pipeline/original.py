@@ -9,7 +9,7 @@ from torch.utils.data import DataLoader
 
 from sepconvert.base.errors import SepconvertError, quoted
 from sepconvert.base.modules import unshadowed
-from sepconvert.base.options import Selection
+from sepconvert.base.options import Selection, Task
 from sepconvert.calibration.footprint import images_at_once
 from sepconvert.calibration.split import (
     MOST_AT_ONCE,
@@ -21,9 +21,11 @@ from sepconvert.calibration.split import (
     image_hashes,
     split_data,
 )
+from sepconvert.distillation.losses import TaskLoss
 from sepconvert.files.data import Batch
 from sepconvert.measure.cost import Cost, count
-from sepconvert.measure.metrics.evaluation import Evaluation, MetricDelta, Scoring
+from sepconvert.measure.divergence import Yardstick, yardstick_of
+from sepconvert.measure.metrics.evaluation import Evaluation, MetricDelta, Scoring, one_of
 from sepconvert.measure.metrics.own import scoring_of
 from sepconvert.measure.profiling import as_inputs
 from sepconvert.network.copies import checked, private_copy
@@ -46,6 +48,8 @@ class Original:
     seen_twice: SeenTwice | None  # None unless data are scored, and images fitted to
     facts: DataFacts | None  # None without data
     clock: Clock
+    task: Task  # its batch dimension found, and its loss a function
+    yardstick: Yardstick | None  # what outputs are compared by; None in exact mode
 
     @property
     def model(self) -> nn.Module:
@@ -112,11 +116,40 @@ def examine(
         division = replace(division, at_once=images_at_once(model, inputs, MOST_AT_ONCE))
         parts = split_data(data, calib, job.finetuning.train, division)
         check_shapes(parts, InputBatch(inputs, scoring.axis), division)
+    task, yardstick = replace(job.task, batch_dim=scoring.axis), None
+    if job.mode != "exact":
+        task = _with_checked_loss(task, model, parts, division)
+        yardstick = _yardstick(model, parts, InputBatch(inputs, scoring.axis), scoring, job.task)
     # Before the long work, as this is where data that do not suit the model are found out.
     scores, seen_twice, facts = _scored(found, parts, scoring, division, job)
     cost = count(private_copy(model), inputs)
     clock = Clock(job.timing.runtime, job.seed, job.timing.cache, job.timing.measure_seconds)
-    return Original(found, parts, cost, scores, seen_twice, facts, clock)
+    return Original(found, parts, cost, scores, seen_twice, facts, clock, task, yardstick)
+
+
+def _yardstick(
+    model: nn.Module, parts: DataSplit, example: InputBatch, scoring: Scoring, task: Task
+) -> Yardstick:
+    """Return what outputs are compared by, decided on an image to fit to if there is one."""
+    shown = example if parts.calibration is None else parts.calibration.fit[0]
+    targets = "any" if scoring.metric is None else scoring.metric.targets
+    return yardstick_of(model, shown, task.divergence, targets)
+
+
+def _with_checked_loss(task: Task, model: nn.Module, parts: DataSplit, division: Division) -> Task:
+    """Return the task with its loss as a function.
+
+    Raises:
+        SepconvertError: it cannot be found, or fails on the original and the first sample to train on.
+    """
+    loss = TaskLoss.of(task)
+    if loss is None:
+        return task
+    if parts.training is not None:
+        x, y = next(iter(parts.training.train))
+        samples = division.batched(x)
+        loss.check(model, samples[:1], one_of(y, 0, len(samples)))
+    return replace(task, loss=loss.function)
 
 
 def _scored(

@@ -10,14 +10,21 @@ from torch.nn import functional as F
 
 from sepconvert.base.errors import SepconvertError
 from sepconvert.distillation.judge import Judge
+from sepconvert.distillation.losses import TaskLoss
 from sepconvert.distillation.samples import Samples
 from sepconvert.distillation.settings import Settings
+from sepconvert.measure.divergence import Kind, Yardstick
+from sepconvert.measure.metrics.evaluation import Scoring
+from sepconvert.network.tensors import InputBatch
+
+KL = Yardstick((Kind("kl"),))
 
 
-def judge(heldout, *, labelled=True, temperature=4.0):
+def judge(heldout, *, labelled=True, temperature=4.0, yardstick=KL, task_loss=None):
     settings = Settings(1, labelled, 1e-2, temperature, 0.0, seed=0)
     accelerator = Accelerator(cpu=True)
-    return Judge(network(), Samples.of(heldout, "held-out data", 1), accelerator, settings, torch.float32)
+    samples = Samples.of(heldout, lambda x: InputBatch((x,)), "held-out data", 1)
+    return Judge(network(), samples, accelerator, settings, torch.float32, yardstick, task_loss)
 
 
 @torch.no_grad()
@@ -64,3 +71,26 @@ def test_outputs_that_are_not_numbers_are_worst():
 def test_labels_are_expected_where_they_count():
     with pytest.raises(SepconvertError, match="held-out data: expected labels, got none"):
         judge(loader(8, labels=False)).scores([network()])
+
+
+def test_squared_errors_are_relative_in_the_loss_alone():
+    heldout = loader(21, seed=1)
+    model = disturbed(network())
+    found = judge(heldout, labelled=False, yardstick=Yardstick((Kind("squared"),)))
+    (score,) = found.scores([model])
+    (expected, _), (actual, _) = (logits(each, heldout) for each in (network(), model))
+    squares = float((expected - actual).square().mean())
+    assert score.divergence == pytest.approx(squares, rel=1e-5)
+    assert found.yardstick.unit == pytest.approx(float(expected.var(correction=0)), rel=1e-5)
+    assert score.loss == pytest.approx(squares / found.yardstick.unit, rel=1e-5)
+
+
+def test_the_users_loss_takes_the_place_of_cross_entropy():
+    heldout, model = loader(21, seed=1), disturbed(network())
+    own = TaskLoss(lambda outputs, y: 100 + F.cross_entropy(outputs, y), Scoring())
+    (found,) = judge(heldout, task_loss=own).scores([model])
+    (plain,), (unlabelled,) = (judge(heldout, labelled=each).scores([model]) for each in (True, False))
+    actual, labels = logits(model, heldout)
+    expected = 100 + float(F.cross_entropy(actual, labels))
+    assert found.loss - unlabelled.loss == pytest.approx(expected, rel=1e-5)
+    assert found.accuracy == plain.accuracy

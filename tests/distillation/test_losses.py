@@ -4,14 +4,19 @@ import pytest
 import torch
 from torch import nn
 
+from sepconvert.base.errors import SepconvertError
+from sepconvert.base.options import Task
 from sepconvert.distillation.losses import (
     EMBEDDING_WEIGHT,
+    TaskLoss,
     embedding_loss,
     feature_loss,
     holding_labels,
     label_loss,
 )
 from sepconvert.files.data import UNLABELLED
+from sepconvert.measure.divergence import Kind
+from sepconvert.network.tensors import InputBatch
 
 
 class BrighterHalf(nn.Module):
@@ -47,7 +52,9 @@ def test_unlabelled_samples_have_no_label_loss():
     )
     known = labels != UNLABELLED
     oracle = -logits.log_softmax(1)[known, labels[known]].sum()
-    torch.testing.assert_close(label_loss([logits], labels), oracle)
+    torch.testing.assert_close(label_loss(Kind("kl"), [logits], labels), oracle)
+    probabilities = Kind("kl", probabilities=True)
+    torch.testing.assert_close(label_loss(probabilities, [logits.softmax(1)], labels), oracle)
 
 
 def test_the_embedding_counts_relative_to_its_variance():
@@ -62,3 +69,57 @@ def test_features_are_a_mean_over_layers():
     }  # variances 1 and 100
     actual = {"near": torch.tensor([[-1.0, 2.0]]), "far": torch.tensor([[0.0, 10.0]])}
     assert float(feature_loss(expected, actual)) == pytest.approx((0.5 / 1 + 50 / 100) / 2)
+
+
+class Heads(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.last = nn.Linear(3, 2)
+
+    def forward(self, x):
+        return {"sums": self.last(x), "twice": 2 * x}
+
+
+SAMPLES = InputBatch((torch.ones(2, 3),))
+
+
+def test_the_users_loss_is_given_the_output_that_is_chosen():
+    targets = torch.zeros(2, 3)
+    model = Heads()
+    found = TaskLoss.of(Task(loss=nn.functional.mse_loss, output="twice"))
+    assert found(model(*SAMPLES.inputs), targets).item() == 4
+    found = TaskLoss.of(Task(loss=lambda returned, y: (returned["sums"].sum() - y.sum()).square()))
+    expected = model.last(SAMPLES.inputs[0]).sum().item() ** 2
+    assert found(model(*SAMPLES.inputs), targets).item() == pytest.approx(expected)
+    found.check(model, SAMPLES, targets)
+    assert model.last.weight.grad is None
+    assert TaskLoss.of(Task()) is None
+
+
+def test_the_users_loss_may_be_in_a_file(tmp_path):
+    (tmp_path / "own_loss.py").write_text("def apart(outputs, y):\n    return (outputs - y).abs().mean()\n")
+    found = TaskLoss.of(Task(loss=f"{tmp_path / 'own_loss.py'}:apart"))
+    assert float(found(torch.ones(2, 3), torch.zeros(2, 3))) == 1
+    with pytest.raises(SepconvertError, match=r"`loss`.*defines no 'missing'"):
+        TaskLoss.of(Task(loss=f"{tmp_path / 'own_loss.py'}:missing"))
+
+
+def of_nothing(returned, targets):
+    return torch.zeros(())
+
+
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        (lambda returned, y: returned["sums"] - y, r"`loss`: failed with RuntimeError.*outputs \(dict\) and"
+         r" the targets \(float32 of shape \(2, 5\)\)"),
+        (lambda returned, y: returned["sums"], "`loss`: expected a tensor with one number.* float32 of"),
+        (lambda returned, y: 1.0, "`loss`: expected a tensor with one number.* got float"),
+        (lambda returned, y: returned["sums"].sum() / 0, "`loss`: expected a finite number"),
+        (of_nothing, "`loss`: expected a loss that depends on the outputs"),
+    ],
+)  # fmt: skip
+def test_a_loss_that_cannot_be_trained_by_is_named(function, message):
+    with pytest.raises(SepconvertError, match=message) as caught:
+        TaskLoss.of(Task(loss=function)).check(Heads(), SAMPLES, torch.zeros(2, 5))
+    assert "\n" not in str(caught.value)

@@ -9,6 +9,7 @@ from torch import nn
 
 from sepconvert.base.errors import SepconvertError
 from sepconvert.distillation.student import Student
+from sepconvert.network.tensors import InputBatch
 
 
 class Masked(nn.Module):
@@ -27,15 +28,20 @@ class Masked(nn.Module):
         return self.second(self.first(x).relu()) + self.mask
 
 
+def student_of(model, **options):
+    example = InputBatch((torch.ones(1, 3),))
+    return Student(model, example, Accelerator(cpu=True), learning_rate=0.1, steps=400, **options)
+
+
 @pytest.fixture
 def student():
     torch.manual_seed(0)
-    return Student(Masked(), torch.ones(1, 3), Accelerator(cpu=True), learning_rate=0.1, steps=400)
+    return student_of(Masked())
 
 
 def step(student):
-    (output,) = student.outputs(torch.ones(2, 3))
-    student.step(output[:, 0].sum(), 0.1)
+    student.backward(student.run(InputBatch((torch.ones(2, 3),)))[:, 0].sum())
+    student.step(0.1)
 
 
 def test_the_average_follows_sooner_at_first(student):
@@ -62,7 +68,7 @@ def test_what_is_loaded_goes_on_alike(student):
     for _ in range(3):
         step(student)
     torch.manual_seed(1)
-    other = Student(Masked(), torch.ones(1, 3), Accelerator(cpu=True), learning_rate=0.1, steps=400)
+    other = student_of(Masked())
     other.load({name: tensor.clone() for name, tensor in student.tensors().items()})
     for each in (student, other):
         step(each)
@@ -73,4 +79,25 @@ def test_what_is_loaded_goes_on_alike(student):
 
 def test_nothing_to_train():
     with pytest.raises(SepconvertError, match="`student`: expected parameters that require a gradient"):
-        Student(nn.Linear(3, 3).requires_grad_(False), torch.ones(1, 3), Accelerator(cpu=True), 0.1, 4)
+        student_of(nn.Linear(3, 3).requires_grad_(False))
+
+
+def test_gradients_of_several_batches_add_up():
+    x = torch.randn(4, 3, generator=torch.Generator().manual_seed(0))
+    found = []
+    for parts in ([x], x.split(1)):
+        torch.manual_seed(0)
+        each = student_of(nn.Linear(3, 2))
+        for _ in range(2):  # the second step must not know the gradients of the first
+            for number, part in enumerate(parts, start=1):
+                with each.accumulating(last=number == len(parts)):
+                    each.backward(each.run(InputBatch((part,))).square().sum())
+            each.step(0.1)
+        found.append(each.module.weight.detach())
+    torch.testing.assert_close(*found)
+
+
+def test_statistics_of_single_samples_are_not_taken():
+    model = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3))
+    assert student_of(model).module[1].training
+    assert not student_of(model, renews_statistics=False).module[1].training

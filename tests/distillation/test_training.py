@@ -19,13 +19,15 @@ from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from sepconvert.base.errors import SepconvertError
+from sepconvert.base.options import Task
 from sepconvert.cli.demo import images, net
 from sepconvert.distillation.training import finetune
 from sepconvert.factorize.border import Border
 from sepconvert.factorize.geometry import ConvSpec
-from sepconvert.measure.divergence import divergence, outputs, relative_error
-from sepconvert.measure.metrics import evaluate
+from sepconvert.measure.divergence import Kind, Yardstick, outputs, relative_error
+from sepconvert.measure.metrics.evaluation import evaluate
 from sepconvert.network.layers import FactorizedConv2d
+from sepconvert.network.tensors import InputBatch
 
 
 def disturbed_copy(layer, model):
@@ -41,7 +43,10 @@ def disturbed_copy(layer, model):
 @torch.no_grad()
 def mean_divergence(original, converted, batches):
     """The divergence of `converted` from `original` over a data set."""
-    total = sum(len(x) * float(divergence(outputs(original, x), outputs(converted, x))) for x, _ in batches)
+    total = 0.0
+    for x, _ in batches:
+        expected, actual = (outputs(model, InputBatch((x,))) for model in (original, converted))
+        total += len(x) * float(Yardstick((Kind("kl"),)).divergence(expected, actual))
     return total / len(batches.dataset)
 
 
@@ -274,6 +279,186 @@ def test_progress_counts_every_step():
     assert steps[-1].seconds_left == 0 < steps[0].seconds_left
 
 
+# Other tasks ---------------------------------------------------------------------------------------
+
+
+class Restorer(nn.Module):
+    """A picture of one channel, in units of its own."""
+
+    def __init__(self, seed=0, unit=1.0):
+        super().__init__()
+        torch.manual_seed(seed)
+        self.first, self.last = nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, 1, 3, padding=1)
+        self.unit = unit
+
+    def forward(self, x):
+        return self.unit * self.last(self.first(x).relu())
+
+
+def near(model, seed=1):
+    """A copy of a model that is off by noise."""
+    result, generator = copy.deepcopy(model), torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in result.parameters():
+            parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
+    return result.eval()
+
+
+def pictures(count=24, size=(8, 8), seed=0, batch_size=4, target=None):
+    x = torch.randn(count, 3, *size, generator=torch.Generator().manual_seed(seed))
+    y = torch.full((count,), -1) if target is None else target(x)
+    return DataLoader(TensorDataset(x, y), batch_size)
+
+
+def retrained(student, teacher, data=None, heldout=None, **options):
+    options = {"epochs": 2, "labelled": False, "learning_rate": 1e-2} | options
+    return finetune(student, teacher, data or pictures(), heldout or pictures(seed=1), **options)
+
+
+def test_pictures_are_met_in_whatever_unit():
+    """The rate of learning and the steps do not depend on it, but the divergence does."""
+    plain, scaled = (
+        retrained(near(model), model) for model in (Restorer().eval(), Restorer(unit=1024.0).eval())
+    )
+    assert plain.delivered.divergence < plain.history[0].divergence / 2
+    assert [epoch.heldout_loss for epoch in scaled.history] == pytest.approx(
+        [epoch.heldout_loss for epoch in plain.history], rel=1e-3
+    )
+    assert scaled.delivered.divergence == pytest.approx(1024**2 * plain.delivered.divergence, rel=1e-3)
+
+
+class Varying(torch.utils.data.Dataset):
+    """Pictures of their own size each."""
+
+    def __init__(self, count):
+        self.count = count
+
+    def __len__(self):
+        return self.count
+
+    def __getitem__(self, index):
+        generator = torch.Generator().manual_seed(index)
+        return torch.randn(3, 8 + index % 3, 9, generator=generator), -1
+
+
+def test_images_of_several_sizes():
+    steps = []
+    teacher = Restorer().eval()
+    data, heldout = DataLoader(Varying(20)), DataLoader(Varying(5))
+    result = retrained(near(teacher), teacher, data, heldout, progress=steps.append)
+    assert steps[-1].steps == 2 * 3  # of at most 8 images each
+    assert result.delivered.divergence < 0.8 * result.history[0].divergence
+
+
+class Pair(nn.Module):
+    """Two pictures in, and a row and a picture out."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.one, self.last = Restorer(1), nn.Linear(64, 5)
+
+    def forward(self, left, right):
+        found = self.one(left) - self.one(right)
+        return {"classes": self.last(found.flatten(1)), "difference": found}
+
+
+def test_several_inputs_and_outputs():
+    teacher = Pair().eval()
+    left, right = (pictures(seed=seed).dataset.tensors[0] for seed in (0, 1))
+    pairs = [((a, b), -1) for a, b in zip(left, right, strict=True)]
+    result = retrained(near(teacher), teacher, DataLoader(pairs, 4), DataLoader(pairs[:8], 4))
+    assert result.delivered.divergence < result.history[0].divergence / 2
+
+
+class Reader(nn.Module):
+    """Sequences, time × samples × features, in and out; normalised or not."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.inner, self.last = nn.GRU(6, 8), nn.Linear(8, 5)
+
+    def forward(self, x):
+        return self.last(self.inner(x)[0]).log_softmax(2)
+
+
+def test_time_may_come_first():
+    teacher = Reader().eval()
+
+    def together(samples):
+        return torch.stack([x for x, _ in samples], 1), torch.full((len(samples),), -1)
+
+    x = torch.randn(24, 7, 6, generator=torch.Generator().manual_seed(0))
+    data, heldout = (
+        DataLoader(TensorDataset(part, part), 4, collate_fn=together) for part in (x[:16], x[16:])
+    )
+    result = retrained(near(teacher), teacher, data, heldout, task=Task(batch_dim=1), epochs=6)
+    assert result.delivered.divergence < result.history[0].divergence / 2
+    with torch.no_grad():
+        expected, actual = (model(x[16:].transpose(0, 1)) for model in (teacher, result.model))
+    kl = (expected.exp() * (expected - actual)).sum(2).mean()
+    assert result.delivered.divergence == pytest.approx(float(kl), rel=1e-4)
+
+
+def test_the_kind_may_be_said():
+    teacher = network()
+    found = retrained(
+        disturbed(teacher), teacher, loader(), loader(), task=Task(divergence="squared"), epochs=1
+    )
+    x = loader().dataset.tensors[0]
+    with torch.no_grad():
+        expected = float((teacher(x) - disturbed(teacher)(x)).square().mean())
+    assert found.history[0].divergence == pytest.approx(expected, rel=1e-4)
+
+
+def test_the_users_loss_is_followed():
+    """Away from the teacher, where the targets say so; pictures stay as they are for them."""
+    teacher, shown = Restorer().eval(), []
+
+    def target(x):
+        return x.mean(1, keepdim=True)
+
+    def own(outputs, y):
+        shown.append((len(y), y))
+        return 300 * (outputs - y).square().mean()
+
+    data, heldout = (pictures(count=64, seed=seed, target=target) for seed in (0, 1))
+    result = retrained(near(teacher), teacher, data, heldout, task=Task(loss=own), epochs=3)
+
+    def error(model):
+        x, y = heldout.dataset.tensors
+        with torch.no_grad():
+            return float((model(x) - y).square().mean())
+
+    assert error(result.model) < 0.8 * error(teacher)
+    assert {size for size, _ in shown} == {1, 4}  # once alone, before the first step
+
+
+@pytest.mark.parametrize(("labels", "moved"), [(False, False), (True, True)])
+def test_pictures_do_not_move_from_under_their_targets(labels, moved):
+    teacher = Restorer().eval()
+    data = pictures(target=lambda x: torch.arange(len(x)) if labels else x[:, :1])
+    given = []
+
+    def watch(module, inputs):
+        given.append(inputs[0].clone())
+
+    teacher.register_forward_pre_hook(watch)
+    retrained(near(Restorer()), teacher, data, data, task=Task(loss=lambda out, y: out.mean() * 0), epochs=1)
+    known = {tuple(x.flatten().tolist()) for x in data.dataset.tensors[0]}
+    seen = [tuple(x.flatten().tolist()) in known for batch in given for x in batch]
+    assert all(seen) != moved
+
+
+def test_a_loss_that_fails_ends_before_the_first_step():
+    steps = []
+    teacher = Restorer().eval()
+    with pytest.raises(SepconvertError, match=r"`loss`: failed with IndexError.*int64 of shape \(1,\)"):
+        retrained(teacher, teacher, task=Task(loss=lambda out, y: y[3]), progress=steps.append)
+    assert not steps
+
+
 # Failures ------------------------------------------------------------------------------------------
 
 
@@ -310,7 +495,7 @@ class Stream(IterableDataset):
         ({"precision": "fp8000"}, "`precision`: expected one that this machine"),
         ({"data": of(0)}, "training data: expected a sample"),
         ({"data": DataLoader(Stream())}, "training data: expected a DataLoader that makes batches"),
-        ({"data": DataLoader(torch.zeros(4, 3, 8, 8))}, r"data: expected batches of two tensors \(x, y\)"),
+        ({"data": DataLoader(torch.zeros(4, 3, 8, 8))}, r"data: expected batches of two \(x, y\)"),
         ({"data": of(8, channels=1)}, "data: expected inputs that the model takes"),
         ({"data": of(8, dtype=torch.float32)}, "labels: expected 1 integers"),
         ({"data": of(8, label=9)}, "labels: expected"),

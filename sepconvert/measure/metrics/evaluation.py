@@ -62,7 +62,7 @@ class Scoring:
             chosen = _chosen(returned, 0 if self.output is None else self.output, self.output is None)
             single = None if first is None else _chosen(first, self.output or 0, self.output is None)
             return _samples_first(chosen, samples, single)
-        chosen = returned if self.output is None else _chosen(returned, self.output, False)
+        chosen = self.chosen(returned)
         try:
             return self.postprocess(chosen)
         except Exception as error:  # the user's code
@@ -70,6 +70,14 @@ class Scoring:
                 f"`postprocess`: failed on the outputs of {samples} samples with {type(error).__name__}: "
                 f"{first_line(error)}; it is called with what the model returns"
             ) from error
+
+    def chosen(self, returned: Any) -> Any:
+        """Return the output that `output` says, or all that a model returns, as the user's functions take it.
+
+        Raises:
+            SepconvertError: there is no such output.
+        """
+        return returned if self.output is None else _chosen(returned, self.output, False)
 
 
 @dataclass(frozen=True, eq=False)

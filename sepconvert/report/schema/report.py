@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 from msgspec import UNSET, Meta, Struct, UnsetType
 
 from sepconvert.base.notes import ReasonCode
+from sepconvert.base.options import Divergence as DivergenceKind
 from sepconvert.report.schema.profile import (
     Accuracy,
     AccuracyDrop,
@@ -290,6 +291,7 @@ class ModelApproximation(Struct, frozen=True):
 
     metric: Literal["weights", "data"]
     calibration: CalibrationSet | None
+    divergence: Annotated[tuple[DivergenceKind, ...], Meta(description="what each output was compared by")]
     budget: Budget
     unit: Annotated[str, Meta(description="of costs: macs, params or milliseconds")]
     curve: tuple[CurvePoint, ...]
