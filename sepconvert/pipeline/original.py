@@ -109,9 +109,10 @@ def examine(
     parts, scoring = DataSplit(data), scoring_of(job.task, model, inputs)
     division = Division(job.calibration, job.finetuning.epochs, job.seed, partial(scoring.batched, model))
     if job.mode != "exact":
-        division = replace(division, at_once=images_at_once(model, inputs, MOST_AT_ONCE))
+        example = InputBatch(inputs, scoring.axis)
+        division = replace(division, at_once=images_at_once(model, example, MOST_AT_ONCE))
         parts = split_data(data, calib, job.finetuning.train, division)
-        check_shapes(parts, InputBatch(inputs, scoring.axis), division)
+        check_shapes(parts, example, division, dense=not scoring.classifies)
     # Before the long work, as this is where data that do not suit the model are found out.
     scores, seen_twice, facts = _scored(found, parts, scoring, division, job)
     cost = count(private_copy(model), inputs)
