@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from sepconvert.network.calls import Call, ConvolutionInterceptor, Place
 from sepconvert.network.copies import private_copy
-from sepconvert.network.tensors import Inputs, fresh, tensors_in
+from sepconvert.network.tensors import InputBatch, Inputs, fresh, tensors_in
 
 AT_ONCE = 2**29
 """Bytes of activations alive at once to which batches are limited, whatever memory the machine has."""
@@ -55,10 +55,9 @@ def footprint(model: nn.Module, inputs: Inputs) -> Footprint:
     return Footprint(given + counter.peak, given + counter.total, held)
 
 
-def images_at_once(model: nn.Module, inputs: Inputs, most: int) -> int:
-    """Return how many samples, `most` at most, can pass within `AT_ONCE`; `inputs` are any batch."""
-    first = pytree.tree_map_only(Tensor, lambda value: value[:1] if value.ndim else value, inputs)
-    return max(1, min(most, AT_ONCE // max(footprint(model, first).peak, 1)))
+def images_at_once(model: nn.Module, samples: InputBatch, most: int) -> int:
+    """Return how many samples, `most` at most, can pass within `AT_ONCE`, going by the first of some."""
+    return max(1, min(most, AT_ONCE // max(footprint(model, samples[:1].inputs).peak, 1)))
 
 
 def allowance(memory: float | None) -> int:

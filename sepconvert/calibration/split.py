@@ -5,7 +5,6 @@ the same images for both, they are found by their hashes.
 """
 
 import hashlib
-import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from dataclasses import dataclass
 from typing import Any
@@ -269,10 +268,10 @@ def _overlap(compared: Sequence[bytes], images: int, scored: Sequence[bytes], or
     return Overlap(images, len(compared), sum(each in both for each in scored))
 
 
-def check_shapes(parts: DataSplit, example: InputBatch, division: Division) -> None:
+def check_shapes(parts: DataSplit, example: InputBatch, division: Division, *, dense: bool = False) -> None:
     """Raise `SepconvertError` if the images to fit to or to train on are not such as the model is run on.
 
-    Images of several sizes need only have its channels.
+    Images of several sizes, or any of a `dense` task, need only have its channels.
     """
     if parts.calibration is None or parts.training is None:
         return
@@ -281,8 +280,8 @@ def check_shapes(parts: DataSplit, example: InputBatch, division: Division) -> N
         "to train on": {division.batched(next(iter(parts.training.train))[0]).shapes},
     }
     for purpose, shapes in found.items():
-        several = len(shapes) > 1 and _leading(example.shapes) in map(_leading, shapes)
-        if example.shapes in shapes or several:
+        alike = _leading(example.shapes) in map(_leading, shapes)
+        if example.shapes in shapes or (alike and (dense or len(shapes) > 1)):
             continue
         raise SepconvertError(
             f"calibration: images {purpose} are {' or '.join(sorted(map(_written, shapes)))}, the model"
@@ -305,7 +304,7 @@ def _size(loader: DataLoader[Batch]) -> int:
 
 
 def _batches(loader: DataLoader[Batch], division: Division) -> Iterator[tuple[InputBatch, Tensor]]:
-    """Yield images of one shape and their labels, -1 for images without one, in batches of `at_once`."""
+    """Yield images and their labels, -1 for images without one, in batches of `at_once` of one shape."""
     found = []
     for x, y in whole(loader):
         samples = division.batched(x)
@@ -318,7 +317,10 @@ def _batches(loader: DataLoader[Batch], division: Division) -> Iterator[tuple[In
             "calibration: every image is of one colour, which says nothing of the data that the model meets; "
             "check the path and the preprocessing"
         )
-    for _, alike in itertools.groupby(found, lambda pair: pair[0].shapes):
+    by_shape: dict[tuple[tuple[int, ...], ...], list[tuple[InputBatch, Tensor]]] = {}
+    for pair in found:
+        by_shape.setdefault(pair[0].shapes, []).append(pair)
+    for alike in by_shape.values():
         batches, labels = zip(*alike, strict=True)
         images = InputBatch.joined(batches)
         yield from zip(

@@ -1,33 +1,51 @@
 """Models, data and example inputs that a command's options name."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
 
 import click
 import numpy as np
 import torch
 from platformdirs import user_cache_path
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 from torch.utils.data import DataLoader
 
 from sepconvert.base.errors import SepconvertError, first_line
 from sepconvert.base.modules import unshadowed
-from sepconvert.base.options import Timing
+from sepconvert.base.options import Task, Timing
 from sepconvert.calibration.footprint import images_at_once
 from sepconvert.cli.options import Options, in_flags, value_of
 from sepconvert.factorize.geometry import MAX_INPUT_ELEMENTS
 from sepconvert.files.data import (
     Batch,
     Preprocess,
-    check_against_model,
+    TargetKind,
+    check_shape,
     has_labels,
     is_own,
     load_data,
-    sample_shape,
+    sample_shapes,
+    varies,
 )
 from sepconvert.files.models import LoadedModel, load_model, parse_input_shape
 from sepconvert.files.onnx.facts import OnnxFile
-from sepconvert.network.tensors import Inputs, cast, model_dtype
+from sepconvert.measure.metrics.own import scoring_of
+from sepconvert.network.copies import private_copy
+from sepconvert.network.tensors import (
+    InputBatch,
+    Inputs,
+    arguments,
+    batch_dimension,
+    cast,
+    model_dtype,
+)
+
+Arrange = Callable[[Any], Inputs]
+"""What a loader yields as x, as the arguments of a model or the inputs of a file."""
 
 TRAINING_BATCH = 64
 """Images in a step of fine-tuning.
@@ -45,6 +63,22 @@ def example_of_file(file: OnnxFile) -> Inputs | None:
     )
 
 
+def arranged(file: OnnxFile, x: Any) -> Inputs:
+    """Return what a loader yields as x as the inputs of an ONNX file: by name of a mapping, else by position.
+
+    Raises:
+        SepconvertError: a mapping lacks one of them.
+    """
+    if not isinstance(x, Mapping):
+        return tuple(x) if isinstance(x, tuple | list) else (x,)
+    if missing := [name for name in file.names if name not in x]:
+        raise SepconvertError(
+            f"`data`: lacks the input {missing[0]} of the ONNX file, and holds {', '.join(map(str, x))}; let "
+            f"it yield a mapping with {', '.join(file.names)}, or a tuple in that order"
+        )
+    return tuple(x[name] for name in file.names)
+
+
 def timing_of(options: Options) -> Timing:
     """Return how models are timed; the times of layers are kept in the user's cache."""
     cache = options.get("cache") or user_cache_path("sepconvert") / "latency"
@@ -52,12 +86,27 @@ def timing_of(options: Options) -> Timing:
 
 
 def read_images(options: Options, name: str) -> DataLoader[Batch] | None:
-    """Return the images of --calib or --train, with labels where there are any."""
+    """Return the images of --calib or --train, with targets of any form where there are any."""
     spec = options[name]
     if spec is None:
         return None
-    labelled = has_labels(spec)
-    return load_data(spec, _preprocess(options), batch_size=TRAINING_BATCH, labelled=labelled, parameter=name)
+    kind = _kind_of_targets(options)
+    if kind is None and not Path(spec).is_dir():  # a loss of the task may take targets of any form
+        kind = "any"
+    return load_data(
+        spec,
+        _preprocess(options),
+        batch_size=TRAINING_BATCH,
+        labelled=has_labels(spec),
+        parameter=name,
+        kind=kind,
+    )
+
+
+def _kind_of_targets(options: Options) -> TargetKind | None:
+    """Return what the metric takes as targets; None for the class numbers of a classifier."""
+    scoring = scoring_of(value_of(Task, options))
+    return None if scoring.metric is None or scoring.classifies else scoring.metric.targets
 
 
 def _preprocess(options: Options) -> Preprocess:
@@ -94,9 +143,12 @@ def load_subject(options: Options) -> LoadedModel:
 
 def read_data_and_inputs(options: Options, loaded: LoadedModel) -> tuple[Iterable[Batch] | None, Inputs]:
     """Return the evaluation data, if any, and the inputs to trace, verify and time a model on."""
-    data, inputs = read_data_and_examples(options, loaded.example_inputs)
-    placed = tuple(value.to(options["device"]) for value in cast(inputs, model_dtype(loaded.model)))
-    return None if data is None else _that_fit(data, loaded.model, placed), placed
+    model = loaded.model
+    data, inputs = read_data_and_examples(options, loaded.example_inputs, model)
+    placed: Inputs = pytree.tree_map_only(
+        Tensor, lambda value: value.to(options["device"]), cast(inputs, model_dtype(model))
+    )
+    return None if data is None else _that_fit(data, model, placed), placed
 
 
 def _that_fit(data: Iterable[Batch], model: nn.Module, inputs: Inputs) -> Iterable[Batch]:
@@ -104,64 +156,131 @@ def _that_fit(data: Iterable[Batch], model: nn.Module, inputs: Inputs) -> Iterab
     if not is_own(data):
         return data
     try:
-        at_once = images_at_once(model, inputs, data.batch_size or 1)
+        at_once = images_at_once(model, InputBatch(inputs), data.batch_size or 1)
     except Exception:  # the model cannot run on these inputs: tracing reports that better
         return data
     return DataLoader(data.dataset, at_once)
 
 
 def read_data_and_examples(
-    options: Options, example_inputs: Inputs | None, *, labelled: bool = True
+    options: Options,
+    example_inputs: Inputs | None,
+    subject: nn.Module | OnnxFile,
+    *,
+    labelled: bool = True,
 ) -> tuple[Iterable[Batch] | None, Inputs]:
-    """Return evaluation data and inputs in the dtype in which they come.
+    """Return evaluation data, and inputs of a model or an ONNX file in the dtype in which they come.
 
     `example_inputs` give the shape where neither data nor --input-shape do. Unless the data have to be
-    `labelled`, labels are -1 where there are none.
+    `labelled`, there are no targets where the data hold none.
     """
-    data = None
-    batch = options["batch"]
-    unused = [f"--{name}" for name in ("mean", "std", "resize") if options[name] is not None]
-    images = next((name for name in ("data", "calib", "train") if options.get(name) is not None), None)
-    if unused and images is None:
-        raise SepconvertError(
-            f"{', '.join(unused)}: only for uint8 images; pass --data, --calib or --train too"
-        )
-    if options["data"] is None and images is not None and not options["input_shape"]:
-        found = read_images(options, images)
-        options = {**options, "input_shape": "x".join(map(str, sample_shape(found)))} if found else options
-    if options["data"] is not None:
-        if labelled:
-            data = load_data(options["data"], _preprocess(options))
-        else:
-            data = load_data(options["data"], _preprocess(options), labelled=has_labels(options["data"]))
-        shape = parse_input_shape(options["input_shape"]) if options["input_shape"] else sample_shape(data)
-        check_against_model(data, shape, None)
-        images = next(iter(data))[0]
-        if len(images) < batch:
-            raise SepconvertError(
-                f"--batch {batch}: the data begins with a batch of {len(images)}; pass a smaller --batch"
-            )
-        inputs: Inputs = (images[:batch],)
-    elif options["input_shape"]:
+    _check_used(options)
+    data = _evaluation_data(options, labelled=labelled)
+    if options["input_shape"]:
         shape = parse_input_shape(options["input_shape"])
-        if batch * math.prod(shape) > MAX_INPUT_ELEMENTS:
+        if data is not None and _is_shape_of(data, shape, options):
+            return data, _first_of(data, options, subject)
+        return data, (_noise(shape, options),)
+    images = data
+    for name in ("calib", "train"):
+        if images is None and options.get(name) is not None:
+            images = read_images(options, name)
+    if images is not None:
+        if varies(images):
             raise SepconvertError(
-                f"--batch {batch}: {batch:,} samples of {options['input_shape']} are more than "
-                f"{MAX_INPUT_ELEMENTS:,} elements; pass a smaller one"
+                "`input_shape`: is needed, as the images differ in size and latency is timed at one; pass "
+                "it, e.g. `input_shape` 3x256x256, or `resize`"
             )
-        generator = torch.Generator().manual_seed(options["seed"])
-        inputs = (torch.randn(batch, *shape, generator=generator),)
-    elif example_inputs is not None:
-        inputs = tuple(_random(value, batch, options["seed"]) for value in example_inputs)
-    else:
+        shapes = sample_shapes(images, options.get("batch_dim") or 0)
+        if data is None and len(shapes) == 1:
+            return None, (_noise(shapes[0], options),)
+        return data, _first_of(images, options, subject)
+    if example_inputs is None:
         raise SepconvertError(
             "the input's shape is not known; pass --input-shape, e.g. --input-shape 3x224x224, or --data"
         )
-    return data, inputs
+    again: Inputs = pytree.tree_map_only(Tensor, partial(_random, options), example_inputs)
+    return None, again
 
 
-def _random(value: Tensor, batch: int, seed: int) -> Tensor:
-    if not value.is_floating_point() or value.ndim == 0:
+def _is_shape_of(data: DataLoader[Batch], shape: tuple[int, ...], options: Options) -> bool:
+    """Return whether all samples have a shape; raise `SepconvertError` if its model takes none."""
+    shapes = sample_shapes(data, options.get("batch_dim") or 0)
+    if len(shapes) > 1:
+        raise SepconvertError(
+            f"`input_shape`: is of one input, and `data` has {len(shapes)}; leave it out: their own are taken"
+        )
+    dense = _is_dense(options)
+    check_shape(shapes[0], shape, dense=dense)
+    return shapes[0] == shape and not (dense and varies(data))
+
+
+def _check_used(options: Options) -> None:
+    """Refuse options of data that would be ignored."""
+    unused = [f"--{name}" for name in ("mean", "std", "resize") if options[name] is not None]
+    if unused and all(options.get(name) is None for name in ("data", "calib", "train")):
+        raise SepconvertError(
+            f"{', '.join(unused)}: only for uint8 images; pass --data, --calib or --train too"
+        )
+    if options["targets"] is not None and options["data"] is None:
+        raise SepconvertError(
+            "`targets`: are those of the images of `data`; pass that folder too, or leave `targets` out"
+        )
+
+
+def _is_dense(options: Options) -> bool:
+    """Return whether the model may be given images of any size: the metric is none of a classifier's."""
+    return options["targets"] is not None or _kind_of_targets(options) is not None
+
+
+def _evaluation_data(options: Options, *, labelled: bool) -> DataLoader[Batch] | None:
+    spec = options["data"]
+    if spec is None:
+        return None
+    return load_data(
+        spec,
+        _preprocess(options),
+        labelled=labelled or has_labels(spec),
+        targets=options["targets"],
+        kind=_kind_of_targets(options),
+    )
+
+
+def _first_of(data: DataLoader[Batch], options: Options, subject: nn.Module | OnnxFile) -> Inputs:
+    """Return the inputs of the first samples of the data, as many as are timed."""
+    x, batch, axis = next(iter(data))[0], options["batch"], options.get("batch_dim")
+    if isinstance(subject, OnnxFile):
+        inputs = arranged(subject, x)
+    else:
+        inputs = arguments(subject, x)
+        if axis is None:
+            axis = batch_dimension(private_copy(subject), InputBatch(inputs).on(subject).inputs)
+    samples = InputBatch(inputs, axis or 0)
+    if len(samples) < batch:
+        raise SepconvertError(
+            f"--batch {batch}: the data begins with a batch of {len(samples)}; pass a smaller --batch"
+            + (", or --resize" if varies(data) else "")
+        )
+    return samples[:batch].inputs
+
+
+def _noise(shape: tuple[int, ...], options: Options) -> Tensor:
+    """Return random samples of a shape, as many as are timed."""
+    batch, axis = options["batch"], options.get("batch_dim") or 0
+    if batch * math.prod(shape) > MAX_INPUT_ELEMENTS:
+        raise SepconvertError(
+            f"--batch {batch}: {batch:,} samples of {'x'.join(map(str, shape))} are more than "
+            f"{MAX_INPUT_ELEMENTS:,} elements; pass a smaller one"
+        )
+    generator = torch.Generator().manual_seed(options["seed"])
+    return torch.randn(*shape[:axis], batch, *shape[axis:], generator=generator)
+
+
+def _random(options: Options, value: Tensor) -> Tensor:
+    """Return random values in the place of an example input, with as many samples as are timed."""
+    axis = options.get("batch_dim") or 0
+    if not value.is_floating_point() or value.ndim <= axis:
         return value
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn((batch, *value.shape[1:]), generator=generator).to(value)
+    generator = torch.Generator().manual_seed(options["seed"])
+    shape = (*value.shape[:axis], options["batch"], *value.shape[axis + 1 :])
+    return torch.randn(shape, generator=generator).to(value)

@@ -83,7 +83,7 @@ def compare(**options: Any) -> None:
             together=not stored,
             timed=options["runs"] > 0,
             data=options["data"] is not None,
-            labels=options["data"] is not None and _may_have_labels(options["data"]),
+            labels=options["data"] is not None and _may_have_labels(options),
             unit=unit,
         )
     with quietly():
@@ -99,9 +99,10 @@ def compare(**options: Any) -> None:
         raise DemandNotMetError(f"--fail-if: {'; '.join(failures)}")
 
 
-def _may_have_labels(spec: str) -> bool:
+def _may_have_labels(options: Options) -> bool:
     """Return whether data have labels, or come from a callable, which alone knows."""
-    return has_labels(spec) or not Path(spec).exists()
+    spec = options["data"]
+    return options["targets"] is not None or has_labels(spec) or not Path(spec).exists()
 
 
 def _stored(options: Options) -> tuple[Comparison, str]:
@@ -132,7 +133,8 @@ def _together(options: Options) -> tuple[Comparison, str]:
         example_of_file(each) for each in files.values()
     ]
     example = next((each for each in examples if each is not None), None)
-    data, inputs = read_data_and_examples(options, example, labelled=False)
+    subject = next((each.model for each in loaded.values()), None) or next(iter(files.values()))
+    data, inputs = read_data_and_examples(options, example, subject, labelled=False)
     with tempfile.TemporaryDirectory() as folder:
         subjects = [
             Subject.of_file(path, files[path])
@@ -159,7 +161,7 @@ def _profile(options: Options) -> StoredProfile:
     path, runtime = options["model"], timing_of(options).runtime
     if path.suffix == ".onnx":
         file = read_onnx(path)
-        data, inputs = read_data_and_examples(options, example_of_file(file))
+        data, inputs = read_data_and_examples(options, example_of_file(file), file)
         batches = options.get("batches") if options["runs"] else None
         # The detailed timing below includes the plain one.
         timing = options if batches is None else {**options, "runs": 0}

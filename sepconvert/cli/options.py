@@ -194,6 +194,12 @@ data_options = _options(
         "--data", metavar="PATH", help="Labelled data: .npz, a folder of class folders, or pkg.mod:callable."
     ),
     click.option(
+        "--targets",
+        metavar="PATH",
+        help="Folder of the masks or pictures that are wanted for the images in the folder --data, with the "
+        "same names.",
+    ),
+    click.option(
         "--mean",
         callback=numbers(float, "0.485,0.456,0.406"),
         metavar="R,G,B",

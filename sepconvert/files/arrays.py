@@ -1,9 +1,10 @@
-"""Arrays of images and labels in .npz files."""
+"""Arrays of images and targets in .npz files."""
 
 import math
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -12,24 +13,33 @@ import torch
 from torch import Tensor
 
 from sepconvert.base.errors import SepconvertError
-from sepconvert.files.images import UNLABELLED, Preprocess, StoredSamples, check_channels
+from sepconvert.files.images import UNLABELLED, Preprocess, StoredSamples, TargetKind, check_channels
 
 
-def read_npz(path: Path, preprocess: Preprocess, labelled: bool) -> StoredSamples:
+def read_npz(
+    path: Path, preprocess: Preprocess, labelled: bool, kind: TargetKind | None = None
+) -> StoredSamples:
     """Return the samples in an .npz file, in its order.
 
+    `y` may hold class numbers N, and, with a `kind`, masks of class numbers N × H × W (integers or bool,
+    which become int64; negative numbers may be such as are not scored), pictures N × H × W × C (uint8, which
+    become float32 N × C × H × W from 0 to 1; without C if `kind` is pictures), other integers N × …, floats
+    N × …, or texts N. `mean` and `std` are not applied to it; `resize` is to masks, by nearest neighbour, and
+    to pictures, as to images.
+
     Args:
-        path: an archive of `x`, uint8 N × H × W × C or float N × C × H × W, and `y`, integer N.
+        path: an archive of `x`, uint8 N × H × W × C or float N × C × H × W, and `y`.
         preprocess: applied to uint8 images when they are indexed; float samples are used as they are.
         labelled: whether `y` is needed; otherwise it is ignored and every label is `UNLABELLED`.
+        kind: what the metric takes; None for the class numbers of a classifier.
 
     Raises:
         SepconvertError: the file has another form, is damaged, does not fit in memory, or has float samples
             and a `preprocess`.
     """
     wanted = ("x", "y") if labelled else ("x",)
-    expected = (
-        "expected an .npz file with x (uint8 N×H×W×C or float N×C×H×W)" + " and y (integer N)" * labelled
+    expected = "expected an .npz file with x (uint8 N×H×W×C or float N×C×H×W)" + labelled * (
+        " and y (integer N)" if kind is None else " and y (class numbers, masks, pictures, floats or texts)"
     )
     try:
         with path.open("rb") as file:
@@ -56,15 +66,20 @@ def read_npz(path: Path, preprocess: Preprocess, labelled: bool) -> StoredSample
     x = arrays[0]
     if not all(isinstance(array, np.ndarray) for array in arrays):
         raise SepconvertError(f"{path}: holds members that are no arrays; {expected}")
+    if x.ndim > 0 and len(x) == 0:
+        raise SepconvertError(f"{path}: x holds no samples (its shape is {x.shape}); save at least one")
     if x.ndim != 4 or 0 in x.shape or not (x.dtype == np.uint8 or np.issubdtype(x.dtype, np.floating)):
         raise SepconvertError(f"{path}: x is {x.dtype} of shape {x.shape}; {expected}")
-    labels = _labels(arrays[1], path) if labelled else torch.full((len(x),), UNLABELLED)
-    if len(labels) != len(x):
-        raise SepconvertError(
-            f"{path}: x holds {len(x)} samples and y {len(labels)} labels; expected as many"
-        )
+    target: Callable[[int], Any] = torch.full((len(x),), UNLABELLED).__getitem__
+    if labelled:
+        if arrays[1].shape[:1] != x.shape[:1]:
+            raise SepconvertError(
+                f"{path}: x holds {len(x)} samples and y, of shape {arrays[1].shape}, "
+                f"{len(arrays[1]) if arrays[1].ndim else 1}; expected as many: save a target for each"
+            )
+        target = _targets(arrays[1], preprocess, path, kind)
     images = _images if x.dtype == np.uint8 else _floats
-    return StoredSamples(images(x, preprocess, path), labels)
+    return StoredSamples(len(x), images(x, preprocess, path), target)
 
 
 def _check_size(archive: zipfile.ZipFile | None, name: str, path: Path) -> None:
@@ -91,29 +106,88 @@ def _check_size(archive: zipfile.ZipFile | None, name: str, path: Path) -> None:
         )
 
 
+def _targets(
+    y: npt.NDArray[Any], preprocess: Preprocess, path: Path, kind: TargetKind | None
+) -> Callable[[int], Any]:
+    """Return a function that returns the target of an index, or raise `SepconvertError` if it is no use."""
+    if kind is None:
+        return _labels(y, path).__getitem__
+    what = f"{path}: y is {y.dtype} of shape {y.shape}"
+    if y.dtype.kind == "U" and y.ndim == 1:
+        texts: list[str] = y.tolist()
+        return texts.__getitem__
+    if y.dtype.kind not in "biuf" or 0 in y.shape:
+        raise SepconvertError(
+            f"{what}; expected integers, bool, floats N×… or texts N, one target for each sample of x"
+        )
+    if y.dtype == np.uint8 and (y.ndim == 4 or (y.ndim == 3 and kind == "pictures")):
+        return _pictures(y[..., None] if y.ndim == 3 else y, preprocess, path, kind)
+    if preprocess.size is not None and (y.ndim > 3 or (y.ndim == 3 and y.dtype.kind == "f")):
+        raise SepconvertError(
+            f"{what}, which is used as it is; `resize` is for masks N×H×W of integers and pictures of "
+            "uint8 N×H×W×C: leave it out"
+        )
+    if y.dtype.kind == "f":
+        with np.errstate(over="ignore"):
+            values = torch.from_numpy(y.astype(np.float32))
+        if not all(part.isfinite().all() for part in torch.split(values, 256)):
+            raise SepconvertError(f"{path}: y holds NaN or infinite values; expected finite numbers")
+        return values.__getitem__
+    if not -(2**31) <= int(y.min()) <= int(y.max()) < 2**31:
+        raise SepconvertError(f"{path}: y ranges from {y.min()} to {y.max()}; expected integers of 32 bits")
+
+    def numbers(index: int) -> Tensor:  # int64 of all masks would take eight times the memory
+        found = torch.from_numpy(np.asarray(y[index]).astype(np.int64))
+        return preprocess.mask(found) if found.ndim == 2 else found
+
+    return numbers
+
+
+def _pictures(
+    y: npt.NDArray[np.uint8], preprocess: Preprocess, path: Path, kind: TargetKind
+) -> Callable[[int], Tensor]:
+    """Return a function that returns the picture of an index, from 0 to 1; `y` is uint8 N × H × W × C."""
+    if kind == "classes":
+        raise SepconvertError(
+            f"{path}: y is uint8 of shape {y.shape}, pictures; expected class numbers N or N×H×W: save "
+            "these, or pass another `metric`"
+        )
+    return _channels_first(y, path, "y", preprocess.picture)
+
+
 def _labels(y: npt.NDArray[np.generic], path: Path) -> Tensor:
     """Return class numbers as int64 N, or raise `SepconvertError` if they are none."""
     if y.ndim != 1 or not np.issubdtype(y.dtype, np.integer):
         raise SepconvertError(
-            f"{path}: y is {y.dtype} of shape {y.shape}; expected integer class numbers of shape (N,)"
+            f"{path}: y is {y.dtype} of shape {y.shape}; expected integer class numbers of shape (N,), or a "
+            "`metric` that takes such targets, e.g. miou or psnr"
         )
     if y.size and (int(y.min()) < 0 or int(y.max()) >= 2**31):
         raise SepconvertError(
-            f"{path}: y ranges from {y.min()} to {y.max()}; expected classes from 0 upwards"
+            f"{path}: y ranges from {y.min()} to {y.max()}; expected classes from 0 upwards: number them as "
+            "the model's outputs, and leave samples without a class out"
         )
     return torch.from_numpy(y.astype(np.int64))
 
 
 def _images(x: npt.NDArray[np.uint8], preprocess: Preprocess, path: Path) -> Callable[[int], Tensor]:
     """Return a function that preprocesses the image of an index; `x` is uint8 N × H × W × C."""
-    if x.shape[1] in (1, 3) and x.shape[3] > 4:
-        raise SepconvertError(
-            f"{path}: x is uint8 of shape {x.shape}, which looks like N×C×H×W; expected N×H×W×C: "
-            "save x.transpose(0, 2, 3, 1)"
-        )
+    found = _channels_first(x, path, "x", preprocess)
     check_channels(preprocess, x.shape[3], path)
-    images = torch.from_numpy(x).permute(0, 3, 1, 2)
-    return lambda index: preprocess(images[index])
+    return found
+
+
+def _channels_first(
+    array: npt.NDArray[np.uint8], path: Path, name: str, change: Callable[[Tensor], Tensor]
+) -> Callable[[int], Tensor]:
+    """Return a function that changes the image C × H × W of an index; `array` is N × H × W × C."""
+    if array.shape[1] in (1, 3) and array.shape[3] > 4:
+        raise SepconvertError(
+            f"{path}: {name} is uint8 of shape {array.shape}, which looks like N×C×H×W; expected N×H×W×C: "
+            f"save {name}.transpose(0, 2, 3, 1)"
+        )
+    images = torch.from_numpy(array).permute(0, 3, 1, 2)
+    return lambda index: change(images[index])
 
 
 def _floats(x: npt.NDArray[np.floating], preprocess: Preprocess, path: Path) -> Callable[[int], Tensor]:

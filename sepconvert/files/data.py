@@ -1,6 +1,7 @@
 """Data for evaluation, calibration and training: loaders of (x, y) batches in a fixed order."""
 
 import copy
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -11,30 +12,41 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, RandomSampler, Subset
 
-from sepconvert.base.errors import SepconvertError
+from sepconvert.base.errors import SepconvertError, one_line, quoted
 from sepconvert.files.arrays import read_npz
 from sepconvert.files.callables import resolve_callable
-from sepconvert.files.images import UNLABELLED, Batch, Preprocess, StoredSamples, dimensions, read_folder
-from sepconvert.network.tensors import tensors_in
+from sepconvert.files.images import (
+    UNLABELLED,
+    Batch,
+    Preprocess,
+    StoredSamples,
+    TargetKind,
+    dimensions,
+    read_folder,
+    read_pairs,
+)
+from sepconvert.network.tensors import InputBatch, tensors_in
 
 __all__ = [
     "UNLABELLED",
     "Batch",
     "Preprocess",
-    "check_against_model",
+    "TargetKind",
+    "check_shape",
     "class_labels",
     "dimensions",
     "has_labels",
     "is_own",
     "load_data",
     "paired",
-    "sample_shape",
+    "sample_shapes",
     "split",
+    "varies",
 ]
 
 # Usual keys of batches that are mappings.
 _IMAGES = ("image", "images", "img", "pixel_values", "x", "input", "inputs")
-_LABELS = ("label", "labels", "y", "target", "targets")
+_LABELS = ("label", "labels", "y", "target", "targets", "mask", "masks")
 
 
 def load_data(
@@ -44,18 +56,25 @@ def load_data(
     batch_size: int = 256,
     labelled: bool = True,
     parameter: str = "data",
+    targets: str | None = None,
+    kind: TargetKind | None = None,
 ) -> DataLoader[Batch]:
-    """Return an unshuffled loader of batches `(x, y)`: x float32 N × C × H × W, y int64 N.
+    """Return an unshuffled loader of batches `(x, y)`; of files, x is float32 N × C × H × W.
+
+    Images of a folder that differ in size, as they may with `targets` or a `kind`, come in batches of one.
 
     Args:
-        spec: an `.npz` file (`x` uint8 N × H × W × C or float N × C × H × W, `y` integer N), a folder of
-            class folders with images (classes are numbered in the order of their names), or
-            `pkg.mod:callable` or `file.py:callable` that returns a DataLoader, which is used as it is.
+        spec: an `.npz` file (`x` uint8 N × H × W × C or float N × C × H × W, and `y`, see `read_npz`), a
+            folder of class folders with images (classes are numbered in the order of their names), a folder
+            of images with `targets`, or `pkg.mod:callable` or `file.py:callable` that returns a DataLoader,
+            which is used as it is: x is a tensor, or a tuple or mapping of tensors, y is anything.
         preprocess: of uint8 images. Float data and loaders, which are preprocessed already, refuse it.
         batch_size: samples in a batch, unless a callable returns the loader.
-        labelled: whether labels are needed; otherwise `y` and class folders are ignored, and labels are -1.
-            A loader is then one of `paired` batches, which keep the labels that there are.
+        labelled: whether targets are needed; otherwise `y` and class folders are ignored, and labels are -1.
+            A loader is then one of `paired` batches, which keep the targets that there are.
         parameter: name of the parameter that `spec` was passed as, for error messages.
+        targets: a folder of masks or pictures, named as the images of the folder `spec` (see `read_pairs`).
+        kind: what the metric takes as targets; None for the class numbers of a classifier.
 
     Raises:
         SepconvertError: the data have another form. A broken image raises it when its batch is read.
@@ -64,10 +83,12 @@ def load_data(
         raise SepconvertError(f"`{parameter}`: is empty; expected an .npz file, a folder or pkg.mod:callable")
     preprocess = preprocess or Preprocess()
     path = Path(spec)
+    if targets is not None:
+        return _batched(_read_pairs(spec, targets, preprocess, parameter, kind), batch_size)
     if path.is_dir():
-        return DataLoader(read_folder(path, preprocess, labelled), batch_size)
+        return _batched(read_folder(path, preprocess, labelled, dense=kind is not None), batch_size)
     if path.is_file() or path.suffix == ".npz":
-        return DataLoader(read_npz(path, preprocess, labelled), batch_size)
+        return _batched(read_npz(path, preprocess, labelled, kind), batch_size)
     if ":" in spec:
         return _call(spec, preprocess, parameter, labelled)
     raise SepconvertError(
@@ -76,8 +97,29 @@ def load_data(
     )
 
 
+def _read_pairs(
+    spec: str, targets: str, preprocess: Preprocess, parameter: str, kind: TargetKind | None
+) -> StoredSamples:
+    images, folder = Path(spec), Path(targets)
+    if not images.is_dir():
+        raise SepconvertError(
+            f"`targets` {targets}: is for images in a folder, and `{parameter}` is {spec}, which holds its "
+            "own targets (y); leave `targets` out, or pass the folder of the images"
+        )
+    if not folder.is_dir():
+        raise SepconvertError(
+            f"`targets` {targets}: there is no such folder; pass the one that holds a mask or a picture for "
+            "each image, of the same name"
+        )
+    return read_pairs(images, folder, preprocess, kind)
+
+
+def _batched(samples: StoredSamples, batch_size: int) -> DataLoader[Batch]:
+    return DataLoader(samples, 1 if samples.varying else batch_size)
+
+
 def has_labels(spec: str) -> bool:
-    """Return whether files have labels: integers `y` in an .npz file, or class folders.
+    """Return whether files have targets: `y` in an .npz file, or class folders.
 
     It is False of a callable, whose loader need not have any.
     """
@@ -87,7 +129,7 @@ def has_labels(spec: str) -> bool:
         return False
     try:
         with np.load(spec, allow_pickle=False) as archive:
-            return "y" in archive and archive["y"].ndim == 1 and archive["y"].dtype.kind in "iu"
+            return "y" in archive
     except Exception:  # no archive, or a damaged one, which `load_data` reports
         return True
 
@@ -118,19 +160,11 @@ def _collated_pair(collate: Callable[[Any], Any], parameter: str, samples: Any) 
 
 
 def _pair(batch: object, parameter: str) -> Batch:
-    """Return the images of a batch, and what stands behind them."""
+    """Return the inputs of a batch, and what stands behind them."""
     x: object = batch
     y: object = None
     if isinstance(batch, Mapping):
-        floating = [each for each in batch.values() if isinstance(each, Tensor) and each.is_floating_point()]
-        found = [batch[key] for key in _IMAGES if isinstance(batch.get(key), Tensor)]
-        others = {key: value for key, value in batch.items() if key not in _LABELS}
-        several = sum(isinstance(each, Tensor) for each in others.values()) > 1
-        x = (
-            others
-            if several and not found
-            else next(iter(found), floating[0] if len(floating) == 1 else None)
-        )
+        x = _inputs_of(batch)
         y = next((batch[key] for key in _LABELS if key in batch), None)
     elif isinstance(batch, tuple | list):
         x, y = (*batch, None, None)[:2]
@@ -143,44 +177,54 @@ def _pair(batch: object, parameter: str) -> Batch:
     return x, y
 
 
+def _inputs_of(batch: Mapping[Any, Any]) -> object:
+    """Return the images of a batch that is a mapping; of several tensors, a mapping without the targets."""
+    usual = next((batch[key] for key in _IMAGES if isinstance(batch.get(key), Tensor)), None)
+    if usual is not None:
+        return usual
+    inputs = {key: value for key, value in batch.items() if key not in _LABELS}
+    floating = [each for each in inputs.values() if isinstance(each, Tensor) and each.is_floating_point()]
+    return floating[0] if len(floating) == 1 else inputs
+
+
 def is_own(loader: object) -> TypeGuard[DataLoader[Batch]]:
     """Return whether `load_data` read the samples itself, so that they may be batched anew."""
     return isinstance(loader, DataLoader) and isinstance(loader.dataset, StoredSamples)
 
 
-def sample_shape(loader: DataLoader[Batch]) -> tuple[int, ...]:
-    """Return the shape of one sample, without the batch dimension: (C, H, W) for images."""
+def varies(loader: DataLoader[Batch]) -> bool:
+    """Return whether samples differ in size; of a loader that is not our own, the first two batches tell."""
     if isinstance(loader.dataset, StoredSamples):
-        return tuple(loader.dataset[0][0].shape)
-    return tuple(next(iter(loader))[0].shape[1:])
+        return loader.dataset.varying
+    shapes = {
+        tuple(tuple(each.shape[1:]) for each in tensors_in(batch[0])) for batch in itertools.islice(loader, 2)
+    }
+    return len(shapes) > 1
 
 
-def check_against_model(
-    loader: DataLoader[Batch], input_shape: Sequence[int] | None, num_classes: int | None
-) -> None:
-    """Check that data suit a model.
+def sample_shapes(loader: DataLoader[Batch], axis: int = 0) -> tuple[tuple[int, ...], ...]:
+    """Return the shapes of the inputs of the first sample, without the batch dimension `axis`."""
+    if isinstance(loader.dataset, StoredSamples):
+        return (tuple(loader.dataset[0][0].shape),)
+    return InputBatch((next(iter(loader))[0],), axis).shapes
 
-    All labels are checked if `load_data` read the samples, else those of the loader's first batch.
+
+def check_shape(shape: Sequence[int], expected: Sequence[int], *, dense: bool) -> None:
+    """Check that samples have the shape that a model is run on, (C, H, W).
 
     Args:
-        loader: the data.
-        input_shape: shape of one sample that the model takes, (C, H, W); None skips this check.
-        num_classes: number of the model's outputs; None skips this check.
+        shape: that of a sample.
+        expected: that of an input.
+        dense: whether the model takes images of any size, so that their channels alone count.
 
     Raises:
-        SepconvertError: samples have another shape, or labels are not below `num_classes`.
+        SepconvertError: they have another.
     """
-    shape = sample_shape(loader)
-    if input_shape is not None and shape != tuple(input_shape):
+    leading = -2 if dense and len(shape) == len(expected) > 2 else None
+    if tuple(shape)[:leading] != tuple(expected)[:leading]:
         raise SepconvertError(
-            f"`data`: samples are {dimensions(shape)}, the model takes {dimensions(input_shape)} (C×H×W); "
+            f"`data`: samples are {dimensions(shape)}, the model takes {dimensions(expected)} (C×H×W); "
             "pass `resize`, another `input_shape` or other data"
-        )
-    labels = loader.dataset.labels if isinstance(loader.dataset, StoredSamples) else next(iter(loader))[1]
-    if num_classes is not None and int(labels.max()) >= num_classes:
-        raise SepconvertError(
-            f"`data`: holds the label {int(labels.max())}, the model has {num_classes} outputs, labels 0 to "
-            f"{num_classes - 1}; use the data that this model was trained for"
         )
 
 
@@ -232,36 +276,52 @@ def _call(spec: str, preprocess: Preprocess, parameter: str, labelled: bool) -> 
         )
     try:
         loader = function()
-        batch = next(iter(loader), None) if isinstance(loader, DataLoader) else None
     except Exception as error:
-        cause = f"{type(error).__name__}: {error}".partition("\n")[0][:200]
         raise SepconvertError(
-            f"{label}: failed ({cause}); expected a callable that returns a DataLoader"
+            f"{label}: failed ({one_line(error)}); mend it: it is called without arguments, and returns a "
+            "DataLoader"
         ) from error
     if not isinstance(loader, DataLoader):
-        raise SepconvertError(f"{label}: returned a {type(loader).__name__}; expected a DataLoader")
+        raise SepconvertError(
+            f"{label}: returned {quoted(loader)}, expected a torch.utils.data.DataLoader; return one, e.g. "
+            "DataLoader(dataset, batch_size=64)"
+        )
+    try:
+        batch = next(iter(loader), None)
+    except Exception as error:
+        raise SepconvertError(
+            f"{label}: its loader fails on the first batch ({one_line(error)}); mend its dataset or its "
+            "collate_fn"
+        ) from error
     if batch is None:
-        raise SepconvertError(f"{label}: its loader is empty; expected batches of images")
+        raise SepconvertError(f"{label}: its loader is empty; let it yield at least one batch")
     if not labelled:
         loader, batch = paired(loader, parameter), _pair(batch, parameter)
     elif isinstance(loader.sampler, RandomSampler):
         raise SepconvertError(
             f"{label}: its loader shuffles, so two models would see different batches; pass shuffle=False"
         )
-    if not (
-        isinstance(batch, tuple | list)
-        and len(batch) == 2
-        and all(isinstance(part, Tensor) for part in batch)
-    ):
-        raise SepconvertError(f"{label}: its batches are {_kind(batch)}; expected two tensors (x, y)")
-    x, y = batch
-    if x.dtype != torch.float32 or x.ndim < 2:
-        raise SepconvertError(f"{label}: its x is {_kind(x)}; expected float32 N×C×H×W")
-    if labelled and (y.dtype != torch.int64 or y.shape != x.shape[:1] or int(y.min()) < 0):
+    if not isinstance(batch, tuple | list) or len(batch) != 2:
         raise SepconvertError(
-            f"{label}: its y is {_kind(y)}; expected int64 class numbers of shape ({len(x)},)"
+            f"{label}: its batches are {_kind(batch)}; expected pairs (x, y) of inputs and targets: let the "
+            "dataset yield a sample and its label, mask or picture"
         )
+    _check_inputs(batch[0], label)
     return loader
+
+
+def _check_inputs(x: object, label: str) -> None:
+    """Raise `SepconvertError` unless these are floating-point inputs of some samples, among others."""
+    if isinstance(x, Tensor):
+        if x.dtype != torch.float32 or x.ndim < 2:
+            raise SepconvertError(
+                f"{label}: its x is {_kind(x)}; expected float32 N×C×H×W, e.g. x.float() / 255 of images"
+            )
+    elif not any(each.is_floating_point() and each.ndim > 1 for each in tensors_in(x)):
+        raise SepconvertError(
+            f"{label}: its x is {_kind(x)}; expected a tensor float32 N×C×H×W, or a tuple or dict of "
+            "tensors, one of them floating-point"
+        )
 
 
 def _kind(value: object) -> str:

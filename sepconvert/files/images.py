@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -30,31 +30,43 @@ IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".ppm", ".pgm", ".t
 # Pillow recognises formats by content, and would run Ghostscript on others.
 _IMAGE_FORMATS = ("JPEG", "PNG", "BMP", "GIF", "PPM", "TIFF", "WEBP")
 
+_GREY, _NUMBERED = {"1", "L", "LA"}, {"1", "L", "P"}  # Pillow's modes
+
 _MAX_PIXELS = 2**26  # of an image: 8192 × 8192
 
 
+TargetKind = Literal["classes", "pictures", "any"]
+"""What a metric takes as targets: class numbers (of samples or pixels), pictures, or anything."""
+
+
 class StoredSamples(Dataset[Batch]):
-    """StoredSamples that are read when they are indexed.
+    """Samples and their targets, read when they are indexed.
 
     Attributes:
+        size: number of samples.
         read: returns the sample of an index, float32 C × H × W.
-        labels: int64 N.
+        target: returns the target of an index: a class number, a mask, a picture, numbers or a text.
+        varying: whether samples differ in size, so that each is a batch of its own.
     """
 
-    def __init__(self, read: Callable[[int], Tensor], labels: Tensor) -> None:
-        self.read = read
-        self.labels = labels
+    def __init__(
+        self, size: int, read: Callable[[int], Tensor], target: Callable[[int], Any], *, varying: bool = False
+    ) -> None:
+        self.size, self.read, self.target, self.varying = size, read, target, varying
 
     def __len__(self) -> int:
-        return len(self.labels)
+        return self.size
 
     def __getitem__(self, index: int) -> Batch:
-        return self.read(index), self.labels[index]
+        return self.read(index), self.target(index)
 
 
 @dataclass(frozen=True)
 class Preprocess:
     """The preprocessing of uint8 images.
+
+    Targets have a part in `resize` alone: masks are resized to the nearest pixel, pictures as images are.
+    Neither `mean` nor `std` is applied to them.
 
     Args:
         mean: of each channel of `x / 255`; None subtracts nothing.
@@ -90,17 +102,26 @@ class Preprocess:
 
     def __call__(self, image: Tensor) -> Tensor:
         """Return a uint8 image C × H × W as the float32 image that the model takes."""
-        if self.size is not None and self.size != tuple(image.shape[1:]):
-            # One channel after the other: all channels of a large image would take much memory as floats.
-            x = torch.cat([_resized(channel.float(), self.size) for channel in image])
-        else:
-            x = image.float()
-        x = x / 255
+        x = self.picture(image)
         if self.mean is not None:
             x = x - torch.tensor(self.mean)[:, None, None]
         if self.std is not None:
             x = x / torch.tensor(self.std)[:, None, None]
         return x
+
+    def picture(self, image: Tensor) -> Tensor:
+        """Return a uint8 target C × H × W as float32 from 0 to 1."""
+        if self.size is not None and self.size != tuple(image.shape[1:]):
+            # One channel after the other: all channels of a large image would take much memory as floats.
+            return torch.cat([_resized(channel.float(), self.size) for channel in image]) / 255
+        return image.float() / 255
+
+    def mask(self, classes: Tensor) -> Tensor:
+        """Return class numbers H × W of any integer dtype as int64."""
+        if self.size is None or self.size == tuple(classes.shape):
+            return classes.long()
+        nearest = F.interpolate(classes.double()[None, None], self.size, mode="nearest-exact")
+        return nearest[0, 0].long()
 
 
 def _resized(channel: Tensor, size: tuple[int, int]) -> Tensor:
@@ -108,7 +129,7 @@ def _resized(channel: Tensor, size: tuple[int, int]) -> Tensor:
     return F.interpolate(channel[None, None], size, mode="bilinear", antialias=True)[0]
 
 
-def read_folder(path: Path, preprocess: Preprocess, labelled: bool) -> StoredSamples:
+def read_folder(path: Path, preprocess: Preprocess, labelled: bool, *, dense: bool = False) -> StoredSamples:
     """Return the images of a folder, sorted by path, decoded and preprocessed when they are indexed.
 
     Args:
@@ -116,6 +137,7 @@ def read_folder(path: Path, preprocess: Preprocess, labelled: bool) -> StoredSam
             folder that holds images at any depth.
         preprocess: applied to each image. Images have 1 channel if all of them are grey, else 3.
         labelled: whether class folders are labels; otherwise every label is `UNLABELLED`.
+        dense: whether images may differ in size.
 
     Raises:
         SepconvertError: there are no images, or they differ in size without a `resize`, are too large, have
@@ -125,33 +147,130 @@ def read_folder(path: Path, preprocess: Preprocess, labelled: bool) -> StoredSam
     if not labelled:
         folders = [path]
     elif not folders:
-        raise SepconvertError(f"{path}: holds no folders; expected one folder with images for each class")
+        raise SepconvertError(
+            f"{path}: holds no folders; expected one folder with images for each class, or pass the masks or "
+            "pictures that are wanted for the images as `targets`"
+        )
     groups = [_image_files(folder) for folder in folders]
     for folder, group in zip(folders, groups, strict=True):
         if not group:
-            raise SepconvertError(
-                f"{folder}: holds no images ({' '.join(IMAGE_EXTENSIONS)}); add some or remove it"
-            )
+            raise _no_images(folder)
     files = [file for group in groups for file in group]
-    labels = [number if labelled else UNLABELLED for number, group in enumerate(groups) for _ in group]
-    grey = _check_images(files, path, preprocess)
-
-    def read(index: int) -> Tensor:
-        with _open(files[index]) as image:
-            try:
-                pixels = np.array(image.convert("L" if grey else "RGB"))
-            except Exception as error:  # what Pillow's decoders raise depends on the format
-                raise SepconvertError(
-                    f"{files[index]}: a broken image ({error}); replace or remove it"
-                ) from error
-        return preprocess(torch.from_numpy(np.atleast_3d(pixels)).permute(2, 0, 1))
-
-    return StoredSamples(read, torch.tensor(labels))
+    labels = torch.tensor(
+        [number if labelled else UNLABELLED for number, group in enumerate(groups) for _ in group]
+    )
+    return _stored(files, path, preprocess, labels.__getitem__, dense=dense)
 
 
-def _check_images(files: Sequence[Path], folder: Path, preprocess: Preprocess) -> bool:
-    """Return whether all images are grey; raise `SepconvertError` if their headers say that one is no use."""
-    grey = True
+def read_pairs(images: Path, targets: Path, preprocess: Preprocess, kind: TargetKind | None) -> StoredSamples:
+    """Return the images of a folder with targets from another, which has an image of the same name for each.
+
+    Names are compared without their extensions, and with the folders within `images` and `targets`.
+    Targets are class numbers H × W, int64, if they are palette images, of which the numbers in the palette
+    count, or grey ones; pictures, float32 C × H × W from 0 to 1, if they are in colour or `kind` asks for
+    pictures. `mean` and `std` are not applied to targets.
+
+    Args:
+        images: the folder of images, at any depth; they may differ in size.
+        targets: the folder of targets.
+        preprocess: applied to each image; of each target, its `resize` alone.
+        kind: what the metric takes; None for anything.
+
+    Raises:
+        SepconvertError: an image has no target, or several, a target has no image, or a file is no use.
+    """
+    found, wanted = _by_name(images), _by_name(targets)
+    if lacking := next((name for name in found if name not in wanted), None):
+        raise SepconvertError(
+            f"{targets}: holds no target for {found[lacking]}; add {lacking}.png, or take that image away"
+        )
+    if extra := next((name for name in wanted if name not in found), None):
+        raise SepconvertError(
+            f"{wanted[extra]}: there is no image of that name in {images}; add it, or take the target away"
+        )
+    files = [wanted[name] for name in found]
+    read = _reader_of_targets(files, targets, preprocess, kind)
+    return _stored(list(found.values()), images, preprocess, read, dense=True)
+
+
+def _by_name(folder: Path) -> dict[str, Path]:
+    """Return the images in a folder, sorted by path, by their paths without the extension."""
+    found: dict[str, Path] = {}
+    for file in _image_files(folder):
+        name = file.relative_to(folder).with_suffix("").as_posix()
+        if name in found:
+            raise SepconvertError(
+                f"{file}: has the name of {found[name]}, and images and targets are matched by name; rename "
+                "or remove one of them"
+            )
+        found[name] = file
+    if not found:
+        raise _no_images(folder)
+    return found
+
+
+def _no_images(folder: Path) -> SepconvertError:
+    return SepconvertError(f"{folder}: holds no images ({' '.join(IMAGE_EXTENSIONS)}); add some or remove it")
+
+
+def _stored(
+    files: Sequence[Path],
+    folder: Path,
+    preprocess: Preprocess,
+    target: Callable[[int], Any],
+    *,
+    dense: bool,
+) -> StoredSamples:
+    """Return the images of some files with their targets; `dense` ones may differ in size."""
+    modes, sizes = _headers(files)
+    varying = len(sizes) > 1 and preprocess.size is None
+    if varying and not dense:
+        (size, file), (other, odd) = list(sizes.items())[:2]
+        raise SepconvertError(
+            f"{folder}: {file} is {dimensions(size)}, {odd} is {dimensions(other)} (H×W); pass `resize`"
+        )
+    mode = "L" if modes <= _GREY else "RGB"
+    check_channels(preprocess, len(mode), folder)
+    return StoredSamples(
+        len(files), lambda index: preprocess(_decoded(files[index], mode)), target, varying=varying
+    )
+
+
+def _reader_of_targets(
+    files: Sequence[Path], folder: Path, preprocess: Preprocess, kind: TargetKind | None
+) -> Callable[[int], Tensor]:
+    """Return a function that reads the target of an index; raise `SepconvertError` if they are no use."""
+    modes, _ = _headers(files)
+    flat = kind != "pictures" and modes <= _NUMBERED
+    if flat:
+        if lossy := next((file for file in files if _format(file) == "JPEG"), None):
+            raise SepconvertError(
+                f"{lossy}: is a JPEG, whose compression changes class numbers; save masks as PNG"
+            )
+        return lambda index: preprocess.mask(_decoded(files[index], None)[0])
+    if kind == "classes" or (kind != "pictures" and modes & _NUMBERED):
+        odd, mode = next((file, _mode(file)) for file in files if _mode(file) not in _NUMBERED)
+        raise SepconvertError(
+            f"{odd}: is a picture ({mode}), expected class numbers; save the targets in {folder} as palette "
+            "or grey PNG of 8 bits, whose values are class numbers, or pass another `metric`"
+        )
+    mode = "L" if modes <= _GREY else "RGB"
+    return lambda index: preprocess.picture(_decoded(files[index], mode))
+
+
+def _decoded(file: Path, mode: str | None) -> Tensor:
+    """Return the pixels of an image in Pillow's `mode`, or in its own: uint8 C × H × W."""
+    with _open(file) as image:
+        try:
+            pixels = np.array(image if mode is None else image.convert(mode))
+        except Exception as error:  # what Pillow's decoders raise depends on the format
+            raise SepconvertError(f"{file}: a broken image ({error}); replace or remove it") from error
+    return torch.from_numpy(np.atleast_3d(pixels).astype(np.uint8, copy=False)).permute(2, 0, 1)
+
+
+def _headers(files: Sequence[Path]) -> tuple[set[str], dict[tuple[int, int], Path]]:
+    """Return Pillow's modes of images, and a file of each size; raise `SepconvertError` if one is no use."""
+    modes: set[str] = set()
     sizes: dict[tuple[int, int], Path] = {}
     for file in files:
         with _open(file) as image:
@@ -163,14 +282,18 @@ def _check_images(files: Sequence[Path], folder: Path, preprocess: Preprocess) -
             sizes.setdefault((image.height, image.width), file)
             if image.mode.startswith(("I", "F")):
                 raise SepconvertError(f"{file}: has more than 8 bits a channel; convert it to 8 bits")
-            grey = grey and image.mode in ("1", "L", "LA")
-    if len(sizes) > 1 and preprocess.size is None:
-        (size, file), (other, odd) = list(sizes.items())[:2]
-        raise SepconvertError(
-            f"{folder}: {file} is {dimensions(size)}, {odd} is {dimensions(other)} (H×W); pass `resize`"
-        )
-    check_channels(preprocess, 1 if grey else 3, folder)
-    return grey
+            modes.add(image.mode)
+    return modes, sizes
+
+
+def _mode(file: Path) -> str:
+    with _open(file) as image:
+        return str(image.mode)
+
+
+def _format(file: Path) -> str:
+    with _open(file) as image:
+        return str(image.format)
 
 
 def _image_files(folder: Path) -> list[Path]:

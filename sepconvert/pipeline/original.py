@@ -112,14 +112,15 @@ def examine(
     found = trace_selected(model, inputs, job.selection)
     parts, scoring = DataSplit(data), scoring_of(job.task, model, inputs)
     division = Division(job.calibration, job.finetuning.epochs, job.seed, partial(scoring.batched, model))
+    example = InputBatch(inputs, scoring.axis)
     if job.mode != "exact":
-        division = replace(division, at_once=images_at_once(model, inputs, MOST_AT_ONCE))
+        division = replace(division, at_once=images_at_once(model, example, MOST_AT_ONCE))
         parts = split_data(data, calib, job.finetuning.train, division)
-        check_shapes(parts, InputBatch(inputs, scoring.axis), division)
+        check_shapes(parts, example, division, dense=not scoring.classifies)
     task, yardstick = replace(job.task, batch_dim=scoring.axis), None
     if job.mode != "exact":
         task = _with_checked_loss(task, model, parts, division)
-        yardstick = _yardstick(model, parts, InputBatch(inputs, scoring.axis), scoring, job.task)
+        yardstick = _yardstick(model, parts, example, scoring, job.task)
     # Before the long work, as this is where data that do not suit the model are found out.
     scores, seen_twice, facts = _scored(found, parts, scoring, division, job)
     cost = count(private_copy(model), inputs)

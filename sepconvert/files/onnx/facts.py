@@ -23,6 +23,7 @@ class OnnxFile:
     """Facts about an ONNX file.
 
     Attributes:
+        names: name of each input.
         shapes: shape of each input, with None for each size that is open.
         dtypes: dtype of each input.
         params: number of floating-point weights.
@@ -36,6 +37,7 @@ class OnnxFile:
         sha256: SHA-256 of the file, in hexadecimal.
     """
 
+    names: tuple[str, ...]
     shapes: tuple[tuple[int | None, ...], ...]
     dtypes: tuple[np.dtype[Any], ...]
     params: int
@@ -74,6 +76,7 @@ def read_onnx(path: Path) -> OnnxFile:
     floating = {onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.DOUBLE,
                 onnx.TensorProto.BFLOAT16}  # fmt: skip
     return OnnxFile(
+        tuple(value.name for value in inputs),
         shapes,
         tuple(onnx.helper.tensor_dtype_to_np_dtype(value.type.tensor_type.elem_type) for value in inputs),
         sum(math.prod(tensor.dims) for tensor in model.graph.initializer if tensor.data_type in floating),

@@ -45,6 +45,11 @@ class Scoring:
     output: int | str | None = None
     axis: int = 0
 
+    @property
+    def classifies(self) -> bool:
+        """Whether a class of each sample is judged, as a classifier's is."""
+        return self.metric is None or self.metric.name in ("top1", "top5")
+
     def batched(self, model: nn.Module, x: Any) -> InputBatch:
         """Return what a loader yields as x as a batch of inputs for a model."""
         return InputBatch(arguments(model, x), self.axis)
@@ -399,8 +404,8 @@ def _check_classifier(logits: object, y: object, samples: int) -> None:
     if labels is None or labels.ndim != 1 or labels.is_floating_point() or len(labels) != samples:
         got = f"{labels.dtype} of shape {tuple(labels.shape)}" if labels is not None else type(y).__name__
         raise SepconvertError(
-            f"labels: expected {samples} integers, one for each sample, got {got}; give a class for each, or "
-            "say by `metric` what the outputs are judged by, such as miou or psnr"
+            f"`data`: labels: expected {samples} integers, one for each sample, got {got}; give a class "
+            "for each, or say by `metric` what the outputs are judged by, such as miou or psnr"
         )
     check_classes("top1", labels.to(logits.device), logits.shape[1])
 

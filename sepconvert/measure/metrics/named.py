@@ -92,8 +92,8 @@ def check_classes(metric: str, classes: Tensor, number: int, ignore_index: int |
     foreign = foreign if ignore_index is None else foreign[foreign != ignore_index]
     if len(foreign):
         raise SepconvertError(
-            f"labels: expected 0 to {number - 1}, as the model has {number} classes, got {int(foreign[0])}; "
-            "use the labels that the model was trained with, numbered from 0"
+            f"`data`: labels: expected 0 to {number - 1}, as the model has {number} classes, got "
+            f"{int(foreign[0])}; use the labels that the model was trained with, numbered from 0"
             + (", or leave these out by `ignore_index`" if metric not in ("top1", "top5") else "")
         )
 
