@@ -12,7 +12,8 @@ from sepconvert.factorize.approximate.problem import Problem
 from sepconvert.factorize.approximate.weighted import Moments
 from sepconvert.factorize.geometry import ConvSpec
 from sepconvert.measure.latency import Speedup
-from sepconvert.measure.metrics import AccuracyDelta
+from sepconvert.measure.metrics.evaluation import TOP1, MetricDelta
+from sepconvert.measure.metrics.uncertainty import Discordant
 from sepconvert.measure.statistics import Interval
 from sepconvert.planning.search.curve import Totals
 from sepconvert.planning.search.search import Search
@@ -40,7 +41,7 @@ IMAGES = 10**4
 def delta(drop, n=IMAGES):
     """A drop in percentage points, measured on n images."""
     lost = max(0, min(n, round(drop * n / 100)))
-    return AccuracyDelta(drop, Interval(0.0, 0.0), 1.0, 1.0, n, lost, 0)
+    return MetricDelta(TOP1, 90.0, 90.0 - drop, drop, Discordant(lost, 0, n))
 
 
 class BenchScores:

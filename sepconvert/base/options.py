@@ -204,7 +204,7 @@ class Budget:
 
 @dataclass(frozen=True)
 class Task:
-    """What the outputs of a model are for: how they are judged, compared and trained.
+    """Settings of how the outputs of a model are judged, compared and trained.
 
     `metric` may be a name, a function `(outputs, targets) → N scores` or a `torchmetrics.Metric`;
     `postprocess` and `loss` may be functions.

@@ -33,8 +33,8 @@ def test_help_is_one_sentence(option):
         (Budget, {"target_macs": math.nan}, "`target_macs`: expected a number above 0, at most 1, got nan"),
         (Budget, {"target_params": 0}, "`target_params`: expected a number"),
         (Budget, {"min_speedup": -1}, "`min_speedup`: expected a number"),
-        (Budget, {"max_drop": 101}, "`max_drop`: expected a number from 0 to 100, got 101"),
-        (Budget, {"max_drop": math.nan}, "`max_drop`: expected a number from 0 to 100, got nan"),
+        (Budget, {"max_drop": -1}, "`max_drop`: expected a number from 0, got -1"),
+        (Budget, {"max_drop": math.nan}, "`max_drop`: expected a number from 0, got nan"),
         (Budget, {"rank": 1, "target_macs": 0.5}, "`rank` and `target_macs`: each fixes the plan by itself"),
         (Timing, {"runs": -1}, "`runs`: expected a whole number from 0, got -1"),
         (Timing, {"runs": None}, "`runs`: expected a number, got None"),
@@ -75,21 +75,22 @@ def test_a_value_out_of_range_is_refused_by_name(kind, given, message):
 
 
 def test_a_budget_without_demands_is_a_drop_of_one_point():
-    assert Budget().or_default(labelled=True, timed=False) == Budget(max_drop=1.0)
-    assert Budget(rank=2).or_default(labelled=False, timed=False) == Budget(rank=2)
+    assert Budget().or_default(unit="pp", timed=False) == Budget(max_drop=1.0)
+    assert Budget(rank=2).or_default(unit=None, timed=False) == Budget(rank=2)
 
 
 @pytest.mark.parametrize(
-    ("budget", "labelled", "timed", "message"),
+    ("budget", "unit", "timed", "message"),
     [
-        (Budget(), False, True, "`mode`: approx and auto need a budget"),
-        (Budget(max_drop=1.0), False, True, "`max_drop`: needs labelled data"),
-        (Budget(min_speedup=2.0), True, False, "`min_speedup`: needs timed runs"),
+        (Budget(), None, True, "`mode`: approx and auto need a budget"),
+        (Budget(), "dB", True, "`max_drop`: has no default .* in dB"),
+        (Budget(max_drop=1.0), None, True, "`max_drop`: needs labelled data"),
+        (Budget(min_speedup=2.0), "pp", False, "`min_speedup`: needs timed runs"),
     ],
 )
-def test_demands_that_cannot_be_measured_are_refused(budget, labelled, timed, message):
+def test_demands_that_cannot_be_measured_are_refused(budget, unit, timed, message):
     with pytest.raises(SepconvertError, match=message):
-        budget.or_default(labelled=labelled, timed=timed)
+        budget.or_default(unit=unit, timed=timed)
 
 
 @pytest.mark.parametrize(

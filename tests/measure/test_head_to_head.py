@@ -15,7 +15,7 @@ from sepconvert.base.progress import silent
 from sepconvert.files.onnx.export import export_program, save_onnx
 from sepconvert.files.onnx.facts import onnx_sizes, read_onnx
 from sepconvert.measure.head_to_head import Subject, measure
-from sepconvert.measure.metrics import evaluate
+from sepconvert.measure.metrics.evaluation import Scoring, evaluate
 
 
 def network(width=8, seed=0, classes=7):
@@ -53,9 +53,11 @@ def subjects(paths):
     return [Subject.of_file(path, read_onnx(path)) for path in paths]
 
 
-def measured(subjects, data=None, runs=0, batch=4):
+def measured(subjects, data=None, runs=0, batch=4, scoring=Scoring()):
     inputs = [np.random.default_rng(0).standard_normal((batch, 3, 12, 12))]
-    return measure(subjects, inputs, data=data, runs=runs, runtime=Runtime(1), seed=0, progress=silent)
+    return measure(
+        subjects, inputs, data=data, scoring=scoring, runs=runs, runtime=Runtime(1), seed=0, progress=silent
+    )
 
 
 @pytest.fixture(scope="module")
@@ -150,7 +152,7 @@ def test_what_cannot_be_compared_is_named(files, folder, data):
     with pytest.raises(SepconvertError, match=r"wide.onnx: ONNX Runtime cannot run it: expected .*12, 12"):
         measure(
             subjects(files[1:2] * 2), [np.zeros((1, 3, 9, 9), np.float32)],
-            data=None, runs=0, runtime=Runtime(1), seed=0, progress=silent,
+            data=None, scoring=Scoring(), runs=0, runtime=Runtime(1), seed=0, progress=silent,
         )  # fmt: skip
     two = folder / "two.onnx"
     x = torch.zeros(4, 3, 12, 12)

@@ -51,18 +51,18 @@ def test_files_alone_are_timed():
 
 
 def test_a_budget_is_filled_in_where_the_mode_needs_one():
-    assert Job().with_default_budget(labelled=True).budget == Budget()
+    assert Job().with_default_budget(unit="pp").budget == Budget()
     job = Job(mode="approx", timing=Timing(runs=0))
-    assert job.with_default_budget(labelled=True).budget == Budget(max_drop=1.0)
+    assert job.with_default_budget(unit="pp").budget == Budget(max_drop=1.0)
     with pytest.raises(SepconvertError, match="need a budget"):
-        job.with_default_budget(labelled=False)
+        job.with_default_budget(unit=None)
 
 
 def test_a_demanded_speed_needs_times_of_files_or_of_layers():
     fast = {"budget": Budget(min_speedup=1.5), "timing": Timing(runs=0)}
     with pytest.raises(SepconvertError, match="`min_speedup`: needs timed runs"):
-        Job(mode="approx", **fast).with_default_budget(labelled=False)
-    assert Job(mode="auto", **fast).with_default_budget(labelled=False).budget == fast["budget"]
+        Job(mode="approx", **fast).with_default_budget(unit=None)
+    assert Job(mode="auto", **fast).with_default_budget(unit=None).budget == fast["budget"]
 
 
 def test_arguments_of_convert_become_a_job():

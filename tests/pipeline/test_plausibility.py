@@ -8,7 +8,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from sepconvert import Calibration
-from sepconvert.measure.metrics import Predictions
+from sepconvert.measure.metrics.classes import Predictions
 from sepconvert.pipeline.plausibility import Labels, ValueRange
 
 

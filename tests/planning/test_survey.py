@@ -7,6 +7,7 @@ from torch import nn
 from sepconvert.base.progress import silent
 from sepconvert.calibration.heldout import Heldout
 from sepconvert.network.copies import private_copy
+from sepconvert.network.tensors import InputBatch
 from sepconvert.network.trace import trace
 from sepconvert.planning.forms import Prices
 from sepconvert.planning.survey import survey
@@ -30,8 +31,8 @@ def test_sensitivities_take_time_that_is_linear_in_layers(layers, images):
     torch.manual_seed(0)
     convs = [nn.Conv2d(4, 4, (3, 1), padding=(1, 0)) for _ in range(layers)]
     model = nn.Sequential(Counting(), *convs, nn.AdaptiveAvgPool2d(1), nn.Flatten()).eval()
-    heldout = Heldout(model, torch.randn(200, 4, 2, 2).split(60))
-    sites = trace(private_copy(model), (heldout.batches[0],))
+    heldout = Heldout(model, [*InputBatch((torch.randn(200, 4, 2, 2),)).split(60)])
+    sites = trace(private_copy(model), heldout.batches[0].inputs)
     prices = {site.name: Prices(3, {("depthwise-pointwise", 1): 1}) for site in sites}
     Counting.shown = 0
     found = survey(model, sites, None, heldout, prices, silent)

@@ -15,6 +15,7 @@ from sepconvert.calibration.heldout import Heldout
 from sepconvert.calibration.record import record
 from sepconvert.calibration.split import CalibrationSet
 from sepconvert.network.layers import FactorizedConv2d
+from sepconvert.network.tensors import InputBatch
 from sepconvert.network.trace import traced
 from sepconvert.planning.forms import Prices, depthwise_forms
 from sepconvert.planning.survey import survey
@@ -23,8 +24,9 @@ from sepconvert.planning.workshop import StepKind, Workshop
 
 def evidence_of(model, sites, images, heldout):
     """What factors are fitted to, where all outputs are of the same importance."""
-    recorded = record(model, {0: images}, sites, images=len(images), seed=0)
-    return Evidence(CalibrationSet((images,), (heldout,), (), "test"), recorded, {})
+    fit, judged = InputBatch((images,)), InputBatch((heldout,))
+    recorded = record(model, {0: fit}, sites, images=len(images), seed=0)
+    return Evidence(CalibrationSet((fit,), (judged,), (), "test"), recorded, {})
 
 
 @pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")

@@ -31,7 +31,7 @@ TOP1 = named("top1")
 
 @dataclass(frozen=True)
 class Scoring:
-    """How outputs are judged.
+    """Judgement of outputs: what is taken of them, and the metric.
 
     Attributes:
         metric: None for top-1 accuracy, if outputs and targets are those of a classifier.

@@ -27,7 +27,7 @@ _AT_ONCE = 2**22  # weights held at once
 
 
 class Uncertainty(Protocol):
-    """How far the drop of a metric on `n` samples may be off; all numbers are in the metric's unit."""
+    """Uncertainty of the drop of a metric on `n` samples; all numbers are in the metric's unit."""
 
     @property
     def n(self) -> int:
@@ -48,9 +48,9 @@ class Uncertainty(Protocol):
 
 @dataclass(frozen=True)
 class Discordant:
-    """Of `n` samples, `lost` are right before and wrong after, and `won` the converse: shares, in percent.
+    """Uncertainty of a drop of shares, in percent: of `n` samples, `lost` are wrong after and not before.
 
-    Tests and bounds are exact (`sepconvert.measure.statistics.drop_p_value`).
+    `won` are right after and not before. Tests and bounds are exact (`sepconvert.measure.statistics.drop_p_value`).
     """
 
     lost: int
