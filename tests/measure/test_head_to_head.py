@@ -109,7 +109,7 @@ def test_outputs_are_compared_on_images_without_labels(files, data):
     ]
     assert "drop" not in str(found)
     y = y.index_fill(0, torch.tensor([41]), -1)
-    with pytest.raises(SepconvertError, match="expected labels from 0 to 6"):
+    with pytest.raises(SepconvertError, match=r"labels: expected 0 to 6, .* got -1"):
         measured(subjects(files), DataLoader(TensorDataset(x, y), batch_size=10))
 
 
@@ -163,11 +163,11 @@ def test_what_cannot_be_compared_is_named(files, folder, data):
         measured(subjects([files[0], two]))
     few = exported(network(classes=3), folder, "three.onnx")
     with pytest.raises(
-        SepconvertError, match=r"three.onnx: expected labels from 0 to 2, .* 3 classes, got 0 to 6"
+        SepconvertError, match=r"three.onnx: .*labels: expected 0 to 2, as the model has 3 classes"
     ):
         measured(subjects([few, files[0]]), data)
     headless = exported(network()[:5].eval(), folder, "headless.onnx")
-    with pytest.raises(SepconvertError, match=r"headless.onnx: expected finite logits"):
+    with pytest.raises(SepconvertError, match=r"headless.onnx: .*logits of shape .*say by `metric`"):
         measured(subjects([headless, files[0]]), data)
 
 

@@ -255,21 +255,110 @@ def test_bad_images(samples):
         approx(samples, rank=1, calib=loader(torch.zeros(8, 1, 28, 28)))
 
 
-def test_models_of_several_inputs_are_fitted_to_weights_alone(planted):
-    class Sum(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.a, self.b = planted(8, 16, rank=9), planted(8, 16, rank=9, seed=1)
+class Siamese(nn.Module):
+    """Compares two pictures by features of one branch, and tells which of three shifts lies between them."""
 
-        def forward(self, x, y):
-            return self.a(x) + self.b(y)
+    def __init__(self) -> None:
+        super().__init__()
+        self.branch = nn.Sequential(
+            nn.Conv2d(1, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 16, 3, padding=1)
+        )
+        self.joint = nn.Conv2d(32, 16, 3, padding=1)
+        self.head = nn.Linear(16, 3)
 
-    x = torch.randn(8, 8, 10, 10)
-    loader = DataLoader(TensorDataset(x, torch.full((8,), -1)))
-    with pytest.raises(SepconvertError, match="the model takes 2 tensors, but calibration images are one"):
-        convert(Sum(), (x[:1], x[1:2]), "approx", rank=1, calib=loader, timing=Timing(runs=0))
-    result = convert(Sum(), (x[:1], x[1:2]), "approx", rank=1, timing=Timing(runs=0))
-    assert len(converted(result.report)) == 2
+    def forward(self, left, right):
+        both = torch.cat([self.branch(left), self.branch(right)], 1)
+        return self.head(self.joint(both).relu().mean((2, 3)))
+
+
+class Mapped(Siamese):
+    def forward(self, views):
+        return super().forward(views["left"], views["right"])
+
+
+@pytest.fixture(scope="module")
+def stereo():
+    """A trained network, and pairs of pictures that differ by a shift of 0, 1 or 2 columns."""
+    generator = torch.Generator().manual_seed(0)
+    left = torch.rand(480, 1, 12, 12, generator=generator)
+    shifts = torch.arange(480) % 3
+    right = torch.stack([picture.roll(int(shift), 2) for picture, shift in zip(left, shifts, strict=True)])
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = Siamese()
+        optimizer = torch.optim.Adam(model.parameters(), 1e-2)
+        for _ in range(60):
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(model(left[:320], right[:320]), shifts[:320]).backward()
+            optimizer.step()
+    return model.eval(), left, right, shifts
+
+
+class Pairs(torch.utils.data.Dataset):
+    def __init__(self, stereo, chosen, named):
+        _, left, right, shifts = stereo
+        self.parts, self.named = (left[chosen], right[chosen], shifts[chosen]), named
+
+    def __len__(self):
+        return len(self.parts[0])
+
+    def __getitem__(self, index):
+        left, right, shift = (part[index] for part in self.parts)
+        return ({"right": right, "left": left} if self.named else (left, right)), shift
+
+
+@pytest.mark.parametrize("form", ["positions", "names", "one mapping"])
+@pytest.mark.parametrize("mode", ["approx", "auto"])
+def test_models_of_several_inputs(stereo, form, mode):
+    trained, left, right, _ = stereo
+    model = trained
+    if form == "one mapping":
+        model = Mapped()
+        model.load_state_dict(trained.state_dict())
+        model.eval()
+    inputs = ({"left": left[:1], "right": right[:1]},) if form == "one mapping" else (left[:1], right[:1])
+    data, calib = (
+        DataLoader(Pairs(stereo, chosen, form != "positions"), 32)
+        for chosen in (slice(320, None), slice(320))
+    )
+    budget = {"rank": 1} if mode == "approx" else {"target_macs": 0.4}
+    result = convert(
+        model, inputs, mode, data=data, calib=calib, gate="none" if mode == "approx" else "macs", **budget,
+        finetune=2 if form == "positions" else 0, timing=Timing(runs=0),
+    )  # fmt: skip
+    assert converted(result.report)
+    with torch.no_grad():
+        expected = result.model(*inputs)
+        plain = model(*inputs)
+    assert not torch.equal(expected, plain)
+    found = result.report["delta"]["accuracy_drop_pp"]
+    assert found["n"] == 160
+    assert result.report["original"]["accuracy"]["top1"] > 0.9
+    labelled = [(x, y) for x, y in data]
+    right_now = sum(int((result.model(*_given(x, form)).argmax(1) == y).sum()) for x, y in labelled)
+    assert result.report["converted"]["accuracy"]["top1"] == pytest.approx(right_now / 160)
+    assert result.report["verification"]["onnx_max_abs_diff"] is not None
+    if form == "positions":
+        assert result.report["approximation"]["finetune"]["history"]
+
+
+def _given(x, form):
+    if form == "one mapping":
+        return (x,)
+    return (x["left"], x["right"]) if form == "names" else x
+
+
+def test_one_tensor_for_a_model_of_two(stereo):
+    model, left, right, _ = stereo
+    loader = DataLoader(TensorDataset(left[:8], torch.full((8,), -1)))
+    with pytest.raises(SepconvertError, match=r"images to fit to are 1×12×12, .* run on 1×12×12 and 1×12×12"):
+        convert(model, (left[:1], right[:1]), "approx", rank=1, calib=loader, timing=Timing(runs=0))
+
+
+def test_models_of_several_inputs_are_fitted_to_weights_alone(stereo):
+    model, left, right, _ = stereo
+    result = convert(model, (left[:1], right[:1]), "approx", rank=1, gate="none", timing=Timing(runs=0))
+    assert converted(result.report)
     assert result.report["verification"]["onnx_max_abs_diff"] is not None
 
 

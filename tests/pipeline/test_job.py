@@ -68,9 +68,11 @@ def test_a_demanded_speed_needs_times_of_files_or_of_layers():
 def test_arguments_of_convert_become_a_job():
     training = Finetuning(3, precision="no")
     for given, expected in ((2, Finetuning(2)), (training, training)):
-        job = Job.of(finetune=given, out="results", mode="approx", calibration=Calibration(images=9))
+        job = Job.of(
+            metric=None, finetune=given, out="results", mode="approx", calibration=Calibration(images=9)
+        )
         assert (job.finetuning, job.out, job.calibration.images) == (expected, Path("results"), 9)
-    assert Job.of(finetune=0, out=None, selection=Selection(include=["a"])).out is None
+    assert Job.of(metric=None, finetune=0, out=None, selection=Selection(include=["a"])).out is None
 
 
 # Arguments of another type

@@ -37,17 +37,17 @@ def images():
     return torch.randn(12, 3, 8, 8, generator=torch.Generator().manual_seed(1))
 
 
-def test_the_predictions_of_a_model_are_computed_once(model, images):
+def test_the_evaluation_of_a_model_is_computed_once(model, images):
     data = Counted(images, model.eval()(images).argmax(1))
     original = examine(model, images[:2], DataLoader(data, batch_size=4), None, Job())
     assert data.read == 12
-    assert original.predictions.accuracy().top1 == 1
+    assert original.evaluation.accuracy().top1 == 1
     other = copy.deepcopy(model)
     nn.init.zeros_(other[-1].weight)
     nn.init.zeros_(other[-1].bias)  # says 0 whatever it is shown
     drop = original.delta(other)
     assert data.read == 24
-    assert np.array_equal(original.predict(other).ranked[:, 0], np.zeros(12))
+    assert np.array_equal(original.evaluate(other).predictions.ranked[:, 0], np.zeros(12))
     assert original.delta(other) == drop
     assert data.read == 24
     labels = data.tensors[1]
@@ -55,9 +55,9 @@ def test_the_predictions_of_a_model_are_computed_once(model, images):
     assert original.delta(model).drop == 0
 
 
-def test_without_data_nothing_is_predicted(model, images):
+def test_without_data_nothing_is_evaluated(model, images):
     original = examine(model, images[:2], None, None, Job())
-    assert original.predictions is original.predict(model) is original.delta(model) is None
+    assert original.evaluation is original.evaluate(model) is original.delta(model) is None
 
 
 def test_other_models_are_counted_as_the_original(model, images):

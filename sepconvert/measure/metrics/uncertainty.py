@@ -48,9 +48,10 @@ class Uncertainty(Protocol):
 
 @dataclass(frozen=True)
 class Discordant:
-    """Uncertainty of a drop of shares, in percent: of `n` samples, `lost` are wrong after and not before.
+    """Uncertainty of a drop of shares, in percent, of `n` samples: `lost` are wrong after and not before.
 
-    `won` are right after and not before. Tests and bounds are exact (`sepconvert.measure.statistics.drop_p_value`).
+    `won` are right after and not before. Tests and bounds are exact: `drop_p_value` in
+    `sepconvert.measure.statistics`.
     """
 
     lost: int

@@ -35,7 +35,7 @@ def test_verdicts_are_clear_only_with_images_enough(drop, n, verdict):
 def test_a_proof_is_a_p_value_within_its_share_of_the_level(drop, n, looks, last):
     measured = delta(drop, n)
     share = 0.9 * 0.05 if last else 0.1 * 0.05 / (looks - 1)
-    p_value = drop_p_value(measured.lost, measured.won, n, 0.01, share)
+    p_value = drop_p_value(measured.uncertainty.lost, measured.uncertainty.won, n, 0.01, share)
     assume(abs(p_value - share) > 1e-6)
     assert is_proven(measured, 1.0, 0.05, looks, last) == (p_value < share)
 
@@ -48,6 +48,6 @@ def test_the_shares_of_all_looks_are_the_level():
 def test_a_choice_among_many_is_expected_to_be_worse():
     measured = delta(0.9, 5000)
     bounds = [expected_on_unseen_images(measured, plans) for plans in (1, 5, 50)]
-    assert bounds[0] == pytest.approx(100 * drop_bound(measured.lost, 0, 5000, 0.95))
+    assert bounds[0] == pytest.approx(100 * drop_bound(measured.uncertainty.lost, 0, 5000, 0.95))
     assert bounds[0] < bounds[1] < bounds[2]
     assert expected_on_unseen_images(measured, 0) == bounds[0]

@@ -55,7 +55,7 @@ def test_the_plan_that_is_delivered_is_proven_and_the_next_is_not():
     assert point.plan.macs == tested[-2]
     assert made.drop(tested[-1]) > 0.6  # what failed is near the budget, or beyond it
     choice = made.search.choice(point, point.measured.fitted.model, CONFIDENT)
-    assert choice["bound_pp"] <= 1.0
+    assert choice["bound"] <= 1.0
     assert choice["confidence"] == 0.95
     assert choice["plans"] == len(tested)
 
