@@ -168,7 +168,7 @@ def read_data_and_examples(
     subject: nn.Module | OnnxFile,
     *,
     labelled: bool = True,
-) -> tuple[Iterable[Batch] | None, Inputs]:
+) -> tuple[DataLoader[Batch] | None, Inputs]:
     """Return evaluation data, and inputs of a model or an ONNX file in the dtype in which they come.
 
     `example_inputs` give the shape where neither data nor --input-shape do. Unless the data have to be
