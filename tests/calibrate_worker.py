@@ -14,6 +14,7 @@ from torch import distributed, nn
 from sepconvert.calibration.record import record
 from sepconvert.calibration.split import CalibrationSet
 from sepconvert.calibration.stream import calibrate
+from sepconvert.network.tensors import InputBatch
 from sepconvert.network.trace import traced
 
 
@@ -23,7 +24,7 @@ def fitted(batches):
     model = nn.Sequential(nn.Conv2d(4, 6, 3, groups=2), nn.ReLU(), nn.Conv2d(6, 5, 3)).double().eval()
     images = torch.randn(4 * batches, 4, 20, 20, dtype=torch.float64) + 2
     kernel = torch.randn(6, 2, 3, 3).double(), torch.randn(6).double()
-    share = CalibrationSet(images.split(4), (), (), "test").share(model)
+    share = CalibrationSet(tuple(InputBatch((images,)).split(4)), (), (), "test").share(model)
     sites = traced(model, (images[:1],)).sites
     recorded, found = record(model, share, sites, images=4 * batches, seed=0), {}
     stream = calibrate(model, share, sites, recorded)

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from sepconvert.base.errors import SepconvertError
 from sepconvert.files.data import load_data
@@ -19,6 +20,21 @@ LABELS = np.arange(10) % 4
 def everything(loader):
     xs, ys = zip(*loader, strict=True)
     return torch.cat(xs), torch.cat(ys)
+
+
+def folder_of(path, images):
+    """Save images, arrays or Pillow's own, by their names in a folder."""
+    for name, image in images.items():
+        (path / name).parent.mkdir(parents=True, exist_ok=True)
+        (image if isinstance(image, Image.Image) else Image.fromarray(image)).save(path / name)
+    return path
+
+
+def palette(classes):
+    """A palette image, whose colours have nothing to do with the class numbers."""
+    image = Image.fromarray(classes.astype(np.uint8), "P")
+    image.putpalette([value for number in range(256) for value in (255 - number, 17, 3 * number % 256)])
+    return image
 
 
 def refused(match, spec, *arguments, **options):

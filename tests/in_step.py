@@ -6,6 +6,7 @@ from torch.nn import functional as F
 
 from sepconvert.calibration.record import record
 from sepconvert.calibration.stream import calibrate as calibrate_with
+from sepconvert.network.tensors import InputBatch
 from sepconvert.network.trace import traced
 
 IMAGES = torch.randn(6, 4, 8, 7, generator=torch.Generator().manual_seed(0)) + 3
@@ -22,6 +23,7 @@ def sites_of(model, images=IMAGES):
 
 def calibrate(model, batches, sites, seed):
     # As of one image, in which nearly every position is looked at.
+    batches = {number: InputBatch((images,)) for number, images in batches.items()}
     return calibrate_with(model, batches, sites, record(model, batches, sites, images=1, seed=seed))
 
 

@@ -18,7 +18,7 @@ from sepconvert.base.errors import SepconvertError
 from sepconvert.base.options import Calibration
 from sepconvert.files.data import UNLABELLED, Batch, class_labels, dimensions, paired, split
 from sepconvert.measure.metrics.evaluation import whole
-from sepconvert.network.tensors import InputBatch
+from sepconvert.network.tensors import InputBatch, tensors_in
 
 MOST_AT_ONCE = 64
 """Most calibration images in one batch."""
@@ -220,9 +220,10 @@ def image_hashes(samples: InputBatch) -> list[bytes]:
     """Return a hash of each sample of a batch: the same for the same values, in whatever dtype."""
     size = len(samples)
     digests = [hashlib.sha256() for _ in range(size)]
-    for values in samples.floating:
-        if len(values) == size:
-            for digest, each in zip(digests, values.detach().to("cpu", torch.float32).numpy(), strict=True):
+    for values in tensors_in(samples.inputs):
+        if values.ndim > samples.axis and values.shape[samples.axis] == size:
+            parts = values.detach().movedim(samples.axis, 0).to("cpu", torch.float32).numpy()
+            for digest, each in zip(digests, parts, strict=True):
                 digest.update(each.tobytes())
     return [digest.digest() for digest in digests]
 

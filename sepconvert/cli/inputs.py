@@ -1,7 +1,7 @@
 """Models, data and example inputs that a command's options name."""
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -141,7 +141,7 @@ def load_subject(options: Options) -> LoadedModel:
     return loaded
 
 
-def read_data_and_inputs(options: Options, loaded: LoadedModel) -> tuple[Iterable[Batch] | None, Inputs]:
+def read_data_and_inputs(options: Options, loaded: LoadedModel) -> tuple[DataLoader[Batch] | None, Inputs]:
     """Return the evaluation data, if any, and the inputs to trace, verify and time a model on."""
     model = loaded.model
     data, inputs = read_data_and_examples(options, loaded.example_inputs, model)
@@ -151,7 +151,7 @@ def read_data_and_inputs(options: Options, loaded: LoadedModel) -> tuple[Iterabl
     return None if data is None else _that_fit(data, model, placed), placed
 
 
-def _that_fit(data: Iterable[Batch], model: nn.Module, inputs: Inputs) -> Iterable[Batch]:
+def _that_fit(data: DataLoader[Batch], model: nn.Module, inputs: Inputs) -> DataLoader[Batch]:
     """Return our own data in batches small enough for large activations; a user's loader is left as it is."""
     if not is_own(data):
         return data
@@ -168,7 +168,7 @@ def read_data_and_examples(
     subject: nn.Module | OnnxFile,
     *,
     labelled: bool = True,
-) -> tuple[Iterable[Batch] | None, Inputs]:
+) -> tuple[DataLoader[Batch] | None, Inputs]:
     """Return evaluation data, and inputs of a model or an ONNX file in the dtype in which they come.
 
     `example_inputs` give the shape where neither data nor --input-shape do. Unless the data have to be

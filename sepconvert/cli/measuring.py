@@ -4,8 +4,11 @@ import json
 import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
+
+from torch import nn
 
 from sepconvert.base.documents import writing
 from sepconvert.base.environment import environment
@@ -22,17 +25,17 @@ from sepconvert.cli.inputs import (
 from sepconvert.cli.options import Options, value_of
 from sepconvert.cli.outputs import show
 from sepconvert.cli.progress import progress_for, quietly
-from sepconvert.files.data import Batch, has_labels
+from sepconvert.files.data import Batch, changed, has_labels
 from sepconvert.files.onnx.facts import read_onnx
 from sepconvert.measure.comparison import Comparison
 from sepconvert.measure.head_to_head import Subject
 from sepconvert.measure.head_to_head import measure as measure_together
-from sepconvert.measure.metrics.evaluation import TOP1
+from sepconvert.measure.metrics.evaluation import TOP1, pair_of
 from sepconvert.measure.metrics.own import scoring_of
 from sepconvert.measure.profiling import SCHEMA as PROFILE_SCHEMA
 from sepconvert.measure.profiling import StoredProfile, anatomy, batch_size, read_profile
 from sepconvert.measure.profiling import profile as run_profile
-from sepconvert.network.tensors import Inputs, tensors_in
+from sepconvert.network.tensors import Inputs, arguments, tensors_in
 from sepconvert.report.html import render_comparison
 from sepconvert.report.numbers import fold
 from sepconvert.report.sentences import machine
@@ -135,6 +138,8 @@ def _together(options: Options) -> tuple[Comparison, str]:
     example = next((each for each in examples if each is not None), None)
     subject = next((each.model for each in loaded.values()), None) or next(iter(files.values()))
     data, inputs = read_data_and_examples(options, example, subject, labelled=False)
+    if data is not None and isinstance(subject, nn.Module):
+        data = changed(data, partial(_by_position, subject))
     with tempfile.TemporaryDirectory() as folder:
         subjects = [
             Subject.of_file(path, files[path])
@@ -154,6 +159,13 @@ def _together(options: Options) -> tuple[Comparison, str]:
     if options["runs"]:
         notes += [fold(str(note)) for note in machine(environment(timing_of(options).runtime))]
     return comparison, "\n".join(notes)
+
+
+def _by_position(model: nn.Module, batch: object) -> Batch:
+    """Return a batch with its inputs by position: their names in ONNX files are others than the model's."""
+    x, y = pair_of(batch)
+    given = arguments(model, x)
+    return given[0] if len(given) == 1 else given, y
 
 
 def _profile(options: Options) -> StoredProfile:

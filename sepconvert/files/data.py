@@ -32,6 +32,7 @@ __all__ = [
     "Batch",
     "Preprocess",
     "TargetKind",
+    "changed",
     "check_shape",
     "class_labels",
     "dimensions",
@@ -142,10 +143,15 @@ def paired(loader: DataLoader[Any], parameter: str) -> DataLoader[Batch]:
     behind x, or under a usual key, and None where there is nothing. A batch of another form raises
     `SepconvertError`, which names the `parameter`, when it is made.
     """
-    pairs = copy.copy(loader)
-    vars(pairs)["_iterator"] = None  # persistent workers would go on with the old `collate_fn`
-    pairs.collate_fn = partial(_collated_pair, loader.collate_fn, parameter)
-    return pairs
+    return changed(loader, partial(_pair, parameter=parameter))
+
+
+def changed(loader: DataLoader[Any], change: Callable[[Any], Batch]) -> DataLoader[Batch]:
+    """Return a loader of the same batches, each of them changed."""
+    other = copy.copy(loader)
+    vars(other)["_iterator"] = None  # persistent workers would go on with the old `collate_fn`
+    other.collate_fn = partial(_changed, loader.collate_fn, change)
+    return other
 
 
 def class_labels(y: object, samples: int) -> Tensor:
@@ -155,8 +161,8 @@ def class_labels(y: object, samples: int) -> Tensor:
     return torch.full((samples,), UNLABELLED)
 
 
-def _collated_pair(collate: Callable[[Any], Any], parameter: str, samples: Any) -> Batch:
-    return _pair(collate(samples), parameter)
+def _changed(collate: Callable[[Any], Any], change: Callable[[Any], Batch], samples: Any) -> Batch:
+    return change(collate(samples))
 
 
 def _pair(batch: object, parameter: str) -> Batch:

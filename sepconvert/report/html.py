@@ -21,7 +21,7 @@ from sepconvert.report.numbers import (
 from sepconvert.report.pictures import plots
 from sepconvert.report.pictures.exhibits import Exhibits
 from sepconvert.report.pictures.images import picture
-from sepconvert.report.pictures.panels import LEGENDS, panels
+from sepconvert.report.pictures.panels import gallery
 from sepconvert.report.pictures.samples import ChangedSample
 from sepconvert.report.sentences import causes, sentences
 
@@ -29,15 +29,14 @@ from sepconvert.report.sentences import causes, sentences
 def render_html(document: Document, exhibits: Exhibits | None = None) -> str:
     """Return a report as a page that loads nothing from elsewhere and can be read without scripts."""
     exhibits = exhibits or Exhibits()
-    changed = exhibits.changed
     return _template("report.html.jinja").render(
         report=document,
         sentences=sentences(document),
         causes=causes(document),
         quality=Quality.of(document),
         drop=measured_drop(document),
-        examined=changed,
-        legend=LEGENDS[changed.kind] if changed.kind else "",
+        compared=exhibits.changed,
+        gallery=gallery(exhibits.changed),
         pictures=_pictures(document, exhibits),
     )
 
@@ -76,6 +75,7 @@ def _template(name: str) -> Template:
         percent=percent_text,
         drop_text=drop_text,
         drop_interval=written_interval,
+        change=_change,
         code=_with_code,
         fact=_fact,
     )
@@ -116,10 +116,6 @@ def _pictures(document: Document, exhibits: Exhibits) -> Mapping[str, Any]:
             for pair in exhibits.kernels
         ],
         "images": {index: picture(image) for index, image in exhibits.images.items() if image.ndim == 3},
-        "changed": [
-            {"caption": _change(sample, Quality.of(document)), "panels": panels(sample)}
-            for sample in exhibits.changed.shown
-        ],
     }
 
 

@@ -10,10 +10,16 @@ from sepconvert.base.errors import SepconvertError
 from sepconvert.calibration.evidence import collect_evidence
 from sepconvert.calibration.importance import fisher_information
 from sepconvert.calibration.split import CalibrationSet
+from sepconvert.network.tensors import InputBatch
 from sepconvert.network.trace import traced
 
 IMAGES = torch.randn(10, 3, 4, 4, generator=torch.Generator().manual_seed(0))
-CALIBRATION = CalibrationSet((IMAGES[:4], IMAGES[4:7]), (IMAGES[7:],), (torch.zeros(3),), "`calib`")
+CALIBRATION = CalibrationSet(
+    (InputBatch((IMAGES[:4],)), InputBatch((IMAGES[4:7],))),
+    (InputBatch((IMAGES[7:],)),),
+    (torch.zeros(3),),
+    "`calib`",
+)
 
 
 def small():
@@ -34,7 +40,9 @@ def test_images_outputs_and_importance_belong_together():
     assert set(found.recorded.outputs) == {(place, number) for place in places.values() for number in (0, 1)}
     for number, batch in enumerate(CALIBRATION.fit):
         with torch.no_grad():
-            expected = model[:3](batch).flatten(2).mT  # all 16 positions are few enough to be looked at
+            expected = (
+                model[:3](*batch.inputs).flatten(2).mT
+            )  # all 16 positions are few enough to be looked at
         recorded = found.recorded.outputs[places["2"], number]
         assert recorded.shape == (len(batch), 16, 6)
         torch.testing.assert_close(recorded.sort(1).values, expected.sort(1).values)
@@ -59,6 +67,6 @@ def test_layers_that_cannot_be_differentiated_are_fitted_to_without_importance()
 def test_images_that_the_model_does_not_take():
     model = small()
     sites = traced(model, (IMAGES[:1],)).sites
-    narrow = CalibrationSet((IMAGES[:4, ..., :3],), (), (), "`calib`")
-    with pytest.raises(SepconvertError, match=r"the model fails on images of shape \(3, 4, 3\)"):
+    narrow = CalibrationSet((InputBatch((IMAGES[:4, ..., :3],)),), (), (), "`calib`")
+    with pytest.raises(SepconvertError, match=r"the model fails on samples of shape \(3, 4, 3\)"):
         collect_evidence(model, sites, narrow, seed=0)

@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 from sepconvert.calibration import footprint as module
 from sepconvert.calibration.footprint import allowance, footprint, images_at_once
+from sepconvert.network.tensors import InputBatch
 
 
 class Branches(nn.Module):
@@ -36,11 +37,19 @@ def test_what_is_alive_at_once_and_at_each_convolution():
 
 def test_batches_are_cut_to_what_they_take(monkeypatch):
     monkeypatch.setattr(module, "AT_ONCE", 5 * 18 * SIZE)
-    assert images_at_once(Branches(), (IMAGE.repeat(4, 1, 1, 1),), 64) == 5
-    assert images_at_once(Branches(), (IMAGE,), 3) == 3
+    assert images_at_once(Branches(), InputBatch((IMAGE.repeat(4, 1, 1, 1),)), 64) == 5
+    assert images_at_once(Branches(), InputBatch((IMAGE,)), 3) == 3
     assert footprint(Branches(), (IMAGE,)).differentiated(16) == 4
     monkeypatch.setattr(module, "AT_ONCE", 1)
-    assert images_at_once(Branches(), (IMAGE,), 64) == 1
+    assert images_at_once(Branches(), InputBatch((IMAGE,)), 64) == 1
+
+
+def test_samples_may_lie_in_the_second_dimension(monkeypatch):
+    """T × N × F: a sample is all its steps, not the first step of all samples."""
+    steps = torch.zeros(25, 2, 8)
+    needed = footprint(nn.Linear(8, 8), (steps[:, :1],)).peak
+    monkeypatch.setattr(module, "AT_ONCE", 3 * needed)
+    assert images_at_once(nn.Linear(8, 8), InputBatch((steps,), 1), 64) == 3
 
 
 def test_what_may_be_taken_is_what_is_not_taken_yet():

@@ -13,6 +13,7 @@ from sepconvert.base.errors import SepconvertError
 from sepconvert.calibration import passes, stream
 from sepconvert.calibration.footprint import footprint
 from sepconvert.calibration.record import record
+from sepconvert.network.tensors import InputBatch
 
 
 class Branching(nn.Module):
@@ -55,7 +56,7 @@ def wide_at_first():
 
 
 def test_passes_that_find_no_room_to_wait_begin_anew_and_change_nothing(monkeypatch):
-    model, batches = wide_at_first(), dict(enumerate(IMAGES.split(1)))
+    model, batches = wide_at_first(), dict(enumerate(InputBatch((IMAGES,)).split(1)))
     sites = sites_of(model)
     recorded = record(model, batches, sites, images=1, seed=0)
     kernel = torch.randn(12, 12, 3, 3).double(), torch.randn(12).double()

@@ -7,11 +7,12 @@ from torch import nn
 
 from sepconvert.base.errors import SepconvertError
 from sepconvert.calibration.record import FEWEST_POSITIONS, PATCHES, record
+from sepconvert.network.tensors import InputBatch
 
 
 def test_outputs_are_those_of_the_original_at_the_sampled_positions():
     model = nn.Sequential(conv(padding=1), nn.ReLU(), conv(6, 5))
-    found = record(model, {3: IMAGES}, sites_of(model), images=6, seed=0)
+    found = record(model, {3: InputBatch((IMAGES,))}, sites_of(model), images=6, seed=0)
     first, last = found.outputs[("0", 0), 3], found.outputs[("2", 0), 3]
     assert first.shape == (6, 8 * 7, 6)  # fewer positions than are asked for
     assert last.shape == (6, 6 * 5, 5)
@@ -23,8 +24,10 @@ def test_outputs_are_those_of_the_original_at_the_sampled_positions():
 
 def test_a_model_that_fails_on_the_images():
     model = nn.Sequential(conv())
-    with pytest.raises(SepconvertError, match=r"the model fails on images of shape \(3, 8, 7\): .* channels"):
-        record(model, {0: IMAGES[:, :3]}, sites_of(model), images=6, seed=0)
+    with pytest.raises(
+        SepconvertError, match=r"the model fails on samples of shape \(3, 8, 7\): .* channels"
+    ):
+        record(model, {0: InputBatch((IMAGES[:, :3],))}, sites_of(model), images=6, seed=0)
 
 
 def test_positions_are_a_seeded_sample_that_batches_alone_decide():

@@ -10,6 +10,7 @@ from sepconvert.base.options import Calibration
 from sepconvert.calibration import split as module
 from sepconvert.calibration.split import (
     CalibrationSet,
+    Division,
     Overlap,
     SeenTwice,
     check_shapes,
@@ -17,13 +18,27 @@ from sepconvert.calibration.split import (
     image_hashes,
     split_data,
 )
+from sepconvert.network.tensors import InputBatch
 
 X = torch.rand(600, 1, 6, 6, generator=torch.Generator().manual_seed(0))
 Y = torch.arange(600) % 10
 
 
-def divided(data=None, calib=None, train=None, *, images=100, epochs=0, **options):
-    return split_data(data, calib, train, Calibration(images=images), epochs=epochs, seed=0, **options)
+def divided(data=None, calib=None, train=None, *, images=100, epochs=0):
+    return split_data(data, calib, train, division(images, epochs))
+
+
+def division(images=100, epochs=0):
+    return Division(Calibration(images=images), epochs, seed=0, batched=batched)
+
+
+def batched(x):
+    """The values of a mapping by name, or a tuple, as a model takes them."""
+    return InputBatch(tuple(x.values()) if isinstance(x, dict) else tuple(x) if isinstance(x, list) else (x,))
+
+
+def images_of(batches):
+    return torch.cat([batch.inputs[0] for batch in batches])
 
 
 class Recorded(Dataset):
@@ -71,7 +86,7 @@ def test_what_is_held_out_is_neither_fitted_to_nor_trained_on():
     judged = dataset.read_by(parts.training.judge)
     assert len(judged) == 25
     assert judged.isdisjoint(dataset.read_by(parts.training.train))
-    assert torch.equal(torch.cat(parts.calibration.heldout), X[sorted(judged)])
+    assert torch.equal(images_of(parts.calibration.heldout), X[sorted(judged)])
     assert torch.equal(torch.cat(parts.calibration.labels), Y[sorted(judged)])
 
 
@@ -89,7 +104,7 @@ def test_batches_of_calibration_do_not_depend_on_those_of_the_loader():
         for size in (1, 200)
     )
     assert [len(batch) for batch in one] == [64, 64, 64, 64, 44]
-    assert all(map(torch.equal, one, many))
+    assert all(torch.equal(*(each.inputs[0] for each in pair)) for pair in zip(one, many, strict=True))
 
 
 @pytest.mark.parametrize(("count", "role"), [(1, "data"), (0, "data"), (0, "calib")])
@@ -133,11 +148,12 @@ def test_images_need_no_labels():
 def test_images_may_come_in_batches_of_other_forms(samples):
     loader = DataLoader(samples, batch_size=4)
     parts = divided(calib=loader, train=loader, images=8, epochs=1)
-    found = torch.cat(parts.calibration.fit + parts.calibration.heldout)
+    found = images_of(parts.calibration.fit + parts.calibration.heldout)
     assert {*map(float, found.sum((1, 2, 3)))} == {*map(float, X[:8].sum((1, 2, 3)))}
     assert parts.training.origin == "`calib`"  # of the same images the same are held out
     x, y = next(iter(parts.training.train))
-    assert (x.shape[1:], set(y.tolist())) == (X.shape[1:], {-1})
+    assert (x.shape[1:], y) == (X.shape[1:], None)
+    assert not parts.training.labelled
 
 
 @pytest.mark.parametrize(
@@ -154,25 +170,69 @@ def test_images_that_say_nothing(images, message):
 
 def test_shapes_are_those_of_the_model():
     calib, other = (DataLoader(TensorDataset(x)) for x in (X[:8], torch.rand(8, 3, 5, 5)))
-    check_shapes(divided(calib=calib), (X[:1],))
-    check_shapes(divided(), (X[:1], X[:1]))
-    with pytest.raises(SepconvertError, match="images to fit to are 3×5×5, the model is run on 1×6×6"):
-        check_shapes(divided(calib=other), (X[:1],))
+    example = InputBatch((X[:1],))
+    check_shapes(divided(calib=calib), example, division())
+    check_shapes(divided(), InputBatch((X[:1], X[:1])), division())
+    for dense in (False, True):
+        with pytest.raises(SepconvertError, match="images to fit to are 3×5×5, the model is run on 1×6×6"):
+            check_shapes(divided(calib=other), example, division(), dense=dense)
     with pytest.raises(SepconvertError, match="images to train on are 3×5×5, the model is run on 1×6×6"):
-        check_shapes(divided(calib=calib, train=other), (X[:1],))
-    with pytest.raises(SepconvertError, match="the model takes 2 tensors, but calibration images are one"):
-        check_shapes(divided(calib=calib), (X[:1], X[:1]))
+        check_shapes(divided(calib=calib, train=other), example, division())
+    with pytest.raises(SepconvertError, match="are 1×6×6, the model is run on 1×6×6 and 1×6×6"):
+        check_shapes(divided(calib=calib), InputBatch((X[:1], X[:1])), division())
+
+
+def test_images_of_another_size_suit_a_dense_task_alone():
+    parts = divided(calib=DataLoader(TensorDataset(X[:8])))
+    large = InputBatch((torch.rand(1, 1, 40, 30),))
+    check_shapes(parts, large, division(), dense=True)
+    with pytest.raises(SepconvertError, match="images to fit to are 1×6×6, the model is run on 1×40×30"):
+        check_shapes(parts, large, division())
+
+
+def test_images_of_several_sizes_are_batched_by_size():
+    images = [X[n, :, : 6 - n % 3] for n in range(90)]
+    parts = divided(calib=DataLoader([(x, n % 4) for n, x in enumerate(images)]), images=80)
+    for batches in (parts.calibration.fit, parts.calibration.heldout):
+        shapes = [batch.shapes for batch in batches]
+        assert sorted(shapes) == [((1, height, 6),) for height in (4, 5, 6)]
+    # Each keeps its label.
+    known = {float(x.sum()): n % 4 for n, x in enumerate(images)}
+    for batch, labels in zip(parts.calibration.heldout, parts.calibration.labels, strict=True):
+        assert [known[float(x.sum())] for x in batch.inputs[0]] == labels.tolist()
+    check_shapes(parts, InputBatch((X[:1],)), division())
+
+
+def test_targets_of_any_form_are_no_labels():
+    boxes = [(x, [{"boxes": n}]) for n, x in enumerate(X[:8])]
+    loader = DataLoader(boxes, 4, collate_fn=lambda b: (torch.stack([x for x, _ in b]), [y for _, y in b]))
+    for data in (loader, DataLoader(TensorDataset(X[:8], X[:8])), DataLoader([(x, "a") for x in X[:8]])):
+        parts = divided(calib=data, images=8)
+        assert not parts.training.labelled
+        assert all((labels == -1).all() for labels in parts.calibration.labels)
+        _, y = next(iter(parts.training.train))
+        assert y is not None
+
+
+@pytest.mark.parametrize("form", [lambda x: (x, -x), lambda x: {"left": x, "right": -x}])
+def test_several_inputs_are_batched_together(form):
+    samples = [(form(x), n % 10) for n, x in enumerate(X[:40])]
+    parts = divided(calib=DataLoader(samples, 3), images=40)
+    assert [len(batch) for batch in parts.calibration.fit] == [30]
+    left, right = parts.calibration.fit[0].inputs
+    assert torch.equal(left, -right)
+    assert left.shape == (30, 1, 6, 6)
 
 
 def test_processes_share_the_batches(monkeypatch):
-    images = CalibrationSet(X[:10].split(2), (), (), "test")
+    images = CalibrationSet(tuple(InputBatch((X[:10],)).split(2)), (), (), "test")
     model = nn.Conv2d(1, 1, 1).double()
     monkeypatch.setattr(module, "processes", lambda: 2)
     for rank in range(2):
         monkeypatch.setattr(module, "rank", lambda rank=rank: rank)
         share = images.share(model)
         assert list(share) == list(range(rank, 5, 2))
-        assert torch.equal(share[rank], X[2 * rank : 2 * rank + 2].double())
+        assert torch.equal(share[rank].inputs[0], X[2 * rank : 2 * rank + 2].double())
     monkeypatch.setattr(module, "processes", lambda: 6)
     with pytest.raises(SepconvertError, match="5 batches for 6 processes; pass more images"):
         images.share(model)
@@ -184,19 +244,35 @@ def loader(x):
 
 def seen_twice(scored, trained=False, **roles):
     parts = divided(**{role: loader(x) for role, x in roles.items()}, epochs=trained)
-    return find_seen_twice(parts, image_hashes(scored), trained=trained)
+    return find_seen_twice(parts, hashes(scored), division(epochs=trained))
+
+
+def hashes(x):
+    return image_hashes(InputBatch((x,)))
 
 
 def test_hashes_are_those_of_values():
     whole = (X[:4] * 255).round()
-    expected = image_hashes(whole)
+    expected = hashes(whole)
     assert len(set(expected)) == 4
     for dtype in (torch.float64, torch.float16, torch.bfloat16, torch.uint8):
-        assert image_hashes(whole.to(dtype)) == expected
-    assert image_hashes(whole.transpose(2, 3).contiguous().transpose(2, 3)) == expected
+        assert hashes(whole.to(dtype)) == expected
+    assert hashes(whole.transpose(2, 3).contiguous().transpose(2, 3)) == expected
     changed = whole.clone()
     changed[2, 0, 5, 5] += 1
-    assert [a == b for a, b in zip(image_hashes(changed), expected, strict=True)] == [True, True, False, True]
+    assert [a == b for a, b in zip(hashes(changed), expected, strict=True)] == [True, True, False, True]
+
+
+def test_all_inputs_of_a_sample_are_hashed():
+    steps = torch.rand(7, 4, 3)  # T × N × F
+    found = image_hashes(InputBatch((steps,), 1))
+    assert len(set(found)) == 4
+    for place in ((slice(None), 0), 1):
+        ids = torch.zeros(7, 4, dtype=torch.long)
+        ids[place] = 3
+        both = image_hashes(InputBatch((steps, ids), 1))
+        same = [a == b for a, b in zip(both, image_hashes(InputBatch((steps, 0 * ids), 1)), strict=True)]
+        assert same == ([False, True, True, True] if place != 1 else [False] * 4)
 
 
 def test_images_that_are_fitted_to_and_scored_are_counted():
@@ -252,11 +328,11 @@ def test_duplicates_within_the_data_are_counted():
     """A part is split off by us: the user cannot help it."""
     twice = torch.cat([X[:100], X[:100]])
     parts = divided(loader(twice))
-    scored = [each for x, _ in parts.scored for each in image_hashes(x)]
-    found = find_seen_twice(parts, scored, trained=False).calib
+    scored = [each for x, _ in parts.scored for each in hashes(x)]
+    found = find_seen_twice(parts, scored, division()).calib
     assert found.compared == 100
     assert 20 < found.scored < 80
 
 
 def test_nothing_is_seen_twice_without_calibration():
-    assert find_seen_twice(divided(), [], trained=False) is None
+    assert find_seen_twice(divided(), [], division()) is None

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from sepconvert.base.errors import SepconvertError
 from sepconvert.calibration import stream
 from sepconvert.calibration.stream import too_large
+from sepconvert.network.tensors import InputBatch
 
 WORKER = Path(calibrate_worker.__file__)
 
@@ -108,7 +109,7 @@ def test_functional_convolutions():
 
 def test_memory_is_estimated_first(monkeypatch):
     layer = nn.Sequential(conv(), nn.ReLU(), conv(6, 64), nn.ReLU(), conv(64, 4))
-    batches, sites = {0: IMAGES}, sites_of(layer)
+    batches, sites = {0: InputBatch((IMAGES,))}, sites_of(layer)
     needs = r"needs .* GB, .* GB are available \(`memory`\); pass more `memory` or fewer `calib_images`"
     with pytest.raises(SepconvertError, match=needs):
         too_large(layer, batches, sites, images=6, memory=1e6)

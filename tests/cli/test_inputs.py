@@ -1,11 +1,22 @@
 """What commands read, good and bad: models, data, factories, loaders."""
 
+import inspect
+import json
 import re
 import shlex
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from command_line import SHAPE, Outcome, listing
+from data_files import folder_of, palette
+from torch import nn
+
+from sepconvert.base.errors import SepconvertError
+from sepconvert.cli.inputs import arranged, read_data_and_examples, read_data_and_inputs, read_images
+from sepconvert.files.models import LoadedModel
+from sepconvert.files.onnx.facts import OnnxFile
 
 
 def test_weights_of_another_precision_are_told_of(here, run):
@@ -69,6 +80,11 @@ CONVERSIONS = {
     "std of zero": ("net.pt", "--data", "images.npz", "--std", "0,0,0"),
     "mean for floats": ("net.pt", "--data", "data.npz", "--mean", "0.5,0.5,0.5"),
     "mean without data": ("net.pt", *SHAPE, "--mean", "0.5,0.5,0.5"),
+    "targets without data": ("net.pt", *SHAPE, "--targets", "masks"),
+    "targets for an archive": ("net.pt", "--data", "data.npz", "--targets", "masks"),
+    "targets that are missing": ("net.pt", "--data", ".", "--targets", "masks"),
+    "targets of nothing": ("net.pt", "--data", ".", "--targets", "."),
+    "a metric of other targets": ("net.pt", "--data", "data.npz", "--metric", "psnr"),
     "resize to nothing": ("net.pt", "--data", "images.npz", "--resize", "0"),
     "resize to words": ("net.pt", "--data", "images.npz", "--resize", "big"),
     "below a file": ("net.pt", *SHAPE, "--out", "text.pt/a/b"),
@@ -124,7 +140,7 @@ def test_labels_beyond_the_classes(here, run, data):
     before = listing(here.parent)
     outcome = run("net.pt", "--data", data, "--runs", "0")
     assert (outcome.code, outcome.out) == (2, "")
-    assert re.fullmatch(r"sepconvert: .*labels.*expected 0 to 3.*4 classes, got 4.*\n", outcome.err)
+    assert re.fullmatch(r"sepconvert: --data: labels: expected 0 to 3.*4 classes, got 4.*\n", outcome.err)
     assert listing(here.parent) == before
 
 
@@ -169,3 +185,225 @@ def test_a_malicious_pickle_never_runs(here, run):
     assert not (here / "pwned").exists()
     assert run("evil.pt", *SHAPE, "--trust").code == 2  # it can run after all, but is no model
     assert (here / "pwned").exists()
+
+
+# Targets, sizes and inputs of any form
+
+RNG = np.random.default_rng(0)
+
+
+def options(**given):
+    names = (
+        "data",
+        "targets",
+        "calib",
+        "train",
+        "mean",
+        "std",
+        "resize",
+        "input_shape",
+        "metric",
+        "batch_dim",
+    )
+    return {**dict.fromkeys(names), "batch": 1, "seed": 0, "device": "cpu", **given}
+
+
+def images(folder, sizes, masks=True):
+    """Save images, and masks of two classes, of such sizes; return the options that name them."""
+    shown = {f"{n}.png": RNG.integers(0, 256, (*each, 3), dtype=np.uint8) for n, each in enumerate(sizes)}
+    given = {"data": str(folder_of(folder / "images", shown))}
+    if masks:
+        palettes = {name: palette(each[..., 0] > 99) for name, each in shown.items()}
+        given["targets"] = str(folder_of(folder / "masks", palettes))
+    return given
+
+
+SIZES = [(8, 10), (8, 10), (12, 6)]
+
+
+def dense():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 2, 1)).eval()
+
+
+class Siamese(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+
+    def forward(self, left, right, scale=1.0):
+        return scale * (self.conv(left).mean((2, 3)) - self.conv(right).mean((2, 3)))
+
+
+class Recurrent(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.cell, self.head = nn.LSTM(6, 8), nn.Linear(8, 3)
+
+    def forward(self, steps):  # T × N × F
+        return self.head(self.cell(steps)[0])
+
+
+def module_of(path, samples, **loading):
+    """Write a file with a callable, and return its name: a loader of such samples."""
+    torch.save((samples, loading), path.with_suffix(".pt"))
+    path.write_text(
+        "import torch\nfrom torch.utils.data import DataLoader\n"
+        f"samples, loading = torch.load({str(path.with_suffix('.pt'))!r}, weights_only=False)\n"
+        "def make():\n    return DataLoader(samples, **loading)\n"
+    )
+    return f"{path}:make"
+
+
+def pairs_of_images(count=5):
+    generator = torch.Generator().manual_seed(0)
+    values = torch.rand(count, 2, 3, 8, 8, generator=generator)
+    return [({"right": right, "left": left}, n % 4) for n, (right, left) in enumerate(values)]
+
+
+def test_images_of_several_sizes_are_timed_at_a_size_that_is_named(tmp_path):
+    given = options(**images(tmp_path, SIZES), metric="miou")
+    with pytest.raises(SepconvertError, match="`input_shape`: is needed, as the images differ in size"):
+        read_data_and_examples(given, None, dense())
+    data, (example,) = read_data_and_examples({**given, "input_shape": "3x8x10", "batch": 2}, None, dense())
+    assert example.shape == (2, 3, 8, 10)
+    assert [tuple(y.shape) for _, y in data] == [(1, *size) for size in SIZES]
+    with pytest.raises(SepconvertError, match="samples are 3×8×10, the model takes 1×8×10"):
+        read_data_and_examples({**given, "input_shape": "1x8x10"}, None, dense())
+    data, (example,) = read_data_and_examples({**given, "resize": (4, 4)}, None, dense())
+    assert example.shape == (1, 3, 4, 4)
+
+
+def test_calibration_images_of_several_sizes_are_for_dense_tasks(tmp_path):
+    given = images(tmp_path, SIZES, masks=False)
+    options_of = options(calib=given["data"])
+    with pytest.raises(SepconvertError, match="pass `resize`"):
+        read_images(options_of, "calib")
+    found = read_images({**options_of, "metric": "psnr"}, "calib")
+    assert [tuple(x.shape[2:]) for x, _ in found] == SIZES
+    with pytest.raises(SepconvertError, match="`input_shape`: is needed"):
+        read_data_and_examples({**options_of, "metric": "psnr"}, None, dense())
+
+
+def test_a_loader_of_two_sizes_needs_a_size_too(tmp_path):
+    spec = module_of(tmp_path / "sizes.py", [(torch.rand(3, *size), torch.zeros(size)) for size in SIZES[1:]])
+    given = options(data=spec, metric="mse")
+    with pytest.raises(SepconvertError, match="`input_shape`: is needed"):
+        read_data_and_examples(given, None, dense())
+    _, (example,) = read_data_and_examples({**given, "input_shape": "3x20x20"}, None, dense())
+    assert example.shape == (1, 3, 20, 20)
+    with pytest.raises(SepconvertError, match="samples are 3×8×10, the model takes 3×20×20"):
+        read_data_and_examples({**given, "input_shape": "3x20x20", "metric": None}, None, dense())
+
+
+@pytest.mark.parametrize("form", [dict, tuple])
+def test_example_inputs_are_those_of_the_data(tmp_path, form):
+    samples = pairs_of_images()
+    if form is tuple:
+        samples = [((x["left"], x["right"]), y) for x, y in samples]
+    given = options(data=module_of(tmp_path / f"pairs_{form.__name__}.py", samples, batch_size=3), batch=2)
+    loaded = LoadedModel(Siamese().double(), Path("m"), "0", None)
+    data, inputs = read_data_and_inputs(given, loaded)
+    left = [x["left"] if form is dict else x[0] for x, _ in samples]
+    right = [x["right"] if form is dict else x[1] for x, _ in samples]
+    assert torch.equal(inputs[0], torch.stack(left[:2]).double())
+    assert torch.equal(inputs[1], torch.stack(right[:2]).double())
+    assert inputs[2:] == ((1.0,) if form is dict else ())
+    assert [y.tolist() for _, y in data] == [[0, 1, 2], [3, 0]]
+    with pytest.raises(SepconvertError, match="--batch 4: the data begins with a batch of 3"):
+        read_data_and_inputs({**given, "batch": 4}, loaded)
+    with pytest.raises(
+        SepconvertError, match="`input_shape`: is of one input, and `data` has 2; leave it out"
+    ):
+        read_data_and_inputs({**given, "input_shape": "3x8x8"}, loaded)
+
+
+def test_calibration_data_of_several_inputs_give_the_example(tmp_path):
+    samples = [x for x, _ in pairs_of_images()]
+    calib = module_of(tmp_path / "unlabelled.py", samples, batch_size=3)
+    _, inputs = read_data_and_examples(options(calib=calib), None, Siamese())
+    assert torch.equal(inputs[0][0], samples[0]["left"])
+    assert torch.equal(inputs[1][0], samples[0]["right"])
+
+
+@pytest.mark.parametrize("batch_dim", [1, None])
+def test_samples_lie_in_the_second_dimension(tmp_path, batch_dim):
+    """Said, or found by running the model."""
+    steps = torch.rand(9, 4, 6)
+    spec = module_of(tmp_path / "steps.py", [(steps, torch.zeros(4))], batch_size=None)
+    given = options(data=spec, batch=3, batch_dim=batch_dim)
+    _, inputs = read_data_and_examples(given, None, Recurrent().eval())
+    assert torch.equal(inputs[0], steps[:, :3])
+
+
+def test_random_inputs_have_the_samples_where_they_are_said_to_be():
+    given = options(input_shape="9x6", batch=3, batch_dim=1)
+    assert read_data_and_examples(given, None, Recurrent())[1][0].shape == (9, 3, 6)
+    example = ({"a": torch.rand(9, 1, 6), "n": torch.tensor(3)},)
+    (found,) = read_data_and_examples({**given, "input_shape": None}, example, Recurrent())[1]
+    assert found["a"].shape == (9, 3, 6)
+    assert found["n"] == 3
+
+
+def test_inputs_of_a_file_go_by_name_or_by_position():
+    file = OnnxFile(("left", "right"), ((None, 3), (None, 3)), (), 0, 0, {}, None, (0, 0), "")
+    left, right = torch.zeros(1, 3), torch.ones(1, 3)
+    assert arranged(file, {"right": right, "more": 1, "left": left}) == (left, right)
+    assert arranged(file, [left, right]) == (left, right)
+    assert arranged(file, left) == (left,)
+    with pytest.raises(
+        SepconvertError, match="`data`: lacks the input right of the ONNX file, and holds left"
+    ):
+        arranged(file, {"left": left})
+
+
+def test_targets_to_train_on_are_kept_in_any_form(tmp_path):
+    masks = RNG.integers(0, 3, (4, 8, 8))
+    x = RNG.integers(0, 256, (4, 8, 8, 3), dtype=np.uint8)
+    np.savez(tmp_path / "masks.npz", x=x, y=masks)
+    np.savez(tmp_path / "alone.npz", x=x)
+    given = options(train=str(tmp_path / "masks.npz"), calib=str(tmp_path / "alone.npz"))
+    ((_, y),) = read_images(given, "train")
+    assert y.tolist() == masks.tolist()
+    ((_, y),) = read_images(given, "calib")
+    assert y.tolist() == [-1] * 4
+    assert read_images(options(), "calib") is None
+
+
+def test_masks_are_scored_in_a_profile(here, run):
+    given = images(here, [(8, 8)] * 3)
+    torch.save(dense(), "dense.pt")
+    arguments = ("profile", "dense.pt", "--data", given["data"], "--targets", given["targets"], "--runs", "0")
+    outcome = run(*arguments, "--metric", "pixel-accuracy")
+    assert (outcome.code, outcome.err) == (0, "")
+    ((x, y),) = read_data_and_examples(options(**given, metric="miou"), None, dense())[0]
+    share = 100 * float((dense()(x).argmax(1) == y).double().mean())
+    assert f"{share:.2f} % of 3" in outcome.out
+    outcome = run(*arguments)
+    assert outcome.code == 2
+    assert re.fullmatch(r"sepconvert: accuracy: expected logits .* say by --metric what .*\n", outcome.err)
+
+
+def test_models_of_named_inputs_are_compared(here, run):
+    """Inputs of the files that are made of them have other names."""
+    spec = module_of(here / "named.py", pairs_of_images(), batch_size=3)
+    (here / "siamese.py").write_text(
+        f"from torch import nn\n{inspect.getsource(Siamese)}\ndef make():\n    return Siamese().eval()\n"
+    )
+    torch.manual_seed(0)
+    samples = pairs_of_images()
+    torch.save(Siamese().state_dict(), "a.pt")
+    torch.save(Siamese().state_dict(), "b.pt")
+    outcome = run(
+        "compare", "a.pt", "b.pt", "--factory", "siamese.py:make", "--data", spec, "--runs", "0",
+        "--format", "json",
+    )  # fmt: skip
+    assert outcome.code == 0, outcome.err
+    model = Siamese().eval()
+    shown = []
+    for name in ("a.pt", "b.pt"):
+        model.load_state_dict(torch.load(name))
+        predicted = [int(model(x["left"][None], x["right"][None]).argmax()) for x, _ in samples]
+        shown.append(sum(each == y for each, (_, y) in zip(predicted, samples, strict=True)) / len(samples))
+    found = [each["accuracy"]["top1"] for each in json.loads(outcome.out)["profiles"]]
+    assert found == pytest.approx(shown)

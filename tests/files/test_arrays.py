@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import Subset
 
-from sepconvert.files.data import Preprocess, load_data, sample_shape
+from sepconvert.files.data import Preprocess, load_data, sample_shapes
 
 
 @settings(max_examples=25, deadline=None)
@@ -47,7 +47,7 @@ def test_images_stay_uint8_until_they_are_asked_for(npz):
     x, y = Subset(loader.dataset, [4])[0]
     assert x.dtype == torch.float32
     assert int(y) == LABELS[4]
-    assert sample_shape(loader) == (3, 8, 6)
+    assert sample_shapes(loader) == ((3, 8, 6),)
 
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64, ">f4"])
@@ -69,13 +69,15 @@ def test_calibration_data_need_no_labels(npz):
         ({"images": IMAGES, "y": LABELS}, "holds images, y"),
         ({}, "no array"),
         ({"x": IMAGES[0], "y": LABELS}, "uint8 of shape"),
-        ({"x": IMAGES[:0], "y": LABELS[:0]}, "shape"),
+        ({"x": IMAGES[:0], "y": LABELS[:0]}, r"x holds no samples .*; save at least one"),
         ({"x": IMAGES.astype(np.int64), "y": LABELS}, "int64"),
-        ({"x": IMAGES, "y": LABELS[:9]}, "10 samples and y 9"),
-        ({"x": IMAGES, "y": LABELS.astype(float)}, "float64"),
+        ({"x": IMAGES, "y": LABELS[:9]}, r"10 samples and y, of shape \(9,\), 9; .*save a target for each"),
+        ({"x": IMAGES, "y": np.int64(3)}, r"of shape \(\), 1; expected"),
+        ({"x": IMAGES, "y": LABELS.astype(float)}, "float64 .* or a `metric` that takes such targets"),
+        ({"x": IMAGES, "y": np.array(["a"] * 10)}, "<U1 of shape .* or a `metric`"),
         ({"x": IMAGES, "y": LABELS == 1}, "bool"),
         ({"x": IMAGES, "y": LABELS[:, None]}, "shape"),
-        ({"x": IMAGES, "y": LABELS - 1}, "-1 to 2"),
+        ({"x": IMAGES, "y": LABELS - 1}, "-1 to 2; expected classes from 0 upwards: number them"),
         ({"x": IMAGES, "y": np.full(10, 2**63, np.uint64)}, "ranges"),
         ({"x": IMAGES.transpose(0, 3, 1, 2), "y": LABELS}, "looks like N×C×H×W"),
         ({"x": IMAGES / np.float32(255), "y": LABELS}, "looks like N×H×W×C"),
@@ -146,3 +148,88 @@ def test_files_that_are_no_npz(tmp_path):
     refused("no such file", tmp_path / "absent.npz")
     refused("no such file or folder", tmp_path / "absent")
     refused("is empty", "")
+
+
+# Targets that a metric takes
+
+MASKS = RNG.integers(0, 4, (10, 8, 6))
+
+
+def targets(path, **options):
+    _, ys = zip(*load_data(path, batch_size=4, **options), strict=True)
+    return [each for y in ys for each in y] if isinstance(ys[0], list) else torch.cat(ys)
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.int16, np.int64, np.uint64, bool])
+def test_masks_become_class_numbers(npz, dtype):
+    y = targets(npz(x=IMAGES, y=MASKS.astype(dtype)), kind="classes")
+    assert y.dtype == torch.int64
+    assert y.tolist() == MASKS.astype(dtype).astype(int).tolist()
+
+
+def test_numbers_that_are_ignored_are_kept(npz):
+    masks = np.where(MASKS == 3, -1, np.where(MASKS == 2, 255, MASKS))
+    assert targets(npz(x=IMAGES, y=masks), kind="classes").tolist() == masks.tolist()
+    assert targets(npz(x=IMAGES, y=LABELS - 1), kind="classes").tolist() == (LABELS - 1).tolist()
+
+
+def test_masks_are_resized_to_the_nearest_pixel(npz):
+    y = targets(npz(x=IMAGES, y=MASKS - 1), kind="classes", preprocess=Preprocess(resize=(16, 3)))
+    # Each row twice, and of two columns the second: that of the nearest centre.
+    assert y.tolist() == (MASKS - 1).repeat(2, 1)[:, :, 1::2].tolist()
+
+
+@pytest.mark.parametrize("kind", ["pictures", "any"])
+def test_pictures_are_scaled_like_images_and_not_normalised(npz, kind):
+    pictures = 255 - IMAGES
+    path = npz(x=IMAGES, y=pictures)
+    expected = torch.from_numpy(pictures).permute(0, 3, 1, 2) / 255
+    y = targets(path, kind=kind, preprocess=Preprocess((0.4,) * 3, (0.3,) * 3))
+    torch.testing.assert_close(y, expected)
+    smaller = Preprocess(resize=4)
+    x = everything(load_data(npz(x=pictures, y=LABELS), smaller))[0]
+    torch.testing.assert_close(targets(npz(x=IMAGES, y=pictures), kind=kind, preprocess=smaller), x)
+
+
+def test_grey_pictures_need_no_dimension_of_channels(npz):
+    grey = IMAGES[..., 0]
+    y = targets(npz(x=IMAGES, y=grey), kind="pictures")
+    torch.testing.assert_close(y, torch.from_numpy(grey)[:, None] / 255)
+
+
+@pytest.mark.parametrize("shape", [(10,), (10, 5), (10, 3, 8, 6), (10, 8, 6)])
+def test_floats_are_used_as_they_are(npz, shape):
+    values = RNG.normal(size=shape).astype(np.float32)
+    assert np.array_equal(targets(npz(x=IMAGES, y=values), kind="any").numpy(), values)
+
+
+def test_integers_and_texts(npz):
+    marks = RNG.integers(-5, 5, (10, 7))
+    assert targets(npz(x=IMAGES, y=marks), kind="any").tolist() == marks.tolist()
+    words = [f"word {n}" * n for n in range(10)]
+    batches = list(load_data(npz(x=IMAGES, y=np.array(words)), kind="any", batch_size=4))
+    assert [text for _, y in batches for text in y] == words
+
+
+def test_targets_need_not_have_the_size_of_images(npz):
+    large = np.zeros((10, 24, 18, 3), np.uint8)
+    assert targets(npz(x=IMAGES, y=large), kind="pictures").shape == (10, 3, 24, 18)
+
+
+@pytest.mark.parametrize(
+    ("y", "options", "match"),
+    [
+        (MASKS[:9], {"kind": "classes"}, r"10 samples and y, of shape \(9, 8, 6\), 9"),
+        (MASKS, {}, r"y is int64 of shape .*expected integer class numbers .*`metric`"),
+        (IMAGES, {"kind": "classes"}, r"y is uint8 .*, pictures; expected class numbers N or N×H×W"),
+        (IMAGES.transpose(0, 3, 1, 2), {"kind": "pictures"}, r"y is uint8 .*save y.transpose\(0, 2, 3, 1\)"),
+        (np.full((10, 3), np.inf), {"kind": "any"}, "y holds NaN or infinite values"),
+        (MASKS + 2**40, {"kind": "classes"}, "expected integers of 32 bits"),
+        (MASKS.astype(complex), {"kind": "any"}, "complex128 .*one target for each sample"),
+        (np.zeros((10, 0)), {"kind": "any"}, r"y is float64 of shape \(10, 0\)"),
+        (np.zeros((10, 8, 6)), {"kind": "any", "preprocess": Preprocess(resize=4)}, "`resize` is for masks"),
+        (np.array([{}] * 10), {"kind": "any"}, "cannot be read"),
+    ],
+)
+def test_wrong_targets_are_refused_in_one_line(npz, y, options, match):
+    refused(match, npz(x=IMAGES, y=y), **options)

@@ -10,13 +10,14 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from sepconvert.base.errors import SepconvertError
 from sepconvert.files.data import (
-    UNLABELLED,
     Preprocess,
-    check_against_model,
+    check_shape,
     has_labels,
     load_data,
     paired,
+    sample_shapes,
     split,
+    varies,
 )
 
 
@@ -49,17 +50,17 @@ def test_callable_returns_the_loader_itself(module):
 @pytest.mark.parametrize(
     ("expression", "match"),
     [
-        ("[(x, y)]", "returned a list"),
-        ("1 / 0", "ZeroDivisionError"),
+        ("[(x, y)]", r"returned \[.*expected a torch.utils.data.DataLoader; return one"),
+        ("7", "returned 7, expected"),
+        ("1 / 0", "failed .ZeroDivisionError.*mend it"),
         ("DataLoader(TensorDataset(x, y), shuffle=True)", "shuffle=False"),
-        ("DataLoader(TensorDataset(x))", "expected two tensors"),
-        ("DataLoader(x)", "expected two tensors"),
-        ("DataLoader([])", "is empty"),
+        ("DataLoader(TensorDataset(x))", r"expected pairs \(x, y\)"),
+        ("DataLoader(x)", r"expected pairs \(x, y\)"),
+        ("DataLoader([])", "is empty; let it"),
         ("DataLoader(TensorDataset(x.double(), y))", "float64 of shape"),
-        ("DataLoader(TensorDataset(x, y.float()))", "its y is float32"),
-        ("DataLoader(TensorDataset(x, y[:, None]))", "its y is int64"),
-        ("DataLoader(TensorDataset(x, y - 1))", "its y is"),
-        ("DataLoader([1], collate_fn=lambda b: 1 / 0)", "ZeroDivisionError"),
+        ("DataLoader([(('a', 'b'), 1)])", "its x is .*; expected a tensor float32"),
+        ("DataLoader([({'ids': y}, 1)])", "its x is dicts of ids; expected a tensor float32"),
+        ("DataLoader([1], collate_fn=lambda b: 1 / 0)", "fails on the first batch .ZeroDivisionError.*mend"),
     ],
 )
 def test_bad_callables(module, expression, match):
@@ -70,29 +71,39 @@ X, Y = torch.arange(24.0).reshape(4, 1, 2, 3), torch.tensor([3, 1, 4, 1])
 
 
 @pytest.mark.parametrize(
-    ("samples", "labels"),
+    ("samples", "targets"),
     [
         (X, None),
         (TensorDataset(X), None),
         (TensorDataset(X, Y), Y),
         (TensorDataset(X, Y, Y + 1), Y),
-        (TensorDataset(X, Y.float()), None),
-        (TensorDataset(X, torch.zeros(4, 2, 3)), None),
-        ([(x, f"{int(y)}.png") for x, y in zip(X, Y, strict=True)], None),
+        (TensorDataset(X, Y.float()), Y.float()),
+        (TensorDataset(X, torch.zeros(4, 2, 3)), torch.zeros(4, 2, 3)),
         ([{"pixel_values": x, "labels": y} for x, y in zip(X, Y, strict=True)], Y),
         ([{"id": y, "photo": x} for x, y in zip(X, Y, strict=True)], None),
-        ([{"image": x, "mask": x > 0.5, "depth": x} for x in X], None),
+        ([{"image": x, "mask": x > 7, "depth": x} for x in X], X > 7),
     ],
 )
-def test_images_are_found_in_batches_of_any_form(samples, labels):
+def test_images_are_found_in_batches_of_any_form(samples, targets):
     loader = DataLoader(samples, 3)
-    x, y = everything(paired(paired(loader, "calib"), "calib"))
-    assert torch.equal(x, X)
-    assert y.tolist() == (torch.full((4,), UNLABELLED) if labels is None else labels).tolist()
+    xs, ys = zip(*paired(paired(loader, "calib"), "calib"), strict=True)
+    assert torch.equal(torch.cat(xs), X)
+    assert ys == (None, None) if targets is None else torch.equal(torch.cat(ys), targets)
     assert type(next(iter(loader))) is type(next(iter(DataLoader(samples, 3))))  # it is left as it is
 
 
-@pytest.mark.parametrize("sample", [1, (), {"a": X[0], "b": X[0]}, {"image": 3}, ("a.png", X[0])])
+def test_texts_and_several_inputs_are_kept():
+    x, y = next(iter(paired(DataLoader([(each, f"{n}.png") for n, each in enumerate(X)], 2), "calib")))
+    assert torch.equal(x, X[:2])
+    assert list(y) == ["0.png", "1.png"]
+    samples = [{"left": each, "right": -each, "label": 3} for each in X]
+    x, y = next(iter(paired(DataLoader(samples, 2), "calib")))
+    assert list(x) == ["left", "right"]
+    assert torch.equal(x["right"], -X[:2])
+    assert y.tolist() == [3, 3]
+
+
+@pytest.mark.parametrize("sample", [1, (), {"a": "b"}, {"image": 3}, ("a.png", X[0])])
 def test_batches_without_images_name_the_parameter(sample):
     loader = paired(DataLoader([sample], collate_fn=lambda samples: samples[0]), "calib")
     with pytest.raises(
@@ -102,43 +113,97 @@ def test_batches_without_images_name_the_parameter(sample):
 
 
 @pytest.mark.parametrize(
-    "expression", ["DataLoader(x, 2)", "DataLoader(TensorDataset(x, x), 2, shuffle=True)"]
+    ("expression", "targets"),
+    [
+        ("DataLoader(x, 2)", [None, None]),
+        ("DataLoader(TensorDataset(x, y), 2)", [[0, 1], [2, 3]]),
+        ("DataLoader(TensorDataset(x, y), 4, shuffle=True)", None),
+    ],
 )
-def test_a_callable_needs_no_labels_where_none_are_needed(module, expression):
+def test_a_callable_needs_no_targets_where_none_are_needed(module, expression, targets):
     spec = module(expression)
     assert not has_labels(spec)
-    x, y = everything(load_data(spec, labelled=False))
-    assert (x.shape, y.tolist()) == ((4, 3, 5, 5), [UNLABELLED] * 4)
+    batches = list(load_data(spec, labelled=False))
+    assert torch.cat([x for x, _ in batches]).shape == (4, 3, 5, 5)
+    found = [y if y is None else y.tolist() for _, y in batches]
+    assert found == targets if targets is not None else sorted(found[0]) == [0, 1, 2, 3]
 
 
-def test_labels_of_a_callable_are_kept_where_none_are_needed(module):
-    _, y = everything(load_data(module("DataLoader(TensorDataset(x, y), 3)"), labelled=False))
-    assert y.tolist() == [0, 1, 2, 3]
+@pytest.mark.parametrize(
+    ("samples", "targets"),
+    [
+        ("TensorDataset(x, x)", "torch.zeros(2, 3, 5, 5)"),
+        ("TensorDataset(x, y.float())", "torch.tensor([0., 1.])"),
+        ("[((i, i), 'abcd'[n]) for n, i in enumerate(x)]", "('a', 'b')"),
+        ("[({'left': i, 'right': i}, n) for n, i in enumerate(x)]", "torch.tensor([0, 1])"),
+    ],
+)
+def test_targets_and_inputs_of_a_callable_may_be_anything(module, samples, targets):
+    x, y = next(iter(load_data(module(f"DataLoader({samples}, 2)"))))
+    parts = list(x.values()) if isinstance(x, dict) else [x] if isinstance(x, torch.Tensor) else x
+    assert all(torch.equal(each, torch.zeros(2, 3, 5, 5)) for each in parts)
+    expected = eval(targets)  # noqa: S307
+    assert torch.equal(y, expected) if isinstance(y, torch.Tensor) else tuple(y) == expected
 
 
-def test_arrays_that_are_no_labels(tmp_path):
-    for name, y in (("classes", Y.numpy()), ("masks", np.zeros((4, 2, 3), int)), ("scores", np.zeros(4))):
+def test_boxes_come_as_a_list_by_a_collate_function(module):
+    spec = module(
+        "DataLoader([(i, {'boxes': torch.ones(n, 4), 'labels': y[:n]}) for n, i in enumerate(x)], 4, "
+        "collate_fn=lambda batch: (torch.stack([i for i, _ in batch]), [t for _, t in batch]))"
+    )
+    x, y = next(iter(load_data(spec, kind="any")))
+    assert len(x) == 4
+    assert [len(each["boxes"]) for each in y] == [0, 1, 2, 3]
+
+
+def test_files_that_have_targets(tmp_path, folder):
+    for name, y in (("classes", Y.numpy()), ("masks", np.zeros((4, 2, 3), int)), ("texts", np.array(["a"]))):
         np.savez(tmp_path / f"{name}.npz", x=X.numpy(), y=y)
-    assert [has_labels(str(tmp_path / f"{each}.npz")) for each in ("classes", "masks", "scores")] == [
-        True,
-        False,
-        False,
-    ]
+        assert has_labels(str(tmp_path / f"{name}.npz"))
+    np.savez(tmp_path / "none.npz", x=X.numpy())
+    assert not has_labels(str(tmp_path / "none.npz"))
+    assert has_labels(str(folder))
+    assert not has_labels(str(folder / "cat"))
 
 
 def test_preprocessing_a_loader_is_refused(module):
     refused("leave out `mean`", module("DataLoader(TensorDataset(x, y))"), Preprocess(resize=3))
 
 
-def test_data_that_do_not_fit_the_model(npz, module):
-    specs = npz(x=IMAGES, y=LABELS), module("DataLoader(TensorDataset(torch.zeros(4, 3, 8, 6), y), 4)")
-    for loader in map(load_data, specs):
-        check_against_model(loader, (3, 8, 6), 4)
-        check_against_model(loader, None, None)
-        with pytest.raises(SepconvertError, match=r"label 3.*3 outputs"):
-            check_against_model(loader, (3, 8, 6), 3)
-        with pytest.raises(SepconvertError, match=r"3×8×6.*1×8×6"):
-            check_against_model(loader, (1, 8, 6), 4)
+@pytest.mark.parametrize(
+    ("targets", "match"),
+    [
+        ("masks", "`targets` .*masks: is for images in a folder, and `data` is .*data.npz.*; leave"),
+        ("absent", "`targets` .*absent: there is no such folder"),
+        ("data.npz", "`targets` .*data.npz: there is no such folder"),
+    ],
+)
+def test_targets_go_with_a_folder_of_images(npz, folder, targets, match):
+    data = npz(x=IMAGES, y=LABELS)
+    refused(match, data if targets == "masks" else folder, targets=str(folder.parent / targets))
+
+
+def test_shapes_of_samples(npz, module):
+    structured = "DataLoader([({'a': torch.zeros(2, 5), 'b': torch.zeros(7)}, 1)], 1)"
+    assert sample_shapes(load_data(npz(x=IMAGES, y=LABELS))) == ((3, 8, 6),)
+    assert sample_shapes(load_data(module(structured))) == ((2, 5), (7,))
+    # T × N × F
+    batches = DataLoader([(torch.zeros(9, 4, 2), torch.zeros(4))], batch_size=None)
+    assert sample_shapes(batches, axis=1) == ((9, 2),)
+
+
+def test_images_of_two_sizes_are_told_by_two_batches():
+    samples = [(torch.zeros(3, 4, width), 0) for width in (5, 5, 6)]
+    assert not varies(DataLoader(samples[:2]))
+    assert varies(DataLoader(samples[1:]))
+
+
+def test_data_that_do_not_fit_the_model():
+    check_shape((3, 8, 6), (3, 8, 6), dense=False)
+    check_shape((3, 8, 6), (3, 16, 16), dense=True)
+    for shape, expected, dense in (((3, 8, 6), (3, 16, 16), False), ((3, 8, 6), (1, 8, 6), True)):
+        with pytest.raises(SepconvertError, match=r"`data`: samples are 3×8×6, the model takes .*`resize`"):
+            check_shape(shape, expected, dense=dense)
 
 
 # Parts

@@ -1,7 +1,7 @@
 """Panels that show a sample before and after a conversion: masks, pictures, or boxes on the image."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sepconvert.report.pictures.images import Pixels, pixels_of, png, stretched
-from sepconvert.report.pictures.samples import ChangedSample, Kind
+from sepconvert.report.pictures.samples import ChangedSample, ChangedSamples, Kind
 
 _LONG_SIDE = 256  # pixels, of each panel
 
@@ -38,23 +38,36 @@ class Panel:
     height: int
 
 
-LEGENDS: Mapping[Kind, str] = {
+@dataclass(frozen=True)
+class Gallery:
+    """Samples that changed, each with its panels, and a legend of these."""
+
+    legend: str
+    samples: tuple[tuple[ChangedSample, tuple[Panel, ...]], ...]
+
+
+def gallery(changed: ChangedSamples) -> Gallery | None:
+    """Return the panels of samples that changed, by the kind of their outputs; None without samples."""
+    kind, shown = changed.kind, changed.shown
+    if kind is None:
+        return None
+    if kind == "boxes":
+        least = _score_of_as_many_as_labelled(shown)
+        legend = (
+            f"Each class has a colour. Boxes of a score of {least:.2f} or more are drawn: of these, the "
+            "original finds as many here as are labelled."
+        )
+        return Gallery(legend, tuple((each, _boxes(each, least)) for each in shown))
+    panels = _masks if kind == "masks" else _pictures
+    return Gallery(_LEGENDS[kind], tuple((each, panels(each)) for each in shown))
+
+
+_LEGENDS: Mapping[Kind, str] = {
     "masks": "Each class has a colour; what is not scored is light grey. Where before and after differ, red "
     "was right before, green is right now, and yellow is neither.",
     "pictures": "The difference is that of after from before, black where they are equal. The crop shows "
     "where it is largest.",
-    "boxes": "Each class has a colour. Of the boxes that were found, the best are drawn, as many as are "
-    "labelled.",
 }
-"""What the panels of each kind show."""
-
-
-def panels(sample: ChangedSample) -> tuple[Panel, ...]:
-    """Return the panels of a sample, by the kind of its outputs."""
-    kind = sample.kind
-    if kind is None:
-        raise ValueError("a sample whose outputs are no pictures has no panels")
-    return {"masks": _masks, "pictures": _pictures, "boxes": _boxes}[kind](sample)
 
 
 def _panel(caption: str, pixels: Pixels, *, smooth: bool = True) -> Panel:
@@ -129,11 +142,13 @@ def _pictures(sample: ChangedSample) -> tuple[Panel, ...]:
     target, before, after = (_channels(made) for made in (sample.target, sample.before, sample.after))
     low, high = _limits(target)
     size = (after - before).abs()
-    factor = amplification(float(size.flatten().quantile(0.999)) if size.numel() else 0.0, high - low)
+    factor = amplification(float(np.quantile(size.numpy(), 0.999)), high - low)
     image = sample.image[0].double()
-    fits = low <= float(image.min()) and float(image.max()) <= high
+    least, most = np.quantile(image.numpy(), (0.05, 0.95))
+    room = (high - low) / 4  # noise leaves the range, normalised images have another
+    alike = low - room <= least and most <= high + room
     return (
-        _panel("input", pixels_of(image, low, high) if fits else stretched(image)),
+        _panel("input", pixels_of(image, low, high) if alike else stretched(image)),
         _panel("before", pixels_of(before, low, high)),
         _panel("after", pixels_of(after, low, high)),
         _panel(f"difference × {factor:g}", pixels_of(size * factor, 0.0, high - low)),
@@ -179,20 +194,27 @@ def _crops(target: Tensor, before: Tensor, after: Tensor, limits: tuple[float, f
 # Boxes ----------------------------------------------------------------------------------------------
 
 
-def _boxes(sample: ChangedSample) -> tuple[Panel, ...]:
+def _score_of_as_many_as_labelled(samples: Sequence[ChangedSample]) -> float:
+    """Return the score above which the original finds as many boxes in some samples as they have labels."""
+    scores = torch.cat([sample.before[0]["scores"].reshape(-1) for sample in samples]).sort(descending=True)
+    wanted = max(1, sum(len(sample.target[0]["boxes"]) for sample in samples))
+    return float(scores.values[:wanted].min()) if len(scores.values) else 0.0
+
+
+def _boxes(sample: ChangedSample, least: float) -> tuple[Panel, ...]:
     image, wanted = sample.image[0], sample.target[0]
-    most = max(1, len(wanted["boxes"]))
     return (
         _panel("label", _drawn(image, wanted)),
-        _panel("before", _drawn(image, _best(sample.before[0], most))),
-        _panel("after", _drawn(image, _best(sample.after[0], most))),
+        _panel("before", _drawn(image, _found(sample.before[0], least))),
+        _panel("after", _drawn(image, _found(sample.after[0], least))),
     )
 
 
-def _best(found: Mapping[str, Any], most: int) -> Mapping[str, Any]:
-    """Return the boxes of the highest scores."""
-    order = found["scores"].argsort(descending=True)[:most]
-    return {key: found[key][order] for key in ("boxes", "labels")}
+def _found(made: Mapping[str, Any], least: float) -> Mapping[str, Any]:
+    """Return the boxes of at least this score, the best last, so that it is drawn above the others."""
+    order = made["scores"].argsort()
+    order = order[made["scores"][order] >= least]
+    return {key: made[key][order] for key in ("boxes", "labels")}
 
 
 def _drawn(image: Tensor, found: Mapping[str, Any]) -> Pixels:
