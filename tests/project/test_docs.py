@@ -8,12 +8,14 @@ import io
 import json
 import pkgutil
 import re
+import runpy
 import shlex
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import click
@@ -69,7 +71,21 @@ RUN: dict[str, tuple[str, ...]] = {
     "--fail-if 'drop > 0.5'": SHORT,
     "sepconvert compare original.onnx converted.onnx --format html": SHORT,
     "sepconvert compare original.onnx converted.onnx --graph-optimization none": SHORT,
+    "sepconvert compare original.onnx converted.onnx --data val.npz --metric mynets.py:certainty "
+    "--fail-if 'drop > 0.02'": SHORT,
     "sepconvert apply model.pt model-sepconvert/plan.json --out replayed": (),
+    "sepconvert model.pt --mode auto --metric mynets.py:certainty --max-drop 0.02 --data val.npz "
+    "--calib images/": FIT,
+    "sepconvert unet.pth --factory mynets.py:unet --mode auto --metric miou --max-drop 1.0 --data scenes/ "
+    "--targets masks/ --ignore-index 255 --calib images/ --threads 1": FIT,
+    "sepconvert unet.pth --factory mynets.py:unet --mode auto --metric miou --max-drop 1.0 --data scenes.npz "
+    "--calib images/": FIT,
+    "sepconvert superres.pth --factory mynets.py:superres --mode auto --metric psnr --max-drop 0.1 "
+    "--data pictures.npz --threads 1": FIT,
+    "sepconvert superres.pth --factory mynets.py:superres255 --mode auto --metric psnr --max-drop 0.1 "
+    "--data pictures.npz --postprocess mynets.py:to_unit": FIT,
+    "sepconvert detector.pth --factory mynets.py:detector --mode auto --metric map --postprocess "
+    "mynets.py:boxes --max-drop 1.0 --data mynets.py:scenes --calib images/ --threads 1": FIT,
 }
 
 # Commands that other tests run, on fewer images.
@@ -90,9 +106,11 @@ FORMS = {
 FOREIGN = {"--keep-going", "--figure", "--no-deps"}  # options of other programs
 
 MYNETS = """
+import numpy as np
 import torch
 from collections import OrderedDict
 from torch import nn
+from torch.utils.data import DataLoader
 
 def resnet20():
     torch.manual_seed(0)
@@ -112,6 +130,66 @@ class ResNet(nn.Module):
 
     def forward(self, x):
         return self.net(x)
+
+def certainty(outputs, targets):
+    return outputs.softmax(1).gather(1, targets[:, None])[:, 0]
+
+def unet():
+    torch.manual_seed(1)
+    return nn.Sequential(
+        nn.Conv2d(3, 16, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(16, 16, 3, padding=1),
+        nn.ReLU(), nn.Upsample(scale_factor=2), nn.Conv2d(16, 5, 3, padding=1),
+    ).eval()
+
+def superres():
+    torch.manual_seed(2)
+    return nn.Sequential(
+        nn.Conv2d(3, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 16, 3, padding=1), nn.ReLU(),
+        nn.Conv2d(16, 12, 3, padding=1), nn.PixelShuffle(2), nn.Sigmoid(),
+    ).eval()
+
+class Times255(nn.Module):
+    def forward(self, x):
+        return 255 * x
+
+def superres255():
+    return superres().append(Times255())
+
+def to_unit(outputs):
+    return outputs / 255
+
+class Detector(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(3)
+        self.stem = nn.Sequential(nn.Conv2d(3, 16, 3, 4, 1), nn.ReLU(), nn.Conv2d(16, 16, 3, padding=1))
+        self.scores, self.sides = nn.Conv2d(16, 2, 1), nn.Conv2d(16, 4, 1)
+
+    def forward(self, x):
+        features = self.stem(x).relu()
+        return self.scores(features).sigmoid(), self.sides(features).exp()
+
+def detector():
+    return Detector().eval()
+
+def boxes(outputs):
+    scores, sides = outputs
+    rows, columns = torch.meshgrid(*(4 * torch.arange(n) + 2.0 for n in scores.shape[2:]), indexing="ij")
+    centres = torch.stack([columns, rows])
+    corners = torch.cat([centres - sides[:, :2], centres + sides[:, 2:]], 1).flatten(2).mT
+    best, labels = scores.flatten(2).max(1)
+    return [{"boxes": b, "scores": s, "labels": k} for b, s, k in zip(corners, best, labels)]
+
+def scenes():
+    x = torch.from_numpy(np.load("val.npz")["x"]).permute(0, 3, 1, 2) / 255
+    with torch.no_grad():
+        found = boxes(detector()(x))
+    y = [{"boxes": each["boxes"][::9], "labels": each["labels"][::9]} for each in found]
+    return DataLoader(list(zip(x, y)), 16, collate_fn=side_by_side)
+
+def side_by_side(batch):
+    x, y = zip(*batch)
+    return torch.stack(x), list(y)
 """
 
 
@@ -286,6 +364,7 @@ def prepared(tmp_path_factory) -> Path:
     (folder / "images").mkdir()
     for index, image in enumerate(x[:64]):
         Image.fromarray(image).save(folder / f"images/{index}.png")
+    prepare_tasks(folder, mynets)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.setattr(sys, "path", list(sys.path))
@@ -294,6 +373,25 @@ def prepared(tmp_path_factory) -> Path:
     for name in ("original", "converted"):
         shutil.copy(folder / f"checkpoint-sepconvert/{name}.onnx", folder)
     return folder
+
+
+def prepare_tasks(folder: Path, mynets: ModuleType) -> None:
+    """Write networks of other tasks, and data that they are right on, up to some noise."""
+    for name in ("unet", "superres", "detector"):
+        torch.save(getattr(mynets, name)().state_dict(), folder / f"{name}.pth")
+    x = np.load(folder / "val.npz")["x"]
+    images = torch.from_numpy(x).permute(0, 3, 1, 2) / 255
+    with torch.no_grad():
+        masks = mynets.unet()(images).argmax(1).byte().numpy()
+        pictures = (255 * mynets.superres()(images)).round().byte().permute(0, 2, 3, 1).numpy()
+    masks[:, 0] = 4
+    np.savez(folder / "scenes.npz", x=x, y=masks)
+    np.savez(folder / "pictures.npz", x=x, y=pictures ^ 7)
+    masks[:, :, 0] = 255
+    for part, arrays in (("scenes", x), ("masks", masks)):
+        (folder / part).mkdir()
+        for index, array in enumerate(arrays):
+            Image.fromarray(array).save(folder / f"{part}/{index}.png")
 
 
 def call(text: str, *more: str) -> None:
@@ -361,7 +459,7 @@ def quick_convert() -> Callable[..., Any]:
     @functools.wraps(sepconvert.convert)
     def convert(*arguments: Any, **options: Any) -> Any:
         mode = options.pop("mode", arguments[2] if len(arguments) > 2 else "exact")
-        key = (mode, *sorted(options.keys() - quick.keys()))
+        key = (id(arguments[0]), mode, repr(options.get("metric")), *sorted(options.keys() - quick.keys()))
         if key not in known:
             known[key] = original(*arguments[:2], mode, **{**options, **quick})
         return known[key]
@@ -401,9 +499,20 @@ def names(prepared) -> dict[str, Any]:
         y = model(x).argmax(1)
     parts = (slice(0, 48), slice(48, 72), slice(72, 96))
     loader, heldout, labelled = (DataLoader(TensorDataset(x[p], y[p]), batch_size=24) for p in parts)
+    files = {name: np.load(prepared / f"{name}.npz") for name in ("scenes", "pictures")}
+    images = torch.from_numpy(files["scenes"]["x"]).permute(0, 3, 1, 2) / 255
+    masks = torch.from_numpy(files["scenes"]["y"]).long()
+    wanted = torch.from_numpy(files["pictures"]["y"]).permute(0, 3, 1, 2) / 255
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(prepared)
+        mynets = runpy.run_path("mynets.py")
+        boxed = mynets["scenes"]()
     return {
         "model": model, "example_inputs": x[:1], "loader": loader, "train": loader, "heldout": heldout,
-        "labelled": labelled,
+        "labelled": labelled, "x": images, "small": images, "boxed": boxed, "boxes": mynets["boxes"],
+        "scenes": DataLoader(TensorDataset(images, masks), batch_size=24),
+        "pictures": DataLoader(TensorDataset(images, wanted), batch_size=24),
+        **{name: mynets[name]() for name in ("unet", "superres", "detector")},
     }  # fmt: skip
 
 

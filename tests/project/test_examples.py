@@ -23,6 +23,8 @@ SAYS = {
     "05_auto_budget.py": "times as fast, accuracy lost: ",
     "06_own_training_loop.py": "after epoch 1: ",
     "07_compare_in_ci.py": "exit code 0: passed",
+    "08_segmentation.py": ("step 20 of 20: loss ", "mean IoU: ", " pp on 8 scenes", "times as fast, "),
+    "09_super_resolution.py": ("bicubic: ", " dB on 8 crops", "times as fast, "),
     "image_filters.py": "3.49× fewer",
     "own_model.py": "merged: converted, rank 8 of 80",
 }
@@ -32,6 +34,19 @@ ARGUMENTS = {
     "04_approx_finetune.py": ["--ranks", "1", "2", "--images", "100", "--epochs", "1", "--figure", "few.png"],
     "05_auto_budget.py": ["--images", "100", "--max-drop", "5", "--seconds", "2"],
     "06_own_training_loop.py": ["--images", "100", "--epochs", "1"],
+    "08_segmentation.py": [
+        "--steps",
+        "20",
+        "--scenes",
+        "4",
+        "--max-drop",
+        "50",
+        "--seconds",
+        "1",
+        "--save",
+        "scenes",
+    ],
+    "09_super_resolution.py": ["--steps", "20", "--crops", "8", "--max-drop", "3", "--seconds", "1"],
 }
 
 SLOW = {
@@ -40,6 +55,8 @@ SLOW = {
     "05_auto_budget.py",
     "06_own_training_loop.py",
     "07_compare_in_ci.py",
+    "08_segmentation.py",
+    "09_super_resolution.py",
 }
 
 
