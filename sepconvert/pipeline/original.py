@@ -106,6 +106,8 @@ def examine(
         raise SepconvertError(
             f"`data`: expected batches (x, y), got {quoted(data)}; pass a DataLoader, or a list of batches"
         )
+    if data is None and (unused := job.task.needs_data):
+        raise SepconvertError(f"`{unused}`: says how `data` are scored, and there are none; pass `data`")
     if job.mode == "exact" and calib is not None:
         raise SepconvertError("`calib`: is for the modes approx and auto; pass one of them, or leave it out")
     model, inputs = checked(model), as_inputs(example_inputs)
