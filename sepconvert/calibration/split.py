@@ -89,7 +89,7 @@ class DataSplit:
 
 @dataclass(frozen=True)
 class Division:
-    """How the data of a conversion are divided.
+    """Division of the data of a conversion by purpose.
 
     `batched` makes the inputs of some samples from what a loader yields as x.
     """
