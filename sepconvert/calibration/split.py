@@ -89,7 +89,7 @@ class DataSplit:
 
 @dataclass(frozen=True)
 class Division:
-    """Division of the data of a conversion by purpose.
+    """Settings of how the data of a conversion are divided.
 
     `batched` makes the inputs of some samples from what a loader yields as x.
     """
