@@ -116,6 +116,15 @@ def seeds(folder: Path) -> dict[str, list[bytes]]:
     buffer = io.BytesIO()
     np.savez_compressed(buffer, x=arrays["x"].transpose(0, 3, 1, 2).astype(np.float32), y=arrays["y"])
     found["npz"] += [buffer.getvalue(), bomb(), hostile_npz(), huge_npz()]
+    for y in (arrays["x"][..., 0], arrays["x"], arrays["x"] / 255, np.array(["a", "bc", "", "d"])):
+        buffer = io.BytesIO()
+        np.savez(buffer, x=arrays["x"], y=y)
+        found["npz"].append(buffer.getvalue())
+    found["target"] = []
+    for mode in ("P", "L", "RGB", "1"):
+        buffer = io.BytesIO()
+        Image.fromarray(arrays["x"][0]).convert(mode).save(buffer, "PNG")
+        found["target"].append(buffer.getvalue())
     found["image"] = []
     for form in ("PNG", "JPEG", "BMP", "GIF", "TIFF", "WEBP"):
         buffer = io.BytesIO()
@@ -270,8 +279,10 @@ def _load(path: Path) -> None:
 
 
 def _read_all(path: Path) -> None:
+    # Half of the archives with targets of any form, which are read as masks, pictures, numbers or texts.
+    kind = ("any", "pictures", "classes", None)[zlib.crc32(path.read_bytes()) % 4] if path.is_file() else None
     for labelled in (True, False):
-        for _ in load_data(str(path), Preprocess(), labelled=labelled):
+        for _ in load_data(str(path), Preprocess(), labelled=labelled, kind=kind):
             pass
 
 
@@ -282,6 +293,17 @@ def _read_folder(path: Path) -> None:
         old.unlink()
     path.rename(folder / "image.png")
     _read_all(folder.parent)
+
+
+def _read_target(path: Path) -> None:
+    images, targets = path.parent / "pairs", path.parent / "targets"
+    for folder in (images, targets):
+        folder.mkdir(exist_ok=True)
+    Image.new("RGB", (6, 6)).save(images / "image.png")
+    kind = ("any", "pictures", "classes", None)[zlib.crc32(path.read_bytes()) % 4]
+    path.rename(targets / "image.png")
+    for _ in load_data(str(images), targets=str(targets), kind=kind):
+        pass
 
 
 @functools.cache
@@ -314,6 +336,7 @@ READERS: dict[str, tuple[str, Callable[[Path], object]]] = {
     "profile": ("profile.json", read_profile),
     "npz": ("data.npz", _read_all),
     "image": ("image.png", _read_folder),
+    "target": ("image.png", _read_target),
 }
 
 

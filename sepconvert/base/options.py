@@ -263,6 +263,12 @@ class Task:
             if value is not None and not callable(value) and not isinstance(value, str):
                 raise SepconvertError(f"`{name}`: expected a function, got {quoted(value)}")
 
+    @property
+    def needs_data(self) -> str | None:
+        """Name of a setting that is of no use without data to score; None if there is none."""
+        names = ("metric", "postprocess", "ignore_index")
+        return next((name for name in names if getattr(self, name) is not None), None)
+
     @classmethod
     def of(cls, metric: Any) -> "Task":
         """Return the task of an argument `metric`, which may be one."""

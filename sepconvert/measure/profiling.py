@@ -340,7 +340,12 @@ def profile(
             latency = detail.latency(runtime.threads, batch)
         sizes = onnx_sizes(path)
     cost = count(private_copy(model), inputs)
-    scoring = scoring_of(Task.of(metric), model, inputs)
+    task = Task.of(metric)
+    if data is None and task.needs_data:
+        raise SepconvertError(
+            f"`{task.needs_data}`: says how `data` are scored, and there are none; pass `data`"
+        )
+    scoring = scoring_of(task, model, inputs)
     scored = None if data is None else evaluate(private_copy(model), data, scoring)
     found = Profile(cost.params, cost.macs, *sizes, latency, None, cost.uncounted_ops, detail)
     return found.with_scores(scored)

@@ -99,6 +99,10 @@ class Job:
                 "`mode`: budgets, calibration and fine-tuning are for the modes approx and auto; pass one of "
                 "them"
             )
+        if self.mode == "exact" and self.task.divergence is not None:
+            raise SepconvertError(
+                "`divergence`: is what plans are ranked by in the modes approx and auto; leave it out"
+            )
         if self.task.loss is not None and not self.finetuning:
             raise SepconvertError("`loss`: only for fine-tuning; pass `finetune` too, or leave it out")
         if self.finetuning and self.budget.confidence is not None:

@@ -106,6 +106,8 @@ def examine(
         raise SepconvertError(
             f"`data`: expected batches (x, y), got {quoted(data)}; pass a DataLoader, or a list of batches"
         )
+    if data is None and (unused := job.task.needs_data):
+        raise SepconvertError(f"`{unused}`: says how `data` are scored, and there are none; pass `data`")
     if job.mode == "exact" and calib is not None:
         raise SepconvertError("`calib`: is for the modes approx and auto; pass one of them, or leave it out")
     model, inputs = checked(model), as_inputs(example_inputs)
@@ -164,15 +166,15 @@ def _scored(
     def watch(samples: InputBatch) -> None:
         for value in samples.floating:
             values.add(value)
-        if parts.calibration is not None:
-            hashes.extend(image_hashes(samples))
+        hashes.extend(image_hashes(samples))
 
     scores = seen_twice = None
     if parts.scored is not None:
         scores = Scores(traced.model, parts.scored, scoring, job.seed, job.progress, watch)
         seen_twice = find_seen_twice(parts, hashes, division)
     predictions = None if scores is None else scores.original.predictions
-    return scores, seen_twice, find_facts(traced, predictions, values, parts.calibration, scoring)
+    facts = find_facts(traced, predictions, values, parts.calibration, scoring)
+    return scores, seen_twice, replace(facts, repeated=len(hashes) - len(set(hashes)))
 
 
 def trace_selected(model: nn.Module, inputs: Inputs, selection: Selection) -> TracedModel:

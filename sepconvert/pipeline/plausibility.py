@@ -77,7 +77,7 @@ class Labels:
 class DataFacts:
     """The data of a conversion: labels, accuracy on calibration images, ranges of the inputs' values.
 
-    What there is no data for is None.
+    What there is no data for is None. `repeated` counts the scored images that are equal to an earlier one.
     """
 
     labels: Labels | None
@@ -85,6 +85,7 @@ class DataFacts:
     example: ValueRange
     scored: ValueRange
     calibration: ValueRange
+    repeated: int = 0
 
     def to_json(self) -> dict[str, Any]:
         """Return the report's `data` object."""
@@ -92,6 +93,7 @@ class DataFacts:
         return {
             "labels": None if self.labels is None else asdict(self.labels),
             "calibration_accuracy": None if accuracy is None else accuracy.to_dict(),
+            "repeated": self.repeated,
             "values": {
                 "example": self.example.to_json(),
                 "scored": self.scored.to_json(),

@@ -63,7 +63,19 @@ def doubts(document: Document) -> list[Note]:
     notes = _range_doubts(data["values"], None if accuracy is None else _skill(data, accuracy["top1"]))
     if accuracy is not None:
         notes += _accuracy_doubts(data, accuracy) + _label_doubts(data["labels"])
-    return notes + _interval_doubt(document)
+    return notes + _interval_doubt(document) + _repetition_doubt(data.get("repeated", 0))
+
+
+def _repetition_doubt(repeated: int) -> list[Note]:
+    """Return that images are scored several times; reports of earlier versions do not count them."""
+    if not repeated:
+        return []
+    return [
+        info(
+            f"{repeated:,} scored images are equal to others of `data`: each counts as often as it "
+            "occurs, so that the interval of the drop is too narrow; take the repetitions out."
+        )
+    ]
 
 
 def unseen(document: Document) -> list[Note]:

@@ -407,3 +407,19 @@ def test_models_of_named_inputs_are_compared(here, run):
         shown.append(sum(each == y for each, (_, y) in zip(predicted, samples, strict=True)) / len(samples))
     found = [each["accuracy"]["top1"] for each in json.loads(outcome.out)["profiles"]]
     assert found == pytest.approx(shown)
+
+
+@pytest.mark.slow
+def test_a_conversion_on_images_of_several_sizes(here, run):
+    """Factors are fitted to some of them, and the metric is that of the others."""
+    given = images(here, SIZES * 8)
+    torch.save(nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 2, 3, padding=1)).eval(), "dense.pt")
+    outcome = run(
+        "dense.pt", "--data", given["data"], "--targets", given["targets"], "--metric", "miou", "--mode",
+        "approx", "--rank", "2", "--input-shape", "3x16x16", "--runs", "0", "--json",
+    )  # fmt: skip
+    assert outcome.code == 0, outcome.err
+    report = json.loads(outcome.out)
+    assert report["approximation"]["calibration"]["images"] == 9  # and 3 to judge by
+    assert report["delta"]["metric"]["n"] == 12
+    assert report["delta"]["metric"]["name"] == "miou"

@@ -307,8 +307,16 @@ class Pairs(torch.utils.data.Dataset):
         return ({"right": right, "left": left} if self.named else (left, right)), shift
 
 
-@pytest.mark.parametrize("form", ["positions", "names", "one mapping"])
-@pytest.mark.parametrize("mode", ["approx", "auto"])
+@pytest.mark.parametrize(
+    ("mode", "form"),
+    [
+        ("approx", "positions"),
+        ("approx", "one mapping"),
+        ("auto", "names"),
+        pytest.param("auto", "positions", marks=pytest.mark.slow),
+        pytest.param("auto", "one mapping", marks=pytest.mark.slow),
+    ],
+)
 def test_models_of_several_inputs(stereo, form, mode):
     trained, left, right, _ = stereo
     model = trained

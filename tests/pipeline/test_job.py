@@ -8,7 +8,7 @@ from torch import nn
 
 import sepconvert
 from sepconvert.base.errors import SepconvertError
-from sepconvert.base.options import Budget, Calibration, Finetuning, Selection, Timing
+from sepconvert.base.options import Budget, Calibration, Finetuning, Selection, Task, Timing
 from sepconvert.pipeline.job import Job
 
 
@@ -88,6 +88,9 @@ def test_arguments_of_convert_become_a_job():
         ({"dynamic_batch": "x"}, "`dynamic_batch`: expected True or False, got 'x'"),
         ({"seed": True}, "`seed`: expected a whole number from 0 .*, got True"),
         ({"mode": "auto", "min_speedup": 0}, "`min_speedup`: expected a number above 0, got 0"),
+        ({"metric": "psnr"}, "`metric`: says how `data` are scored, and there are none; pass `data`"),
+        ({"metric": Task(divergence="kl")}, "`divergence`: is what plans are ranked by .* leave it out"),
+        ({"metric": "psnrr", "data": []}, "`metric` psnrr: expected one of top1, "),
         ({"mode": "auto", "max_drop": 1, "confidence": 1.5}, "`confidence`: expected a number from 0.5 to"),
         (
             {"mode": "auto", "rank": None, "target_macs": 0.5, "confidence": 0.9},

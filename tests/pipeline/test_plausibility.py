@@ -7,9 +7,11 @@ from conversions import decided
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
+import sepconvert
 from sepconvert import Calibration
 from sepconvert.measure.metrics.classes import Predictions
 from sepconvert.pipeline.plausibility import Labels, ValueRange
+from sepconvert.report.risks import doubts
 
 
 def predictions(labels, classes=10):
@@ -77,3 +79,13 @@ def test_exact_mode_reports_them_too_and_nothing_without_data(classifier):
     assert found["labels"]["chance"] == pytest.approx(float(y.bincount().max()) / 120)
     assert (found["calibration_accuracy"], found["values"]["calibration"]) == (None, None)
     assert decided(model, x[:2]).report["data"] is None
+
+
+def test_images_that_are_scored_more_than_once_are_counted(classifier):
+    model, x, y = classifier
+    for places, repeated in (([*range(40)], 0), ([*range(40), 3, 3, 7], 3)):
+        data = DataLoader(TensorDataset(x[places], y[places]), 16)
+        report = sepconvert.convert(model, x[:1], data=data, timing=sepconvert.Timing(runs=0)).report
+        assert report["data"]["repeated"] == repeated
+        texts = [str(note) for note in doubts(report) if "equal to others" in str(note)]
+        assert [text[:15] for text in texts] == (["3 scored images"] if repeated else [])

@@ -409,8 +409,8 @@ def call(text: str, *more: str) -> None:
 @pytest.mark.parametrize(
     "text",
     [
-        # A launcher starts Python twice more.
-        pytest.param(text, marks=[pytest.mark.slow] * text.startswith("accelerate "))
+        # A launcher starts Python twice more, and the other modes fit and measure.
+        pytest.param(text, marks=[pytest.mark.slow] * (text.startswith("accelerate ") or "--mode" in text))
         for text in list(RUN)[2:]
     ],
 )
@@ -519,7 +519,9 @@ def names(prepared) -> dict[str, Any]:
 @pytest.mark.parametrize(
     "page",
     [
-        pytest.param(page, marks=pytest.mark.slow) if page.stem in ("approximate", "continue") else page
+        pytest.param(page, marks=pytest.mark.slow)
+        if page.stem in ("README", "approximate", "continue")
+        else page
         for page in PAGES
         if fences(page, "python")
     ],

@@ -153,6 +153,7 @@ def test_no_sweep_raises_the_objective(form):
     np.testing.assert_allclose(fewer, objective[: len(fewer)], rtol=1e-9, atol=rounding)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scheme", [*SCHEMES, *PAIRS])
 @numbered(25)
 @given(case=cases())

@@ -23,7 +23,8 @@ def test_shares_are_in_percent() -> None:
 
 
 def test_means_against_student_s_t_test() -> None:
-    drops = np.random.default_rng(0).normal(0.1, 0.2, 40)
+    drops = np.random.default_rng(0).normal(0.1, 0.2, 20)
+    drops = np.concatenate([drops, 0.2 - drops])  # without skewness
     found, oracle = MeanDrop(drops), stats.ttest_1samp(drops, 0.15, alternative="less")
     assert found.p_value(0.15, 0.05) == pytest.approx(oracle.pvalue)
     interval = stats.ttest_1samp(drops, 0).confidence_interval(0.9)
@@ -96,3 +97,29 @@ def test_intervals_of_miou_enclose_the_truth_as_often_as_they_say(images: int) -
         covered.append(truth in found.interval(0.95))
     # Three standard deviations of the share of 400 trials are 3.3 %.
     assert 0.95 - 0.033 <= np.mean(covered) <= 0.95 + 0.033
+
+
+@pytest.mark.parametrize("images", [30, 60, 300])
+def test_intervals_of_psnr_enclose_the_truth_as_often_as_they_say(images: int) -> None:
+    """Pictures differ by ten dB and more, and lose the more the better they were: drops are skewed."""
+    generator = np.random.default_rng(4)
+    before = generator.normal(29, 5, 200_000)
+    after = -10 * np.log10(10 ** (-before / 10) + 10 ** (-4.4 + 0.2 * generator.standard_normal(200_000)))
+    truth = float((before - after).mean())
+    covered = []
+    for _ in range(4000):
+        chosen = generator.integers(len(before), size=images)
+        covered.append(truth in MeanDrop(before[chosen] - after[chosen]).interval(0.95))
+    assert 0.92 <= np.mean(covered) <= 0.97
+
+
+def test_a_skewed_ratio_is_consistent() -> None:
+    drops = np.random.default_rng(5).gamma(0.5, 0.2, 80)
+    found = MeanDrop(drops)
+    assert found.skewness > 1
+    interval = found.interval(0.9)
+    # The tail is longer where drops are large, and a test at 5 % fails at the end of a 90 % interval.
+    assert interval.hi - found.drop > found.drop - interval.lo
+    assert found.bound(0.95) == pytest.approx(interval.hi)
+    assert found.p_value(interval.hi, 0.05) == pytest.approx(0.05, abs=1e-9)
+    assert found.p_value(interval.lo, 0.05) == pytest.approx(0.95, abs=1e-9)
