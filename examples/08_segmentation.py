@@ -9,6 +9,7 @@ network; `--save` leaves the weights and the scenes as files for the command lin
 """
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -41,21 +42,22 @@ class Block(nn.Sequential):
 
 
 class UNet(nn.Module):
-    """Three levels; each on the way up sees what was on the same level on the way down."""
+    """Four levels; each on the way up sees what was on the same level on the way down."""
 
-    def __init__(self, width: int = 24) -> None:
+    def __init__(self, widths: Sequence[int] = (16, 32, 64, 128)) -> None:
         super().__init__()
-        self.down1, self.down2 = Block(3, width), Block(width, 2 * width)
-        self.bottom = Block(2 * width, 4 * width)
-        self.up2, self.up1 = Block(6 * width, 2 * width), Block(3 * width, width)
-        self.head = nn.Conv2d(width, CLASSES, 1)
+        self.down = nn.ModuleList(map(Block, (3, *widths[:-1]), widths))
+        self.up = nn.ModuleList(Block(fine + coarse, fine) for fine, coarse in zip(widths, widths[1:]))
+        self.head = nn.Conv2d(widths[0], CLASSES, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        fine = self.down1(x)
-        middle = self.down2(F.max_pool2d(fine, 2))
-        coarse = self.bottom(F.max_pool2d(middle, 2))
-        middle = self.up2(torch.cat([F.interpolate(coarse, scale_factor=2), middle], 1))
-        return self.head(self.up1(torch.cat([F.interpolate(middle, scale_factor=2), fine], 1)))
+        levels = [self.down[0](x)]
+        for block in self.down[1:]:
+            levels.append(block(F.max_pool2d(levels[-1], 2)))
+        x = levels.pop()
+        for block, level in zip(reversed(self.up), reversed(levels), strict=True):
+            x = block(torch.cat([level, F.interpolate(x, scale_factor=2)], 1))
+        return self.head(x)
 
 
 class Scenes:
@@ -77,10 +79,10 @@ class Scenes:
     def _scene(self) -> tuple[Tensor, Tensor]:
         photo = self.photographs[self.random.integers(len(self.photographs))]
         top, left = (self.random.integers(size - SIDE) for size in photo.shape[1:])
-        image = photo[:, top : top + SIDE, left : left + SIDE].clone()
+        image = photo[:, top : top + SIDE, left : left + SIDE] * 0.6
         mask = torch.zeros(SIDE, SIDE, dtype=torch.uint8)
-        for _ in range(self.random.integers(3, 7)):
-            index, side = self.random.integers(len(self.labels)), int(self.random.integers(20, 33))
+        for _ in range(self.random.integers(4, 10)):
+            index, side = self.random.integers(len(self.labels)), int(self.random.integers(18, 29))
             digit = F.interpolate(self.digits[index][None], (side, side), mode="bilinear")[0, 0]
             top, left = self.random.integers(SIDE - side, size=2)
             place = (slice(top, top + side), slice(left, left + side))
@@ -88,7 +90,7 @@ class Scenes:
             if mask[place].any():  # digits do not touch
                 continue
             mask[place][ink] = int(self.labels[index]) + 1
-            colour = torch.from_numpy(self.random.uniform(0, 1, (3, 1, 1))).float()
+            colour = torch.from_numpy(self.random.uniform(0.6, 1, (3, 1, 1))).float()
             image[:, place[0], place[1]].lerp_(colour.expand(3, side, side), digit.expand(3, side, side))
         return (255 * image).byte().permute(1, 2, 0), mask
 
