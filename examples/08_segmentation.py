@@ -10,6 +10,7 @@ network; `--save` leaves the weights and the scenes as files for the command lin
 
 import argparse
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -47,7 +48,7 @@ class UNet(nn.Module):
     def __init__(self, widths: Sequence[int] = (16, 32, 64, 128)) -> None:
         super().__init__()
         self.down = nn.ModuleList(map(Block, (3, *widths[:-1]), widths))
-        self.up = nn.ModuleList(Block(fine + coarse, fine) for fine, coarse in zip(widths, widths[1:]))
+        self.up = nn.ModuleList(Block(fine + coarse, fine) for fine, coarse in pairwise(widths))
         self.head = nn.Conv2d(widths[0], CLASSES, 1)
 
     def forward(self, x: Tensor) -> Tensor:
