@@ -119,7 +119,7 @@ def curve_table(curve: Sequence[Document]) -> str:
                 "<-" if point["delivered"] else "",
             ]
         )
-    lost = heading("drop", drops[0]["unit"] if drops else TOP1.unit)
+    lost = heading("drop", drops[0]["unit"] if drops else "")
     predicted, measured = "speed-\nup,\npre-\ndicted", "speed-up\nmeasured"
     headers = ["fewer\nMACs", "lay-\ners", "diver-\ngence", lost, predicted, measured, ""]
     legend = ["~ within noise"] if any(_noise(point["latency_speedup"]) for point in curve) else []
