@@ -303,9 +303,9 @@ def _class_axis(probabilities: Tensor) -> int | None:
 
 
 def _is_no_class_score(output: Tensor) -> bool:
-    """Return whether one of several outputs N×K is rather a box or an embedding."""
-    is_embedding = _origin(output.grad_fn, *_POOLING) in _OF_EMBEDDINGS
-    return output.ndim == 2 and (output.shape[1] == _OF_A_BOX or is_embedding)
+    """Return whether one of several outputs N×K or N×K×H×W is rather a box, or an embedding N×K."""
+    is_embedding = output.ndim == 2 and _origin(output.grad_fn, *_POOLING) in _OF_EMBEDDINGS
+    return output.shape[1] == _OF_A_BOX or is_embedding
 
 
 def is_logits(output: Tensor) -> bool:
