@@ -8,7 +8,7 @@ from torch import nn
 
 import sepconvert
 from sepconvert.base.errors import SepconvertError
-from sepconvert.base.options import Budget, Calibration, Finetuning, Selection, Timing
+from sepconvert.base.options import Budget, Calibration, Finetuning, Selection, Task, Timing
 from sepconvert.pipeline.job import Job
 
 
@@ -27,6 +27,10 @@ from sepconvert.pipeline.job import Job
         (
             {"selection": "conv*"},
             "`selection`: expected a sepconvert.Selection, got 'conv*'; pass",
+        ),
+        (
+            {"mode": "approx", "task": Task(loss=len)},
+            "`loss`: only for fine-tuning; pass `finetune` too",
         ),
         ({"timing": 50}, "`timing`: expected a sepconvert.Timing, got 50"),
         ({"calibration": 64}, "`calibration`: expected a sepconvert.Calibration, got 64"),
