@@ -17,8 +17,8 @@ import numpy.typing as npt
 from tabulate import tabulate
 
 from sepconvert.base.options import Budget
-from sepconvert.measure.metrics import AccuracyDelta
-from sepconvert.measure.statistics import Interval
+from sepconvert.measure.metrics.evaluation import TOP1, MetricDelta
+from sepconvert.measure.metrics.uncertainty import Discordant
 from sepconvert.planning.scores import sizes_of
 from sepconvert.planning.search.curve import Measured, Point
 from sepconvert.planning.search.measurements import Measurements
@@ -42,12 +42,12 @@ class Drawn:
             np.int8
         )
 
-    def delta(self, plan: int, images: int) -> AccuracyDelta:
+    def delta(self, plan: int, images: int) -> MetricDelta:
         """Return the drop of a plan on the first images."""
         signs = self.signs[plan, :images]
         lost, won = int((signs == 1).sum()), int((signs == -1).sum())
         drop = 100 * (lost - won) / images
-        return AccuracyDelta(drop, Interval(drop, drop), 1.0, 1.0, images, lost, won)
+        return MetricDelta(TOP1, 100.0, 100.0 - drop, drop, Discordant(lost, won, images))
 
 
 def proven(scores: Drawn, budget: Budget) -> int | None:

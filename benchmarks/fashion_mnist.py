@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sepconvert.files.data import Preprocess, load_data
-from sepconvert.measure.metrics import evaluate
+from sepconvert.measure.metrics.evaluation import evaluate
 
 MEAN, STD = (0.2860,), (0.3530,)
 _BATCH = 128

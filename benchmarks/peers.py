@@ -37,7 +37,7 @@ from sepconvert.files.models import load_model
 from sepconvert.files.onnx.export import export_program, onnx_feed, save_onnx
 from sepconvert.measure.cost import count
 from sepconvert.measure.latency import Deployed, session, speedup, time_all
-from sepconvert.measure.metrics import accuracy_delta, evaluate
+from sepconvert.measure.metrics.evaluation import evaluate, metric_delta
 from sepconvert.measure.statistics import median_interval
 from sepconvert.network.copies import evaluation_mode, private_copy
 from sepconvert.network.trace import ConvSite, trace
@@ -348,7 +348,7 @@ def convert_command(
 
     def judge(converted: nn.Module) -> dict[str, Any]:
         found = evaluate(converted, scored)
-        return {"accuracy": found.accuracy().to_dict(), **accuracy_delta(expected, found).to_dict()}
+        return {"accuracy": found.accuracy().to_dict(), **metric_delta(expected, found).to_dict()}
 
     for tool in chosen:
         for setting in tool.settings:

@@ -77,7 +77,7 @@ class Heldout:
 
     @functools.cached_property
     def yardstick(self) -> Yardstick:
-        """What outputs are compared by, with the variances of the original's."""
+        """Kinds that outputs are compared by, with the variances of the original's."""
         given = self._yardstick
         return given if given.variances is not None else given.measured_on(self.expected)
 

@@ -52,6 +52,9 @@ TRAINING_BATCH = 64
 
 Five epochs of a ResNet-9 end at 87.3 %; with 128 images and the learning rate 5e-3, at 86.6 %."""
 
+DENSE_TRAINING_BATCH = 8
+"""The same where every pixel has a target: few images say much, and take long."""
+
 
 def example_of_file(file: OnnxFile) -> Inputs | None:
     """Return inputs of the shapes that an ONNX file gives, or None if more than the batch is open."""
@@ -91,12 +94,13 @@ def read_images(options: Options, name: str) -> DataLoader[Batch] | None:
     if spec is None:
         return None
     kind = _kind_of_targets(options)
+    dense = kind is not None
     if kind is None and not Path(spec).is_dir():  # a loss of the task may take targets of any form
         kind = "any"
     return load_data(
         spec,
         _preprocess(options),
-        batch_size=TRAINING_BATCH,
+        batch_size=DENSE_TRAINING_BATCH if dense else TRAINING_BATCH,
         labelled=has_labels(spec),
         parameter=name,
         kind=kind,

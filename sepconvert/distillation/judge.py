@@ -48,7 +48,7 @@ class Judge:
         """
         self._teacher, self._heldout, self._accelerator = teacher, heldout, accelerator
         self._temperature, self._labelled, self._dtype = settings.temperature, settings.labelled, dtype
-        self._task_loss = task_loss
+        self.task_loss = task_loss
         self.yardstick = yardstick
         if yardstick.variances is None and any(kind.has_scale for kind in yardstick.kinds):
             self.yardstick = self._measured(yardstick)
@@ -73,10 +73,10 @@ class Judge:
                 # Rounding makes the divergence of equal outputs slightly negative.
                 divergences[index] += len(x) * max(float(self.yardstick.divergence(expected, actual)), 0.0)
                 losses[index] += len(x) * float(self.yardstick.scaled(expected, actual, self._temperature))
-                if self._task_loss is not None:
-                    losses[index] += len(x) * float(self._task_loss(returned, target))
+                if self.task_loss is not None:
+                    losses[index] += len(x) * float(self.task_loss(returned, target))
                 if self._labelled:
-                    if self._task_loss is None:
+                    if self.task_loss is None:
                         losses[index] += float(label_loss(self.yardstick.kinds[0], actual, y))
                     correct[index] += float((class_logits(actual, y).argmax(1) == y).sum())
         *sums, labels = self._summed([*losses, *divergences, *correct, labels])

@@ -214,7 +214,6 @@ def _training(
         learner,
         Tap(learner.module, classifier, layers),
         Judge(original, heldout, accelerator, settings, learner.dtype, yardstick, task_loss),
-        task_loss,
     )
 
 
@@ -244,12 +243,10 @@ class Training:
         student: Student,
         tap: Tap,
         judge: Judge,
-        task_loss: TaskLoss | None,
     ) -> None:
         """Take the parts; `tap` is on the student."""
         self.accelerator, self.settings, self.data = accelerator, settings, data
         self.teacher, self.student, self.tap, self.judge = teacher, student, tap, judge
-        self.task_loss = task_loss
         self.step = 0
         self.loss_sum = 0.0  # over this epoch's steps
         self.history: list[Epoch] = []
@@ -344,8 +341,8 @@ class Training:
         if self.tap.features:
             errors = feature_loss(self.teacher.tap.features, self.tap.features)
             loss = loss + self.settings.feature_weight * errors
-        if self.task_loss is not None:
-            loss = loss + self.task_loss(returned, share.y)
+        if self.judge.task_loss is not None:
+            loss = loss + self.judge.task_loss(returned, share.y)
         elif self.settings.labelled:
             known = class_labels(share.y, len(share.x)).to(share.mirrored.device)
             labels = holding_labels(known, share.mirrored, target.outputs[0])

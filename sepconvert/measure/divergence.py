@@ -38,7 +38,7 @@ _OF_A_BOX = 4  # numbers, which are no logits of as many classes where a model h
 
 @dataclass(frozen=True)
 class Kind:
-    """How one output of a model is compared with the original's.
+    """Comparison of one output of a model with the original's.
 
     - `kl`: Kullback-Leibler divergence of distributions over the classes along `axis`, in nats: a mean over
       samples and positions.
@@ -102,7 +102,7 @@ class Kind:
 
 @dataclass(frozen=True)
 class Yardstick:
-    """What the outputs of a model are compared with the original's by: a kind for each floating-point output.
+    """Comparison of a model's outputs with the original's: a kind for each floating-point output.
 
     Several outputs count alike: those with a scale relative to their variance. `variances` are those of the
     original's outputs over some data set, 1 where they do not vary; without them, those of each batch count.
@@ -303,9 +303,9 @@ def _class_axis(probabilities: Tensor) -> int | None:
 
 
 def _is_no_class_score(output: Tensor) -> bool:
-    """Return whether one of several outputs N×K is rather a box or an embedding."""
-    is_embedding = _origin(output.grad_fn, *_POOLING) in _OF_EMBEDDINGS
-    return output.ndim == 2 and (output.shape[1] == _OF_A_BOX or is_embedding)
+    """Return whether one of several outputs N×K or N×K×H×W is rather a box, or an embedding N×K."""
+    is_embedding = output.ndim == 2 and _origin(output.grad_fn, *_POOLING) in _OF_EMBEDDINGS
+    return output.shape[1] == _OF_A_BOX or is_embedding
 
 
 def is_logits(output: Tensor) -> bool:

@@ -12,6 +12,7 @@ from sepconvert.measure.metrics.metric import written_interval
 from sepconvert.report.numbers import (
     Document,
     Quality,
+    divergence_text,
     drop_text,
     measured_drop,
     percent_text,
@@ -70,6 +71,7 @@ def _template(name: str) -> Template:
         lstrip_blocks=True,
     )
     pages.filters.update(
+        divergence=divergence_text,
         ratio=ratio_text,
         speedup=speedup_text,
         percent=percent_text,

@@ -19,6 +19,8 @@ Document = Mapping[str, Any]
 
 _TERMINAL_WIDTH = 80  # columns
 
+_SMALL = 1e-3  # divergences below it have too few digits among four decimals
+
 
 def fold(sentence: str) -> str:
     """Return a sentence on lines of 80 columns, the second and later ones indented by two."""
@@ -63,6 +65,11 @@ def speedup_text(speedup: Document) -> str:
 def as_fast_text(speedup: Document) -> str:
     """Return a `latency_speedup` object in words, without its interval, marked if noise can explain it."""
     return f"{ratio_text(speedup['median'])} as fast" + ("" if speedup["significant"] else " (within noise)")
+
+
+def divergence_text(divergence: float) -> str:
+    """Return a divergence as people read it, small ones with two digits: 0.0123, 4.1e-05."""
+    return f"{divergence:.4f}" if divergence >= _SMALL or not divergence else f"{divergence:.1e}"
 
 
 def drop_text(drop: Document, *, unit: bool = True) -> str:

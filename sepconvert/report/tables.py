@@ -10,6 +10,7 @@ from sepconvert.report.numbers import (
     Document,
     Quality,
     count_text,
+    divergence_text,
     drop_text,
     estimate_text,
     fold,
@@ -109,7 +110,7 @@ def curve_table(curve: Sequence[Document]) -> str:
             [
                 ratio_text(point["macs_ratio"]),
                 point["converted"],
-                "-" if heldout is None else f"{heldout['divergence']:.4f}",
+                "-" if heldout is None else divergence_text(heldout["divergence"]),
                 # Units are in the header: with them, rows would be wider than a terminal.
                 "-" if drop is None else drop_text(drop, unit=False) + _fewer(drop, most),
                 ratio_text(point["predicted_speedup"]) or "-",
@@ -119,7 +120,7 @@ def curve_table(curve: Sequence[Document]) -> str:
                 "<-" if point["delivered"] else "",
             ]
         )
-    lost = heading("drop", drops[0]["unit"] if drops else TOP1.unit)
+    lost = heading("drop", drops[0]["unit"] if drops else "")
     predicted, measured = "speed-\nup,\npre-\ndicted", "speed-up\nmeasured"
     headers = ["fewer\nMACs", "lay-\ners", "diver-\ngence", lost, predicted, measured, ""]
     legend = ["~ within noise"] if any(_noise(point["latency_speedup"]) for point in curve) else []
@@ -232,7 +233,7 @@ def _step_lines(approximation: Document) -> list[str]:
     rows = [
         [
             step["name"] + (" (not kept)" if step["kind"] == "batchnorm" and not step["kept"] else ""),
-            f"{step['divergence']:.4f}",
+            divergence_text(step["divergence"]),
             *(percent_text(step[share], 1) for share in shares),
         ]
         for step in steps

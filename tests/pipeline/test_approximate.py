@@ -619,3 +619,18 @@ def test_auto_mode_has_what_exact_mode_has_whatever_time_there_is(samples, secon
         onnx_feed((x[:8],)), runs=30, batch=8, seed=0,
     )  # fmt: skip
     assert not (timed.speedup.significant and timed.speedup.median < 1)
+
+
+def test_a_segmenter_is_compared_by_its_pixels():
+    torch.manual_seed(0)
+    body = [nn.Conv2d(3, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 16, 3, padding=1), nn.ReLU()]
+    model = nn.Sequential(*body, nn.Conv2d(16, 5, 1))
+    x = torch.randn(32, 3, 12, 12)
+    loader = DataLoader(TensorDataset(x, torch.full((32,), -1)), 8)
+    found = convert(
+        model, x[:1], "approx", rank=2, calib=loader, timing=Timing(runs=0), finetune=1, gate="none"
+    )
+    described = found.report["approximation"]
+    assert described["divergence"] == ["kl"]
+    assert all(0 < step["agreement"] < 1 for step in described["steps"])
+    assert described["finetune"]["delivered"]["divergence"] <= described["steps"][-2]["divergence"] * 1.01

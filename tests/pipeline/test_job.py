@@ -28,6 +28,10 @@ from sepconvert.pipeline.job import Job
             {"selection": "conv*"},
             "`selection`: expected a sepconvert.Selection, got 'conv*'; pass",
         ),
+        (
+            {"mode": "approx", "task": Task(loss=len)},
+            "`loss`: only for fine-tuning; pass `finetune` too",
+        ),
         ({"timing": 50}, "`timing`: expected a sepconvert.Timing, got 50"),
         ({"calibration": 64}, "`calibration`: expected a sepconvert.Calibration, got 64"),
     ],

@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from sepconvert.base.errors import SepconvertError
-from sepconvert.base.options import Budget, Selection
+from sepconvert.base.options import Budget, Finetuning, Selection, Task
 from sepconvert.pipeline.job import Job
 from sepconvert.pipeline.original import examine, trace_selected
 
@@ -130,3 +130,30 @@ class Once:
 
     def __iter__(self):
         return self.batches
+
+
+@pytest.mark.parametrize(
+    ("task", "channels", "names"),
+    [
+        (Task(), 4, ["kl"]),
+        (Task(), 1, ["squared"]),
+        (Task(metric="dice"), 1, ["bernoulli"]),
+        (Task(metric="psnr"), 4, ["relative"]),
+        (Task(divergence="relative"), 1, ["relative"]),
+    ],
+)
+def test_outputs_are_compared_as_the_task_says(images, task, channels, names):
+    job = Job(mode="approx", task=task, budget=Budget(rank=1))
+    original = examine(nn.Conv2d(3, channels, 3), images[:2], None, None, job)
+    assert original.yardstick.names == names
+    assert original.task.batch_dim == 0
+
+
+def test_a_loss_that_fails_is_found_before_any_long_work(images):
+    def failing(outputs, targets):
+        raise ValueError("of no use")
+
+    loader = DataLoader(TensorDataset(images, images), 4)
+    job = Job(mode="approx", task=Task(loss=failing), budget=Budget(rank=1), finetuning=Finetuning(1))
+    with pytest.raises(SepconvertError, match=r"`loss`: failed with ValueError: of no use.*float32 of shape"):
+        examine(nn.Conv2d(3, 3, 3), images[:2], None, loader, job)

@@ -27,6 +27,7 @@ QUICKLY = {
     "benchmarks/activations.py": (),
     "benchmarks/confidence.py": ("--repetitions", "2"),
     "benchmarks/cost_model.py": ("--runs", "1"),
+    "benchmarks/divergences.py": ("--epochs", "1", "--plans", "3", "--case", "denoiser"),
     "benchmarks/zoo.py run": (
         "--results",
         "zoo.json",

@@ -3,6 +3,7 @@
 import base64
 import io
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import numpy as np
@@ -11,9 +12,14 @@ import torch
 from PIL import Image
 from profiles import profile
 
-from sepconvert.measure.comparison import Comparison
+from sepconvert.measure.comparison import Comparison, Delta
+from sepconvert.measure.metrics.evaluation import MetricDelta
+from sepconvert.measure.metrics.metric import MetricValue
+from sepconvert.measure.metrics.named import named
+from sepconvert.measure.metrics.uncertainty import MeanDrop
 from sepconvert.report.html import render_comparison, render_html
 from sepconvert.report.pictures.exhibits import Exhibits, KernelPair
+from sepconvert.report.pictures.samples import ChangedSample, ChangedSamples
 from sepconvert.report.sentences import causes, sentences
 
 VOID = {"meta", "br", "img", "input"}
@@ -178,6 +184,50 @@ def test_predictions_that_changed(document, exhibits):
     assert "label 7, sample 31" in text
     document["changed_predictions"]["count"] = 0
     assert "Predictions that changed" not in Page(render_html(document, exhibits)).text
+
+
+@pytest.fixture
+def restorations():
+    """Two samples of a model that restores pictures."""
+    target = torch.full((1, 1, 32, 32), 0.5)
+    shown = tuple(
+        ChangedSample(index, target, target, target, target + 0.04 / (index + 1), scores)
+        for index, scores in ((0, (28.2, 27.5)), (7, None))
+    )
+    return Exhibits(changed=ChangedSamples(shown, examined=1300))
+
+
+def test_samples_that_changed_are_shown_with_their_scores(restored, restorations):
+    page = Page(render_html(restored, restorations))
+    text = " ".join(page.text.split())
+    assert "2 of 1,300 that were compared." in text
+    assert "sample 0: psnr 28.20 dB → 27.50 dB input before after difference × 20" in text
+    assert "sample 7 input" in text
+    assert page.elements.count("img") == 10
+    assert {name for name, value in page.attributes if value == "difference × 20"} == {"alt"}
+    assert "Samples that changed" not in render_html(restored, Exhibits())
+    pictures = page.elements.count("img") + page.elements.count("svg")
+    assert (
+        len([name for name, value in page.attributes if name in ("width", "height") and value])
+        >= 2 * pictures
+    )
+
+
+def test_why_no_samples_are_shown(restored):
+    page = render_html(restored, Exhibits(changed=ChangedSamples(reason="a <b>")))
+    assert '<p class="warning">Warning: no samples are shown that changed: a &lt;b&gt;.</p>' in page
+
+
+def test_a_comparison_shows_the_metric():
+    reached = [
+        replace(profile(1.0), metric=MetricValue("psnr", "dB", True, value, 300)) for value in (28.2, 28.1)
+    ]
+    delta = MetricDelta(named("psnr"), 28.2, 28.1, 0.1, MeanDrop(np.full(300, 0.1)))
+    text = Page(
+        render_comparison(Comparison(tuple(reached), ("a", "b"), (Delta(accuracy=delta),)), "note")
+    ).text
+    assert "psnr28.20 dB of 30028.10 dB of 300" in text
+    assert "drop, dB-0.1 [0.1, 0.1]" in text
 
 
 def test_why_it_is_not_faster(document):

@@ -4,6 +4,7 @@ import pytest
 
 from sepconvert.report.numbers import (
     count_text,
+    divergence_text,
     drop_text,
     estimate_text,
     fold,
@@ -47,3 +48,10 @@ def test_sentences_are_folded_but_words_are_not():
     first, second, third = fold(f"{'word ' * 15}{name} word").splitlines()
     assert first == ("word " * 15).strip()
     assert (second, third) == (f"  {name}", "  word")
+
+
+@pytest.mark.parametrize(
+    ("value", "text"), [(0.0, "0.0000"), (0.35, "0.3500"), (0.00123, "0.0012"), (4.06e-5, "4.1e-05")]
+)
+def test_small_divergences_keep_two_digits(value, text):
+    assert divergence_text(value) == text

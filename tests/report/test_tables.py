@@ -207,6 +207,12 @@ def test_the_curve_has_a_row_for_each_plan(approximate):
     assert max(map(len, curve_table(curve).splitlines())) <= 80
 
 
+def test_the_unit_of_drops_is_that_of_those_that_were_measured(approximate):
+    curve = approximate["approximation"]["curve"]
+    assert "drop, pp" in curve_table(curve)
+    assert "drop, " not in curve_table(curve[:1])
+
+
 def test_the_anatomy_of_a_file(document):
     operators = [
         {"name": f"node{n}", "layer": f"layer{n}" if n else None, "operator": "Conv", "kernel": None,

@@ -29,7 +29,7 @@ def picture(image: Tensor) -> dict[str, Any]:
 
 def stretched(image: Tensor) -> Pixels:
     """Return an image C × H × W as pixels, its least value black and its largest white."""
-    found = image.detach().double().cpu()
+    found = _visible(image)
     return pixels_of(found, float(found.min()), float(found.max()))
 
 
@@ -38,9 +38,13 @@ def pixels_of(image: Tensor, low: float, high: float) -> Pixels:
 
     Channels are averaged unless there are 1 or 3.
     """
-    found = image.detach().double().cpu()
-    if len(found) not in (1, 3):
-        found = found.mean(0, keepdim=True)
+    found = _visible(image)
     shares = ((found - low) / ((high - low) or 1.0)).clamp(0, 1)
     shown: Pixels = (shares * 255).round().byte().permute(1, 2, 0).numpy()
     return shown.squeeze(2) if len(found) == 1 else shown
+
+
+def _visible(image: Tensor) -> Tensor:
+    """Return an image of 1 or 3 channels in float64: the mean of any other number of channels."""
+    found = image.detach().double().cpu()
+    return found if len(found) in (1, 3) else found.mean(0, keepdim=True)

@@ -177,7 +177,7 @@ def amplification(difference: float, whole: float) -> float:
 
 
 def _crops(target: Tensor, before: Tensor, after: Tensor, limits: tuple[float, float]) -> Panel:
-    """Return the region of the largest difference of the label, before and after, side by side."""
+    """Return the region of the largest difference of the target, before and after, side by side."""
     difference = (after - before).square().mean(0)
     side = max(1, min(_CROP, *(length // 2 for length in difference.shape)))
     means = F.avg_pool2d(difference[None, None], side, stride=1)[0, 0]
@@ -188,7 +188,7 @@ def _crops(target: Tensor, before: Tensor, after: Tensor, limits: tuple[float, f
     gap = np.full((side * enlarged, _GAP, *crops[0].shape[2:]), 255, np.uint8)
     label, old, new = (crop.repeat(enlarged, 0).repeat(enlarged, 1) for crop in crops)
     joined = np.concatenate([label, gap, old, gap, new], 1)
-    return _panel(f"{side} × {side} pixels: label, before, after", joined, smooth=False)
+    return _panel(f"{side} × {side} pixels: target, before, after", joined, smooth=False)
 
 
 # Boxes ----------------------------------------------------------------------------------------------

@@ -46,7 +46,7 @@ class ChangedSample:
     @property
     def kind(self) -> Kind | None:
         """Kind of picture that outputs and target are; None if they are no pictures."""
-        if _are_boxes(self.before) and _are_boxes(self.target):
+        if all(_are_boxes(each, "scores") for each in (self.before, self.after)) and _are_boxes(self.target):
             return "boxes"
         made, target = self.before, self.target
         if not isinstance(made, Tensor) or not isinstance(target, Tensor) or made.ndim not in (3, 4):
@@ -170,13 +170,14 @@ def _difference(sample: ChangedSample) -> float:
     return sum(found)
 
 
-def _are_boxes(value: Any) -> bool:
-    return (
-        isinstance(value, list | tuple)
-        and len(value) == 1
-        and isinstance(value[0], Mapping)
-        and isinstance(value[0].get("boxes"), Tensor)
-    )
+def _are_boxes(value: Any, *more: str) -> bool:
+    """Return whether a batch of one is boxes M × 4, with M labels and M of each of some more values."""
+    if not isinstance(value, list | tuple) or len(value) != 1 or not isinstance(value[0], Mapping):
+        return False
+    boxes, *others = (value[0].get(key) for key in ("boxes", "labels", *more))
+    if not isinstance(boxes, Tensor) or (boxes.shape[1:] != (4,) and boxes.numel()):
+        return False
+    return all(isinstance(each, Tensor) and each.shape == boxes.shape[:1] for each in others)
 
 
 def image_of(x: InputBatch) -> Tensor | None:

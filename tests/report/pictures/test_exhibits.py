@@ -1,4 +1,4 @@
-"""Kernels and images are those of the model and of the data."""
+"""Kernels, images and samples are those of the model and of the data."""
 
 import pytest
 import torch
@@ -7,45 +7,6 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from sepconvert import convert
 from sepconvert.base.options import Timing
-from sepconvert.report.pictures.exhibits import images_at
-
-IMAGES = torch.arange(10.0).reshape(10, 1, 1, 1).expand(10, 3, 4, 4)
-DATA = TensorDataset(IMAGES, torch.zeros(10, dtype=torch.int64))
-
-
-class Counting(TensorDataset):
-    reads = 0
-
-    def __getitem__(self, index):
-        self.reads += 1
-        return super().__getitem__(index)
-
-
-@pytest.mark.parametrize(
-    "data",
-    [
-        DataLoader(DATA, batch_size=3),
-        DataLoader(DATA, batch_size=4, sampler=[*range(10)]),
-        [(IMAGES[:7], torch.zeros(7)), (IMAGES[7:], torch.zeros(3))],
-    ],
-    ids=["loader", "sampler of its own", "list"],
-)
-def test_images_are_those_of_their_index(data):
-    found = images_at(data, [9, 2])
-    assert sorted(found) == [2, 9]
-    assert all(torch.equal(found[index], IMAGES[index]) for index in found)
-    assert images_at(data, []) == {}
-
-
-def test_the_order_is_that_of_the_loader():
-    backwards = DataLoader(DATA, batch_size=4, sampler=[*range(9, -1, -1)])
-    assert float(images_at(backwards, [0])[0].max()) == 9
-
-
-def test_no_more_is_read_than_is_shown():
-    data = Counting(*DATA.tensors)
-    images_at(DataLoader(data, batch_size=5), [4, 8])
-    assert data.reads == 2
 
 
 def test_kernels_of_the_layers_that_moved_most():
@@ -63,3 +24,43 @@ def test_kernels_of_the_layers_that_moved_most():
         place = (dense == before).all((2, 3)).nonzero()
         assert len(place) == 1
         assert torch.equal(after[tuple(place[0])], changed)
+
+
+@pytest.mark.parametrize("mode", ["exact", "approx"])
+def test_samples_of_a_model_that_is_no_classifier(mode):
+    torch.manual_seed(0)
+    x = torch.rand(12, 1, 12, 12)
+    net = nn.Sequential(
+        nn.Conv2d(1, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 1, 1)
+    )
+    result = convert(
+        net, x[:1], mode, data=DataLoader(TensorDataset(x, x), 4), metric="mae", check="torch",
+        timing=Timing(runs=0), **({} if mode == "exact" else {"rank": 1, "gate": "none"}),
+    )  # fmt: skip
+    changed = result.exhibits.changed
+    assert not result.exhibits.images
+    if mode == "exact":  # outputs are proven to be the same
+        assert changed.shown == ()
+        return
+    assert changed.kind == "pictures"
+    with torch.no_grad():
+        for sample in changed.shown:
+            assert torch.allclose(sample.before, net(sample.image), atol=1e-6)
+            assert torch.allclose(sample.after, result.model(sample.image), atol=1e-6)
+            mean = float((sample.after - sample.target).abs().mean())
+            assert abs(mean - sample.scores[1]) < 1e-6
+
+
+def test_images_whose_predicted_class_changed():
+    torch.manual_seed(0)
+    x, y = torch.randn(80, 3, 8, 8), torch.arange(80) % 5
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.Flatten(), nn.Linear(128, 5))
+    result = convert(
+        net, x[:1], "approx", data=DataLoader(TensorDataset(x, y), 8), rank=1, gate="none", check="torch",
+        timing=Timing(runs=0),
+    )  # fmt: skip
+    shown = [each["index"] for each in result.report["changed_predictions"]["shown"]]
+    assert shown
+    assert [*result.exhibits.images] == shown
+    assert result.exhibits.changed.shown == ()
+    assert all(image.shape == (3, 8, 8) for image in result.exhibits.images.values())

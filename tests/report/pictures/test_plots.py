@@ -1,23 +1,15 @@
-"""Plots are SVG in the colours of the page, and pictures show the values that they are given."""
+"""Plots are SVG in the colours of the page, and kernels show the values that they are given."""
 
-import base64
-import io
 import re
 import xml.etree.ElementTree as ET
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
+from data_urls import pixels
 
 from sepconvert.report.numbers import TOP1, Quality
 from sepconvert.report.pictures import plots
 from sepconvert.report.pictures.exhibits import KernelPair
-
-
-def pixels(url: str) -> np.ndarray:
-    assert url.startswith("data:image/png;base64,")
-    return np.array(Image.open(io.BytesIO(base64.b64decode(url.partition(",")[2]))))
 
 
 def points(count: int, drops=()) -> list[dict]:
@@ -126,17 +118,3 @@ def test_filters_share_one_scale():
     assert strong[1, 1] < weak[1, 1]  # the smaller, the paler
     assert (weak[1] == strong[4]).all()  # both 0.5
     assert (found["width"], found["height"]) == (5 * 12, 12)
-
-
-@pytest.mark.parametrize(("channels", "mode"), [(1, (2, 2)), (3, (2, 2, 3)), (5, (2, 2))])
-def test_images_are_stretched_from_black_to_white(channels, mode):
-    image = torch.arange(channels * 4.0).reshape(channels, 2, 2) * 10 - 3
-    found = plots.picture(image)
-    shown = pixels(found["url"])
-    assert shown.shape == mode
-    assert (shown.min(), shown.max()) == (0, 255)
-    assert (found["width"], found["height"]) == (2, 2)
-
-
-def test_an_image_of_one_value_is_black():
-    assert not pixels(plots.picture(torch.full((1, 2, 2), 7.0))["url"]).any()
