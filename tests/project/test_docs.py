@@ -103,6 +103,9 @@ FORMS = {
     "accelerate launch -m sepconvert …",
 }
 
+# Guides whose Python blocks convert in auto mode.
+OTHER_TASKS = {"segmentation", "super_resolution", "detection", "own_metric"}
+
 FOREIGN = {"--keep-going", "--figure", "--no-deps"}  # options of other programs
 
 MYNETS = """
@@ -520,7 +523,7 @@ def names(prepared) -> dict[str, Any]:
     "page",
     [
         pytest.param(page, marks=pytest.mark.slow)
-        if page.stem in ("README", "approximate", "continue")
+        if page.stem in {"README", "approximate", "continue", *OTHER_TASKS}
         else page
         for page in PAGES
         if fences(page, "python")
