@@ -223,7 +223,7 @@ class Task:
     output: int | str | None = option(
         "Name or number of the output that is judged.",
         metavar="NAME|INDEX",
-        shown_default="`logits`, or the first",
+        shown_default="the logits, or the first",
     )
     ignore_index: int | None = option(
         "Class number that is not scored, such as 255.",

@@ -130,7 +130,7 @@ def test_a_value_that_does_not_parse_is_refused_by_click(arguments, message):
     ("arguments", "message"),
     [
         (["--rank", "0"], "`rank`: expected a whole number from 1, got 0"),
-        (["--max-drop", "101"], "`max_drop`: expected a number from 0 to 100, got 101.0"),
+        (["--max-drop", "-1"], "`max_drop`: expected a number from 0, got -1.0"),
         (["--memory", "nan"], "`memory`: expected a number from 1, got nan"),
         (["--calib-images", "0"], "`images`: expected a whole number from 1, got 0"),
     ],

@@ -143,8 +143,15 @@ class Once:
     ],
 )
 def test_outputs_are_compared_as_the_task_says(images, task, channels, names):
-    job = Job(mode="approx", task=task, budget=Budget(rank=1))
-    original = examine(nn.Conv2d(3, channels, 3), images[:2], None, None, job)
+    job, model = Job(mode="approx", task=task, budget=Budget(rank=1)), nn.Conv2d(3, channels, 3)
+    data = None
+    if task.metric is not None:
+        with torch.no_grad():
+            found = model(images).sigmoid()
+        data = DataLoader(
+            TensorDataset(images, found if task.metric == "psnr" else (found[:, 0] > 0.5).long()), 4
+        )
+    original = examine(model, images[:2], data, None, job)
     assert original.yardstick.names == names
     assert original.task.batch_dim == 0
 

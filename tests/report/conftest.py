@@ -211,6 +211,7 @@ def approximate() -> dict[str, Any]:
     drop = {"value": 0.25, "unit": "pp", "ci95": [-0.05, 0.55], "n": 2000}
     approximation = {
         "metric": "data",
+        "divergence": ["kl"],
         "calibration": {"origin": "`calib`", "images": 768, "heldout": 256, "patches_per_unknown": 12,
                         "seen_twice": None},
         "budget": {

@@ -145,8 +145,10 @@ class MeanDrop(Estimated):
         """Take the drop of each sample."""
         self._drops = drops
         self.drop, self.n = float(drops.mean()), len(drops)
-        if self.n > _FEWEST and drops.std() > 0:
-            self.skewness = float(stats.skew(drops, bias=False))
+        deviations = drops - self.drop
+        if self.n > _FEWEST and self.error > 0:
+            moment = float((deviations**3).mean()) / float((deviations**2).mean()) ** 1.5
+            self.skewness = moment * math.sqrt(self.n * (self.n - 1)) / (self.n - 2)
 
     @cached_property
     def error(self) -> float:
