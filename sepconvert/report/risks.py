@@ -63,7 +63,7 @@ def doubts(document: Document) -> list[Note]:
     notes = _range_doubts(data["values"], None if accuracy is None else _skill(data, accuracy["top1"]))
     if accuracy is not None:
         notes += _accuracy_doubts(data, accuracy) + _label_doubts(data["labels"])
-    return notes + _interval_doubt(document) + _repetition_doubt(data.get("repeated", 0))
+    return notes + _interval_doubt(document) + _repetition_doubt(data["repeated"])
 
 
 def _repetition_doubt(repeated: int) -> list[Note]:

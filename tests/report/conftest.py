@@ -121,6 +121,7 @@ EXACT = Report(
         },
         "calibration_accuracy": None,
         "values": {"example": (-2.0, 2.0), "scored": (-2.0, 2.0), "calibration": None},
+        "repeated": 0,
     },
 )  # fmt: skip
 BARE = replace(

@@ -351,7 +351,7 @@ class Data(Struct, frozen=True):
         Accuracy | None, Meta(description="of the original, on the labels of held-out calibration images")
     ]
     values: Values
-    repeated: Annotated[Count, Meta(description="scored images that are equal to an earlier one")] = 0
+    repeated: Annotated[Count, Meta(description="scored images that are equal to an earlier one")]
 
 
 class ChangedPrediction(Struct, frozen=True):
