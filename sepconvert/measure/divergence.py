@@ -198,7 +198,8 @@ def yardstick_of(
     """Return what the outputs of conversions of a model are compared with its own by.
 
     The operator that an output comes from tells sigmoids and softmaxes, its shape the rest: N×K and N×K×H×W
-    are logits, except that N×C×H×W of 1 or 3 channels are pictures; anything else is relative.
+    are logits, except that N×C×H×W of 1 or 3 channels are pictures unless the metric's targets are classes;
+    anything else is relative.
 
     Args:
         model: the original; left as it is.
@@ -239,7 +240,8 @@ def _kind_of(
     output: Tensor, targets: Literal["classes", "pictures", "any"] = "any", *, several: bool = False
 ) -> Kind:
     """Return the kind of an output by its operator and shape."""
-    is_picture = output.ndim == 4 and output.shape[1] in (1, 3)
+    of_classes = targets == "classes" and output.ndim == 4 and output.shape[1] > 1
+    is_picture = output.ndim == 4 and output.shape[1] in (1, 3) and not of_classes
     if targets == "pictures":
         return Kind("squared" if is_picture else "relative", ndim=output.ndim)
     origin = _origin(output.grad_fn)
@@ -249,7 +251,7 @@ def _kind_of(
             return Kind("kl", axis, origin == "Softmax", output.ndim)
     elif origin == "Sigmoid":
         return Kind("bernoulli", probabilities=True, ndim=output.ndim)
-    elif is_logits(output) and not (several and _is_no_class_score(output)):
+    elif of_classes or (is_logits(output) and not (several and _is_no_class_score(output))):
         return Kind("kl", ndim=output.ndim)
     elif targets == "classes" and output.ndim in (2, 4) and output.shape[1] == 1:
         return Kind("bernoulli", ndim=output.ndim)

@@ -257,7 +257,12 @@ def _not_faster(times: FormTimes) -> Reason:
     else:
         text = (
             "no form is measured to be faster in ONNX Runtime beyond noise "
-            f"(best {best.speedup:.2f}× [{best.ci95.lo:.2f}, {best.ci95.hi:.2f}])"
+            f"(best {best.speedup:.2f}× [{best.ci95.lo:.2f}, {best.ci95.hi:.2f}]"
+            + (
+                ", and equal layers differ as much now: measure on an idle machine)"
+                if best.ci95.lo > 1
+                else ")"
+            )
         )
     return Reason(ReasonCode.COSTS_MORE, text)
 

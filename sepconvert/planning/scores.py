@@ -1,5 +1,6 @@
 """Scores on the data, of as many samples as a decision needs."""
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -11,6 +12,7 @@ from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, SequentialSampler, Subset
 
 from sepconvert.base.distributed import once
+from sepconvert.base.errors import SepconvertError
 from sepconvert.base.progress import Progress
 from sepconvert.files.data import Batch
 from sepconvert.measure.metrics.evaluation import (
@@ -69,6 +71,12 @@ class Scores:
         self.original = evaluate(
             private_copy(model), data, scoring, progress, "accuracy, original", on_images
         )
+        if not math.isfinite(self.original.value):
+            raise SepconvertError(
+                f"`metric` {self.original.metric.name}: is {self.original.value} for the original on "
+                f"{len(self.original):,} samples, so that no drop can be measured; pass other `data`, or "
+                "another metric"
+            )
         self.scoring = replace(scoring, metric=self.original.metric)
         size = len(self.original)
         self.sizes, self.choosing = sizes_of(size) if _may_be_divided(data) else ((size,), size)

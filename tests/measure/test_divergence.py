@@ -219,6 +219,8 @@ def test_shapes_alone_where_there_is_no_graph():
 def test_targets_of_the_metric_tell_what_shapes_cannot():
     assert kinds(1, lambda y: y, targets="classes") == (Kind("bernoulli", ndim=4),)
     assert kinds(1, pooled, targets="classes") == (Kind("bernoulli"),)
+    assert kinds(3, lambda y: y, targets="classes") == (Kind("kl", ndim=4),)
+    assert kinds(3, lambda y: y) == (Kind("squared", ndim=4),)
     assert kinds(3, torch.sigmoid, targets="pictures") == (Kind("squared", ndim=4),)
     assert kinds(17, lambda y: y, targets="pictures") == (Kind("relative", ndim=4),)
     assert kinds(5, pooled, targets="classes") == (Kind("kl"),)

@@ -8,8 +8,10 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
+from sepconvert.base.errors import SepconvertError
 from sepconvert.base.progress import silent
 from sepconvert.measure.metrics.evaluation import Scoring, evaluate, metric_delta
+from sepconvert.measure.metrics.metric import Metric, means
 from sepconvert.planning.scores import Scores, sizes_of
 
 
@@ -143,3 +145,10 @@ def test_what_cannot_be_indexed_is_one_part(loader):
     plain = [evaluate(model, DataLoader(TensorDataset(x, y), 100)) for model in (original, converted)]
     assert scores.delta(converted, 1200) == metric_delta(*plain)
     assert np.array_equal(scores.evaluation(converted).predictions.ranked, plain[1].predictions.ranked)
+
+
+def test_a_metric_without_a_value_is_found_before_any_plan():
+    x, y = samples(20)
+    undefined = Metric("kappa", "", True, lambda outputs, targets: np.full(len(targets), np.nan), means)
+    with pytest.raises(SepconvertError, match=r"`metric` kappa: is nan for the original on 20 samples"):
+        Scores(models()[0], DataLoader(TensorDataset(x, y), 8), Scoring(undefined), 0, silent)

@@ -149,6 +149,7 @@ def _pictures(sample: ChangedSample) -> tuple[Panel, ...]:
     alike = low - room <= least and most <= high + room
     return (
         _panel("input", pixels_of(image, low, high) if alike else stretched(image)),
+        _panel("target", pixels_of(target, low, high)),
         _panel("before", pixels_of(before, low, high)),
         _panel("after", pixels_of(after, low, high)),
         _panel(f"difference × {factor:g}", pixels_of(size * factor, 0.0, high - low)),

@@ -82,8 +82,9 @@ def test_pictures():
     before, after = target.clone(), target.clone()
     after[0, 0, 40:44, 70:74] += 0.04
     _, panels = shown(sample(target, before, after, target - 0.5))
-    assert [*panels][:4] == ["input", "before", "after", "difference × 20"]
-    (name,) = [*panels][4:]
+    assert [*panels][:4] == ["input", "target", "before", "after"]
+    difference, name = [*panels][4:]
+    assert difference == "difference × 20"
     assert name == "30 × 30 pixels: target, before, after"
     assert not panels["input"].any()  # on the scale of the others
     assert set(np.unique(panels["before"])) == {128}
