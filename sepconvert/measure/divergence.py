@@ -218,7 +218,14 @@ def yardstick_of(
     if asked is not None:
         return Yardstick(tuple(_asked(asked, output) for output in found))
     if len(found) > 1:
-        return Yardstick(tuple(_kind_of(output, several=True) for output in found))
+        kinds = tuple(_kind_of(output, several=True) for output in found)
+        if targets == "classes" and not any(kind.name in ("kl", "bernoulli") for kind in kinds):
+            # Four numbers, which beside other classes would be a box, are the classes themselves.
+            kinds = tuple(
+                Kind("kl", ndim=output.ndim) if _is_box(output) else kind
+                for output, kind in zip(found, kinds, strict=True)
+            )
+        return Yardstick(kinds)
     return Yardstick((_kind_of(found[0], targets),))
 
 
@@ -307,7 +314,12 @@ def _class_axis(probabilities: Tensor) -> int | None:
 def _is_no_class_score(output: Tensor) -> bool:
     """Return whether one of several outputs N×K or N×K×H×W is rather a box, or an embedding N×K."""
     is_embedding = output.ndim == 2 and _origin(output.grad_fn, *_POOLING) in _OF_EMBEDDINGS
-    return output.shape[1] == _OF_A_BOX or is_embedding
+    return _is_box(output) or is_embedding
+
+
+def _is_box(output: Tensor) -> bool:
+    """Return whether an output has four numbers, as many as a box."""
+    return is_logits(output) and output.shape[1] == _OF_A_BOX
 
 
 def is_logits(output: Tensor) -> bool:

@@ -20,7 +20,7 @@ from sepconvert.base.errors import SepconvertError, first_line
 from sepconvert.base.modules import unshadowed
 from sepconvert.base.progress import Progress
 from sepconvert.files.data import UNLABELLED
-from sepconvert.files.onnx.export import export_program, save_onnx
+from sepconvert.files.onnx.export import MAPPING, OUTPUTS, export_program, save_onnx
 from sepconvert.files.onnx.facts import OnnxFile, onnx_sizes
 from sepconvert.measure.comparison import Comparison, Delta
 from sepconvert.measure.cost import count
@@ -199,9 +199,13 @@ class _Session:
         return [value.numpy() for value in tensors_in(x)]
 
     def judged(self, returned: Sequence[npt.NDArray[Any]], by_name: bool) -> Any:
-        """Return the outputs as the metric takes them: one tensor, several, or tensors by name."""
+        """Return the outputs as the metric takes them: one tensor, several, or tensors by name.
+
+        Those of a model that returns a mapping have names in any case.
+        """
         tensors = [torch.from_numpy(np.asarray(each)) for each in returned]
-        if by_name:
+        properties = self._session.get_modelmeta().custom_metadata_map
+        if by_name or properties.get(OUTPUTS) == MAPPING:
             return {
                 each.name: value for each, value in zip(self._session.get_outputs(), tensors, strict=True)
             }

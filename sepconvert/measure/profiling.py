@@ -35,7 +35,7 @@ from sepconvert.measure.metrics.metric import MetricValue
 from sepconvert.measure.metrics.own import scoring_of
 from sepconvert.measure.statistics import Interval
 from sepconvert.network.copies import checked, private_copy
-from sepconvert.network.tensors import Inputs, cast, tensors_in
+from sepconvert.network.tensors import Inputs, arguments, cast, tensors_in
 
 SCHEMA = "sepconvert.profile/1"
 
@@ -315,7 +315,7 @@ def profile(
         >>> found.macs, found.flops, found.params
         (1228800, 2457600, 19200)
     """
-    model, inputs = checked(model), as_inputs(example_inputs)
+    model, inputs = checked(model), as_inputs(model, example_inputs)
     check_number("seed", seed, 0, MAX_SEED, whole=True)
     if not isinstance(timing, Timing):
         raise SepconvertError(
@@ -351,13 +351,16 @@ def profile(
     return found.with_scores(scored)
 
 
-def as_inputs(example_inputs: Tensor | Inputs) -> Inputs:
-    """Return a single tensor, or a tuple, as the tuple of positional arguments.
+def as_inputs(model: nn.Module, example_inputs: Any) -> Inputs:
+    """Return a single tensor, a tuple, or a mapping by name, as the tuple of positional arguments of a model.
 
     Raises:
         SepconvertError: there is no tensor in it.
     """
-    inputs = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
+    if isinstance(example_inputs, Mapping):
+        inputs = arguments(model, example_inputs)
+    else:
+        inputs = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
     if not tensors_in(inputs) or any(value.is_meta for value in tensors_in(inputs)):
         raise SepconvertError(
             "`example_inputs`: expected a tensor, or a tuple of the model's positional arguments, got "

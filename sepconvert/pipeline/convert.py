@@ -94,7 +94,7 @@ def inspect(
         >>> round(layer["structures"][1]["best_relative_error"], 3)
         0.101
     """
-    model, inputs = checked(model), as_inputs(example_inputs)
+    model, inputs = checked(model), as_inputs(model, example_inputs)
     job = Job(gate=gate, tol=tol, selection=selection, timing=Timing(runs=_RUNS), progress=progress)
     traced = trace_selected(model, inputs, selection)
     analyses = analyse_model(traced.sites, tol, selection, progress)
@@ -139,7 +139,8 @@ def convert(
 
     Args:
         model: any module; it is left as it is.
-        example_inputs: N × C × H × W tensor, or a tuple of positional arguments. The models are run, verified
+        example_inputs: N × C × H × W tensor, a tuple of positional arguments, or a mapping of arguments by
+            name. The models are run, verified
             and timed on them; MACs are counted for one sample.
         mode: "exact" keeps the function. "approx" fits depthwise and pointwise factors to the data; "auto"
             chooses for each layer among all structures, under the budget.

@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -22,7 +23,7 @@ from sepconvert.calibration.split import (
     split_data,
 )
 from sepconvert.distillation.losses import TaskLoss
-from sepconvert.files.data import Batch
+from sepconvert.files.data import UNLABELLED, Batch
 from sepconvert.measure.cost import Cost, count
 from sepconvert.measure.divergence import Yardstick, yardstick_of
 from sepconvert.measure.metrics.evaluation import Evaluation, MetricDelta, Scoring, one_of
@@ -110,7 +111,7 @@ def examine(
         raise SepconvertError(f"`{unused}`: says how `data` are scored, and there are none; pass `data`")
     if job.mode == "exact" and calib is not None:
         raise SepconvertError("`calib`: is for the modes approx and auto; pass one of them, or leave it out")
-    model, inputs = checked(model), as_inputs(example_inputs)
+    model, inputs = checked(model), as_inputs(model, example_inputs)
     found = trace_selected(model, inputs, job.selection)
     parts, scoring = DataSplit(data), scoring_of(job.task, model, inputs)
     division = Division(job.calibration, job.finetuning.epochs, job.seed, partial(scoring.batched, model))
@@ -151,8 +152,18 @@ def _with_checked_loss(task: Task, model: nn.Module, parts: DataSplit, division:
     if parts.training is not None:
         x, y = next(iter(parts.training.train))
         samples = division.batched(x)
+        if not _has_targets(y):
+            raise SepconvertError(
+                "`loss`: the images to train on have no targets; pass some that have as `train`, or leave "
+                "it out"
+            )
         loss.check(model, samples[:1], one_of(y, 0, len(samples)))
     return replace(task, loss=loss.function)
+
+
+def _has_targets(y: Any) -> bool:
+    """Return whether there is a target in a batch: labels of -1 stand for none."""
+    return bool((y != UNLABELLED).any()) if isinstance(y, Tensor) else y is not None
 
 
 def _scored(

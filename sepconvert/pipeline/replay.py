@@ -50,7 +50,7 @@ def apply(
             "plan.json of the folder that `out` named"
         )
     path = Path(plan)
-    inputs = None if example_inputs is None else as_inputs(example_inputs)
+    inputs = None if example_inputs is None else as_inputs(model, example_inputs)
     return _replayed(model, read_plan(path), path.parent / "converted.safetensors", inputs)[0]
 
 

@@ -152,3 +152,18 @@ def measured_drop(document: Document) -> Document | None:
     if metric is None:
         return None
     return {**metric, "value": metric["drop"]}
+
+
+_DIVERGENCES = {
+    "kl": "Kullback-Leibler divergence over classes",
+    "bernoulli": "Bernoulli divergence of each value",
+    "squared": "squared error",
+    "relative": "relative squared error",
+}
+
+
+def compared_by(kinds: Sequence[str], quality: Quality) -> str:
+    """Return by what outputs are compared, unless it goes without saying: logits of a classifier."""
+    if kinds == ["kl"] and quality == TOP1:
+        return ""
+    return ", by " + " and ".join(_DIVERGENCES[kind] for kind in dict.fromkeys(kinds))

@@ -12,6 +12,7 @@ from sepconvert.report.numbers import (
     Document,
     Quality,
     as_fast_text,
+    compared_by,
     drop_text,
     estimate_text,
     fold,
@@ -300,7 +301,7 @@ def _calibration(approximation: Document, quality: Quality) -> list[Note]:
     notes = [
         info(
             f"Calibrated on {calibration['images']:,} images ({calibration['origin']}); plans compared on "
-            f"{calibration['heldout']:,} held-out images."
+            f"{calibration['heldout']:,} held-out images{compared_by(approximation['divergence'], quality)}."
         )
     ]
     if calibration["images"] < _FEW_IMAGES:

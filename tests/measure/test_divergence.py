@@ -221,6 +221,15 @@ def test_targets_of_the_metric_tell_what_shapes_cannot():
     assert kinds(1, pooled, targets="classes") == (Kind("bernoulli"),)
     assert kinds(3, lambda y: y, targets="classes") == (Kind("kl", ndim=4),)
     assert kinds(3, lambda y: y) == (Kind("squared", ndim=4),)
+    # Four numbers are a box beside scores of classes, and classes where there are no others.
+    beside = lambda y: (y.sigmoid(), y)  # noqa: E731
+    assert [each.name for each in kinds(4, beside, targets="classes")] == ["bernoulli", "relative"]
+    assert [
+        each.name for each in kinds(4, lambda y: (y, y[:, :2].mean((2, 3)).relu()), targets="classes")
+    ] == [
+        "kl",
+        "relative",
+    ]
     assert kinds(3, torch.sigmoid, targets="pictures") == (Kind("squared", ndim=4),)
     assert kinds(17, lambda y: y, targets="pictures") == (Kind("relative", ndim=4),)
     assert kinds(5, pooled, targets="classes") == (Kind("kl"),)

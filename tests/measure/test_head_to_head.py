@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 import torch
 from torch import nn
@@ -216,3 +217,45 @@ def test_weights_beside_a_file_count_as_the_file(tmp_path):
     split = onnx_sizes(tmp_path / "two.onnx")
     assert split[1] == weights
     assert split[0] == pytest.approx(whole, rel=0.05)
+
+
+class Named(nn.Module):
+    """Returns an embedding before its logits."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = network()
+
+    def forward(self, views):
+        logits = self.body(views["near"] + 0.5 * views["far"])
+        return {"embedding": -logits, "logits": logits}
+
+
+class Views(TensorDataset):
+    def __getitem__(self, index):
+        near, far, label = super().__getitem__(index)
+        return {"near": near, "far": far}, label
+
+
+def test_inputs_and_outputs_of_mappings_keep_their_names(folder, data):
+    x, y = data.dataset.tensors
+    model, views = Named().eval(), {"near": x[:4], "far": x[4:8]}
+    path = folder / "named.onnx"
+    save_onnx(export_program(model, (views,)), path)
+    opened = onnxruntime.InferenceSession(path)
+    assert [each.name for each in opened.get_inputs()] == ["near", "far"]
+    assert [each.name for each in opened.get_outputs()] == ["embedding", "logits"]
+    loader = DataLoader(Views(x, x.flip(0), y), 10)
+    expected = evaluate(model, loader)
+    # The output called logits is judged, as of the model itself, though another comes first.
+    for scoring in (
+        Scoring(),
+        Scoring(output="logits"),
+        Scoring(postprocess=lambda outputs: outputs["logits"]),
+    ):
+        inputs = [np.asarray(each, np.float32) for each in (x[:4], x[4:8])]
+        found = measure(
+            subjects([path, path]), inputs, data=loader, scoring=scoring, runs=0, runtime=Runtime(1), seed=0,
+            progress=silent,
+        )  # fmt: skip
+        assert found.profiles[0].accuracy == expected.accuracy()

@@ -11,7 +11,7 @@ import sepconvert
 from sepconvert.base.environment import Runtime
 from sepconvert.base.errors import SepconvertError
 from sepconvert.files.onnx.export import export_program, save_onnx
-from sepconvert.measure.profiling import anatomy, read_profile
+from sepconvert.measure.profiling import anatomy, as_inputs, read_profile
 
 
 @pytest.fixture(scope="module")
@@ -209,3 +209,14 @@ def test_another_version_is_named(stored, tmp_path):
     (tmp_path / "net.json").write_text(json.dumps(stored))
     with pytest.raises(SepconvertError, match=r"expected schema .*1., got .*2."):
         read_profile(tmp_path / "net.json")
+
+
+def test_inputs_by_name():
+    class Weighted(nn.Module):
+        def forward(self, left, right, share=0.5):
+            return share * left + (1 - share) * right
+
+    left, right = torch.zeros(1, 2), torch.ones(1, 2)
+    assert as_inputs(Weighted(), {"right": right, "left": left}) == (left, right, 0.5)
+    assert as_inputs(nn.Identity(), left) == (left,)
+    assert as_inputs(nn.Identity(), {"left": left}) == ({"left": left},)

@@ -164,3 +164,16 @@ def test_a_loss_that_fails_is_found_before_any_long_work(images):
     job = Job(mode="approx", task=Task(loss=failing), budget=Budget(rank=1), finetuning=Finetuning(1))
     with pytest.raises(SepconvertError, match=r"`loss`: failed with ValueError: of no use.*float32 of shape"):
         examine(nn.Conv2d(3, 3, 3), images[:2], None, loader, job)
+
+
+def test_a_loss_needs_targets(images):
+    job = Job(
+        mode="approx", task=Task(loss=lambda outputs, targets: outputs.mean()), budget=Budget(rank=1),
+        finetuning=Finetuning(1),
+    )  # fmt: skip
+    for loader in (
+        DataLoader(images, 4),
+        DataLoader(TensorDataset(images, torch.full((len(images),), -1)), 4),
+    ):
+        with pytest.raises(SepconvertError, match=r"`loss`: the images to train on have no targets"):
+            examine(nn.Conv2d(3, 3, 3), images[:2], None, loader, job)

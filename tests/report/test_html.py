@@ -201,9 +201,9 @@ def test_samples_that_changed_are_shown_with_their_scores(restored, restorations
     page = Page(render_html(restored, restorations))
     text = " ".join(page.text.split())
     assert "2 of 1,300 that were compared." in text
-    assert "sample 0: psnr 28.20 dB → 27.50 dB input before after difference × 20" in text
+    assert "sample 0: psnr 28.20 dB → 27.50 dB input target before after difference × 20" in text
     assert "sample 7 input" in text
-    assert page.elements.count("img") == 10
+    assert page.elements.count("img") == 12
     assert {name for name, value in page.attributes if value == "difference × 20"} == {"alt"}
     assert "Samples that changed" not in render_html(restored, Exhibits())
     pictures = page.elements.count("img") + page.elements.count("svg")

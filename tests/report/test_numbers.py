@@ -3,6 +3,9 @@
 import pytest
 
 from sepconvert.report.numbers import (
+    TOP1,
+    Quality,
+    compared_by,
     count_text,
     divergence_text,
     drop_text,
@@ -55,3 +58,12 @@ def test_sentences_are_folded_but_words_are_not():
 )
 def test_small_divergences_keep_two_digits(value, text):
     assert divergence_text(value) == text
+
+
+def test_what_outputs_are_compared_by_is_said_of_all_but_classifiers():
+    restored = Quality("psnr", "dB", True)
+    assert compared_by(["kl"], TOP1) == ""
+    assert compared_by(["kl"], restored) == ", by Kullback-Leibler divergence over classes"
+    assert compared_by(["bernoulli", "relative", "relative"], restored) == (
+        ", by Bernoulli divergence of each value and relative squared error"
+    )

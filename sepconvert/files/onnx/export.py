@@ -6,7 +6,7 @@ import keyword
 import logging
 import warnings
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,9 @@ from sepconvert.network.tensors import Inputs, cast, fresh, model_dtype, tensor_
 
 # ONNX Runtime's CPU kernels of convolutions take float32 and float16.
 _RUNTIME_DTYPES = {torch.float64: torch.float32, torch.bfloat16: torch.float32}
+
+OUTPUTS, MAPPING = "sepconvert.outputs", "mapping"
+"""Property of ONNX files whose outputs are those of a mapping, by name, and its value."""
 
 _STACK_TRACE = "pkg.torch.onnx.stack_trace"  # paths on this machine, which are private
 
@@ -58,12 +61,14 @@ class Export:
         program: the exported program, on the CPU.
         dtype: dtype of its weights and inputs.
         input_names: names of its inputs in ONNX files.
+        output_names: those of its outputs, if it returns a mapping; else torch's.
         note: the way in which it was exported.
     """
 
     program: ExportedProgram
     dtype: torch.dtype
     input_names: tuple[str, ...]
+    output_names: tuple[str, ...] | None
     note: ExportNote
 
 
@@ -73,7 +78,12 @@ def runtime_dtype(model: nn.Module) -> torch.dtype:
 
 
 def onnx_names(inputs: Inputs) -> tuple[str, ...]:
-    """Return names for the tensors among the inputs in our ONNX files: `input`, or `input_0`, `input_1`, …"""
+    """Return names for the tensors among the inputs in our ONNX files: `input`, or `input_0`, `input_1`, …
+
+    The tensors of a mapping that is the only argument keep its names.
+    """
+    if len(inputs) == 1 and (names := _names_in(inputs[0])):
+        return names
     count = len(tensors_in(inputs))
     return ("input",) if count == 1 else tuple(f"input_{index}" for index in range(count))
 
@@ -110,7 +120,8 @@ def export_program(
         )
     dtype = dtype or runtime_dtype(model)
     private, inputs = private_copy(model, dtype), fresh(cast(inputs, dtype))
-    if not _has_known_outputs(private, inputs):
+    returned = _returned(private, inputs)
+    if not _are_known(returned):
         private = _Tensors(private)
     program, reason = _exported_dynamically(private, inputs) if dynamic_batch else (None, None)
     is_dynamic = program is not None
@@ -124,7 +135,19 @@ def export_program(
         with _quiet():
             program = move_to_device_pass(program, "cpu")
     note = ExportNote(is_dynamic, str(dtype).removeprefix("torch."), reason)
-    return Export(program, dtype, onnx_names(inputs), note)
+    return Export(program, dtype, onnx_names(inputs), _names_in(returned), note)
+
+
+def _names_in(values: Any) -> tuple[str, ...] | None:
+    """Return the keys of a mapping, or the fields of a dataclass, of different tensors; None for others."""
+    if is_dataclass(values) and not isinstance(values, type):
+        values = {each.name: getattr(values, each.name) for each in fields(values)}
+        values = {name: value for name, value in values.items() if value is not None}
+    if not isinstance(values, Mapping) or not values:
+        return None
+    named = all(isinstance(key, str) and isinstance(value, Tensor) for key, value in values.items())
+    different = len({id(value) for value in values.values()}) == len(values)
+    return tuple(values) if named and different else None
 
 
 def save_archive(export: Export, path: Path) -> None:
@@ -156,12 +179,15 @@ def save_onnx(export: Export, path: Path, *, check: bool = True) -> None:
     with _quiet(), writing(path):
         try:
             exported = torch.onnx.export(
-                export.program, dynamo=True, verbose=False, input_names=export.input_names
-            )
+                export.program, dynamo=True, verbose=False, input_names=export.input_names,
+                output_names=export.output_names,
+            )  # fmt: skip
             assert exported is not None  # noqa: S101  (it is None only without dynamo)
             for node in exported.model.graph.all_nodes():
                 node.metadata_props.pop(_STACK_TRACE, None)
             FoldBatchNormPass()(exported.model)
+            if export.output_names is not None:
+                exported.model.metadata_props[OUTPUTS] = MAPPING
             exported.save(str(path), external_data=False)
         except OSError:
             raise
@@ -210,16 +236,21 @@ class _Tensors(nn.Module):
         return tuple(tensor_leaves(self.model(*inputs)))
 
 
-def _has_known_outputs(model: nn.Module, inputs: Inputs) -> bool:
-    """Return whether torch can flatten the model's outputs and store their structure.
+def _returned(model: nn.Module, inputs: Inputs) -> Any:
+    """Return what a model returns; None if it fails, which the exporter reports better."""
+    try:
+        with _quiet(), torch.no_grad():
+            return model(*fresh(inputs))
+    except Exception:
+        return None
+
+
+def _are_known(returned: Any) -> bool:
+    """Return whether torch can flatten a model's outputs and store their structure.
 
     Classes of the user's own must be registered with it.
     """
-    try:
-        with _quiet(), torch.no_grad():
-            leaves, structure = pytree.tree_flatten(model(*fresh(inputs)))
-    except Exception:  # which the exporter reports better
-        return True
+    leaves, structure = pytree.tree_flatten(returned)
     try:
         pytree.treespec_dumps(structure)
     except Exception:  # torch refuses a namedtuple, for example

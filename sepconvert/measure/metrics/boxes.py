@@ -81,6 +81,12 @@ def _images(value: object, what: str, scored: bool) -> list[dict[str, npt.NDArra
                 f"`metric` map: expected boxes M×4 (left, top, right, bottom) in the {what}, and M of each "
                 f"other, got {shapes}; check {'`postprocess`' if scored else 'the data'}"
             )
+        if (boxes[:, 2:] < boxes[:, :2]).any() or arrays["labels"].dtype.kind not in "iu":
+            raise SepconvertError(
+                f"`metric` map: expected boxes (left, top, right, bottom) and integer labels in the {what}, "
+                f"got {boxes[0].tolist()} and {arrays['labels'].dtype}; check "
+                + ("`postprocess`" if scored else "the data")
+            )
         images.append(arrays)
     return images
 
@@ -117,11 +123,14 @@ def _overlaps(boxes: npt.NDArray[np.float64], others: npt.NDArray[np.float64]) -
 
 
 def mean_average_precisions(statistics: Statistics, weights: Weights) -> npt.NDArray[np.float64]:
-    """Return the mean average precision of each data set, in percent; 0 where there is nothing to find."""
+    """Return the mean average precision of each data set, in percent; NaN where there is nothing to find."""
     classes = sorted({label for record in statistics for label in record})
     areas = np.stack([_areas(statistics, label, weights) for label in classes] or [np.zeros(len(weights))])
     known = np.isfinite(areas)
-    found: npt.NDArray[np.float64] = 100 * np.where(known, areas, 0).sum(0) / np.maximum(known.sum(0), 1)
+    number = known.sum(0)
+    found: npt.NDArray[np.float64] = np.divide(
+        100 * np.where(known, areas, 0).sum(0), number, out=np.full(len(weights), np.nan), where=number > 0
+    )
     return found
 
 

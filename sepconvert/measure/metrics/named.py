@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -141,8 +142,8 @@ def _of_counts(share: Share) -> Callable[[Statistics, Weights], npt.NDArray[np.f
         part, whole = share(counts)
         present = whole > 0
         each = np.divide(part, whole, out=np.zeros_like(part), where=present)
-        found: npt.NDArray[np.float64] = 100 * each.sum(1) / np.maximum(present.sum(1), 1)
-        return found
+        number = present.sum(1)
+        return _percent(each.sum(1), number)
 
     return values
 
@@ -158,7 +159,14 @@ def _dice(counts: npt.NDArray[np.float64]) -> tuple[npt.NDArray[np.float64], npt
 def _recall(statistics: Statistics, weights: Weights) -> npt.NDArray[np.float64]:
     """Return the percentage of pixels, or samples, of the right class."""
     right, _, missed = np.moveaxis(np.tensordot(weights, statistics.sum(1), 1), -1, 0)
-    found: npt.NDArray[np.float64] = 100 * right / np.maximum(right + missed, 1)
+    return _percent(right, right + missed)
+
+
+def _percent(part: npt.NDArray[np.float64], whole: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
+    """Return parts of wholes in percent, NaN of nothing."""
+    found: npt.NDArray[np.float64] = np.divide(
+        100.0 * part, whole, out=np.full(np.shape(part), np.nan), where=np.asarray(whole) > 0
+    )
     return found
 
 
@@ -200,8 +208,7 @@ def _auroc(statistics: Statistics, weights: Weights) -> npt.NDArray[np.float64]:
             np.divide((positive * below).sum(1), pairs, out=np.full(len(pairs), np.nan), where=pairs > 0)
         )
     known = np.isfinite(areas)
-    found: npt.NDArray[np.float64] = 100 * np.where(known, areas, 0).sum(0) / np.maximum(known.sum(0), 1)
-    return found
+    return _percent(np.where(known, areas, 0).sum(0), known.sum(0))
 
 
 # Pictures and numbers -------------------------------------------------------------------------------
@@ -295,5 +302,4 @@ def _kind(value: object) -> str:
 def _error_rate(statistics: Statistics, weights: Weights) -> npt.NDArray[np.float64]:
     """Return edits by characters, in percent."""
     edits, lengths = (weights @ statistics).T
-    found: npt.NDArray[np.float64] = 100 * edits / np.maximum(lengths, 1)
-    return found
+    return _percent(edits, lengths)

@@ -18,7 +18,7 @@ from sepconvert.measure.metrics.evaluation import Scoring, one_of
 from sepconvert.measure.metrics.metric import Metric, Statistics, Weights, means
 from sepconvert.measure.metrics.named import NAMES, named
 from sepconvert.network.copies import private_copy
-from sepconvert.network.tensors import Inputs, batch_dimension
+from sepconvert.network.tensors import Inputs, batch_dimension, tensors_in
 
 
 def scoring_of(task: Task, model: nn.Module | None = None, inputs: Inputs = ()) -> Scoring:
@@ -30,6 +30,11 @@ def scoring_of(task: Task, model: nn.Module | None = None, inputs: Inputs = ()) 
     postprocess, axis = task.postprocess, task.batch_dim
     if isinstance(postprocess, str):
         postprocess = resolve_callable(postprocess, "postprocess")
+    deepest = max((value.ndim for value in tensors_in(inputs)), default=axis or 0)
+    if axis is not None and inputs and axis >= deepest:
+        raise SepconvertError(
+            f"`batch_dim` {axis}: the inputs have {deepest} dimensions, numbered from 0; pass one of them"
+        )
     if axis is None:
         axis = 0 if model is None else batch_dimension(private_copy(model), inputs)
     return Scoring(metric_of(task.metric, task.ignore_index), postprocess, task.output, axis)
@@ -72,10 +77,10 @@ def metric_of(given: Any, ignore_index: int | None = None) -> Metric | None:
             raise SepconvertError(f"`metric` {name}: failed ({first_line(error)}); check it") from error
     if _is_torchmetric(made):
         return _of_torchmetric(name, made)
-    if not callable(given) or len(_required(given)) != 2:
+    if not callable(given) or isinstance(given, type) or len(_required(given)) != 2:
         raise SepconvertError(
             f"`metric` {name}: expected a function of (outputs, targets), or a torchmetrics.Metric, got "
-            f"{quoted(given)}"
+            f"{quoted(given)}; for a class that takes arguments, pass a function without any that makes one"
         )
     return Metric(
         name,
@@ -168,7 +173,7 @@ def _of_torchmetric(name: str, metric: Any) -> Metric:
             metric._update_count, metric._computed = 1, None
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # of classes that a drawn data set lacks
-                found.append(float(metric.compute()))
+                found.append(_number(name, metric.compute()))
         return np.array(found)
 
     return Metric(
@@ -179,6 +184,21 @@ def _of_torchmetric(name: str, metric: Any) -> Metric:
         values,
         costly=True,
     )
+
+
+def _number(name: str, value: Any) -> float:
+    """Return a metric's value.
+
+    Raises:
+        SepconvertError: it is more than one number.
+    """
+    try:
+        return float(value)
+    except (TypeError, ValueError) as error:
+        raise SepconvertError(
+            f"`metric` {name}: expected a value that is one number, got a {type(value).__name__}; pass a "
+            "metric that averages, or a function that returns a score for each sample"
+        ) from error
 
 
 Drawn = Sequence[tuple[Any, int]]

@@ -53,12 +53,12 @@ def _shortfall(order: list[Point], budget: Budget) -> str:
     first = order[0].measured.accuracy
     needed = first.uncertainty.samples_needed(most, 1 - confidence)
     outlook = (
-        "more images would not help"
+        "more images would not help; allow a larger drop"
         if needed is None
-        else f"at these rates, about {needed:,} images would prove it"
+        else f"at these rates, about {needed:,} images would prove it; pass more `data`, or allow a "
+        "larger drop"
     )
     return (
         f"{demand}: even the most cautious plan, with {len(order[0].plan.choice)} layers replaced, is not "
-        f"proven to keep within it: it loses {first.written_drop} on {first.n:,} images; {outlook}; pass "
-        "more `data`, or allow a larger drop"
+        f"proven to keep within it: it loses {first.written_drop} on {first.n:,} images; {outlook}"
     )

@@ -91,7 +91,7 @@ def changed_samples(
     size, metric = len(evaluations[0]), evaluations[0].metric
     places = _spread(size, _COSTLY if metric.costly else size)
     scores = np.stack([_scores(each, places) for each in evaluations], 1)
-    changes = np.abs(scores[:, 1] - scores[:, 0])
+    changes = _changes(scores, *(each.statistics[places] for each in evaluations))
     known = np.flatnonzero(np.isfinite(changes))
     wanted: dict[int, tuple[float, float] | None]
     if len(known):
@@ -153,6 +153,20 @@ def _scores(evaluation: Evaluation, indices: npt.NDArray[np.int64]) -> npt.NDArr
 
     with np.errstate(all="ignore"):
         return np.array([score(index) for index in indices])
+
+
+def _changes(
+    scores: npt.NDArray[np.float64], before: npt.NDArray[Any], after: npt.NDArray[Any]
+) -> npt.NDArray[np.float64]:
+    """Return how much each sample changed: by the share of its pixels where their classes are counted.
+
+    A mean over classes leaps where a single pixel is taken for a class that the sample does not hold.
+    """
+    if before.ndim != 3:
+        return np.abs(scores[:, 1] - scores[:, 0])
+    pixels = np.maximum(before[..., [0, 2]].sum((1, 2)), 1)
+    found: npt.NDArray[np.float64] = np.abs(after - before).sum((1, 2)) / pixels
+    return found
 
 
 def _spread(size: int, most: int) -> npt.NDArray[np.int64]:

@@ -73,7 +73,9 @@ def test_perfect_boxes_missed_ones_and_images_without_any() -> None:
     records = records_of_boxes([right, empty, empty], [truth, truth, nothing])
     weights = np.array([[1.0, 0, 0], [0, 1, 0], [1, 1, 0], [0, 0, 1]])
     # Half of the recalls, 0 to 0.5, are reached: 51 of 101.
-    assert mean_average_precisions(records, weights) == pytest.approx([100, 0, 100 * 51 / 101, 0])
+    assert mean_average_precisions(records, weights) == pytest.approx(
+        [100, 0, 100 * 51 / 101, np.nan], nan_ok=True
+    )
 
 
 @pytest.mark.parametrize(
@@ -86,7 +88,9 @@ def test_perfect_boxes_missed_ones_and_images_without_any() -> None:
         ),
         ([{"boxes": torch.zeros(1, 4)}], [], r"boxes, scores, labels"),
         ([], [{"boxes": torch.zeros(1, 4)}], r"expected targets as a list .* data that yield"),
-        ([], [{"boxes": torch.zeros(1, 4), "labels": torch.zeros(1)}], r"boxes for each of 1 images, got 0"),
+        ([], [{"boxes": torch.zeros(1, 4), "labels": torch.zeros(1).int()}], r"for each of 1 images, got 0"),
+        ([], [{"boxes": torch.zeros(1, 4), "labels": torch.zeros(1)}], r"integer labels .* and float32"),
+        ([], [{"boxes": -torch.eye(4)[3:], "labels": torch.zeros(1).int()}], r"\(left, top, right, bottom\)"),
         ([], [{"boxes": torch.zeros(2, 4), "labels": torch.zeros(1)}], r"boxes \(2, 4\), labels \(1,\)"),
         ([], [{"boxes": torch.zeros(2, 5), "labels": torch.zeros(2)}], r"expected boxes M×4"),
     ],

@@ -76,6 +76,15 @@ def test_pixels_of_the_ignored_class_do_not_count() -> None:
         named("miou").statistics(outputs, masked)
 
 
+def test_a_metric_of_nothing_has_no_value() -> None:
+    outputs, targets = MASKS
+    for name in ("miou", "dice", "pixel-accuracy"):
+        metric = named(name, 255)
+        assert math.isnan(metric.value(metric.statistics(outputs, torch.full_like(targets, 255))))
+    metric = named("cer")
+    assert math.isnan(metric.value(metric.statistics(["a"], [""])))
+
+
 def test_psnr_is_the_mean_of_the_pictures() -> None:
     outputs, targets = PICTURES
     metric = named("psnr")

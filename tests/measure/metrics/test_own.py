@@ -143,6 +143,10 @@ def bad():
         ("nowhere.py:score", r"`metric` nowhere.py:score: there is no file"),
         (3, r"`metric` int: expected a function of \(outputs, targets\)"),
         (both, r"`metric` both: expected a function of \(outputs, targets\)"),
+        (
+            torchmetrics.classification.MulticlassJaccardIndex,
+            r"a class that takes arguments, pass a function",
+        ),
         (bad, r"`metric` bad: failed \(no\)"),
         (torchmetrics.CatMetric(), r"does not say whether higher is better"),
         (Unreduced(), r"`metric` Unreduced: its states are neither sums"),
@@ -161,11 +165,15 @@ def test_what_is_no_metric(given, message) -> None:
         (lambda outputs, targets: outputs[:, 0] / 0, r"got NaN or Inf"),
         (lambda outputs, targets: outputs[:3, 0], r"a score for each of 11 samples, got 3"),
         (torchmetrics.classification.MulticlassJaccardIndex(2), r"cannot take outputs and targets"),
+        (
+            torchmetrics.classification.MulticlassAccuracy(5, average=None),
+            r"a value that is one number, got a Tensor",
+        ),
     ],
 )
 def test_metrics_that_fail_on_the_data(given, message) -> None:
     with pytest.raises(SepconvertError, match=message) as caught:
-        evaluate(nn.Identity(), BATCHES, scoring_of(Task(metric=given)))
+        _ = evaluate(nn.Identity(), BATCHES, scoring_of(Task(metric=given))).value
     assert "\n" not in str(caught.value)
 
 
@@ -196,3 +204,5 @@ def test_the_dimension_of_samples_is_found_by_running_two() -> None:
     assert scoring_of(Task(), Recurrent(), (x,)).axis == 1  # time first
     assert scoring_of(Task(), nn.Linear(3, 2), (x,)).axis == 0
     assert scoring_of(Task(batch_dim=0), Recurrent(), (x,)).axis == 0
+    with pytest.raises(SepconvertError, match=r"`batch_dim` 3: the inputs have 3 dimensions"):
+        scoring_of(Task(batch_dim=3), Recurrent(), (x,))
