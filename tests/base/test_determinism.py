@@ -46,6 +46,7 @@ def test_conversions_run_under_them():
     assert seen == {False}
 
 
+@pytest.mark.slow
 def test_settings_that_torch_cannot_tell():
     program = (
         "import torch, sepconvert\n"

@@ -71,6 +71,7 @@ def test_a_file_named_like_a_command(here, run, name):
     assert run(f"./{name}", *SHAPE, "--dry-run").code == 0
 
 
+@pytest.mark.slow
 def test_an_output_that_cannot_be_written(here):
     with Path("/dev/full").open("wb") as full:
         process = start("inspect", here / "net.pt", *SHAPE, "--json", "--quiet", stdout=full)
@@ -107,6 +108,7 @@ def test_the_encoding_of_the_terminal(here, run, monkeypatch, encoding, kernel):
     assert kernel in buffer.getvalue().decode(encoding if encoding == "latin-1" else "utf-8")
 
 
+@pytest.mark.slow
 def test_a_reader_that_leaves_early_causes_no_traceback(here):
     reader, writer = os.pipe()
     os.close(reader)

@@ -310,7 +310,7 @@ class Pairs(torch.utils.data.Dataset):
 @pytest.mark.parametrize(
     ("mode", "form"),
     [
-        ("approx", "positions"),
+        pytest.param("approx", "positions", marks=pytest.mark.slow),
         ("approx", "one mapping"),
         ("auto", "names"),
         pytest.param("auto", "positions", marks=pytest.mark.slow),

@@ -110,7 +110,7 @@ def recogniser():
         return model, pictures, texts(model(pictures))
 
 
-@pytest.mark.parametrize("mode", ["approx", "auto"])
+@pytest.mark.parametrize("mode", ["approx", pytest.param("auto", marks=pytest.mark.slow)])
 def test_a_time_major_recogniser(recogniser, mode):
     model, pictures, wanted = recogniser
     assert len(set(wanted)) > 20
