@@ -16,6 +16,7 @@ from torchvision.models import resnet18
 from sepconvert.base.environment import Runtime, environment
 from sepconvert.base.progress import silent
 from sepconvert.measure.head_to_head import Subject, measure
+from sepconvert.measure.metrics.evaluation import Scoring
 
 
 def networks() -> tuple[nn.Module, nn.Module]:
@@ -43,8 +44,8 @@ def main(times: int, runs: int, threads: int) -> None:
               f" MACs ×{longer.profile.macs / short.profile.macs:.3f}")  # fmt: skip
         for seed in range(times):
             found = [
-                measure([short, other], [x.numpy()], data=None, runs=runs, runtime=runtime, seed=seed,
-                        progress=silent).deltas[0].speedup
+                measure([short, other], [x.numpy()], data=None, scoring=Scoring(), runs=runs,
+                        runtime=runtime, seed=seed, progress=silent).deltas[0].speedup
                 for other in (short, longer)
             ]  # fmt: skip
             same, more = (each for each in found if each is not None)

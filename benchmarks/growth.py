@@ -29,6 +29,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import sepconvert
 from sepconvert.base.environment import Runtime, available_cores, environment
 from sepconvert.calibration.batchnorm import reestimate_batchnorm
+from sepconvert.network.tensors import InputBatch
 
 
 def network(layers: int, width: int) -> nn.Module:
@@ -50,7 +51,7 @@ def grown(images: int, layers: int, width: int) -> tuple[nn.Module, torch.Tensor
 def named(name: str, images: int) -> tuple[nn.Module, torch.Tensor]:
     """A network of torchvision whose BatchNorms suit the images, as a trained one's do."""
     model, x = torchvision.models.get_model(name), torch.randn(images, 3, 224, 224)
-    reestimate_batchnorm(model.eval(), x[:16].split(8))
+    reestimate_batchnorm(model.eval(), InputBatch((x[:16],)).split(8))
     return model, x
 
 

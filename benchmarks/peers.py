@@ -31,13 +31,13 @@ from sepconvert.base.environment import Runtime, environment
 from sepconvert.base.errors import first_line
 from sepconvert.calibration.batchnorm import reestimate_batchnorm
 from sepconvert.calibration.heldout import Heldout
-from sepconvert.calibration.split import CalibrationSet, split_data
+from sepconvert.calibration.split import CalibrationSet, Division, split_data
 from sepconvert.files.data import Preprocess, load_data
 from sepconvert.files.models import load_model
 from sepconvert.files.onnx.export import export_program, onnx_feed, save_onnx
 from sepconvert.measure.cost import count
 from sepconvert.measure.latency import Deployed, session, speedup, time_all
-from sepconvert.measure.metrics.evaluation import evaluate, metric_delta
+from sepconvert.measure.metrics.evaluation import Scoring, evaluate, metric_delta
 from sepconvert.measure.statistics import median_interval
 from sepconvert.network.copies import evaluation_mode, private_copy
 from sepconvert.network.trace import ConvSite, trace
@@ -328,7 +328,9 @@ def convert_command(
     preprocess = Preprocess(mean, std)
     scored, images = load_data(data, preprocess), load_data(calib, preprocess, batch_size=128)
     original = load_model(model, factory=factory).model.eval()
-    parts = split_data(scored, images, None, sepconvert.Calibration(images=1024), epochs=0, seed=0)
+    batched = partial(Scoring().batched, original)
+    division = Division(sepconvert.Calibration(images=1024), epochs=0, seed=0, batched=batched)
+    parts = split_data(scored, images, None, division)
     assert parts.calibration is not None  # `images` are given
     net = Net(
         original,

@@ -41,6 +41,7 @@ import sepconvert
 from sepconvert.base.environment import Runtime, available_cores, environment
 from sepconvert.base.errors import DemandNotMetError, first_line
 from sepconvert.calibration.batchnorm import reestimate_batchnorm
+from sepconvert.network.tensors import InputBatch
 
 # Keywords of each mode; of several, the first whose demand some plan meets.
 MODES: dict[str, tuple[dict[str, Any], ...]] = {
@@ -195,7 +196,7 @@ def prepared(entry: Entry) -> tuple[nn.Module, list[str], Tensor]:
     images = torch.randn(IMAGES, *entry.shape)
     planted = plant(model)
     model.eval()
-    reestimate_batchnorm(model, images.split(4))
+    reestimate_batchnorm(model, InputBatch((images,)).split(4))
     return model, planted, images
 
 
