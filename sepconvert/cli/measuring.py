@@ -162,7 +162,7 @@ def _together(options: Options) -> tuple[Comparison, str]:
 
 
 def _by_position(model: nn.Module, batch: object) -> Batch:
-    """Return a batch with its inputs by position: their names in ONNX files are others than the model's."""
+    """Return a batch with its inputs by position: the names of arguments are not those of ONNX files."""
     x, y = pair_of(batch)
     given = arguments(model, x)
     return given[0] if len(given) == 1 else given, y

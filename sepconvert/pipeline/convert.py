@@ -140,8 +140,7 @@ def convert(
     Args:
         model: any module; it is left as it is.
         example_inputs: N × C × H × W tensor, a tuple of positional arguments, or a mapping of arguments by
-            name. The models are run, verified
-            and timed on them; MACs are counted for one sample.
+            name. The models are run, verified and timed on them; MACs are counted for one sample.
         mode: "exact" keeps the function. "approx" fits depthwise and pointwise factors to the data; "auto"
             chooses for each layer among all structures, under the budget.
         data: batches (x, y) of inputs and labels or other targets, on which the metric is reported; read once
@@ -201,7 +200,7 @@ def convert(
     """
     job = Job.of(
         metric=metric, mode=mode, gate=gate, tol=tol, seed=seed, dynamic_batch=dynamic_batch, check=check,
-        out=out,        budget=Budget(rank, target_macs, target_params, min_speedup, max_drop, confidence),
+        out=out, budget=Budget(rank, target_macs, target_params, min_speedup, max_drop, confidence),
         selection=selection, timing=timing, calibration=calibration, finetune=finetune,
         origin=origin, progress=progress,
     )  # fmt: skip

@@ -257,10 +257,10 @@ class ByOtherOperators(nn.Module):
             x = (self.matrix @ F.unfold(x, 3, padding=1)).view_as(x)
         x = F.fold(self.patches(x), x.shape[-2:], 2, stride=2)
         x = torch.ops.aten.mkldnn_convolution(x, torch.ones(4, 4, 1, 1), None, [0, 0], [1, 1], [1, 1], 1)
-        return torch.fft.irfft2(torch.fft.rfft2(torch.ops.tests.conv_by_user(x)))
+        return torch.fft.irfft2(torch.fft.rfft2(torch.ops.user.conv_by_user(x)))
 
 
-@torch.library.custom_op("tests::conv_by_user", mutates_args=())
+@torch.library.custom_op("user::conv_by_user", mutates_args=())
 def conv_by_user(x: torch.Tensor) -> torch.Tensor:
     return x.clone()
 
@@ -286,7 +286,7 @@ def test_other_operators_that_convolve_are_listed_with_a_reason():
     ]  # fmt: skip
     assert sites[6].obstacle == "it adds up patches, for a transposed convolution or for something else"
     assert (
-        sites[8].obstacle == "it is a call of tests::conv_by_user; only torch's own convolutions are replaced"
+        sites[8].obstacle == "it is a call of user::conv_by_user; only torch's own convolutions are replaced"
     )
     assert sites[9].obstacle == "it transforms a spectrum back, for a convolution or for something else"
     assert all(site.conv is None for site in sites[1:])

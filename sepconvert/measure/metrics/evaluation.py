@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from sepconvert.base.errors import SepconvertError, first_line
 from sepconvert.base.progress import Progress, silent
+from sepconvert.measure.divergence import returned_by
 from sepconvert.measure.metrics.classes import Accuracy, Predictions, are_classified, joined_predictions
 from sepconvert.measure.metrics.metric import Metric, MetricValue, Statistics, shares, written_drop
 from sepconvert.measure.metrics.named import check_classes, named
@@ -223,9 +224,9 @@ def evaluate(
                 on_images(samples)
             if running is None:  # a Sequential of nothing is false
                 running = quick_copy(model, samples)
-            returned = _run(running, samples.on(running))
+            returned = returned_by(running, samples.on(running))
             if not parts and len(samples) > 1:
-                first = _run(running, samples[:1].on(running))
+                first = returned_by(running, samples[:1].on(running))
             scoring, part = score(scoring, returned, y, len(samples), first)
             parts.append(part)
     return joined(parts)
@@ -338,17 +339,6 @@ def pair_of(batch: object) -> tuple[Any, Any]:
             "yields a sample and its label or target"
         )
     return batch[0], batch[1]
-
-
-def _run(model: nn.Module, samples: InputBatch) -> object:
-    try:
-        return samples.run(model)
-    except Exception as error:  # whatever the user's forward raises
-        shapes = ", ".join(str((len(samples), *shape)) for shape in samples.shapes)
-        raise SepconvertError(
-            f"accuracy: expected a model that takes inputs of shape {shapes}, got"
-            f" {type(error).__name__}: {first_line(error)}; check the size and the channels of the data"
-        ) from error
 
 
 def _chosen(returned: Any, output: int | str, by_default: bool) -> Any:

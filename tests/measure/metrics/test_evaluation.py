@@ -197,7 +197,11 @@ X, Y = torch.zeros(3, 6), torch.tensor([0, 1, 2])
         (Echo(lambda t: t[:, 0]), (X, Y), r"logits of shape \(3, classes\), got shape \(3,\)"),
         (Echo(lambda t: t[:1]), (X, Y), r"got shape \(1, 6\)"),
         (Echo(lambda t: None), (X, Y), r"got NoneType"),
-        (nn.Linear(5, 6), (X, Y), r"takes inputs of shape \(3, 6\), got RuntimeError: .*mat1 and mat2"),
+        (
+            nn.Linear(5, 6),
+            (X, Y),
+            r"got shape \(3, 6\), on which it fails with RuntimeError: .*mat1 and mat2",
+        ),
     ],
 )
 def test_bad_data_is_named(model: nn.Module, batch: Any, message: str) -> None:
