@@ -97,3 +97,12 @@ def _checksum(document: Mapping[str, Any]) -> str:
     """Return the checksum of a document, whether or not it is sealed."""
     content = {key: value for key, value in document.items() if key != CHECKSUM}
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def sha256_of_file(path: Path) -> str:
+    """Return the SHA-256 of a file's content, in hexadecimal."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()

@@ -289,11 +289,13 @@ class Selection:
             if not isinstance(value, list | tuple) or not all(isinstance(glob, str) for glob in value):
                 raise SepconvertError(f"`{name}`: expected a list of globs, got {quoted(value)}")
 
-    def admits(self, name: str) -> bool:
-        """Return whether a layer of this name may be replaced."""
-        return (not self.include or any(fnmatchcase(name, glob) for glob in self.include)) and not any(
-            fnmatchcase(name, glob) for glob in self.exclude
-        )
+    def admits(self, *names: str) -> bool:
+        """Return whether a layer that goes by these names may be replaced."""
+        return (not self.include or _match(names, self.include)) and not _match(names, self.exclude)
+
+
+def _match(names: Sequence[str], globs: Sequence[str]) -> bool:
+    return any(fnmatchcase(name, glob) for name in names for glob in globs)
 
 
 @dataclass(frozen=True)

@@ -40,6 +40,7 @@ from sepconvert.network.tensors import (
     Inputs,
     arguments,
     batch_dimension,
+    by_position,
     cast,
     model_dtype,
 )
@@ -72,14 +73,9 @@ def arranged(file: OnnxFile, x: Any) -> Inputs:
     Raises:
         SepconvertError: a mapping lacks one of them.
     """
-    if not isinstance(x, Mapping):
-        return tuple(x) if isinstance(x, tuple | list) else (x,)
-    if missing := [name for name in file.names if name not in x]:
-        raise SepconvertError(
-            f"`data`: lacks the input {missing[0]} of the ONNX file, and holds {', '.join(map(str, x))}; let "
-            f"it yield a mapping with {', '.join(file.names)}, or a tuple in that order"
-        )
-    return tuple(x[name] for name in file.names)
+    if isinstance(x, Mapping):
+        return by_position(file.names, x)
+    return tuple(x) if isinstance(x, tuple | list) else (x,)
 
 
 def timing_of(options: Options) -> Timing:

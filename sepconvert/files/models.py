@@ -5,7 +5,6 @@ list of harmless names. Everything else is refused by name, with the parameter t
 """
 
 import functools
-import hashlib
 import math
 import os
 import re
@@ -20,11 +19,13 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from sepconvert.base.documents import sha256_of_file
 from sepconvert.base.errors import SepconvertError, one_line, some_of
 from sepconvert.base.modules import modules, named_modules, unshadowed
 from sepconvert.factorize.geometry import MAX_INPUT_ELEMENTS
 from sepconvert.files.archives import load_archive
 from sepconvert.files.callables import resolve_callable
+from sepconvert.files.onnx.graph.network import open_network
 from sepconvert.files.pickles import load_pickle
 from sepconvert.files.weights import Content, load_weights, unwrapped_content
 from sepconvert.network.copies import unwrapped
@@ -70,10 +71,10 @@ def load_model(
     pickles first, within limits of memory and time.
 
     Args:
-        path: a module or a state_dict saved by `torch.save` (zip or legacy), a `.safetensors` file, or a
-            `.pt2` archive of `torch.export.save`. Where the model of `factory` has its weights already: what
-            they came from, either a file of another framework, or a name, which has no separator and no
-            extension of a model file.
+        path: a module or a state_dict saved by `torch.save` (zip or legacy), a `.safetensors` file, a
+            `.pt2` archive of `torch.export.save`, or a `.onnx` file. Where the model of `factory` has its
+            weights already: what they came from, either a file of another framework, or a name, which has no
+            separator and no extension of a model file.
         factory: callable, as `pkg.mod:callable` or `file.py:callable`, that builds the model which takes the
             weights of the file. It is needed for a state_dict; if the file holds several, plain
             weights are preferred to averaged (EMA) ones.
@@ -91,6 +92,9 @@ def load_model(
         raise SepconvertError(
             "`ignore_extra_keys`: only for weights that the model of `factory` takes; pass `factory` too"
         )
+    if path.suffix == ".onnx" and build is None:
+        network = open_network(path)
+        return LoadedModel(network, path, sha256_of_file(path), network.example())
     try:
         kind = _format(path)
     except SepconvertError:
@@ -123,7 +127,7 @@ def load_model(
             "model; pass `factory` pkg.mod:callable or `factory` file.py:callable that returns it"
         )
     unshadowed(model).cpu()
-    return LoadedModel(model, path, _sha256(path), examples or _timm_example(model), notes)
+    return LoadedModel(model, path, sha256_of_file(path), examples or _timm_example(model), notes)
 
 
 def _read(
@@ -353,7 +357,7 @@ def _as_built(build: Callable[[], nn.Module], path: Path) -> LoadedModel:
             "pass the file that holds trained ones, or a `factory` that loads them"
         )
     note = f"{path}: {found}; the weights are those that `factory` gives"
-    sha256 = _sha256(path) if path.exists() else sha256
+    sha256 = sha256_of_file(path) if path.exists() else sha256
     unshadowed(model).cpu()
     return LoadedModel(model, path, sha256, _timm_example(model), (note,))
 
@@ -379,11 +383,3 @@ def _timm_example(model: nn.Module) -> tuple[Tensor, ...] | None:
 def _is_sensible(shape: Sequence[object], most: int = MAX_INPUT_ELEMENTS) -> bool:
     sizes = [size for size in shape if isinstance(size, int) and size >= 1]
     return len(sizes) == len(shape) and math.prod(sizes) <= most
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(2**20):
-            digest.update(block)
-    return digest.hexdigest()

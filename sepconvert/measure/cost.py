@@ -14,6 +14,10 @@ from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 from sepconvert.base.errors import SepconvertError, first_line
 from sepconvert.base.modules import hashable, modules, unshadowed
+from sepconvert.files.onnx.graph.cost import macs_of_graph, measured_shapes, weights_of
+from sepconvert.files.onnx.graph.network import OnnxNetwork
+from sepconvert.files.onnx.graph.surgery import converted_model
+from sepconvert.files.onnx.writing import onnx_feed
 from sepconvert.network.calls import DEFORMABLE
 from sepconvert.network.copies import evaluation_mode
 from sepconvert.network.tensors import Inputs, fresh, tensor_leaves, tensors_in
@@ -25,7 +29,7 @@ with warnings.catch_warnings():
     from fvcore.nn.jit_handles import conv_flop_count, get_shape
 
 
-Counter = Literal["fvcore", "torch"]
+Counter = Literal["fvcore", "torch", "onnx"]
 
 
 @dataclass(frozen=True)
@@ -35,7 +39,7 @@ class Cost:
     `macs` are multiply-accumulates for *one sample*, one fused multiply-add being 1. `params` are the
     elements of all parameters, shared ones counted once. `uncounted_ops` are operators that the counter has
     no rule for and counts as 0 (additions, pooling, activations), with their numbers of calls. `counter` is
-    fvcore or torch's own.
+    fvcore, torch's own, or ours, of the operators of an ONNX file.
     """
 
     macs: int
@@ -55,12 +59,15 @@ def count(model: nn.Module, inputs: Inputs, counter: Counter = "fvcore") -> Cost
     fvcore counts on a trace: operators that do not reach the output are not counted, nor would ONNX keep
     them. A model that cannot be traced (with a part in TorchScript, inputs in lists, …) is counted by torch's
     `FlopCounterMode` as it runs: convolutions, matrix products and attention alone, while fvcore counts norms
-    and interpolation as well. Counts that are compared must come from the same `counter`.
+    and interpolation as well. Counts that are compared must come from the same `counter`. The network of an
+    ONNX file is counted by the operators of that file.
 
     The first dimension of the first tensor is the batch, and all counts are divided by it.
 
     Raises `SepconvertError` if the model cannot run on the inputs.
     """
+    if isinstance(model, OnnxNetwork):
+        return _of_file(model, inputs)
     batch = next((len(value) for value in tensors_in(inputs) if value.ndim), 0)
     if batch == 0:
         raise SepconvertError(
@@ -90,6 +97,13 @@ def count(model: nn.Module, inputs: Inputs, counter: Counter = "fvcore") -> Cost
                 ) from error
     params = sum(parameter.numel() for parameter in unshadowed(model).parameters())
     return Cost(round(macs / batch), params, uncounted, counter)
+
+
+def _of_file(network: OnnxNetwork, inputs: Inputs) -> Cost:
+    """Count the operators of a file as it would be written."""
+    file = converted_model(network, embedded=True)
+    macs, uncounted = macs_of_graph(file.graph, measured_shapes(file, onnx_feed(network, inputs)))
+    return Cost(round(macs / network.samples(inputs)), weights_of(file), uncounted, "onnx")
 
 
 def _traced(model: nn.Module, inputs: Inputs) -> tuple[float, dict[str, int]]:

@@ -79,7 +79,11 @@ class OperatorTime:
 
 
 def operator_times(
-    deployed: Deployed, feeds: Mapping[str, npt.NDArray[Any]], *, runs: int
+    deployed: Deployed,
+    feeds: Mapping[str, npt.NDArray[Any]],
+    *,
+    runs: int,
+    known: Mapping[str, str] | None = None,
 ) -> tuple[OperatorTime, ...]:
     """Measure the operators of a model by ONNX Runtime's own profiler, in the order of execution.
 
@@ -87,6 +91,7 @@ def operator_times(
         deployed: the model.
         feeds: arrays by input name.
         runs: number of runs that count, after a few for warm-up.
+        known: layers by output of their operator, where the file itself does not name them.
 
     Raises:
         SepconvertError: ONNX Runtime cannot load the model, or write the profile.
@@ -103,7 +108,7 @@ def operator_times(
                 "space, or set TMPDIR to another folder"
             ) from error
     each_run = list(_by_run(events))[_WARMUP_RUNS:]
-    graph = _Graph(_loaded(deployed.model).graph)
+    graph = _Graph(_loaded(deployed.model).graph, known or {})
     times = []
     for key in each_run[-1]:
         name, operator, shapes, moved = key
@@ -161,7 +166,8 @@ def _kernel(operator: str, blocked: bool, shapes: Sequence[Shape]) -> str | None
 class _Graph:
     """The graph of a file, to look up which layer an operator of the optimised graph comes from."""
 
-    def __init__(self, graph: onnx.GraphProto) -> None:
+    def __init__(self, graph: onnx.GraphProto, known: Mapping[str, str]) -> None:
+        self._known = known
         self._weights = {tensor.name: tuple(tensor.dims) for tensor in graph.initializer}
         self._by_name = {node.name: node for node in graph.node if node.name}
         self._producers = {output: node for node in graph.node for output in node.output}
@@ -176,7 +182,7 @@ class _Graph:
             # Where several meet in a fused sum, take the one with a weight of this shape.
             matching = [holder for holder in holders if self._weights[holder.input[1]] == weight] or holders
             if matching:
-                return _layer_of(matching[0])
+                return self._known.get(matching[0].output[0]) or _layer_of(matching[0])
         scopes = _scopes(node)
         return scopes[-2] if len(scopes) > 1 else None
 

@@ -20,8 +20,9 @@ from sepconvert.base.errors import SepconvertError, first_line
 from sepconvert.base.modules import unshadowed
 from sepconvert.base.progress import Progress
 from sepconvert.files.data import UNLABELLED
-from sepconvert.files.onnx.export import MAPPING, OUTPUTS, export_program, save_onnx
+from sepconvert.files.onnx.export import MAPPING, OUTPUTS
 from sepconvert.files.onnx.facts import OnnxFile, onnx_sizes
+from sepconvert.files.onnx.writing import write_onnx
 from sepconvert.measure.comparison import Comparison, Delta
 from sepconvert.measure.cost import count
 from sepconvert.measure.divergence import OutputComparison
@@ -29,7 +30,7 @@ from sepconvert.measure.latency import Deployed, Speedup, latency, session, spee
 from sepconvert.measure.metrics.evaluation import Evaluation, Scoring, joined, metric_delta, score, whole
 from sepconvert.measure.profiling import Profile
 from sepconvert.network.copies import private_copy
-from sepconvert.network.tensors import Inputs, cast, model_dtype, tensors_in
+from sepconvert.network.tensors import Inputs, by_position, cast, model_dtype, tensors_in
 
 _DTYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(double)": np.float64}
 
@@ -61,7 +62,7 @@ class Subject:
             value.to(device) if isinstance(value, Tensor) else value
             for value in cast(inputs, model_dtype(model))
         )
-        save_onnx(export_program(model, own), path)
+        write_onnx(model, own, path)
         cost = count(private_copy(model), own)
         sizes = onnx_sizes(path)
         return cls(name, path, Profile(cost.params, cost.macs, *sizes, None, None, cost.uncounted_ops))
@@ -189,13 +190,7 @@ class _Session:
             SepconvertError: it is a mapping that lacks one of them.
         """
         if isinstance(x, Mapping):
-            names = [each.name for each in self._inputs]
-            if missing := [name for name in names if name not in x]:
-                raise SepconvertError(
-                    f"{self.name}: the data lack the input {missing[0]}, and hold {', '.join(map(str, x))}; "
-                    "let them yield a mapping by the names of the inputs, or a tuple"
-                )
-            x = [x[name] for name in names]
+            x = by_position([each.name for each in self._inputs], x)
         return [value.numpy() for value in tensors_in(x)]
 
     def judged(self, returned: Sequence[npt.NDArray[Any]], by_name: bool) -> Any:

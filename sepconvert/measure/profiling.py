@@ -16,8 +16,8 @@ from sepconvert.base.environment import TIMES_DEPEND_ON, Runtime
 from sepconvert.base.errors import MAX_SEED, SepconvertError, check_number, quoted
 from sepconvert.base.options import Task, Timing
 from sepconvert.base.progress import Progress, silent
-from sepconvert.files.onnx.export import export_program, onnx_feed, runtime_dtype, save_onnx
 from sepconvert.files.onnx.facts import onnx_sizes, read_onnx
+from sepconvert.files.onnx.writing import onnx_feed, write_onnx
 from sepconvert.measure.cost import count
 from sepconvert.measure.execution import OperatorTime, operator_times
 from sepconvert.measure.latency import (
@@ -35,7 +35,7 @@ from sepconvert.measure.metrics.metric import MetricValue
 from sepconvert.measure.metrics.own import scoring_of
 from sepconvert.measure.statistics import Interval
 from sepconvert.network.copies import checked, private_copy
-from sepconvert.network.tensors import Inputs, arguments, cast, tensors_in
+from sepconvert.network.tensors import Inputs, arguments, tensors_in
 
 SCHEMA = "sepconvert.profile/1"
 
@@ -327,8 +327,8 @@ def profile(
     latency, detail = None, None
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.onnx"
-        save_onnx(export_program(model, inputs), path)
-        feed = onnx_feed(cast(inputs, runtime_dtype(model)))
+        write_onnx(model, inputs, path)
+        feed = onnx_feed(model, inputs)
         batch = batch_size(inputs)
         if runs and batches is None:
             latency = measure_single(Deployed(path, runtime), feed, runs=runs, batch=batch, seed=seed)

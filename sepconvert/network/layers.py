@@ -155,6 +155,31 @@ class FactorizedConv2d(nn.Module):
         return f"{self.scheme}, rank={self.rank}"
 
 
+class Conv(nn.Conv2d):
+    """A convolution of an ONNX graph, with further names that it goes by there."""
+
+    labels: tuple[str, ...] = ()
+
+
+class ListedConvolution(nn.Module):
+    """Stands for a convolution that another runtime runs, and says why it cannot be replaced.
+
+    Attributes:
+        operator: its kind there.
+        obstacle: the reason.
+        params: number of its weights.
+        macs: those of one sample, where they are known.
+    """
+
+    macs = 0
+
+    def __init__(self, operator: str, obstacle: str, params: int) -> None:
+        super().__init__()
+        self.operator = operator
+        self.obstacle = obstacle
+        self.params = params
+
+
 def _convolutions(branch: nn.Module) -> list[nn.Conv2d]:
     return [module for module in branch._modules.values() if isinstance(module, nn.Conv2d)]
 

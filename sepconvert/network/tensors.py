@@ -187,6 +187,30 @@ class InputBatch:
         return value.ndim > self.axis and value.shape[self.axis] == size
 
 
+class NamedInputs:
+    """Mixin of models whose inputs have names, which need not be those of Python's parameters.
+
+    Attributes:
+        input_names: names of the inputs, in order.
+    """
+
+    input_names: tuple[str, ...]
+
+
+def by_position(names: Sequence[str], given: Mapping[str, Any]) -> Inputs:
+    """Return inputs by name in the order of the names.
+
+    Raises:
+        SepconvertError: one of them is missing.
+    """
+    if missing := [name for name in names if name not in given]:
+        raise SepconvertError(
+            f"`data`: lacks the input {missing[0]} of the ONNX file, and holds {', '.join(map(str, given))}; "
+            f"let it yield a mapping with {', '.join(names)}, or a tuple in that order"
+        )
+    return tuple(given[name] for name in names)
+
+
 def arguments(model: nn.Module, given: Any) -> Inputs:
     """Return what a data set yields for a model as positional arguments of its forward.
 
@@ -198,6 +222,8 @@ def arguments(model: nn.Module, given: Any) -> Inputs:
     """
     if isinstance(given, Tensor):
         return (given,)
+    if isinstance(model, NamedInputs) and isinstance(given, Mapping):
+        return by_position(model.input_names, given)
     takes = signature(model.forward)
     if isinstance(given, Mapping):
         try:

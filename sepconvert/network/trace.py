@@ -26,6 +26,7 @@ from sepconvert.network.calls import (
     same_values,
 )
 from sepconvert.network.copies import private_copy
+from sepconvert.network.layers import Conv, ListedConvolution
 from sepconvert.network.tensors import Inputs, fresh, random_like, tensors_in
 
 
@@ -65,6 +66,12 @@ class ConvSite:
     owner_inputs: Inputs | None  # arguments of the owner's forward; None if it takes keyword arguments
     obstacle: str | None  # why it cannot be replaced, whatever its kernel
     is_convolution: bool = True  # or perhaps something else, made of the same operator
+    labels: tuple[str, ...] = ()  # further names that it is selected by
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All names that it is selected by."""
+        return (self.name, *self.labels)
 
     @property
     def place(self) -> Place:
@@ -184,6 +191,10 @@ def trace(model: nn.Module, inputs: Inputs) -> tuple[ConvSite, ...]:
             sites.append(
                 _unseen(module, names[id(module)], type(module).__name__, "not executed on these inputs")
             )
+    for module in modules(model):
+        if isinstance(module, ListedConvolution):
+            listed = _unseen(module, names[id(module)], module.operator, module.obstacle)
+            sites.append(replace(listed, macs=module.macs, params=module.params))
     return tuple(sites)
 
 
@@ -316,6 +327,7 @@ def _site(
         frozen=_frozen(module if is_module else None, weight, bias),
         conv=conv,
         owner_inputs=None if is_module else first.module_inputs,
+        labels=module.labels if isinstance(module, Conv) else (),
         obstacle=obstacle or _obstacle(records, spec, computed=call.place in variable),
     )
 

@@ -126,7 +126,7 @@ def _obstacles(traced: TracedModel, job: Job) -> dict[str, Reason]:
     obstacles, approx = Obstacles(traced), job.mode == "approx"
     reasons = {}
     for site in traced.sites:
-        if not job.selection.admits(site.name):
+        if not job.selection.admits(*site.names):
             reasons[site.name] = Reason(ReasonCode.NOT_SELECTED, "not selected")
             continue
         why = site.obstacle

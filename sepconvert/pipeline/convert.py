@@ -4,13 +4,16 @@ import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any
 
+import onnx
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from sepconvert.base.determinism import reproducible
 from sepconvert.base.distributed import rank as rank_of_process
+from sepconvert.base.documents import sha256_of_file
 from sepconvert.base.options import (
     Budget,
     Calibration,
@@ -24,15 +27,16 @@ from sepconvert.base.options import (
 )
 from sepconvert.base.progress import Progress, silent
 from sepconvert.files.data import Batch
+from sepconvert.files.onnx.graph.network import OnnxNetwork
+from sepconvert.files.onnx.graph.surgery import converted_model
 from sepconvert.measure.latency import Speedup
 from sepconvert.measure.metrics.evaluation import MetricDelta
-from sepconvert.measure.profiling import Profile, as_inputs
-from sepconvert.network.copies import checked
+from sepconvert.measure.profiling import Profile
 from sepconvert.network.tensors import Inputs, model_dtype, tensors_in
 from sepconvert.pipeline.approximate import convert_approximately
 from sepconvert.pipeline.exact import analyse_model, convert_exactly, plan_model
 from sepconvert.pipeline.job import Check, Job
-from sepconvert.pipeline.original import Original, examine, trace_selected
+from sepconvert.pipeline.original import Original, Subject, examine, given_model, trace_selected
 from sepconvert.pipeline.stages import Measured, Written, checked_place, measure, result_folder, verify, write
 from sepconvert.planning.conversion import Conversion, LayerReport, Verification
 from sepconvert.planning.plan import ConversionPlan
@@ -48,7 +52,8 @@ _RUNS = 30  # of each layer under the gate "latency" of `inspect`
 class ConversionResult:
     """The outcome of a conversion.
 
-    `model` is a converted copy of the user's model. `plan` and `report` are the JSON documents that the
+    `model` is a converted copy of the user's model; of an ONNX file, a module that ONNX Runtime runs the rest
+    of, and `onnx_model` is the converted file. `plan` and `report` are the JSON documents that the
     command line writes, as plain dictionaries; a plan can be replayed with the weights of `model`. The other
     fields hold the same results typed: profiles of both models, `speedup` (`.median`, `.ci95`), `accuracy`
     (`.drop` in the metric's unit, `.ci95`, `.metric`), one report a convolution, and the verification. They
@@ -66,11 +71,16 @@ class ConversionResult:
     verification: Verification | None = None
     exhibits: Exhibits = field(default_factory=Exhibits)
 
+    @property
+    def onnx_model(self) -> onnx.ModelProto | None:
+        """The converted ONNX model, with all its data, where the original was one; else None."""
+        return converted_model(self.model, embedded=True) if isinstance(self.model, OnnxNetwork) else None
+
 
 @reproducible()
 def inspect(
-    model: nn.Module,
-    example_inputs: Tensor | Inputs,
+    model: Subject,
+    example_inputs: Tensor | Inputs | None = None,
     *,
     gate: Gate = "macs",
     tol: float | None = None,
@@ -94,7 +104,7 @@ def inspect(
         >>> round(layer["structures"][1]["best_relative_error"], 3)
         0.101
     """
-    model, inputs = checked(model), as_inputs(model, example_inputs)
+    model, inputs = given_model(model, example_inputs)
     job = Job(gate=gate, tol=tol, selection=selection, timing=Timing(runs=_RUNS), progress=progress)
     traced = trace_selected(model, inputs, selection)
     analyses = analyse_model(traced.sites, tol, selection, progress)
@@ -109,8 +119,8 @@ def inspect(
 
 @reproducible()
 def convert(
-    model: nn.Module,
-    example_inputs: Tensor | Inputs,
+    model: Subject,
+    example_inputs: Tensor | Inputs | None = None,
     mode: Mode = "exact",
     *,
     data: Iterable[Batch] | None = None,
@@ -138,9 +148,10 @@ def convert(
     """Replace convolutions by separable ones: exactly, with proof, or approximately, within a budget.
 
     Args:
-        model: any module; it is left as it is.
+        model: any module, or an ONNX file (a path, or a `ModelProto`); it is left as it is.
         example_inputs: N × C × H × W tensor, a tuple of positional arguments, or a mapping of arguments by
-            name. The models are run, verified and timed on them; MACs are counted for one sample.
+            name. The models are run, verified and timed on them; MACs are counted for one sample. An ONNX
+            file that says how large its inputs are needs none.
         mode: "exact" keeps the function. "approx" fits depthwise and pointwise factors to the data; "auto"
             chooses for each layer among all structures, under the budget.
         data: batches (x, y) of inputs and labels or other targets, on which the metric is reported; read once
@@ -198,6 +209,8 @@ def convert(
         >>> [tuple(each.kernel_size) for each in result.model[0].convolutions]
         [(3, 1), (1, 3)]
     """
+    if origin == Origin() and isinstance(model, str | os.PathLike):
+        origin = Origin(os.fspath(model), sha256_of_file(Path(model)))
     job = Job.of(
         metric=metric, mode=mode, gate=gate, tol=tol, seed=seed, dynamic_batch=dynamic_batch, check=check,
         out=out, budget=Budget(rank, target_macs, target_params, min_speedup, max_drop, confidence),

@@ -58,7 +58,7 @@ def analyse_model(
     sites: Sequence[ConvSite], tol: float | None, selection: Selection, progress: Progress
 ) -> dict[str, Analysis]:
     """Return the analysis of each kernel that may be replaced, by layer."""
-    eligible = [site for site in sites if site.obstacle is None and selection.admits(site.name)]
+    eligible = [site for site in sites if site.obstacle is None and selection.admits(*site.names)]
     return {
         site.name: analyse(site.conv.spec, site.conv.weight, site.sizes, tol)
         for site in progress(eligible, "analysing kernels")

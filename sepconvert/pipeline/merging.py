@@ -58,7 +58,7 @@ def merge_original(original: Original, job: Job) -> Start:
     pairs = [
         pair
         for pair in linear_pairs(original.traced)
-        if job.selection.admits(pair.first.name) and job.selection.admits(pair.second.name)
+        if all(job.selection.admits(*site.names) for site in (pair.first, pair.second))
     ]
     model, merges = merge_pairs(
         original.model,

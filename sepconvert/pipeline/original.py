@@ -1,10 +1,12 @@
 """The original: its convolutions, cost, data and scores, known before any layer is replaced."""
 
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
+import onnx
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -24,6 +26,7 @@ from sepconvert.calibration.split import (
 )
 from sepconvert.distillation.losses import TaskLoss
 from sepconvert.files.data import UNLABELLED, Batch
+from sepconvert.files.onnx.graph.network import OnnxNetwork, open_network
 from sepconvert.measure.cost import Cost, count
 from sepconvert.measure.divergence import Yardstick, yardstick_of
 from sepconvert.measure.metrics.evaluation import Evaluation, MetricDelta, Scoring, one_of
@@ -36,6 +39,9 @@ from sepconvert.pipeline.job import Job
 from sepconvert.pipeline.plausibility import DataFacts, ValueRange, find_facts
 from sepconvert.planning.scores import Scores
 from sepconvert.planning.timing.clock import Clock
+
+Subject = nn.Module | str | os.PathLike[str] | onnx.ModelProto
+"""A model to convert: a module, or an ONNX file or model."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,9 +91,34 @@ class Original:
         return None if self.scores is None else self.scores.delta(model, self.scores.sizes[-1])
 
 
+def given_model(model: Subject, example_inputs: Tensor | Inputs | None) -> tuple[nn.Module, Inputs]:
+    """Return what is to be converted as a module, and the inputs to run it on.
+
+    Raises:
+        SepconvertError: it is no model, or there are no inputs and it does not say what it takes.
+    """
+    if isinstance(model, str | os.PathLike | onnx.ModelProto):
+        model = open_network(model)
+    model = checked(model)
+    if example_inputs is None and isinstance(model, OnnxNetwork):
+        example_inputs = model.example()
+    if example_inputs is None:
+        known = (
+            "the file leaves their shapes open" if isinstance(model, OnnxNetwork) else "a module names none"
+        )
+        raise SepconvertError(
+            f"`example_inputs`: are needed, as {known}; pass a batch of one sample, e.g. "
+            "torch.rand(1, 3, 224, 224)"
+        )
+    inputs = as_inputs(model, example_inputs)
+    if isinstance(model, OnnxNetwork):
+        model.note_costs(inputs)
+    return model, inputs
+
+
 def examine(
-    model: nn.Module,
-    example_inputs: Tensor | Inputs,
+    model: Subject,
+    example_inputs: Tensor | Inputs | None,
     data: Iterable[Batch] | None,
     calib: DataLoader[Batch] | None,
     job: Job,
@@ -111,7 +142,7 @@ def examine(
         raise SepconvertError(f"`{unused}`: says how `data` are scored, and there are none; pass `data`")
     if job.mode == "exact" and calib is not None:
         raise SepconvertError("`calib`: is for the modes approx and auto; pass one of them, or leave it out")
-    model, inputs = checked(model), as_inputs(model, example_inputs)
+    model, inputs = given_model(model, example_inputs)
     found = trace_selected(model, inputs, job.selection)
     parts, scoring = DataSplit(data), scoring_of(job.task, model, inputs)
     division = Division(job.calibration, job.finetuning.epochs, job.seed, partial(scoring.batched, model))
@@ -200,7 +231,7 @@ def trace_selected(model: nn.Module, inputs: Inputs, selection: Selection) -> Tr
     for name, parameter in shared.items():
         _check_unwritten(name, parameter, before[name])
     for glob in (*selection.include, *selection.exclude):
-        if not any(Selection(include=(glob,)).admits(site.name) for site in found.sites):
+        if not any(Selection(include=(glob,)).admits(*site.names) for site in found.sites):
             name = "include" if glob in selection.include else "exclude"
             raise SepconvertError(
                 f"`{name}` {glob}: matches none of the {len(found.sites)} convolutions; inspect lists them"

@@ -22,12 +22,13 @@ from sepconvert.files.onnx.export import (
     Export,
     ExportNote,
     export_program,
-    onnx_feed,
     runtime_dtype,
     save_archive,
     save_onnx,
 )
 from sepconvert.files.onnx.facts import onnx_sizes
+from sepconvert.files.onnx.graph.network import OnnxNetwork
+from sepconvert.files.onnx.writing import note_of, onnx_feed, save_files
 from sepconvert.measure.cost import Cost
 from sepconvert.measure.execution import (
     Gain,
@@ -48,7 +49,7 @@ from sepconvert.measure.verification.outputs import (
     compare_export,
     compare_runs,
 )
-from sepconvert.network.tensors import Inputs, cast, model_dtype
+from sepconvert.network.tensors import Inputs, model_dtype
 from sepconvert.pipeline.job import Job
 from sepconvert.pipeline.original import Original
 from sepconvert.planning.conversion import Conversion, LayerReport, Verification
@@ -56,6 +57,10 @@ from sepconvert.planning.plan import ConversionPlan
 from sepconvert.planning.timing.pairs import time_files, time_layers
 
 _LOG = logging.getLogger(__name__)
+
+NO_ARCHIVE = "the model is an ONNX file, of which torch.export makes no archive"
+"""Reason why there is no converted.pt2."""
+
 
 _SHOWN = 24  # predictions that changed
 
@@ -123,7 +128,7 @@ def verify(original: Original, made: Conversion, written: Written, job: Job) -> 
     reason = written.onnx_reason
     files = OnnxChecks(None, None, reason)
     if reason is None:
-        files = check_onnx(made.expected, written.paths, job.timing.runtime)
+        files = check_onnx(original.model, made.expected, written.paths, job.timing.runtime)
     verification = Verification(
         made.torch_check, files.converted, files.reason, made.checks, original=files.original
     )
@@ -226,8 +231,12 @@ def write_models(
 ) -> ExportNote:
     """Write `original.onnx`, `converted.onnx` and `converted.pt2`, as far as torch exports the models.
 
-    A model that cannot be exported is still converted: the note says which files are missing, and why.
+    A model that cannot be exported is still converted: the note says which files are missing, and why. The
+    network of an ONNX file is not exported; its conversion is an edited copy of the file.
     """
+    if isinstance(model, OnnxNetwork) and isinstance(converted, OnnxNetwork):
+        save_files(model, converted, (folder / "original.onnx", folder / "converted.onnx"))
+        return replace(note_of(model), missing={"converted.pt2": NO_ARCHIVE})
     note = ExportNote(False, str(runtime_dtype(converted)).removeprefix("torch."), None)
     missing = {}
     files = {"original.onnx": model, "converted.onnx": converted, "converted.pt2": converted}
@@ -268,9 +277,12 @@ class OnnxChecks:
 
 
 def check_onnx(
-    expected: tuple[Reference, Reference | None], paths: tuple[Path, Path], runtime: Runtime
+    model: nn.Module,
+    expected: tuple[Reference, Reference | None],
+    paths: tuple[Path, Path],
+    runtime: Runtime,
 ) -> OnnxChecks:
-    """Run both ONNX files on the inputs of `expected` and compare.
+    """Run both ONNX files of a model and of its conversion on the inputs of `expected`, and compare.
 
     The converted file is held against the original's, or, if there is a reference of its own, against that.
     Where the original's file differs from the original by more than the runtime's arithmetic explains, but by
@@ -283,7 +295,7 @@ def check_onnx(
     reference, own = expected
     try:
         original, converted = (
-            _run_onnx(path, each.inputs, each.runtime, runtime)
+            _run_onnx(model, path, each.inputs, runtime)
             for path, each in zip(paths, (reference, own or reference), strict=True)
         )
     except SepconvertError as error:
@@ -300,12 +312,12 @@ def check_onnx(
     return OnnxChecks(export, compare_export(own, converted, any_rounding=not export.holds), None)
 
 
-def _run_onnx(path: Path, inputs: Sequence[Inputs], dtype: torch.dtype, runtime: Runtime) -> list[Outputs]:
+def _run_onnx(model: nn.Module, path: Path, inputs: Sequence[Inputs], runtime: Runtime) -> list[Outputs]:
     runner = session(Deployed(path, runtime))
     results = []
     for value in inputs:
         try:
-            arrays = runner.run(None, onnx_feed(cast(value, dtype)))
+            arrays = runner.run(None, dict(onnx_feed(model, value)))
         except Exception as error:  # ONNX Runtime's errors share no base class
             raise SepconvertError(f"{path.name}: ONNX Runtime cannot run it: {error}") from error
         results.append([torch.from_numpy(np.asarray(array)).double() for array in arrays])
@@ -321,8 +333,11 @@ def executed_layers(
     runtime: Runtime,
 ) -> tuple[tuple[LayerReport, ...], ModelExecution]:
     """Return the layers with what the runtime made of each, and the same of the whole model."""
-    feed = onnx_feed(cast(inputs, runtime_dtype(model)))
-    before, after = (list(operator_times(Deployed(path, runtime), feed, runs=runs)) for path in paths)
+    feed = onnx_feed(model, inputs)
+    known = {label: each.site.name for each in layers for label in each.site.labels}
+    before, after = (
+        list(operator_times(Deployed(path, runtime), feed, runs=runs, known=known)) for path in paths
+    )
     functional: dict[str, list[str]] = {}
     for each in sorted(layers, key=lambda each: each.site.place):
         if each.site.index is not None:

@@ -10,8 +10,6 @@ from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import onnx
 import torch
 from torch import Tensor, nn
@@ -86,12 +84,6 @@ def onnx_names(inputs: Inputs) -> tuple[str, ...]:
         return names
     count = len(tensors_in(inputs))
     return ("input",) if count == 1 else tuple(f"input_{index}" for index in range(count))
-
-
-def onnx_feed(inputs: Inputs) -> dict[str, npt.NDArray[Any]]:
-    """Return the inputs as ONNX Runtime takes them."""
-    arrays = (np.ascontiguousarray(tensor.detach().cpu().numpy()) for tensor in tensors_in(inputs))
-    return dict(zip(onnx_names(inputs), arrays, strict=True))
 
 
 def export_program(

@@ -11,11 +11,10 @@ from typing import Any
 import numpy as np
 import onnx
 
-from sepconvert.base.documents import read_file
-from sepconvert.base.errors import SepconvertError, first_line
+from sepconvert.base.errors import SepconvertError
 from sepconvert.factorize.geometry import MAX_INPUT_ELEMENTS
-
-_MOST_BYTES = 2**31  # of a protobuf message
+from sepconvert.files.onnx.graph.cost import macs_of_graph, weights_of
+from sepconvert.files.onnx.graph.protobuf import parsed, read_content
 
 
 @dataclass(frozen=True)
@@ -54,17 +53,8 @@ def read_onnx(path: Path) -> OnnxFile:
     Raises:
         SepconvertError: there is no such file, it is no ONNX model, or its inputs are no tensors of numbers.
     """
-    try:
-        content = read_file(path, _MOST_BYTES)
-        model = onnx.load_from_string(content)
-    except SepconvertError:
-        raise
-    except OSError as error:
-        raise SepconvertError(f"{path}: cannot be read: {error.strerror}; check the path") from error
-    except Exception as error:  # protobuf's own
-        raise SepconvertError(f"{path}: not an ONNX model ({first_line(error)}); export it anew") from error
-    if not model.graph.node:
-        raise SepconvertError(f"{path}: not an ONNX model (it has no operators); export it anew")
+    content = read_content(path)
+    model = parsed(content, path)
     known = {tensor.name: tuple(tensor.dims) for tensor in model.graph.initializer}
     inputs = [value for value in model.graph.input if value.name not in known]
     shapes = tuple(_input_shape(value, path) for value in inputs)
@@ -72,14 +62,12 @@ def read_onnx(path: Path) -> OnnxFile:
     with contextlib.suppress(Exception):  # operators whose shapes cannot be inferred are not counted
         model = onnx.shape_inference.infer_shapes(model, data_prop=True)
     types = _types_of_values(model)
-    macs, uncounted = _macs_of_graph(model, {name: shape for name, (shape, _) in types.items()} | known)
-    floating = {onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.DOUBLE,
-                onnx.TensorProto.BFLOAT16}  # fmt: skip
+    macs, uncounted = macs_of_graph(model.graph, {name: shape for name, (shape, _) in types.items()} | known)
     return OnnxFile(
         tuple(value.name for value in inputs),
         shapes,
         tuple(onnx.helper.tensor_dtype_to_np_dtype(value.type.tensor_type.elem_type) for value in inputs),
-        sum(math.prod(tensor.dims) for tensor in model.graph.initializer if tensor.data_type in floating),
+        weights_of(model),
         macs // batch,
         uncounted,
         _peak_of_values(model, types),
@@ -179,32 +167,3 @@ def _peak_of_values(model: onnx.ModelProto, types: Mapping[str, tuple[tuple[int,
         for name in [name for name in sizes if last_read.get(name, -1) <= index and name not in returned]:
             del sizes[name]
     return peak
-
-
-def _macs_of_graph(
-    model: onnx.ModelProto, shapes: Mapping[str, tuple[int, ...]]
-) -> tuple[int, dict[str, int]]:
-    """Return the MACs of one batch, and the number of operators of each kind that are left out."""
-    total, uncounted = 0, dict[str, int]()
-    for node in model.graph.node:
-        macs = _macs_of_node(node, shapes)
-        if macs is None:
-            uncounted[node.op_type] = uncounted.get(node.op_type, 0) + 1
-        else:
-            total += macs
-    return total, uncounted
-
-
-def _macs_of_node(node: onnx.NodeProto, shapes: Mapping[str, tuple[int, ...]]) -> int | None:
-    """Return the MACs of a convolution or a matrix product; None for other operators and unknown shapes."""
-    if node.op_type not in ("Conv", "ConvTranspose", "Gemm", "MatMul"):
-        return None
-    left, right, output = (shapes.get(name) for name in (*node.input[:2], node.output[0]))
-    if left is None or right is None or output is None:
-        return None
-    if node.op_type == "Conv":
-        return math.prod(output) * math.prod(right[1:])
-    if node.op_type == "ConvTranspose":
-        return math.prod(left) * math.prod(right[1:])
-    transposed = any(attribute.name == "transA" and attribute.i for attribute in node.attribute)
-    return math.prod(output) * left[0 if transposed else -1]

@@ -29,11 +29,11 @@ from sepconvert.factorize.exact.analysis import ZERO_BORDER
 from sepconvert.factorize.exact.factors import branches
 from sepconvert.factorize.geometry import ConvSpec
 from sepconvert.factorize.structures import Form
-from sepconvert.files.onnx.export import export_program, onnx_feed, runtime_dtype, save_onnx
 from sepconvert.files.onnx.layer import layer_onnx
+from sepconvert.files.onnx.writing import onnx_feed, write_onnx
 from sepconvert.measure.latency import Deployed, Speedup, speedup, time_all
 from sepconvert.measure.statistics import Interval
-from sepconvert.network.tensors import Inputs, cast
+from sepconvert.network.tensors import Inputs
 from sepconvert.network.trace import ConvSite
 from sepconvert.planning.timing.model import TimeModel
 
@@ -165,14 +165,14 @@ class Clock:
         new = [model for model in models if model not in self._files]
         for model in progress(new, "exporting plans"):
             path = self._folder / f"{uuid.uuid4()}.onnx"
-            save_onnx(export_program(model, inputs, dynamic_batch=False), path, check=False)
+            write_onnx(model, inputs, path, dynamic_batch=False, check=False)
             self._files[model] = path
         paths = [self._files[model] for model in models]
         files = [hashlib.sha256(path.read_bytes()).hexdigest() for path in paths]
         keys = [self._key(layout=LAYOUT, original=files[0], converted=file, runs=runs) for file in files]
         missing = [index for index, key in enumerate(keys) if self._recall(key, _PlanEntry) is None]
         if missing:
-            feed = onnx_feed(cast(inputs, runtime_dtype(original)))
+            feed = onnx_feed(original, inputs)
             timed = [(path, feed) for path in (paths[0], paths[0], *(paths[index] for index in missing))]
             try:
                 first, again, *others = self._samples(timed, runs, progress)

@@ -11,12 +11,12 @@ from sepconvert.base.progress import Progress
 from sepconvert.factorize.border import Border
 from sepconvert.factorize.exact.analysis import ZERO_BORDER
 from sepconvert.factorize.exact.factors import branches
-from sepconvert.files.onnx.export import onnx_feed, runtime_dtype
 from sepconvert.files.onnx.layer import layer_onnx
+from sepconvert.files.onnx.writing import onnx_feed
 from sepconvert.measure.latency import Deployed, PairTiming, measure_pair
 from sepconvert.measure.profiling import batch_size
 from sepconvert.network.rewrite import Replacement
-from sepconvert.network.tensors import Inputs, cast
+from sepconvert.network.tensors import Inputs
 from sepconvert.network.trace import ConvSite
 from sepconvert.planning.timing.clock import input_shape, random_feed
 
@@ -31,7 +31,7 @@ def time_files(
     progress: Progress,
 ) -> PairTiming:
     """Two ONNX files of `model` and of what it became, on its inputs."""
-    feed = onnx_feed(cast(inputs, runtime_dtype(model)))
+    feed = onnx_feed(model, inputs)
     original, converted = (Deployed(path, runtime) for path in paths)
     return measure_pair(
         original, converted, feed, runs=runs, batch=batch_size(inputs), seed=seed, progress=progress

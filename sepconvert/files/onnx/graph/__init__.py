@@ -1,0 +1,1 @@
+"""Graphs of ONNX files: read, run in parts, and edited."""
