@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from sepconvert.files.onnx.graph.network import OnnxNetwork
 from sepconvert.network.calls import Call, ConvolutionInterceptor, Place
 from sepconvert.network.copies import private_copy
 from sepconvert.network.tensors import InputBatch, Inputs, fresh, tensors_in
@@ -56,7 +57,12 @@ def footprint(model: nn.Module, inputs: Inputs) -> Footprint:
 
 
 def images_at_once(model: nn.Module, samples: InputBatch, most: int) -> int:
-    """Return how many samples, `most` at most, can pass within `AT_ONCE`, going by the first of some."""
+    """Return how many samples, `most` at most, can pass within `AT_ONCE`, going by the first of some.
+
+    An ONNX file may fix the number.
+    """
+    if isinstance(model, OnnxNetwork) and model.batch is not None:
+        return model.batch
     return max(1, min(most, AT_ONCE // max(footprint(model, samples[:1].inputs).peak, 1)))
 
 

@@ -11,7 +11,7 @@ import click
 from sepconvert.base.distributed import join, rank
 from sepconvert.base.errors import SepconvertError
 from sepconvert.base.options import Budget, Calibration, Finetuning, Gate, Origin, Selection, Task
-from sepconvert.cli.inputs import load_subject, read_data_and_inputs, read_images, timing_of
+from sepconvert.cli.inputs import in_layout, load_subject, read_data_and_inputs, read_images, timing_of
 from sepconvert.cli.options import Options, in_flags, value_of
 from sepconvert.cli.outputs import command_line, out_of, result_directory_of, show
 from sepconvert.cli.progress import progress_for, quietly, training_progress
@@ -35,9 +35,10 @@ def convert(**options: Any) -> None:
     join()
     main, out = rank() == 0, out_of(options)
     place = result_directory_of(options, out) if main else contextlib.nullcontext()
-    finetuning = _finetuning(options, out)
     with quietly(), place as folder:
         loaded = load_subject(options)
+        options = dict(in_layout(options, loaded))
+        finetuning = _finetuning(options, out)
         data, inputs = read_data_and_inputs(options, loaded)
         result = run_convert(
             loaded.model,
@@ -93,6 +94,7 @@ def _inspected(options: Options, gate: Gate) -> dict[str, Any]:
     """Return what `sepconvert.inspect` reports of the model that the options name."""
     with quietly():
         loaded = load_subject(options)
+        options = in_layout(options, loaded)
         _, inputs = read_data_and_inputs(options, loaded)
         return run_inspect(
             loaded.model,

@@ -1,7 +1,7 @@
 """Models, data and example inputs that a command's options name."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,8 +31,10 @@ from sepconvert.files.data import (
     sample_shapes,
     varies,
 )
+from sepconvert.files.images import Layout, layout_of
 from sepconvert.files.models import LoadedModel, load_model, parse_input_shape
 from sepconvert.files.onnx.facts import OnnxFile
+from sepconvert.files.onnx.graph.network import OnnxNetwork
 from sepconvert.measure.metrics.own import scoring_of
 from sepconvert.network.copies import private_copy
 from sepconvert.network.tensors import (
@@ -110,7 +112,25 @@ def _kind_of_targets(options: Options) -> TargetKind | None:
 
 
 def _preprocess(options: Options) -> Preprocess:
-    return Preprocess(options["mean"], options["std"], options["resize"])
+    layout: Layout = options.get("layout") or "nchw"
+    return Preprocess(options["mean"], options["std"], options["resize"], layout)
+
+
+def with_layout(options: Options, shapes: Sequence[Sequence[int | None]]) -> Options:
+    """Return the options with the layout of images that an ONNX file takes, by the shapes of its inputs.
+
+    Images are not arranged in silence: a layout that --layout does not name is told on standard error.
+    """
+    if options["layout"] is not None or len(shapes) != 1:
+        return options
+    layout = layout_of(shapes[0])
+    if layout == "nhwc" and any(options.get(name) is not None for name in ("data", "calib", "train")):
+        click.echo(
+            "sepconvert: the ONNX file takes images as N×H×W×C, and uint8 images are given so; pass --layout "
+            "nchw if that is wrong",
+            err=True,
+        )
+    return {**options, "layout": layout}
 
 
 def load_subject(options: Options) -> LoadedModel:
@@ -139,6 +159,21 @@ def load_subject(options: Options) -> LoadedModel:
             f"--device {options['device']}: cannot be used: {first_line(error)}; pass --device cpu"
         ) from error
     return loaded
+
+
+def in_layout(options: Options, loaded: LoadedModel) -> Options:
+    """Return the options with the layout of images of the model, which for a torch model is N×C×H×W.
+
+    Raises:
+        SepconvertError: another one is asked for.
+    """
+    if isinstance(loaded.model, OnnxNetwork):
+        return with_layout(options, loaded.model.input_shapes)
+    if options["layout"] == "nhwc":
+        raise SepconvertError(
+            "--layout nhwc: is for ONNX files, and layers of torch take images as N×C×H×W; leave it out"
+        )
+    return options
 
 
 def read_data_and_inputs(options: Options, loaded: LoadedModel) -> tuple[DataLoader[Batch] | None, Inputs]:

@@ -21,6 +21,7 @@ from sepconvert.cli.inputs import (
     read_data_and_examples,
     read_data_and_inputs,
     timing_of,
+    with_layout,
 )
 from sepconvert.cli.options import Options, value_of
 from sepconvert.cli.outputs import show
@@ -132,6 +133,8 @@ def _together(options: Options) -> tuple[Comparison, str]:
     paths = options["models"]
     files = {path: read_onnx(path) for path in paths if path.suffix == ".onnx"}
     loaded = {path: load_subject({**options, "model": path}) for path in paths if path not in files}
+    for file in files.values():
+        options = with_layout(options, file.shapes)
     examples = [each.example_inputs for each in loaded.values()] + [
         example_of_file(each) for each in files.values()
     ]
@@ -173,6 +176,7 @@ def _profile(options: Options) -> StoredProfile:
     path, runtime = options["model"], timing_of(options).runtime
     if path.suffix == ".onnx":
         file = read_onnx(path)
+        options = with_layout(options, file.shapes)
         data, inputs = read_data_and_examples(options, example_of_file(file), file)
         batches = options.get("batches") if options["runs"] else None
         # The detailed timing below includes the plain one.

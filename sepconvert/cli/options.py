@@ -25,6 +25,7 @@ from sepconvert.base.options import (
     check_option,
     options_of,
 )
+from sepconvert.files.images import Layout
 from sepconvert.pipeline.job import Job
 
 Command = Callable[..., Any]
@@ -210,6 +211,11 @@ data_options = _options(
         callback=numbers(float, "0.229,0.224,0.225"),
         metavar="R,G,B",
         help="Standard deviation of x/255 per channel, for uint8 images.",
+    ),
+    click.option(
+        "--layout",
+        type=click.Choice(get_args(Layout)),
+        help="Order in which an ONNX file takes images [default: as the shape of its input says].",
     ),
     click.option("--resize", callback=size, metavar="N|HxW", help="Size to which uint8 images are resized."),
 )

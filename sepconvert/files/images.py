@@ -6,7 +6,7 @@ Images stay uint8 in memory or on disk and become float32 one at a time: `(x / 2
 import math
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -61,6 +61,17 @@ class StoredSamples(Dataset[Batch]):
         return self.read(index), self.target(index)
 
 
+Layout = Literal["nchw", "nhwc"]
+"""Order of the dimensions of images: samples, channels, height and width."""
+
+
+def layout_of(shape: Sequence[int | None]) -> Layout:
+    """Return the layout that the shape of a batch of images speaks for; None is an open size."""
+    channels = (1, 3, 4)
+    is_last = len(shape) == 4 and shape[3] in channels and shape[1] not in channels
+    return "nhwc" if is_last else "nchw"
+
+
 @dataclass(frozen=True)
 class Preprocess:
     """The preprocessing of uint8 images.
@@ -73,6 +84,7 @@ class Preprocess:
         std: of each channel of `x / 255`; None divides by nothing.
         resize: a side, or (height, width), in pixels, by bilinear interpolation with antialiasing. The aspect
             ratio is not kept. None leaves images as they are.
+        layout: "nhwc" gives images as H × W × C, "nchw" as C × H × W. It applies to uint8 images alone.
 
     Raises:
         SepconvertError: a value is out of range.
@@ -81,6 +93,7 @@ class Preprocess:
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
     resize: int | tuple[int, int] | None = None
+    layout: Layout = field(default="nchw", compare=False)
 
     def __post_init__(self) -> None:
         """Check the ranges; the number of channels is known only once there are data."""
@@ -101,13 +114,13 @@ class Preprocess:
         return (self.resize, self.resize) if isinstance(self.resize, int) else self.resize
 
     def __call__(self, image: Tensor) -> Tensor:
-        """Return a uint8 image C × H × W as the float32 image that the model takes."""
+        """Return a uint8 image C × H × W as the float32 image that the model takes, in its layout."""
         x = self.picture(image)
         if self.mean is not None:
             x = x - torch.tensor(self.mean)[:, None, None]
         if self.std is not None:
             x = x / torch.tensor(self.std)[:, None, None]
-        return x
+        return x if self.layout == "nchw" else x.permute(1, 2, 0).contiguous()
 
     def picture(self, image: Tensor) -> Tensor:
         """Return a uint8 target C × H × W as float32 from 0 to 1."""

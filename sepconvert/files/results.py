@@ -9,7 +9,10 @@ import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
+import onnx
+
 from sepconvert.base.errors import SepconvertError
+from sepconvert.files.onnx.graph.protobuf import external_files
 
 FILES = (
     "original.onnx", "converted.onnx", "converted.pt2", "plan.json",
@@ -81,17 +84,26 @@ def _check_replaceable(out: Path, target: Path, force: bool, inputs: Sequence[Pa
         raise SepconvertError(f"{out}: exists already; pass `force` to replace it, or another `out`")
     if target.is_mount():
         raise SepconvertError(f"{out}: is a mount point and cannot be replaced; pass `out` {out / 'results'}")
+    data = _external_data(target / FILES[0])
     for needed in (Path.cwd(), *inputs):
         if needed.resolve().is_relative_to(target):
             raise SepconvertError(
                 f"{out}: holds {needed}, which replacing it would delete; pass another `out`"
             )
     for path in target.rglob("*"):
-        if path.name not in FILES and (path.is_symlink() or not path.is_dir()):
+        if path.name not in FILES and path not in data and (path.is_symlink() or not path.is_dir()):
             raise SepconvertError(
                 f"{out}: holds {path.relative_to(target)}, which is no result of a conversion and which "
                 "replacing it would delete; move it away or pass another `out`"
             )
+
+
+def _external_data(path: Path) -> set[Path]:
+    """Return the files beside an ONNX file that hold its data; none if there is no such file."""
+    with contextlib.suppress(Exception):  # it may be anything
+        model = onnx.load(str(path), load_external_data=False)
+        return {path.parent / location for location in external_files(model)}
+    return set()
 
 
 def _move(folder: Path, target: Path, aside: Path) -> None:

@@ -26,6 +26,7 @@ from sepconvert.calibration.split import (
 )
 from sepconvert.distillation.losses import TaskLoss
 from sepconvert.files.data import UNLABELLED, Batch
+from sepconvert.files.onnx.graph.gradients import add_gradients, demand_gradients
 from sepconvert.files.onnx.graph.network import OnnxNetwork, open_network
 from sepconvert.measure.cost import Cost, count
 from sepconvert.measure.divergence import Yardstick, yardstick_of
@@ -57,6 +58,7 @@ class Original:
     clock: Clock
     task: Task  # its batch dimension found, and its loss a function
     yardstick: Yardstick | None  # what outputs are compared by; None in exact mode
+    no_gradients: str | None = None  # why it cannot be differentiated, as far as that is known beforehand
 
     @property
     def model(self) -> nn.Module:
@@ -151,15 +153,19 @@ def examine(
         division = replace(division, at_once=images_at_once(model, example, MOST_AT_ONCE))
         parts = split_data(data, calib, job.finetuning.train, division)
         check_shapes(parts, example, division, dense=not scoring.classifies)
-    task, yardstick = replace(job.task, batch_dim=scoring.axis), None
+    task, yardstick, no_gradients = replace(job.task, batch_dim=scoring.axis), None, None
     if job.mode != "exact":
+        if isinstance(model, OnnxNetwork) and parts.calibration is not None:
+            no_gradients = add_gradients(model, parts.calibration.fit[0].on(model).inputs)
+        if job.finetuning:
+            demand_gradients(no_gradients)
         task = _with_checked_loss(task, model, parts, division)
         yardstick = _yardstick(model, parts, example, scoring, job.task)
     # Before the long work, as this is where data that do not suit the model are found out.
     scores, seen_twice, facts = _scored(found, parts, scoring, division, job)
     cost = count(private_copy(model), inputs)
     clock = Clock(job.timing.runtime, job.seed, job.timing.cache, job.timing.measure_seconds)
-    return Original(found, parts, cost, scores, seen_twice, facts, clock, task, yardstick)
+    return Original(found, parts, cost, scores, seen_twice, facts, clock, task, yardstick, no_gradients)
 
 
 def _yardstick(

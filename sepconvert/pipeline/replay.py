@@ -16,6 +16,9 @@ from sepconvert.base.modules import unshadowed
 from sepconvert.base.progress import Progress, silent
 from sepconvert.factorize.exact.factors import factor_specs
 from sepconvert.files.onnx.export import export_program, save_archive, save_onnx
+from sepconvert.files.onnx.graph.network import OnnxNetwork
+from sepconvert.files.onnx.graph.surgery import converted_model
+from sepconvert.files.onnx.writing import save_files
 from sepconvert.measure.profiling import as_inputs
 from sepconvert.network.copies import checked
 from sepconvert.network.merge import merge
@@ -82,6 +85,9 @@ def apply_plan(
         checks, _, comparison = verify_model(model, converted, inputs, sites, tolerances, plan.seed, progress)
         demand_verified(Verification(comparison, None, None, checks))
         verified = asdict(comparison)
+    if isinstance(model, OnnxNetwork) and isinstance(converted, OnnxNetwork):
+        save_files(model.graph, {out / "converted.onnx": converted_model(converted)})
+        return verified
     export = export_program(converted, inputs, dynamic_batch=dynamic_batch)
     save_onnx(export, out / "converted.onnx")
     if export.dtype != model_dtype(converted):  # ONNX Runtime has no kernels for it

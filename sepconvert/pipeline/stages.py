@@ -28,6 +28,7 @@ from sepconvert.files.onnx.export import (
 )
 from sepconvert.files.onnx.facts import onnx_sizes
 from sepconvert.files.onnx.graph.network import OnnxNetwork
+from sepconvert.files.onnx.graph.surgery import converted_model
 from sepconvert.files.onnx.writing import note_of, onnx_feed, save_files
 from sepconvert.measure.cost import Cost
 from sepconvert.measure.execution import (
@@ -235,7 +236,8 @@ def write_models(
     network of an ONNX file is not exported; its conversion is an edited copy of the file.
     """
     if isinstance(model, OnnxNetwork) and isinstance(converted, OnnxNetwork):
-        save_files(model, converted, (folder / "original.onnx", folder / "converted.onnx"))
+        edited = {"original.onnx": model.graph.model, "converted.onnx": converted_model(converted)}
+        save_files(model.graph, {folder / name: each for name, each in edited.items()})
         return replace(note_of(model), missing={"converted.pt2": NO_ARCHIVE})
     note = ExportNote(False, str(runtime_dtype(converted)).removeprefix("torch."), None)
     missing = {}

@@ -1,7 +1,7 @@
 """ONNX files of models: by torch's exporter, or, of a model that came from a file, by surgery on that."""
 
-import contextlib
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 
 import onnx
@@ -16,6 +16,7 @@ from sepconvert.files.onnx.export import (
     runtime_dtype,
     save_onnx,
 )
+from sepconvert.files.onnx.graph.convolutions import OnnxGraph
 from sepconvert.files.onnx.graph.network import OnnxNetwork
 from sepconvert.files.onnx.graph.protobuf import external_files
 from sepconvert.files.onnx.graph.running import Feed, feed_by_name
@@ -80,33 +81,38 @@ def save_edited(model: onnx.ModelProto, path: Path, *, check: bool = True) -> No
             ) from error
 
 
-def save_files(original: OnnxNetwork, converted: OnnxNetwork, paths: tuple[Path, Path]) -> None:
-    """Write the file of a network as it was given, and that of its conversion, with their external data.
+def save_files(graph: OnnxGraph, models: Mapping[Path, onnx.ModelProto]) -> None:
+    """Write an ONNX file and edited copies of it to one folder, with the external data that they name.
 
-    A conversion in which nothing changed is a copy of the original. The check is that of `onnx.checker`,
-    with shape inference, unless the original does not pass it either.
+    What equals the original is written byte for byte as it was. The other files have to pass
+    `onnx.checker`, with shape inference, unless the original does not pass it either.
+
+    Args:
+        graph: the original.
+        models: by the path to write to.
 
     Raises:
-        ExportError: the converted file does not pass the check.
+        ExportError: a file does not pass the check.
         SepconvertError: a file cannot be written.
     """
-    before, after = paths
-    graph = original.graph
-    content = graph.content
-    with writing(before):
-        before.write_bytes(content)
-        for location in external_files(graph.model):
-            assert graph.folder is not None  # noqa: S101  (only a file has any)
-            target = before.parent / location
-            target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(graph.folder / location, target)
-    edited = converted_model(converted)
-    if edited == graph.model:
-        with writing(after):
-            after.write_bytes(content)
-        return
-    passes = False
-    with contextlib.suppress(Exception):  # whatever the checker finds was there before
-        onnx.checker.check_model(str(before), full_check=True)
-        passes = True
-    save_edited(edited, after, check=passes)
+    for path, model in models.items():
+        with writing(path):
+            for location in external_files(graph.model):
+                if graph.folder is not None:
+                    target = path.parent / location
+                    target.parent.mkdir(parents=True, exist_ok=True)
+                    shutil.copyfile(graph.folder / location, target)
+            if model == graph.model:
+                path.write_bytes(graph.content)
+    edited = {path: model for path, model in models.items() if model != graph.model}
+    for path, model in edited.items():
+        save_edited(model, path, check=_passes(graph.whole))
+
+
+def _passes(model: onnx.ModelProto) -> bool:
+    """Return whether a model passes the check; what is wrong with the user's own is not ours to report."""
+    try:
+        onnx.checker.check_model(model, full_check=True)
+    except Exception:  # the checker's errors share no base class
+        return False
+    return True

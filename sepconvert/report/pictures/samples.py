@@ -15,6 +15,7 @@ from torch.utils.data import BatchSampler, DataLoader, SequentialSampler
 
 from sepconvert.base.errors import first_line
 from sepconvert.files.data import Batch
+from sepconvert.files.images import layout_of
 from sepconvert.measure.metrics.evaluation import Evaluation, Scoring, one_of
 from sepconvert.network.copies import private_copy
 from sepconvert.network.tensors import InputBatch, tensors_in
@@ -197,7 +198,9 @@ def _are_boxes(value: Any, *more: str) -> bool:
 def image_of(x: InputBatch) -> Tensor | None:
     """Return the first image of a batch, C × H × W; None if its first tensor is none."""
     first = next(iter(x.floating), None)
-    return first[0] if first is not None and first.ndim == 4 and len(first) else None
+    if first is None or first.ndim != 4 or not len(first):
+        return None
+    return first[0] if layout_of(first.shape) == "nchw" else first[0].movedim(-1, 0)
 
 
 def samples_at(

@@ -5,7 +5,8 @@ gradients: ONNX Runtime does not differentiate.
 """
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -53,10 +54,11 @@ def open_network(source: str | os.PathLike[str] | onnx.ModelProto) -> "OnnxNetwo
 
 
 class Island:
-    """Nodes between convolutions, run by ONNX Runtime; a copy is itself, as it is never changed."""
+    """Nodes between convolutions, run by ONNX Runtime. What it computes never changes: a copy is itself."""
 
     def __init__(self, model: onnx.ModelProto) -> None:
-        self._model = model
+        self.model = model
+        self.module: nn.Module | None = None  # the same in torch, run where gradients are recorded
         self.inputs = tuple(value.name for value in inputs_of(model.graph))
         self.outputs = tuple(value.name for value in model.graph.output)
 
@@ -68,13 +70,20 @@ class Island:
 
     @cached_property
     def _session(self) -> Any:
-        return opened(self._model, spinning=False)
+        return opened(self.model, spinning=False)
 
     def run(self, values: Sequence[Tensor]) -> list[Tensor]:
         """Return the outputs for values of the inputs."""
+        if self.module is not None and torch.is_grad_enabled():
+            returned = self.module(*values)
+            return list(returned) if isinstance(returned, list | tuple) else [returned]
         arrays = (value.detach().cpu().contiguous().numpy() for value in values)
         found = self._session.run(list(self.outputs), dict(zip(self.inputs, arrays, strict=True)))
         return [torch.from_numpy(np.asarray(each)) for each in found]
+
+
+Watch = Callable[[Island, Sequence[Tensor], Sequence[Tensor]], None]
+"""Is told of a run of an island, its inputs and its outputs."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,13 +99,15 @@ class OnnxNetwork(NamedInputs, nn.Module):
     """The graph of an ONNX file as a module.
 
     Inputs are the file's, in its order; floating-point ones are cast to the dtypes that it takes. The output
-    is a tensor, or a tuple where the file has several. A batch that the file fixes may be given several
-    times over, and then runs in parts.
+    is a tensor, or a tuple where the file has several. Where the file fixes the batch, other numbers of
+    samples run in parts of that size.
 
     Attributes:
         graph: the file.
         batch: number of samples that the file fixes; None if it is open.
     """
+
+    batch: int | None
 
     def __init__(self, graph: OnnxGraph) -> None:
         """Make the layers, and cut the graph between them.
@@ -116,12 +127,15 @@ class OnnxNetwork(NamedInputs, nn.Module):
         sizes = {size.dim_value for value in inputs for size in value.type.tensor_type.shape.dim[:1]}
         self.batch = next(iter(sizes)) or None if len(sizes) == 1 else None
         self._dtypes = [_dtype(value) for value in inputs]
+        self._watch: Watch | None = None
 
     def forward(self, *inputs: Tensor) -> Tensor | tuple[Tensor, ...]:
         """Return the outputs of the graph."""
         given = self.own_inputs(inputs)
         found = [self._run(part) for part in self._parts(given)]
-        outputs = found[0] if len(found) == 1 else [torch.cat(each) for each in zip(*found, strict=True)]
+        outputs = found[0]
+        if self.batch is not None and self.samples(given) != self.batch:
+            outputs = [torch.cat(each)[: self.samples(given)] for each in zip(*found, strict=True)]
         return outputs[0] if len(outputs) == 1 else tuple(outputs)
 
     def own_inputs(self, inputs: Inputs) -> Inputs:
@@ -147,6 +161,14 @@ class OnnxNetwork(NamedInputs, nn.Module):
             found.append(torch.zeros([sizes[0] or batch, *sizes[1:]] if sizes else [], dtype=dtype))
         return tuple(found)
 
+    @property
+    def input_shapes(self) -> tuple[tuple[int | None, ...], ...]:
+        """Shapes of the inputs, with None for each size that is open."""
+        return tuple(
+            tuple(size.dim_value or None for size in value.type.tensor_type.shape.dim)
+            for value in inputs_of(self.graph.model.graph)
+        )
+
     def note_costs(self, inputs: Inputs) -> None:
         """Give the convolutions that are only listed their MACs, as counted for these inputs.
 
@@ -167,18 +189,32 @@ class OnnxNetwork(NamedInputs, nn.Module):
         """Return inputs as ONNX Runtime takes them."""
         return feed_by_name(self.input_names, self.own_inputs(inputs))
 
-    def _parts(self, inputs: Inputs) -> Iterable[Inputs]:
-        """Yield the inputs in parts of the batch that the file fixes."""
-        size = len(inputs[0]) if self.batch and inputs and inputs[0].ndim else 0
-        if not self.batch or size % self.batch or size == self.batch:
+    @contextmanager
+    def watched(self, watch: Watch) -> Iterator[None]:
+        """Report each run of an island within the block: the island, its inputs and its outputs."""
+        self._watch = watch
+        try:
+            yield
+        finally:
+            self._watch = None
+
+    def _parts(self, inputs: Inputs) -> list[Inputs]:
+        """Return the inputs in parts of the batch that the file fixes; the last is filled up."""
+        size, batch = self.samples(inputs), self.batch
+        if batch is None or size == batch or any(value.ndim == 0 or len(value) != size for value in inputs):
             return [inputs]
-        return zip(*(value.split(self.batch) for value in inputs), strict=True)
+        whole = -(-size // batch) * batch
+        filled = (torch.cat([value, value[-1:].expand(whole - size, *value.shape[1:])]) for value in inputs)
+        return list(zip(*(torch.split(value, batch) for value in filled), strict=True))
 
     def _run(self, inputs: Iterable[Tensor]) -> list[Tensor]:
         values = dict(zip(self.input_names, inputs, strict=True))
         for stage in self._stages:
             if stage.island is not None:
-                made = stage.island.run([values[name] for name in stage.island.inputs])
+                given = [values[name] for name in stage.island.inputs]
+                made = stage.island.run(given)
+                if self._watch is not None:
+                    self._watch(stage.island, given, made)
                 values.update(zip(stage.island.outputs, made, strict=True))
             for convolution in stage.convolutions:
                 values[convolution.output] = self._convolve(convolution, values[convolution.input])
