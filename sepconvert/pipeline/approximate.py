@@ -208,6 +208,7 @@ def _described(
         approximation={
             **_calibration_json(original.data.calibration, original.seen_twice),
             "divergence": [] if original.yardstick is None else original.yardstick.names,
+            "no_gradients": original.no_gradients,
             "budget": asdict(job.budget),
             "unit": findings.unit,
             "curve": search.to_json(delivery.point),

@@ -1,10 +1,10 @@
 """The operations `convert` and `inspect`: the stages of a conversion, in order."""
 
+import hashlib
 import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import onnx
@@ -13,7 +13,6 @@ from torch.utils.data import DataLoader
 
 from sepconvert.base.determinism import reproducible
 from sepconvert.base.distributed import rank as rank_of_process
-from sepconvert.base.documents import sha256_of_file
 from sepconvert.base.options import (
     Budget,
     Calibration,
@@ -27,7 +26,7 @@ from sepconvert.base.options import (
 )
 from sepconvert.base.progress import Progress, silent
 from sepconvert.files.data import Batch
-from sepconvert.files.onnx.graph.network import OnnxNetwork
+from sepconvert.files.onnx.graph.network import OnnxNetwork, open_network
 from sepconvert.files.onnx.graph.surgery import converted_model
 from sepconvert.measure.latency import Speedup
 from sepconvert.measure.metrics.evaluation import MetricDelta
@@ -209,8 +208,10 @@ def convert(
         >>> [tuple(each.kernel_size) for each in result.model[0].convolutions]
         [(3, 1), (1, 3)]
     """
-    if origin == Origin() and isinstance(model, str | os.PathLike):
-        origin = Origin(os.fspath(model), sha256_of_file(Path(model)))
+    if isinstance(model, str | os.PathLike):
+        path, model = os.fspath(model), open_network(model)
+        if origin == Origin():
+            origin = Origin(path, hashlib.sha256(model.graph.content).hexdigest())
     job = Job.of(
         metric=metric, mode=mode, gate=gate, tol=tol, seed=seed, dynamic_batch=dynamic_batch, check=check,
         out=out, budget=Budget(rank, target_macs, target_params, min_speedup, max_drop, confidence),

@@ -28,6 +28,8 @@ from sepconvert.distillation.losses import TaskLoss
 from sepconvert.files.data import UNLABELLED, Batch
 from sepconvert.files.onnx.graph.gradients import add_gradients, demand_gradients
 from sepconvert.files.onnx.graph.network import OnnxNetwork, open_network
+from sepconvert.files.onnx.graph.protobuf import external_files
+from sepconvert.files.results import FILES
 from sepconvert.measure.cost import Cost, count
 from sepconvert.measure.divergence import Yardstick, yardstick_of
 from sepconvert.measure.metrics.evaluation import Evaluation, MetricDelta, Scoring, one_of
@@ -114,6 +116,10 @@ def given_model(model: Subject, example_inputs: Tensor | Inputs | None) -> tuple
         )
     inputs = as_inputs(model, example_inputs)
     if isinstance(model, OnnxNetwork):
+        if taken := sorted({*FILES} & {*external_files(model.graph.model)}):
+            raise SepconvertError(
+                f"the model's data are in {taken[0]}, which is the name of a result; save it with another one"
+            )
         model.note_costs(inputs)
     return model, inputs
 

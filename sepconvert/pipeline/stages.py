@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import logging
+import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -393,5 +394,8 @@ def result_folder(place: Path | None) -> Iterator[Path]:
         yield place
     except BaseException:
         for path in place.iterdir():
-            path.unlink()
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink()
         raise

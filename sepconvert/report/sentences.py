@@ -304,6 +304,8 @@ def _calibration(approximation: Document, quality: Quality) -> list[Note]:
             f"{calibration['heldout']:,} held-out images{compared_by(approximation['divergence'], quality)}."
         )
     ]
+    if (reason := approximation["no_gradients"]) is not None:
+        notes.append(info(f"Without gradients, layers are fitted to their own outputs alone: {reason}."))
     if calibration["images"] < _FEW_IMAGES:
         notes.append(
             warning(

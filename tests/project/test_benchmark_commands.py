@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from pages import BENCHMARKS, ROOT, blocks, exit_code, parsed
@@ -38,6 +39,9 @@ QUICKLY = {
         "approx",
     ),
     "benchmarks/zoo.py report": ("--results", "zoo.json"),
+    "benchmarks/onnx_files.py export": ("--net", "crnn", "--opset", "13"),
+    "benchmarks/onnx_files.py run": (),
+    "benchmarks/onnx_files.py table": (),
     "benchmarks/real.py run": ("--results", "real"),
     "benchmarks/real.py report": ("--results", "real"),
     "tests/faults.py": ("full disk",),
@@ -84,7 +88,8 @@ BLOCKS = [
     if (rest := [words for words in block if words[:2] != ["pip", "install"]])
 ]
 (ZOO,) = [block for block in BLOCKS if "benchmarks/zoo.py" in block[0]]
-PLAIN = [block for block in BLOCKS if block is not ZOO]
+(ONNX_FILES,) = [block for block in BLOCKS if "benchmarks/onnx_files.py" in block[0]]
+PLAIN = [block for block in BLOCKS if block is not ZOO and block is not ONNX_FILES]
 
 
 def quickly(words: list[str]) -> tuple[str, ...]:
@@ -115,6 +120,34 @@ def write_images(path: Path, count: int, seed: int) -> None:
     np.savez(path, x=x, y=random.integers(0, 10, count, dtype=np.uint8))
 
 
+def write_onnx(path: Path) -> None:
+    """Write a file whose sizes are open, with a kernel in an initializer and one in a Constant."""
+    random = np.random.default_rng(3)
+    first, second = (
+        onnx.numpy_helper.from_array(random.standard_normal(shape).astype(np.float32), name)
+        for name, shape in (("first", (16, 3, 3, 3)), ("second", (16, 16, 5, 5)))
+    )
+    make = onnx.helper.make_node
+    nodes = [
+        make("Constant", [], ["second"], value=second), make("Conv", ["x", "first"], ["a"], strides=[2, 2]),
+        make("Relu", ["a"], ["b"]), make("Conv", ["b", "pointwise"], ["c"]),
+        make("Conv", ["c", "second"], ["y"]),
+    ]  # fmt: skip
+    point = onnx.numpy_helper.from_array(np.eye(16, dtype=np.float32)[..., None, None], "pointwise")
+    floats = onnx.TensorProto.FLOAT
+    graph = onnx.helper.make_graph(
+        nodes,
+        "tiny",
+        [onnx.helper.make_tensor_value_info("x", floats, ["n", 3, "height", "width"])],
+        [onnx.helper.make_tensor_value_info("y", floats, ["n", 16, "rows", "columns"])],
+        [first, point],
+    )
+    path.parent.mkdir()
+    onnx.save(
+        onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 17)], ir_version=8), path
+    )
+
+
 def write_idx(path: Path, values: np.ndarray) -> None:
     sizes = np.array(values.shape, ">u4").tobytes()
     path.write_bytes(gzip.compress(bytes([0, 0, 8, values.ndim]) + sizes + values.tobytes()))
@@ -133,6 +166,7 @@ def folder(tmp_path: Path) -> Path:
         torch.save(namespace["net"]().state_dict(), tmp_path / name)
     write_images(tmp_path / "cifar10_train.npz", 128, seed=0)
     write_images(tmp_path / "cifar10_val.npz", 64, seed=1)
+    write_onnx(tmp_path / "models/tiny.onnx")
     for path in ("nets.toml", "benchmarks/real_nets.toml"):
         (tmp_path / path).write_text(CASE.format(name=Path(path).stem, folder=tmp_path))
     random = np.random.default_rng(2)
@@ -192,3 +226,19 @@ def test_the_zoo_is_run_in_parts(folder, monkeypatch, capsys):
     assert found["converted"] >= found["planted"]
     assert set(found["difference"]) == {"model", "ONNX", "pt2"}
     assert "| torchvision squeezenet1_1" in capsys.readouterr().out
+
+
+def test_onnx_files_are_run_in_parts(folder, monkeypatch, capsys):
+    """Every file is converted with planted kernels in a process of its own, once."""
+    run(ONNX_FILES, folder, monkeypatch)
+    found = json.loads((folder / "onnx.json").read_text())
+    assert {each["name"]: each["error"] for each in found} == {"crnn-opset13": None, "tiny": None}
+    for each in found:
+        planted = each["planted"]
+        assert planted["planted"] == planted["converted"] - each["own"]["converted"] > 0
+        assert planted["missed"] == {}
+        assert each["shapes"]
+    assert found[-1]["guessed"] == {"x": [1, 3, 224, 224]}
+    assert "| tiny " in capsys.readouterr().out
+    run(ONNX_FILES[1:2], folder, monkeypatch)
+    assert capsys.readouterr().out == ""

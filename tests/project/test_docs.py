@@ -74,6 +74,10 @@ RUN: dict[str, tuple[str, ...]] = {
     "sepconvert compare original.onnx converted.onnx --data val.npz --metric mynets.py:certainty "
     "--fail-if 'drop > 0.02'": SHORT,
     "sepconvert apply model.pt model-sepconvert/plan.json --out replayed": (),
+    "sepconvert net.onnx": NONE,
+    "sepconvert net.onnx --mode auto --calib images/ --data val.npz --max-drop 1.0 --threads 1": FIT,
+    "sepconvert inspect net.onnx": (),
+    "sepconvert apply net.onnx net-sepconvert/plan.json --out replayed": (),
     "sepconvert model.pt --mode auto --metric mynets.py:certainty --max-drop 0.02 --data val.npz "
     "--calib images/": FIT,
     "sepconvert unet.pth --factory mynets.py:unet --mode auto --metric miou --max-drop 1.0 --data scenes/ "
@@ -373,8 +377,10 @@ def prepared(tmp_path_factory) -> Path:
         patch.setattr(sys, "path", list(sys.path))
         for text in list(RUN)[:2]:
             call(text, *RUN[text])
-    for name in ("original", "converted"):
-        shutil.copy(folder / f"checkpoint-sepconvert/{name}.onnx", folder)
+        for name in ("original", "converted"):
+            shutil.copy(folder / f"checkpoint-sepconvert/{name}.onnx", folder)
+        shutil.copy("original.onnx", "net.onnx")
+        call("sepconvert net.onnx", *RUN["sepconvert net.onnx"])
     return folder
 
 
@@ -465,7 +471,7 @@ def quick_convert() -> Callable[..., Any]:
         key = (id(arguments[0]), mode, repr(options.get("metric")), *sorted(options.keys() - quick.keys()))
         if key not in known:
             # Counted, not timed in three runs, which other work may disturb.
-            known[key] = original(*arguments[:2], mode, **{"gate": "macs", **options, **quick})
+            known[key] = original(*arguments[:2], mode=mode, **{"gate": "macs", **options, **quick})
         return known[key]
 
     original = sepconvert.convert

@@ -119,6 +119,8 @@ def reference(
     from the errors of its activation functions (`activations`), to which sixteen times PyTorch's own rounding
     is added, as the runtime sums in another order.
 
+    An ONNX file is also run on another batch and on another size, where they are open.
+
     Outputs that lie within rounding of each other, such as those of a saturated sigmoid, would hide a wrong
     kernel. Then the model is also run on larger random inputs.
 
@@ -135,8 +137,8 @@ def reference(
         # The user's code may raise anything.
         with contextlib.suppress(Exception) if number < len(attempts) else contextlib.nullcontext():
             cases = tuple(map(runs.case, chosen))
-            larger = runs.larger(cases[-1])
-            return Reference((*cases, *larger), dtype, runtime_dtype(model))
+            more = (*runs.larger(cases[-1]), *runs.resized(inputs))
+            return Reference((*cases, *more), dtype, runtime_dtype(model))
     raise AssertionError("the last attempt returns or raises")
 
 
@@ -203,6 +205,24 @@ class _Runs:
             if not hidden:
                 break
         return () if best is case else (best,)
+
+    def resized(self, inputs: Inputs) -> tuple[Case, ...]:
+        """Return cases of other sizes, where an ONNX file leaves sizes open and runs in these."""
+        found = []
+        for shapes in self._precise.other_shapes(inputs) if isinstance(self._precise, OnnxNetwork) else ():
+            generator = torch.Generator().manual_seed(self._seed)
+            with contextlib.suppress(Exception):  # a size that is open in name only
+                found.append(
+                    self.case(
+                        tuple(
+                            torch.randn(shape, generator=generator).to(value)
+                            if value.is_floating_point()
+                            else value.new_zeros(shape)
+                            for shape, value in zip(shapes, inputs, strict=True)
+                        )
+                    )
+                )
+        return tuple(found)
 
     def _moved_by_activations(self, inputs: Inputs, plain: Outputs) -> list[float]:
         """Return how far errors of activation functions move each output: of random and of equal signs."""

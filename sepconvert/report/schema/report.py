@@ -292,6 +292,7 @@ class ModelApproximation(Struct, frozen=True):
     metric: Literal["weights", "data"]
     calibration: CalibrationSet | None
     divergence: Annotated[tuple[DivergenceKind, ...], Meta(description="what each output was compared by")]
+    no_gradients: Annotated[str | None, Meta(description="why an ONNX file was not differentiated")]
     budget: Budget
     unit: Annotated[str, Meta(description="of costs: macs, params or milliseconds")]
     curve: tuple[CurvePoint, ...]

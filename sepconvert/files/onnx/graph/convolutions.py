@@ -25,12 +25,13 @@ from sepconvert.files.onnx.graph.protobuf import (
     reads,
     with_data,
 )
-from sepconvert.files.onnx.graph.running import opened
+from sepconvert.files.onnx.graph.running import answers
 
 Array = npt.NDArray[Any]
 
 _CONVOLUTION = re.compile(r"Conv(?!er)")  # in names of operators; Convert is none
 _RANDOM = ("RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike", "Multinomial")
+_RESERVED = ("training", "_watch", "_orig_mod")  # attributes of modules that are set on copies, or looked for
 _INTEGERS = ("ConvInteger", "QLinearConv")
 _FLOATS = (np.float32, np.float16)
 
@@ -114,12 +115,15 @@ class OnnxGraph:
         Raises:
             SepconvertError: the model is not valid, or ONNX Runtime cannot run it.
         """
+        _check_text(model)
         self.model, self.folder = model, folder
         self.content = model.SerializeToString() if content is None else content
         self.whole = with_data(model, folder)
         self._initializers = {tensor.name: tensor for tensor in self.whole.graph.initializer}
         self._producers = {name: node for node in self.whole.graph.node for name in node.output if name}
+        self._sparse = {each.values.name for each in self.whole.graph.sparse_initializer}
         self._names = _Names(model)
+        self._functions: set[tuple[str, str]] = set()  # those whose convolutions are listed
         self.convolutions: list[Convolution] = []
         self.kept: list[KeptConvolution] = []
         for node in self.whole.graph.node:
@@ -153,7 +157,11 @@ class OnnxGraph:
         """Weights and biases of convolutions that constant nodes compute, as ONNX Runtime evaluates them."""
         graph = self.whole.graph
         wanted = {name for node in graph.node if node.op_type == "Conv" for name in node.input[1:]}
-        wanted = {name for name in wanted if name in self._producers and self._is_constant(name)}
+        wanted = {
+            name
+            for name in wanted
+            if name in self._sparse or (name in self._producers and self._is_constant(name))
+        }
         if not wanted:
             return {}
         ancestors = set[int]()
@@ -161,8 +169,14 @@ class OnnxGraph:
             ancestors |= self._ancestors(name)
         nodes = [node for node in graph.node if id(node) in ancestors]
         names = sorted(wanted)
-        part = extracted(self.whole, nodes, [], names)
-        return dict(zip(names, opened(part, optimised=False).run(names, {}), strict=True))
+        outputs = [f"{name}.sepconvert" for name in names]
+        # ONNX Runtime returns no sparse initializer itself, but a copy of one.
+        copies = [
+            onnx.helper.make_node("Identity", [name], [output])
+            for name, output in zip(names, outputs, strict=True)
+        ]
+        part = extracted(self.whole, [*nodes, *copies], [], outputs)
+        return dict(zip(names, answers(part, {}, optimised=False), strict=True))
 
     def _ancestors(self, name: str) -> set[int]:
         """Return the identities of the nodes that a value is computed by."""
@@ -178,8 +192,8 @@ class OnnxGraph:
         """Return whether a value depends on no input, and on no random number."""
         by_identity = {id(node): node for node in self.whole.graph.node}
         nodes = [by_identity[each] for each in self._ancestors(name)]
-        made = {output for node in nodes for output in node.output} | self._initializers.keys()
-        made |= {sparse.values.name for sparse in self.whole.graph.sparse_initializer}
+        made = {output for node in nodes for output in node.output}
+        made |= self._initializers.keys() | self._sparse
         return all(node.op_type not in _RANDOM and not any(bodies(node)) for node in nodes) and all(
             reads(node) <= made for node in nodes
         )
@@ -193,7 +207,9 @@ class OnnxGraph:
             self._keep(name, node, found)
 
     def _keep(self, name: str, node: onnx.NodeProto, reason: str, *, in_main_graph: bool = True) -> None:
-        weight = self._initializers.get(node.input[1]) if len(node.input) > 1 else None
+        place_of_weight = 3 if node.op_type == "QLinearConv" else 1
+        names = node.input[place_of_weight : place_of_weight + 1]
+        weight = self._initializers.get(names[0]) if names else None
         params = 0 if weight is None else int(np.prod(weight.dims))
         place = node if in_main_graph else None
         self.kept.append(KeptConvolution(name, node.op_type, reason, place, params))
@@ -219,6 +235,8 @@ class OnnxGraph:
             return f"{weight.ndim - 2}-D convolutions are not factorised"
         if weight.dtype not in _FLOATS:
             return f"kernels of {weight.dtype} are not factorised"
+        if not weight.size:
+            return "its kernel is empty"
         if not np.isfinite(weight).all():
             return "its kernel holds NaN or Inf"
         bias = None
@@ -240,21 +258,28 @@ class OnnxGraph:
                     name = self._names.of(inner)
                     reason = f"it lies in the body of a {node.op_type}, where convolutions are not replaced"
                     self._keep(name, inner, reason, in_main_graph=False)
-        for inner in self._within(node, frozenset()):
-            name = self._names.of(inner, f"{node.op_type}.{self._names.plain(inner)}")
-            reason = f"it lies in the function {node.op_type}, where convolutions are not replaced"
-            self._keep(name, inner, reason, in_main_graph=False)
+        for each in nodes_in([node]):
+            for function, inner in self._within(each, frozenset()):
+                name = self._names.of(inner, f"{function}.{self._names.plain(inner)}")
+                reason = f"it lies in the function {function}, where convolutions are not replaced"
+                self._keep(name, inner, reason, in_main_graph=False)
 
-    def _within(self, node: onnx.NodeProto, calling: frozenset[tuple[str, str]]) -> Iterator[onnx.NodeProto]:
+    def _within(
+        self, node: onnx.NodeProto, calling: frozenset[tuple[str, str]]
+    ) -> Iterator[tuple[str, onnx.NodeProto]]:
+        """Yield the convolutions in the function that a node calls, and in those that this one calls."""
         key = node.domain, node.op_type
         if key in calling:
             raise SepconvertError(f"the model's function {node.op_type} calls itself; export it anew")
+        if key in self._functions:
+            return
         for function in self.model.functions:
             if (function.domain, function.name) == key:
                 for inner in nodes_in(function.node):
                     if _is_convolution(inner):
-                        yield inner
+                        yield node.op_type, inner
                     yield from self._within(inner, calling | {key})
+                self._functions.add(key)
 
 
 def _convolution(name: str, node: onnx.NodeProto, weight: Array, bias: Array | None) -> Convolution:
@@ -275,6 +300,15 @@ def _convolution(name: str, node: onnx.NodeProto, weight: Array, bias: Array | N
         auto_pad,
         pads,
     )
+
+
+def _check_text(model: onnx.ModelProto) -> None:
+    """Raise `SepconvertError` if a name is no text: protobuf gives bytes that are not UTF-8 as they are."""
+    nodes = (*nodes_in(model.graph.node), *(n for each in model.functions for n in nodes_in(each.node)))
+    names = [name for node in nodes for name in (node.name, node.op_type, *node.input, *node.output)]
+    names += [each.name for each in (*model.graph.initializer, *model.graph.input, *model.graph.output)]
+    if not all(isinstance(name, str) for name in names):
+        raise SepconvertError("a name in the model is no text in UTF-8; export it anew")
 
 
 def _is_convolution(node: onnx.NodeProto) -> bool:
@@ -299,10 +333,10 @@ class _Names:
     def of(self, node: onnx.NodeProto, wanted: str | None = None) -> str:
         """Return a name that no other convolution has."""
         name = wanted or self.plain(node)
-        if not all(name.split(".")) or self._clashes(name):
+        if not all(name.split(".")) or self._clashes(name) or name.partition(".")[0] in _RESERVED:
             name = name.replace(".", "_") or node.op_type
         number, found = 1, name
-        while self._clashes(found):
+        while self._clashes(found) or found in _RESERVED:
             number += 1
             found = f"{name}_{number}"
         self._taken.add(found)

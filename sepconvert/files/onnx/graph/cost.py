@@ -73,7 +73,7 @@ def _transposed_convolution(node: onnx.NodeProto, shapes: Shapes) -> int:
 
 
 def _product(node: onnx.NodeProto, shapes: Shapes) -> int:
-    inner = shapes[node.input[0]][0 if attribute(node, "transA", 0) else -1]
+    inner = shapes[node.input[0]][-2 if attribute(node, "transA", 0) else -1]
     return math.prod(shapes[node.output[0]]) * inner
 
 

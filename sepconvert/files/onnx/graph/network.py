@@ -4,11 +4,13 @@ No operator has to be translated, so that every file that ONNX Runtime runs can 
 gradients: ONNX Runtime does not differentiate.
 """
 
+import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +20,19 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sepconvert.base.errors import SepconvertError
+from sepconvert.base.errors import SepconvertError, first_line
 from sepconvert.base.modules import submodule
+from sepconvert.factorize.geometry import MAX_INPUT_ELEMENTS
 from sepconvert.files.onnx.graph.convolutions import Convolution, OnnxGraph
 from sepconvert.files.onnx.graph.cost import macs_of_node, measured_shapes
-from sepconvert.files.onnx.graph.protobuf import extracted, inputs_of, parsed, read_content, reads
+from sepconvert.files.onnx.graph.protobuf import (
+    constants_of,
+    extracted,
+    inputs_of,
+    parsed,
+    read_content,
+    reads,
+)
 from sepconvert.files.onnx.graph.running import Feed, feed_by_name, opened
 from sepconvert.network.layers import Conv, ListedConvolution
 from sepconvert.network.tensors import Inputs, NamedInputs
@@ -37,6 +47,9 @@ _TYPES = {
 }  # fmt: skip
 
 
+_GROWTH = 32  # of open sizes: most networks halve an image at most five times
+
+
 def open_network(source: str | os.PathLike[str] | onnx.ModelProto) -> "OnnxNetwork":
     """Return an ONNX file, or a model in memory, as a module.
 
@@ -44,13 +57,21 @@ def open_network(source: str | os.PathLike[str] | onnx.ModelProto) -> "OnnxNetwo
         SepconvertError: it is no ONNX model, or ONNX Runtime cannot load it.
     """
     if isinstance(source, onnx.ModelProto):
-        return OnnxNetwork(OnnxGraph(source)).eval()
+        return _network(source, None, None, "model")
     path = Path(source)
     content = read_content(path)
+    return _network(parsed(content, path), path.parent, content, str(path))
+
+
+def _network(model: onnx.ModelProto, folder: Path | None, content: bytes | None, where: str) -> "OnnxNetwork":
     try:
-        return OnnxNetwork(OnnxGraph(parsed(content, path), path.parent, content)).eval()
+        return OnnxNetwork(OnnxGraph(model, folder, content)).eval()
     except SepconvertError as error:
-        raise SepconvertError(f"{path}: {error}") from error
+        raise SepconvertError(f"{where}: {error}") from error
+    except Exception as error:  # a damaged or hostile file can raise anything
+        raise SepconvertError(
+            f"{where}: is no valid ONNX model ({type(error).__name__}: {first_line(error)}); export it anew"
+        ) from error
 
 
 class Island:
@@ -118,16 +139,18 @@ class OnnxNetwork(NamedInputs, nn.Module):
         super().__init__()
         self.graph = graph
         self.input_names = graph.input_names
-        for convolution in graph.convolutions:
-            _put(self, convolution.name, _layer(convolution))
-        for each in graph.kept:
-            _put(self, each.name, ListedConvolution(each.operator, each.reason, each.params))
         self._stages = _stages(graph)
+        self._constants = _constants(graph)
         inputs = inputs_of(graph.model.graph)
         sizes = {size.dim_value for value in inputs for size in value.type.tensor_type.shape.dim[:1]}
         self.batch = next(iter(sizes)) or None if len(sizes) == 1 else None
         self._dtypes = [_dtype(value) for value in inputs]
         self._watch: Watch | None = None
+        # Last: a convolution may have the name of an attribute.
+        for convolution in graph.convolutions:
+            _put(self, convolution.name, _layer(convolution))
+        for each in graph.kept:
+            _put(self, each.name, ListedConvolution(each.operator, each.reason, each.params))
 
     def forward(self, *inputs: Tensor) -> Tensor | tuple[Tensor, ...]:
         """Return the outputs of the graph."""
@@ -158,6 +181,12 @@ class OnnxNetwork(NamedInputs, nn.Module):
             sizes = [size.dim_value for size in value.type.tensor_type.shape.dim]
             if not value.type.tensor_type.HasField("shape") or not all(sizes[1:]):
                 return None
+            if min(sizes, default=0) < 0 or math.prod(size or batch for size in sizes) > MAX_INPUT_ELEMENTS:
+                shape = "×".join(map(str, sizes))
+                raise SepconvertError(
+                    f"the model's input {value.name} has the shape {shape}, which is none, or of more than "
+                    f"{MAX_INPUT_ELEMENTS:,} elements; export it anew for a smaller one"
+                )
             found.append(torch.zeros([sizes[0] or batch, *sizes[1:]] if sizes else [], dtype=dtype))
         return tuple(found)
 
@@ -168,6 +197,23 @@ class OnnxNetwork(NamedInputs, nn.Module):
             tuple(size.dim_value or None for size in value.type.tensor_type.shape.dim)
             for value in inputs_of(self.graph.model.graph)
         )
+
+    def other_shapes(self, inputs: Inputs) -> Iterator[list[list[int]]]:
+        """Yield shapes of inputs with one more sample, and with other open sizes grown by `_GROWTH`."""
+        open_sizes = [
+            [size is None for size in shape] or [False] * value.ndim
+            for shape, value in zip(self.input_shapes, inputs, strict=True)
+        ]
+        if any(mask[:1] == [True] for mask in open_sizes):
+            yield [
+                [size + (place == 0 and mask[0]) for place, size in enumerate(value.shape)]
+                for value, mask in zip(inputs, open_sizes, strict=True)
+            ]
+        if any(any(mask[1:]) for mask in open_sizes):
+            yield [
+                [size + _GROWTH * (place > 0 and mask[place]) for place, size in enumerate(value.shape)]
+                for value, mask in zip(inputs, open_sizes, strict=True)
+            ]
 
     def note_costs(self, inputs: Inputs) -> None:
         """Give the convolutions that are only listed their MACs, as counted for these inputs.
@@ -201,14 +247,20 @@ class OnnxNetwork(NamedInputs, nn.Module):
     def _parts(self, inputs: Inputs) -> list[Inputs]:
         """Return the inputs in parts of the batch that the file fixes; the last is filled up."""
         size, batch = self.samples(inputs), self.batch
-        if batch is None or size == batch or any(value.ndim == 0 or len(value) != size for value in inputs):
+        if batch is None or size in (0, batch):
             return [inputs]
-        whole = -(-size // batch) * batch
-        filled = (torch.cat([value, value[-1:].expand(whole - size, *value.shape[1:])]) for value in inputs)
-        return list(zip(*(torch.split(value, batch) for value in filled), strict=True))
+        count = -(-size // batch)
+
+        def parts(value: Tensor) -> Sequence[Tensor]:
+            if value.ndim == 0 or len(value) != size:  # it belongs to all samples
+                return [value] * count
+            missing = value[-1:].expand(count * batch - size, *value.shape[1:])
+            return torch.split(torch.cat([value, missing]), batch)
+
+        return list(zip(*map(parts, inputs), strict=True))
 
     def _run(self, inputs: Iterable[Tensor]) -> list[Tensor]:
-        values = dict(zip(self.input_names, inputs, strict=True))
+        values = self._constants | dict(zip(self.input_names, inputs, strict=True))
         for stage in self._stages:
             if stage.island is not None:
                 given = [values[name] for name in stage.island.inputs]
@@ -280,7 +332,7 @@ def _stages(graph: OnnxGraph) -> list[_Stage]:
     depth: dict[str, int] = {}
     parts: dict[int, list[onnx.NodeProto]] = {}
     layers: dict[int, list[Convolution]] = {}
-    for node in graph.whole.graph.node:
+    for node in _in_order(graph.whole.graph):
         found = convolutions.get(id(node))
         read = reads(node) if found is None else {found.input}
         before = max((depth.get(name, 0) for name in read), default=0)
@@ -311,6 +363,32 @@ def _stages(graph: OnnxGraph) -> list[_Stage]:
         finished = (read_by_nodes[level] | convolved[level]) - later[level]
         stages.append(_Stage(island, tuple(layers.get(level, ())), frozenset(finished)))
     return stages
+
+
+def _in_order(graph: onnx.GraphProto) -> list[onnx.NodeProto]:
+    """Return the nodes of a graph in an order in which they can run, which should be that of the file.
+
+    Raises:
+        SepconvertError: they depend on each other in a circle.
+    """
+    nodes = list(graph.node)
+    makers = {name: place for place, node in enumerate(nodes) for name in node.output if name}
+    needs = {
+        place: {makers[name] for name in reads(node) if name in makers} for place, node in enumerate(nodes)
+    }
+    if all(need < place for place, each in needs.items() for need in each):
+        return nodes
+    try:
+        return [nodes[place] for place in TopologicalSorter(needs).static_order()]
+    except CycleError as error:
+        raise SepconvertError("the model's nodes depend on each other in a circle; export it anew") from error
+
+
+def _constants(graph: OnnxGraph) -> dict[str, Tensor]:
+    """Return the constants that the graph returns, or that a convolution takes for its input."""
+    names = {*graph.output_names, *(each.input for each in graph.convolutions)}
+    found = {name: graph.constant(name) for name in names & constants_of(graph.whole.graph)}
+    return {name: torch.from_numpy(np.array(value)) for name, value in found.items() if value is not None}
 
 
 def _types_of(model: onnx.ModelProto, names: Sequence[str]) -> dict[str, onnx.ValueInfoProto]:

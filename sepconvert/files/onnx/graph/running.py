@@ -33,7 +33,13 @@ def opened(model: onnx.ModelProto, *, optimised: bool = True, spinning: bool = T
     if not optimised:
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     try:
-        return ort.InferenceSession(model.SerializeToString(), options, ["CPUExecutionProvider"])
+        return ort.InferenceSession(
+            # Without its fallback to other providers, which it prints.
+            model.SerializeToString(),
+            options,
+            ["CPUExecutionProvider"],
+            enable_fallback=0,
+        )
     except Exception as error:  # ONNX Runtime's errors share no base class
         raise SepconvertError(
             f"ONNX Runtime cannot load the model: {first_line(error)}; see whether it runs there by itself"
@@ -62,12 +68,17 @@ def shapes_of(model: onnx.ModelProto, feed: Feed, names: Collection[str]) -> dic
     Raises:
         SepconvertError: ONNX Runtime cannot load the model, or run it on these inputs.
     """
+    wanted = sorted(names)
+    if not wanted:
+        return {}
     asking = onnx.ModelProto()
     asking.CopyFrom(model)
     del asking.graph.output[:]
-    wanted = sorted(names)
+    taken = {name for node in model.graph.node for name in (*node.input, *node.output)}
     for number, name in enumerate(wanted):
         output = f"sepconvert.shape.{number}"
+        while output in taken:
+            output += "_"
         asking.graph.node.append(onnx.helper.make_node("Shape", [name], [output]))
         asking.graph.output.append(onnx.helper.make_tensor_value_info(output, onnx.TensorProto.INT64, None))
     found = answers(asking, feed, optimised=False)

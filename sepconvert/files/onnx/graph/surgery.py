@@ -69,6 +69,7 @@ class _Edit:
         self._graph = self._model.graph
         self._instead: dict[str, list[onnx.NodeProto]] = {}  # by output of the node that they replace
         self._released: list[str] = []  # values that replaced nodes no longer read
+        self._lost = set[str]()  # values that are made no more
         self._weights: list[onnx.TensorProto] = []
         self._taken = {node.name for node in nodes_in(self._graph.node)}
         self._taken |= {name for graph in graphs_of(self._model) for name in _values_of(graph)}
@@ -136,6 +137,7 @@ class _Edit:
         norm = self._norm_behind(convolution) if len(chains) > 1 else None
         if norm is not None:
             chains, output = _folded(chains, norm), norm.node.output[0]
+            self._lost.add(convolution.output)
             self._released += norm.node.input[1:]
             self._instead[norm.node.output[0]] = []
         nodes: list[onnx.NodeProto] = []
@@ -281,7 +283,8 @@ class _Edit:
         nodes = [node for node in graph.node if id(node) not in dead]
         _keep(graph.node, nodes)
         removed = gone & constants
-        vanished = removed | {name for name in gone if name in producers and id(producers[name]) in dead}
+        vanished = removed | self._lost
+        vanished |= {name for name in gone if name in producers and id(producers[name]) in dead}
         _keep(graph.initializer, [each for each in graph.initializer if each.name not in removed])
         _keep(
             graph.sparse_initializer,
