@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sepconvert.base.environment import Runtime, environment
-from sepconvert.files.onnx.export import export_program, onnx_feed, save_onnx
+from sepconvert.files.onnx.export import export_program, save_onnx
+from sepconvert.files.onnx.writing import onnx_feed
 from sepconvert.measure.latency import Deployed, session
 from sepconvert.measure.verification.activations import OPERATOR_ERRORS, ActivationErrors
 
@@ -87,7 +88,7 @@ def measured(name: str, x: Tensor, dtype: torch.dtype) -> list[object]:
         path = Path(folder) / "activation.onnx"
         save_onnx(export_program(model, (given,), dynamic_batch=False), path)
         runner = session(Deployed(path, Runtime(1)))
-        (found,) = runner.run(None, onnx_feed((given,)))
+        (found,) = runner.run(None, onnx_feed(model, (given,)))
     error = (torch.from_numpy(found).double() - exact).abs()
     with ActivationErrors(torch.finfo(dtype).eps, "equal", 0) as moving:
         allowed = (ACTIVATIONS[name](given.double()) - exact).abs()

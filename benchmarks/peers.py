@@ -34,7 +34,8 @@ from sepconvert.calibration.heldout import Heldout
 from sepconvert.calibration.split import CalibrationSet, Division, split_data
 from sepconvert.files.data import Preprocess, load_data
 from sepconvert.files.models import load_model
-from sepconvert.files.onnx.export import export_program, onnx_feed, save_onnx
+from sepconvert.files.onnx.export import export_program, save_onnx
+from sepconvert.files.onnx.writing import onnx_feed
 from sepconvert.measure.cost import count
 from sepconvert.measure.latency import Deployed, session, speedup, time_all
 from sepconvert.measure.metrics.evaluation import Scoring, evaluate, metric_delta
@@ -264,7 +265,9 @@ def point(net: Net, stem: Path, convert: Callable[[], Converted], judge: Judge) 
         found = convert()
         seconds = time.perf_counter() - start
         save_onnx(export_program(found.model, net.inputs, dynamic_batch=False), stem.with_suffix(".onnx"))
-        session(Deployed(stem.with_suffix(".onnx"), Runtime(1))).run(None, onnx_feed(net.inputs))
+        session(Deployed(stem.with_suffix(".onnx"), Runtime(1))).run(
+            None, dict(onnx_feed(found.model, net.inputs))
+        )
         cost = count(found.model, net.inputs)
         return {
             "seconds": seconds,

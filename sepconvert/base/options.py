@@ -291,11 +291,9 @@ class Selection:
 
     def admits(self, *names: str) -> bool:
         """Return whether a layer that goes by these names may be replaced."""
-        return (not self.include or _match(names, self.include)) and not _match(names, self.exclude)
-
-
-def _match(names: Sequence[str], globs: Sequence[str]) -> bool:
-    return any(fnmatchcase(name, glob) for name in names for glob in globs)
+        all_globs = self.include, self.exclude
+        included, excluded = (any(fnmatchcase(n, g) for n in names for g in globs) for globs in all_globs)
+        return (included or not self.include) and not excluded
 
 
 @dataclass(frozen=True)

@@ -205,8 +205,8 @@ def by_position(names: Sequence[str], given: Mapping[str, Any]) -> Inputs:
     """
     if missing := [name for name in names if name not in given]:
         raise SepconvertError(
-            f"`data`: lacks the input {missing[0]} of the ONNX file, and holds {', '.join(map(str, given))}; "
-            f"let it yield a mapping with {', '.join(names)}, or a tuple in that order"
+            f"the inputs lack {missing[0]}, which the ONNX file takes, and hold "
+            f"{', '.join(map(str, given))}; pass a mapping with {', '.join(names)}, or a tuple in that order"
         )
     return tuple(given[name] for name in names)
 

@@ -95,21 +95,30 @@ class Original:
         return None if self.scores is None else self.scores.delta(model, self.scores.sizes[-1])
 
 
+def as_module(model: Subject) -> nn.Module:
+    """Return what is to be converted as a module.
+
+    Raises:
+        SepconvertError: it is no model.
+    """
+    if isinstance(model, str | os.PathLike | onnx.ModelProto):
+        return open_network(model)
+    return checked(model)
+
+
 def given_model(model: Subject, example_inputs: Tensor | Inputs | None) -> tuple[nn.Module, Inputs]:
     """Return what is to be converted as a module, and the inputs to run it on.
 
     Raises:
         SepconvertError: it is no model, or there are no inputs and it does not say what it takes.
     """
-    if isinstance(model, str | os.PathLike | onnx.ModelProto):
-        model = open_network(model)
-    model = checked(model)
+    model = as_module(model)
     if example_inputs is None and isinstance(model, OnnxNetwork):
         example_inputs = model.example()
     if example_inputs is None:
-        known = (
-            "the file leaves their shapes open" if isinstance(model, OnnxNetwork) else "a module names none"
-        )
+        known = "a module names none"
+        if isinstance(model, OnnxNetwork):
+            known = f"the file leaves sizes open ({model.described_inputs})"
         raise SepconvertError(
             f"`example_inputs`: are needed, as {known}; pass a batch of one sample, e.g. "
             "torch.rand(1, 3, 224, 224)"

@@ -26,6 +26,7 @@ from sepconvert.network.rewrite import Replacement, rewrite
 from sepconvert.network.tensors import Inputs, model_dtype, placed
 from sepconvert.network.trace import ConvSite, traced
 from sepconvert.pipeline.exact import verify_model
+from sepconvert.pipeline.original import Subject, as_module
 from sepconvert.pipeline.stages import demand_verified, state_tensors
 from sepconvert.planning.conversion import Verification
 from sepconvert.planning.plan import ConversionPlan, LayerPlan, read_plan
@@ -33,14 +34,14 @@ from sepconvert.planning.plan import ConversionPlan, LayerPlan, read_plan
 
 @reproducible()
 def apply(
-    model: nn.Module,
+    model: Subject,
     plan: str | os.PathLike[str],
     example_inputs: Tensor | Inputs | None = None,
 ) -> nn.Module:
     """Return a copy of `model`, converted as a `plan.json` says, with the weights in the file beside it.
 
     Args:
-        model: left as it is.
+        model: a module, or an ONNX file or model, as for `convert`; left as it is.
         plan: path of the plan, which may come from another model of the same architecture.
         example_inputs: as for `convert`; needed if the model takes more than floating-point tensors.
 
@@ -52,7 +53,7 @@ def apply(
             f"plan: expected the path of a plan.json, got {quoted(plan)}; a plan of this session is in "
             "plan.json of the folder that `out` named"
         )
-    path = Path(plan)
+    path, model = Path(plan), as_module(model)
     inputs = None if example_inputs is None else as_inputs(model, example_inputs)
     return _replayed(model, read_plan(path), path.parent / "converted.safetensors", inputs)[0]
 

@@ -320,7 +320,7 @@ def _run_onnx(model: nn.Module, path: Path, inputs: Sequence[Inputs], runtime: R
     results = []
     for value in inputs:
         try:
-            arrays = runner.run(None, dict(onnx_feed(model, value)))
+            arrays = runner.run(None, onnx_feed(model, value))
         except Exception as error:  # ONNX Runtime's errors share no base class
             raise SepconvertError(f"{path.name}: ONNX Runtime cannot run it: {error}") from error
         results.append([torch.from_numpy(np.asarray(array)).double() for array in arrays])

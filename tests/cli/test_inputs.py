@@ -352,7 +352,7 @@ def test_inputs_of_a_file_go_by_name_or_by_position():
     assert arranged(file, [left, right]) == (left, right)
     assert arranged(file, left) == (left,)
     with pytest.raises(
-        SepconvertError, match="`data`: lacks the input right of the ONNX file, and holds left"
+        SepconvertError, match="the inputs lack right, which the ONNX file takes, and hold left"
     ):
         arranged(file, {"left": left})
 

@@ -17,7 +17,7 @@ from sepconvert import DemandNotMetError, SepconvertError, convert
 from sepconvert.base.environment import Runtime
 from sepconvert.base.options import Calibration, Finetuning, Selection, Timing
 from sepconvert.cli.demo.net import load
-from sepconvert.files.onnx.export import onnx_feed
+from sepconvert.files.onnx.writing import onnx_feed
 from sepconvert.measure.latency import Deployed, PairTiming, Speedup, measure_pair
 from sepconvert.measure.statistics import Interval
 from sepconvert.network.layers import FactorizedConv2d
@@ -616,7 +616,7 @@ def test_auto_mode_has_what_exact_mode_has_whatever_time_there_is(samples, secon
     assert bool(auto.report["approximation"]["modelled"]) or seconds > 0
     timed = measure_pair(
         *(Deployed(folder / "converted.onnx", Runtime(1)) for folder in folders),
-        onnx_feed((x[:8],)), runs=30, batch=8, seed=0,
+        onnx_feed(model, (x[:8],)), runs=30, batch=8, seed=0,
     )  # fmt: skip
     assert not (timed.speedup.significant and timed.speedup.median < 1)
 

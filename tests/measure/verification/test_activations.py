@@ -9,7 +9,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from sepconvert.base.environment import Runtime
-from sepconvert.files.onnx.export import export_program, onnx_feed, save_onnx
+from sepconvert.files.onnx.export import export_program, save_onnx
+from sepconvert.files.onnx.writing import onnx_feed
 from sepconvert.measure.latency import Deployed, session
 from sepconvert.measure.verification.activations import OPERATOR_ERRORS, ActivationErrors
 from sepconvert.measure.verification.outputs import Reference, compare_export, reference
@@ -80,7 +81,7 @@ def in_runtime(model, expected, folder):
     save_onnx(export_program(model, (INPUTS,), dynamic_batch=False), folder / "model.onnx")
     runner = session(Deployed(folder / "model.onnx", Runtime(1)))
     return [
-        [torch.from_numpy(np.asarray(each)).double() for each in runner.run(None, onnx_feed(inputs))]
+        [torch.from_numpy(np.asarray(each)).double() for each in runner.run(None, onnx_feed(model, inputs))]
         for inputs in (cast(inputs, expected.runtime) for inputs in expected.inputs)
     ]
 

@@ -164,8 +164,10 @@ class OnnxNetwork(NamedInputs, nn.Module):
     def own_inputs(self, inputs: Inputs) -> Inputs:
         """Return floating-point inputs in the dtypes that the file takes."""
         if len(inputs) != len(self.input_names):
-            names = ", ".join(self.input_names)
-            raise TypeError(f"the file takes {len(self.input_names)} inputs, {names}, got {len(inputs)}")
+            raise SepconvertError(
+                f"expected as many inputs as the ONNX file takes ({', '.join(self.input_names)}), got "
+                f"{len(inputs)}; pass them in this order"
+            )
         return tuple(
             value.to(dtype) if value.is_floating_point() and dtype.is_floating_point else value
             for value, dtype in zip(inputs, self._dtypes, strict=True)
@@ -197,6 +199,12 @@ class OnnxNetwork(NamedInputs, nn.Module):
             tuple(size.dim_value or None for size in value.type.tensor_type.shape.dim)
             for value in inputs_of(self.graph.model.graph)
         )
+
+    @property
+    def described_inputs(self) -> str:
+        """Names and shapes of the inputs, with ? for each size that is open."""
+        shapes = ("×".join(str(size or "?") for size in shape) for shape in self.input_shapes)
+        return ", ".join(f"{name}: {shape}" for name, shape in zip(self.input_names, shapes, strict=True))
 
     def other_shapes(self, inputs: Inputs) -> Iterator[list[list[int]]]:
         """Yield shapes of inputs with one more sample, and with other open sizes grown by `_GROWTH`."""
@@ -407,7 +415,8 @@ def _types_of(model: onnx.ModelProto, names: Sequence[str]) -> dict[str, onnx.Va
             continue
         if each.type not in _TYPES:
             raise SepconvertError(
-                f"the model's value {each.name} is a {each.type}, which cannot pass between layers"
+                f"the model's value {each.name} is a {each.type}, and only tensors of numbers can pass "
+                "between layers and be returned; export the model without it"
             )
         found[each.name] = onnx.helper.make_tensor_value_info(each.name, _TYPES[each.type], each.shape)
     return found

@@ -1,6 +1,6 @@
 """ONNX models run by ONNX Runtime as they are, for their answers and for the shapes of their values."""
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import numpy.typing as npt
@@ -10,7 +10,7 @@ import onnxruntime as ort
 from sepconvert.base.errors import SepconvertError, first_line
 from sepconvert.network.tensors import Inputs, tensors_in
 
-Feed = Mapping[str, npt.NDArray[Any]]
+Feed = dict[str, npt.NDArray[Any]]
 """Arrays by name of the input."""
 
 
@@ -54,10 +54,11 @@ def answers(model: onnx.ModelProto, feed: Feed, *, optimised: bool = True) -> li
     """
     session = opened(model, optimised=optimised)
     try:
-        found: list[npt.NDArray[Any]] = session.run(None, dict(feed))
+        found: list[npt.NDArray[Any]] = session.run(None, feed)
     except Exception as error:  # ONNX Runtime's errors share no base class
         raise SepconvertError(
-            f"ONNX Runtime cannot run the model on these inputs: {first_line(error)}; check their shapes"
+            f"ONNX Runtime cannot run the model on these inputs: {' '.join(str(error).split())}; check their "
+            "shapes and dtypes"
         ) from error
     return found
 

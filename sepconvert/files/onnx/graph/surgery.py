@@ -22,7 +22,7 @@ from sepconvert.base.modules import submodule
 from sepconvert.factorize.border import Border
 from sepconvert.factorize.exact.factors import branches
 from sepconvert.factorize.geometry import ConvSpec, Pair
-from sepconvert.files.onnx.graph.convolutions import Convolution
+from sepconvert.files.onnx.graph.convolutions import Convolution, OnnxGraph
 from sepconvert.files.onnx.graph.network import OnnxNetwork
 from sepconvert.files.onnx.graph.protobuf import attribute, constants_of, graphs_of, nodes_in, reads
 from sepconvert.network.calls import resolve_padding
@@ -77,7 +77,7 @@ class _Edit:
     def exchange(self, convolution: Convolution, module: nn.Module) -> None:
         """Write a module in the place of a convolution, unless it is what stands there."""
         if isinstance(module, FactorizedConv2d):
-            self._replace(convolution, self._chains(convolution, module))
+            self._replace(convolution, _chains(convolution, module))
         elif isinstance(module, Conv):
             self._update(convolution, module)
         elif isinstance(module, nn.Conv2d):  # the dense form of this and the next one
@@ -134,7 +134,7 @@ class _Edit:
         """Write a sum of chains of factors in the place of a Conv."""
         node, output = convolution.node, convolution.output
         self._released += node.input[1:]
-        norm = self._norm_behind(convolution) if len(chains) > 1 else None
+        norm = _norm_behind(self._network.graph, convolution) if len(chains) > 1 else None
         if norm is not None:
             chains, output = _folded(chains, norm), norm.node.output[0]
             self._lost.add(convolution.output)
@@ -209,40 +209,6 @@ class _Edit:
         versions = [each.version for each in self._model.opset_import if each.domain in ("", "ai.onnx")]
         return int(versions[0]) if versions else 1
 
-    def _chains(self, convolution: Convolution, module: FactorizedConv2d) -> list[list[_Factor]]:
-        """Return the chains of factors of a layer, with the padding of the Conv in the file."""
-        # A runtime that pads by itself goes by the kernel's extent: what was cut is put back as zeros.
-        border = Border() if convolution.pads is None else module.border
-        spec = _with_padding(module.spec, convolution)
-        layout = branches(spec, module.scheme, module.rank, border)
-        chains = []
-        for branch, geometries in zip(module.branches, layout, strict=True):
-            layers = [each for each in branch._modules.values() if isinstance(each, nn.Conv2d)]
-            chains.append(
-                [
-                    _Factor(each, _extended(layer.weight, each.kernel_size, module.border), layer.bias)
-                    for each, layer in zip(geometries, layers, strict=True)
-                ]
-            )
-        return chains
-
-    def _norm_behind(self, convolution: Convolution) -> "_Norm | None":
-        """Return the BatchNorm that alone reads a convolution's output, if its statistics are constant."""
-        graph, output = self._network.graph.whole.graph, convolution.output
-        readers = [node for node in graph.node if output in reads(node)]
-        returned = any(value.name == output for value in graph.output)
-        if returned or len(readers) != 1 or readers[0].op_type != "BatchNormalization":
-            return None
-        node = readers[0]
-        if node.input[0] != output or len(node.output) != 1 or attribute(node, "training_mode", 0):
-            return None
-        values = [self._network.graph.constant(name) for name in node.input[1:]]
-        if any(value is None for value in values):
-            return None
-        gain, shift, mean, variance = (np.asarray(value, np.float64) for value in values)
-        scale = gain / np.sqrt(variance + float(attribute(node, "epsilon", 1e-5)))
-        return _Norm(node, scale, shift - mean * scale)
-
     def _constant(self, name: str, value: Tensor, convolution: Convolution) -> str:
         """Add a weight to the model, in the dtype of the kernel, and return its name."""
         array = value.detach().cpu().numpy().astype(convolution.weight.dtype)
@@ -305,6 +271,42 @@ class _Norm:
     node: onnx.NodeProto
     scale: npt.NDArray[np.float64]
     shift: npt.NDArray[np.float64]
+
+
+def _chains(convolution: Convolution, module: FactorizedConv2d) -> list[list[_Factor]]:
+    """Return the chains of factors of a layer, with the padding of the Conv in the file."""
+    # A runtime that pads by itself goes by the kernel's extent: what was cut is put back as zeros.
+    border = Border() if convolution.pads is None else module.border
+    spec = _with_padding(module.spec, convolution)
+    layout = branches(spec, module.scheme, module.rank, border)
+    chains = []
+    for branch, geometries in zip(module.branches, layout, strict=True):
+        layers = [each for each in branch._modules.values() if isinstance(each, nn.Conv2d)]
+        chains.append(
+            [
+                _Factor(each, _extended(layer.weight, each.kernel_size, module.border), layer.bias)
+                for each, layer in zip(geometries, layers, strict=True)
+            ]
+        )
+    return chains
+
+
+def _norm_behind(onnx_graph: OnnxGraph, convolution: Convolution) -> "_Norm | None":
+    """Return the BatchNorm that alone reads a convolution's output, if its statistics are constant."""
+    graph, output = onnx_graph.whole.graph, convolution.output
+    readers = [node for node in graph.node if output in reads(node)]
+    returned = any(value.name == output for value in graph.output)
+    if returned or len(readers) != 1 or readers[0].op_type != "BatchNormalization":
+        return None
+    node = readers[0]
+    if node.input[0] != output or len(node.output) != 1 or attribute(node, "training_mode", 0):
+        return None
+    values = [onnx_graph.constant(name) for name in node.input[1:]]
+    if any(value is None for value in values):
+        return None
+    gain, shift, mean, variance = (np.asarray(value, np.float64) for value in values)
+    scale = gain / np.sqrt(variance + float(attribute(node, "epsilon", 1e-5)))
+    return _Norm(node, scale, shift - mean * scale)
 
 
 def _with_padding(spec: ConvSpec, convolution: Convolution) -> ConvSpec:
