@@ -7,6 +7,8 @@ import shlex
 from pathlib import Path
 
 import numpy as np
+import onnx
+import onnxruntime
 import pytest
 import torch
 from command_line import SHAPE, Outcome, listing
@@ -423,3 +425,42 @@ def test_a_conversion_on_images_of_several_sizes(here, run):
     assert report["approximation"]["calibration"]["images"] == 9  # and 3 to judge by
     assert report["delta"]["metric"]["n"] == 12
     assert report["delta"]["metric"]["name"] == "miou"
+
+
+def test_images_are_given_to_a_file_in_its_own_order(here, run):
+    """A file that takes N×H×W×C, as those from TensorFlow do."""
+    weight = np.random.default_rng(0).normal(size=(4, 3, 3, 3)).astype(np.float32)
+    nodes = [
+        onnx.helper.make_node("Transpose", ["x"], ["t"], perm=[0, 3, 1, 2]),
+        onnx.helper.make_node("Conv", ["t", "w"], ["c"]),
+        onnx.helper.make_node("GlobalAveragePool", ["c"], ["p"]),
+        onnx.helper.make_node("Flatten", ["p"], ["y"]),
+    ]
+    types = [
+        onnx.helper.make_tensor_value_info(name, 1, shape)
+        for name, shape in (("x", ["batch", 8, 8, 3]), ("y", ["batch", 4]))
+    ]
+    initializers = [onnx.numpy_helper.from_array(weight, "w")]
+    graph = onnx.helper.make_graph(nodes, "graph", types[:1], types[1:], initializers)
+    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 17)], ir_version=8)
+    onnx.save(model, "nhwc.onnx")
+    images = np.random.default_rng(1).integers(0, 256, (20, 8, 8, 3), np.uint8)
+    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    labels = session.run(None, {"x": images.astype(np.float32) / 255})[0].argmax(1)
+    np.savez("nhwc.npz", x=images, y=labels)
+    for command in (("nhwc.onnx", "--runs", "0", "--out", "nhwc"), ("profile", "nhwc.onnx", "--runs", "0")):
+        outcome = run(*command, "--data", "nhwc.npz", "--json")
+        assert "the ONNX file takes images as N×H×W×C" in outcome.err
+        report = json.loads(outcome.out)
+        found = report["original"]["accuracy"] if "original" in report else report["accuracy"]
+        assert found["top1"] == 1
+    outcome = run("inspect", "nhwc.onnx", "--data", "nhwc.npz", "--layout", "nchw")
+    assert outcome.code == 2
+    assert "cannot run the model on these inputs" in outcome.err
+    assert "N×H×W×C" not in outcome.err
+
+
+def test_a_torch_model_takes_no_other_layout(here, run):
+    outcome = run("inspect", "net.pt", *SHAPE, "--layout", "nhwc")
+    assert (outcome.code, outcome.err.count("\n")) == (2, 1)
+    assert "--layout nhwc: is for ONNX files" in outcome.err

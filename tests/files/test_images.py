@@ -11,7 +11,7 @@ from PIL import Image
 
 from sepconvert.base.errors import SepconvertError
 from sepconvert.files.data import load_data, sample_shapes
-from sepconvert.files.images import Preprocess
+from sepconvert.files.images import Preprocess, layout_of
 
 
 def test_resize_averages_when_it_shrinks(npz):
@@ -232,3 +232,24 @@ def test_targets_that_do_not_match(tmp_path, images, targets, kind, match):
     folder_of(tmp_path / "x", dict.fromkeys(images, IMAGES[0]))
     folder_of(tmp_path / "t", targets)
     refused(match, tmp_path / "x", targets=str(tmp_path / "t"), kind=kind)
+
+
+def test_layout_moves_the_channels_of_images_alone():
+    image = torch.arange(3 * 4 * 5, dtype=torch.uint8).reshape(3, 4, 5)
+    last = Preprocess(mean=(0.1, 0.2, 0.3), std=(1.0, 2.0, 3.0), layout="nhwc")
+    first = Preprocess(mean=(0.1, 0.2, 0.3), std=(1.0, 2.0, 3.0))
+    assert torch.equal(last(image), first(image).permute(1, 2, 0))
+    assert torch.equal(last.picture(image), first.picture(image))
+    assert Preprocess(layout="nhwc") == Preprocess()  # float samples refuse what changes values
+
+
+@pytest.mark.parametrize(
+    ("shape", "layout"),
+    [
+        ((None, 224, 224, 3), "nhwc"), ((1, None, None, 1), "nhwc"), ((1, 3, 224, 224), "nchw"),
+        ((1, 3, 224, 3), "nchw"), ((None, None, None, None), "nchw"), ((None, 64, 7, 7), "nchw"),
+        ((None, 43844, 1), "nchw"),
+    ],
+)  # fmt: skip
+def test_the_layout_that_a_shape_speaks_for(shape, layout):
+    assert layout_of(shape) == layout

@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
+import onnx
 import pytest
 
 from sepconvert.base.errors import SepconvertError
@@ -210,3 +212,19 @@ def test_impatience_does_not_stop_the_cleaning(place, monkeypatch, number):
         fail(place / "out", KeyboardInterrupt())
     assert list(place.iterdir()) == []
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == handlers
+
+
+def test_force_replaces_a_result_with_external_data(place):
+    out = place / "out"
+    weight = onnx.numpy_helper.from_array(np.ones((4, 4, 3, 3), np.float32), "w")
+    nodes = [onnx.helper.make_node("Conv", ["x", "w"], ["y"])]
+    types = [onnx.helper.make_tensor_value_info(name, 1, [1, 4, 8, 8]) for name in ("x", "y")]
+    model = onnx.helper.make_model(onnx.helper.make_graph(nodes, "g", types[:1], types[1:], [weight]))
+    with result_directory(out, force=False) as folder:
+        (folder / "data").mkdir()
+        onnx.save(
+            model, folder / "original.onnx", save_as_external_data=True, location="data/w.bin",
+            size_threshold=0,
+        )  # fmt: skip
+    fill(out, force=True)
+    assert tree(place) == {"out/plan.json": "new"}
