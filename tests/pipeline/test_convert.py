@@ -318,10 +318,15 @@ def test_a_gate_that_inspect_does_not_know(net, x):
         sepconvert.inspect(net, x, gate="flops")
 
 
-@pytest.mark.parametrize("inputs", ["x", None, (), torch.empty(1, 3, 8, 8, device="meta")])
+@pytest.mark.parametrize("inputs", ["x", (), torch.empty(1, 3, 8, 8, device="meta")])
 def test_inputs_that_are_none(inputs, net):
     with pytest.raises(SepconvertError, match="`example_inputs`: expected a tensor, or a tuple"):
         decided(net, inputs)
+
+
+def test_a_module_needs_inputs(net):
+    with pytest.raises(SepconvertError, match="`example_inputs`: are needed, as a module names none"):
+        decided(net, None)
 
 
 def test_bad_inputs(net):
