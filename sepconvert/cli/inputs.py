@@ -150,6 +150,11 @@ def load_subject(options: Options) -> LoadedModel:
     )
     for note in loaded.notes:
         click.echo(f"sepconvert: {in_flags(note)}", err=True)
+    if isinstance(loaded.model, OnnxNetwork) and options["device"] != "cpu":
+        raise SepconvertError(
+            f"--device {options['device']}: ONNX files are run on the CPU here; leave it out (--provider is "
+            "what they are timed on)"
+        )
     try:
         unshadowed(loaded.model).to(options["device"])
         if torch.device(options["device"]).type == "meta":

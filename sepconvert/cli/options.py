@@ -25,7 +25,6 @@ from sepconvert.base.options import (
     check_option,
     options_of,
 )
-from sepconvert.files.images import Layout
 from sepconvert.pipeline.job import Job
 
 Command = Callable[..., Any]
@@ -214,7 +213,7 @@ data_options = _options(
     ),
     click.option(
         "--layout",
-        type=click.Choice(get_args(Layout)),
+        type=click.Choice(("nchw", "nhwc")),
         help="Order in which an ONNX file takes images [default: as the shape of its input says].",
     ),
     click.option("--resize", callback=size, metavar="N|HxW", help="Size to which uint8 images are resized."),

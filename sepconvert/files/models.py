@@ -92,12 +92,12 @@ def load_model(
         raise SepconvertError(
             "`ignore_extra_keys`: only for weights that the model of `factory` takes; pass `factory` too"
         )
-    if path.suffix == ".onnx" and build is None:
-        network = open_network(path)
-        return LoadedModel(network, path, sha256_of_file(path), network.example())
     try:
         kind = _format(path)
     except SepconvertError:
+        if build is None and path.suffix == ".onnx" and path.is_file():
+            network = open_network(path)
+            return LoadedModel(network, path, sha256_of_file(path), network.example())
         if build is None or not _is_origin(path):
             raise
         return _as_built(build, path)
@@ -175,7 +175,7 @@ _LEGACY_MAGIC = b"\x80\x02\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19."
 
 def _format(path: Path) -> str:
     """Return the format of a file: `"torch.save"`, `"legacy torch.save"`, `"pt2"` or `"safetensors"`."""
-    expected = "expected a model saved by torch.save, a .safetensors or a .pt2 file"
+    expected = "expected a model saved by torch.save, a .safetensors, a .pt2 or a .onnx file"
     if path.is_dir():
         raise SepconvertError(f"{path}: is a directory; {expected}")
     if path.exists() and not path.is_file():
@@ -199,8 +199,6 @@ def _format(path: Path) -> str:
         got = "is a Git LFS pointer, not the model: run git lfs pull"
     elif head.startswith(b"\x80"):
         got = "is a pickle that torch.save did not write"
-    elif path.suffix == ".onnx":
-        got = "is an ONNX model, not a PyTorch one"
     elif head.isascii():
         got = f"is a text file that begins {head[:20].decode()!r}"
     else:

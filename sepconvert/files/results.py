@@ -9,10 +9,7 @@ import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-import onnx
-
 from sepconvert.base.errors import SepconvertError
-from sepconvert.files.onnx.graph.protobuf import external_files
 
 FILES = (
     "original.onnx", "converted.onnx", "converted.pt2", "plan.json",
@@ -100,6 +97,10 @@ def _check_replaceable(out: Path, target: Path, force: bool, inputs: Sequence[Pa
 
 def _external_data(path: Path) -> set[Path]:
     """Return the files beside an ONNX file that hold its data; none if there is no such file."""
+    import onnx  # which takes long, and the help needs it not
+
+    from sepconvert.files.onnx.graph.protobuf import external_files
+
     with contextlib.suppress(Exception):  # it may be anything
         model = onnx.load(str(path), load_external_data=False)
         return {path.parent / location for location in external_files(model)}

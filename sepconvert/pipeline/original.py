@@ -160,6 +160,10 @@ def examine(
     if job.mode == "exact" and calib is not None:
         raise SepconvertError("`calib`: is for the modes approx and auto; pass one of them, or leave it out")
     model, inputs = given_model(model, example_inputs)
+    if isinstance(model, OnnxNetwork) and model.batch is None and not job.dynamic_batch:
+        raise SepconvertError(
+            "`dynamic_batch`: an ONNX file keeps the batch that it has, which is open; leave it as it is"
+        )
     found = trace_selected(model, inputs, job.selection)
     parts, scoring = DataSplit(data), scoring_of(job.task, model, inputs)
     division = Division(job.calibration, job.finetuning.epochs, job.seed, partial(scoring.batched, model))

@@ -349,8 +349,9 @@ def _export(document: Document) -> list[Note]:
     missing: Mapping[str, str] = export["missing"]
     if missing:
         reasons = "; ".join(dict.fromkeys(missing.values()))
+        say = info if set(missing) == {"converted.pt2"} else warning  # the file to deploy is there
         notes.append(
-            warning(
+            say(
                 f"not written: {', '.join(missing)}. {reasons}. The converted model is in plan.json and "
                 "converted.safetensors: sepconvert.apply(model, 'plan.json') restores it in Python."
             )

@@ -460,6 +460,20 @@ def test_images_are_given_to_a_file_in_its_own_order(here, run):
     assert "N×H×W×C" not in outcome.err
 
 
+@pytest.mark.parametrize(
+    ("option", "words"),
+    [(("--device", "cuda"), "--device cuda: "), (("--no-dynamic-batch",), "batch: an ONNX")],
+)
+def test_options_that_an_onnx_file_cannot_obey_are_refused(here, run, option, words):
+    nodes = [onnx.helper.make_node("Relu", ["x"], ["y"])]
+    types = [onnx.helper.make_tensor_value_info(name, 1, ["batch", 3]) for name in ("x", "y")]
+    graph = onnx.helper.make_graph(nodes, "graph", types[:1], types[1:])
+    onnx.save(onnx.helper.make_model(graph, ir_version=8), "relu.onnx")
+    outcome = run("relu.onnx", *option, "--out", "never")
+    assert (outcome.code, outcome.err.count("\n")) == (2, 1)
+    assert words in outcome.err
+
+
 def test_a_torch_model_takes_no_other_layout(here, run):
     outcome = run("inspect", "net.pt", *SHAPE, "--layout", "nhwc")
     assert (outcome.code, outcome.err.count("\n")) == (2, 1)

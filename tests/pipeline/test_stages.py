@@ -258,29 +258,29 @@ def exported(tmp_path):
     paths = tmp_path / "original.onnx", tmp_path / "converted.onnx"
     for path in paths:
         save_onnx(export_program(model, (x,), dynamic_batch=False), path)
-    return reference(model, (x,), (), {}, 0), paths
+    return model, reference(model, (x,), (), {}, 0), paths
 
 
 def test_a_small_difference_of_the_original_is_reported_and_no_failure(exported):
-    expected, paths = exported
+    model, expected, paths = exported
     for path in paths:
         scaled(path, 1 + 1e-4)
-    checks = check_onnx((expected, None), paths, Runtime(1))
+    checks = check_onnx(model, (expected, None), paths, Runtime(1))
     assert not checks.original.holds
     assert checks.converted.holds
 
 
 @pytest.mark.parametrize("own", [False, True])
 def test_a_difference_of_the_converted_file_alone_is_a_failure(exported, own):
-    expected, paths = exported
+    model, expected, paths = exported
     scaled(paths[1], 1 + 1e-4)
-    checks = check_onnx((expected, expected if own else None), paths, Runtime(1))
+    checks = check_onnx(model, (expected, expected if own else None), paths, Runtime(1))
     assert checks.original.holds
     assert not checks.converted.holds
 
 
 def test_a_large_difference_of_the_original_is_refused(exported):
-    expected, paths = exported
+    model, expected, paths = exported
     scaled(paths[0], 1.01)
     with pytest.raises(VerificationError, match="more than rounding"):
-        check_onnx((expected, None), paths, Runtime(1))
+        check_onnx(model, (expected, None), paths, Runtime(1))

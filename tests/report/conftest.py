@@ -213,6 +213,7 @@ def approximate() -> dict[str, Any]:
     approximation = {
         "metric": "data",
         "divergence": ["kl"],
+        "no_gradients": None,
         "calibration": {"origin": "`calib`", "images": 768, "heldout": 256, "patches_per_unknown": 12,
                         "seen_twice": None},
         "budget": {

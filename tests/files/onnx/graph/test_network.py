@@ -368,7 +368,7 @@ def test_the_example_of_scalars_and_integers():
 
 
 def test_a_wrong_number_of_inputs_names_them():
-    with pytest.raises(TypeError, match="takes 4 inputs, x, factor, count, z2, got 1"):
+    with pytest.raises(SepconvertError, match=r"the ONNX file takes \(x, factor, count, z2\), got 1; pass"):
         open_network(several())(torch.zeros(1, 4, 9, 10))
 
 
