@@ -273,9 +273,13 @@ def test_files_that_are_no_model(tmp_path):
     check("git lfs pull", b"version https://git-lfs.github.com/spec/v1\noid sha256:1\n")
     check("that torch.save did not write", pickle.dumps([1, 2]))
     check("begins with the bytes 89 50", b"\x89PNG\r\n\x1a\n" + bytes(40))
-    check("not an ONNX model", b"\x08\x08\x12\x07pytorch\xff", "m.onnx")
     np.savez(tmp_path / "d.npz", x=np.ones(3))
     check(r"zip file that is no model .it holds x\.npy", (tmp_path / "d.npz").read_bytes())
+
+
+def test_a_file_that_is_named_like_an_onnx_model(tmp_path):
+    (tmp_path / "m.onnx").write_bytes(b"\x08\x08\x12\x07pytorch\xff")
+    refused("m.onnx: not an ONNX model", tmp_path / "m.onnx")
 
 
 @FORMATS
