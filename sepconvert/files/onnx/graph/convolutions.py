@@ -216,6 +216,8 @@ class OnnxGraph:
 
     def _described(self, name: str, node: onnx.NodeProto) -> Convolution | str:
         """Return a convolution that may be replaced, or the reason why a node is none."""
+        if attribute(node, "group", 1) < 1:  # by which old releases of ONNX Runtime divide
+            raise SepconvertError(f"the model's {name} has {attribute(node, 'group')} groups; export it anew")
         if not is_standard(node):
             return f"it is an operator of {node.domain}, and only ONNX's own are replaced"
         if node.op_type in _INTEGERS:

@@ -110,6 +110,8 @@ def model_of(nodes, weights=(), *, inputs=None, outputs=("y",), opset=17, ir=8, 
     versions = {"": opset} if isinstance(opset, int) else opset
     imports = [helper.make_opsetid(domain, version) for domain, version in versions.items()]
     model = helper.make_model(graph, opset_imports=imports, ir_version=ir, producer_name="tests", **fields)
+    if model.functions:  # onnx 1.18 does not come back from one that calls itself
+        return model
     with contextlib.suppress(onnx.shape_inference.InferenceError, onnx.checker.ValidationError):
         inferred = onnx.shape_inference.infer_shapes(model)
         for mine, known in zip(model.graph.output, inferred.graph.output, strict=True):
