@@ -1,7 +1,7 @@
 """An ONNX file as a torch module: its convolutions are layers, and ONNX Runtime runs what lies between.
 
-No operator has to be translated, so that every file that ONNX Runtime runs can be converted. What is lost are
-gradients: ONNX Runtime does not differentiate.
+No operator has to be translated, so that every file that ONNX Runtime runs can be converted. ONNX Runtime
+does not differentiate: where gradients are recorded, an island runs in torch, if it has been translated.
 """
 
 import math
@@ -173,23 +173,20 @@ class OnnxNetwork(NamedInputs, nn.Module):
             for value, dtype in zip(inputs, self._dtypes, strict=True)
         )
 
-    def example(self, batch: int = 1) -> Inputs | None:
-        """Return zeros of the shapes that the file gives; None if it leaves more open than the batch.
-
-        `batch` is the number of samples where the file leaves it open.
-        """
+    def example(self) -> Inputs | None:
+        """Return zeros of the shapes that the file gives; None if it leaves more open than the batch."""
         found = []
         for value, dtype in zip(inputs_of(self.graph.model.graph), self._dtypes, strict=True):
             sizes = [size.dim_value for size in value.type.tensor_type.shape.dim]
             if not value.type.tensor_type.HasField("shape") or not all(sizes[1:]):
                 return None
-            if min(sizes, default=0) < 0 or math.prod(size or batch for size in sizes) > MAX_INPUT_ELEMENTS:
+            if min(sizes, default=0) < 0 or math.prod(size or 1 for size in sizes) > MAX_INPUT_ELEMENTS:
                 shape = "×".join(map(str, sizes))
                 raise SepconvertError(
                     f"the model's input {value.name} has the shape {shape}, which is none, or of more than "
                     f"{MAX_INPUT_ELEMENTS:,} elements; export it anew for a smaller one"
                 )
-            found.append(torch.zeros([sizes[0] or batch, *sizes[1:]] if sizes else [], dtype=dtype))
+            found.append(torch.zeros([sizes[0] or 1, *sizes[1:]] if sizes else [], dtype=dtype))
         return tuple(found)
 
     @property
