@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 from tabulate import tabulate
 
-from sepconvert.base.options import Budget
+from sepconvert.base.options.values import Budget
 from sepconvert.measure.metrics.evaluation import TOP1, MetricDelta
 from sepconvert.measure.metrics.uncertainty import Discordant
 from sepconvert.planning.scores import sizes_of

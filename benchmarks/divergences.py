@@ -24,7 +24,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 from sepconvert.base.errors import SepconvertError
-from sepconvert.base.options import DIVERGENCES, Divergence
+from sepconvert.base.options.values import DIVERGENCES, Divergence
 from sepconvert.calibration.heldout import Heldout
 from sepconvert.factorize.approximate.problem import nearest
 from sepconvert.measure.divergence import yardstick_of

@@ -11,16 +11,17 @@ from typing import TYPE_CHECKING
 __version__ = "0.1.0"
 
 _PUBLIC = {
-    "Calibration": "base.options",
+    "Calibration": "base.options.values",
     "ConversionResult": "pipeline.convert",
     "DemandNotMetError": "base.errors",
     "FactorizedConv2d": "network.layers",
     "Profile": "measure.profiling",
     "FinetuneResult": "distillation.results",
-    "Finetuning": "base.options",
-    "Selection": "base.options",
-    "Task": "base.options",
-    "Timing": "base.options",
+    "Finetuning": "base.options.values",
+    "Int8": "base.options.values",
+    "Selection": "base.options.values",
+    "Task": "base.options.values",
+    "Timing": "base.options.values",
     "VerificationError": "base.errors",
     "SepconvertError": "base.errors",
     "apply": "pipeline.replay",
@@ -37,11 +38,12 @@ if TYPE_CHECKING:
     from sepconvert.base.errors import DemandNotMetError as DemandNotMetError
     from sepconvert.base.errors import SepconvertError as SepconvertError
     from sepconvert.base.errors import VerificationError as VerificationError
-    from sepconvert.base.options import Calibration as Calibration
-    from sepconvert.base.options import Finetuning as Finetuning
-    from sepconvert.base.options import Selection as Selection
-    from sepconvert.base.options import Task as Task
-    from sepconvert.base.options import Timing as Timing
+    from sepconvert.base.options.values import Calibration as Calibration
+    from sepconvert.base.options.values import Finetuning as Finetuning
+    from sepconvert.base.options.values import Int8 as Int8
+    from sepconvert.base.options.values import Selection as Selection
+    from sepconvert.base.options.values import Task as Task
+    from sepconvert.base.options.values import Timing as Timing
     from sepconvert.distillation.results import FinetuneResult as FinetuneResult
     from sepconvert.distillation.training import finetune as finetune
     from sepconvert.measure.comparison import compare as compare

@@ -162,6 +162,11 @@ def processor(cpuinfo: str) -> tuple[str, list[str]]:
     return facts.get("model name", platform.machine()), found
 
 
+def instruction_sets() -> list[str]:
+    """Return the instruction sets of this machine's processor that the speed of convolutions depends on."""
+    return _processor()[1]
+
+
 def _processor() -> tuple[str, list[str]]:
     try:
         return processor(Path("/proc/cpuinfo").read_text(encoding="utf-8"))

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 
 from sepconvert.base.distributed import processes, rank
 from sepconvert.base.errors import SepconvertError
-from sepconvert.base.options import Calibration
+from sepconvert.base.options.values import Calibration
 from sepconvert.files.data import UNLABELLED, Batch, class_labels, dimensions, paired, split
 from sepconvert.measure.metrics.evaluation import whole
 from sepconvert.network.tensors import InputBatch, tensors_in

@@ -10,16 +10,25 @@ import click
 
 from sepconvert.base.distributed import join, rank
 from sepconvert.base.errors import SepconvertError
-from sepconvert.base.options import Budget, Calibration, Finetuning, Gate, Origin, Selection, Task
+from sepconvert.base.options.values import (
+    Budget,
+    Calibration,
+    Finetuning,
+    Gate,
+    Int8,
+    Origin,
+    Selection,
+    Task,
+)
 from sepconvert.cli.inputs import in_layout, load_subject, read_data_and_inputs, read_images, timing_of
 from sepconvert.cli.options import Options, in_flags, value_of
 from sepconvert.cli.outputs import command_line, out_of, result_directory_of, show
 from sepconvert.cli.progress import progress_for, quietly, training_progress
-from sepconvert.files.results import FILES
+from sepconvert.files.results import FILES, INT8_FILES
 from sepconvert.pipeline.convert import ConversionResult
 from sepconvert.pipeline.convert import convert as run_convert
 from sepconvert.pipeline.convert import inspect as run_inspect
-from sepconvert.pipeline.delivery import checkpoints
+from sepconvert.pipeline.modes.delivery import checkpoints
 from sepconvert.pipeline.replay import apply_plan as run_apply
 from sepconvert.planning.plan import read_plan
 from sepconvert.report.sentences import warnings_of
@@ -53,6 +62,7 @@ def convert(**options: Any) -> None:
             selection=value_of(Selection, options),
             timing=timing_of(options),
             calibration=value_of(Calibration, options),
+            int8=value_of(Int8, options),
             finetune=finetuning,
             dynamic_batch=options["dynamic_batch"],
             seed=options["seed"],
@@ -166,7 +176,8 @@ def _show(options: Options, result: ConversionResult, out: Path) -> None:
     if options["quiet"]:
         for warning in warnings_of(result.report):
             click.echo(in_flags(str(warning)), err=True)
-    written = [name for name in FILES if name not in result.report["export"]["missing"]]
+    names = (*FILES, *INT8_FILES) if "forms" in result.report else FILES
+    written = [name for name in names if name not in result.report["export"]["missing"]]
     layers = result.report["layers"]
     texts = [layer_table(layers), "", summary(result.report)]
     if all(layer["decision"] == "kept" for layer in layers):  # the summary's first line says so

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 
 from sepconvert.base.errors import SepconvertError, first_line
 from sepconvert.base.modules import unshadowed
-from sepconvert.base.options import Task, Timing
+from sepconvert.base.options.values import Task, Timing
 from sepconvert.calibration.footprint import images_at_once
 from sepconvert.cli.options import Options, in_flags, value_of
 from sepconvert.factorize.geometry import MAX_INPUT_ELEMENTS

@@ -25,6 +25,7 @@ from sepconvert.cli.options import (
     data_options,
     finetuning_options,
     in_flags,
+    int8_options,
     loading_options,
     mode_options,
     model_argument,
@@ -90,6 +91,7 @@ def cli() -> None:
 @task_options
 @calibration_options
 @comparing_options
+@int8_options
 @selection_options
 @finetuning_options
 @output_options

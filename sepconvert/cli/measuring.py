@@ -13,7 +13,7 @@ from torch import nn
 from sepconvert.base.documents import writing
 from sepconvert.base.environment import environment
 from sepconvert.base.errors import DemandNotMetError, SepconvertError
-from sepconvert.base.options import Task
+from sepconvert.base.options.values import Task
 from sepconvert.cli.conditions import Demand
 from sepconvert.cli.inputs import (
     example_of_file,

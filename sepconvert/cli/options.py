@@ -1,6 +1,6 @@
 """Options of the command line, made from the values that they fill.
 
-An option that Python has too is a field of a value in `sepconvert.base.options`, or of the job in
+An option that Python has too is a field of a value in `sepconvert.base.options.values`, or of the job in
 `sepconvert.pipeline.job`; its flag, type, help and default come from there. Options of files and of the
 terminal are defined here.
 """
@@ -15,15 +15,15 @@ from typing import Any, TypeVar, get_args, get_origin
 import click
 
 from sepconvert.base.errors import range_text
-from sepconvert.base.options import (
+from sepconvert.base.options.declared import check_option, options_of
+from sepconvert.base.options.values import (
     Budget,
     Calibration,
     Finetuning,
+    Int8,
     Selection,
     Task,
     Timing,
-    check_option,
-    options_of,
 )
 from sepconvert.pipeline.job import Job
 
@@ -134,6 +134,8 @@ def _made_from(option: Field[Any]) -> Command:
     kinds = get_args(option.type)  # of `Path | None`, for example
     if any(get_origin(kind) is Mapping for kind in kinds):
         return click.option(_flag(name), multiple=True, callback=pairs, **settings)
+    if "flag_value" in about:
+        settings |= {"is_flag": False, "flag_value": about["flag_value"]}
     if "choices" in about:
         settings["type"] = click.Choice(about["choices"])
     elif "low" in about:
@@ -161,7 +163,7 @@ def _of(kind: Any, *names: str) -> list[Command]:
 
 _RENAMED = {
     each.name: _name(each)
-    for kind in (Budget, Calibration, Finetuning, Selection, Task, Timing, Job)
+    for kind in (Budget, Calibration, Finetuning, Int8, Selection, Task, Timing, Job)
     for each in options_of(kind)
 }
 
@@ -233,6 +235,7 @@ calibration_options = _options(
     ),
     *_of(Calibration),
 )
+int8_options = _options(*_of(Int8))
 finetuning_options = _options(
     *_of(Finetuning),
     click.option(

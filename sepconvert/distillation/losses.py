@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sepconvert.base.errors import SepconvertError, first_line
-from sepconvert.base.options import Task
+from sepconvert.base.options.values import Task
 from sepconvert.distillation.samples import on_device
 from sepconvert.files.callables import resolve_callable
 from sepconvert.files.data import UNLABELLED

@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader
 from sepconvert.base.determinism import reproducible
 from sepconvert.base.errors import SepconvertError, check_number, first_line
 from sepconvert.base.modules import unshadowed
-from sepconvert.base.options import Precision, Task
+from sepconvert.base.options.values import Precision, Task
 from sepconvert.distillation.checkpoint import Checkpoint, State, digest_of, read_checkpoint, write_checkpoint
 from sepconvert.distillation.judge import Judge
 from sepconvert.distillation.losses import (

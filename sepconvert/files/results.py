@@ -18,6 +18,10 @@ FILES = (
 """Names of the files that a conversion writes."""
 
 
+INT8_FILES = "original-int8.onnx", "converted-int8.onnx"
+"""Names of those that are added where models are deployed in int8."""
+
+
 @contextlib.contextmanager
 def result_directory(
     out: Path, *, force: bool, inputs: Sequence[Path] = (), resumed: bool = False
@@ -88,7 +92,11 @@ def _check_replaceable(out: Path, target: Path, force: bool, inputs: Sequence[Pa
                 f"{out}: holds {needed}, which replacing it would delete; pass another `out`"
             )
     for path in target.rglob("*"):
-        if path.name not in FILES and path not in data and (path.is_symlink() or not path.is_dir()):
+        if (
+            path.name not in (*FILES, *INT8_FILES)
+            and path not in data
+            and (path.is_symlink() or not path.is_dir())
+        ):
             raise SepconvertError(
                 f"{out}: holds {path.relative_to(target)}, which is no result of a conversion and which "
                 "replacing it would delete; move it away or pass another `out`"

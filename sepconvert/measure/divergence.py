@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from sepconvert.base.errors import SepconvertError, first_line
 from sepconvert.base.modules import unshadowed
-from sepconvert.base.options import Divergence
+from sepconvert.base.options.values import Divergence
 from sepconvert.network.copies import private_copy
 from sepconvert.network.tensors import InputBatch, tensor_leaves
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from sepconvert.base.documents import decode, read_file
 from sepconvert.base.environment import TIMES_DEPEND_ON, Runtime
 from sepconvert.base.errors import MAX_SEED, SepconvertError, check_number, quoted
-from sepconvert.base.options import Task, Timing
+from sepconvert.base.options.values import Task, Timing
 from sepconvert.base.progress import Progress, silent
 from sepconvert.files.onnx.facts import onnx_sizes, read_onnx
 from sepconvert.files.onnx.writing import onnx_feed, write_onnx

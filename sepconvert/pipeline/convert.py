@@ -13,11 +13,12 @@ from torch.utils.data import DataLoader
 
 from sepconvert.base.determinism import reproducible
 from sepconvert.base.distributed import rank as rank_of_process
-from sepconvert.base.options import (
+from sepconvert.base.options.values import (
     Budget,
     Calibration,
     Finetuning,
     Gate,
+    Int8,
     Mode,
     Origin,
     Selection,
@@ -32,9 +33,9 @@ from sepconvert.measure.latency import Speedup
 from sepconvert.measure.metrics.evaluation import MetricDelta
 from sepconvert.measure.profiling import Profile
 from sepconvert.network.tensors import Inputs, model_dtype, tensors_in
-from sepconvert.pipeline.approximate import convert_approximately
-from sepconvert.pipeline.exact import analyse_model, convert_exactly, plan_model
 from sepconvert.pipeline.job import Check, Job
+from sepconvert.pipeline.modes.approximate import convert_approximately
+from sepconvert.pipeline.modes.exact import analyse_model, convert_exactly, plan_model
 from sepconvert.pipeline.original import Original, Subject, examine, given_model, trace_selected
 from sepconvert.pipeline.stages import Measured, Written, checked_place, measure, result_folder, verify, write
 from sepconvert.planning.conversion import Conversion, LayerReport, Verification
@@ -136,6 +137,7 @@ def convert(
     selection: Selection = Selection(),
     timing: Timing = Timing(),
     calibration: Calibration = Calibration(),
+    int8: bool | str | Int8 = False,
     finetune: int | Finetuning = 0,
     dynamic_batch: bool = True,
     check: Check = "onnx",
@@ -155,9 +157,9 @@ def convert(
             chooses for each layer among all structures, under the budget.
         data: batches (x, y) of inputs and labels or other targets, on which the metric is reported; read once
             for each model. x is a tensor, a tuple of positional arguments, or a mapping of arguments by name.
-        calib: images that factors are fitted to, in approx and auto mode: batches of x alone, tuples that
-            begin with x, or dicts. Without it a part of `data` is split off and not scored; without either,
-            factors are fitted to the weights alone.
+        calib: images that factors are fitted to, in approx and auto mode, and that int8 ranges are measured
+            on: batches of x alone, tuples that begin with x, or dicts. Without it a part of `data` is split
+            off and not scored; without either, factors are fitted to the weights alone.
         metric: what drops are measured in: a name such as "miou" or "psnr", a function `(outputs, targets) →
             N scores`, a `torchmetrics.Metric`, or a `Task`, which says more. By default top-1 accuracy, of
             classifiers.
@@ -177,6 +179,10 @@ def convert(
         selection: names of the layers that may be replaced.
         timing: how often, and by which runtime, models and layers are timed.
         calibration: how many images are fitted to, and in how much memory.
+        int8: whether the models are deployed in static int8: True, "auto" (if the original is measured to be
+            faster in it than in floating point), or all its settings. Plans are then made for that form,
+            timed against the original in that form, and judged by the drop from the original in floating
+            point.
         finetune: epochs of distillation afterwards, or all its settings.
         dynamic_batch: export with a dynamic batch dimension where the model allows it.
         check: "onnx" exports both models, verifies them in ONNX Runtime and times them; "torch" verifies in
@@ -215,13 +221,13 @@ def convert(
     job = Job.of(
         metric=metric, mode=mode, gate=gate, tol=tol, seed=seed, dynamic_batch=dynamic_batch, check=check,
         out=out, budget=Budget(rank, target_macs, target_params, min_speedup, max_drop, confidence),
-        selection=selection, timing=timing, calibration=calibration, finetune=finetune,
+        selection=selection, timing=timing, calibration=calibration, int8=int8, finetune=finetune,
         origin=origin, progress=progress,
     )  # fmt: skip
     main = rank_of_process() == 0
     place = checked_place(job.out) if main else None
     original = examine(model, example_inputs, data, calib, job)
-    job = job.with_default_budget(
+    job = job.deployed_in_int8(original.form is not None).with_default_budget(
         unit=None if original.evaluation is None else original.evaluation.metric.unit
     )
     convert_model = convert_exactly if job.mode == "exact" else convert_approximately
@@ -280,6 +286,8 @@ def _result(
         verification=verification,
         export=written.export,
         execution=measured.execution,
+        int8_gain=original.int8_gain,
+        forms=None if measured.forms is None else measured.forms.to_json(),
         approximation=made.approximation,
         data=None if original.facts is None else original.facts.to_json(),
     )

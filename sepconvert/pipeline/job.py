@@ -6,20 +6,20 @@ from pathlib import Path
 from typing import Any, Literal
 
 from sepconvert.base.errors import MAX_SEED, SepconvertError, check_number, quoted
-from sepconvert.base.options import (
+from sepconvert.base.options.declared import check_options, option
+from sepconvert.base.options.values import (
     GATES,
     MODES,
     Budget,
     Calibration,
     Finetuning,
     Gate,
+    Int8,
     Mode,
     Origin,
     Selection,
     Task,
     Timing,
-    check_options,
-    option,
 )
 from sepconvert.base.progress import Progress, silent
 
@@ -30,6 +30,7 @@ _VALUES = {
     "selection": Selection,
     "timing": Timing,
     "calibration": Calibration,
+    "int8": Int8,
     "origin": Origin,
 }
 
@@ -47,7 +48,7 @@ class Job:
     gate: Gate = option(
         "Convert only layers that cost less: counted in MACs, or measured in ONNX Runtime.",
         choices=GATES,
-        shown_default="macs; latency in auto mode",
+        shown_default="macs; latency in auto mode and in int8",
     )
     tol: float | None = option(
         "Relative kernel error that counts as exact.",
@@ -70,6 +71,7 @@ class Job:
     selection: Selection = field(default_factory=Selection)
     timing: Timing = field(default_factory=Timing)
     calibration: Calibration = field(default_factory=Calibration)
+    int8: Int8 = field(default_factory=Int8)
     finetuning: Finetuning = field(default_factory=Finetuning)
     out: Path | None = None
     origin: Origin = field(default_factory=Origin)
@@ -78,7 +80,8 @@ class Job:
     def __post_init__(self) -> None:
         """Fill in the gate of the mode, and check what no single value can."""
         if self.gate is None:
-            object.__setattr__(self, "gate", "latency" if self.mode == "auto" else "macs")
+            by_time = self.mode == "auto" or bool(self.int8)
+            object.__setattr__(self, "gate", "latency" if by_time else "macs")
         check_options(self)
         for name, kind in _VALUES.items():
             if not isinstance(value := getattr(self, name), kind):
@@ -94,6 +97,8 @@ class Job:
             raise SepconvertError(f"`check`: expected onnx or torch, got {quoted(self.check)}")
         if self.check == "torch" and self.out is not None:
             raise SepconvertError("`check`: torch exports no files; leave `out` out, or check in onnx")
+        if self.check == "torch" and self.int8:
+            raise SepconvertError("`int8`: is a form of ONNX files; check in onnx")
         if self.mode == "exact" and (self.budget != Budget() or self.finetuning):
             raise SepconvertError(
                 "`mode`: budgets, calibration and fine-tuning are for the modes approx and auto; pass one of "
@@ -120,6 +125,10 @@ class Job:
         """Timed runs of the files; 0 where none are written."""
         return self.timing.runs if self.check == "onnx" else 0
 
+    def deployed_in_int8(self, is_int8: bool) -> "Job":
+        """Return the job after the decision about int8, which `int8` auto leaves to a measurement."""
+        return self if is_int8 else replace(self, int8=Int8())
+
     def with_default_budget(self, *, unit: str | None) -> "Job":
         """Return the job with the budget that holds where none is given; see `Budget.or_default`.
 
@@ -135,6 +144,7 @@ class Job:
         cls,
         *,
         metric: Any,
+        int8: "bool | str | Int8",
         finetune: int | Finetuning,
         out: str | os.PathLike[str] | None,
         **settings: Any,
@@ -144,5 +154,9 @@ class Job:
             check_number("finetune", finetune, 0, whole=True)
             finetune = Finetuning(epochs=finetune)
         return cls(
-            task=Task.of(metric), finetuning=finetune, out=None if out is None else Path(out), **settings
+            task=Task.of(metric),
+            int8=Int8.of(int8),
+            finetuning=finetune,
+            out=None if out is None else Path(out),
+            **settings,
         )

@@ -10,9 +10,10 @@ import onnx
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from sepconvert.base.distributed import once
 from sepconvert.base.errors import SepconvertError, quoted
 from sepconvert.base.modules import unshadowed
-from sepconvert.base.options import Selection, Task
+from sepconvert.base.options.values import Selection, Task
 from sepconvert.calibration.footprint import images_at_once
 from sepconvert.calibration.split import (
     MOST_AT_ONCE,
@@ -29,9 +30,11 @@ from sepconvert.files.data import UNLABELLED, Batch
 from sepconvert.files.onnx.graph.gradients import add_gradients, demand_gradients
 from sepconvert.files.onnx.graph.network import OnnxNetwork, open_network
 from sepconvert.files.onnx.graph.protobuf import external_files
-from sepconvert.files.results import FILES
+from sepconvert.files.onnx.int8.form import Int8Form
+from sepconvert.files.results import FILES, INT8_FILES
 from sepconvert.measure.cost import Cost, count
 from sepconvert.measure.divergence import Yardstick, yardstick_of
+from sepconvert.measure.latency import Speedup
 from sepconvert.measure.metrics.evaluation import Evaluation, MetricDelta, Scoring, one_of
 from sepconvert.measure.metrics.own import scoring_of
 from sepconvert.measure.profiling import as_inputs
@@ -42,6 +45,7 @@ from sepconvert.pipeline.job import Job
 from sepconvert.pipeline.plausibility import DataFacts, ValueRange, find_facts
 from sepconvert.planning.scores import Scores
 from sepconvert.planning.timing.clock import Clock
+from sepconvert.planning.timing.pairs import time_int8
 
 Subject = nn.Module | str | os.PathLike[str] | onnx.ModelProto
 """A model to convert: a module, or an ONNX file or model."""
@@ -61,6 +65,8 @@ class Original:
     task: Task  # its batch dimension found, and its loss a function
     yardstick: Yardstick | None  # what outputs are compared by; None in exact mode
     no_gradients: str | None = None  # why it cannot be differentiated, as far as that is known beforehand
+    form: Int8Form | None = None  # in which models are deployed; None for floating point
+    int8_gain: Speedup | None = None  # of int8 over floating point, where that decided about the form
 
     @property
     def model(self) -> nn.Module:
@@ -125,7 +131,7 @@ def given_model(model: Subject, example_inputs: Tensor | Inputs | None) -> tuple
         )
     inputs = as_inputs(model, example_inputs)
     if isinstance(model, OnnxNetwork):
-        if taken := sorted({*FILES} & {*external_files(model.graph.model)}):
+        if taken := sorted({*FILES, *INT8_FILES} & {*external_files(model.graph.model)}):
             raise SepconvertError(
                 f"the model's data are in {taken[0]}, which is the name of a result; save it with another one"
             )
@@ -157,8 +163,10 @@ def examine(
         )
     if data is None and (unused := job.task.needs_data):
         raise SepconvertError(f"`{unused}`: says how `data` are scored, and there are none; pass `data`")
-    if job.mode == "exact" and calib is not None:
-        raise SepconvertError("`calib`: is for the modes approx and auto; pass one of them, or leave it out")
+    if job.mode == "exact" and calib is not None and not job.int8:
+        raise SepconvertError(
+            "`calib`: is for the modes approx and auto, and for `int8`; pass one of them, or leave it out"
+        )
     model, inputs = given_model(model, example_inputs)
     if isinstance(model, OnnxNetwork) and model.batch is None and not job.dynamic_batch:
         raise SepconvertError(
@@ -168,7 +176,7 @@ def examine(
     parts, scoring = DataSplit(data), scoring_of(job.task, model, inputs)
     division = Division(job.calibration, job.finetuning.epochs, job.seed, partial(scoring.batched, model))
     example = InputBatch(inputs, scoring.axis)
-    if job.mode != "exact":
+    if job.mode != "exact" or job.int8:
         division = replace(division, at_once=images_at_once(model, example, MOST_AT_ONCE))
         parts = split_data(data, calib, job.finetuning.train, division)
         check_shapes(parts, example, division, dense=not scoring.classifies)
@@ -181,10 +189,33 @@ def examine(
         task = _with_checked_loss(task, model, parts, division)
         yardstick = _yardstick(model, parts, example, scoring, job.task)
     # Before the long work, as this is where data that do not suit the model are found out.
-    scores, seen_twice, facts = _scored(found, parts, scoring, division, job)
+    form, gain = (None, None) if not job.int8 else _int8_form(model, inputs, parts, job)
+    scores, seen_twice, facts = _scored(found, parts, scoring, division, job, form)
     cost = count(private_copy(model), inputs)
-    clock = Clock(job.timing.runtime, job.seed, job.timing.cache, job.timing.measure_seconds)
-    return Original(found, parts, cost, scores, seen_twice, facts, clock, task, yardstick, no_gradients)
+    clock = Clock(job.timing.runtime, job.seed, job.timing.cache, job.timing.measure_seconds, form)
+    return Original(
+        found, parts, cost, scores, seen_twice, facts, clock, task, yardstick, no_gradients, form, gain
+    )
+
+
+def _int8_form(
+    model: nn.Module, inputs: Inputs, parts: DataSplit, job: Job
+) -> tuple[Int8Form | None, Speedup | None]:
+    """Return the int8 form of a model, and its speed-up over floating point if that decides.
+
+    The form is None if it is only wanted where it is faster, and it is not.
+
+    Raises:
+        SepconvertError: there are no calibration images, or the model cannot be quantized.
+    """
+    if parts.calibration is None:
+        raise SepconvertError("`int8`: needs images to measure ranges on; pass `calib`, or labelled `data`")
+    form = Int8Form(job.int8, model, inputs, parts.calibration.fit)
+    form.model(model)  # before the long work, as this is where a model that cannot be quantized is found out
+    if job.int8.form == "on":
+        return form, None
+    gain = once(lambda: time_int8(form, model, inputs, job.timing.runtime, job.seed))
+    return form if gain.significant and gain.median > 1 else None, gain
 
 
 def _yardstick(
@@ -223,7 +254,12 @@ def _has_targets(y: Any) -> bool:
 
 
 def _scored(
-    traced: TracedModel, parts: DataSplit, scoring: Scoring, division: Division, job: Job
+    traced: TracedModel,
+    parts: DataSplit,
+    scoring: Scoring,
+    division: Division,
+    job: Job,
+    form: Int8Form | None,
 ) -> tuple[Scores | None, SeenTwice | None, DataFacts | None]:
     """Return the original's scores, the images that are seen twice, and whether the data are plausible."""
     if parts.scored is None and parts.calibration is None:
@@ -237,7 +273,7 @@ def _scored(
 
     scores = seen_twice = None
     if parts.scored is not None:
-        scores = Scores(traced.model, parts.scored, scoring, job.seed, job.progress, watch)
+        scores = Scores(traced.model, parts.scored, scoring, job.seed, job.progress, watch, form)
         seen_twice = find_seen_twice(parts, hashes, division)
     predictions = None if scores is None else scores.original.predictions
     facts = find_facts(traced, predictions, values, parts.calibration, scoring)

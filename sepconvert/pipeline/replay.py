@@ -25,7 +25,7 @@ from sepconvert.network.merge import merge
 from sepconvert.network.rewrite import Replacement, rewrite
 from sepconvert.network.tensors import Inputs, model_dtype, placed
 from sepconvert.network.trace import ConvSite, traced
-from sepconvert.pipeline.exact import verify_model
+from sepconvert.pipeline.modes.exact import verify_model
 from sepconvert.pipeline.original import Subject, as_module
 from sepconvert.pipeline.stages import demand_verified, state_tensors
 from sepconvert.planning.conversion import Verification

@@ -52,6 +52,7 @@ from sepconvert.measure.verification.outputs import (
     compare_runs,
 )
 from sepconvert.network.tensors import Inputs, model_dtype
+from sepconvert.pipeline.deployment import FourForms, check_int8, measure_forms, write_int8
 from sepconvert.pipeline.job import Job
 from sepconvert.pipeline.original import Original
 from sepconvert.planning.conversion import Conversion, LayerReport, Verification
@@ -78,6 +79,12 @@ class Written:
     paths: tuple[Path, Path]  # original.onnx and converted.onnx
     export: ExportNote
     onnx_reason: str | None
+    int8: tuple[Path, Path] | None = None  # original-int8.onnx and converted-int8.onnx
+
+    @property
+    def deployed(self) -> tuple[Path, Path]:
+        """The files of the form that the models are deployed in."""
+        return self.int8 or self.paths
 
 
 @dataclass(frozen=True)
@@ -91,6 +98,7 @@ class Measured:
     changed: ChangedPredictions | None
     layers: tuple[LayerReport, ...]
     execution: ModelExecution | None
+    forms: FourForms | None = None  # where the models are deployed in int8
 
 
 def write(original: Original, made: Conversion, plan: ConversionPlan, folder: Path, job: Job) -> Written:
@@ -113,12 +121,9 @@ def write(original: Original, made: Conversion, plan: ConversionPlan, folder: Pa
     path = folder / "converted.safetensors"
     with writing(path):
         path.write_bytes(weights)
-    return Written(
-        plan,
-        paths,
-        note,
-        next((note.missing[each.name] for each in paths if each.name in note.missing), None),
-    )
+    int8 = None if original.form is None else write_int8(original, made, original.form, folder)
+    reason = next((note.missing[each.name] for each in paths if each.name in note.missing), None)
+    return Written(plan, paths, note, reason, int8)
 
 
 def verify(original: Original, made: Conversion, written: Written, job: Job) -> Verification:
@@ -155,25 +160,33 @@ def measure(
     """Time both models and each replaced layer, and compare their predictions."""
     runs, runtime = job.runs if verification.onnx is not None else 0, job.timing.runtime
     timing: PairTiming | None = None
-    layers, execution = made.reports, None
-    if runs:
+    layers, execution, forms = made.reports, None, None
+    if original.form is not None and written.int8 is not None:
+        rounding = check_int8(original, made, original.form, written.int8)
+        paths = [path for pair in zip(written.paths, written.int8, strict=True) for path in pair]
+        forms = measure_forms(original, made, paths, rounding, job)
+        timing = forms.timing
+    elif runs:
         timing = time_files(
             original.model, written.paths, original.inputs, runs, runtime, job.seed, job.progress
         )
+    if timing is not None:
         hold_to_speed(timing, job)
     before, after = original.evaluation, original.evaluate(made.model)
     accuracy = original.delta(made.model)
     hold_to_accuracy(accuracy, job)
     if timing is not None:
-        times = time_layers(original.sites, made.replacements, runs, runtime, job.seed, job.progress)
+        times = time_layers(
+            original.sites, made.replacements, runs, runtime, job.seed, job.progress, original.form
+        )
         layers = tuple(replace(layer, latency=times.get(layer.site.name)) for layer in layers)
         layers, execution = executed_layers(
-            layers, original.model, written.paths, original.inputs, runs, runtime
+            layers, original.model, written.deployed, original.inputs, runs, runtime
         )
     return Measured(
-        original=_profile(original.cost, before, timing.original if timing else None, written.paths[0]),
+        original=_profile(original.cost, before, timing.original if timing else None, written.deployed[0]),
         converted=_profile(
-            original.count(made.model), after, timing.converted if timing else None, written.paths[1]
+            original.count(made.model), after, timing.converted if timing else None, written.deployed[1]
         ),
         speedup=timing.speedup if timing else None,
         accuracy=accuracy,
@@ -182,15 +195,17 @@ def measure(
         else None,
         layers=layers,
         execution=execution,
+        forms=forms,
     )
 
 
 def hold_to_speed(timing: PairTiming, job: Job) -> None:
     """Raise `DemandNotMetError` if the files are slower than the gate or the budget demands."""
     speedup, least = timing.speedup, job.budget.min_speedup
-    if job.gate == "latency" and speedup.significant and speedup.median < 1:
+    if (job.gate == "latency" or job.int8) and speedup.significant and speedup.median < 1:
+        demand = "`int8`" if job.int8 else "`gate` latency"
         raise DemandNotMetError(
-            f"`gate` latency: the converted model is measured {speedup.median:.2f}× as fast as the "
+            f"{demand}: the converted model is measured {speedup.median:.2f}× as fast as the "
             "original, though each replaced layer is faster alone; change the budget or pass `gate` macs"
         )
     if least is not None and speedup.ci95.hi < least:

@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 
 from sepconvert.base.notes import Reason, ReasonCode
-from sepconvert.base.options import Gate
+from sepconvert.base.options.values import Gate
 from sepconvert.base.progress import Progress
 from sepconvert.factorize.approximate.problem import Approximation
 from sepconvert.factorize.approximate.weighted import DEPTHWISE_POINTWISE, POINTWISE_DEPTHWISE

@@ -13,7 +13,7 @@ from msgspec import Meta
 from sepconvert.base.documents import CHECKSUM, is_intact, read_file, sealed, structured
 from sepconvert.base.errors import MAX_SEED, SepconvertError, first_line, quoted, shortened
 from sepconvert.base.notes import Reason, ReasonCode
-from sepconvert.base.options import Gate, Mode
+from sepconvert.base.options.values import Gate, Mode
 from sepconvert.factorize.border import Border
 from sepconvert.factorize.exact.analysis import ZERO_BORDER, Analysis, Finding
 from sepconvert.factorize.exact.factors import Factorization, factorize

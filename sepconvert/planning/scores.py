@@ -15,6 +15,7 @@ from sepconvert.base.distributed import once
 from sepconvert.base.errors import SepconvertError
 from sepconvert.base.progress import Progress
 from sepconvert.files.data import Batch
+from sepconvert.files.onnx.int8.form import Int8Form
 from sepconvert.measure.metrics.evaluation import (
     Evaluation,
     MetricDelta,
@@ -65,9 +66,14 @@ class Scores:
         seed: int,
         progress: Progress,
         on_images: Callable[[InputBatch], None] | None = None,
+        form: Int8Form | None = None,
     ) -> None:
-        """Take the original and the scored data; `on_images` is called with each of their batches, once."""
-        self._progress = progress
+        """Take the original and the scored data.
+
+        `on_images` is called with each batch of them, once. The original is scored in floating point, and
+        converted models in the `form` that they are deployed in.
+        """
+        self._progress, self._form = progress, form
         self.original = evaluate(
             private_copy(model), data, scoring, progress, "accuracy, original", on_images
         )
@@ -88,6 +94,14 @@ class Scores:
         found = joined(self._evaluated(model, self.sizes[-1]))
         order = np.argsort(self._places(0, self.sizes[-1]))
         return found.at(order)
+
+    def in_floating_point(self, model: nn.Module) -> Evaluation:
+        """Return the evaluation of a converted model in floating point, whatever form it is deployed in."""
+        parts = [
+            once(partial(evaluate, private_copy(model), part.loader, self.scoring, self._progress))
+            for part in self._parts
+        ]
+        return joined(parts).at(np.argsort(self._places(0, self.sizes[-1])))
 
     def delta(self, model: nn.Module, images: int) -> MetricDelta:
         """Return the drop of a converted model on the first `images` in the random order, one of `sizes`."""
@@ -120,7 +134,8 @@ class Scores:
         return known[:needed]
 
     def _run(self, model: nn.Module, loader: Iterable[Batch]) -> Evaluation:
-        return evaluate(private_copy(model), loader, self.scoring, self._progress, "accuracy, converted")
+        deployed = private_copy(model) if self._form is None else self._form.module(model)
+        return evaluate(deployed, loader, self.scoring, self._progress, "accuracy, converted")
 
 
 def sizes_of(images: int) -> tuple[tuple[int, ...], int]:

@@ -4,11 +4,12 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from torch import nn
+from torch import Tensor, nn
 
 from sepconvert.base.progress import Progress
 from sepconvert.calibration.evidence import Evidence
 from sepconvert.calibration.heldout import Heldout
+from sepconvert.factorize.approximate.int8 import with_rounding
 from sepconvert.factorize.approximate.problem import Approximation
 from sepconvert.factorize.approximate.weighted import Moments
 from sepconvert.factorize.structures import Form
@@ -121,6 +122,7 @@ def survey(
     heldout: Heldout | None,
     prices: Mapping[str, Prices],
     progress: Progress,
+    levels: int | None = None,
 ) -> dict[str, LayerSurvey]:
     """Fit every form of each layer, while the rest of the model is the original.
 
@@ -131,19 +133,27 @@ def survey(
         heldout: images to measure sensitivities on; without them all are 1.
         prices: the forms that may take a layer's place; layers without any are left out.
         progress: shows the progress.
+        levels: steps of a weight on either side of 0, where models are deployed in int8.
     """
     found: dict[str, LayerSurvey] = {}
 
     def fit(site: ConvSite, moments: Moments) -> None:
         costs = prices[site.name].forms
         problem = fit_problem(site, moments, evidence)
-        first = [_offer(site, problem.fit(*form, 1), costs[form]) for form in costs]
+
+        def offer(form: Form, sweeps: int, basis: Tensor | None = None) -> Offer:
+            fitted = problem.fit(*form, sweeps, basis)
+            if levels is not None:
+                fitted = with_rounding(problem, fitted, levels)
+            return _offer(site, fitted, costs[form])
+
+        first = [offer(form, 1) for form in costs]
         # A form that is far from the best at its cost after one sweep does not catch up in the next.
         promising = [each for each in first if each.error <= _PROMISING * _least_error(first, each.cost)]
         offers = [
             each
             if problem.is_closed(each.fitted.scheme)
-            else _offer(site, problem.fit(*form_of(each), _SURVEY_SWEEPS, each.fitted.basis), each.cost)
+            else offer(form_of(each), _SURVEY_SWEEPS, each.fitted.basis)
             for each in promising
         ]
         fewest = min(

@@ -20,6 +20,7 @@ from sepconvert.calibration.heldout import Divergence, Heldout
 from sepconvert.factorize.approximate.problem import Approximation, nearest, output_error
 from sepconvert.factorize.approximate.weighted import Moments
 from sepconvert.factorize.structures import Form
+from sepconvert.files.onnx.int8.form import Int8Form
 from sepconvert.measure.latency import Speedup
 from sepconvert.network.calls import Kernel
 from sepconvert.network.copies import duplicate, quick_copy, shared_parameters
@@ -40,6 +41,7 @@ class StepKind(str, Enum):
     DATA = "data"  # factors fitted to the layer's outputs on the calibration images
     BATCHNORM = "batchnorm"  # statistics of BatchNorms re-estimated
     FINETUNE = "finetune"  # trained
+    INT8 = "int8"  # quantized
 
 
 @dataclass(frozen=True)
@@ -103,6 +105,7 @@ class Workshop:
     progress: Progress
     scores: Scores | None = None  # None if there are no data to score
     stopwatch: Stopwatch | None = None  # None if plans are not timed
+    form: Int8Form | None = None  # in which models are deployed; None for floating point
     _earlier: list[Fitted] = field(default_factory=list, init=False)
     _weight_fits: dict[tuple[str, Form], Kernel] = field(default_factory=dict, init=False)
 
@@ -155,8 +158,16 @@ class Workshop:
             )
         model, steps = self._improved(self._rewritten(fits))
         batchnorm = bool(steps) and steps[-1].kind is StepKind.BATCHNORM and steps[-1].kept
+        steps += self.deployed(model)
         self._earlier.append(Fitted(choice, model, fits, by_weights, batchnorm, steps))
         return self._earlier[-1]
+
+    def deployed(self, model: nn.Module) -> tuple[Step, ...]:
+        """Return the step from a model to the form that it is deployed in; () for floating point."""
+        if self.form is None or self.heldout is None:
+            return ()
+        reached = self.heldout.measure(self.form.module(model))
+        return (Step(StepKind.INT8, "quantize to int8", reached, kept=True),)
 
     def sketched(self, choice: Choice) -> nn.Module:
         """Return a plan's model with the survey's factors: as fast as the plan, but not fitted for it."""

@@ -37,6 +37,8 @@ class Report:
     export: ExportNote
     execution: ModelExecution | None = None
     approximation: Mapping[str, Any] | None = None
+    int8_gain: Speedup | None = None  # of int8 over floating point, where that decided about the form
+    forms: Mapping[str, Any] | None = None  # of models that are deployed in int8
     data: Mapping[str, Any] | None = None  # facts that show whether results on the data mean anything
 
 
@@ -71,6 +73,8 @@ def report_document(report: Report) -> dict[str, Any]:
         "verification": report.verification.to_json(),
         "export": asdict(report.export),
         "approximation": report.approximation,
+        **({} if report.forms is None else {"forms": report.forms}),
+        **({} if report.int8_gain is None else {"int8_gain": report.int8_gain.to_dict()}),
         "command": report.command,
     }
     plain: dict[str, Any] = json.loads(json.dumps(document, allow_nan=False))

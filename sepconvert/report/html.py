@@ -9,6 +9,7 @@ from markupsafe import Markup, escape
 
 from sepconvert.measure.comparison import Comparison
 from sepconvert.measure.metrics.metric import written_interval
+from sepconvert.report import forms
 from sepconvert.report.numbers import (
     Document,
     Quality,
@@ -39,6 +40,7 @@ def render_html(document: Document, exhibits: Exhibits | None = None) -> str:
         compared=exhibits.changed,
         gallery=gallery(exhibits.changed),
         pictures=_pictures(document, exhibits),
+        forms=forms,
     )
 
 
@@ -107,6 +109,7 @@ def _pictures(document: Document, exhibits: Exhibits) -> Mapping[str, Any]:
     errors = {layer["name"]: layer["weight_error"] for layer in document["layers"]}
     return {
         "trade_off": _svg(plots.trade_off(curve, Quality.of(document))) if carried_out > 2 else None,
+        "forms": _svg(plots.four_forms(document)) if _are_drawn(document) else None,
         "distributions": before and _svg(plots.distributions([("original", before), ("converted", after)])),
         "spectra": {
             layer["name"]: _svg(plots.spectrum(layer["spectrum"]))
@@ -119,6 +122,16 @@ def _pictures(document: Document, exhibits: Exhibits) -> Mapping[str, Any]:
         ],
         "images": {index: picture(image) for index, image in exhibits.images.items() if image.ndim == 3},
     }
+
+
+def _are_drawn(document: Document) -> bool:
+    """Return whether there are forms that were timed and scored."""
+    found = document.get("forms")
+    return (
+        found is not None
+        and found["float"]["metric"] is not None
+        and found["float"]["latency_ms"] is not None
+    )
 
 
 def _change(sample: ChangedSample, quality: Quality) -> str:

@@ -39,6 +39,13 @@ def ratio_text(ratio: float | None) -> str:
     return "" if ratio is None else f"{ratio:.2f}×"
 
 
+def written_size(count: int | None) -> str:
+    """Return a number of bytes as people read it, such as `1.2 MB`, or a dash for None."""
+    if count is None:
+        return "-"
+    return f"{count / 1e6:.1f} MB" if count >= 1e6 else f"{count / 1e3:.0f} kB"
+
+
 def percent_text(share: float | None, digits: int = 2) -> str:
     """Return a fraction in [0, 1] as a percentage without its sign, or a dash for None."""
     return "-" if share is None else f"{100 * share:.{digits}f}"

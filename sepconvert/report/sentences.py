@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 
 from sepconvert.base.notes import Note, NoteLevel, ReasonCode, info, warning
 from sepconvert.measure.metrics.metric import drop_number
+from sepconvert.report.forms import quantization, verdict
 from sepconvert.report.numbers import (
     Document,
     Quality,
@@ -38,7 +39,9 @@ def sentences(document: Document) -> list[Note]:
     layers = document["layers"]
     converted = [layer for layer in layers if layer["decision"] == "converted"]
     approximation, delta = document["approximation"], document["delta"]
-    notes = [*_decisions(document, converted), *doubts(document)]
+    first = verdict(document)
+    notes = [*([first] if first else []), *_decisions(document, converted), *doubts(document)]
+    notes += quantization(document)
     notes.append(_verification(document["verification"]))
     notes += _exporter(document["verification"])
     if approximation is not None:

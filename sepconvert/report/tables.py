@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from tabulate import tabulate
 
 from sepconvert.measure.metrics.metric import value_number
+from sepconvert.report import forms
 from sepconvert.report.numbers import (
     TOP1,
     Document,
@@ -29,6 +30,9 @@ def summary(document: Document) -> str:
     """Return what was converted, costs, the other sentences, tables of an approximation, and the causes."""
     first, *others = (fold(str(note)) for note in sentences(document))
     lines = [first, "", _cost_table(document), "", *others]
+    if "forms" in document:
+        lines += ["", "In each form, measured together; drops are from the original in floating point:"]
+        lines += [_table(forms.rows(document), forms.headers(document), [10, None, None, 14, 14, None, 14])]
     if (approximation := document["approximation"]) is not None:
         lines += _step_lines(approximation) + _curve_lines(approximation)
     if reasons := causes(document):

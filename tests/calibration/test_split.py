@@ -6,7 +6,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from sepconvert.base.errors import SepconvertError
-from sepconvert.base.options import Calibration
+from sepconvert.base.options.values import Calibration
 from sepconvert.calibration import split as module
 from sepconvert.calibration.split import (
     CalibrationSet,

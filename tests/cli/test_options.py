@@ -11,7 +11,14 @@ from command_line import SHAPE
 
 import sepconvert
 from sepconvert.base.errors import SepconvertError
-from sepconvert.base.options import Budget, Calibration, Finetuning, Selection, Timing, options_of
+from sepconvert.base.options.declared import options_of
+from sepconvert.base.options.values import (
+    Budget,
+    Calibration,
+    Finetuning,
+    Selection,
+    Timing,
+)
 from sepconvert.cli.main import cli
 from sepconvert.cli.options import in_flags, value_of
 from sepconvert.pipeline.job import Job

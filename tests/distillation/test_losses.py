@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from sepconvert.base.errors import SepconvertError
-from sepconvert.base.options import Task
+from sepconvert.base.options.values import Task
 from sepconvert.distillation.losses import (
     EMBEDDING_WEIGHT,
     TaskLoss,

@@ -19,7 +19,7 @@ from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from sepconvert.base.errors import SepconvertError
-from sepconvert.base.options import Task
+from sepconvert.base.options.values import Task
 from sepconvert.cli.demo import images, net
 from sepconvert.distillation.training import finetune
 from sepconvert.factorize.border import Border

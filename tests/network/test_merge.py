@@ -17,14 +17,14 @@ from torch.utils.data import DataLoader, TensorDataset
 from sepconvert import convert
 from sepconvert.base.environment import Runtime
 from sepconvert.base.errors import SepconvertError
-from sepconvert.base.options import Timing
+from sepconvert.base.options.values import Timing
 from sepconvert.measure.latency import Speedup
 from sepconvert.measure.statistics import Interval
 from sepconvert.measure.verification.layer import dense_convolution
 from sepconvert.network import trace
 from sepconvert.network.copies import private_copy
 from sepconvert.network.merge import LinearPair, compose, dense_spec, linear_pairs, merge, obstacle
-from sepconvert.pipeline.merging import merge_pairs
+from sepconvert.pipeline.modes.merging import merge_pairs
 from sepconvert.pipeline.replay import apply_plan
 from sepconvert.planning.plan import read_plan
 from sepconvert.planning.timing import clock as timing

@@ -4,7 +4,7 @@ from conversions import Net, convert, look, snapshot
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from sepconvert.base.options import Origin, Timing
+from sepconvert.base.options.values import Origin, Timing
 
 
 @pytest.fixture(scope="session")

@@ -8,7 +8,14 @@ from torch import nn
 
 import sepconvert
 from sepconvert.base.errors import SepconvertError
-from sepconvert.base.options import Budget, Calibration, Finetuning, Selection, Task, Timing
+from sepconvert.base.options.values import (
+    Budget,
+    Calibration,
+    Finetuning,
+    Selection,
+    Task,
+    Timing,
+)
 from sepconvert.pipeline.job import Job
 
 

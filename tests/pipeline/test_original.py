@@ -9,7 +9,12 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from sepconvert.base.errors import SepconvertError
-from sepconvert.base.options import Budget, Finetuning, Selection, Task
+from sepconvert.base.options.values import (
+    Budget,
+    Finetuning,
+    Selection,
+    Task,
+)
 from sepconvert.pipeline.job import Job
 from sepconvert.pipeline.original import examine, trace_selected
 

@@ -39,7 +39,7 @@ TESTED_ELSEWHERE: dict[str, tuple[str, str]] = {
     "planning/fitting": ("planning/test_workshop.py", "fits are judged where plans are carried out"),
     "report/schema/__main__": ("report/schema/test_published.py", "it is run there"),
     "planning/timing/pairs": ("pipeline/test_stages.py", "files and layers are timed where they are made"),
-    "pipeline/merging": ("network/test_merge.py", "pairs are merged on the models of that file"),
+    "pipeline/modes/merging": ("network/test_merge.py", "pairs are merged on the models of that file"),
 }
 
 # Methods whose names a class of the user's may use for values of its own, such as `self.modules = []`.

@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from sepconvert import apply, convert, profile
-from sepconvert.base.options import Calibration, Timing
+from sepconvert.base.options.values import Calibration, Timing
 from sepconvert.cli.demo.images import evaluation_data
 from sepconvert.cli.demo.net import load, to_input
 from sepconvert.files.models import load_model

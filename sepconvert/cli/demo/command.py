@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, TensorDataset
 
-from sepconvert.base.options import Mode, Origin
+from sepconvert.base.options.values import Mode, Origin
 from sepconvert.cli.demo.images import evaluation_data, training_data
 from sepconvert.cli.demo.net import load, to_input
 from sepconvert.cli.inputs import TRAINING_BATCH, timing_of

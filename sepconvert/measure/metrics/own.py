@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from sepconvert.base.errors import SepconvertError, first_line, quoted
-from sepconvert.base.options import Task
+from sepconvert.base.options.values import Task
 from sepconvert.files.callables import resolve_callable
 from sepconvert.measure.metrics.evaluation import Scoring, one_of
 from sepconvert.measure.metrics.metric import Metric, Statistics, Weights, means

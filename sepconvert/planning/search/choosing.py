@@ -1,12 +1,16 @@
 """The choice among plans that were measured, and its check by all images and by the whole model's time."""
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator, Sequence
 
 from sepconvert.base.errors import DemandNotMetError
-from sepconvert.base.options import Budget
+from sepconvert.base.options.values import Budget
 from sepconvert.measure.metrics.evaluation import MetricDelta
 from sepconvert.planning.search.curve import Curve, Point
 from sepconvert.planning.search.measurements import Measurements
+
+_NEARER = 3  # plans that are tried where all images speak against those that were chosen by some
+
 
 _DOUBTFUL = 4  # layers, those that save least, that are tested for saving anything in the whole model
 
@@ -57,14 +61,24 @@ class Chooser:
         ]
         others = self._by_speed(budget) or sorted(accurate, key=lambda each: each.plan.cost)
         fixed = budget.rank is not None or budget.share is not None
-        for each in (point,) if fixed else (point, *others, None):
-            # As the last resort, nothing is replaced.
-            tried = self._curve.join(self._curve.known({})) if each is None else each
+        measured = (point,) if fixed else (point, *others)
+        for tried in itertools.chain(measured, () if fixed else self._dearer_than(measured)):
             self._measurements.fitted(tried)
             if self._measurements.is_confirmed(tried, budget) and self._measurements.is_fast(tried, budget):
                 self.revised = tried is not point
                 return tried
         raise DemandNotMetError(shortfall(budget, self._curve.points), self._curve.to_json(None))
+
+    def _dearer_than(self, failed: Sequence[Point]) -> Iterator[Point]:
+        """Yield plans ever nearer to the original than the dearest that failed, and at last the original."""
+        dense = self._curve.dense_cost
+        cost = max(point.plan.cost for point in failed)
+        for _ in range(_NEARER):
+            cost = (cost + dense) / 2
+            plan = self._curve.best(cost)
+            if plan is not None and plan.choice:
+                yield self._curve.join(plan)
+        yield self._curve.join(self._curve.known({}))
 
     def without_idle_layers(self, point: Point, budget: Budget) -> Point:
         """Return the plan without layers that save no time in the whole model.

@@ -25,6 +25,7 @@ class Totals:
     unit: Unit = "macs"
     saved_macs: int = 0
     saved_cost: float = 0.0
+    floor: float = 0.0  # divergence of the original itself, in the form that it is deployed in
 
     @property
     def by_time(self) -> bool:
@@ -145,8 +146,8 @@ class Curve:
             choice=choice,
             macs=self.totals.macs - self.totals.saved_macs - saved,
             cost=cost,
-            expected=sum(candidate.error for candidate in choice.values()),
-            bound=bound,
+            expected=self.totals.floor + sum(candidate.error for candidate in choice.values()),
+            bound=self.totals.floor + bound,
             predicted=self.totals.cost / (self.rest + cost) if self.totals.by_time else None,
         )
 

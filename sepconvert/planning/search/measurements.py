@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from sepconvert.base.options import Budget
+from sepconvert.base.options.values import Budget
 from sepconvert.measure.latency import Speedup
 from sepconvert.measure.metrics.evaluation import MetricDelta
 from sepconvert.planning.scores import Scores

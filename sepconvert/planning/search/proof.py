@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from itertools import takewhile
 
 from sepconvert.base.errors import DemandNotMetError
-from sepconvert.base.options import Budget
+from sepconvert.base.options.values import Budget
 from sepconvert.planning.search.curve import Curve, Point
 from sepconvert.planning.search.measurements import Measurements
 

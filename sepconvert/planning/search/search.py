@@ -6,7 +6,7 @@ from typing import Any, TypeVar
 from torch import nn
 
 from sepconvert.base.errors import DemandNotMetError
-from sepconvert.base.options import Budget
+from sepconvert.base.options.values import Budget
 from sepconvert.planning.search.bisection import cheaper_than, cheapest_that, dearest_that
 from sepconvert.planning.search.choosing import Chooser, shortfall
 from sepconvert.planning.search.curve import Curve, Point, Totals

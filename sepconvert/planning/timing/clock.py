@@ -29,6 +29,7 @@ from sepconvert.factorize.exact.analysis import ZERO_BORDER
 from sepconvert.factorize.exact.factors import branches
 from sepconvert.factorize.geometry import ConvSpec
 from sepconvert.factorize.structures import Form
+from sepconvert.files.onnx.int8.form import Int8Form
 from sepconvert.files.onnx.layer import layer_onnx
 from sepconvert.files.onnx.writing import onnx_feed, write_onnx
 from sepconvert.measure.latency import Deployed, Speedup, speedup, time_all
@@ -142,9 +143,19 @@ class Clock:
     the same command gives the same plan again.
     """
 
-    def __init__(self, runtime: Runtime, seed: int, cache: Path | None, seconds: float) -> None:
-        """Keep times in the folder `cache`, if given, and time forms and pairs for at most `seconds`."""
-        self._runtime, self._seed, self._cache = runtime, seed, cache
+    def __init__(
+        self,
+        runtime: Runtime,
+        seed: int,
+        cache: Path | None,
+        seconds: float,
+        form: Int8Form | None = None,
+    ) -> None:
+        """Keep times in the folder `cache`, if given, and time forms and pairs for at most `seconds`.
+
+        Everything is timed in the `form` that models are deployed in.
+        """
+        self._runtime, self._seed, self._cache, self._form = runtime, seed, cache, form
         self._seconds_left = seconds
         self._known: dict[str, Any] = {}
         self._model, self._learnt = TimeModel(), set[str]()
@@ -165,7 +176,10 @@ class Clock:
         new = [model for model in models if model not in self._files]
         for model in progress(new, "exporting plans"):
             path = self._folder / f"{uuid.uuid4()}.onnx"
-            write_onnx(model, inputs, path, dynamic_batch=False, check=False)
+            if self._form is None:
+                write_onnx(model, inputs, path, dynamic_batch=False, check=False)
+            else:
+                path.write_bytes(self._form.timed(model))
             self._files[model] = path
         paths = [self._files[model] for model in models]
         files = [hashlib.sha256(path.read_bytes()).hexdigest() for path in paths]
@@ -194,7 +208,7 @@ class Clock:
         """Return the times of the layer at `site` and of these forms, modelled if time is up."""
         conv = site.dense
         shape = input_shape(conv.inputs)
-        key = self._key(layout=LAYOUT, spec=asdict(conv.spec), input=list(shape))
+        key = self._layer_key(spec=asdict(conv.spec), input=list(shape))
         known = self._recall(key, _LayerEntry)
         missing = [form for form in forms if known is None or _label(form) not in known.forms]
         if missing and self._seconds_left > 0:
@@ -221,12 +235,12 @@ class Clock:
     def pair(self, pair: tuple[ConvSpec, ConvSpec], dense: ConvSpec, inputs: Tensor) -> Speedup | float:
         """Return the speed-up of one convolution over the two that it equals, modelled if time is up."""
         shape = input_shape(inputs)
-        key = self._key(layout=LAYOUT, pair=[asdict(spec) for spec in pair], input=list(shape))
+        key = self._layer_key(pair=[asdict(spec) for spec in pair], input=list(shape))
         known = self._recall(key, _PlanEntry)
         if known is None:
             if self._seconds_left <= 0:
                 return self._model.time([pair], shape) / self._model.time([[dense]], shape)
-            models = [layer_onnx([chain], shape) for chain in (pair, pair, (dense,))]
+            models = [self._layer([chain], shape) for chain in (pair, pair, (dense,))]
             with self._counted():
                 first, again, times = self._samples(
                     [(model, random_feed(shape, self._seed)) for model in models]
@@ -255,7 +269,7 @@ class Clock:
         self, spec: ConvSpec, shape: Sequence[int], forms: Sequence[Form], known: _LayerEntry | None
     ) -> _LayerEntry:
         layouts = [branches(spec, *form, Border()) for form in ((ZERO_BORDER, 0), *forms)]
-        dense, *others = [(layer_onnx(each, shape), random_feed(shape, self._seed)) for each in layouts]
+        dense, *others = [(self._layer(each, shape), random_feed(shape, self._seed)) for each in layouts]
         first, again, *samples = self._samples([dense, dense, *others])
         found = {} if known is None else {**known.forms}
         for form, times in zip(forms, samples, strict=True):
@@ -294,6 +308,15 @@ class Clock:
         found = environment(self._runtime)
         what |= {name: found[name] for name in TIMES_DEPEND_ON}
         return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:32]
+
+    def _layer_key(self, **what: Any) -> str:
+        number = {} if self._form is None else {"number": asdict(self._form.number)}
+        return self._key(layout=LAYOUT, **what, **number)
+
+    def _layer(self, chains: Sequence[Sequence[ConvSpec]], shape: Sequence[int]) -> bytes:
+        """Return the model of a layer in the form that it is deployed in."""
+        model = layer_onnx(chains, shape)
+        return model if self._form is None else self._form.layer(model)
 
     def _recall(self, key: str, kind: type[T]) -> T | None:
         """Return an entry that was kept before; None if there is none, or if its file is damaged."""

@@ -13,6 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from sepconvert.report.forms import NAMES
 from sepconvert.report.numbers import Document, Quality, heading
 from sepconvert.report.pictures.exhibits import KernelPair
 from sepconvert.report.pictures.images import png
@@ -78,6 +79,42 @@ def _marker(point: Document) -> dict[str, Any]:
     speedup = point["latency_speedup"]
     hollow = speedup is not None and not speedup["significant"]  # noise can explain it
     return {**marker, "markerfacecolor": "none"} if hollow else marker
+
+
+def four_forms(document: Document) -> str:
+    """Return a plot of the metric against the measured speed-up over the original in floating point.
+
+    It shows the four forms of a conversion to int8, and a line through the int8 plans of the curve. Without a
+    metric, the divergence is not comparable between forms: only speeds are shown.
+    """
+    forms, quality = document["forms"], Quality.of(document)
+    base = forms["int8"]["delta"]["latency_speedup"]["median"]
+    approximation = document["approximation"]
+    curve = () if approximation is None else approximation["curve"]
+    plans = [point for point in curve if point["latency_speedup"] and point["drop"]]
+    original = forms["float"]["metric"]
+    sign = -1 if quality.higher_is_better else 1
+    figure = Figure(figsize=(7, 3.2), layout="constrained")
+    axes = figure.subplots()
+    line = sorted(
+        (base * point["latency_speedup"]["median"], original["value"] + sign * point["drop"]["value"])
+        for point in plans
+    )
+    if line:
+        axes.plot(*zip(*line, strict=True), ".-", color=_INK, alpha=0.4, linewidth=1, label="int8 plans")
+    for (key, name), marker in zip(NAMES.items(), "osDv", strict=True):
+        form = forms[key]
+        speedup = form["delta"]["latency_speedup"]
+        colour = _AFTER if key == "converted_int8" else _BEFORE
+        axes.plot(
+            1.0 if speedup is None else speedup["median"], form["metric"]["value"], marker, color=colour,
+            markersize=9, label=name,
+        )  # fmt: skip
+    axes.legend(loc="lower left", frameon=False, labelcolor=_INK, fontsize=8)
+    axes.set_xlabel("measured speed-up over the original in floating point, ×", color=_INK)
+    axes.set_ylabel(quality.of_values, color=_INK)
+    _dress(axes)
+    return _svg(figure, f"{quality.of_values} against the measured speed-up, for each form")
 
 
 def distributions(latencies: Sequence[tuple[str, Document]]) -> str:

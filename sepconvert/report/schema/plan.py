@@ -6,7 +6,7 @@ from msgspec import Meta, Struct
 
 from sepconvert.base.errors import MAX_SEED
 from sepconvert.base.notes import ReasonCode
-from sepconvert.base.options import Gate, Mode
+from sepconvert.base.options.values import Gate, Mode
 from sepconvert.factorize.border import Border
 from sepconvert.report.schema.profile import Count, Positive, Sha256
 from sepconvert.report.schema.report import Kernel

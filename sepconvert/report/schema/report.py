@@ -8,7 +8,8 @@ from typing import Annotated, Literal
 from msgspec import UNSET, Meta, Struct, UnsetType
 
 from sepconvert.base.notes import ReasonCode
-from sepconvert.base.options import Divergence as DivergenceKind
+from sepconvert.base.options.values import Divergence as DivergenceKind
+from sepconvert.report.schema.forms import Forms
 from sepconvert.report.schema.profile import (
     Accuracy,
     AccuracyDrop,
@@ -222,7 +223,7 @@ class Step(Divergence, frozen=True):
     """The model after one step of the fit, on the held-out images."""
 
     name: str
-    kind: Literal["weights", "data", "batchnorm", "finetune"]
+    kind: Literal["weights", "data", "batchnorm", "finetune", "int8"]
     kept: bool
 
 
@@ -433,3 +434,14 @@ class ReportDocument(Struct, frozen=True):
     export: Export
     approximation: ModelApproximation | None
     command: str | None
+    forms: Annotated[
+        Forms | UnsetType,
+        Meta(
+            description="where models are deployed in int8; `original`, `converted` and `delta` are then "
+            "those of the int8 files, but for the metric of the original, which is that in floating point"
+        ),
+    ] = UNSET
+    int8_gain: Annotated[
+        Speedup | UnsetType,
+        Meta(description="of the original in int8 over floating point, where `int8` auto decided by it"),
+    ] = UNSET

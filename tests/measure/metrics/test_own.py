@@ -7,7 +7,7 @@ import torchmetrics
 from torch import nn
 
 from sepconvert.base.errors import SepconvertError
-from sepconvert.base.options import Task
+from sepconvert.base.options.values import Task
 from sepconvert.measure.metrics.evaluation import evaluate, metric_delta
 from sepconvert.measure.metrics.named import named
 from sepconvert.measure.metrics.own import metric_of, scoring_of

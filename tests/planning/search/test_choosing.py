@@ -4,7 +4,7 @@ import pytest
 from plan_bench import Bench, delta, layer
 
 from sepconvert.base.errors import DemandNotMetError
-from sepconvert.base.options import Budget
+from sepconvert.base.options.values import Budget
 
 
 class Halves(Bench):

@@ -3,7 +3,7 @@
 import pytest
 from plan_bench import Bench, layer
 
-from sepconvert.base.options import Budget
+from sepconvert.base.options.values import Budget
 from sepconvert.planning.search.measurements import Measurements
 
 

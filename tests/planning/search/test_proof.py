@@ -7,7 +7,7 @@ import pytest
 from plan_bench import Bench, delta, layer
 
 from sepconvert.base.errors import DemandNotMetError
-from sepconvert.base.options import Budget
+from sepconvert.base.options.values import Budget
 from sepconvert.planning.scores import sizes_of
 
 CONFIDENT = Budget(max_drop=1.0, confidence=0.95)

@@ -9,7 +9,7 @@ from plan_bench import REST, Bench, layer, surveys
 from strategies import numbered
 
 from sepconvert.base.errors import DemandNotMetError
-from sepconvert.base.options import Budget
+from sepconvert.base.options.values import Budget
 from sepconvert.measure.latency import Speedup
 from sepconvert.measure.statistics import Interval
 from sepconvert.planning.search.curve import Totals

@@ -6,7 +6,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from sepconvert import convert
-from sepconvert.base.options import Timing
+from sepconvert.base.options.values import Timing
 
 
 def test_kernels_of_the_layers_that_moved_most():

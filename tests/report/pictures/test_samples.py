@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from sepconvert.base.options import Task
+from sepconvert.base.options.values import Task
 from sepconvert.measure.metrics.evaluation import Scoring, evaluate
 from sepconvert.measure.metrics.metric import Metric
 from sepconvert.measure.metrics.own import scoring_of

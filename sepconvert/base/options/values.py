@@ -4,9 +4,8 @@ The metadata of a field is all that the command line needs to know of an option:
 default are made from it (see `sepconvert.cli.options`). Nothing here imports torch: `--help` does without.
 """
 
-import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import Field, dataclass, field, fields, replace
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -18,7 +17,8 @@ from sepconvert.base.environment import (
     Runtime,
     available_cores,
 )
-from sepconvert.base.errors import ABOVE_ZERO, SepconvertError, check_choice, check_number, quoted
+from sepconvert.base.errors import ABOVE_ZERO, SepconvertError, quoted
+from sepconvert.base.options.declared import check_options, option, path_of, texts_of
 
 if TYPE_CHECKING:
     from torch.utils.data import DataLoader
@@ -32,80 +32,11 @@ GATES: tuple[Gate, ...] = ("macs", "latency", "none")
 Divergence = Literal["kl", "bernoulli", "squared", "relative"]
 DIVERGENCES: tuple[Divergence, ...] = ("kl", "bernoulli", "squared", "relative")
 
+RangeMethod = Literal["minmax", "entropy", "percentile"]
+RANGE_METHODS: tuple[RangeMethod, ...] = ("minmax", "entropy", "percentile")
+
 Precision = Literal["no", "bf16", "fp16"]
 PRECISIONS: tuple[Precision, ...] = ("no", "bf16", "fp16")
-
-
-def option(help: str, default: Any = None, **metadata: Any) -> Any:
-    """Declare a field as an option.
-
-    Args:
-        help: one sentence for `--help`.
-        default: of the field and of the flag.
-        metadata: `low`, `high` and `whole` bound a number; `choices` are the admitted strings; `flag` is the
-            name on the command line where it is not the field's; `metavar` and `shown_default` are for
-            `--help`; `unit` is what one unit of the flag is worth in the field (`--memory` counts gigabytes).
-    """
-    return field(default=default, metadata={"help": help, **metadata})
-
-
-def options_of(kind: Any) -> tuple[Field[Any], ...]:
-    """Return the fields of a value that are options."""
-    return tuple(each for each in fields(kind) if "help" in each.metadata)
-
-
-def check_options(value: Any) -> None:
-    """Raise `SepconvertError` for the first option of a value that is out of its range."""
-    for each in options_of(value):
-        check_option(each, getattr(value, each.name))
-
-
-def check_option(option: Field[Any], given: Any) -> None:
-    """Raise `SepconvertError` if what is given for an option is out of its range."""
-    bounds = option.metadata
-    if "low" in bounds:
-        if given is None and option.default is not None:
-            raise SepconvertError(f"`{option.name}`: expected a number, got None")
-        check_number(
-            option.name,
-            given,
-            bounds["low"],
-            bounds.get("high", float("inf")),
-            whole=bounds.get("whole", False),
-        )
-    if "choices" in bounds and given is not None:
-        check_choice(option.name, given, bounds["choices"])
-    if isinstance(option.default, bool) and not isinstance(given, bool):
-        raise SepconvertError(f"`{option.name}`: expected True or False, got {quoted(given)}")
-
-
-def _path(name: str, value: Any) -> Path | None:
-    """Return a path that was given as one or as text.
-
-    Raises:
-        SepconvertError: it is neither.
-    """
-    if value is None or isinstance(value, str | os.PathLike):
-        return None if value is None else Path(value)
-    raise SepconvertError(f"`{name}`: expected a path, got {quoted(value)}")
-
-
-def _texts(name: str, value: Any) -> dict[str, str] | None:
-    """Return a mapping of names to texts or numbers as one of names to texts.
-
-    Raises:
-        SepconvertError: it is something else.
-    """
-    if value is None:
-        return None
-    if isinstance(value, Mapping) and all(
-        isinstance(key, str) and isinstance(each, str | int | float) for key, each in value.items()
-    ):
-        return {key: str(each) for key, each in value.items()}
-    raise SepconvertError(
-        f"`{name}`: expected a mapping of names to texts or numbers, such as {{'device_id': 1}}, "
-        f"got {quoted(value)}"
-    )
 
 
 @dataclass(frozen=True)
@@ -346,11 +277,11 @@ class Timing:
     def __post_init__(self) -> None:
         """Check the ranges, and that the runtime has the provider."""
         check_options(self)
-        object.__setattr__(self, "cache", _path("cache", self.cache))
+        object.__setattr__(self, "cache", path_of("cache", self.cache))
         if not isinstance(self.provider, str):
             raise SepconvertError(f"`provider`: expected a name such as cpu, got {quoted(self.provider)}")
         object.__setattr__(self, "provider", self.provider.lower())
-        object.__setattr__(self, "provider_options", _texts("provider_options", self.provider_options))
+        object.__setattr__(self, "provider_options", texts_of("provider_options", self.provider_options))
         _ = self.runtime
 
     @property
@@ -391,6 +322,53 @@ class Calibration:
 
 
 @dataclass(frozen=True)
+class Int8:
+    """Settings of the int8 form that models are deployed in.
+
+    `form` "on" plans for it, "auto" plans for it where the original is measured to be faster in it than in
+    floating point.
+    """
+
+    form: Literal["off", "on", "auto"] = option(
+        "Deploy in static int8: plan for it, measure in it, and write the int8 files. With auto, only if the "
+        "original is measured to be faster in int8 than in floating point.",
+        "off",
+        choices=("off", "on", "auto"),
+        flag="int8",
+        flag_value="on",
+    )
+    calibration: RangeMethod = option(
+        "Way in which the int8 ranges of values are measured on the calibration images.",
+        "minmax",
+        choices=RANGE_METHODS,
+        flag="int8-calibration",
+    )
+
+    def __post_init__(self) -> None:
+        """Check the names, and that nothing is set that would be ignored."""
+        check_options(self)
+        if not self and self.calibration != "minmax":
+            raise SepconvertError("`int8_calibration`: only for int8; pass `int8` too, or leave it out")
+
+    def __bool__(self) -> bool:
+        """Return whether int8 is wanted."""
+        return self.form != "off"
+
+    @classmethod
+    def of(cls, given: "bool | str | Int8") -> "Int8":
+        """Return the settings of an argument `int8`, which may be True, "auto" or settings."""
+        if isinstance(given, Int8):
+            return given
+        if isinstance(given, bool):
+            return cls("on" if given else "off")
+        if given == "auto":
+            return cls("auto")
+        raise SepconvertError(
+            f"`int8`: expected True, False, 'auto' or a sepconvert.Int8, got {quoted(given)}"
+        )
+
+
+@dataclass(frozen=True)
 class Finetuning:
     """Distillation from the original after the conversion.
 
@@ -423,7 +401,7 @@ class Finetuning:
         check_options(self)
         if self.on_step is not None and not callable(self.on_step):
             raise SepconvertError(f"`on_step`: expected a function, got {quoted(self.on_step)}")
-        object.__setattr__(self, "checkpoint", _path("checkpoint", self.checkpoint))
+        object.__setattr__(self, "checkpoint", path_of("checkpoint", self.checkpoint))
         ignored = [
             f"`{name}`" for name in ("train", "precision", "checkpoint", "resume") if getattr(self, name)
         ]

@@ -168,7 +168,8 @@ def _fine_tuned(
     if workshop.heldout is None:
         return Tuned(point, result, ())
     reached = workshop.heldout.measure(result.model)
-    return Tuned(point, result, (Step(StepKind.FINETUNE, "fine-tune", reached, kept=True),))
+    steps = Step(StepKind.FINETUNE, "fine-tune", reached, kept=True), *workshop.deployed(result.model)
+    return Tuned(point, result, steps)
 
 
 def next_drop(attempts: Sequence[Attempt], most: float) -> float | None:

@@ -6,10 +6,11 @@ from functools import partial
 from torch import nn
 
 from sepconvert.base.modules import submodule
-from sepconvert.base.options import Selection
+from sepconvert.base.options.values import Selection
 from sepconvert.base.progress import Progress, silent
 from sepconvert.factorize.exact.analysis import Analysis, Spectrum, analyse
 from sepconvert.factorize.exact.factors import Factorization
+from sepconvert.files.onnx.int8.form import Int8Form
 from sepconvert.measure.verification.layer import LayerCheck, check_layer
 from sepconvert.measure.verification.outputs import OutputCheck, Reference, compare_with, reference
 from sepconvert.network.layers import FactorizedConv2d
@@ -31,7 +32,7 @@ def convert_exactly(original: Original, job: Job) -> Conversion:
     """
     model, inputs, sites = original.model, original.inputs, original.sites
     analyses = analyse_model(sites, job.tol, job.selection, job.progress)
-    layers, factorizations = plan_model(original.traced, analyses, job)
+    layers, factorizations = plan_model(original.traced, analyses, job, original.form)
     by_name = {site.name: site for site in sites}
     replacements = {name: replacement(each, by_name[name]) for name, each in factorizations.items()}
     converted = rewrite(original.traced, replacements)
@@ -67,7 +68,7 @@ def analyse_model(
 
 
 def plan_model(
-    traced: TracedModel, analyses: Mapping[str, Analysis], job: Job
+    traced: TracedModel, analyses: Mapping[str, Analysis], job: Job, form: Int8Form | None = None
 ) -> tuple[list[LayerPlan], dict[str, Factorization]]:
     """Decide on every convolution, and factorize those to replace.
 
@@ -75,6 +76,7 @@ def plan_model(
         traced: the model, left as it is, and all its convolutions.
         analyses: from `analyse_model`.
         job: gate, tolerance, seed, and how layers are timed under the gate "latency".
+        form: in which they are timed; None for floating point.
 
     Returns:
         A decision for each convolution, and the factors by layer.
@@ -86,7 +88,7 @@ def plan_model(
 
         def is_slower(factorization: Factorization, site: ConvSite = site) -> str | None:
             factors, timing = replacement(factorization, site), job.timing
-            return not_faster(site, factors, timing.runs, timing.runtime, job.seed)
+            return not_faster(site, factors, timing.runs, timing.runtime, job.seed, form)
 
         layer, factorization = plan_layer(
             site, analyses.get(site.name), partial(obstacles.of, site), job.gate, job.tol, is_slower

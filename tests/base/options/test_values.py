@@ -5,7 +5,15 @@ from pathlib import Path
 import pytest
 
 from sepconvert import SepconvertError
-from sepconvert.base.options import Budget, Calibration, Finetuning, Origin, Selection, Timing, options_of
+from sepconvert.base.options.declared import options_of
+from sepconvert.base.options.values import (
+    Budget,
+    Calibration,
+    Finetuning,
+    Origin,
+    Selection,
+    Timing,
+)
 
 VALUES = (Budget, Selection, Timing, Calibration, Finetuning)
 

@@ -15,7 +15,12 @@ from torch.utils.data import DataLoader, Subset, TensorDataset
 
 from sepconvert import DemandNotMetError, SepconvertError, convert
 from sepconvert.base.environment import Runtime
-from sepconvert.base.options import Calibration, Finetuning, Selection, Timing
+from sepconvert.base.options.values import (
+    Calibration,
+    Finetuning,
+    Selection,
+    Timing,
+)
 from sepconvert.cli.demo.net import load
 from sepconvert.files.onnx.writing import onnx_feed
 from sepconvert.measure.latency import Deployed, PairTiming, Speedup, measure_pair

@@ -10,7 +10,7 @@ from torch import nn
 from sepconvert.base.distributed import once
 from sepconvert.base.errors import first_line
 from sepconvert.base.notes import Reason, ReasonCode
-from sepconvert.base.options import Gate
+from sepconvert.base.options.values import Gate
 from sepconvert.base.progress import Progress, silent
 from sepconvert.factorize.geometry import ConvSpec, chain_macs
 from sepconvert.measure.cost import Cost

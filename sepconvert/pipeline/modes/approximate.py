@@ -6,7 +6,7 @@ from typing import Any
 
 from sepconvert.base.distributed import once
 from sepconvert.base.notes import Reason, ReasonCode
-from sepconvert.base.options import Mode
+from sepconvert.base.options.values import Mode
 from sepconvert.calibration.evidence import Evidence, collect_evidence
 from sepconvert.calibration.heldout import Heldout
 from sepconvert.calibration.record import PATCHES
@@ -20,9 +20,9 @@ from sepconvert.measure.verification.outputs import compare_with, reference
 from sepconvert.network.copies import duplicate
 from sepconvert.network.obstacles import Obstacles
 from sepconvert.network.trace import ConvSite, TracedModel
-from sepconvert.pipeline.delivery import Delivery, deliver
 from sepconvert.pipeline.job import Job
-from sepconvert.pipeline.merging import Start, merge_original
+from sepconvert.pipeline.modes.delivery import Delivery, deliver
+from sepconvert.pipeline.modes.merging import Start, merge_original
 from sepconvert.pipeline.original import Original
 from sepconvert.planning.conversion import Conversion, LayerApproximation, LayerReport
 from sepconvert.planning.fitting import replacement
@@ -97,7 +97,8 @@ def _survey(original: Original, start: Start, job: Job) -> _Findings:
     if calibration is not None:
         yardstick = original.yardstick if heldout is None else heldout.yardstick
         evidence = collect_evidence(model, layers, calibration, seed=job.seed, yardstick=yardstick)
-    surveyed = survey(model, layers, evidence, heldout, prices, job.progress)
+    levels = None if original.form is None else original.form.number.levels
+    surveyed = survey(model, layers, evidence, heldout, prices, job.progress, levels)
     return _Findings(tuple(layers), reasons, evidence, heldout, unit, surveyed)
 
 
@@ -153,20 +154,23 @@ def _workshop(original: Original, start: Start, job: Job, findings: _Findings) -
         job.progress,
         original.scores,
         stopwatch if timed else None,
+        original.form,
     )
 
 
 def _totals(original: Original, start: Start, workshop: Workshop, unit: Unit) -> Totals:
     """Return the cost of the original, and what the pairs that were merged save of it."""
     macs, saved_macs = original.cost.macs, original.cost.macs - start.cost.macs
+    floor = sum(step.reached.divergence for step in workshop.deployed(original.model))
     if unit == "milliseconds" and workshop.stopwatch is not None:
         merged = [] if start.model is original.model else [start.model]
         milliseconds, speedups = workshop.stopwatch.time(merged)
         saved = sum(milliseconds * (1 - 1 / each.median) for each in speedups)
-        return Totals(macs, milliseconds, unit, saved_macs, saved)
+        return Totals(macs, milliseconds, unit, saved_macs, saved, floor)
     if unit == "params":
-        return Totals(macs, original.cost.params, unit, saved_macs, original.cost.params - start.cost.params)
-    return Totals(macs, macs, unit, saved_macs, saved_macs)
+        saved_params = original.cost.params - start.cost.params
+        return Totals(macs, original.cost.params, unit, saved_macs, saved_params, floor)
+    return Totals(macs, macs, unit, saved_macs, saved_macs, floor)
 
 
 def _described(
@@ -185,6 +189,8 @@ def _described(
     model = duplicate(delivery.model)  # with memory of its own
     if original.scores is not None:
         original.scores.share(delivery.model, model)
+    if original.form is not None:
+        original.form.share(delivery.model, model)
     plans = tuple(_layer_plan(site, findings, fitted, search.idle) for site in start.sites)
     return Conversion(
         model=model,

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sepconvert.pipeline import delivery
-from sepconvert.pipeline.delivery import MOST, Attempt, next_drop
+from sepconvert.pipeline.modes.delivery import MOST, Attempt, next_drop
 from sepconvert.report.tables import summary
 
 

@@ -1,0 +1,1 @@
+"""Options as values, and their declaration."""

@@ -1,0 +1,1 @@
+"""Static int8 forms of ONNX models: the form in which networks are deployed on CPUs."""

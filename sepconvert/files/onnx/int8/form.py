@@ -1,0 +1,216 @@
+"""The int8 form of a model and of its conversions: files to deploy, to time and to score."""
+
+import shutil
+import uuid
+from collections.abc import Iterator, MutableMapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import mkdtemp
+from typing import Any
+from weakref import finalize
+
+import onnx
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+from torch.utils.weak import WeakIdKeyDictionary
+
+from sepconvert.base.errors import SepconvertError
+from sepconvert.base.options.values import Int8
+from sepconvert.files.onnx.graph.network import OnnxNetwork, open_network
+from sepconvert.files.onnx.graph.running import Feed
+from sepconvert.files.onnx.int8.bias import convolutions_in, with_corrected_biases
+from sepconvert.files.onnx.int8.equalize import equalized, pairs_in
+from sepconvert.files.onnx.int8.quantizer import (
+    Number,
+    measured_ranges,
+    prepared,
+    quantized,
+    unknown_ranges,
+    widest,
+)
+from sepconvert.files.onnx.int8.statistics import channel_statistics
+from sepconvert.files.onnx.writing import onnx_feed, write_onnx
+from sepconvert.network.copies import private_copy
+from sepconvert.network.tensors import InputBatch, Inputs, fresh
+
+MOST_IMAGES = 256
+"""Calibration images that ranges are measured on; more change them little, and take longer for every plan."""
+
+
+@dataclass(frozen=True)
+class QuantizationNote:
+    """The way in which a model was quantized, for the report."""
+
+    method: str  # of ranges: minmax, entropy or percentile
+    images: int  # that they are measured on
+    activations: str  # uint8 or int8
+    weights: str  # int8, or int8 in the range of 7 bits
+    opset: int
+    ir_version: int
+
+
+class Int8Form:
+    """Makes the int8 files of one original and of what it is converted to, all in the same way.
+
+    A model is exported, prepared by ONNX Runtime, its scales are equalized, ranges are measured on the
+    calibration images, its biases are corrected, and it is quantized.
+    """
+
+    def __init__(
+        self, settings: Int8, original: nn.Module, inputs: Inputs, samples: Sequence[InputBatch]
+    ) -> None:
+        """Take the calibration images, of which the first `MOST_IMAGES` are used.
+
+        Raises:
+            SepconvertError: there are none.
+        """
+        self._settings, self._inputs, self._original = settings, inputs, original
+        self._samples = list(_first(samples, MOST_IMAGES))
+        self.number = Number.of_this_machine()
+        # On disk: there may be many plans of a large model.
+        self._folder = Path(mkdtemp(prefix="sepconvert-"))
+        finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
+        self._exported: MutableMapping[nn.Module, Path] = WeakIdKeyDictionary()
+        self._made: MutableMapping[nn.Module, Path] = WeakIdKeyDictionary()
+        self._structure = _structure_of(original, inputs)
+
+    def model(self, model: nn.Module) -> onnx.ModelProto:
+        """Return the file of a model to deploy.
+
+        Raises:
+            ExportError: torch cannot export it.
+            SepconvertError: it cannot be quantized, or an activation is constant or not finite.
+        """
+        if model not in self._made:
+            made = self._quantized(self.float_model(model))
+            self._made[model] = self._folder / f"{uuid.uuid4()}.onnx"
+            self._made[model].write_bytes(made.SerializeToString())
+        return onnx.load(str(self._made[model]))
+
+    def timed(self, model: nn.Module, *, quantize: bool = True) -> bytes:
+        """Return a file as fast as the one to deploy, for inputs of one size: its ranges are not measured."""
+        sized = _with_sizes(self.float_model(model), onnx_feed(self._original, self._inputs))
+        if not quantize:
+            return bytes(sized.SerializeToString())
+        ready = prepared(sized)
+        return bytes(quantized(ready, unknown_ranges(ready), self.number).SerializeToString())
+
+    def layer(self, content: bytes) -> bytes:
+        """Return the model of a layer, such as `layer_onnx` makes, in this form, for timing."""
+        model = onnx.load_model_from_string(content)
+        return bytes(quantized(model, unknown_ranges(model), self.number).SerializeToString())
+
+    def module(self, model: nn.Module) -> nn.Module:
+        """Return the file of a model as a module, which ONNX Runtime runs; it returns what the model does."""
+        network = open_network(self.model(model))
+        return (network if self._structure is None else _Structured(network, self._structure)).eval()
+
+    def share(self, model: nn.Module, copy: nn.Module) -> None:
+        """Take the files of a model for those of its copy."""
+        self.model(model)
+        self._exported[copy], self._made[copy] = self._exported[model], self._made[model]
+
+    def example(self, model: nn.Module) -> Feed:
+        """Return the first calibration images as the files of a model take them."""
+        return next(self._feeds(self.float_model(model)))
+
+    def note(self, model: nn.Module) -> QuantizationNote:
+        """Return how the file of a model was quantized."""
+        made = self.model(model)
+        opset = next(each.version for each in made.opset_import if each.domain in ("", "ai.onnx"))
+        return QuantizationNote(
+            self._settings.calibration,
+            sum(map(len, self._samples)),
+            self.number.activations,
+            "int8 in the range of 7 bits" if self.number.reduced else "int8",
+            opset,
+            made.ir_version,
+        )
+
+    def float_model(self, model: nn.Module) -> onnx.ModelProto:
+        """Return the file of a model in floating point, for any batch if it allows that."""
+        if model not in self._exported:
+            path = self._folder / f"{uuid.uuid4()}.onnx"
+            write_onnx(model, self._inputs, path, check=False)
+            self._exported[model] = path
+        return onnx.load(str(self._exported[model]))
+
+    def _quantized(self, model: onnx.ModelProto) -> onnx.ModelProto:
+        ready = prepared(model)
+        between = {pair.between: len(_kernel(ready, pair.first)) for pair in pairs_in(ready)}
+        ready = equalized(ready, channel_statistics(ready, between, self._feeds(ready)))
+        ranges = measured_ranges(ready, self._feeds(ready), self._settings.calibration)
+        for node in convolutions_in(ready):
+            if widest(ranges, node.output[0]) == 0:
+                raise SepconvertError(
+                    f"`int8`: the outputs of {node.name or node.output[0]} are the same number for all "
+                    "calibration images, which gives them no range; pass images like those of deployment"
+                )
+        inputs = {node.input[0]: len(_kernel(ready, node)) for node in convolutions_in(ready)}
+        channels = channel_statistics(ready, inputs, self._feeds(ready))
+        rough = quantized(ready, ranges, self.number)
+        return quantized(with_corrected_biases(ready, rough, channels), ranges, self.number)
+
+    def _feeds(self, model: onnx.ModelProto) -> Iterator[Feed]:
+        """Yield the calibration images in batches that a file takes."""
+        constants = {tensor.name for tensor in model.graph.initializer}
+        first = next(value for value in model.graph.input if value.name not in constants)
+        size = first.type.tensor_type.shape.dim[0].dim_value if first.type.tensor_type.shape.dim else 0
+        for batch in self._samples:
+            for part in batch.split(size or len(batch)):
+                if len(part) == (size or len(part)):
+                    yield onnx_feed(self._original, part.inputs)
+
+
+class _Structured(nn.Module):
+    """A network that returns its outputs in the structure of another one's."""
+
+    def __init__(self, network: OnnxNetwork, structure: pytree.TreeSpec) -> None:
+        super().__init__()
+        self.network, self.structure = network, structure
+
+    def forward(self, *inputs: Tensor) -> Any:
+        """Return the outputs for some inputs."""
+        found = self.network(*inputs)
+        return pytree.tree_unflatten(list(found) if isinstance(found, tuple) else [found], self.structure)
+
+
+def _structure_of(model: nn.Module, inputs: Inputs) -> pytree.TreeSpec | None:
+    """Return the structure of a model's outputs; None of a tensor, or of a plain tuple of tensors."""
+    if isinstance(model, OnnxNetwork):
+        return None
+    with torch.no_grad():
+        returned = private_copy(model)(*fresh(inputs))
+    plain = isinstance(returned, Tensor) or (
+        type(returned) is tuple and all(isinstance(each, Tensor) for each in returned)
+    )
+    return None if plain else pytree.tree_structure(returned)
+
+
+def _kernel(model: onnx.ModelProto, node: onnx.NodeProto) -> Sequence[int]:
+    """Return the shape of a convolution's kernel, which has as many dimensions as its input and output."""
+    return next(tuple(tensor.dims) for tensor in model.graph.initializer if tensor.name == node.input[1])
+
+
+def _first(samples: Sequence[InputBatch], most: int) -> Iterator[InputBatch]:
+    for batch in samples:
+        if most <= 0:
+            return
+        yield batch[:most] if len(batch) > most else batch
+        most -= len(batch)
+
+
+def _with_sizes(model: onnx.ModelProto, feed: Feed) -> onnx.ModelProto:
+    """Return a model whose inputs have the sizes of some arrays."""
+    fixed = onnx.ModelProto()
+    fixed.CopyFrom(model)
+    del fixed.graph.value_info[:]  # which have the open sizes
+    for value in fixed.graph.input:
+        if value.name in feed:
+            shape = feed[value.name].shape
+            kind = value.type.tensor_type.elem_type
+            value.CopyFrom(onnx.helper.make_tensor_value_info(value.name, kind, shape))
+    for value in fixed.graph.output:
+        value.type.tensor_type.ClearField("shape")
+    return fixed
