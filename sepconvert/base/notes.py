@@ -16,6 +16,7 @@ class ReasonCode(str, Enum):
     FULL_RANK = "full-rank"  # no exact structure holds
     COSTS_MORE = "costs-more"  # its structures do not pass the gate
     TOO_LARGE = "too-large"  # its statistics exceed the memory limit
+    IN_FLOAT = "in-float"  # int8 would harm it
     BUDGET = "budget"  # the plan spends the budget elsewhere
     UNTIMED = "untimed"  # in plans of 0.1.0: no time was left to measure its forms
 

@@ -81,7 +81,7 @@ def pairs(
 
 def in_flags(text: str) -> str:
     """Return a text in which parameters between backticks, such as `max_drop`, are flags: --max-drop."""
-    return re.sub(r"`([a-z][a-z_]*)`", lambda found: _flag(_RENAMED.get(found[1], found[1])), text)
+    return re.sub(r"`([a-z][a-z0-9_]*)`", lambda found: _flag(_RENAMED.get(found[1], found[1])), text)
 
 
 def value_of(kind: type[V], options: Options, **others: Any) -> V:

@@ -144,9 +144,9 @@ class Job:
         cls,
         *,
         metric: Any,
-        int8: "bool | str | Int8",
         finetune: int | Finetuning,
         out: str | os.PathLike[str] | None,
+        int8: bool | str | Int8 = False,
         **settings: Any,
     ) -> "Job":
         """Return a job of the arguments of `sepconvert.convert`."""

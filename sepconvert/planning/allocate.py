@@ -38,7 +38,21 @@ class Candidate:
 
 
 Choice = Mapping[str, Candidate]
-"""The layers that are replaced, by name."""
+"""The layers that are replaced, or stay in floating point in a network of int8, by name."""
+
+
+IN_FLOAT = "float"
+"""Scheme of a layer that stays as it is, in floating point, where other layers are deployed in int8."""
+
+
+def replaced(choice: Choice) -> dict[str, Candidate]:
+    """Return the layers that are replaced."""
+    return {name: each for name, each in choice.items() if each.scheme != IN_FLOAT}
+
+
+def in_float(choice: Choice) -> frozenset[str]:
+    """Return the layers that stay in floating point."""
+    return frozenset(choice.keys() - replaced(choice).keys())
 
 
 @dataclass(frozen=True)

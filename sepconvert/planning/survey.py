@@ -13,8 +13,9 @@ from sepconvert.factorize.approximate.int8 import with_rounding
 from sepconvert.factorize.approximate.problem import Approximation
 from sepconvert.factorize.approximate.weighted import Moments
 from sepconvert.factorize.structures import Form
+from sepconvert.files.onnx.int8.form import Int8Form
 from sepconvert.network.trace import ConvSite
-from sepconvert.planning.allocate import Candidate
+from sepconvert.planning.allocate import IN_FLOAT, Candidate
 from sepconvert.planning.fitting import fit_problem, for_each_layer, kernel_of
 from sepconvert.planning.forms import Prices, macs_of, trimmed
 
@@ -34,6 +35,9 @@ _SENSITIVITY_IMAGES, _LEAST_SENSITIVITY_IMAGES, _SENSITIVITY_PASSES = 128, 16, 2
 # Relative output error of the form by which a layer's sensitivity is measured: large enough to stand out from
 # rounding, small enough for the divergence to be quadratic in it.
 _MODERATE = 0.15
+
+
+_HARMFUL = 0.05  # share of int8's divergence that a layer must cause for its form to be in question
 
 
 @dataclass(frozen=True)
@@ -64,6 +68,7 @@ class LayerSurvey:
     excess: Mapping[Form, float] = field(default_factory=dict)  # factors on the errors of single forms
     exact: frozenset[Form] = frozenset()  # forms that its kernel has exactly
     modelled: bool = False  # whether a cost comes from a model of times
+    in_float: Candidate | None = None  # the layer in floating point among others in int8; less than no error
 
     @property
     def least_cost(self) -> float:
@@ -85,6 +90,10 @@ class LayerSurvey:
             )
             for offer in self.offers
         ]
+
+    def options(self) -> list[Candidate]:
+        """Return all that may be chosen in the place of the layer as it is."""
+        return [*self.candidates(), *([] if self.in_float is None else [self.in_float])]
 
     def lossless(self) -> Candidate | None:
         """Return the cheapest of the exact forms, if one is cheaper than the layer as it is."""
@@ -178,6 +187,37 @@ def survey(
         name: replace(each, sensitivity=_sensitivity(model, by_name[name], each, judges))
         for name, each in progress(list(found.items()), "sensitivities")
     }
+
+
+def with_float_options(
+    model: nn.Module,
+    surveyed: Mapping[str, LayerSurvey],
+    heldout: Heldout,
+    form: Int8Form,
+    costs: Mapping[str, float],
+    progress: Progress,
+) -> dict[str, LayerSurvey]:
+    """Return the survey with the option to leave layers in floating point, where int8 harms them.
+
+    The harm is measured: the divergence of the model in int8, less that with this layer in floating point.
+
+    Args:
+        model: the original.
+        surveyed: from `survey`.
+        heldout: images to measure on.
+        form: in which models are deployed.
+        costs: milliseconds of layers in floating point among others in int8, where they are known.
+        progress: shows the progress.
+    """
+    images = _SENSITIVITY_PASSES // max(len(costs), 1)
+    judges = heldout.first(max(_LEAST_SENSITIVITY_IMAGES, min(images, _SENSITIVITY_IMAGES)))
+    whole = judges.measure(form.module(model)).divergence
+    found = dict(surveyed)
+    for name, cost in progress(list(costs.items()), "harm of int8"):
+        harm = whole - judges.measure(form.module(form.variant(model, frozenset({name})))).divergence
+        if harm > _HARMFUL * whole and cost > surveyed[name].cost:
+            found[name] = replace(surveyed[name], in_float=Candidate(IN_FLOAT, 0, cost, -harm))
+    return found
 
 
 def _offer(site: ConvSite, fitted: Approximation, cost: float) -> Offer:

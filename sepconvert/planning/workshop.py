@@ -27,7 +27,7 @@ from sepconvert.network.copies import duplicate, quick_copy, shared_parameters
 from sepconvert.network.rewrite import rewrite
 from sepconvert.network.tensors import Inputs
 from sepconvert.network.trace import ConvSite, TracedModel
-from sepconvert.planning.allocate import Choice
+from sepconvert.planning.allocate import Choice, in_float, replaced
 from sepconvert.planning.fitting import bias_of, fit_problem, for_each_layer, kernel_of, replacement
 from sepconvert.planning.scores import Scores
 from sepconvert.planning.survey import LayerSurvey, form_of
@@ -135,7 +135,8 @@ class Workshop:
         Raises:
             SepconvertError: the calibration images do not reach a layer.
         """
-        chosen = [site for site in self.layers if site.name in choice]
+        wanted = replaced(choice)
+        chosen = [site for site in self.layers if site.name in wanted]
         shared = [(self._in_common(plan, choice), plan.by_weights) for plan in self._earlier]
         fits, errors = max(shared, key=lambda pair: len(pair[0]), default=({}, {}))
         by_weights = {name: errors[name] for name in fits}
@@ -152,11 +153,12 @@ class Workshop:
             return found.kernel, bias_of(site, found)
 
         for_each_layer(self.traced.model, chosen, self.evidence, fit, self.progress, "fitting layers", known)
-        if missing := choice.keys() - fits.keys():
+        if missing := wanted.keys() - fits.keys():
             raise SepconvertError(
                 f"`calib`: the images do not reach {', '.join(sorted(missing))}; leave it out with `exclude`"
             )
         model, steps = self._improved(self._rewritten(fits))
+        self._keep_in_float(model, choice)
         batchnorm = bool(steps) and steps[-1].kind is StepKind.BATCHNORM and steps[-1].kept
         steps += self.deployed(model)
         self._earlier.append(Fitted(choice, model, fits, by_weights, batchnorm, steps))
@@ -171,12 +173,19 @@ class Workshop:
 
     def sketched(self, choice: Choice) -> nn.Module:
         """Return a plan's model with the survey's factors: as fast as the plan, but not fitted for it."""
-        offers = {name: self.surveyed[name].offer(candidate) for name, candidate in choice.items()}
-        return self._rewritten({name: offer.fitted for name, offer in offers.items()})
+        offers = {name: self.surveyed[name].offer(each) for name, each in replaced(choice).items()}
+        model = self._rewritten({name: offer.fitted for name, offer in offers.items()})
+        return self._keep_in_float(model, choice)
 
     def restored(self, fitted: Fitted, name: str | None) -> nn.Module:
         """Return the model of a plan with one layer as it was; BatchNorms are as they were in any case."""
-        return self._rewritten(fitted.layers, name)
+        return self._keep_in_float(self._rewritten(fitted.layers, name), fitted.choice)
+
+    def _keep_in_float(self, model: nn.Module, choice: Choice) -> nn.Module:
+        """Return a model whose form is told which layers stay in floating point."""
+        if self.form is not None:
+            self.form.keep(model, in_float(choice))
+        return model
 
     def explain(self, fitted: Fitted) -> tuple[Step, ...]:
         """Return the steps of a plan, preceded by two simpler ways to fit its layers that were not taken."""
@@ -185,7 +194,7 @@ class Workshop:
         by_weights: dict[tuple[str, int], Kernel] = {}
         by_outputs: dict[tuple[str, int], Kernel] = {}
         for site in self.layers:
-            if site.name in fitted.choice:
+            if site.name in fitted.layers:
                 offer = self.surveyed[site.name].offer(fitted.choice[site.name])
                 by_weights[site.place] = self._fitted_to_weights(site, form_of(offer))
                 by_outputs[site.place] = kernel_of(site, offer.fitted)
@@ -246,7 +255,7 @@ class Workshop:
         """Return the fits of a plan up to the first layer, in order, that has another form in `choice`."""
 
         def form(choice: Choice, name: str) -> Form | None:
-            return choice[name].form if name in choice else None
+            return wanted[name].form if (wanted := replaced(choice)) and name in wanted else None
 
         alike = itertools.takewhile(lambda name: form(plan.choice, name) == form(choice, name), self.surveyed)
-        return {name: plan.layers[name] for name in alike if name in choice}
+        return {name: plan.layers[name] for name in alike if name in plan.layers}

@@ -37,6 +37,14 @@ def verdict(document: Document) -> Note | None:
             "out, or pass `int8` auto, which plans for the faster of both."
         )
     gain = estimate_text(over_int8["median"], over_int8["ci95"], "×")
+    in_float = forms["converted"]["delta"]
+    if in_float["latency_speedup"]["ci95"][0] > both["latency_speedup"]["ci95"][1]:
+        return warning(
+            f"the converted model is faster in floating point than in int8: converted.onnx is "
+            f"{_fast(in_float)} as fast as the original in floating point"
+            f"{_lost(document, 'converted', 'losing')}, converted-int8.onnx {_fast(both)}. Convert without "
+            "`int8`."
+        )
     if not count or not over_int8["significant"] or over_int8["median"] <= 1:
         found = "nothing could be converted" if not count else f"converting it as well gains nothing ({gain})"
         return warning(f"int8 alone is the better choice: {found}. Deploy original-int8.onnx, {quantized}.")

@@ -39,8 +39,7 @@ def sentences(document: Document) -> list[Note]:
     layers = document["layers"]
     converted = [layer for layer in layers if layer["decision"] == "converted"]
     approximation, delta = document["approximation"], document["delta"]
-    first = verdict(document)
-    notes = [*([first] if first else []), *_decisions(document, converted), *doubts(document)]
+    notes = [*filter(None, [verdict(document)]), *_decisions(document, converted), *doubts(document)]
     notes += quantization(document)
     notes.append(_verification(document["verification"]))
     notes += _exporter(document["verification"])
@@ -193,6 +192,7 @@ def _decisions(document: Document, converted: Sequence[Document]) -> list[Note]:
 # Why a layer is kept, for any number of them; the first that occurs has the most to gain from the next step.
 _WHY_KEPT = {
     ReasonCode.BUDGET: "kept by the budget",
+    ReasonCode.IN_FLOAT: "in floating point",
     ReasonCode.FULL_RANK: "without an exact structure",
     ReasonCode.COSTS_MORE: "without a form that passes the gate",
     ReasonCode.TOO_LARGE: "too large for the memory",

@@ -108,7 +108,7 @@ def strings_with_parameters():
         documentation = {node.value for node in ast.walk(tree) if isinstance(node, ast.Expr)}
         for node in ast.walk(tree):
             if node not in documentation and isinstance(node, ast.Constant) and isinstance(node.value, str):
-                yield from re.findall(r"`[a-z][a-z_]*`", node.value)
+                yield from re.findall(r"`[a-z][a-z0-9_]*`", node.value)
 
 
 def test_parameters_that_messages_name_are_flags():

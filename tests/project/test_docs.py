@@ -74,6 +74,9 @@ RUN: dict[str, tuple[str, ...]] = {
     "sepconvert compare original.onnx converted.onnx --data val.npz --metric mynets.py:certainty "
     "--fail-if 'drop > 0.02'": SHORT,
     "sepconvert apply model.pt model-sepconvert/plan.json --out replayed": (),
+    "sepconvert model.pt --int8 --mode auto --calib images/ --data val.npz --max-drop 1.0 --threads 1": FIT,
+    "sepconvert compare original-int8.onnx converted-int8.onnx --data val.npz": SHORT,
+    "sepconvert model.pt --int8 --calib images/ --out int8": FIT,
     "sepconvert net.onnx": NONE,
     "sepconvert net.onnx --mode auto --calib images/ --data val.npz --max-drop 1.0 --threads 1": FIT,
     "sepconvert inspect net.onnx": (),
@@ -381,6 +384,9 @@ def prepared(tmp_path_factory) -> Path:
             shutil.copy(folder / f"checkpoint-sepconvert/{name}.onnx", folder)
         shutil.copy("original.onnx", "net.onnx")
         call("sepconvert net.onnx", *RUN["sepconvert net.onnx"])
+        call("sepconvert model.pt --int8 --calib images/ --out int8", *FIT)
+        for name in ("original-int8", "converted-int8"):
+            shutil.copy(folder / f"int8/{name}.onnx", folder)
     return folder
 
 
@@ -471,7 +477,8 @@ def quick_convert() -> Callable[..., Any]:
         key = (id(arguments[0]), mode, repr(options.get("metric")), *sorted(options.keys() - quick.keys()))
         if key not in known:
             # Counted, not timed in three runs, which other work may disturb.
-            known[key] = original(*arguments[:2], mode=mode, **{"gate": "macs", **options, **quick})
+            gate = {} if "int8" in options else {"gate": "macs"}
+            known[key] = original(*arguments[:2], mode=mode, **{**gate, **options, **quick})
         return known[key]
 
     original = sepconvert.convert

@@ -337,7 +337,7 @@ class Int8:
         flag="int8",
         flag_value="on",
     )
-    calibration: RangeMethod = option(
+    ranges: RangeMethod = option(
         "Way in which the int8 ranges of values are measured on the calibration images.",
         "minmax",
         choices=RANGE_METHODS,
@@ -347,8 +347,8 @@ class Int8:
     def __post_init__(self) -> None:
         """Check the names, and that nothing is set that would be ignored."""
         check_options(self)
-        if not self and self.calibration != "minmax":
-            raise SepconvertError("`int8_calibration`: only for int8; pass `int8` too, or leave it out")
+        if not self and self.ranges != "minmax":
+            raise SepconvertError("`ranges`: only for int8; pass `int8` too, or leave it out")
 
     def __bool__(self) -> bool:
         """Return whether int8 is wanted."""

@@ -4,6 +4,8 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from torch import nn
+
 from sepconvert.base.distributed import once
 from sepconvert.base.notes import Reason, ReasonCode
 from sepconvert.base.options.values import Mode
@@ -16,6 +18,7 @@ from sepconvert.factorize.approximate.weighted import DEPTHWISE_POINTWISE, POINT
 from sepconvert.factorize.border import Border
 from sepconvert.factorize.exact.analysis import Spectrum, kernel_spectrum
 from sepconvert.factorize.structures import BY_NAME, FORMS
+from sepconvert.files.onnx.int8.form import Int8Form
 from sepconvert.measure.verification.outputs import compare_with, reference
 from sepconvert.network.copies import duplicate
 from sepconvert.network.obstacles import Obstacles
@@ -24,6 +27,7 @@ from sepconvert.pipeline.job import Job
 from sepconvert.pipeline.modes.delivery import Delivery, deliver
 from sepconvert.pipeline.modes.merging import Start, merge_original
 from sepconvert.pipeline.original import Original
+from sepconvert.planning.allocate import in_float
 from sepconvert.planning.conversion import Conversion, LayerApproximation, LayerReport
 from sepconvert.planning.fitting import replacement
 from sepconvert.planning.forms import (
@@ -40,7 +44,7 @@ from sepconvert.planning.forms import (
 from sepconvert.planning.plan import LayerPlan, kept, obstacle_reason
 from sepconvert.planning.search.curve import Totals
 from sepconvert.planning.search.search import Search
-from sepconvert.planning.survey import LayerSurvey, survey
+from sepconvert.planning.survey import LayerSurvey, survey, with_float_options
 from sepconvert.planning.timing.clock import FORM_RUNS
 from sepconvert.planning.workshop import Fitted, Stopwatch, Workshop
 
@@ -99,7 +103,23 @@ def _survey(original: Original, start: Start, job: Job) -> _Findings:
         evidence = collect_evidence(model, layers, calibration, seed=job.seed, yardstick=yardstick)
     levels = None if original.form is None else original.form.number.levels
     surveyed = survey(model, layers, evidence, heldout, prices, job.progress, levels)
+    if original.form is not None and heldout is not None and unit == "milliseconds":
+        costs = once(lambda: _float_costs(original, original.form, model, layers, surveyed))
+        surveyed = with_float_options(model, surveyed, heldout, original.form, costs, job.progress)
     return _Findings(tuple(layers), reasons, evidence, heldout, unit, surveyed)
+
+
+def _float_costs(
+    original: Original,
+    form: Int8Form | None,
+    model: nn.Module,
+    layers: Sequence[ConvSite],
+    surveyed: Mapping[str, LayerSurvey],
+) -> dict[str, float]:
+    """Return the milliseconds of layers in floating point among others in int8, as far as there is time."""
+    known = form.keepable(model, surveyed) if form is not None else ()
+    costs = {site.name: original.clock.in_float(site) for site in layers if site.name in known}
+    return {name: cost for name, cost in costs.items() if cost is not None}
 
 
 def _prices(
@@ -232,6 +252,9 @@ def _layer_plan(site: ConvSite, findings: _Findings, fitted: Fitted, idle: Colle
     if found is None and site.name in findings.reasons:
         return kept(site, findings.reasons[site.name])
     if found is None or site.conv is None:
+        if site.name in in_float(fitted.choice):
+            text = "stays in floating point, as int8 harms it"
+            return kept(site, Reason(ReasonCode.IN_FLOAT, text))
         if site.name in findings.surveyed:
             if site.name in idle:
                 text = "saves no time in the whole model, as measured"

@@ -8,10 +8,16 @@ from typing import Any
 
 from torch import nn
 
+from sepconvert.distillation.fake_quantization import (
+    with_fake_quantization,
+    without_fake_quantization,
+)
 from sepconvert.distillation.results import FinetuneResult
 from sepconvert.distillation.training import finetune
+from sepconvert.network.tensors import InputBatch
 from sepconvert.pipeline.job import Job
 from sepconvert.pipeline.original import Original
+from sepconvert.planning.allocate import in_float
 from sepconvert.planning.search.curve import Point
 from sepconvert.planning.search.search import Search
 from sepconvert.planning.workshop import Step, StepKind, Workshop
@@ -151,8 +157,13 @@ def _fine_tuned(
     options, data = job.finetuning, original.data.training
     if data is None:
         raise ValueError("fine-tuning needs images to train on, and others to choose weights by")
+    student = plain = search.measurements.fitted(point).model
+    if original.form is not None:
+        example = InputBatch(original.inputs, original.task.batch_dim or 0)
+        kept = in_float(point.plan.choice)
+        student = with_fake_quantization(plain, original.form.number.levels, example, kept)
     result = finetune(
-        search.measurements.fitted(point).model,
+        student,
         workshop.traced.model,
         data.train,
         data.judge,
@@ -165,6 +176,9 @@ def _fine_tuned(
         seed=job.seed,
         progress=options.on_step,
     )
+    if original.form is not None:
+        result = replace(result, model=without_fake_quantization(result.model, plain))
+        original.form.keep(result.model, kept)
     if workshop.heldout is None:
         return Tuned(point, result, ())
     reached = workshop.heldout.measure(result.model)

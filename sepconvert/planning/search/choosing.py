@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from sepconvert.base.errors import DemandNotMetError
 from sepconvert.base.options.values import Budget
 from sepconvert.measure.metrics.evaluation import MetricDelta
+from sepconvert.planning.allocate import replaced
 from sepconvert.planning.search.curve import Curve, Point
 from sepconvert.planning.search.measurements import Measurements
 
@@ -95,7 +96,7 @@ class Chooser:
             return point
         saved = {
             name: self._curve.surveyed[name].cost - candidate.cost
-            for name, candidate in choice.items()
+            for name, candidate in replaced(choice).items()
             if not self._curve.surveyed[name].is_free(candidate)
         }
         doubtful = sorted(saved, key=saved.__getitem__)[:_DOUBTFUL]

@@ -2,16 +2,19 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from sepconvert.factorize.structures import Form
 from sepconvert.measure.latency import Speedup
 from sepconvert.measure.metrics.evaluation import MetricDelta
-from sepconvert.planning.allocate import Allocation, Choice, allocate, cost_of
+from sepconvert.planning.allocate import Allocation, Candidate, Choice, allocate, cost_of, replaced
 from sepconvert.planning.forms import Unit
 from sepconvert.planning.survey import LayerSurvey
 from sepconvert.planning.workshop import Fitted
+
+_AS_IT_IS = "int8"  # scheme, within an allocation, of a layer that is not replaced
+
 
 _POINTS = 7  # plans that a curve is drawn with, at even ratios of cost
 
@@ -78,7 +81,7 @@ class Point:
         return {
             "macs": plan.macs,
             "macs_ratio": total_macs / plan.macs if plan.macs else None,
-            "converted": len(plan.choice),
+            "converted": len(replaced(plan.choice)),
             "cost": plan.cost,
             "expected_divergence": plan.expected,
             "lower_bound": plan.bound,
@@ -139,7 +142,7 @@ class Curve:
 
     def plan(self, choice: Choice, bound: float) -> Plan:
         """Return the plan of a choice, given the bound of its expected divergence."""
-        layers = ((self.surveyed[name], candidate) for name, candidate in choice.items())
+        layers = ((self.surveyed[name], candidate) for name, candidate in replaced(choice).items())
         saved = sum(layer.macs - layer.offer(candidate).macs for layer, candidate in layers)
         cost = cost_of(self._dense, choice)
         return Plan(
@@ -208,7 +211,7 @@ class Curve:
         self.surveyed = surveyed
         for point in self.points:
             candidates = {
-                name: {candidate.form: candidate for candidate in surveyed[name].candidates()}
+                name: {candidate.form: candidate for candidate in surveyed[name].options()}
                 for name in point.plan.choice
             }
             point.plan = self.known({name: candidates[name][form] for name, form in point.plan.forms.items()})
@@ -218,5 +221,33 @@ class Curve:
         return [point.to_json(self.totals.macs, point is delivered) for point in self.points]
 
     def _allocated(self, cost: float) -> Allocation | None:
-        offered = {name: layer.candidates() for name, layer in self.surveyed.items()}
-        return allocate(self._dense, offered, cost)
+        """Return the best plan within a cost.
+
+        A layer that may stay in floating point does so unless another option is taken: one of them is the
+        layer in int8, at the error that this brings.
+        """
+        dense, offered, harm = dict(self._dense), dict[str, list[Candidate]](), 0.0
+        for name, layer in self.surveyed.items():
+            offered[name] = layer.candidates()
+            if layer.in_float is not None:
+                brought = -layer.in_float.error
+                as_it_is = Candidate(_AS_IT_IS, 0, layer.cost, 0.0)
+                offered[name] = [
+                    replace(each, error=each.error + brought) for each in (as_it_is, *offered[name])
+                ]
+                dense[name], harm = layer.in_float.cost, harm + brought
+        found = allocate(dense, offered, cost)
+        if found is None or not harm:
+            return found
+        options = {
+            name: {each.form: each for each in layer.options()} for name, layer in self.surveyed.items()
+        }
+        choice = {
+            name: options[name][candidate.form]
+            for name, candidate in found.choice.items()
+            if candidate.scheme != _AS_IT_IS
+        }
+        for name, layer in self.surveyed.items():
+            if layer.in_float is not None and name not in found.choice:
+                choice[name] = layer.in_float
+        return replace(found, choice=choice, error=found.error - harm, bound=found.bound - harm)

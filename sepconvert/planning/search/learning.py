@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from sepconvert.measure.latency import Speedup
-from sepconvert.planning.allocate import Choice
+from sepconvert.planning.allocate import Choice, replaced
 from sepconvert.planning.search.curve import Curve, Plan, Point, Totals
 from sepconvert.planning.search.measurements import Measurements
 from sepconvert.planning.survey import LayerSurvey
@@ -118,7 +118,7 @@ def corrected_forms(surveyed: Surveyed, choice: Choice, brought: Mapping[str, fl
     """
     excess = {
         name: brought[name] / candidate.error
-        for name, candidate in choice.items()
+        for name, candidate in replaced(choice).items()
         if brought[name] > candidate.error > 0
     }
     if not excess:

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from sepconvert.base.options.values import Budget
 from sepconvert.measure.latency import Speedup
 from sepconvert.measure.metrics.evaluation import MetricDelta
+from sepconvert.planning.allocate import replaced
 from sepconvert.planning.scores import Scores
 from sepconvert.planning.search.curve import Point
 from sepconvert.planning.search.judging import is_clearly_within, is_proven
@@ -64,7 +65,7 @@ class Measurements:
         reached = self.workshop.divergence(self.workshop.restored(fitted, None))
         return {
             name: reached - self.workshop.divergence(self.workshop.restored(fitted, name))
-            for name in self.workshop.progress(list(point.plan.choice), description)
+            for name in self.workshop.progress(list(replaced(point.plan.choice)), description)
         }
 
     def is_accurate(self, point: Point, budget: Budget) -> bool:

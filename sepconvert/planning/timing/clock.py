@@ -36,7 +36,11 @@ from sepconvert.measure.latency import Deployed, Speedup, speedup, time_all
 from sepconvert.measure.statistics import Interval
 from sepconvert.network.tensors import Inputs
 from sepconvert.network.trace import ConvSite
+from sepconvert.planning.allocate import IN_FLOAT
 from sepconvert.planning.timing.model import TimeModel
+
+FLOAT: Form = (IN_FLOAT, 0)
+
 
 FORM_RUNS = 20
 """Interleaved runs of each form of a layer."""
@@ -232,6 +236,12 @@ class Clock:
             found[form] = time
         return FormTimes(dense * calls, found)
 
+    def in_float(self, site: ConvSite) -> float | None:
+        """Return the milliseconds of a layer in floating point among others in int8; None if not measured."""
+        if self._seconds_left <= 0:
+            return None
+        return self.forms(site, [FLOAT]).forms[FLOAT].milliseconds
+
     def pair(self, pair: tuple[ConvSpec, ConvSpec], dense: ConvSpec, inputs: Tensor) -> Speedup | float:
         """Return the speed-up of one convolution over the two that it equals, modelled if time is up."""
         shape = input_shape(inputs)
@@ -256,6 +266,8 @@ class Clock:
         self._learnt.add(key)
         self._model.learn([[spec]], shape, known.dense_yardsticks)
         for label, entry in known.forms.items():
+            if _form(label) == FLOAT:
+                continue
             chains = branches(spec, *_form(label), Border())
             self._model.learn(chains, shape, known.dense_yardsticks / entry.ratio)
 
@@ -268,8 +280,8 @@ class Clock:
     def _measure(
         self, spec: ConvSpec, shape: Sequence[int], forms: Sequence[Form], known: _LayerEntry | None
     ) -> _LayerEntry:
-        layouts = [branches(spec, *form, Border()) for form in ((ZERO_BORDER, 0), *forms)]
-        dense, *others = [(self._layer(each, shape), random_feed(shape, self._seed)) for each in layouts]
+        models = [self._form_model(spec, form, shape) for form in ((ZERO_BORDER, 0), *forms)]
+        dense, *others = [(each, random_feed(shape, self._seed)) for each in models]
         first, again, *samples = self._samples([dense, dense, *others])
         found = {} if known is None else {**known.forms}
         for form, times in zip(forms, samples, strict=True):
@@ -312,6 +324,12 @@ class Clock:
     def _layer_key(self, **what: Any) -> str:
         number = {} if self._form is None else {"number": asdict(self._form.number)}
         return self._key(layout=LAYOUT, **what, **number)
+
+    def _form_model(self, spec: ConvSpec, form: Form, shape: Sequence[int]) -> bytes:
+        """Return the model of a form of a layer."""
+        if self._form is not None and form == FLOAT:
+            return self._form.layer(layer_onnx([[spec]], shape), in_float=True)
+        return self._layer(branches(spec, *form, Border()), shape)
 
     def _layer(self, chains: Sequence[Sequence[ConvSpec]], shape: Sequence[int]) -> bytes:
         """Return the model of a layer in the form that it is deployed in."""

@@ -437,11 +437,11 @@ class ReportDocument(Struct, frozen=True):
     forms: Annotated[
         Forms | UnsetType,
         Meta(
-            description="where models are deployed in int8; `original`, `converted` and `delta` are then "
-            "those of the int8 files, but for the metric of the original, which is that in floating point"
+            description="where models are deployed in int8; original, converted and delta are then those of "
+            "the int8 files, but for the metric of the original, which is that in floating point"
         ),
     ] = UNSET
     int8_gain: Annotated[
         Speedup | UnsetType,
-        Meta(description="of the original in int8 over floating point, where `int8` auto decided by it"),
+        Meta(description="of the original in int8 over floating point, where int8=auto decided by it"),
     ] = UNSET

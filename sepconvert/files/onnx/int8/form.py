@@ -2,7 +2,7 @@
 
 import shutil
 import uuid
-from collections.abc import Iterator, MutableMapping, Sequence
+from collections.abc import Collection, Iterator, MutableMapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import mkdtemp
@@ -16,6 +16,7 @@ from torch.utils import _pytree as pytree
 from torch.utils.weak import WeakIdKeyDictionary
 
 from sepconvert.base.errors import SepconvertError
+from sepconvert.base.modules import submodule, unshadowed
 from sepconvert.base.options.values import Int8
 from sepconvert.files.onnx.graph.network import OnnxNetwork, open_network
 from sepconvert.files.onnx.graph.running import Feed
@@ -31,7 +32,8 @@ from sepconvert.files.onnx.int8.quantizer import (
 )
 from sepconvert.files.onnx.int8.statistics import channel_statistics
 from sepconvert.files.onnx.writing import onnx_feed, write_onnx
-from sepconvert.network.copies import private_copy
+from sepconvert.network.copies import duplicate, private_copy, shared_parameters
+from sepconvert.network.layers import Conv
 from sepconvert.network.tensors import InputBatch, Inputs, fresh
 
 MOST_IMAGES = 256
@@ -73,7 +75,24 @@ class Int8Form:
         finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
         self._exported: MutableMapping[nn.Module, Path] = WeakIdKeyDictionary()
         self._made: MutableMapping[nn.Module, Path] = WeakIdKeyDictionary()
+        self._kept: MutableMapping[nn.Module, frozenset[str]] = WeakIdKeyDictionary()  # layers
         self._structure = _structure_of(original, inputs)
+
+    def keep(self, model: nn.Module, layers: frozenset[str]) -> None:
+        """Let some convolutions of a model, which is not quantized yet, stay in floating point."""
+        self._kept[model] = layers
+
+    def variant(self, model: nn.Module, layers: frozenset[str]) -> nn.Module:
+        """Return a copy of a model, on the same memory, of which some layers stay in floating point."""
+        copy = duplicate(model, shared_parameters(model))
+        self.float_model(model)
+        self._exported[copy] = self._exported[model]
+        self.keep(copy, layers)
+        return copy
+
+    def keepable(self, model: nn.Module, layers: Collection[str]) -> frozenset[str]:
+        """Return the layers whose convolutions are known in a model's file, so that they can be kept."""
+        return frozenset(nodes_of(self.float_model(model), model, layers))
 
     def model(self, model: nn.Module) -> onnx.ModelProto:
         """Return the file of a model to deploy.
@@ -83,7 +102,7 @@ class Int8Form:
             SepconvertError: it cannot be quantized, or an activation is constant or not finite.
         """
         if model not in self._made:
-            made = self._quantized(self.float_model(model))
+            made = self._quantized(self.float_model(model), model)
             self._made[model] = self._folder / f"{uuid.uuid4()}.onnx"
             self._made[model].write_bytes(made.SerializeToString())
         return onnx.load(str(self._made[model]))
@@ -94,12 +113,19 @@ class Int8Form:
         if not quantize:
             return bytes(sized.SerializeToString())
         ready = prepared(sized)
-        return bytes(quantized(ready, unknown_ranges(ready), self.number).SerializeToString())
+        kept = self._nodes_to_keep(ready, model)
+        return bytes(quantized(ready, unknown_ranges(ready), self.number, kept).SerializeToString())
 
-    def layer(self, content: bytes) -> bytes:
-        """Return the model of a layer, such as `layer_onnx` makes, in this form, for timing."""
+    def layer(self, content: bytes, *, in_float: bool = False) -> bytes:
+        """Return the model of a layer, such as `layer_onnx` makes, in this form, for timing.
+
+        The layer itself may stay in floating point; its surroundings do not.
+        """
         model = onnx.load_model_from_string(content)
-        return bytes(quantized(model, unknown_ranges(model), self.number).SerializeToString())
+        for number, node in enumerate(model.graph.node):
+            node.name = f"node_{number}"
+        kept = [node.name for node in model.graph.node if in_float and node.op_type == "Conv"]
+        return bytes(quantized(model, unknown_ranges(model), self.number, kept).SerializeToString())
 
     def module(self, model: nn.Module) -> nn.Module:
         """Return the file of a model as a module, which ONNX Runtime runs; it returns what the model does."""
@@ -110,6 +136,7 @@ class Int8Form:
         """Take the files of a model for those of its copy."""
         self.model(model)
         self._exported[copy], self._made[copy] = self._exported[model], self._made[model]
+        self._kept[copy] = self._kept.get(model, frozenset())
 
     def example(self, model: nn.Module) -> Feed:
         """Return the first calibration images as the files of a model take them."""
@@ -120,7 +147,7 @@ class Int8Form:
         made = self.model(model)
         opset = next(each.version for each in made.opset_import if each.domain in ("", "ai.onnx"))
         return QuantizationNote(
-            self._settings.calibration,
+            self._settings.ranges,
             sum(map(len, self._samples)),
             self.number.activations,
             "int8 in the range of 7 bits" if self.number.reduced else "int8",
@@ -136,21 +163,26 @@ class Int8Form:
             self._exported[model] = path
         return onnx.load(str(self._exported[model]))
 
-    def _quantized(self, model: onnx.ModelProto) -> onnx.ModelProto:
+    def _quantized(self, model: onnx.ModelProto, module: nn.Module) -> onnx.ModelProto:
         ready = prepared(model)
+        kept = self._nodes_to_keep(ready, module)
         between = {pair.between: len(_kernel(ready, pair.first)) for pair in pairs_in(ready)}
         ready = equalized(ready, channel_statistics(ready, between, self._feeds(ready)))
-        ranges = measured_ranges(ready, self._feeds(ready), self._settings.calibration)
+        ranges = measured_ranges(ready, self._feeds(ready), self._settings.ranges)
         for node in convolutions_in(ready):
             if widest(ranges, node.output[0]) == 0:
                 raise SepconvertError(
-                    f"`int8`: the outputs of {node.name or node.output[0]} are the same number for all "
-                    "calibration images, which gives them no range; pass images like those of deployment"
+                    f"`int8`: the outputs of {node.input[1].removesuffix('.weight')} are the same number for "
+                    "all calibration images, which gives them no range; pass images like those of deployment"
                 )
         inputs = {node.input[0]: len(_kernel(ready, node)) for node in convolutions_in(ready)}
         channels = channel_statistics(ready, inputs, self._feeds(ready))
-        rough = quantized(ready, ranges, self.number)
-        return quantized(with_corrected_biases(ready, rough, channels), ranges, self.number)
+        rough = quantized(ready, ranges, self.number, kept)
+        return quantized(with_corrected_biases(ready, rough, channels), ranges, self.number, kept)
+
+    def _nodes_to_keep(self, model: onnx.ModelProto, module: nn.Module) -> list[str]:
+        found = nodes_of(model, module, self._kept.get(module, frozenset()))
+        return [name for names in found.values() for name in names]
 
     def _feeds(self, model: onnx.ModelProto) -> Iterator[Feed]:
         """Yield the calibration images in batches that a file takes."""
@@ -186,6 +218,25 @@ def _structure_of(model: nn.Module, inputs: Inputs) -> pytree.TreeSpec | None:
         type(returned) is tuple and all(isinstance(each, Tensor) for each in returned)
     )
     return None if plain else pytree.tree_structure(returned)
+
+
+def nodes_of(model: onnx.ModelProto, module: nn.Module, layers: Collection[str]) -> dict[str, list[str]]:
+    """Return the names of the nodes in a file that are some layers of the module that it was made of.
+
+    They are known by their kernels, which have the names of parameters, or, in a file that was given, by
+    their outputs. A layer that is a function call is not known, and left out.
+    """
+    by_value = {f"{layer}.weight": layer for layer in layers}
+    for layer in layers:
+        part = submodule(module, layer) if layer in dict(unshadowed(module).named_modules()) else None
+        if isinstance(part, Conv):
+            by_value |= dict.fromkeys(part.labels, layer)
+    found: dict[str, list[str]] = {}
+    for node in model.graph.node:
+        for value in (*node.input[1:2], *node.output):
+            if node.op_type == "Conv" and value in by_value:
+                found.setdefault(by_value[value], []).append(node.name)
+    return found
 
 
 def _kernel(model: onnx.ModelProto, node: onnx.NodeProto) -> Sequence[int]:
