@@ -7,10 +7,18 @@ from sepconvert.report.numbers import (
     as_fast_text,
     drop_text,
     estimate_text,
+    percent_text,
     ratio_text,
     speedup_text,
+    written_count,
     written_size,
 )
+
+_ORIGINAL = "original-int8.onnx"
+
+
+_LARGE = 0.3  # deviation of outputs; a network of good accuracy in int8 is below 0.1
+
 
 NAMES = {
     "float": "original, float",
@@ -29,7 +37,8 @@ def verdict(document: Document) -> Note | None:
     alone, both = forms["int8"]["delta"], forms["converted_int8"]["delta"]
     count = sum(layer["decision"] == "converted" for layer in document["layers"])
     if (over_int8 := both["latency_speedup_over_int8"]) is None:
-        return info(f"{count} convolutions converted and quantized to int8; nothing was timed.")
+        number = f"{count} convolution{'s' * (count != 1)}"
+        return info(f"{number} converted and quantized to int8; nothing was timed.")
     quantized = f"{_fast(alone)} as fast as in floating point{_lost(document, 'int8', 'losing')}"
     if alone["latency_speedup"]["significant"] and alone["latency_speedup"]["median"] < 1:
         return warning(
@@ -37,15 +46,16 @@ def verdict(document: Document) -> Note | None:
             "out, or pass `int8` auto, which plans for the faster of both."
         )
     gain = estimate_text(over_int8["median"], over_int8["ci95"], "×")
+    better = count and over_int8["significant"] and over_int8["median"] > 1
     in_float = forms["converted"]["delta"]
-    if in_float["latency_speedup"]["ci95"][0] > both["latency_speedup"]["ci95"][1]:
+    if better and in_float["latency_speedup"]["ci95"][0] > both["latency_speedup"]["ci95"][1]:
         return warning(
             f"the converted model is faster in floating point than in int8: converted.onnx is "
             f"{_fast(in_float)} as fast as the original in floating point"
             f"{_lost(document, 'converted', 'losing')}, converted-int8.onnx {_fast(both)}. Convert without "
             "`int8`."
         )
-    if not count or not over_int8["significant"] or over_int8["median"] <= 1:
+    if not better:
         found = "nothing could be converted" if not count else f"converting it as well gains nothing ({gain})"
         return warning(f"int8 alone is the better choice: {found}. Deploy original-int8.onnx, {quantized}.")
     return info(
@@ -70,7 +80,16 @@ def quantization(document: Document) -> list[Note]:
         f"{note['images']:,} images; for {sets}. Files: opset {note['opset']}, IR version "
         f"{note['ir_version']}."
     )
-    return [info(text)]
+    alone = note["files"][_ORIGINAL]["deviation"]
+    if alone <= _LARGE:
+        return [info(text)]
+    return [
+        info(text),
+        warning(
+            f"int8 itself moves the original's outputs by {percent_text(alone, 0)} % of their standard "
+            "deviation. Check it on labelled `data`; other calibration images or other `ranges` may help."
+        ),
+    ]
 
 
 def rows(document: Document) -> list[list[str]]:
@@ -83,13 +102,13 @@ def rows(document: Document) -> list[list[str]]:
         found.append(
             [
                 name,
-                written_size(form["onnx_bytes"]),
+                f"{written_count(form['macs'])},\n{written_size(form['onnx_bytes'])}",
                 "-" if latency is None else f"{latency['median']:.3f}",
                 *(
                     "-" if speedup is None else speedup_text(speedup)
                     for speedup in (delta["latency_speedup"], delta["latency_speedup_over_int8"])
                 ),
-                "-" if metric is None else Quality.of(document).value(metric["value"]),
+                "-" if metric is None else _value(document, form),
                 "-" if drop is None else drop_text({**drop, "value": drop["drop"]}, unit=False),
             ]
         )
@@ -99,7 +118,13 @@ def rows(document: Document) -> list[list[str]]:
 def headers(document: Document) -> list[str]:
     """Return the headings of `rows`."""
     quality = Quality.of(document)
-    return ["form", "file", "ms", "× float", "× int8", quality.heading, quality.of_drops]
+    return ["form", "MACs,\nfile", "ms", "× float", "× int8", quality.heading, quality.of_drops]
+
+
+def _value(document: Document, form: Document) -> str:
+    """Return the metric of a form, and, of a classifier, how many predictions are those of the original."""
+    value, agreement = Quality.of(document).value(form["metric"]["value"]), form["delta"]["agreement"]
+    return value if agreement is None else f"{value},\n{percent_text(agreement, 1)} % agree"
 
 
 def _fast(delta: Document) -> str:

@@ -39,6 +39,15 @@ def ratio_text(ratio: float | None) -> str:
     return "" if ratio is None else f"{ratio:.2f}×"
 
 
+def written_count(number: float) -> str:
+    """Return a count in three digits with a prefix, such as `161M`."""
+    for prefix in ("", "k", "M", "G"):
+        if abs(number) < 999.5:
+            return f"{number:.3g}{prefix}"
+        number /= 1000
+    return f"{number:.3g}T"
+
+
 def written_size(count: int | None) -> str:
     """Return a number of bytes as people read it, such as `1.2 MB`, or a dash for None."""
     if count is None:

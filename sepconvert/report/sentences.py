@@ -52,8 +52,7 @@ def sentences(document: Document) -> list[Note]:
     notes += _latency(document)
     notes += machine(document["environment"]) if document["delta"]["latency_speedup"] else []
     notes += _slowdowns(document, converted)
-    notes += _missed_speedup(document)
-    notes += _modelled(approximation)
+    notes += [*_missed_speedup(document), *_modelled(approximation)]
     if delta["agreement"] is not None:
         images = document["original"]["accuracy"]["n"]
         notes.append(info(f"Predictions agree on {percent_text(delta['agreement'])} % of {images:,} images."))

@@ -20,6 +20,7 @@ from sepconvert.report.numbers import (
     percent_text,
     ratio_text,
     speedup_text,
+    written_count,
 )
 from sepconvert.report.sentences import causes, sentences
 
@@ -32,7 +33,7 @@ def summary(document: Document) -> str:
     lines = [first, "", _cost_table(document), "", *others]
     if "forms" in document:
         lines += ["", "In each form, measured together; drops are from the original in floating point:"]
-        lines += [_table(forms.rows(document), forms.headers(document), [10, None, None, 14, 14, None, 14])]
+        lines += [_table(forms.rows(document), forms.headers(document), [10, None, None, 13, 13, None, 10])]
     if (approximation := document["approximation"]) is not None:
         lines += _step_lines(approximation) + _curve_lines(approximation)
     if reasons := causes(document):
@@ -271,15 +272,7 @@ def _scheme(layer: Document) -> str:
 
 
 def _change(before: int, after: int) -> str:
-    return _with_prefix(before) if before == after else f"{_with_prefix(before)} → {_with_prefix(after)}"
-
-
-def _with_prefix(number: float) -> str:
-    for prefix in ("", "k", "M", "G"):
-        if abs(number) < 1000:
-            return f"{number:.3g}{prefix}"
-        number /= 1000
-    return f"{number:.3g}T"
+    return written_count(before) if before == after else f"{written_count(before)} → {written_count(after)}"
 
 
 def _error(layer: Document) -> str:

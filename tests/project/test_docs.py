@@ -336,10 +336,10 @@ def test_options_that_are_named_exist():
     ours = {name for option in options for name in (*option.opts, *option.secondary_opts)}
     scripts = [*BENCHMARKS.parent.glob("*.py"), ROOT / "tests/fuzz.py"]
     theirs = {
-        name for path in scripts for name in re.findall(r'"(--[a-z-]+)"', path.read_text(encoding="utf-8"))
+        name for path in scripts for name in re.findall(r'"(--[a-z0-9-]+)"', path.read_text(encoding="utf-8"))
     }
     for page in [*PAGES, BENCHMARKS]:
-        named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", page.read_text(encoding="utf-8")))
+        named = set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]+", page.read_text(encoding="utf-8")))
         known = ours | (theirs if page == BENCHMARKS else set())
         assert named <= known | FOREIGN | {"--help"}, page
 

@@ -26,11 +26,11 @@ def scored(original, value, *, name="top1", unit="pp", higher_is_better=True, co
     return {**what, "value": value}, {**what, **change}
 
 
-def form(size, milliseconds=None, over_float=None, over_int8=None, metric=None, change=None):
+def form(size, macs, milliseconds=None, over_float=None, over_int8=None, metric=None, change=None):
     """An entry of `forms`."""
     top1 = metric is not None and metric["name"] == "top1"
     return {
-        "params": 4000, "macs": 2_012_345, "flops": 4_024_690, "onnx_bytes": size, "weight_bytes": size // 2,
+        "params": 4000, "macs": macs, "flops": 2 * macs, "onnx_bytes": size, "weight_bytes": size // 2,
         "latency_ms": None if milliseconds is None else latency(milliseconds),
         "accuracy": {"top1": metric["value"] / 100, "top5": None, "n": metric["n"]} if top1 else None,
         "metric": metric, "uncounted_ops": {},
@@ -45,7 +45,7 @@ def form(size, milliseconds=None, over_float=None, over_int8=None, metric=None, 
 
 def deployed(
     document, int8=2.0, converted=1.5, both=3.0, *, over=None, float_noise=False, int8_noise=False,
-    values=(96.75, 96.5, 96.6, 96.25), timed=True, **metric,
+    values=(96.75, 96.5, 96.6, 96.25), timed=True, deviation=0.03125, **metric,
 ):  # fmt: skip
     """Add the forms to a report.
 
@@ -59,6 +59,7 @@ def deployed(
         int8_noise: whether noise may explain that of the converted model over it.
         values: of the metric, by form; None without data.
         timed: whether there are times.
+        deviation: of the original's outputs in int8 from those in floating point.
         metric: see `scored`.
     """
     over = both / int8 if over is None else over
@@ -69,15 +70,20 @@ def deployed(
     document["forms"] = {
         "quantization": {
             "method": "percentile", "images": 1256, "activations": "uint8", "weights": "int8", "opset": 20,
-            "ir_version": 10, "rounding": {"original-int8.onnx": 0.0, "converted-int8.onnx": 0.125},
+            "ir_version": 10,
+            "files": {
+                "original-int8.onnx": {"deviation": deviation, "rounding": 0.0},
+                "converted-int8.onnx": {"deviation": 0.0625, "rounding": 0.125},
+            },
         },
         **{
             name: form(
-                size, time if timed else None, one if timed else None, other if timed else None, value,
+                size, macs, time if timed else None, one if timed else None, other if timed else None, value,
                 change if name != "float" else None,
             )
-            for name, size, time, one, other, (value, change) in zip(
-                NAMES, (20_000, 1_500_000, 5_000, 2_000), times, by_float, by_int8, scores, strict=True
+            for name, size, macs, time, one, other, (value, change) in zip(
+                NAMES, (20_000, 1_500_000, 5_000, 2_000), (2_012_345,) * 2 + (1_006_172,) * 2, times,
+                by_float, by_int8, scores, strict=True,
             )
         },
     }  # fmt: skip

@@ -160,6 +160,7 @@ class Clock:
         Everything is timed in the `form` that models are deployed in.
         """
         self._runtime, self._seed, self._cache, self._form = runtime, seed, cache, form
+        self._layers = _LayerModels(form)
         self._seconds_left = seconds
         self._known: dict[str, Any] = {}
         self._model, self._learnt = TimeModel(), set[str]()
@@ -212,7 +213,7 @@ class Clock:
         """Return the times of the layer at `site` and of these forms, modelled if time is up."""
         conv = site.dense
         shape = input_shape(conv.inputs)
-        key = self._layer_key(spec=asdict(conv.spec), input=list(shape))
+        key = self._key(layout=LAYOUT, spec=asdict(conv.spec), input=list(shape), **self._layers.key)
         known = self._recall(key, _LayerEntry)
         missing = [form for form in forms if known is None or _label(form) not in known.forms]
         if missing and self._seconds_left > 0:
@@ -245,12 +246,13 @@ class Clock:
     def pair(self, pair: tuple[ConvSpec, ConvSpec], dense: ConvSpec, inputs: Tensor) -> Speedup | float:
         """Return the speed-up of one convolution over the two that it equals, modelled if time is up."""
         shape = input_shape(inputs)
-        key = self._layer_key(pair=[asdict(spec) for spec in pair], input=list(shape))
+        specs = [asdict(spec) for spec in pair]
+        key = self._key(layout=LAYOUT, pair=specs, input=list(shape), **self._layers.key)
         known = self._recall(key, _PlanEntry)
         if known is None:
             if self._seconds_left <= 0:
                 return self._model.time([pair], shape) / self._model.time([[dense]], shape)
-            models = [self._layer([chain], shape) for chain in (pair, pair, (dense,))]
+            models = [self._layers.of([chain], shape) for chain in (pair, pair, (dense,))]
             with self._counted():
                 first, again, times = self._samples(
                     [(model, random_feed(shape, self._seed)) for model in models]
@@ -280,7 +282,7 @@ class Clock:
     def _measure(
         self, spec: ConvSpec, shape: Sequence[int], forms: Sequence[Form], known: _LayerEntry | None
     ) -> _LayerEntry:
-        models = [self._form_model(spec, form, shape) for form in ((ZERO_BORDER, 0), *forms)]
+        models = [self._layers.of_form(spec, form, shape) for form in ((ZERO_BORDER, 0), *forms)]
         dense, *others = [(each, random_feed(shape, self._seed)) for each in models]
         first, again, *samples = self._samples([dense, dense, *others])
         found = {} if known is None else {**known.forms}
@@ -321,21 +323,6 @@ class Clock:
         what |= {name: found[name] for name in TIMES_DEPEND_ON}
         return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:32]
 
-    def _layer_key(self, **what: Any) -> str:
-        number = {} if self._form is None else {"number": asdict(self._form.number)}
-        return self._key(layout=LAYOUT, **what, **number)
-
-    def _form_model(self, spec: ConvSpec, form: Form, shape: Sequence[int]) -> bytes:
-        """Return the model of a form of a layer."""
-        if self._form is not None and form == FLOAT:
-            return self._form.layer(layer_onnx([[spec]], shape), in_float=True)
-        return self._layer(branches(spec, *form, Border()), shape)
-
-    def _layer(self, chains: Sequence[Sequence[ConvSpec]], shape: Sequence[int]) -> bytes:
-        """Return the model of a layer in the form that it is deployed in."""
-        model = layer_onnx(chains, shape)
-        return model if self._form is None else self._form.layer(model)
-
     def _recall(self, key: str, kind: type[T]) -> T | None:
         """Return an entry that was kept before; None if there is none, or if its file is damaged."""
         if key not in self._known and self._cache is not None:
@@ -358,6 +345,29 @@ class Clock:
             unfinished = self._cache / f"{key}.{os.getpid()}"
             unfinished.write_text(json.dumps(sealed(asdict(entry))), encoding="utf-8")
             unfinished.replace(self._cache / f"{key}.json")
+
+
+class _LayerModels:
+    """ONNX models of layers in the form that they are deployed in."""
+
+    def __init__(self, form: Int8Form | None) -> None:
+        self._form = form
+
+    @property
+    def key(self) -> dict[str, Any]:
+        """What times depend on besides geometry and runtime: the kind of integers."""
+        return {} if self._form is None else {"number": asdict(self._form.number)}
+
+    def of(self, chains: Sequence[Sequence[ConvSpec]], shape: Sequence[int]) -> bytes:
+        """Return the model of some convolutions, see `layer_onnx`."""
+        model = layer_onnx(chains, shape)
+        return model if self._form is None else self._form.layer(model)
+
+    def of_form(self, spec: ConvSpec, form: Form, shape: Sequence[int]) -> bytes:
+        """Return the model of a form of a layer."""
+        if self._form is not None and form == FLOAT:
+            return self._form.layer(layer_onnx([[spec]], shape), in_float=True)
+        return self.of(branches(spec, *form, Border()), shape)
 
 
 def input_shape(inputs: Tensor) -> tuple[int, ...]:

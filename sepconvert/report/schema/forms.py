@@ -25,6 +25,21 @@ class Form(Profile, frozen=True, kw_only=True):
     delta: FormDelta
 
 
+class Int8File(Struct, frozen=True):
+    """An int8 file as ONNX Runtime runs it, on calibration images; errors are root mean squares."""
+
+    deviation: Annotated[
+        float, Meta(description="of outputs from those in floating point, over their standard deviation")
+    ]
+    rounding: Annotated[
+        float,
+        Meta(
+            description="how far integer kernels are off the file's definition, over how far that is off "
+            "floating point"
+        ),
+    ]
+
+
 class Quantization(Struct, frozen=True):
     """The way in which both int8 files were made."""
 
@@ -34,13 +49,7 @@ class Quantization(Struct, frozen=True):
     weights: str
     opset: Positive
     ir_version: Positive
-    rounding: Annotated[
-        dict[str, float],
-        Meta(
-            description="by file: how far ONNX Runtime's integer kernels are off the file's definition, as a "
-            "share of how far that is off floating point"
-        ),
-    ]
+    files: Annotated[dict[str, Int8File], Meta(description="by name")]
 
 
 class Forms(Struct, frozen=True):

@@ -31,7 +31,7 @@ def test_a_decision_for_floating_point_conforms(document):
         (lambda forms: forms["quantization"].update(method="guess"), "$.forms.quantization.method"),
         (lambda forms: forms["quantization"].update(activations="int4"), "$.forms.quantization.activations"),
         (lambda forms: forms["quantization"].update(images=0), "$.forms.quantization.images"),
-        (lambda forms: forms["quantization"].update(rounding=[0.0]), "$.forms.quantization.rounding"),
+        (lambda forms: forms["quantization"].update(files=[0.0]), "$.forms.quantization.files"),
         (lambda forms: forms["int8"].pop("delta"), "missing required field `delta`"),
         (lambda forms: forms["int8"]["delta"].update(agreement=2), "$.forms.int8.delta.agreement"),
         (
@@ -54,6 +54,6 @@ def test_forms_can_be_read_by_their_types(document):
     assert found.converted_int8.delta.latency_speedup_over_int8.median == 1.5
     assert found.converted_int8.delta.metric.drop == 0.5
     assert found.float.delta.latency_speedup is None
-    assert found.quantization.rounding == {"original-int8.onnx": 0.0, "converted-int8.onnx": 0.125}
+    assert found.quantization.files["converted-int8.onnx"].rounding == 0.125
     del document["forms"]
     assert msgspec.convert(document, ReportDocument).forms is msgspec.UNSET

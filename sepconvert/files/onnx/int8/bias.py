@@ -43,16 +43,15 @@ def with_corrected_biases(
     weights = {tensor.name: tensor for tensor in changed.graph.initializer}
     integers = {tensor.name: tensor for tensor in quantized.graph.initializer}
     for number, node in enumerate(convolutions_in(changed)):
-        name = node.input[1]
-        if name + _QUANTIZED not in integers:  # it stays in floating point
-            continue
+        name, held = node.input[1], node.input[2] if len(node.input) > 2 else ""
+        if name + _QUANTIZED not in integers or (held and held not in weights):
+            continue  # it stays in floating point, or its bias is computed
         kernel = numpy_helper.to_array(weights[name])
         difference = _rounded(name, integers) - kernel
         groups = int(attribute(node, "group", 1))
         means = channels[node.input[0]].mean.reshape(groups, 1, -1)
         by_group = difference.reshape(groups, len(kernel) // groups, kernel.shape[1], -1).sum(-1)
         moved = (by_group * means).sum(-1).ravel()
-        held = node.input[2] if len(node.input) > 2 else ""
         before = numpy_helper.to_array(weights[held]).astype(np.float64) if held else 0.0
         bias = numpy_helper.from_array((before - moved).astype(kernel.dtype), f"sepconvert.bias.{number}")
         changed.graph.initializer.append(bias)

@@ -74,9 +74,10 @@ def equalized(model: onnx.ModelProto, channels: Mapping[str, Channels]) -> onnx.
     changed.CopyFrom(model)
     weights = {tensor.name: tensor for tensor in changed.graph.initializer}
     uses = Counter(name for node in changed.graph.node for name in reads(node))
+    uses.update(value.name for value in changed.graph.output)
     for first, second in pairs_in(changed):
         if any(uses[name] > 1 for node in (first, second) for name in node.input[1:] if name):
-            continue  # another convolution has the same kernel
+            continue  # another convolution has the same kernel, or the graph returns it
         scale = best_scale(
             numpy_helper.to_array(weights[second.input[1]]).astype(np.float64),
             int(attribute(second, "group", 1)),
@@ -106,8 +107,10 @@ def best_scale(weight: Array, groups: int, between: Channels) -> Array:
     for share in np.linspace(0, 1, _STEPS + 1):
         scale = np.ones(len(largest))
         scale[alive] = largest[alive] ** (1 - share) / between.range[alive] ** share
-        # A channel that is never seen, or never read, must not set the scale of the others.
-        scale[~alive] = scale[alive].min()
+        # A channel that is never seen, or never read, must not set the steps of the others.
+        unseen, unread = (between.range == 0) & (largest > 0), (largest == 0) & (between.range > 0)
+        scale[unseen] = largest[unseen] / (largest / scale)[alive].min()
+        scale[unread] = (between.range * scale)[alive].min() / between.range[unread]
         found.append(scale)
     return min(found, key=lambda scale: noise(weight, groups, between, scale))
 

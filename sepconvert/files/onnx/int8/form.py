@@ -2,8 +2,8 @@
 
 import shutil
 import uuid
-from collections.abc import Collection, Iterator, MutableMapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Iterator, Mapping, MutableMapping, Sequence
+from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from tempfile import mkdtemp
 from typing import Any
@@ -11,8 +11,8 @@ from weakref import finalize
 
 import onnx
 import torch
+from onnxruntime.quantization.calibrate import TensorsData
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 from torch.utils.weak import WeakIdKeyDictionary
 
 from sepconvert.base.errors import SepconvertError
@@ -30,7 +30,7 @@ from sepconvert.files.onnx.int8.quantizer import (
     unknown_ranges,
     widest,
 )
-from sepconvert.files.onnx.int8.statistics import channel_statistics
+from sepconvert.files.onnx.int8.statistics import Channels, channel_statistics
 from sepconvert.files.onnx.writing import onnx_feed, write_onnx
 from sepconvert.network.copies import duplicate, private_copy, shared_parameters
 from sepconvert.network.layers import Conv
@@ -52,6 +52,15 @@ class QuantizationNote:
     ir_version: int
 
 
+@dataclass(frozen=True)
+class _Calibrated:
+    """A model that is ready to be quantized, and what its values are like on the calibration images."""
+
+    model: onnx.ModelProto
+    ranges: TensorsData
+    channels: Mapping[str, Channels]  # of the inputs of its convolutions
+
+
 class Int8Form:
     """Makes the int8 files of one original and of what it is converted to, all in the same way.
 
@@ -69,6 +78,8 @@ class Int8Form:
         """
         self._settings, self._inputs, self._original = settings, inputs, original
         self._samples = list(_first(samples, MOST_IMAGES))
+        if not self._samples:
+            raise SepconvertError("`int8`: there are no calibration images to measure ranges on; pass some")
         self.number = Number.of_this_machine()
         # On disk: there may be many plans of a large model.
         self._folder = Path(mkdtemp(prefix="sepconvert-"))
@@ -76,7 +87,8 @@ class Int8Form:
         self._exported: MutableMapping[nn.Module, Path] = WeakIdKeyDictionary()
         self._made: MutableMapping[nn.Module, Path] = WeakIdKeyDictionary()
         self._kept: MutableMapping[nn.Module, frozenset[str]] = WeakIdKeyDictionary()  # layers
-        self._structure = _structure_of(original, inputs)
+        self._last: tuple[Path, _Calibrated] | None = None
+        self._example = _example_of(original, inputs)
 
     def keep(self, model: nn.Module, layers: frozenset[str]) -> None:
         """Let some convolutions of a model, which is not quantized yet, stay in floating point."""
@@ -102,7 +114,7 @@ class Int8Form:
             SepconvertError: it cannot be quantized, or an activation is constant or not finite.
         """
         if model not in self._made:
-            made = self._quantized(self.float_model(model), model)
+            made = self._quantized(model)
             self._made[model] = self._folder / f"{uuid.uuid4()}.onnx"
             self._made[model].write_bytes(made.SerializeToString())
         return onnx.load(str(self._made[model]))
@@ -130,7 +142,7 @@ class Int8Form:
     def module(self, model: nn.Module) -> nn.Module:
         """Return the file of a model as a module, which ONNX Runtime runs; it returns what the model does."""
         network = open_network(self.model(model))
-        return (network if self._structure is None else _Structured(network, self._structure)).eval()
+        return (network if self._example is None else _Structured(network, self._example)).eval()
 
     def share(self, model: nn.Module, copy: nn.Module) -> None:
         """Take the files of a model for those of its copy."""
@@ -163,9 +175,20 @@ class Int8Form:
             self._exported[model] = path
         return onnx.load(str(self._exported[model]))
 
-    def _quantized(self, model: onnx.ModelProto, module: nn.Module) -> onnx.ModelProto:
-        ready = prepared(model)
-        kept = self._nodes_to_keep(ready, module)
+    def _quantized(self, module: nn.Module) -> onnx.ModelProto:
+        found = self._calibrated(module)
+        kept = self._nodes_to_keep(found.model, module)
+        rough = quantized(found.model, found.ranges, self.number, kept)
+        corrected = with_corrected_biases(found.model, rough, found.channels)
+        return quantized(corrected, found.ranges, self.number, kept)
+
+    def _calibrated(self, module: nn.Module) -> "_Calibrated":
+        """Return what is measured of a model before it is quantized; variants of one file share it."""
+        content = self.float_model(module)
+        path = self._exported[module]
+        if self._last is not None and self._last[0] == path:
+            return self._last[1]
+        ready = prepared(content)
         between = {pair.between: len(_kernel(ready, pair.first)) for pair in pairs_in(ready)}
         ready = equalized(ready, channel_statistics(ready, between, self._feeds(ready)))
         ranges = measured_ranges(ready, self._feeds(ready), self._settings.ranges)
@@ -176,9 +199,9 @@ class Int8Form:
                     "all calibration images, which gives them no range; pass images like those of deployment"
                 )
         inputs = {node.input[0]: len(_kernel(ready, node)) for node in convolutions_in(ready)}
-        channels = channel_statistics(ready, inputs, self._feeds(ready))
-        rough = quantized(ready, ranges, self.number, kept)
-        return quantized(with_corrected_biases(ready, rough, channels), ranges, self.number, kept)
+        found = _Calibrated(ready, ranges, channel_statistics(ready, inputs, self._feeds(ready)))
+        self._last = path, found
+        return found
 
     def _nodes_to_keep(self, model: onnx.ModelProto, module: nn.Module) -> list[str]:
         found = nodes_of(model, module, self._kept.get(module, frozenset()))
@@ -186,38 +209,66 @@ class Int8Form:
 
     def _feeds(self, model: onnx.ModelProto) -> Iterator[Feed]:
         """Yield the calibration images in batches that a file takes."""
-        constants = {tensor.name for tensor in model.graph.initializer}
-        first = next(value for value in model.graph.input if value.name not in constants)
-        size = first.type.tensor_type.shape.dim[0].dim_value if first.type.tensor_type.shape.dim else 0
-        for batch in self._samples:
-            for part in batch.split(size or len(batch)):
-                if len(part) == (size or len(part)):
-                    yield onnx_feed(self._original, part.inputs)
+        axis = self._samples[0].axis
+        shapes = {value.name: value.type.tensor_type.shape.dim for value in model.graph.input}
+        size = next(
+            (
+                shapes[name][axis].dim_value
+                for name, array in onnx_feed(self._original, self._samples[0].inputs).items()
+                if array.ndim > axis and array.shape[axis] == len(self._samples[0])
+            ),
+            0,
+        )
+        if not size:
+            batches: Iterable[InputBatch] = self._samples
+        else:
+            whole = InputBatch.joined(self._samples)
+            if len(whole) < size:  # repeated, to fill the batch that the file fixes
+                whole = whole[torch.arange(size) % len(whole)]
+            batches = (part for part in whole.split(size) if len(part) == size)
+        for batch in batches:
+            yield onnx_feed(self._original, batch.inputs)
 
 
 class _Structured(nn.Module):
     """A network that returns its outputs in the structure of another one's."""
 
-    def __init__(self, network: OnnxNetwork, structure: pytree.TreeSpec) -> None:
+    def __init__(self, network: OnnxNetwork, example: Any) -> None:
         super().__init__()
-        self.network, self.structure = network, structure
+        self.network, self.example = network, example
 
     def forward(self, *inputs: Tensor) -> Any:
         """Return the outputs for some inputs."""
         found = self.network(*inputs)
-        return pytree.tree_unflatten(list(found) if isinstance(found, tuple) else [found], self.structure)
+        return _filled(self.example, iter(found if isinstance(found, tuple) else (found,)))
 
 
-def _structure_of(model: nn.Module, inputs: Inputs) -> pytree.TreeSpec | None:
-    """Return the structure of a model's outputs; None of a tensor, or of a plain tuple of tensors."""
+def _filled(example: Any, tensors: Iterator[Tensor]) -> Any:
+    """Return a structure with other tensors in the places of its own, depth first."""
+    if isinstance(example, Tensor):
+        return next(tensors)
+    if isinstance(example, Mapping):
+        filled = {name: _filled(each, tensors) for name, each in example.items()}
+        return filled if type(example) is dict else type(example)(**filled)
+    if isinstance(example, tuple | list):
+        parts = [_filled(each, tensors) for each in example]
+        return type(example)(*parts) if hasattr(example, "_fields") else type(example)(parts)
+    if is_dataclass(example) and not isinstance(example, type):
+        return replace(
+            example, **{each.name: _filled(getattr(example, each.name), tensors) for each in fields(example)}
+        )
+    return example
+
+
+def _example_of(model: nn.Module, inputs: Inputs) -> Any:
+    """Return what a model returns; None for a tensor, or a tuple of several, as ONNX files return them."""
     if isinstance(model, OnnxNetwork):
         return None
     with torch.no_grad():
         returned = private_copy(model)(*fresh(inputs))
-    plain = isinstance(returned, Tensor) or (
-        type(returned) is tuple and all(isinstance(each, Tensor) for each in returned)
-    )
-    return None if plain else pytree.tree_structure(returned)
+    several = type(returned) is tuple and len(returned) > 1
+    plain = isinstance(returned, Tensor) or (several and all(isinstance(each, Tensor) for each in returned))
+    return None if plain else returned
 
 
 def nodes_of(model: onnx.ModelProto, module: nn.Module, layers: Collection[str]) -> dict[str, list[str]]:

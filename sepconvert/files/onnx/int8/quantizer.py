@@ -1,8 +1,11 @@
 """ONNX Runtime's static quantizer: ranges of values, and the model in the form QDQ."""
 
 import contextlib
+import copy
+import io
 import logging
 import math
+import re
 import tempfile
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -20,7 +23,7 @@ from onnxruntime.quantization.shape_inference import quant_pre_process
 from sepconvert.base.environment import instruction_sets
 from sepconvert.base.errors import SepconvertError, first_line
 from sepconvert.base.options.values import RangeMethod
-from sepconvert.files.onnx.graph.running import Feed
+from sepconvert.files.onnx.graph.running import Feed, opened
 
 _METHODS = {
     "minmax": CalibrationMethod.MinMax,
@@ -29,7 +32,16 @@ _METHODS = {
 }
 
 
+_QUANTIZED = re.compile("Quantize|Integer|^QLinear|^QGemm|^QAttention")  # names of operators
+
+
 _OPSET = 13  # the first in which weights have a scale for each channel
+
+
+_CONTRIBUTED = "com.microsoft"  # domain of ONNX Runtime's own operators
+
+
+_IR_VERSION = 4  # the first in which constants need not be inputs, too
 
 
 @dataclass(frozen=True)
@@ -72,7 +84,7 @@ def prepared(model: onnx.ModelProto) -> onnx.ModelProto:
     Raises:
         SepconvertError: it cannot be prepared, or it is quantized already.
     """
-    if any(node.op_type in ("QuantizeLinear", "QLinearConv", "ConvInteger") for node in model.graph.node):
+    if any(_QUANTIZED.search(node.op_type) for node in model.graph.node):
         raise SepconvertError("`int8`: the model is quantized already; pass it in floating point")
     with _quiet("prepare"), tempfile.TemporaryDirectory() as folder:
         given, path = Path(folder) / "given.onnx", Path(folder) / "prepared.onnx"
@@ -83,23 +95,22 @@ def prepared(model: onnx.ModelProto) -> onnx.ModelProto:
         versions = [each for each in found.opset_import if each.domain in ("", "ai.onnx")]
         if versions and versions[0].version < _OPSET:
             found = onnx.shape_inference.infer_shapes(onnx.version_converter.convert_version(found, _OPSET))
+    found.ir_version = max(found.ir_version, _IR_VERSION)
     return found
 
 
-def measured_ranges(
-    model: onnx.ModelProto, feeds: Iterable[Feed], method: RangeMethod, *, per_channel: bool = False
-) -> TensorsData:
+def measured_ranges(model: onnx.ModelProto, feeds: Iterable[Feed], method: RangeMethod) -> TensorsData:
     """Return the range of each value over some inputs.
 
     Args:
         model: from `prepared`.
         feeds: batches of inputs.
         method: "minmax", "entropy" or "percentile", as in ONNX Runtime.
-        per_channel: whether to return one range for each channel, the second dimension; with "minmax" alone.
 
     Raises:
-        SepconvertError: the model cannot run on the inputs, or a value is NaN or Inf.
+        SepconvertError: the model cannot run on the inputs, there are none, or a value is NaN or Inf.
     """
+    session = opened(model, spinning=False)
     with _quiet("calibrate"), tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.onnx"
         onnx.save(model, str(path))
@@ -107,11 +118,19 @@ def measured_ranges(
             path,
             augmented_model_path=str(Path(folder) / "augmented.onnx"),
             calibrate_method=_METHODS[method],
-            extra_options={"per_channel": True} if per_channel else {},
         )
         for feed in feeds:  # one by one, as the calibrator keeps all values of what it reads in one go
             calibrator.collect_data(_Reader(feed))
+            # The calibrators skip NaN, which goes on to the outputs.
+            if not all(
+                np.isfinite(output).all() for output in session.run(None, feed) if output.dtype.kind == "f"
+            ):
+                raise SepconvertError(
+                    "`int8`: outputs are NaN or Inf for some calibration images; check images and model"
+                )
         found = calibrator.compute_data()
+    if found is None:
+        raise SepconvertError("`int8`: there are no calibration images to measure ranges on; pass some")
     for name in found:
         if not all(np.isfinite(end).all() for end in found[name].range_value):
             raise SepconvertError(
@@ -137,7 +156,7 @@ def quantized(
         model: from `prepared`; left as it is.
         ranges: of its values.
         number: the kind of integers.
-        kept: names of nodes that stay in floating point.
+        kept: names of convolutions that stay in floating point.
 
     Raises:
         SepconvertError: the quantizer fails.
@@ -147,12 +166,18 @@ def quantized(
     activations = QuantType.QUInt8 if number.activations == "uint8" else QuantType.QInt8
     with _quiet("quantize"):
         quantizer = QDQQuantizer(
-            own, True, number.reduced, QuantType.QInt8, activations, ranges, [], list(kept),
+            own, True, number.reduced, QuantType.QInt8, activations, copy.deepcopy(ranges), [], list(kept),
             sorted({*QLinearOpsRegistry, *QDQRegistry}), {},
         )  # fmt: skip
         quantizer.quantize_model()
         quantizer.model.topological_sort()
         found: onnx.ModelProto = quantizer.model.model
+    for node in found.graph.node:
+        if node.name in kept and node.op_type == "Conv":
+            # Of a Conv between integers, ONNX Runtime would round the kernel after all. This is the same.
+            node.op_type, node.domain = "FusedConv", _CONTRIBUTED
+            if all(each.domain != _CONTRIBUTED for each in found.opset_import):
+                found.opset_import.append(onnx.helper.make_opsetid(_CONTRIBUTED, 1))
     return found
 
 
@@ -173,7 +198,8 @@ def _quiet(step: str) -> Iterator[None]:
     before = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
     try:
-        yield
+        with contextlib.redirect_stdout(io.StringIO()):
+            yield
     except SepconvertError:
         raise
     except Exception as error:  # the quantizer raises errors of many kinds

@@ -46,8 +46,12 @@ def channel_statistics(
     del asking.graph.output[:]
     for number, (name, rank) in enumerate(ranks.items()):
         own = f"sepconvert.statistics.{number}"
-        asking.graph.node.append(onnx.helper.make_node("Mul", [name, name], [f"{own}.squared"]))
-        for place, (operator, value) in enumerate(_reductions(name, own)):
+        # In float32: squares of large numbers exceed float16.
+        precise = f"{own}.precise"
+        kind = onnx.TensorProto.FLOAT
+        asking.graph.node.append(onnx.helper.make_node("Cast", [name], [precise], to=kind))
+        asking.graph.node.append(onnx.helper.make_node("Mul", [precise, precise], [f"{own}.squared"]))
+        for place, (operator, value) in enumerate(_reductions(precise, own)):
             output = f"{own}.{place}"
             axes = [0, *range(2, rank)]
             if opset >= _AXES_ARE_INPUTS[operator]:
@@ -57,16 +61,16 @@ def channel_statistics(
             else:
                 node = onnx.helper.make_node(operator, [value], [output], keepdims=0, axes=axes)
             asking.graph.node.append(node)
-            asking.graph.output.append(
-                onnx.helper.make_tensor_value_info(output, onnx.TensorProto.FLOAT, None)
-            )
+            asking.graph.output.append(onnx.helper.make_tensor_value_info(output, kind, None))
     if not ranks:
         return {}
     session = opened(asking, spinning=False)
     runs, weights = [], []
     for feed in feeds:
         runs.append([np.asarray(each, np.float64) for each in session.run(None, feed)])
-        weights.append(len(next(iter(feed.values()))))
+        weights.append(next((len(array) for array in feed.values() if array.ndim), 1))
+    if not runs:
+        return {}
     columns = [np.stack(each) for each in zip(*runs, strict=True)]
     return {name: _joined(columns[4 * number : 4 * number + 4], weights) for number, name in enumerate(ranks)}
 

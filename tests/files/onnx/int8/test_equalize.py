@@ -154,6 +154,26 @@ def test_of_dead_values_nothing_is_changed(dead):
     np.testing.assert_array_equal(best_scale(weight, 1, channels_of(ranges)), np.ones(6))
 
 
+@pytest.mark.parametrize(
+    ("weights", "length"),
+    [
+        pytest.param(1.0, 0.0, id="never seen"),
+        pytest.param(0.0, 1.0, id="never read"),
+        pytest.param(1000.0, 0.0, id="never seen, large weights"),
+        pytest.param(0.0, 1000.0, id="never read, large values"),
+    ],
+)
+def test_a_dead_channel_costs_the_others_nothing(weights, length):
+    """Beside others that differ: the noise is what it is without it, but for what it may take up itself."""
+    random = np.random.default_rng(0)
+    others, ranges = random.normal(size=(12, 7, 1, 3)), np.exp(2 * random.normal(size=7))
+    alone = channels_of(ranges)
+    expected = noise(others, 1, alone, best_scale(others, 1, alone))
+    weight = np.concatenate([others, weights * random.normal(size=(12, 1, 1, 3))], axis=1)
+    between = channels_of([*ranges, length])
+    assert noise(weight, 1, between, best_scale(weight, 1, between)) < 2 * expected
+
+
 # The noise --------------------------------------------------------------------------------------------
 
 
@@ -273,7 +293,6 @@ def test_constants_that_others_read_are_left_alone(nodes, weights, inputs):
     assert equalized(model, {"a": BETWEEN}) == model
 
 
-@pytest.mark.xfail(reason="a kernel that the graph returns, too, is returned as it was scaled")
 def test_a_kernel_that_the_graph_returns_is_left_alone():
     model = model_of(
         [conv("x v", "a"), conv("a w", "y")], {"v": V, "w": W}, outputs=["y", value_of("w", *W.shape)]
