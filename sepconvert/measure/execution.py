@@ -3,6 +3,7 @@
 import ast
 import contextlib
 import json
+import re
 import tempfile
 from collections import defaultdict
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
@@ -18,26 +19,17 @@ from sepconvert.base.errors import SepconvertError, first_line
 from sepconvert.measure.latency import Deployed, session
 
 _BLOCKED = "_nchwc"  # suffix of names of operators on blocked layouts
-
-
 _TIME = "_kernel_time"
-
-
 _SCOPES = "pkg.torch.onnx.name_scopes"
-
-
 _OWN_CALLS = ("conv", "linear")  # torch's names of operators with weights
-
-
-_CONVOLUTIONS = ("Conv", "FusedConv", "ConvTranspose")
-
-
-_WITH_WEIGHTS = (*_CONVOLUTIONS, "Gemm", "FusedGemm", "MatMul", "FusedMatMul")
-
-
+_IN_INT8 = "QLinearConv"
+_CONVOLUTIONS = ("Conv", "FusedConv", "ConvTranspose", _IN_INT8)
+_WITH_WEIGHTS = (
+    *_CONVOLUTIONS, "Gemm", "FusedGemm", "MatMul", "FusedMatMul", "QGemm", "QLinearMatMul",
+)  # fmt: skip
+_MERGED = re.compile(r"_token_\d+$")  # what the runtime adds to the name of an operator that it fuses
+_DEQUANTIZED = "_DequantizeLinear_Output"  # what its quantizer adds to the name of a weight
 _LAYOUT_CHANGES = ("ReorderInput", "ReorderOutput")
-
-
 _WARMUP_RUNS = 3
 
 
@@ -112,13 +104,16 @@ def operator_times(
     times = []
     for key in each_run[-1]:
         name, operator, shapes, moved = key
-        own = name.removesuffix(_BLOCKED)
+        own = _MERGED.sub("", name.removesuffix(_BLOCKED))
+        if operator == _IN_INT8:  # the weight is packed, and the channels come last
+            first = shapes[0]
+            shapes = ((first[0], first[-1], *first[1:-1]), graph.weight_of(own))
         times.append(
             OperatorTime(
                 own,
                 graph.layer(own, operator, shapes[1] if len(shapes) > 1 else ()),
                 operator,
-                _kernel(operator, name != own, shapes),
+                _kernel(operator, name.endswith(_BLOCKED), shapes),
                 float(np.median([run.get(key, 0.0) for run in each_run])),
                 moved,
             )
@@ -157,6 +152,9 @@ def _kernel(operator: str, blocked: bool, shapes: Sequence[Shape]) -> str | None
     if operator not in _CONVOLUTIONS or len(shapes) < 2 or len(shapes[1]) < 3:
         return None
     (_, channels, *_), (_, of_each_output, *kernel) = shapes[:2]
+    if operator == _IN_INT8:
+        kinds = {1: "depthwise", channels: "pointwise" if max(kernel) == 1 else "dense"}
+        return f"int8, {kinds.get(of_each_output, 'grouped')}"
     if max(kernel) == 1 and of_each_output == channels:
         return "pointwise, blocked layout" if blocked else "GEMM"
     kind = "depthwise" if of_each_output == 1 else "grouped" if of_each_output < channels else "direct"
@@ -169,6 +167,11 @@ class _Graph:
     def __init__(self, graph: onnx.GraphProto, known: Mapping[str, str]) -> None:
         self._known = known
         self._weights = {tensor.name: tuple(tensor.dims) for tensor in graph.initializer}
+        self._weights |= {
+            node.output[0]: self._weights[node.input[0]]
+            for node in graph.node
+            if node.op_type == "DequantizeLinear" and node.input[0] in self._weights
+        }
         self._by_name = {node.name: node for node in graph.node if node.name}
         self._producers = {output: node for node in graph.node for output in node.output}
 
@@ -185,6 +188,11 @@ class _Graph:
                 return self._known.get(matching[0].output[0]) or _layer_of(matching[0])
         scopes = _scopes(node)
         return scopes[-2] if len(scopes) > 1 else None
+
+    def weight_of(self, name: str) -> Shape:
+        """Return the shape of the weight of an operator; () if it is not known."""
+        node = self._by_name.get(name)
+        return () if node is None or len(node.input) < 2 else self._weights.get(node.input[1], ())
 
     def _holders_before(self, node: onnx.NodeProto) -> Iterator[onnx.NodeProto]:
         """Yield the nearest operators with weights, searching from `node` towards the inputs."""
@@ -203,7 +211,7 @@ class _Graph:
 
 def _layer_of(holder: onnx.NodeProto) -> str | None:
     """Return the module that owns the weight or calls the operator, or else the name of the weight."""
-    name: str = holder.input[1]
+    name: str = holder.input[1].removesuffix(_DEQUANTIZED)
     scopes = _scopes(holder)
     # Exporters attribute fused operators to the last module that calls them, and store equal weights once.
     if name.endswith(".weight") and not (scopes and scopes[-1].startswith(_OWN_CALLS)):

@@ -7,10 +7,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from onnxruntime.quantization import CalibrationDataReader, QuantType, quantize_static
 from torch import nn
 
 from sepconvert.base.environment import Runtime
 from sepconvert.files.onnx.export import export_program, save_onnx
+from sepconvert.files.onnx.writing import write_onnx
 from sepconvert.measure.execution import (
     Gain,
     OperatorTime,
@@ -243,3 +245,30 @@ def test_equal_weights_do_not_make_one_layer_of_two(tmp_path):
     found = times(tmp_path / "net.onnx", "all")
     names = [each.layer for each in found if each.operator == "Conv"]
     assert names == ["stem", "first", "second", "deep.0", "deep.1"]
+
+
+def test_operators_of_int8_files_belong_to_layers(tmp_path):
+    """As ONNX Runtime's quantizer makes such files and its optimizer merges their operators."""
+
+    class Batches(CalibrationDataReader):
+        def __init__(self):
+            self.waiting = [{"input": np.random.default_rng(0).random((1, 3, 16, 16), np.float32)}]
+
+        def get_next(self):
+            return self.waiting.pop() if self.waiting else None
+
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 16, 3, groups=16), nn.Conv2d(16, 8, 1), nn.ReLU(),
+        nn.Flatten(), nn.Linear(1152, 4),
+    ).eval()  # fmt: skip
+    write_onnx(model, (torch.rand(1, 3, 16, 16),), tmp_path / "float.onnx")
+    quantize_static(
+        tmp_path / "float.onnx", tmp_path / "int8.onnx", Batches(), per_channel=True,
+        activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8,
+    )  # fmt: skip
+    feed = {"input": np.zeros((1, 3, 16, 16), np.float32)}
+    found = operator_times(Deployed(tmp_path / "int8.onnx", Runtime(1)), feed, runs=2)
+    convolutions = [(each.layer, each.kernel) for each in found if each.operator == "QLinearConv"]
+    assert convolutions == [("0", "int8, dense"), ("2", "int8, depthwise"), ("3", "int8, pointwise")]
+    assert "6" in {each.layer for each in found if each.has_weights}

@@ -1,11 +1,15 @@
 """The trade-off curve: which plans it holds, and what is expected of each."""
 
+import itertools
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from plan_bench import REST, Bench, layer, surveys
 from strategies import numbered
 
+from sepconvert.planning.allocate import IN_FLOAT, Candidate, in_float, replaced
 from sepconvert.planning.search.curve import Curve, Measured, Totals
 
 
@@ -97,3 +101,37 @@ def test_the_entry_of_a_point_in_the_report(curve):
     assert cheapest["ranks"] == {name: ["depthwise-pointwise", 1] for name in "abcd"}
     assert cheapest["heldout"] is cheapest["accuracy_drop_pp"] is cheapest["latency_speedup"] is None
     assert not Measured()
+
+
+@numbered(60)
+@given(
+    surveys(most=3), st.lists(st.tuples(st.floats(0.01, 3), st.floats(1.05, 4)), max_size=3), st.floats(0, 1)
+)
+def test_layers_stay_in_floating_point_where_that_is_worth_its_time(surveyed, options, share):
+    """Of all combinations within a cost, the plan is one that diverges least; each option by brute force."""
+    harm = {}
+    for (name, each), (brought, times) in zip(list(surveyed.items()), options, strict=False):
+        option = Candidate(IN_FLOAT, 0, times * each.cost, -brought)
+        surveyed[name], harm[name] = replace(each, in_float=option), brought
+    floor = 1.0 + sum(harm.values())
+    total = REST + sum(each.macs for each in surveyed.values())
+    curve = Curve(surveyed, Totals(total, total, floor=floor))
+    cost = curve.least_cost + share * (curve.dense_cost - curve.least_cost)
+    combinations = itertools.product(*([None, *each.options()] for each in surveyed.values()))
+    dense = [each.cost for each in surveyed.values()]
+    least = min(
+        floor + sum(each.error for each in chosen if each is not None)
+        for chosen in combinations
+        if sum(one if each is None else each.cost for one, each in zip(dense, chosen, strict=True))
+        <= cost + 1e-9
+    )
+    plan = curve.best(cost)
+    assert plan.cost <= cost + 1e-9
+    assert plan.expected == pytest.approx(least)
+    assert plan.bound <= plan.expected + 1e-9
+    # MACs are those of the layers that are replaced; one in floating point has as many as before.
+    saved = sum(
+        surveyed[name].macs - surveyed[name].offer(each).macs for name, each in replaced(plan.choice).items()
+    )
+    assert plan.macs == total - saved
+    assert in_float(plan.choice) <= harm.keys()
