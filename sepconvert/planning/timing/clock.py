@@ -355,7 +355,7 @@ class _LayerModels:
 
     @property
     def key(self) -> dict[str, Any]:
-        """What times depend on besides geometry and runtime: the kind of integers."""
+        """The kind of integers, which times depend on besides geometry and runtime."""
         return {} if self._form is None else {"number": asdict(self._form.number)}
 
     def of(self, chains: Sequence[Sequence[ConvSpec]], shape: Sequence[int]) -> bytes:

@@ -5,7 +5,7 @@ from conversions import apart, convert_small
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sepconvert.pipeline import delivery
+from sepconvert.pipeline.modes import delivery
 from sepconvert.pipeline.modes.delivery import MOST, Attempt, next_drop
 from sepconvert.report.tables import summary
 
