@@ -155,12 +155,12 @@ STRUCTURES = {
     "nested": lambda y: {"b": (y, [2 * y]), "a": y.mean((2, 3))},
     "one twice": lambda y: (y, y),
     "a tuple of one": lambda y: (y,),
-    "nothing beside it": lambda y: (y, None),
+    "with-None": lambda y: (y, None),
     "a class": lambda y: Answer(y),
     "a class of several": lambda y: Answer({"a": y, "b": 2 * y}),
     "by number": lambda y: {0: y, 1: 2 * y},
 }
-QUICK = "by name", "nested", "nothing beside it"
+QUICK = "by name", "nested", "with-None"
 
 
 @pytest.mark.parametrize(
