@@ -1,4 +1,4 @@
-"""Equalization of scales between two convolutions in a row, as the factors of a layer are.
+"""Equalization of channels between two convolutions in a row, as the factors of a layer are.
 
 Where nothing but a channel-wise linear value lies between them, channel r of it may be multiplied by any
 d_r > 0 in the first convolution, and divided by it in the second: the product stays the same (M. Nagel et
@@ -13,6 +13,8 @@ where T is the number of taps: the first term is that of the value between, whic
 that of the second kernel, which has one for each output. The first kernel has a scale for each of its
 outputs and does not mind. d is searched along d_r = m_r^(1−α) / a_r^α, m_r = max_o |w_or|∞, from equal
 weights (α = 0) to equal ranges (α = 1), beside d = 1.
+
+Where both convolutions mix all channels, these may be exchanged for any mixture of them, too: `rotated`.
 """
 
 from collections import Counter
@@ -63,6 +65,71 @@ def pairs_in(model: onnx.ModelProto) -> list[Pair]:
     ]
 
 
+def rotated(model: onnx.ModelProto, channels: Mapping[str, Channels]) -> onnx.ModelProto:
+    """Return a model with the channels between its `pairs_in` mixed by orthogonal matrices, where both mix.
+
+    It computes the same. Channels are balanced first: each is multiplied by the square root of ‖w_r‖ / σ_r,
+    so that its contribution t_r = σ_r ‖w_r‖ lies in values and weights alike. A cosine transform then gives
+    each channel the mean of all: of R that are uncorrelated, Σ t² becomes (Σ t)² / R, which is never more.
+    Sums of many values also have fewer outliers, which set the range (S. Ashkboos et al., "QuaRot",
+    arXiv:2404.00456, mix channels of language models for this).
+
+    Args:
+        model: left as it is.
+        channels: statistics of the values between.
+    """
+    changed = onnx.ModelProto()
+    changed.CopyFrom(model)
+    weights = {tensor.name: tensor for tensor in changed.graph.initializer}
+    for first, second in _own_pairs(changed):
+        if any(int(attribute(node, "group", 1)) > 1 for node in (first, second)):
+            continue
+        kernel = numpy_helper.to_array(weights[second.input[1]]).astype(np.float64)
+        norms = np.sqrt(np.square(_by_channel(kernel, 1)).sum((1, 2)))
+        sizes = np.sqrt(channels[first.output[0]].square)
+        alive = (norms > 0) & (sizes > 0)
+        balance = np.ones(len(norms))
+        balance[alive] = np.sqrt(norms[alive] / sizes[alive])
+        mixing = _cosines(len(norms))
+        for name in first.input[1:]:
+            if name:
+                array = numpy_helper.to_array(weights[name]).astype(np.float64)
+                _store(weights[name], np.einsum("sr,r...->s...", mixing * balance, array))
+        _store(weights[second.input[1]], np.einsum("or...,sr->os...", kernel, mixing / balance))
+    return changed
+
+
+def quieter(
+    model: onnx.ModelProto,
+    other: onnx.ModelProto,
+    channels: tuple[Mapping[str, Channels], Mapping[str, Channels]],
+) -> tuple[onnx.ModelProto, dict[str, Channels]]:
+    """Return a model with each of its pairs as it is, or as in another one, whichever int8 harms less.
+
+    The statistics of the values between are those of the one that is taken.
+
+    Args:
+        model: left as it is.
+        other: the same with other kernels, from `rotated`.
+        channels: statistics of the values between in both.
+    """
+    changed, chosen = onnx.ModelProto(), dict(channels[0])
+    changed.CopyFrom(model)
+    own, others = ({tensor.name: tensor for tensor in each.graph.initializer} for each in (changed, other))
+    for first, second in _own_pairs(changed):
+        groups, between = int(attribute(second, "group", 1)), first.output[0]
+        before, after = (
+            _least_noise(numpy_helper.to_array(each[second.input[1]]), groups, known[between])
+            for each, known in zip((own, others), channels, strict=True)
+        )
+        if after < before:
+            chosen[between] = channels[1][between]
+            for name in (*first.input[1:], second.input[1]):
+                if name:
+                    own[name].CopyFrom(others[name])
+    return changed, chosen
+
+
 def equalized(model: onnx.ModelProto, channels: Mapping[str, Channels]) -> onnx.ModelProto:
     """Return a model with the scales between its `pairs_in` equalized; it computes the same.
 
@@ -73,11 +140,7 @@ def equalized(model: onnx.ModelProto, channels: Mapping[str, Channels]) -> onnx.
     changed = onnx.ModelProto()
     changed.CopyFrom(model)
     weights = {tensor.name: tensor for tensor in changed.graph.initializer}
-    uses = Counter(name for node in changed.graph.node for name in reads(node))
-    uses.update(value.name for value in changed.graph.output)
-    for first, second in pairs_in(changed):
-        if any(uses[name] > 1 for node in (first, second) for name in node.input[1:] if name):
-            continue  # another convolution has the same kernel, or the graph returns it
+    for first, second in _own_pairs(changed):
         scale = best_scale(
             numpy_helper.to_array(weights[second.input[1]]).astype(np.float64),
             int(attribute(second, "group", 1)),
@@ -88,6 +151,17 @@ def equalized(model: onnx.ModelProto, channels: Mapping[str, Channels]) -> onnx.
                 _multiply(weights[name], scale, axis=0)
         _multiply_inputs(weights[second.input[1]], 1 / scale, int(attribute(second, "group", 1)))
     return changed
+
+
+def _own_pairs(model: onnx.ModelProto) -> list[Pair]:
+    """Return the pairs whose weights nothing else reads or returns."""
+    uses = Counter(name for node in model.graph.node for name in reads(node))
+    uses.update(value.name for value in model.graph.output)
+    return [
+        pair
+        for pair in pairs_in(model)
+        if all(uses[name] == 1 for node in pair for name in node.input[1:] if name)
+    ]
 
 
 def best_scale(weight: Array, groups: int, between: Channels) -> Array:
@@ -126,6 +200,19 @@ def noise(weight: Array, groups: int, between: Channels, scale: Array) -> float:
     largest = np.abs(by_channel).max(2).reshape(groups, -1, by_channel.shape[1]).max(1)
     of_weights = float((np.square(largest / 127).sum(1) / 12 * taps * powers).sum())
     return of_value + of_weights
+
+
+def _least_noise(weight: Array, groups: int, between: Channels) -> float:
+    weight = weight.astype(np.float64)
+    return noise(weight, groups, between, best_scale(weight, groups, between))
+
+
+def _cosines(size: int) -> Array:
+    """Return the orthogonal matrix of the cosine transform (DCT-II), which spreads each channel over all."""
+    place = np.arange(size)
+    found = np.sqrt(2 / size) * np.cos(np.pi / size * np.outer(place, place + 0.5))
+    found[0] /= np.sqrt(2)
+    return np.asarray(found)
 
 
 def _by_channel(weight: Array, groups: int) -> Array:

@@ -21,7 +21,7 @@ from sepconvert.base.options.values import Int8
 from sepconvert.files.onnx.graph.network import OnnxNetwork, open_network
 from sepconvert.files.onnx.graph.running import Feed
 from sepconvert.files.onnx.int8.bias import convolutions_in, with_corrected_biases
-from sepconvert.files.onnx.int8.equalize import equalized, pairs_in
+from sepconvert.files.onnx.int8.equalize import equalized, pairs_in, quieter, rotated
 from sepconvert.files.onnx.int8.quantizer import (
     Number,
     measured_ranges,
@@ -190,7 +190,11 @@ class Int8Form:
             return self._last[1]
         ready = prepared(content)
         between = {pair.between: len(_kernel(ready, pair.first)) for pair in pairs_in(ready)}
-        ready = equalized(ready, channel_statistics(ready, between, self._feeds(ready)))
+        if between:
+            before = channel_statistics(ready, between, self._feeds(ready))
+            other = rotated(ready, before)
+            after = channel_statistics(other, between, self._feeds(other))
+            ready = equalized(*quieter(ready, other, (before, after)))
         ranges = measured_ranges(ready, self._feeds(ready), self._settings.ranges)
         for node in convolutions_in(ready):
             if widest(ranges, node.output[0]) == 0:

@@ -8,10 +8,11 @@ from files.onnx.graph.onnx_cases import conv, kernel, model_of, node, run, value
 from hypothesis import given
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
+from onnx.reference import ReferenceEvaluator
 from strategies import numbered
 from torch.nn import functional as F
 
-from sepconvert.files.onnx.int8.equalize import best_scale, equalized, noise, pairs_in
+from sepconvert.files.onnx.int8.equalize import best_scale, equalized, noise, pairs_in, quieter, rotated
 from sepconvert.files.onnx.int8.quantizer import Number, measured_ranges, prepared, quantized
 from sepconvert.files.onnx.int8.statistics import Channels, channel_statistics
 
@@ -323,3 +324,71 @@ def test_dtypes_are_kept(dtype):
     found = constants(equalized(chained({**weights}, 1, 1), {"a": channels_of([1, 2, 4, 8, 4, 2])}))
     assert {each.dtype for each in found.values()} == {np.dtype(dtype)}
     assert any((found[name] != weights[name]).any() for name in weights)
+
+
+# Mixtures of channels ---------------------------------------------------------------------------------
+
+
+def statistics_of(value):
+    flat = np.moveaxis(value.astype(np.float64), 1, 0).reshape(value.shape[1], -1)
+    return Channels(flat.min(1), flat.max(1), flat.mean(1), np.square(flat).mean(1))
+
+
+def with_outputs(model, *names):
+    """The model with values of its own as outputs, too."""
+    shown = onnx.ModelProto()
+    shown.CopyFrom(model)
+    shown.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names)
+    return shown
+
+
+def test_mixing_channels_leaves_the_product_as_it_is():
+    model = model_of(
+        [conv("x v d", "a"), conv("a w", "y")],
+        {"v": V.astype(np.float64), "d": np.linspace(-1, 1, len(V)), "w": W.astype(np.float64)},
+        inputs=[value_of("x", "batch", V.shape[1], 9, 10, kind=onnx.TensorProto.DOUBLE)],
+        outputs=[value_of("y", kind=onnx.TensorProto.DOUBLE)],
+    )
+    x = np.random.default_rng(0).normal(size=(3, V.shape[1], 9, 10))
+    evaluator = ReferenceEvaluator(with_outputs(model, "a"))
+    expected, between = evaluator.run(None, {"x": x})
+    mixed = rotated(model, {"a": statistics_of(between)})
+    found, mixture = ReferenceEvaluator(with_outputs(mixed, "a")).run(None, {"x": x})
+    np.testing.assert_allclose(found, expected, rtol=1e-10, atol=1e-10)
+    assert np.abs(mixture - between).max() > 0.1
+
+
+def test_outliers_of_one_channel_are_spread_over_all():
+    """The value between has one channel that is large at times: the noise at the output falls by much."""
+    random = np.random.default_rng(0)
+    value = random.normal(size=(64, 16, 8, 8))
+    value[:, 3] *= np.where(random.random((64, 8, 8)) < 0.01, 50, 1)
+    weight = random.normal(size=(12, 16, 1, 1))
+    model = model_of(
+        [conv("x v", "a"), conv("a w", "y")],
+        {"v": np.eye(16, dtype="f")[..., None, None], "w": weight.astype("f")},
+        inputs=[value_of("x", "batch", 16, 8, 8)],
+    )
+    before = {"a": statistics_of(value)}
+    mixed = rotated(model, before)
+    mixture = np.einsum("sr,brij->bsij", constants(mixed)["v"][..., 0, 0], value)
+    after = {"a": statistics_of(mixture)}
+    kernels = [constants(each)["w"].astype(np.float64) for each in (model, mixed)]
+    first, second = (
+        noise(kernel, 1, known["a"], best_scale(kernel, 1, known["a"]))
+        for kernel, known in zip(kernels, (before, after), strict=True)
+    )
+    assert second < 0.5 * first
+    taken, channels = quieter(model, mixed, (before, after))
+    np.testing.assert_array_equal(constants(taken)["w"], constants(mixed)["w"])
+    assert channels["a"] is after["a"]
+    kept, channels = quieter(mixed, model, (after, before))
+    np.testing.assert_array_equal(constants(kept)["w"], constants(mixed)["w"])
+    assert channels["a"] is after["a"]
+
+
+def test_channels_of_depthwise_convolutions_are_not_mixed():
+    weights = {"v": kernel(6, 4, 3, 3), "w": kernel(6, 1, 3, 3)}
+    model = model_of([conv("x v", "a"), conv("a w", "y", group=6)], weights)
+    found = constants(rotated(model, {"a": channels_of(np.ones(6))}))
+    assert all(np.array_equal(found[name], value) for name, value in weights.items())
