@@ -50,13 +50,22 @@ def verdict(document: Document) -> Note | None:
     in_float = forms["converted"]["delta"]
     if better and in_float["latency_speedup"]["ci95"][0] > both["latency_speedup"]["ci95"][1]:
         return warning(
-            f"the converted model is faster in floating point than in int8: converted.onnx is "
-            f"{_fast(in_float)} as fast as the original in floating point"
-            f"{_lost(document, 'converted', 'losing')}, converted-int8.onnx {_fast(both)}. Convert without "
-            "`int8`."
+            f"the converted model is faster in floating point than in int8. Deploy converted.onnx, "
+            f"{_fast(in_float)} as fast as the original{_lost(document, 'converted', 'losing')}; "
+            f"converted-int8.onnx is {_fast(both)} as fast."
         )
     if not better:
         found = "nothing could be converted" if not count else f"converting it as well gains nothing ({gain})"
+        if not alone["latency_speedup"]["significant"]:
+            return warning(
+                f"int8 gains nothing on this machine: the original is {quantized}, which noise explains, and "
+                f"{found}; leave `int8` out, or pass `int8` auto."
+            )
+        if forms["quantization"]["files"][_ORIGINAL]["deviation"] > _LARGE and alone["metric"] is None:
+            return warning(
+                f"{found}. original-int8.onnx is {quantized}, but its outputs are far from those in floating "
+                "point: check it on labelled `data` before you deploy it."
+            )
         return warning(f"int8 alone is the better choice: {found}. Deploy original-int8.onnx, {quantized}.")
     return info(
         f"Deploy converted-int8.onnx: {gain} as fast as int8 alone, {_fast(both)} as fast as floating "

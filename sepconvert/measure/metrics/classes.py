@@ -39,7 +39,8 @@ class Predictions:
     @classmethod
     def of(cls, logits: Tensor, labels: Tensor) -> "Predictions":
         """Return the predictions of logits N × classes, given N labels."""
-        ranked = logits.topk(min(5, logits.shape[1]), dim=1).indices
+        # Stable: of equal logits, as int8 makes them, the first counts, as it does for argmax.
+        ranked = logits.sort(dim=1, descending=True, stable=True).indices[:, :5]
         return cls(ranked.cpu().numpy(), labels.cpu().long().numpy(), logits.shape[1])
 
     @property

@@ -34,8 +34,8 @@ class Int8File(Struct, frozen=True):
     rounding: Annotated[
         float,
         Meta(
-            description="how far integer kernels are off the file's definition, over how far that is off "
-            "floating point"
+            description="how far integer kernels are off the file's definition, over how far they may be: as "
+            "that is off floating point, or a step of the outputs"
         ),
     ]
 

@@ -34,11 +34,21 @@ def macs_of_graph(graph: onnx.GraphProto, shapes: Shapes) -> tuple[int, dict[str
 
 
 def weights_of(model: onnx.ModelProto) -> int:
-    """Return the number of floating-point weights: initializers, and constants of several elements."""
+    """Return the number of weights: initializers, and constants of several elements.
+
+    They are floating-point numbers, or integers that stand for such; scales and zero points are not counted.
+    """
     graph = model.graph
     constants = (each.t for node in graph.node for each in node.attribute if node.op_type == "Constant")
     tensors = (*graph.initializer, *(tensor for tensor in constants if math.prod(tensor.dims) > 1))
-    return sum(math.prod(tensor.dims) for tensor in tensors if tensor.data_type in _FLOATING)
+    quantized = [node for node in graph.node if node.op_type in ("QuantizeLinear", "DequantizeLinear")]
+    integers = {node.input[0] for node in quantized if node.op_type == "DequantizeLinear"}
+    scales = {name for node in quantized for name in node.input[1:]}
+    return sum(
+        math.prod(tensor.dims)
+        for tensor in tensors
+        if tensor.name not in scales and (tensor.data_type in _FLOATING or tensor.name in integers)
+    )
 
 
 def measured_shapes(model: onnx.ModelProto, feed: Feed) -> Shapes:

@@ -17,6 +17,9 @@ from sepconvert.files.onnx.int8.statistics import Channels
 
 Array = npt.NDArray[np.float64]
 
+_BACK = "DequantizeLinear"
+
+
 _QUANTIZED, _SCALE, _ZERO = "_quantized", "_scale", "_zero_point"  # suffixes that the quantizer gives names
 
 
@@ -42,10 +45,14 @@ def with_corrected_biases(
     changed.CopyFrom(model)
     weights = {tensor.name: tensor for tensor in changed.graph.initializer}
     integers = {tensor.name: tensor for tensor in quantized.graph.initializer}
+    in_integers = {name for node in quantized.graph.node if node.op_type == _BACK for name in node.output}
+    rounded = {
+        node.name for node in quantized.graph.node if node.op_type == "Conv" and node.input[0] in in_integers
+    }
     for number, node in enumerate(convolutions_in(changed)):
         name, held = node.input[1], node.input[2] if len(node.input) > 2 else ""
-        if name + _QUANTIZED not in integers or (held and held not in weights):
-            continue  # it stays in floating point, or its bias is computed
+        if name + _QUANTIZED not in integers or node.name not in rounded or (held and held not in weights):
+            continue  # it or its input stays in floating point, or its bias is computed
         kernel = numpy_helper.to_array(weights[name])
         difference = _rounded(name, integers) - kernel
         groups = int(attribute(node, "group", 1))

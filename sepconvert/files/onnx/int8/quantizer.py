@@ -23,6 +23,7 @@ from onnxruntime.quantization.shape_inference import quant_pre_process
 from sepconvert.base.environment import instruction_sets
 from sepconvert.base.errors import SepconvertError, first_line
 from sepconvert.base.options.values import RangeMethod
+from sepconvert.files.onnx.graph.protobuf import nodes_in
 from sepconvert.files.onnx.graph.running import Feed, opened
 
 _METHODS = {
@@ -172,6 +173,10 @@ def quantized(
         quantizer.quantize_model()
         quantizer.model.topological_sort()
         found: onnx.ModelProto = quantizer.model.model
+    domains = {"ai.onnx" if node.domain == "" else node.domain for node in nodes_in(found.graph.node)}
+    needed = [each for each in found.opset_import if (each.domain or "ai.onnx") in domains or found.functions]
+    del found.opset_import[:]
+    found.opset_import.extend(needed)
     for node in found.graph.node:
         if node.name in kept and node.op_type == "Conv":
             # Of a Conv between integers, ONNX Runtime would round the kernel after all. This is the same.
