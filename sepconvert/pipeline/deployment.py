@@ -12,7 +12,7 @@ from sepconvert.base.errors import VerificationError
 from sepconvert.files.onnx.facts import onnx_sizes
 from sepconvert.files.onnx.graph.running import answers
 from sepconvert.files.onnx.int8.form import Int8Form, QuantizationNote
-from sepconvert.files.onnx.writing import onnx_feed, save_edited
+from sepconvert.files.onnx.writing import onnx_feed, passes_check, save_edited
 from sepconvert.files.results import INT8_FILES
 from sepconvert.measure.latency import Deployed, PairTiming, Speedup, latency, speedup, time_all
 from sepconvert.measure.metrics.evaluation import NO_DELTA, MetricDelta, metric_delta
@@ -77,10 +77,10 @@ class Int8Check:
 
 
 def write_int8(original: Original, made: Conversion, form: Int8Form, folder: Path) -> tuple[Path, Path]:
-    """Write the int8 files of both models; their shapes and types are checked by `onnx.checker`."""
+    """Write the int8 files of both models; they pass `onnx.checker` if those in floating point do."""
     paths = folder / INT8_FILES[0], folder / INT8_FILES[1]
     for path, model in zip(paths, (original.model, made.model), strict=True):
-        save_edited(form.model(model), path)
+        save_edited(form.model(model), path, check=passes_check(form.float_model(model)))
     return paths
 
 

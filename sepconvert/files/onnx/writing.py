@@ -106,11 +106,11 @@ def save_files(graph: OnnxGraph, models: Mapping[Path, onnx.ModelProto]) -> None
                 path.write_bytes(graph.content)
     edited = {path: model for path, model in models.items() if model != graph.model}
     for path, model in edited.items():
-        save_edited(model, path, check=_passes(graph.whole))
+        save_edited(model, path, check=passes_check(graph.whole))
 
 
-def _passes(model: onnx.ModelProto) -> bool:
-    """Return whether a model passes the check; what is wrong with the user's own is not ours to report."""
+def passes_check(model: onnx.ModelProto) -> bool:
+    """Return whether a model passes onnx's check; what is wrong with the user's is not ours to report."""
     try:
         onnx.checker.check_model(model, full_check=True)
     except Exception:  # the checker's errors share no base class

@@ -44,3 +44,12 @@ def test_predictions_of_parts_are_those_of_the_whole() -> None:
 )
 def test_classifiers_are_told_by_logits_and_class_numbers(logits, labels, expected) -> None:
     assert are_classified(logits, labels) is expected
+
+
+def test_of_equal_logits_the_first_counts():
+    """As for argmax; a network in int8 has few values, and ties are common."""
+    random = torch.Generator().manual_seed(0)
+    logits = torch.randint(0, 4, (500, 12), generator=random).float()
+    found = Predictions.of(logits, torch.zeros(500, dtype=torch.int64))
+    np.testing.assert_array_equal(found.ranked[:, 0], logits.numpy().argmax(1))
+    np.testing.assert_array_equal(found.ranked, np.argsort(-logits.numpy(), axis=1, kind="stable")[:, :5])

@@ -54,7 +54,10 @@ def with_corrected_biases(
         if name + _QUANTIZED not in integers or node.name not in rounded or (held and held not in weights):
             continue  # it or its input stays in floating point, or its bias is computed
         kernel = numpy_helper.to_array(weights[name])
-        difference = _rounded(name, integers) - kernel
+        rounded_kernel = _rounded(name, integers)
+        if rounded_kernel.shape != kernel.shape:  # another weight that bears the name
+            continue
+        difference = rounded_kernel - kernel
         groups = int(attribute(node, "group", 1))
         means = channels[node.input[0]].mean.reshape(groups, 1, -1)
         by_group = difference.reshape(groups, len(kernel) // groups, kernel.shape[1], -1).sum(-1)

@@ -7,7 +7,7 @@ import onnx
 import pytest
 import torch
 from files.onnx.graph.onnx_cases import conv, feed_of, kernel, model_of, node, run, value_of
-from onnx import numpy_helper
+from onnx import helper, numpy_helper
 from torch import nn
 
 from sepconvert.base.errors import SepconvertError
@@ -352,3 +352,24 @@ def test_a_file_that_is_quantized_already():
     with pytest.raises(SepconvertError, match="quantized already") as caught:
         other.model(again)
     assert "\n" not in str(caught.value)
+
+
+def test_an_operator_that_the_quantizer_does_not_know():
+    """It stays in floating point, and so does the input of the convolution behind it, which has no bias."""
+    gelu = helper.make_node("Gelu", ["a"], ["g"], domain="com.microsoft")
+    model = model_of(
+        [conv("x w", "a"), gelu, conv("g v", "y")], {"w": kernel(6, 4, 3, 3), "v": kernel(5, 6, 3, 3)},
+        inputs=[value_of("x", "batch", 4, 9, 10)], opset={"": 20, "com.microsoft": 1},
+    )  # fmt: skip
+    x = torch.randn(16, 4, 9, 10, generator=torch.Generator().manual_seed(0))
+    network = open_network(model)
+    form = Int8Form(Int8("on"), network, (x[:1],), [InputBatch((x,))])
+    expected, found = network(x), form.module(network)(x)
+    assert (found - expected).norm() < 0.1 * expected.norm()
+    assert {each.op_type for each in form.model(network).graph.node} >= {"Gelu", "QuantizeLinear"}
+
+
+def test_files_import_no_more_than_they_use():
+    model = Net().eval()
+    form, _ = made(model, images(4))
+    assert {each.domain for each in form.model(model).opset_import} == {""}
