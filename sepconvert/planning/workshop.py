@@ -255,7 +255,8 @@ class Workshop:
         """Return the fits of a plan up to the first layer, in order, that has another form in `choice`."""
 
         def form(choice: Choice, name: str) -> Form | None:
-            return wanted[name].form if (wanted := replaced(choice)) and name in wanted else None
+            found = replaced(choice).get(name)
+            return None if found is None else found.form
 
         alike = itertools.takewhile(lambda name: form(plan.choice, name) == form(choice, name), self.surveyed)
         return {name: plan.layers[name] for name in alike if name in plan.layers}

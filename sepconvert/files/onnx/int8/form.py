@@ -64,8 +64,9 @@ class _Calibrated:
 class Int8Form:
     """Makes the int8 files of one original and of what it is converted to, all in the same way.
 
-    A model is exported, prepared by ONNX Runtime, its scales are equalized, ranges are measured on the
-    calibration images, its biases are corrected, and it is quantized.
+    A model is exported and prepared by ONNX Runtime; channels between two convolutions are mixed and scaled
+    so that rounding harms least; ranges are measured on the calibration images; biases are corrected for
+    rounded kernels; and it is quantized.
     """
 
     def __init__(
