@@ -6,7 +6,8 @@
 A plain network of 3×3 convolutions at 32×32, with BatchNorm and ReLU, is converted with `--rank 1` from
 noise; of images, layers and width each grows in turn, while the others are the first of their list. Networks
 of torchvision have random weights. Every run is a process of its own; what its imports take is in the memory,
-not in the time. The table is Markdown, with the command above it.
+not in the time. The tables are Markdown, with the command above them; the second holds the seconds of each
+stage that takes a fiftieth of the time in some run.
 """
 
 import multiprocessing
@@ -14,7 +15,7 @@ import resource
 import shlex
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,11 @@ import sepconvert
 from sepconvert.base.environment import Runtime, available_cores, environment
 from sepconvert.calibration.batchnorm import reestimate_batchnorm
 from sepconvert.network.tensors import InputBatch
+
+LEAST = 0.02  # share of the time of a stage that has a column
+
+Measured = tuple[float, float, dict[str, float]]
+"""Seconds, the most GB that the process held, and the seconds of each stage."""
 
 
 def network(layers: int, width: int) -> nn.Module:
@@ -57,26 +63,55 @@ def named(name: str, images: int) -> tuple[nn.Module, torch.Tensor]:
 
 def convert(
     build: Callable[..., tuple[nn.Module, torch.Tensor]], memory: float | None, sizes: Mapping[str, Any]
-) -> tuple[float, float]:
-    """Seconds, and the most GB that the process held."""
+) -> Measured:
+    """Convert a network of some size."""
     torch.manual_seed(0)
     model, x = build(**sizes)
     images = len(x)
     loader = DataLoader(TensorDataset(x, torch.full((images,), -1)), batch_size=64)
     start = time.perf_counter()
-    sepconvert.convert(
+    result = sepconvert.convert(
         model, x[:1], mode="approx", rank=1, gate="none", calib=loader,
         calibration=sepconvert.Calibration(images=images, memory=memory and memory * 1e9),
         timing=sepconvert.Timing(runs=0),
     )  # fmt: skip
-    return time.perf_counter() - start, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+    seconds = time.perf_counter() - start
+    held = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+    return seconds, held, {stage["stage"]: stage["wall_s"] for stage in result.report["stages"]}
 
 
-def measured(build: Callable[..., Any], memory: float | None, sizes: Mapping[str, Any]) -> list[Any]:
-    """A row: sizes, seconds, GB."""
+def measured(build: Callable[..., Any], memory: float | None, sizes: Mapping[str, Any]) -> Measured:
+    """Convert in a process of its own."""
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
-        seconds, held = process.submit(convert, build, memory, sizes).result()
-    return [*sizes.values(), f"{seconds:.1f}", f"{held:.2f}"]
+        return process.submit(convert, build, memory, sizes).result()
+
+
+def table(runs: Sequence[Mapping[str, Any]], found: Sequence[Measured]) -> str:
+    """A row for each run: sizes, seconds, GB."""
+    rows = [
+        [*sizes.values(), f"{seconds:.1f}", f"{held:.2f}"]
+        for sizes, (seconds, held, _) in zip(runs, found, strict=True)
+    ]
+    return tabulate(rows, headers=[*runs[0], "seconds", "GB"], tablefmt="github")
+
+
+def stage_table(runs: Sequence[Mapping[str, Any]], found: Sequence[Measured]) -> str:
+    """A row for each run: sizes, and the seconds of stages, the longest of all runs first."""
+    sums: dict[str, float] = {}
+    for _, _, walls in found:
+        for stage, seconds in walls.items():
+            sums[stage] = sums.get(stage, 0.0) + seconds
+    ordered = sorted(sums, key=lambda stage: -sums[stage])
+    stages = [
+        stage
+        for stage in ordered
+        if any(walls.get(stage, 0.0) >= LEAST * sum(walls.values()) for *_, walls in found)
+    ]
+    rows = [
+        [*sizes.values(), *(f"{walls.get(stage, 0.0):.1f}" for stage in stages)]
+        for sizes, (*_, walls) in zip(runs, found, strict=True)
+    ]
+    return tabulate(rows, headers=[*runs[0], *stages], tablefmt="github")
 
 
 def _counts(_: click.Context, __: click.Parameter, text: str) -> list[int]:
@@ -101,15 +136,17 @@ def main(
         sizes = {"images": images, "layers": layers, "width": width}
         base = {name: counts[0] for name, counts in sizes.items()}
         runs = [base, *({**base, name: count} for name, counts in sizes.items() for count in counts[1:])]
-    rows = []
+    found = []
     for each in runs:
-        rows.append(measured(build, memory, each))
-        click.echo(tabulate(rows[-1:], tablefmt="plain"), err=True)
+        found.append(measured(build, memory, each))
+        click.echo(
+            f"{', '.join(map(str, each.values()))}: {found[-1][0]:.1f} s, {found[-1][1]:.2f} GB", err=True
+        )
     command = shlex.join(["python", f"benchmarks/{Path(__file__).name}", *sys.argv[1:]])
-    found = environment(Runtime(available_cores()))
-    versions = f"torch {found['torch']}, ONNX Runtime {found['onnxruntime']}"
-    click.echo(f"`{command}`, {found['cpu']}, {found['threads']} threads, {versions}:\n")
-    click.echo(tabulate(rows, headers=[*runs[0], "seconds", "GB"], tablefmt="github") + "\n")
+    here = environment(Runtime(available_cores()))
+    versions = f"torch {here['torch']}, ONNX Runtime {here['onnxruntime']}"
+    click.echo(f"`{command}`, {here['cpu']}, {here['threads']} threads, {versions}:\n")
+    click.echo(f"{table(runs, found)}\n\n{stage_table(runs, found)}\n")
 
 
 if __name__ == "__main__":

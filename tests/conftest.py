@@ -13,6 +13,7 @@ import pickle
 import shutil
 import signal
 import sys
+import time
 import zipfile
 from collections import OrderedDict
 from pathlib import Path
@@ -176,11 +177,14 @@ def run(capsys, monkeypatch):
 @pytest.fixture(scope="session")
 def converted(files, tmp_path_factory) -> SimpleNamespace:
     """A conversion in its own process, as a program would call it."""
-    folder = tmp_path_factory.mktemp("converted")
+    folder, begun = tmp_path_factory.mktemp("converted"), time.perf_counter()
     process = start(
         files / "net.pt", "--data", files / "data.npz", "--runs", "3", "--out", folder / "out", "--json",
         "--quiet",
         preexec_fn=lambda: os.umask(0o027),
     )  # fmt: skip
     out, err = process.communicate()
-    return SimpleNamespace(code=process.returncode, out=out.decode(), err=err.decode(), folder=folder / "out")
+    return SimpleNamespace(
+        code=process.returncode, out=out.decode(), err=err.decode(), folder=folder / "out",
+        seconds=time.perf_counter() - begun,
+    )  # fmt: skip

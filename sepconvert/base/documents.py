@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import json
+import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -42,9 +43,23 @@ def read_file(path: Path, most: int = MOST_BYTES) -> bytes:
         SepconvertError: the file is larger, or is no regular file (a pipe, a device).
         OSError: it cannot be read.
     """
+    _check_size(path, most)
+    return path.read_bytes()
+
+
+def check_file(path: Path) -> None:
+    """Raise the `SepconvertError` of a file that cannot be read, whatever its size; nothing is read."""
+    try:
+        _check_size(path, math.inf)
+        path.open("rb").close()
+    except OSError as error:
+        raise SepconvertError(f"{path}: cannot be read: {error.strerror}; check the path") from error
+
+
+def _check_size(path: Path, most: float) -> None:
     size = path.stat().st_size
     if path.is_file() and size <= most:
-        return path.read_bytes()
+        return
     problem = f"has {size:,} bytes, expected at most {most:,}" if path.is_file() else "is no regular file"
     raise SepconvertError(f"{path}: cannot be read: it {problem}; check the path")
 

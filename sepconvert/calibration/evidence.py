@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from sepconvert.base.progress import Stage, stage
 from sepconvert.calibration.importance import fisher_information
 from sepconvert.calibration.record import RecordedOutputs, record
 from sepconvert.calibration.split import CalibrationSet
@@ -21,6 +22,7 @@ class Evidence:
     importance: Mapping[str, Tensor]  # of the layers' outputs, by name; see `fisher_information`
 
 
+@stage(Stage.CALIBRATION)
 def collect_evidence(
     model: nn.Module,
     sites: Sequence[ConvSite],

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from sepconvert.base.distributed import once
 from sepconvert.base.errors import SepconvertError
+from sepconvert.base.progress import Stage, stage
 from sepconvert.files.data import UNLABELLED
 from sepconvert.measure.divergence import Yardstick, outputs, yardstick_of
 from sepconvert.network.calls import Kernel, Place, substitute
@@ -92,6 +93,7 @@ class Heldout:
         batches, labels = zip(*shown, strict=True)
         return Heldout(self._original, batches, labels, self.yardstick)
 
+    @stage(Stage.DIVERGENCE)
     def measure(self, model: nn.Module, kernels: Mapping[Place, Kernel] | None = None) -> Divergence:
         """Return the difference of `model` in eval mode, with some kernels replaced, from the original."""
         return once(lambda: self._measure(quick_copy(model, self.batches[0]), kernels or {}))

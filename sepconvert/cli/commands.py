@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from sepconvert.base.distributed import join, rank
+from sepconvert.base.environment import keep_freed_memory
 from sepconvert.base.errors import SepconvertError
 from sepconvert.base.options.values import (
     Budget,
@@ -20,9 +21,10 @@ from sepconvert.base.options.values import (
     Selection,
     Task,
 )
+from sepconvert.base.progress import Stage, stage, stage_clock
 from sepconvert.cli.inputs import in_layout, load_subject, read_data_and_inputs, read_images, timing_of
 from sepconvert.cli.options import Options, in_flags, value_of
-from sepconvert.cli.outputs import command_line, out_of, result_directory_of, show
+from sepconvert.cli.outputs import checkpoint_of, command_line, out_of, result_directory_of, show
 from sepconvert.cli.progress import progress_for, quietly, training_progress
 from sepconvert.files.results import FILES, INT8_FILES
 from sepconvert.pipeline.convert import ConversionResult
@@ -37,18 +39,20 @@ from sepconvert.report.tables import layer_table, structure_table, summary
 
 def convert(**options: Any) -> None:
     """Run `sepconvert MODEL`."""
-    _check_used(options)
     if options["dry_run"]:
         _dry_run(options)
         return
     join()
     main, out = rank() == 0, out_of(options)
     place = result_directory_of(options, out) if main else contextlib.nullcontext()
-    with quietly(), place as folder:
-        loaded = load_subject(options)
-        options = dict(in_layout(options, loaded))
-        finetuning = _finetuning(options, out)
-        data, inputs = read_data_and_inputs(options, loaded)
+    keep_freed_memory()
+    with quietly(), place as folder, stage_clock() as clock:
+        clock.count_start()
+        with stage(Stage.LOAD):
+            loaded = load_subject(options)
+            options = dict(in_layout(options, loaded))
+            finetuning = _finetuning(options)
+            data, inputs = read_data_and_inputs(options, loaded)
         result = run_convert(
             loaded.model,
             inputs,
@@ -78,20 +82,6 @@ def convert(**options: Any) -> None:
             for path in checkpoints(finetuning.checkpoint)[:used]:
                 path.unlink(missing_ok=True)
         _show(options, result, out)
-
-
-def _check_used(options: Options) -> None:
-    """Refuse options that would be ignored."""
-    given = [f"`{name}`" for name in ("train", "precision", "checkpoint", "resume") if options[name]]
-    if given and not options["finetune"]:
-        raise SepconvertError(
-            f"{', '.join(given)}: only for fine-tuning; pass `finetune` too, or leave it out"
-        )
-    if options["dry_run"] and options["mode"] != "exact":
-        raise SepconvertError(
-            f"`dry_run`: shows what exact mode converts; {options['mode']} mode fits and measures before it "
-            "knows: run it, and apply its plan.json if you like it"
-        )
 
 
 def inspect(**options: Any) -> None:
@@ -143,19 +133,11 @@ def apply(**options: Any) -> None:
            _verdict(verified))  # fmt: skip
 
 
-def _finetuning(options: Options, out: Path) -> Finetuning:
-    """Return the settings of fine-tuning, with a checkpoint that must not be a foreign file."""
+def _finetuning(options: Options) -> Finetuning:
+    """Return the settings of fine-tuning, with the images to train on and the checkpoint."""
     if not options["finetune"]:
         return Finetuning()
-    checkpoint: Path = options["checkpoint"] or out.with_name(f"{out.name}.checkpoint")
-    if out.resolve() in checkpoint.resolve().parents:
-        raise SepconvertError(
-            f"`checkpoint` {checkpoint}: lies in {out}, which is written as a whole; pass a place beside it"
-        )
-    if checkpoint.exists() and not options["resume"]:
-        raise SepconvertError(
-            f"{checkpoint}: an interrupted run left it; pass `resume` to continue, or remove it"
-        )
+    checkpoint = checkpoint_of(options)
     if checkpoint.exists() and not options["quiet"]:
         click.echo(f"continuing from {checkpoint}", err=True)
     return value_of(

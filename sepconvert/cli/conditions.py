@@ -4,12 +4,14 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from sepconvert.base.errors import SepconvertError
-from sepconvert.measure.comparison import Comparison, Delta
-from sepconvert.measure.latency import Speedup
-from sepconvert.measure.profiling import Profile
+
+if TYPE_CHECKING:
+    from sepconvert.measure.comparison import Comparison, Delta
+    from sepconvert.measure.latency import Speedup
+    from sepconvert.measure.profiling import Profile
 
 UNITS: Mapping[str, tuple[str, ...]] = {
     "latency": ("%",),
@@ -96,7 +98,7 @@ class Demand:
                 "give the threshold so, or pass another --metric"
             )
 
-    def failures(self, comparison: Comparison) -> list[str]:
+    def failures(self, comparison: "Comparison") -> list[str]:
         """Return a message for each model that meets the condition.
 
         A change of latency that noise can explain counts as no change.
@@ -104,6 +106,8 @@ class Demand:
         Raises:
             SepconvertError: the metric was not measured.
         """
+        from sepconvert.measure.comparison import Delta  # which imports torch; conditions are read before
+
         messages = []
         deltas = comparison.deltas or (Delta(),) * (len(comparison.profiles) - 1)
         base = comparison.profiles[0]
@@ -117,13 +121,13 @@ class Demand:
                 )
         return messages
 
-    def _unit(self, delta: Delta) -> str:
+    def _unit(self, delta: "Delta") -> str:
         """Return the unit in which a failure is reported."""
         if self.metric == "drop" and delta.accuracy is not None:
             return delta.accuracy.metric.unit
         return UNITS[self.metric][-1]
 
-    def _value(self, base: Profile, profile: Profile, delta: Delta) -> float:
+    def _value(self, base: "Profile", profile: "Profile", delta: "Delta") -> float:
         values: Mapping[str, float | None] = {
             "latency": None if delta.speedup is None else _change(1, _beyond_noise(delta.speedup)),
             "speedup": None if delta.speedup is None else _beyond_noise(delta.speedup),
@@ -146,7 +150,7 @@ class Demand:
         )
 
 
-def _beyond_noise(speedup: Speedup) -> float:
+def _beyond_noise(speedup: "Speedup") -> float:
     return speedup.median if speedup.significant else 1.0
 
 
@@ -155,7 +159,7 @@ def _change(value: float | None, base: float | None) -> float | None:
     return None if value is None or not base else 100 * (value / base - 1)
 
 
-def _agreement(delta: Delta) -> float | None:
+def _agreement(delta: "Delta") -> float | None:
     """Return the percentage of equal predictions; without labels, that of the first output."""
     share = delta.accuracy.agreement if delta.accuracy is not None else None
     if share is None and delta.outputs:
@@ -163,7 +167,7 @@ def _agreement(delta: Delta) -> float | None:
     return None if share is None else 100 * share
 
 
-def _largest_difference(delta: Delta) -> float | None:
+def _largest_difference(delta: "Delta") -> float | None:
     """Return the largest absolute difference of any output: infinity if outputs cannot be compared."""
     if delta.outputs is None:
         return math.inf

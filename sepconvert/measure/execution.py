@@ -16,6 +16,7 @@ import numpy.typing as npt
 import onnx
 
 from sepconvert.base.errors import SepconvertError, first_line
+from sepconvert.base.progress import Stage, stage
 from sepconvert.measure.latency import Deployed, session
 
 _BLOCKED = "_nchwc"  # suffix of names of operators on blocked layouts
@@ -70,6 +71,7 @@ class OperatorTime:
         return asdict(self)
 
 
+@stage(Stage.TIMING)
 def operator_times(
     deployed: Deployed,
     feeds: Mapping[str, npt.NDArray[Any]],

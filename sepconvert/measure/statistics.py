@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-from scipy import stats
+from scipy import special
 
 from sepconvert.base.errors import SepconvertError
 
@@ -52,10 +52,9 @@ def median_interval(
         )
     _check_confidence(confidence)
     median = float(np.median(values))
-    bounds = stats.quantile_test(values, q=median, p=0.5).confidence_interval(confidence)
-    if np.isnan(bounds.low) or np.isnan(bounds.high):
-        return median, Interval(float(values.min()), float(values.max()))
-    return median, Interval(float(bounds.low), float(bounds.high))
+    ordered, below = np.sort(values), special.bdtr(np.arange(values.size), values.size, 0.5)
+    k = max(1, int(np.count_nonzero(below <= (1 - confidence) / 2)))
+    return median, Interval(float(ordered[k - 1]), float(ordered[-k]))
 
 
 def paired_difference_interval(
@@ -77,7 +76,7 @@ def paired_difference_interval(
     _check_counts(only_first, only_second, n)
     _check_confidence(confidence)
     p1, p2 = (only_first + 1) / (n + 2), (only_second + 1) / (n + 2)
-    half = stats.norm.ppf((1 + confidence) / 2) * np.sqrt((p1 + p2 - (p1 - p2) ** 2) / (n + 2))
+    half = special.ndtri((1 + confidence) / 2) * np.sqrt((p1 + p2 - (p1 - p2) ** 2) / (n + 2))
     return Interval(max(-1.0, float(p1 - p2 - half)), min(1.0, float(p1 - p2 + half)))
 
 
@@ -88,8 +87,10 @@ def proportion_interval(count: int, n: int, confidence: float = 0.95) -> Interva
     """
     _check_counts(count, 0, n)
     _check_confidence(confidence)
-    found = stats.binomtest(count, n).proportion_ci(confidence, "exact")
-    return Interval(float(found.low), float(found.high))
+    tail = (1 - confidence) / 2
+    low = special.betaincinv(count, n - count + 1, tail) if count else 0.0
+    high = special.betaincinv(count + 1, n - count, 1 - tail) if count < n else 1.0
+    return Interval(float(low), float(high))
 
 
 def difference_interval(
@@ -107,7 +108,7 @@ def difference_interval(
     for count, n in (first, second):
         _check_counts(count, 0, n)
     (p1, n1), (p2, n2) = (((count + 1) / (n + 2), n + 2) for count, n in (first, second))
-    half = stats.norm.ppf((1 + confidence) / 2) * np.sqrt(p1 * (1 - p1) / n1 + p2 * (1 - p2) / n2)
+    half = special.ndtri((1 + confidence) / 2) * np.sqrt(p1 * (1 - p1) / n1 + p2 * (1 - p2) / n2)
     return Interval(max(-1.0, float(p1 - p2 - half)), min(1.0, float(p1 - p2 + half)))
 
 
@@ -123,6 +124,8 @@ def mcnemar(only_first: int, only_second: int) -> float:
         raise SepconvertError(
             f"McNemar: expected two counts >= 0, got {only_first} and {only_second}; count the pairs anew"
         )
+    from scipy import stats  # which takes half a second to import, and only data need it
+
     discordant = only_first + only_second
     return float(stats.binomtest(only_first, discordant).pvalue) if discordant else 1.0
 
@@ -151,14 +154,16 @@ def drop_p_value(lost: int, won: int, n: int, limit: float, level: float = 0.05)
     """
     _check_counts(lost, won, n)
     gamma = _NUISANCE * level
-    share = stats.binomtest(lost + won, n).proportion_ci(1 - gamma, "exact")
-    low, high = max(share.low, limit), max(share.high, limit)
+    share = proportion_interval(lost + won, n, 1 - gamma)
+    low, high = max(share.lo, limit), max(share.hi, limit)
     thetas = np.unique(np.linspace(low, high, _NUISANCE_STEPS))
     return min(1.0, gamma + max(_tail(lost - won, n, theta, limit) for theta in thetas))
 
 
 def _tail(difference: int, n: int, discordant: float, drop: float) -> float:
     """Return P(lost − won ≤ difference) for shares (θ ± drop) / 2 of lost and won samples."""
+    from scipy import stats  # as above
+
     width = 8 * math.sqrt(n * discordant * (1 - discordant)) + 40
     numbers = np.arange(max(0, int(n * discordant - width)), min(n, int(n * discordant + width)) + 1)
     weights = stats.binom.pmf(numbers, n, discordant)

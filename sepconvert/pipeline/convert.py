@@ -25,7 +25,7 @@ from sepconvert.base.options.values import (
     Task,
     Timing,
 )
-from sepconvert.base.progress import Progress, silent
+from sepconvert.base.progress import Progress, Stage, silent, stage, stage_clock, stages_so_far
 from sepconvert.files.data import Batch
 from sepconvert.files.onnx.graph.network import OnnxNetwork, open_network
 from sepconvert.files.onnx.graph.surgery import converted_model
@@ -118,6 +118,7 @@ def inspect(
 
 
 @reproducible()
+@stage_clock()
 def convert(
     model: Subject,
     example_inputs: Tensor | Inputs | None = None,
@@ -261,6 +262,7 @@ def _plan(original: Original, made: Conversion, job: Job) -> ConversionPlan:
     )
 
 
+@stage(Stage.REPORT)
 def _result(
     original: Original,
     made: Conversion,
@@ -290,6 +292,7 @@ def _result(
         forms=None if measured.forms is None else measured.forms.to_json(),
         approximation=made.approximation,
         data=None if original.facts is None else original.facts.to_json(),
+        stages=stages_so_far(),
     )
     return ConversionResult(
         made.model,

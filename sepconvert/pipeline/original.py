@@ -14,6 +14,7 @@ from sepconvert.base.distributed import once
 from sepconvert.base.errors import SepconvertError, quoted
 from sepconvert.base.modules import unshadowed
 from sepconvert.base.options.values import Selection, Task
+from sepconvert.base.progress import Stage, stage
 from sepconvert.calibration.footprint import images_at_once
 from sepconvert.calibration.split import (
     MOST_AT_ONCE,
@@ -27,6 +28,7 @@ from sepconvert.calibration.split import (
 )
 from sepconvert.distillation.losses import TaskLoss
 from sepconvert.files.data import UNLABELLED, Batch
+from sepconvert.files.onnx.drafts import Drafts
 from sepconvert.files.onnx.graph.gradients import add_gradients, demand_gradients
 from sepconvert.files.onnx.graph.network import OnnxNetwork, open_network
 from sepconvert.files.onnx.graph.protobuf import external_files
@@ -43,7 +45,7 @@ from sepconvert.network.tensors import InputBatch, Inputs
 from sepconvert.network.trace import ConvSite, TracedModel, traced
 from sepconvert.pipeline.job import Job
 from sepconvert.pipeline.plausibility import DataFacts, ValueRange, find_facts
-from sepconvert.planning.scores import Scores
+from sepconvert.planning.scores import Deployment, Scores
 from sepconvert.planning.timing.clock import Clock
 from sepconvert.planning.timing.pairs import time_int8
 
@@ -62,6 +64,7 @@ class Original:
     seen_twice: SeenTwice | None  # None unless data are scored, and images fitted to
     facts: DataFacts | None  # None without data
     clock: Clock
+    drafts: Drafts
     task: Task  # its batch dimension found, and its loss a function
     yardstick: Yardstick | None  # what outputs are compared by; None in exact mode
     no_gradients: str | None = None  # why it cannot be differentiated, as far as that is known beforehand
@@ -139,6 +142,7 @@ def given_model(model: Subject, example_inputs: Tensor | Inputs | None) -> tuple
     return model, inputs
 
 
+@stage(Stage.CHECKS)
 def examine(
     model: Subject,
     example_inputs: Tensor | Inputs | None,
@@ -190,11 +194,24 @@ def examine(
         yardstick = _yardstick(model, parts, example, scoring, job.task)
     # Before the long work, as this is where data that do not suit the model are found out.
     form, gain = (None, None) if not job.int8 else _int8_form(model, inputs, parts, job)
-    scores, seen_twice, facts = _scored(found, parts, scoring, division, job, form)
+    drafts = Drafts(model, inputs)
+    scores, seen_twice, facts = _scored(found, parts, scoring, division, job, form, drafts)
     cost = count(private_copy(model), inputs)
     clock = Clock(job.timing.runtime, job.seed, job.timing.cache, job.timing.measure_seconds, form)
     return Original(
-        found, parts, cost, scores, seen_twice, facts, clock, task, yardstick, no_gradients, form, gain
+        found,
+        parts,
+        cost,
+        scores,
+        seen_twice,
+        facts,
+        clock,
+        drafts,
+        task,
+        yardstick,
+        no_gradients,
+        form,
+        gain,
     )
 
 
@@ -260,6 +277,7 @@ def _scored(
     division: Division,
     job: Job,
     form: Int8Form | None,
+    drafts: Drafts,
 ) -> tuple[Scores | None, SeenTwice | None, DataFacts | None]:
     """Return the original's scores, the images that are seen twice, and whether the data are plausible."""
     if parts.scored is None and parts.calibration is None:
@@ -273,13 +291,18 @@ def _scored(
 
     scores = seen_twice = None
     if parts.scored is not None:
-        scores = Scores(traced.model, parts.scored, scoring, job.seed, job.progress, watch, form)
+        # Where many models are scored, it pays to look for the faster way to run them.
+        exports = job.mode != "exact" and job.check == "onnx"
+        faster = exports and once(lambda: drafts.are_faster_than_torch(scoring.axis, division.at_once))
+        deployment = Deployment(form, drafts if faster else None)
+        scores = Scores(traced.model, parts.scored, scoring, job.seed, job.progress, watch, deployment)
         seen_twice = find_seen_twice(parts, hashes, division)
     predictions = None if scores is None else scores.original.predictions
     facts = find_facts(traced, predictions, values, parts.calibration, scoring)
     return scores, seen_twice, replace(facts, repeated=len(hashes) - len(set(hashes)))
 
 
+@stage(Stage.TRACE)
 def trace_selected(model: nn.Module, inputs: Inputs, selection: Selection) -> TracedModel:
     """Find every convolution of a model, and check the globs that select some of them.
 

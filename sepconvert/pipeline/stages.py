@@ -18,7 +18,8 @@ from sepconvert.base.documents import writing
 from sepconvert.base.environment import Runtime
 from sepconvert.base.errors import DemandNotMetError, ExportError, SepconvertError, VerificationError
 from sepconvert.base.modules import unshadowed
-from sepconvert.base.progress import Progress
+from sepconvert.base.progress import Progress, Stage, stage
+from sepconvert.files.onnx.drafts import Drafts
 from sepconvert.files.onnx.export import (
     Export,
     ExportNote,
@@ -117,7 +118,7 @@ def write(original: Original, made: Conversion, plan: ConversionPlan, folder: Pa
     if job.check == "torch":
         note = ExportNote(False, str(runtime_dtype(made.model)).removeprefix("torch."), None)
         return Written(plan, paths, note, "the conversion was checked in torch alone")
-    note = write_models(original.model, made.model, original.inputs, folder, job.dynamic_batch, job.progress)
+    note = write_models(original.drafts, made.model, folder, job.dynamic_batch, job.progress)
     path = folder / "converted.safetensors"
     with writing(path):
         path.write_bytes(weights)
@@ -126,6 +127,7 @@ def write(original: Original, made: Conversion, plan: ConversionPlan, folder: Pa
     return Written(plan, paths, note, reason, int8)
 
 
+@stage(Stage.VERIFICATION)
 def verify(original: Original, made: Conversion, written: Written, job: Job) -> Verification:
     """Compare the converted model with the original in torch, and the files of both in ONNX Runtime.
 
@@ -243,10 +245,10 @@ def _gain(speedup: Speedup) -> float:
     return speedup.median if speedup.significant else max(speedup.median, 1.0)
 
 
+@stage(Stage.EXPORT)
 def write_models(
-    model: nn.Module,
+    drafts: Drafts,
     converted: nn.Module,
-    inputs: Inputs,
     folder: Path,
     dynamic_batch: bool,
     progress: Progress,
@@ -256,6 +258,7 @@ def write_models(
     A model that cannot be exported is still converted: the note says which files are missing, and why. The
     network of an ONNX file is not exported; its conversion is an edited copy of the file.
     """
+    model, inputs = drafts.original, drafts.inputs
     if isinstance(model, OnnxNetwork) and isinstance(converted, OnnxNetwork):
         edited = {"original.onnx": model.graph.model, "converted.onnx": converted_model(converted)}
         save_files(model.graph, {folder / name: each for name, each in edited.items()})
@@ -269,7 +272,9 @@ def write_models(
         is_onnx = path.suffix == ".onnx"
         key = id(each), runtime_dtype(each) if is_onnx else model_dtype(each)
         try:
-            if key not in exports:
+            if each is model and dynamic_batch:
+                exports[key] = drafts.export
+            elif key not in exports:
                 exports[key] = export_program(each, inputs, key[1], dynamic_batch=dynamic_batch)
             if is_onnx:
                 save_onnx(exports[key], path)

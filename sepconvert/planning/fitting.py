@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from torch import Tensor, nn
 
-from sepconvert.base.progress import Progress
+from sepconvert.base.progress import Progress, Stage, stage
 from sepconvert.calibration.evidence import Evidence
 from sepconvert.calibration.stream import calibrate
 from sepconvert.factorize.approximate.problem import Approximation, Problem
@@ -52,7 +52,8 @@ def for_each_layer(
     kernel: Kernel | None = None
     for _ in progress(layers, description):
         try:
-            site, moments = stream.send(kernel)
+            with stage(Stage.MOMENTS):
+                site, moments = stream.send(kernel)
         except StopIteration:  # the images do not reach the layers that are left
             break
         kernel = fit(site, moments)

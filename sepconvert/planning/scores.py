@@ -15,6 +15,7 @@ from sepconvert.base.distributed import once
 from sepconvert.base.errors import SepconvertError
 from sepconvert.base.progress import Progress
 from sepconvert.files.data import Batch
+from sepconvert.files.onnx.drafts import Drafts
 from sepconvert.files.onnx.int8.form import Int8Form
 from sepconvert.measure.metrics.evaluation import (
     Evaluation,
@@ -45,6 +46,28 @@ class _Part:
     loader: Iterable[Batch]
 
 
+@dataclass(frozen=True, eq=False)
+class Deployment:
+    """The way in which models are run to be scored.
+
+    Attributes:
+        form: that they are deployed in; None for floating point.
+        drafts: of files that ONNX Runtime runs faster than torch does the models; None if it does not.
+    """
+
+    form: Int8Form | None = None
+    drafts: Drafts | None = None
+
+    def of(self, model: nn.Module) -> nn.Module:
+        """Return a converted model as it is deployed."""
+        return self.in_floating_point(model) if self.form is None else self.form.module(model)
+
+    def in_floating_point(self, model: nn.Module) -> nn.Module:
+        """Return a model in floating point, whatever form it is deployed in."""
+        found = None if self.drafts is None else self.drafts.module(model)
+        return private_copy(model) if found is None else found
+
+
 class Scores:
     """Scores of the original on the data, and of converted models on growing parts of them.
 
@@ -66,17 +89,16 @@ class Scores:
         seed: int,
         progress: Progress,
         on_images: Callable[[InputBatch], None] | None = None,
-        form: Int8Form | None = None,
+        deployment: Deployment = Deployment(),
     ) -> None:
         """Take the original and the scored data.
 
         `on_images` is called with each batch of them, once. The original is scored in floating point, and
-        converted models in the `form` that they are deployed in.
+        converted models as they are deployed.
         """
-        self._progress, self._form = progress, form
-        self.original = evaluate(
-            private_copy(model), data, scoring, progress, "accuracy, original", on_images
-        )
+        self._progress, self._deployment = progress, deployment
+        running = deployment.in_floating_point(model)
+        self.original = evaluate(running, data, scoring, progress, "accuracy, original", on_images)
         if not math.isfinite(self.original.value):
             raise SepconvertError(
                 f"`metric` {self.original.metric.name}: is {self.original.value} for the original on "
@@ -97,10 +119,7 @@ class Scores:
 
     def in_floating_point(self, model: nn.Module) -> Evaluation:
         """Return the evaluation of a converted model in floating point, whatever form it is deployed in."""
-        parts = [
-            once(partial(evaluate, private_copy(model), part.loader, self.scoring, self._progress))
-            for part in self._parts
-        ]
+        parts = [once(partial(self._in_floating_point, model, part.loader)) for part in self._parts]
         return joined(parts).at(np.argsort(self._places(0, self.sizes[-1])))
 
     def delta(self, model: nn.Module, images: int) -> MetricDelta:
@@ -134,8 +153,12 @@ class Scores:
         return known[:needed]
 
     def _run(self, model: nn.Module, loader: Iterable[Batch]) -> Evaluation:
-        deployed = private_copy(model) if self._form is None else self._form.module(model)
+        deployed = self._deployment.of(model)
         return evaluate(deployed, loader, self.scoring, self._progress, "accuracy, converted")
+
+    def _in_floating_point(self, model: nn.Module, loader: Iterable[Batch]) -> Evaluation:
+        running = self._deployment.in_floating_point(model)
+        return evaluate(running, loader, self.scoring, self._progress)
 
 
 def sizes_of(images: int) -> tuple[tuple[int, ...], int]:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 
 from torch import Tensor, nn
 
-from sepconvert.base.progress import Progress
+from sepconvert.base.progress import Progress, Stage, stage
 from sepconvert.calibration.evidence import Evidence
 from sepconvert.calibration.heldout import Heldout
 from sepconvert.factorize.approximate.int8 import with_rounding
@@ -124,6 +124,7 @@ class LayerSurvey:
         return next(each for each in self.offers if form_of(each) == candidate.form)
 
 
+@stage(Stage.SURVEY)
 def survey(
     model: nn.Module,
     sites: Sequence[ConvSite],
@@ -147,6 +148,10 @@ def survey(
     found: dict[str, LayerSurvey] = {}
 
     def fit(site: ConvSite, moments: Moments) -> None:
+        with stage(Stage.SURVEY, site.name):
+            fit_forms(site, moments)
+
+    def fit_forms(site: ConvSite, moments: Moments) -> None:
         costs = prices[site.name].forms
         problem = fit_problem(site, moments, evidence)
 
@@ -189,6 +194,7 @@ def survey(
     }
 
 
+@stage(Stage.SURVEY)
 def with_float_options(
     model: nn.Module,
     surveyed: Mapping[str, LayerSurvey],

@@ -13,19 +13,19 @@ from torch import nn
 from sepconvert.base.distributed import once
 from sepconvert.base.errors import SepconvertError
 from sepconvert.base.modules import unshadowed
-from sepconvert.base.progress import Progress
+from sepconvert.base.progress import Progress, Stage, stage
 from sepconvert.calibration.batchnorm import reestimate_batchnorm
 from sepconvert.calibration.evidence import Evidence
 from sepconvert.calibration.heldout import Divergence, Heldout
 from sepconvert.factorize.approximate.problem import Approximation, nearest, output_error
 from sepconvert.factorize.approximate.weighted import Moments
 from sepconvert.factorize.structures import Form
+from sepconvert.files.onnx.drafts import Drafts
 from sepconvert.files.onnx.int8.form import Int8Form
 from sepconvert.measure.latency import Speedup
 from sepconvert.network.calls import Kernel
 from sepconvert.network.copies import duplicate, quick_copy, shared_parameters
 from sepconvert.network.rewrite import rewrite
-from sepconvert.network.tensors import Inputs
 from sepconvert.network.trace import ConvSite, TracedModel
 from sepconvert.planning.allocate import Choice, in_float, replaced
 from sepconvert.planning.fitting import bias_of, fit_problem, for_each_layer, kernel_of, replacement
@@ -80,14 +80,13 @@ class Stopwatch:
     """Times models against the original in ONNX Runtime."""
 
     clock: Clock
-    original: nn.Module
-    inputs: Inputs
+    drafts: Drafts
     runs: int
     progress: Progress
 
     def time(self, models: Sequence[nn.Module]) -> tuple[float, list[Speedup]]:
         """Return the milliseconds of the original, and the speed-up of each model, all timed together."""
-        return once(lambda: self.clock.plans(self.original, models, self.inputs, self.runs, self.progress))
+        return once(lambda: self.clock.plans(self.drafts, models, self.runs, self.progress))
 
 
 @dataclass(eq=False)
@@ -127,6 +126,7 @@ class Workshop:
         """Return the speed-up of each model over the original, timed together; [] if plans are not timed."""
         return [] if self.stopwatch is None else self.stopwatch.time(models)[1]
 
+    @stage(Stage.FITS)
     def carry_out(self, choice: Choice) -> Fitted:
         """Fit the chosen layers in order, rewrite the model, and re-estimate BatchNorms if that helps.
 

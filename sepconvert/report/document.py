@@ -1,7 +1,7 @@
 """The report as a value, and as the JSON document that other programs read."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -39,6 +39,7 @@ class Report:
     approximation: Mapping[str, Any] | None = None
     int8_gain: Speedup | None = None  # of int8 over floating point, where that decided about the form
     forms: Mapping[str, Any] | None = None  # of models that are deployed in int8
+    stages: Sequence[Mapping[str, Any]] = ()  # that the time went to
     data: Mapping[str, Any] | None = None  # facts that show whether results on the data mean anything
 
 
@@ -75,6 +76,7 @@ def report_document(report: Report) -> dict[str, Any]:
         "approximation": report.approximation,
         **({} if report.forms is None else {"forms": report.forms}),
         **({} if report.int8_gain is None else {"int8_gain": report.int8_gain.to_dict()}),
+        "stages": report.stages,
         "command": report.command,
     }
     plain: dict[str, Any] = json.loads(json.dumps(document, allow_nan=False))

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 from sepconvert.base.documents import writing
-from sepconvert.report.html import render_html
 from sepconvert.report.pictures.exhibits import Exhibits
 
 
@@ -18,6 +17,8 @@ def write_documents(
     Raises:
         SepconvertError: a file cannot be written.
     """
+    from sepconvert.report.html import render_html  # which imports matplotlib, for plots
+
     for name, text in {
         "plan.json": _json(plan),
         "report.json": _json(report),

@@ -1,7 +1,7 @@
 """Reports and comparisons as self-contained HTML pages."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined, Template
@@ -13,12 +13,17 @@ from sepconvert.report import forms
 from sepconvert.report.numbers import (
     Document,
     Quality,
+    by_time,
     divergence_text,
     drop_text,
+    duration_text,
     measured_drop,
+    peak_memory,
     percent_text,
     ratio_text,
     speedup_text,
+    total_time,
+    written_size,
 )
 from sepconvert.report.pictures import plots
 from sepconvert.report.pictures.exhibits import Exhibits
@@ -40,6 +45,7 @@ def render_html(document: Document, exhibits: Exhibits | None = None) -> str:
         compared=exhibits.changed,
         gallery=gallery(exhibits.changed),
         pictures=_pictures(document, exhibits),
+        time=_time(document.get("stages", ())),
         forms=forms,
     )
 
@@ -77,6 +83,8 @@ def _template(name: str) -> Template:
         ratio=ratio_text,
         speedup=speedup_text,
         percent=percent_text,
+        duration=duration_text,
+        size=written_size,
         drop_text=drop_text,
         drop_interval=written_interval,
         change=_change,
@@ -122,6 +130,26 @@ def _pictures(document: Document, exhibits: Exhibits) -> Mapping[str, Any]:
         ],
         "images": {index: picture(image) for index, image in exhibits.images.items() if image.ndim == 3},
     }
+
+
+def _time(stages: Sequence[Document]) -> Mapping[str, Any] | None:
+    """Return the bar of the stages, and a row for each; None for a report that does not know them."""
+    if not stages:
+        return None
+    ordered, total = by_time(stages), total_time(stages)
+    last = len(plots.STAGE_COLOURS) - 1
+    rows = [
+        {
+            **stage,
+            "name": "other work" if stage["stage"] == "rest" else stage["stage"],
+            "colour": plots.STAGE_COLOURS[min(number, last)],
+            "share": stage["wall_s"] / total,
+            "parts": sorted(stage["parts"].items(), key=lambda part: -part[1]),
+        }
+        for number, stage in enumerate(ordered)
+    ]
+    bar = _svg(plots.time_bar([stage["wall_s"] for stage in ordered]))
+    return {"bar": bar, "rows": rows, "seconds": total, "peak": peak_memory(stages)}
 
 
 def _are_drawn(document: Document) -> bool:

@@ -52,7 +52,16 @@ def written_size(count: int | None) -> str:
     """Return a number of bytes as people read it, such as `1.2 MB`, or a dash for None."""
     if count is None:
         return "-"
+    if count >= 1e9:
+        return f"{count / 1e9:.1f} GB"
     return f"{count / 1e6:.1f} MB" if count >= 1e6 else f"{count / 1e3:.0f} kB"
+
+
+def duration_text(seconds: float) -> str:
+    """Return a duration as people read it: `3.7 s`, `221 s`, `39 min`."""
+    if seconds < 9.95:
+        return f"{seconds:.1f} s"
+    return f"{seconds:.0f} s" if seconds < 600 else f"{seconds / 60:.0f} min"
 
 
 def percent_text(share: float | None, digits: int = 2) -> str:
@@ -168,6 +177,21 @@ def measured_drop(document: Document) -> Document | None:
     if metric is None:
         return None
     return {**metric, "value": metric["drop"]}
+
+
+def by_time(stages: Sequence[Document]) -> list[Document]:
+    """Return the stages of a conversion, the longest first."""
+    return sorted(stages, key=lambda stage: -stage["wall_s"])
+
+
+def total_time(stages: Sequence[Document]) -> float:
+    """Return the wall seconds of all stages together; they do not overlap."""
+    return sum(float(stage["wall_s"]) for stage in stages)
+
+
+def peak_memory(stages: Sequence[Document]) -> int:
+    """Return the most bytes that the process held in any stage."""
+    return max(int(stage["peak_bytes"]) for stage in stages)
 
 
 _DIVERGENCES = {

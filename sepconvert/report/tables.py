@@ -10,25 +10,36 @@ from sepconvert.report.numbers import (
     TOP1,
     Document,
     Quality,
+    by_time,
     count_text,
     divergence_text,
     drop_text,
+    duration_text,
     estimate_text,
     fold,
     heading,
     measured_drop,
+    peak_memory,
     percent_text,
     ratio_text,
     speedup_text,
+    total_time,
     written_count,
+    written_size,
 )
 from sepconvert.report.sentences import causes, sentences
 
 _SLOWEST = 12  # operators that have a row of their own
 
+# Stages of a conversion that are named, the least share of one, and the share below which others are none.
+_LONGEST, _WORTH_NAMING, _UNNAMED = 5, 0.05, 0.005
+
 
 def summary(document: Document) -> str:
-    """Return what was converted, costs, the other sentences, tables of an approximation, and the causes."""
+    """Return what was converted, costs, the other sentences, tables of an approximation, causes, and time.
+
+    Reports of version 0.1.0 do not know the stages that the time went to.
+    """
     first, *others = (fold(str(note)) for note in sentences(document))
     lines = [first, "", _cost_table(document), "", *others]
     if "forms" in document:
@@ -38,7 +49,21 @@ def summary(document: Document) -> str:
         lines += _step_lines(approximation) + _curve_lines(approximation)
     if reasons := causes(document):
         lines += ["", "Where the time goes:", *map(fold, reasons)]
+    if stages := document.get("stages"):
+        lines += ["", fold(time_line(stages))]
     return "\n".join(lines)
+
+
+def time_line(stages: Sequence[Document]) -> str:
+    """Return how long a conversion took, the longest stages with their shares, and the peak memory."""
+    total, memory = total_time(stages), written_size(peak_memory(stages))
+    shares = [(stage["stage"], stage["wall_s"] / total) for stage in by_time(stages)]
+    named = [(name, share) for name, share in shares if share >= _WORTH_NAMING and name != "rest"][:_LONGEST]
+    others = max(0.0, 1 - sum(share for _, share in named))
+    texts = [f"{name} {percent_text(share, 0)} %" for name, share in (*named, ("others", others))]
+    if others < _UNNAMED:
+        del texts[-1]
+    return f"Time: {duration_text(total)} ({', '.join(texts)}); peak memory {memory}."
 
 
 def layer_table(layers: Sequence[Document]) -> str:

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sepconvert.base.documents import decode, is_intact, read_file, sealed, structured, writing
+from sepconvert.base.documents import check_file, decode, is_intact, read_file, sealed, structured, writing
 from sepconvert.base.errors import SepconvertError
 
 
@@ -137,10 +137,22 @@ def test_files_are_read_up_to_a_size(tmp_path):
         read_file(tmp_path / "none")
 
 
-def test_a_pipe_is_not_read(tmp_path):
+@pytest.mark.parametrize("read", [read_file, check_file])
+def test_a_pipe_is_not_read(tmp_path, read):
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(SepconvertError, match="is no regular file"):
-        read_file(tmp_path / "pipe")
+        read(tmp_path / "pipe")
+
+
+def test_a_file_is_checked_without_being_read(tmp_path):
+    path = tmp_path / "plan.json"
+    with pytest.raises(
+        SepconvertError, match=r"plan\.json: cannot be read: No such file or dir.*; check the"
+    ):
+        check_file(path)
+    with path.open("wb") as file:
+        file.truncate(2**40)  # of which the disk keeps nothing
+    check_file(path)
 
 
 @pytest.mark.parametrize(

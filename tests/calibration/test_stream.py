@@ -103,7 +103,7 @@ def test_functional_convolutions():
     found = drive(model, IMAGES.split(6))
     columns = F.unfold(IMAGES.double(), 3, stride=(1, 2)).transpose(1, 2).flatten(0, 1)[None]
     torch.testing.assert_close(
-        found["conv2d_0"].covariance, covariance(columns, columns), rtol=1e-9, atol=1e-9
+        found["conv2d_0"].covariance, covariance(columns, columns), rtol=1e-5, atol=1e-5
     )
 
 

@@ -32,6 +32,16 @@ def test_json_is_all_that_is_printed(converted):
     assert json.loads(converted.out) == json.loads((converted.folder / "report.json").read_text())
 
 
+def test_the_stages_take_all_the_time_of_the_process(converted):
+    stages = {stage["stage"]: stage for stage in json.loads(converted.out)["stages"]}
+    assert list(stages)[:3] == ["start", "rest", "load"]
+    assert {"trace", "checks", "accuracy", "timing", "verification", "export", "report"} < set(stages)
+    assert all(min(stage["wall_s"], stage["cpu_s"]) >= 0 < stage["peak_bytes"] for stage in stages.values())
+    assert stages["start"]["wall_s"] > 0.5  # of imports
+    # The report is written, and the process ends, after the clock. The system's record of a start is coarse.
+    assert 0.5 < sum(stage["wall_s"] for stage in stages.values()) / converted.seconds < 1.05
+
+
 def test_permissions_honour_the_umask(converted):
     assert converted.folder.stat().st_mode & 0o777 == 0o750
     assert {path.stat().st_mode & 0o777 for path in converted.folder.iterdir()} == {0o640}

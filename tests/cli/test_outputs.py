@@ -2,12 +2,20 @@
 
 import json
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from sepconvert.base.errors import SepconvertError
-from sepconvert.cli.outputs import command_line, out_of, result_directory_of, show
+from sepconvert.cli.outputs import (
+    check_place,
+    checkpoint_of,
+    command_line,
+    out_of,
+    result_directory_of,
+    show,
+)
 
 DOCUMENT = {"note": "pass `max_drop`", "arrow": "→"}
 
@@ -20,6 +28,16 @@ def test_the_command_line_is_one_that_a_shell_takes(monkeypatch):
 @pytest.mark.parametrize(("out", "place"), [(None, "net-sepconvert"), (Path("a/b"), "a/b")])
 def test_the_result_directory_is_named_after_the_model(out, place):
     assert out_of({"model": Path("models/net.pt"), "out": out}) == Path(place)
+
+
+def test_the_result_directory_of_the_demo():
+    assert out_of({"out": None}) == Path("demo-sepconvert")
+
+
+@pytest.mark.parametrize(("given", "place"), [(None, "a/b.checkpoint"), (Path("c"), "c")])
+def test_the_checkpoint_is_beside_the_result_directory(given, place):
+    options = {"model": Path("models/net.pt"), "out": Path("a/b"), "checkpoint": given}
+    assert checkpoint_of(options) == Path(place)
 
 
 def test_parameters_are_flags_on_the_terminal_alone(capsys):
@@ -40,9 +58,10 @@ def test_quiet_leaves_out_the_text_and_not_the_document(capsys):
 def test_what_a_result_is_made_from_is_not_replaced_by_it(tmp_path, name):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "report.json").write_text("made from")
-    options = {"force": True, name: tmp_path / "out" / "report.json"}
-    with pytest.raises(SepconvertError, match=r"report\.json, which replacing it would delete"):
-        result_directory_of(options, tmp_path / "out").__enter__()
+    options = {"force": True, "out": tmp_path / "out", name: tmp_path / "out" / "report.json"}
+    for attempt in (result_directory_of(options, tmp_path / "out").__enter__, partial(check_place, options)):
+        with pytest.raises(SepconvertError, match=r"report\.json, which replacing it would delete"):
+            attempt()
     assert (tmp_path / "out" / "report.json").read_text() == "made from"
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from sepconvert.base.errors import SepconvertError
-from sepconvert.files.callables import resolve_callable
+from sepconvert.files.callables import check_callable, resolve_callable
 
 
 @pytest.mark.parametrize(
@@ -31,6 +31,18 @@ def test_callables_that_cannot_be_had(project, spec, match):
         resolve_callable(spec, "factory")
     assert str(error.value).startswith(f"`factory` {spec}:")
     assert "\n" not in str(error.value)
+
+
+def test_a_callable_can_be_checked_without_running_its_file(project):
+    (project / "broken.py").write_text("def")
+    assert check_callable("broken.py:nets.build", "factory") == ("broken.py", "nets.build")
+    assert check_callable("absent.module:build", "factory") == ("absent.module", "build")
+    for spec, match in (
+        ("absent.py:build", "there is no file absent.py"),
+        ("build", "expected pkg.mod:call"),
+    ):
+        with pytest.raises(SepconvertError, match=rf"^`factory` {spec}: {match}"):
+            check_callable(spec, "factory")
 
 
 def test_files_are_run_once_and_hide_no_other_module(project):

@@ -20,7 +20,7 @@ from model_files import FORMATS, NET, X, assert_same, built, refused
 from torch import nn
 
 from sepconvert.base.errors import SepconvertError
-from sepconvert.files.models import load_model, parse_input_shape
+from sepconvert.files.models import load_model
 
 pytestmark = pytest.mark.usefixtures("clean_imports")
 
@@ -318,21 +318,6 @@ def test_damaged_safetensors(tmp_path):
 def test_torchscript_names_the_way_out(tmp_path):
     torch.jit.save(torch.jit.trace(nn.Conv2d(3, 3, 1), X), tmp_path / "m.pt")
     assert "`factory`" in refused("TorchScript", tmp_path / "m.pt")
-
-
-@given(st.lists(st.integers(1, 400), min_size=1, max_size=3))
-def test_input_shapes_round_trip(sizes):
-    assert parse_input_shape("x".join(map(str, sizes))) == tuple(sizes)
-    assert parse_input_shape(" " + " X ".join(map(str, sizes))) == tuple(sizes)
-
-
-@pytest.mark.parametrize(
-    "text",
-    ["", "x", "3x", "3,224,224", "-3x4", "3x0x5", "3x1.5", "3xax5", "99999x99999x99999", "9" * 5000, "３x4"],
-)
-def test_input_shapes_that_make_no_sense(text):
-    with pytest.raises(SepconvertError, match="3x224x224"):
-        parse_input_shape(text)
 
 
 # Models that have their weights already -----------------------------------------------------------

@@ -12,7 +12,7 @@ import onnx
 import pytest
 
 from sepconvert.base.errors import SepconvertError
-from sepconvert.files.results import result_directory
+from sepconvert.files.results import check_result_directory, result_directory
 
 
 def fill(out: Path, *, force: bool = False, inputs: tuple[Path, ...] = (), text: str = "new") -> None:
@@ -73,6 +73,33 @@ def test_nothing_is_left_when_the_block_fails(place, out, error):
 def test_what_exists_stays_when_the_block_fails(place, existing):
     with pytest.raises(ValueError, match="no"):
         fail(existing, ValueError("no"), force=True)
+    assert tree(place) == {"out/report.json": "old"}
+
+
+@pytest.mark.parametrize("out", ["out", "a/b/out"])
+def test_a_check_beforehand_leaves_nothing(place, out):
+    check_result_directory(place / out, force=False)
+    assert list(place.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("out", "reason"),
+    [
+        ("../place/out", "exists already"),
+        ("../place/out/report.json", "is a file"),
+        ("../place/out/report.json/a/b", "Not a directory"),
+        ("/proc/out", "No such file or directory"),
+        ("loop/out", "cannot be written"),
+    ],
+)
+def test_a_check_beforehand_says_what_the_work_would_fail_with(place, existing, out, reason):
+    Path("loop").symlink_to("loop")
+    messages = []
+    for attempt in (fill, check_result_directory):
+        with pytest.raises(SepconvertError, match=reason) as caught:
+            attempt(Path(out), force=False)
+        messages.append(str(caught.value))
+    assert messages[0] == messages[1]
     assert tree(place) == {"out/report.json": "old"}
 
 

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy import stats
 from strategies import numbered
 
 from sepconvert.base.errors import SepconvertError
@@ -195,6 +196,15 @@ def test_impossible_counts_are_refused(lost, won, n):
     for function in (drop_p_value, samples_needed):
         with pytest.raises(SepconvertError, match="two counts >= 0"):
             function(lost, won, n, 0.01)
+
+
+@pytest.mark.parametrize("confidence", [0.5, 0.95, 0.9999])
+@pytest.mark.parametrize(("count", "n"), [(0, 1), (1, 1), (3, 10), (10, 10), (37, 1000), (99_999, 100_000)])
+def test_a_proportion_against_the_tails_of_the_binomial_distribution(count, n, confidence):
+    found = proportion_interval(count, n, confidence)
+    tail = (1 - confidence) / 2
+    assert (found.lo == 0) if count == 0 else stats.binom.sf(count - 1, n, found.lo) == pytest.approx(tail)
+    assert (found.hi == 1) if count == n else stats.binom.cdf(count, n, found.hi) == pytest.approx(tail)
 
 
 def test_a_proportion_and_a_difference_of_proportions():

@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+import time
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -141,6 +142,22 @@ def test_the_same_seed_gives_the_same_bits(net, conversion, x):
     assert read_plan(again.plan) == replace(read_plan(conversion[0].plan), model_sha256=None)
     expected = conversion[0].model.state_dict()
     assert all(torch.equal(value, expected[name]) for name, value in again.model.state_dict().items())
+
+
+def test_the_stages_take_all_of_the_time(small):
+    model, data = small
+    begun = time.perf_counter()
+    result = sepconvert.convert(
+        model, torch.randn(1, 3, 14, 14), "approx", calib=data, rank=1, gate="none", timing=UNTIMED
+    )
+    seconds, stages = time.perf_counter() - begun, {each["stage"]: each for each in result.report["stages"]}
+    assert "start" not in stages  # that of the process is no part of a call
+    assert {"trace", "checks", "calibration", "survey", "moments", "fits", "divergence"} < set(stages)
+    assert stages["survey"]["parts"].keys() == {layer["name"] for layer in converted(result.report)}
+    for each in stages.values():
+        assert each["cpu_s"] >= 0 < each["peak_bytes"]
+        assert 0 <= sum(each["parts"].values()) <= each["wall_s"]
+    assert 0.8 < sum(each["wall_s"] for each in stages.values()) / seconds <= 1
 
 
 class OfFixedBatch(nn.Module):

@@ -34,7 +34,6 @@ WIDE = {
 
 # Modules without a test file of their own: where they are tested instead, and why there.
 TESTED_ELSEWHERE: dict[str, tuple[str, str]] = {
-    "base/progress": ("cli/test_progress.py", "a protocol, and the function that shows nothing"),
     "planning/conversion": ("pipeline/test_convert.py", "values that the report is made of"),
     "planning/fitting": ("planning/test_workshop.py", "fits are judged where plans are carried out"),
     "report/schema/__main__": ("report/schema/test_published.py", "it is run there"),

@@ -25,6 +25,9 @@ FIT = ("--runs", "0", "--calib-images", "64", "--measure-seconds", "0")
 # What makes them quick: of each program, by how its commands begin.
 QUICKLY = {
     "benchmarks/growth.py": ("--images", "8", "--layers", "2", "--width", "16", "--memory", "5"),
+    "benchmarks/stages.py run": FIT,
+    "benchmarks/stages.py report": (),
+    "benchmarks/startup.py": ("--times", "1"),
     "benchmarks/activations.py": (),
     "benchmarks/confidence.py": ("--repetitions", "2"),
     "benchmarks/cost_model.py": ("--runs", "1"),

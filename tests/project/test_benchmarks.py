@@ -13,8 +13,10 @@ from skimage.metrics import peak_signal_noise_ratio
 
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
 import fashion_mnist
+import growth
 import peers
 import real
+import stages
 import zoo
 
 
@@ -344,3 +346,94 @@ def test_real_networks_are_continued_where_keys_are_the_same(cases):
     (line,) = real_outcome("run", cases).splitlines()
     assert line.startswith("psnr: exit code 2: sepconvert: none.pt: there is no such file")
     assert real_outcome("report", cases).count("kept") == 1
+
+
+# Stages --------------------------------------------------------------------------------------------
+
+
+def timed(seconds: dict[str, float], **layers: float) -> dict[str, Any]:
+    """A report of a conversion on two busy cores."""
+    return {
+        "command": "sepconvert net.pt",
+        "environment": {"cpu": "A", "cores": 2, "threads": 1, "torch": "2", "onnxruntime": "1"},
+        "stages": [
+            {
+                "stage": name,
+                "wall_s": wall,
+                "cpu_s": 2 * wall,
+                "peak_bytes": int(1e9 + wall),
+                "parts": layers if name == "survey" else {},
+            }
+            for name, wall in seconds.items()
+        ],
+    }
+
+
+def cells(text: str) -> list[list[str]]:
+    """The rows of Markdown tables, without those of dashes."""
+    rows = [line.strip("|").split("|") for line in text.splitlines() if line.startswith("| ")]
+    return [[cell.strip() for cell in row] for row in rows]
+
+
+def test_stages_are_listed_by_falling_time():
+    report = timed({"trace": 5.0, "survey": 35.0, "merging": 0.0}, stem=7.0, head=28.0)
+    assert cells(stages.table(report)) == [
+        ["stage", "wall s", "share", "CPU s", "CPU/wall", "peak GB"],
+        ["survey", "35.0", "87.5 %", "70.0", "2.00", "1.00"],
+        ["trace", "5.0", "12.5 %", "10.0", "2.00", "1.00"],
+        ["merging", "0.0", "0.0 %", "0.0", "", "1.00"],
+        ["total", "40.0", "100.0 %", "80.0", "2.00", "1.00"],
+        ["layer, survey", "wall s", "share"],
+        ["head", "28.00", "80.0 %"],
+        ["stem", "7.00", "20.0 %"],
+    ]
+
+
+def test_many_layers_share_a_row():
+    rows = cells(stages.layer_table("survey", {f"conv{n}": 1.0 for n in range(stages.LAYERS + 5)}))
+    assert len(rows) == 1 + stages.LAYERS + 1
+    assert rows[-1] == ["5 others", "5.00", "20.0 %"]
+
+
+def test_reports_side_by_side(tmp_path):
+    for name, seconds in (("a", {"fits": 3.0, "survey": 9.0}), ("b", {"fits": 2.0, "training": 2.0})):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "report.json").write_text(json.dumps(timed(seconds)))
+    a, b = tmp_path / "a", tmp_path / "b" / "report.json"
+    found = CliRunner().invoke(stages.cli, ["report", str(a), str(b)])
+    assert cells(found.output) == [
+        ["wall s", str(a), str(b), f"{a} / {b}"],
+        ["survey", "9.00", "0.00", ""],
+        ["fits", "3.00", "2.00", "1.50"],
+        ["training", "0.00", "2.00", "0.00"],
+        ["total", "12.00", "4.00", "3.00"],
+        ["total CPU", "24.00", "8.00", "3.00"],
+        ["peak GB", "1.00", "1.00", "1.00"],
+    ]
+    assert "survey" in CliRunner().invoke(stages.cli, ["report", str(a)]).output
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [(json.dumps(timed({})), "has no stages"), ("{}", "has no stages"), ("x", "Expecting")],
+)
+def test_reports_without_stages_are_refused(tmp_path, text, message):
+    (tmp_path / "report.json").write_text(text)
+    found = CliRunner().invoke(stages.cli, ["report", str(tmp_path)])
+    assert found.exit_code == 2
+    assert message in found.output
+
+
+def test_growth_shows_the_stages_that_take_time():
+    runs = [{"images": 8, "layers": 2}, {"images": 16, "layers": 2}]
+    found = [
+        (9.5, 1.25, {"fits": 2.0, "export": 7.0, "trace": 0.1}),
+        (21.0, 1.5, {"fits": 20.0, "rest": 1.0}),
+    ]
+    assert cells(growth.table(runs, found)) == [
+        ["images", "layers", "seconds", "GB"], ["8", "2", "9.5", "1.25"], ["16", "2", "21", "1.5"],
+    ]  # fmt: skip
+    assert cells(growth.stage_table(runs, found)) == [
+        ["images", "layers", "fits", "export", "rest"],
+        ["8", "2", "2", "7", "0"], ["16", "2", "20", "0", "1"],
+    ]  # fmt: skip

@@ -32,7 +32,7 @@ import sepconvert
 from sepconvert.cli import main as cli
 from sepconvert.cli.conditions import UNITS, Demand
 from sepconvert.cli.options import in_flags
-from sepconvert.files.models import parse_input_shape
+from sepconvert.files.sources import parse_input_shape
 
 SHORT = ("--runs", "3")
 NONE = ("--runs", "0")

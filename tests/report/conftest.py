@@ -92,6 +92,20 @@ LARGE = LayerReport(
         (("direct, blocked layout",), ("grouped, im2col and GEMM",)), "memory is slow",
     ),
 )  # fmt: skip
+
+
+def stage(name: str, seconds: float, gigabytes: float = 1.0, **parts: float) -> dict[str, Any]:
+    """Return a stage of a conversion on two cores."""
+    return {
+        "stage": name, "wall_s": seconds, "cpu_s": 2 * seconds, "peak_bytes": int(1e9 * gigabytes),
+        "parts": parts,
+    }  # fmt: skip
+
+
+STAGES = (
+    stage("start", 8.0, 0.75), stage("rest", 16.0), stage("trace", 0.25), stage("timing", 64.0, 2.5),
+    stage("survey", 72.0, 3.25, stem=24.5, large=40.25), stage("export", 40.0), stage("report", 0.0),
+)  # fmt: skip
 EXACT = Report(
     mode="exact",
     source={"path": "models/net.pt", "sha256": "0123456789abcdef" * 4},
@@ -123,6 +137,7 @@ EXACT = Report(
         "values": {"example": (-2.0, 2.0), "scored": (-2.0, 2.0), "calibration": None},
         "repeated": 0,
     },
+    stages=STAGES,
 )  # fmt: skip
 BARE = replace(
     EXACT,
@@ -134,6 +149,7 @@ BARE = replace(
     accuracy=None,
     changed=None,
     data=None,
+    stages=(),
     layers=(STEM, replace(LARGE, latency=None, execution=None)),
     verification=replace(EXACT.verification, onnx=None, onnx_reason="no kernel"),
     execution=None,

@@ -23,6 +23,7 @@ def test_every_part_is_in_its_place(report, document):
     assert document["export"] == {
         "dynamic_batch": True, "onnx_dtype": "float32", "reason": None, "missing": {},
     }  # fmt: skip
+    assert document["stages"] == list(report.stages)
     for name in ("mode", "seed", "dtype", "command", "approximation"):
         assert document[name] == getattr(report, name)
 

@@ -18,6 +18,7 @@ from sepconvert.measure.metrics.metric import MetricValue
 from sepconvert.measure.metrics.named import named
 from sepconvert.measure.metrics.uncertainty import MeanDrop
 from sepconvert.report.html import render_comparison, render_html
+from sepconvert.report.pictures import plots
 from sepconvert.report.pictures.exhibits import Exhibits, KernelPair
 from sepconvert.report.pictures.samples import ChangedSample, ChangedSamples
 from sepconvert.report.sentences import causes, sentences
@@ -156,7 +157,7 @@ def test_every_picture_has_a_size(document, exhibits):
     sized = [name for name, value in page.attributes if name in ("width", "height") and value]
     pictures = page.elements.count("img") + page.elements.count("svg")
     assert len(sized) >= 2 * pictures
-    assert page.elements.count("svg") == 3  # two spectra, and the latencies
+    assert page.elements.count("svg") == 4  # two spectra, the latencies, and the stages
 
 
 def test_what_the_pictures_show(document, exhibits):
@@ -241,6 +242,39 @@ def test_the_command(document):
     assert document["command"] in Page(render_html(document)).text
 
 
+def rows_of(page: str) -> list[list[str]]:
+    """The cells of the table of stages."""
+    (table,) = re.findall(r'<table class="stages">.*?</table>', page, re.DOTALL)
+    rows = re.findall(r"<tr>(<td>.*?)</tr>", table, re.DOTALL)
+    return [[re.sub(r"<.*?>", "", cell) for cell in row.split("</td>")[:-1]] for row in rows]
+
+
+def test_what_the_time_went_to(document):
+    page = render_html(document)
+    assert "200 s; peak memory 3.2 GB." in Page(page).text
+    rows = rows_of(page)
+    assert rows[0] == ["surveyby layerlarge: 40 s; stem: 24 s", "72.0", "36.0", "144.0", "3.25"]
+    assert [row[0] for row in rows[1:]] == ["timing", "export", "other work", "start", "trace", "report"]
+    assert sum(float(row[1]) for row in rows) == pytest.approx(200.25, abs=0.1)
+    assert sum(float(row[2]) for row in rows) == pytest.approx(100, abs=0.2)
+
+
+def test_the_bar_and_the_table_have_the_same_colours(document):
+    longer = [{**document["stages"][0], "stage": f"stage {n}", "wall_s": 100.0 + n} for n in range(4)]
+    document["stages"] += longer
+    page = render_html(document)
+    shown = re.findall(r'<i style="background:(.*?)"></i>', page)
+    assert shown == [*plots.STAGE_COLOURS, *plots.STAGE_COLOURS[-1:] * 3]
+    (bar,) = re.findall(r'<svg [^>]*aria-label="Shares of the stages.*?</svg>', page, re.DOTALL)
+    assert re.findall(r"fill: (var[^;]*|color-mix[^;]*);", bar) == list(plots.STAGE_COLOURS)
+
+
+def test_a_report_that_does_not_know_its_stages(document, bare):
+    del document["stages"]  # version 0.1.0
+    for each in (document, bare):
+        assert "Time of the conversion" not in Page(render_html(each)).text
+
+
 def test_warnings_stand_out_and_parameters_are_code(document):
     assert 'class="warning"' not in render_html(document)
     document["delta"]["latency_speedup"].update(median=0.8, ci95=[0.75, 0.85])
@@ -267,10 +301,11 @@ def test_names_are_text(document, name):
     document["model"]["path"] = name
     document["environment"]["cpu"] = name
     document["layers"][1]["structures"][0]["scheme"] = name
+    document["stages"][4]["parts"][name] = 1.0
     page = Page(render_html(document))
     assert [e for e in page.elements if e != "code"] == [e for e in plain.elements if e != "code"]
     assert {key for key, _ in page.attributes} == {key for key, _ in plain.attributes}
-    assert page.text.count(name) == 8  # the title and a sentence too
+    assert page.text.count(name) == 9  # the title and a sentence too
     document["layers"][0]["spectrum"]["scheme"] = document["command"] = name
     assert {key for key, _ in Page(render_html(document)).attributes} == {key for key, _ in plain.attributes}
 
@@ -330,7 +365,7 @@ def with_times(document, drops):
 def test_the_curve_is_drawn(approximate):
     with_times(approximate, [None, 0.25, 0.75])
     page = Page(render_html(approximate))
-    assert page.elements.count("svg") == 4  # two spectra and the latencies too
+    assert page.elements.count("svg") == 5  # two spectra, the latencies and the stages too
     for expected in ("divergence from", "change of", "top-1, pp", "measured speed-up, ×"):
         assert expected in page.text
     for predicted, measured in (("1.50×", "1.25×"), ("3.50×", "3.25×")):

@@ -5,16 +5,21 @@ import pytest
 from sepconvert.report.numbers import (
     TOP1,
     Quality,
+    by_time,
     compared_by,
     count_text,
     divergence_text,
     drop_text,
+    duration_text,
     estimate_text,
     fold,
     heading,
+    peak_memory,
     percent_text,
     ratio_text,
     speedup_text,
+    total_time,
+    written_size,
 )
 
 SPEEDUP = {"median": 1.234, "ci95": [1.2, 1.3], "significant": True}
@@ -38,6 +43,15 @@ SPEEDUP = {"median": 1.234, "ci95": [1.2, 1.3], "significant": True}
         (drop_text({"value": 0.098, "unit": "dB", "ci95": [0.09012, 0.1059]}), "0.098 dB [0.0901, 0.106]"),
         (drop_text({"value": 1e-4, "unit": "", "ci95": [0, 2.5e-4]}), "0.0001 [0, 0.00025]"),
         (drop_text({"value": 0.5, "unit": "dB", "ci95": [0.25, 1]}, unit=False), "0.5 [0.25, 1]"),
+        (written_size(1_250), "1 kB"),
+        (written_size(1_250_000), "1.2 MB"),
+        (written_size(3_300_000_000), "3.3 GB"),
+        (written_size(None), "-"),
+        (duration_text(0.04), "0.0 s"),
+        (duration_text(9.94), "9.9 s"),
+        (duration_text(9.96), "10 s"),
+        (duration_text(599.4), "599 s"),
+        (duration_text(2_327), "39 min"),
         (heading("drop", "dB"), "drop, dB"),
         (heading("drop", ""), "drop"),
     ],
@@ -67,3 +81,12 @@ def test_what_outputs_are_compared_by_is_said_of_all_but_classifiers():
     assert compared_by(["bernoulli", "relative", "relative"], restored) == (
         ", by Bernoulli divergence of each value and relative squared error"
     )
+
+
+def test_stages_by_their_time(document):
+    stages = document["stages"]
+    assert [stage["stage"] for stage in by_time(stages)] == [
+        "survey", "timing", "export", "rest", "start", "trace", "report",
+    ]  # fmt: skip
+    assert total_time(stages) == 200.25
+    assert peak_memory(stages) == 3_250_000_000

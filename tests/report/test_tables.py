@@ -2,6 +2,7 @@
 
 import json
 
+from sepconvert.report.numbers import fold
 from sepconvert.report.tables import (
     anatomy_text,
     curve_table,
@@ -9,6 +10,7 @@ from sepconvert.report.tables import (
     modes_table,
     structure_table,
     summary,
+    time_line,
 )
 
 
@@ -101,6 +103,23 @@ def test_accuracy_on_held_out_images_takes_labels(approximate):
 
 def test_the_text_needs_no_more_than_the_json(document):
     assert summary(json.loads(json.dumps(document))) == summary(document)
+
+
+def test_the_last_line_is_what_the_time_went_to(document):
+    text = "Time: 200 s (survey 36 %, timing 32 %, export 20 %, others 12 %); peak memory 3.2 GB."
+    assert summary(document).endswith("\n\n" + fold(text))
+    del document["stages"]  # version 0.1.0 did not count
+    assert "Time:" not in summary(document)
+
+
+def test_few_stages_are_named(document):
+    kinds = ("moments", "fits", "survey", "timing", "accuracy", "export")
+    stages = [{"stage": name, "wall_s": 7.0 - n, "peak_bytes": 2.5e6} for n, name in enumerate(kinds)]
+    text = time_line(stages)
+    named = "moments 26 %, fits 22 %, survey 19 %, timing 15 %, accuracy 11 %, others 7 %"
+    assert text == f"Time: 27 s ({named}); peak memory 2.5 MB."
+    assert "others" not in time_line(stages[:1])
+    assert "rest" not in time_line([{**stages[0], "stage": "rest"}, stages[1]])
 
 
 # Layers and structures -----------------------------------------------------------------------------

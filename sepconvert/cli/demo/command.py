@@ -2,7 +2,6 @@
 
 import dataclasses
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,7 +11,7 @@ from sepconvert.base.options.values import Mode, Origin
 from sepconvert.cli.demo.images import evaluation_data, training_data
 from sepconvert.cli.demo.net import load, to_input
 from sepconvert.cli.inputs import TRAINING_BATCH, timing_of
-from sepconvert.cli.outputs import command_line, result_directory_of, show
+from sepconvert.cli.outputs import command_line, out_of, result_directory_of, show
 from sepconvert.cli.progress import progress_for, quietly
 from sepconvert.pipeline.convert import convert as run_convert
 from sepconvert.report.sentences import story
@@ -36,7 +35,7 @@ _DEMO_SCORED, _DEMO_IMAGES, _DEMO_SECONDS = 2000, 512, 10.0
 
 def demo(**options: Any) -> None:
     """Run `sepconvert demo`."""
-    out, said = options["out"] or Path("demo-sepconvert"), list[str]()
+    out, said = out_of(options), list[str]()
     with quietly(), result_directory_of(options, out) as folder:
         scored, shown = evaluation_data(_DEMO_SCORED), training_data(_DEMO_IMAGES)
         x, y = to_input(scored.x), torch.from_numpy(scored.y)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import onnx
+import onnx_ir as ir
 import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
@@ -61,6 +62,7 @@ class Export:
         input_names: names of its inputs in ONNX files.
         output_names: those of its outputs, if it returns a mapping; else torch's.
         note: the way in which it was exported.
+        prefix: of the names of modules and parameters in the program.
     """
 
     program: ExportedProgram
@@ -68,6 +70,7 @@ class Export:
     input_names: tuple[str, ...]
     output_names: tuple[str, ...] | None
     note: ExportNote
+    prefix: str = ""
 
 
 def runtime_dtype(model: nn.Module) -> torch.dtype:
@@ -113,7 +116,8 @@ def export_program(
     dtype = dtype or runtime_dtype(model)
     private, inputs = private_copy(model, dtype), fresh(cast(inputs, dtype))
     returned = _returned(private, inputs)
-    if not _are_known(returned):
+    prefix = "" if _are_known(returned) else "model."
+    if prefix:
         private = _Tensors(private)
     program, reason = _exported_dynamically(private, inputs) if dynamic_batch else (None, None)
     is_dynamic = program is not None
@@ -127,7 +131,7 @@ def export_program(
         with _quiet():
             program = move_to_device_pass(program, "cpu")
     note = ExportNote(is_dynamic, str(dtype).removeprefix("torch."), reason)
-    return Export(program, dtype, onnx_names(inputs), _names_in(returned), note)
+    return Export(program, dtype, onnx_names(inputs), _names_in(returned), note, prefix)
 
 
 def _names_in(values: Any) -> tuple[str, ...] | None:
@@ -155,6 +159,32 @@ def save_archive(export: Export, path: Path) -> None:
         path.write_bytes(archive.getbuffer())
 
 
+def translated(export: Export, *, optimize: bool = True) -> ir.Model:
+    """Translate an exported model to ONNX.
+
+    Args:
+        export: the exported model.
+        optimize: whether the exporter folds constants, and BatchNorms into the convolutions before them.
+
+    Raises:
+        ExportError: torch cannot translate the exported program.
+    """
+    with _quiet():
+        try:
+            exported = torch.onnx.export(
+                export.program, dynamo=True, verbose=False, input_names=export.input_names,
+                output_names=export.output_names, optimize=optimize,
+            )  # fmt: skip
+            assert exported is not None  # noqa: S101  (it is None only without dynamo)
+            for node in exported.model.graph.all_nodes():
+                node.metadata_props.pop(_STACK_TRACE, None)
+            if optimize:
+                FoldBatchNormPass()(exported.model)
+            return exported.model
+        except Exception as error:  # the exporter raises errors of many kinds
+            raise _export_error("ONNX", error) from error
+
+
 def save_onnx(export: Export, path: Path, *, check: bool = True) -> None:
     """Write one self-contained ONNX file.
 
@@ -168,22 +198,15 @@ def save_onnx(export: Export, path: Path, *, check: bool = True) -> None:
         ExportError: torch cannot translate the exported program, or the file does not pass the check.
         SepconvertError: the file cannot be written.
     """
+    model = translated(export)
     with _quiet(), writing(path):
         try:
-            exported = torch.onnx.export(
-                export.program, dynamo=True, verbose=False, input_names=export.input_names,
-                output_names=export.output_names,
-            )  # fmt: skip
-            assert exported is not None  # noqa: S101  (it is None only without dynamo)
-            for node in exported.model.graph.all_nodes():
-                node.metadata_props.pop(_STACK_TRACE, None)
-            FoldBatchNormPass()(exported.model)
             if export.output_names is not None:
-                exported.model.metadata_props[OUTPUTS] = MAPPING
-            exported.save(str(path), external_data=False)
+                model.metadata_props[OUTPUTS] = MAPPING
+            ir.save(model, str(path))
         except OSError:
             raise
-        except Exception as error:  # the exporter raises errors of many kinds
+        except Exception as error:
             raise _export_error("ONNX", error) from error
         try:
             if check:

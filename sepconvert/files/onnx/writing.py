@@ -9,6 +9,7 @@ from torch import nn
 
 from sepconvert.base.documents import writing
 from sepconvert.base.errors import ExportError, first_line
+from sepconvert.base.progress import Stage, stage
 from sepconvert.files.onnx.export import (
     ExportNote,
     export_program,
@@ -31,6 +32,7 @@ def onnx_feed(model: nn.Module, inputs: Inputs) -> Feed:
     return feed_by_name(onnx_names(inputs), cast(inputs, runtime_dtype(model)))
 
 
+@stage(Stage.EXPORT)
 def write_onnx(
     model: nn.Module, inputs: Inputs, path: Path, *, dynamic_batch: bool = True, check: bool = True
 ) -> ExportNote:

@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 from torch.utils.data import DataLoader, IterableDataset
 
 from sepconvert.base.errors import SepconvertError, first_line
-from sepconvert.base.progress import Progress, silent
+from sepconvert.base.progress import Progress, Stage, silent, stage
 from sepconvert.measure.divergence import returned_by
 from sepconvert.measure.metrics.classes import Accuracy, Predictions, are_classified, joined_predictions
 from sepconvert.measure.metrics.metric import Metric, MetricValue, Statistics, shares, written_drop
@@ -196,6 +196,7 @@ NO_DELTA: Mapping[str, Any] = {"metric": None, "accuracy_drop_pp": None, "agreem
 """The same keys where nothing was scored."""
 
 
+@stage(Stage.ACCURACY)
 def evaluate(
     model: nn.Module,
     loader: Iterable[Any],

@@ -8,7 +8,7 @@ from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
-from scipy import stats
+from scipy import special
 
 from sepconvert.measure.metrics.metric import Metric, Statistics, Weights
 from sepconvert.measure.statistics import (
@@ -111,7 +111,7 @@ class Estimated:
             return 0.0 if self.drop < limit else 1.0
         ratio, scaled = (self.drop - limit) / self.error, self.skewness / math.sqrt(self.n)
         symmetric = ratio + scaled * ratio**2 / 3 + scaled**2 * ratio**3 / 27 + scaled / 6
-        return float(stats.t.cdf(symmetric, self.n - 1))
+        return float(special.stdtr(self.n - 1, symmetric))
 
     def bound(self, confidence: float) -> float:
         """Return the end of a one-sided interval."""
@@ -123,12 +123,12 @@ class Estimated:
             return None
         deviation, needed = self.error * math.sqrt(self.n), self.n
         for _ in range(_STEPS):  # the quantile depends on the number itself
-            ratio = stats.t.ppf(1 - level, max(needed - 1, 1)) * deviation / (limit - self.drop)
+            ratio = special.stdtrit(max(needed - 1, 1), 1 - level) * deviation / (limit - self.drop)
             needed = max(2, math.ceil(ratio**2))
         return needed
 
     def _quantile(self, share: float) -> float:
-        return float(stats.t.ppf(share, max(self.n - 1, 1)))
+        return float(special.stdtrit(max(self.n - 1, 1), share))
 
     def _skewed(self, quantile: float) -> float:
         """Return the quantile of the ratio of drop and error that belongs to one of Student's t."""

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from sepconvert.base.errors import SepconvertError
+from sepconvert.base.progress import Stage, stage
 from sepconvert.files.onnx.export import runtime_dtype
 from sepconvert.files.onnx.graph.network import OnnxNetwork
 from sepconvert.files.onnx.graph.running import answers
@@ -103,6 +104,7 @@ class Reference:
         return tuple(case.inputs for case in self.cases)
 
 
+@stage(Stage.VERIFICATION)
 def reference(
     model: nn.Module,
     inputs: Inputs,
@@ -263,6 +265,7 @@ def _perturbed(
         return float64_outputs(model, inputs)
 
 
+@stage(Stage.VERIFICATION)
 def compare_with(expected: Reference, converted: nn.Module) -> OutputCheck:
     """Check the outputs of the converted model against the original's reference."""
     precise = private_copy(converted, expected.dtype)

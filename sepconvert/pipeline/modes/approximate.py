@@ -163,7 +163,7 @@ def _obstacles(traced: TracedModel, job: Job) -> dict[str, Reason]:
 
 def _workshop(original: Original, start: Start, job: Job, findings: _Findings) -> Workshop:
     runs = job.timing.runs
-    stopwatch = Stopwatch(original.clock, original.model, original.inputs, runs or FORM_RUNS, job.progress)
+    stopwatch = Stopwatch(original.clock, original.drafts, runs or FORM_RUNS, job.progress)
     timed = job.runs or findings.unit == "milliseconds" or job.budget.min_speedup is not None
     return Workshop(
         start.traced,

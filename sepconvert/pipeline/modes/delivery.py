@@ -13,7 +13,6 @@ from sepconvert.distillation.fake_quantization import (
     without_fake_quantization,
 )
 from sepconvert.distillation.results import FinetuneResult
-from sepconvert.distillation.training import finetune
 from sepconvert.network.tensors import InputBatch
 from sepconvert.pipeline.job import Job
 from sepconvert.pipeline.original import Original
@@ -154,6 +153,8 @@ def checkpoints(first: Path) -> tuple[Path, ...]:
 def _fine_tuned(
     original: Original, job: Job, search: Search, workshop: Workshop, point: Point, attempt: int
 ) -> Tuned:
+    from sepconvert.distillation.training import finetune  # with accelerate, which takes long to import
+
     options, data = job.finetuning, original.data.training
     if data is None:
         raise ValueError("fine-tuning needs images to train on, and others to choose weights by")

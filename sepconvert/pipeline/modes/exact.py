@@ -7,7 +7,7 @@ from torch import nn
 
 from sepconvert.base.modules import submodule
 from sepconvert.base.options.values import Selection
-from sepconvert.base.progress import Progress, silent
+from sepconvert.base.progress import Progress, Stage, silent, stage
 from sepconvert.factorize.exact.analysis import Analysis, Spectrum, analyse
 from sepconvert.factorize.exact.factors import Factorization
 from sepconvert.files.onnx.int8.form import Int8Form
@@ -119,6 +119,7 @@ def replacement(factorization: Factorization, site: ConvSite) -> Replacement:
     )
 
 
+@stage(Stage.VERIFICATION)
 def verify_model(
     model: nn.Module,
     converted: nn.Module,

@@ -11,7 +11,7 @@ from sepconvert.base.distributed import once
 from sepconvert.base.errors import first_line
 from sepconvert.base.notes import Reason, ReasonCode
 from sepconvert.base.options.values import Gate
-from sepconvert.base.progress import Progress, silent
+from sepconvert.base.progress import Progress, Stage, silent, stage
 from sepconvert.factorize.geometry import ConvSpec, chain_macs
 from sepconvert.measure.cost import Cost
 from sepconvert.measure.latency import Speedup
@@ -53,6 +53,7 @@ class Start:
         return self.traced.sites
 
 
+@stage(Stage.MERGING)
 def merge_original(original: Original, job: Job) -> Start:
     """Merge linear pairs of the original's selected convolutions, as `merge_pairs` decides."""
     pairs = [

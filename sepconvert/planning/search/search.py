@@ -9,7 +9,8 @@ from sepconvert.base.errors import DemandNotMetError
 from sepconvert.base.options.values import Budget
 from sepconvert.planning.search.bisection import cheaper_than, cheapest_that, dearest_that
 from sepconvert.planning.search.choosing import Chooser, shortfall
-from sepconvert.planning.search.curve import Curve, Point, Totals
+from sepconvert.planning.search.curve import Curve, Plan, Point, Totals
+from sepconvert.planning.search.forecast import expected_drop
 from sepconvert.planning.search.judging import expected_on_unseen_images
 from sepconvert.planning.search.learning import Learner
 from sepconvert.planning.search.measurements import Measurements
@@ -17,10 +18,13 @@ from sepconvert.planning.search.proof import furthest_proven
 from sepconvert.planning.survey import LayerSurvey
 from sepconvert.planning.workshop import Workshop
 
-_CARRIED_OUT = 6  # plans on the curve that are carried out at least, if there are as many
+_CARRIED_OUT = 5  # plans on the curve that are carried out at least, if there are as many
 
 
 _REFINEMENTS = 2  # plans that are tried between the best one and its neighbour on the curve
+
+
+_TRIES = 2  # plans that are tried before that, where forecasts of the drop tell which
 
 
 _POLISHES = 1  # times that sensitivities are corrected by the best plan, to look for a cheaper one
@@ -174,7 +178,13 @@ class Search:
         def is_accurate(point: Point) -> bool:
             return self.measurements.is_accurate(point, budget)
 
-        best = cheapest_that(self.curve, is_accurate, refinements)
+        def forecast(plan: Plan) -> float | None:
+            return expected_drop(plan, self.points, budget.max_drop or 0.0)
+
+        carried_out = [each for each in self.points if each.measured.fitted is not None and each.plan.choice]
+        first = min(carried_out, key=lambda each: each.plan.expected, default=None)
+        tries = _TRIES + refinements
+        best = cheapest_that(self.curve, is_accurate, tries, forecast, first)
         for _ in range(_POLISHES):
             self.learner.learn_sensitivities(best)
             better = cheaper_than(self.curve, best, is_accurate)

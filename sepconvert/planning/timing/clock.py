@@ -20,7 +20,7 @@ from msgspec import Meta
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
-from sepconvert.base.documents import is_intact, read_file, sealed, structured
+from sepconvert.base.documents import is_intact, read_file, sealed, structured, writing
 from sepconvert.base.environment import TIMES_DEPEND_ON, Runtime, environment
 from sepconvert.base.errors import SepconvertError, first_line
 from sepconvert.base.progress import Progress, silent
@@ -29,12 +29,12 @@ from sepconvert.factorize.exact.analysis import ZERO_BORDER
 from sepconvert.factorize.exact.factors import branches
 from sepconvert.factorize.geometry import ConvSpec
 from sepconvert.factorize.structures import Form
+from sepconvert.files.onnx.drafts import Drafts
 from sepconvert.files.onnx.int8.form import Int8Form
 from sepconvert.files.onnx.layer import layer_onnx
-from sepconvert.files.onnx.writing import onnx_feed, write_onnx
+from sepconvert.files.onnx.writing import onnx_feed
 from sepconvert.measure.latency import Deployed, Speedup, speedup, time_all
 from sepconvert.measure.statistics import Interval
-from sepconvert.network.tensors import Inputs
 from sepconvert.network.trace import ConvSite
 from sepconvert.planning.allocate import IN_FLOAT
 from sepconvert.planning.timing.model import TimeModel
@@ -42,7 +42,7 @@ from sepconvert.planning.timing.model import TimeModel
 FLOAT: Form = (IN_FLOAT, 0)
 
 
-FORM_RUNS = 20
+FORM_RUNS = 12
 """Interleaved runs of each form of a layer."""
 
 
@@ -54,7 +54,7 @@ YARDSTICK = ConvSpec(64, 64, (3, 3), padding=((1, 1), (1, 1)), bias=True)
 YARDSTICK_SHAPE = (1, 64, 24, 24)
 
 
-LAYOUT = 4
+LAYOUT = 5
 """Version of the models that `Clock` times; remembered times of another version are not used."""
 
 
@@ -166,32 +166,31 @@ class Clock:
         self._model, self._learnt = TimeModel(), set[str]()
         self._folder = Path(tempfile.mkdtemp(prefix="sepconvert-"))
         finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
-        self._files: MutableMapping[nn.Module, Path] = WeakIdKeyDictionary()  # of models exported before
+        self._files: MutableMapping[nn.Module, Path] = WeakIdKeyDictionary()  # of models timed before
 
     def plans(
         self,
-        original: nn.Module,
+        drafts: Drafts,
         converted: Sequence[nn.Module],
-        inputs: Inputs,
         runs: int,
         progress: Progress,
     ) -> tuple[float, list[Speedup]]:
-        """Return the milliseconds of a model, and how much faster others are, exported and timed together."""
-        models = [original, *converted]
+        """Return the milliseconds of an original, and how much faster conversions are, timed together."""
+        models = [drafts.original, *converted]
         new = [model for model in models if model not in self._files]
-        for model in progress(new, "exporting plans"):
+        for model in progress(new, "drafting plans"):
             path = self._folder / f"{uuid.uuid4()}.onnx"
-            if self._form is None:
-                write_onnx(model, inputs, path, dynamic_batch=False, check=False)
-            else:
-                path.write_bytes(self._form.timed(model))
+            with writing(path):
+                path.write_bytes(
+                    drafts.timed(model).SerializeToString() if self._form is None else self._form.timed(model)
+                )
             self._files[model] = path
         paths = [self._files[model] for model in models]
         files = [hashlib.sha256(path.read_bytes()).hexdigest() for path in paths]
         keys = [self._key(layout=LAYOUT, original=files[0], converted=file, runs=runs) for file in files]
         missing = [index for index, key in enumerate(keys) if self._recall(key, _PlanEntry) is None]
         if missing:
-            feed = onnx_feed(original, inputs)
+            feed = onnx_feed(drafts.original, drafts.inputs)
             timed = [(path, feed) for path in (paths[0], paths[0], *(paths[index] for index in missing))]
             try:
                 first, again, *others = self._samples(timed, runs, progress)

@@ -2,6 +2,7 @@
 
 import html
 import io
+import itertools
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -22,7 +23,20 @@ from sepconvert.report.pictures.images import png
 _INK, _BEFORE, _AFTER = "#010203", "#010204", "#010205"
 
 
-_PAGE_COLOURS = {_INK: "currentColor", _BEFORE: "var(--bar)", _AFTER: "var(--after)"}
+STAGE_COLOURS = (
+    "var(--bar)", "var(--after)", "var(--good)",
+    *(f"color-mix(in srgb, var(--{name}) 50%, var(--paper))" for name in ("bar", "after", "good")),
+    "color-mix(in srgb, var(--ink) 50%, var(--paper))", "color-mix(in srgb, var(--ink) 20%, var(--paper))",
+)  # fmt: skip
+"""Colours of the stages of a conversion, from the longest on; the last is that of all shorter ones."""
+
+_PAPER, *_STAGES = (f"#0102{number:02x}" for number in range(6, 7 + len(STAGE_COLOURS)))
+
+
+_PAGE_COLOURS = {
+    _INK: "currentColor", _BEFORE: "var(--bar)", _AFTER: "var(--after)", _PAPER: "var(--paper)",
+    **dict(zip(_STAGES, STAGE_COLOURS, strict=True)),
+}  # fmt: skip
 
 
 _KERNEL_COLOURS = "RdBu_r"
@@ -136,6 +150,24 @@ def distributions(latencies: Sequence[tuple[str, Document]]) -> str:
     axes.set_xlim(0, 1.15 * max(latency["quantiles"][-2] for _, latency in latencies))
     _dress(axes)
     return _svg(figure, "Distribution of the latencies")
+
+
+def time_bar(seconds: Sequence[float]) -> str:
+    """Return a bar divided among the stages of a conversion by their seconds, in `STAGE_COLOURS`.
+
+    There is no text in it, which would be too small on a narrow screen: a table has to explain the colours.
+    """
+    figure = Figure(figsize=(7, 0.35))
+    axes: Axes = figure.add_axes((0, 0, 1, 1))
+    last = len(_STAGES) - 1
+    lengths = [*seconds[:last], sum(seconds[last:])]
+    starts = itertools.accumulate(lengths, initial=0.0)
+    for colour, length, start in zip(_STAGES, lengths, starts, strict=False):
+        axes.barh(0, length, 1, start, color=colour, edgecolor=_PAPER, linewidth=1)
+    axes.set_xlim(0, sum(lengths))
+    axes.set_ylim(-0.5, 0.5)
+    axes.set_axis_off()
+    return _svg(figure, "Shares of the stages of the conversion in its time, the longest first")
 
 
 def spectrum(content: Document) -> str:

@@ -25,6 +25,7 @@ from sepconvert.report.schema.profile import (
     Share,
     Speedup,
 )
+from sepconvert.report.schema.stages import Stages
 
 # Layers --------------------------------------------------------------------------------------------
 
@@ -434,6 +435,7 @@ class ReportDocument(Struct, frozen=True):
     export: Export
     approximation: ModelApproximation | None
     command: str | None
+    stages: Stages = UNSET
     forms: Annotated[
         Forms | UnsetType,
         Meta(

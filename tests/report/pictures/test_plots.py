@@ -6,6 +6,8 @@ import xml.etree.ElementTree as ET
 import pytest
 import torch
 from data_urls import pixels
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from sepconvert.report.numbers import TOP1, Quality
 from sepconvert.report.pictures import plots
@@ -29,12 +31,14 @@ def points(count: int, drops=()) -> list[dict]:
 SPECTRUM = {"scheme": "spatial-vh", "cut": 2, "full_rank": 24, "values": [[1, 0.75], [2, 0.5], [24, 1e-12]]}
 
 
-@pytest.fixture(params=["trade-off", "distributions", "spectrum"])
+@pytest.fixture(params=["trade-off", "distributions", "spectrum", "time"])
 def svg(request, document) -> str:
     if request.param == "trade-off":
         return plots.trade_off(points(3, [0.25]), TOP1)
     if request.param == "spectrum":
         return plots.spectrum(SPECTRUM)
+    if request.param == "time":
+        return plots.time_bar([2.0, 1.0])
     return plots.distributions(
         [("a < b", document[side]["latency_ms"]) for side in ("original", "converted")]
     )
@@ -118,3 +122,23 @@ def test_filters_share_one_scale():
     assert strong[1, 1] < weak[1, 1]  # the smaller, the paler
     assert (weak[1] == strong[4]).all()  # both 0.5
     assert (found["width"], found["height"]) == (5 * 12, 12)
+
+
+def bars(svg: str) -> list[tuple[str, float]]:
+    """Colour and share of each part of a bar, from the left on."""
+    drawn = re.findall(r'<path d="M ([\d.]+) [^"]*?L ([\d.]+) [^"]*" clip[^>]*style="fill: ([^;]*);', svg)
+    ends = [(colour, float(start), float(end)) for start, end, colour in drawn]
+    width = max(end for _, _, end in ends)
+    return [(colour, (end - start) / width) for colour, start, end in ends]
+
+
+@given(st.lists(st.floats(0.5, 100), min_size=1, max_size=20))
+@settings(max_examples=10)
+def test_the_parts_of_a_bar_are_as_long_as_the_stages(seconds):
+    colours, total = plots.STAGE_COLOURS, sum(seconds)
+    own, shorter = seconds[: len(colours) - 1], seconds[len(colours) - 1 :]
+    found = bars(plots.time_bar(seconds))
+    assert [colour for colour, _ in found] == list(colours[: len(own) + 1])
+    assert [share for _, share in found] == pytest.approx(
+        [each / total for each in (*own, sum(shorter))], abs=1e-4
+    )

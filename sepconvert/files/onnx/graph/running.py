@@ -20,14 +20,18 @@ def feed_by_name(names: Sequence[str], inputs: Inputs) -> Feed:
     return dict(zip(names, arrays, strict=True))
 
 
-def opened(model: onnx.ModelProto, *, optimised: bool = True, spinning: bool = True) -> ort.InferenceSession:
+def opened(
+    model: onnx.ModelProto, *, optimised: bool = True, spinning: bool = True, threads: int = 0
+) -> ort.InferenceSession:
     """Return a session of ONNX Runtime on the CPU, whose threads may wait for work by `spinning`.
+
+    0 `threads` are as many as there are cores.
 
     Raises:
         SepconvertError: ONNX Runtime refuses the model.
     """
     options = ort.SessionOptions()
-    options.log_severity_level = 4
+    options.log_severity_level, options.intra_op_num_threads = 4, threads
     if not spinning:
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     if not optimised:
@@ -84,3 +88,18 @@ def shapes_of(model: onnx.ModelProto, feed: Feed, names: Collection[str]) -> dic
         asking.graph.output.append(onnx.helper.make_tensor_value_info(output, onnx.TensorProto.INT64, None))
     found = answers(asking, feed, optimised=False)
     return {name: tuple(map(int, shape)) for name, shape in zip(wanted, found, strict=True)}
+
+
+def with_sizes(model: onnx.ModelProto, feed: Feed) -> onnx.ModelProto:
+    """Return a model whose inputs have the sizes of some arrays."""
+    fixed = onnx.ModelProto()
+    fixed.CopyFrom(model)
+    del fixed.graph.value_info[:]  # which have the open sizes
+    for value in fixed.graph.input:
+        if value.name in feed:
+            shape = feed[value.name].shape
+            kind = value.type.tensor_type.elem_type
+            value.CopyFrom(onnx.helper.make_tensor_value_info(value.name, kind, shape))
+    for value in fixed.graph.output:
+        value.type.tensor_type.ClearField("shape")
+    return fixed

@@ -7,7 +7,7 @@ training information, annotations and references to external data are those of t
 import copy
 import itertools
 from collections import Counter
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -43,10 +43,33 @@ def converted_model(network: OnnxNetwork, *, embedded: bool = False) -> onnx.Mod
         network: the network.
         embedded: whether to hold external data in the message.
     """
-    graph = network.graph
-    edit = _Edit(network, graph.whole if embedded else graph.model)
-    for convolution in network.graph.convolutions:
-        edit.exchange(convolution, submodule(network, convolution.name))
+    modules = ((each, submodule(network, each.name)) for each in network.graph.convolutions)
+    return edited(network.graph, modules, embedded=embedded)
+
+
+def edited(
+    graph: OnnxGraph,
+    modules: Iterable[tuple[Convolution, nn.Module]],
+    *,
+    embedded: bool = False,
+    folding: bool = False,
+) -> onnx.ModelProto:
+    """Return the model of a graph with some convolutions as they are in modules; see `converted_model`.
+
+    Args:
+        graph: the original.
+        modules: what takes the place of convolutions; the others stay.
+        embedded: whether to hold external data in the message.
+        folding: whether to fold each BatchNorm into the convolution before it, replaced or not.
+    """
+    edit = _Edit(graph, graph.whole if embedded else graph.model, folding)
+    others = list(graph.convolutions)
+    for convolution, module in modules:
+        edit.exchange(convolution, module)
+        others.remove(convolution)
+    if folding:
+        for convolution in others:
+            edit.fold(convolution)
     return edit.result()
 
 
@@ -62,8 +85,8 @@ class _Factor:
 class _Edit:
     """A copy of a model while it is edited."""
 
-    def __init__(self, network: OnnxNetwork, model: onnx.ModelProto) -> None:
-        self._network = network
+    def __init__(self, graph: OnnxGraph, model: onnx.ModelProto, folding: bool) -> None:
+        self._original, self._folding = graph, folding
         self._model = onnx.ModelProto()
         self._model.CopyFrom(model)
         self._graph = self._model.graph
@@ -91,6 +114,16 @@ class _Edit:
             self._instead[convolution.output] = [identity]
         else:
             raise TypeError(f"{convolution.name}: there is no way to write a {type(module).__name__}")
+
+    def fold(self, convolution: Convolution) -> None:
+        """Fold the BatchNorm behind a convolution into it, if there is one."""
+        if _norm_behind(self._original, convolution) is not None:
+            weight, bias = (
+                None if each is None else torch.from_numpy(np.array(each))
+                for each in (convolution.weight, convolution.bias)
+            )
+            assert weight is not None  # noqa: S101  (mypy does not see it)
+            self._replace(convolution, [[_Factor(_own_spec(convolution), weight, bias)]])
 
     def result(self) -> onnx.ModelProto:
         """Return the edited model."""
@@ -134,7 +167,8 @@ class _Edit:
         """Write a sum of chains of factors in the place of a Conv."""
         node, output = convolution.node, convolution.output
         self._released += node.input[1:]
-        norm = _norm_behind(self._network.graph, convolution) if len(chains) > 1 else None
+        foldable = self._folding or len(chains) > 1
+        norm = _norm_behind(self._original, convolution) if foldable else None
         if norm is not None:
             chains, output = _folded(chains, norm), norm.node.output[0]
             self._lost.add(convolution.output)
@@ -275,9 +309,10 @@ class _Norm:
 
 def _chains(convolution: Convolution, module: FactorizedConv2d) -> list[list[_Factor]]:
     """Return the chains of factors of a layer, with the padding of the Conv in the file."""
-    # A runtime that pads by itself goes by the kernel's extent: what was cut is put back as zeros.
+    # What a layer pads by another mode than zeros, a file pads before the Conv. A runtime that pads by itself
+    # goes by the kernel's extent: what was cut is put back as zeros.
     border = Border() if convolution.pads is None else module.border
-    spec = _with_padding(module.spec, convolution)
+    spec = _as_in_file(module.spec, convolution)
     layout = branches(spec, module.scheme, module.rank, border)
     chains = []
     for branch, geometries in zip(module.branches, layout, strict=True):
@@ -307,6 +342,28 @@ def _norm_behind(onnx_graph: OnnxGraph, convolution: Convolution) -> "_Norm | No
     gain, shift, mean, variance = (np.asarray(value, np.float64) for value in values)
     scale = gain / np.sqrt(variance + float(attribute(node, "epsilon", 1e-5)))
     return _Norm(node, scale, shift - mean * scale)
+
+
+def _own_spec(convolution: Convolution) -> ConvSpec:
+    """Return the geometry of a Conv in the file."""
+    out_channels, by_group, *kernel_size = convolution.weight.shape
+    return ConvSpec(
+        by_group * convolution.groups,
+        out_channels,
+        (kernel_size[0], kernel_size[1]),
+        convolution.stride,
+        convolution.padding((0, 0)) if convolution.pads is not None else ((0, 0), (0, 0)),
+        convolution.dilation,
+        convolution.groups,
+        bias=convolution.bias is not None,
+    )
+
+
+def _as_in_file(spec: ConvSpec, convolution: Convolution) -> ConvSpec:
+    """Return the geometry of a layer with the padding that the Conv in the file does."""
+    if convolution.pads is None:
+        return spec
+    return replace(spec, padding=convolution.padding((0, 0)), padding_mode="zeros")
 
 
 def _with_padding(spec: ConvSpec, convolution: Convolution) -> ConvSpec:

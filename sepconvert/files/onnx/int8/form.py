@@ -3,7 +3,7 @@
 import shutil
 import uuid
 from collections.abc import Collection, Iterable, Iterator, Mapping, MutableMapping, Sequence
-from dataclasses import dataclass, fields, is_dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import mkdtemp
 from typing import Any
@@ -18,8 +18,9 @@ from torch.utils.weak import WeakIdKeyDictionary
 from sepconvert.base.errors import SepconvertError
 from sepconvert.base.modules import submodule, unshadowed
 from sepconvert.base.options.values import Int8
+from sepconvert.base.progress import Stage, stage
 from sepconvert.files.onnx.graph.network import OnnxNetwork, open_network
-from sepconvert.files.onnx.graph.running import Feed
+from sepconvert.files.onnx.graph.running import Feed, with_sizes
 from sepconvert.files.onnx.int8.bias import convolutions_in, with_corrected_biases
 from sepconvert.files.onnx.int8.equalize import equalized, pairs_in, quieter, rotated
 from sepconvert.files.onnx.int8.quantizer import (
@@ -31,10 +32,11 @@ from sepconvert.files.onnx.int8.quantizer import (
     widest,
 )
 from sepconvert.files.onnx.int8.statistics import Channels, channel_statistics
+from sepconvert.files.onnx.structured import example_of, filled
 from sepconvert.files.onnx.writing import onnx_feed, write_onnx
-from sepconvert.network.copies import duplicate, private_copy, shared_parameters
+from sepconvert.network.copies import duplicate, shared_parameters
 from sepconvert.network.layers import Conv
-from sepconvert.network.tensors import InputBatch, Inputs, fresh
+from sepconvert.network.tensors import InputBatch, Inputs
 
 MOST_IMAGES = 256
 """Calibration images that ranges are measured on; more change them little, and take longer for every plan."""
@@ -89,7 +91,7 @@ class Int8Form:
         self._made: MutableMapping[nn.Module, Path] = WeakIdKeyDictionary()
         self._kept: MutableMapping[nn.Module, frozenset[str]] = WeakIdKeyDictionary()  # layers
         self._last: tuple[Path, _Calibrated] | None = None
-        self._example = _example_of(original, inputs)
+        self._example = None if isinstance(original, OnnxNetwork) else example_of(original, inputs)
 
     def keep(self, model: nn.Module, layers: frozenset[str]) -> None:
         """Let some convolutions of a model, which is not quantized yet, stay in floating point."""
@@ -107,6 +109,7 @@ class Int8Form:
         """Return the layers whose convolutions are known in a model's file, so that they can be kept."""
         return frozenset(nodes_of(self.float_model(model), model, layers))
 
+    @stage(Stage.QUANTIZATION)
     def model(self, model: nn.Module) -> onnx.ModelProto:
         """Return the file of a model to deploy.
 
@@ -120,9 +123,10 @@ class Int8Form:
             self._made[model].write_bytes(made.SerializeToString())
         return onnx.load(str(self._made[model]))
 
+    @stage(Stage.QUANTIZATION)
     def timed(self, model: nn.Module, *, quantize: bool = True) -> bytes:
         """Return a file as fast as the one to deploy, for inputs of one size: its ranges are not measured."""
-        sized = _with_sizes(self.float_model(model), onnx_feed(self._original, self._inputs))
+        sized = with_sizes(self.float_model(model), onnx_feed(self._original, self._inputs))
         if not quantize:
             return bytes(sized.SerializeToString())
         ready = prepared(sized)
@@ -245,35 +249,7 @@ class _Structured(nn.Module):
     def forward(self, *inputs: Tensor) -> Any:
         """Return the outputs for some inputs."""
         found = self.network(*inputs)
-        return _filled(self.example, iter(found if isinstance(found, tuple) else (found,)))
-
-
-def _filled(example: Any, tensors: Iterator[Tensor]) -> Any:
-    """Return a structure with other tensors in the places of its own, depth first."""
-    if isinstance(example, Tensor):
-        return next(tensors)
-    if isinstance(example, Mapping):
-        filled = {name: _filled(each, tensors) for name, each in example.items()}
-        return filled if type(example) is dict else type(example)(**filled)
-    if isinstance(example, tuple | list):
-        parts = [_filled(each, tensors) for each in example]
-        return type(example)(*parts) if hasattr(example, "_fields") else type(example)(parts)
-    if is_dataclass(example) and not isinstance(example, type):
-        return replace(
-            example, **{each.name: _filled(getattr(example, each.name), tensors) for each in fields(example)}
-        )
-    return example
-
-
-def _example_of(model: nn.Module, inputs: Inputs) -> Any:
-    """Return what a model returns; None for a tensor, or a tuple of several, as ONNX files return them."""
-    if isinstance(model, OnnxNetwork):
-        return None
-    with torch.no_grad():
-        returned = private_copy(model)(*fresh(inputs))
-    several = type(returned) is tuple and len(returned) > 1
-    plain = isinstance(returned, Tensor) or (several and all(isinstance(each, Tensor) for each in returned))
-    return None if plain else returned
+        return filled(self.example, iter(found if isinstance(found, tuple) else (found,)))
 
 
 def nodes_of(model: onnx.ModelProto, module: nn.Module, layers: Collection[str]) -> dict[str, list[str]]:
@@ -306,18 +282,3 @@ def _first(samples: Sequence[InputBatch], most: int) -> Iterator[InputBatch]:
             return
         yield batch[:most] if len(batch) > most else batch
         most -= len(batch)
-
-
-def _with_sizes(model: onnx.ModelProto, feed: Feed) -> onnx.ModelProto:
-    """Return a model whose inputs have the sizes of some arrays."""
-    fixed = onnx.ModelProto()
-    fixed.CopyFrom(model)
-    del fixed.graph.value_info[:]  # which have the open sizes
-    for value in fixed.graph.input:
-        if value.name in feed:
-            shape = feed[value.name].shape
-            kind = value.type.tensor_type.elem_type
-            value.CopyFrom(onnx.helper.make_tensor_value_info(value.name, kind, shape))
-    for value in fixed.graph.output:
-        value.type.tensor_type.ClearField("shape")
-    return fixed

@@ -1,0 +1,266 @@
+"""Drafts of ONNX files of conversions: in the file of the original, layers are exchanged.
+
+Plans are timed and scored by them. An export by torch takes seconds, and many plans are looked at; the model
+that is delivered is exported.
+"""
+
+import ast
+import copy
+import re
+import time
+from collections.abc import Iterator
+from functools import cached_property
+from typing import Any
+
+import onnx
+import onnx_ir as ir
+import torch
+from onnx import numpy_helper
+from onnx_ir.passes.common import LiftConstantsToInitializersPass, RemoveUnusedNodesPass
+from onnxscript.optimizer import fold_constants
+from torch import Tensor, nn
+
+from sepconvert.base.modules import named_modules, unshadowed
+from sepconvert.base.progress import Stage, stage
+from sepconvert.files.onnx.export import Export, export_program, runtime_dtype, translated
+from sepconvert.files.onnx.graph.convolutions import OnnxGraph
+from sepconvert.files.onnx.graph.network import OnnxNetwork
+from sepconvert.files.onnx.graph.protobuf import nodes_in
+from sepconvert.files.onnx.graph.running import opened, with_sizes
+from sepconvert.files.onnx.graph.surgery import converted_model, edited
+from sepconvert.files.onnx.structured import example_of, filled
+from sepconvert.files.onnx.writing import onnx_feed
+from sepconvert.network.copies import private_copy, quick_copy
+from sepconvert.network.layers import FactorizedConv2d
+from sepconvert.network.tensors import InputBatch, Inputs, largest, tensor_leaves, tensors_in
+
+_SCOPES = "pkg.torch.onnx.name_scopes"  # property of nodes: the modules that they are of, the outermost first
+
+
+_AT_ONCE = 32  # samples by which torch and ONNX Runtime are compared, at most
+
+
+_OFF = 1e-3  # of the largest output, by which the outputs of a file may be off those of the model
+
+
+class Drafts:
+    """Makes the drafts of one original's conversions, and runs them.
+
+    Attributes:
+        original: the model.
+        inputs: that it is exported with.
+    """
+
+    def __init__(self, original: nn.Module, inputs: Inputs) -> None:
+        self.original, self.inputs = original, inputs
+
+    @cached_property
+    def export(self) -> Export:
+        """The exported original, with any number of samples if it allows that.
+
+        Raises:
+            ExportError: torch cannot export it.
+        """
+        with stage(Stage.EXPORT):
+            return export_program(self.original, self.inputs)
+
+    def of(self, model: nn.Module) -> onnx.ModelProto:
+        """Return a file that computes what a conversion does, as fast as the one that is exported.
+
+        A conversion that differs from the original by more than whole layers, as one of functional
+        convolutions does, is exported.
+
+        Raises:
+            ExportError: torch cannot export it.
+        """
+        if isinstance(model, OnnxNetwork):
+            return converted_model(model, embedded=True)
+        with stage(Stage.EXPORT):
+            exchanged = _exchanged(self.original, model)
+            found = None if exchanged is None else self._edited(model, exchanged)
+            if found is None:
+                found = ir.to_proto(translated(export_program(model, self.inputs)))
+        return found
+
+    def timed(self, model: nn.Module) -> onnx.ModelProto:
+        """Return the same file for inputs of the size of the example, for which ONNX Runtime folds shapes."""
+        return with_sizes(self.of(model), onnx_feed(self.original, self.inputs))
+
+    def module(self, model: nn.Module) -> "RunsInRuntime | None":
+        """Return a conversion as a module that ONNX Runtime runs; None if its file fixes the batch."""
+        fixed = model.batch is not None if isinstance(model, OnnxNetwork) else not self._is_dynamic
+        return None if fixed else RunsInRuntime(self, model)
+
+    def are_faster_than_torch(self, axis: int, at_once: int) -> bool:
+        """Return whether ONNX Runtime is measured to run the original faster than torch, and as well.
+
+        Args:
+            axis: dimension of the inputs that counts samples.
+            at_once: samples that there is memory for.
+        """
+        if runtime_dtype(self.original) != torch.float32:
+            return False
+        sample = InputBatch(self.inputs, axis)[:1]
+        batch = InputBatch.joined([sample] * min(at_once, _AT_ONCE))
+        try:
+            other = self.module(self.original)
+            if other is None:
+                return False
+            (mine, before), (theirs, after) = (
+                _timed(each, batch) for each in (quick_copy(self.original, sample), other)
+            )
+        except Exception:  # whatever torch or ONNX Runtime do not take, the other one may
+            return False
+        scale = largest(mine)
+        alike = [
+            one.shape == two.shape and bool((one - two).abs().max() <= _OFF * scale)
+            for one, two in zip(mine, theirs, strict=False)
+            if one.numel()
+        ]
+        return len(mine) == len(theirs) and all(alike) and after < before
+
+    @cached_property
+    def example(self) -> Any:
+        """What the original returns, where that is neither a tensor nor a tuple of them."""
+        return None if isinstance(self.original, OnnxNetwork) else example_of(self.original, self.inputs)
+
+    @property
+    def _is_dynamic(self) -> bool:
+        return self.export.note.dynamic_batch
+
+    @cached_property
+    def _graph(self) -> OnnxGraph:
+        """The original's file without what is folded into parameters: each of these is there by its name."""
+        translation = translated(self.export, optimize=False)
+        fold_constants(translation)
+        RemoveUnusedNodesPass()(translation)
+        LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(translation)
+        model = ir.to_proto(translation)
+        constants = {tensor.name: tensor for tensor in model.graph.initializer}
+        for node in model.graph.node:
+            if node.op_type != "Conv":
+                continue
+            # What torch calls without a bias is translated with one of zeros.
+            bias = constants.get(node.input[2]) if len(node.input) > 2 else None
+            if bias is not None and not numpy_helper.to_array(bias).any():
+                del node.input[2:]
+        read = {name for node in nodes_in(model.graph.node) for name in node.input}
+        read |= {value.name for value in model.graph.output}
+        kept = [tensor for tensor in model.graph.initializer if tensor.name in read]
+        del model.graph.initializer[:]
+        model.graph.initializer.extend(kept)
+        return OnnxGraph(model)
+
+    def _edited(self, model: nn.Module, exchanged: dict[str, nn.Module]) -> onnx.ModelProto | None:
+        """Return the original's file with modules exchanged, by path; None if one of them is not found."""
+        graph = self._with_state_of(model)
+        paths = {each.output: _path_of(each.node, self.export.prefix) for each in graph.convolutions}
+        pairs = [
+            (each, module)
+            for each in graph.convolutions
+            if (module := exchanged.get(paths[each.output])) is not None
+        ]
+        if {paths[each.output] for each, _ in pairs} != exchanged.keys():
+            return None
+        return edited(graph, pairs, folding=True)
+
+    def _with_state_of(self, model: nn.Module) -> OnnxGraph:
+        """Return the original's graph with the parameters and buffers of a conversion."""
+        before, after = (_state(each) for each in (self.original, model))
+        prefix = self.export.prefix
+        changed = {
+            f"{prefix}{name}": value
+            for name, value in after.items()
+            if name in before and not _is_same(before[name], value)
+        }
+        if not changed:
+            return self._graph
+        updated = onnx.ModelProto()
+        updated.CopyFrom(self._graph.model)
+        for tensor in updated.graph.initializer:
+            if (value := changed.get(tensor.name)) is not None:
+                array = value.detach().cpu().numpy().astype(numpy_helper.to_array(tensor).dtype)
+                tensor.CopyFrom(numpy_helper.from_array(array, tensor.name))
+        return OnnxGraph(updated)
+
+
+class RunsInRuntime(nn.Module):
+    """A conversion whose draft ONNX Runtime runs; samples of other sizes than the example's, torch does."""
+
+    def __init__(self, drafts: Drafts, model: nn.Module) -> None:
+        super().__init__()
+        self._drafts, self._model = drafts, [private_copy(model)]  # in a list, to be no part of this module
+        self._session = opened(drafts.of(model), threads=torch.get_num_threads())
+
+    def __deepcopy__(self, memo: object) -> "RunsInRuntime":
+        return copy.copy(self)
+
+    def forward(self, *inputs: Any) -> Any:
+        """Return what the model does."""
+        shapes = [[value.shape[1:] for value in tensors_in(each)] for each in (inputs, self._drafts.inputs)]
+        if shapes[0] != shapes[1]:
+            return self._model[0](*inputs)
+        found = self._session.run(None, onnx_feed(self._drafts.original, inputs))
+        tensors = tuple(map(torch.from_numpy, found))
+        if self._drafts.example is not None:
+            return filled(self._drafts.example, iter(tensors))
+        return tensors[0] if len(tensors) == 1 else tensors
+
+
+def _exchanged(original: nn.Module, model: nn.Module) -> dict[str, nn.Module] | None:
+    """Return the modules of a conversion that take the place of convolutions, by path.
+
+    None if it differs in anything else.
+    """
+    before, found = dict(_paths(original)), dict[str, nn.Module]()
+    for path, module in _paths(model):
+        if any(path.startswith(f"{each}.") or not each for each in found):
+            continue
+        was = before.get(path)
+        if was is None or (type(module) is not type(was) and not isinstance(was, nn.Conv2d)):
+            return None
+        if type(module) is not type(was) or _sizes(module) != _sizes(was):
+            if not isinstance(module, FactorizedConv2d | nn.Identity) and type(module) is not nn.Conv2d:
+                return None
+            if isinstance(module, FactorizedConv2d) and module.padding_mode != "zeros":
+                return None  # each of its factors pads by itself, and the file does so before the convolution
+            found[path] = module
+    return found
+
+
+def _paths(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    return named_modules(model, duplicates=True)
+
+
+def _sizes(module: nn.Module) -> list[torch.Size]:
+    return [value.shape for value in module._parameters.values() if value is not None]
+
+
+def _state(model: nn.Module) -> dict[str, Tensor]:
+    return {
+        name: value for name, value in unshadowed(model).state_dict().items() if isinstance(value, Tensor)
+    }
+
+
+def _is_same(one: Tensor, other: Tensor) -> bool:
+    return one.shape != other.shape or one.data_ptr() == other.data_ptr() or torch.equal(one, other)
+
+
+def _path_of(node: onnx.NodeProto, prefix: str) -> str:
+    """Return the path of the module whose forward calls a node."""
+    scopes = next((each.value for each in node.metadata_props if each.key == _SCOPES), "[None]")
+    *modules, _ = ast.literal_eval(scopes)
+    # A module that is called again is marked: conv, conv@1.
+    path = re.sub(r"@\d+", "", modules[-1]) if modules else ""
+    return path.removeprefix(prefix) if path != prefix.rstrip(".") else ""
+
+
+def _timed(model: nn.Module, batch: InputBatch) -> tuple[list[Tensor], float]:
+    """Return the outputs for a batch, and the seconds of the faster one of two runs."""
+    seconds = []
+    with torch.no_grad():
+        for _ in range(2):
+            start = time.perf_counter()
+            returned = batch.run(model)
+            seconds.append(time.perf_counter() - start)
+    return list(tensor_leaves(returned)), min(seconds)

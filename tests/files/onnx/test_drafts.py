@@ -1,0 +1,215 @@
+"""Drafts compute what conversions do, and ONNX Runtime makes the same of them as of exported files."""
+
+from collections import Counter
+
+import onnx
+import onnxruntime
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from strategies import numbered
+from torch import nn
+from torch.nn import functional as F
+
+from sepconvert.factorize.approximate.problem import Problem
+from sepconvert.factorize.approximate.weighted import Moments
+from sepconvert.files.onnx.drafts import Drafts
+from sepconvert.files.onnx.graph.network import open_network
+from sepconvert.files.onnx.writing import onnx_feed, write_onnx
+from sepconvert.network.rewrite import rewrite
+from sepconvert.network.trace import traced
+from sepconvert.planning.fitting import replacement
+from sepconvert.planning.forms import all_forms
+
+X = torch.rand(1, 3, 12, 11, generator=torch.Generator().manual_seed(0))
+
+
+def conv(inputs, outputs, size=3, **options):
+    return nn.Conv2d(inputs, outputs, size, padding=options.pop("padding", size // 2), **options)
+
+
+def norm(channels):
+    layer = nn.BatchNorm2d(channels)
+    with torch.no_grad():
+        for value, low in (
+            (layer.weight, 0.5),
+            (layer.bias, -1),
+            (layer.running_mean, -1),
+            (layer.running_var, 0.5),
+        ):
+            value.uniform_(low, 2)
+    return layer
+
+
+class Residual(nn.Module):
+    """BatchNorms behind convolutions, in a branch and at its end; a convolution that is called twice."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.stem_norm = conv(3, 8, bias=False), norm(8)
+        self.body = nn.Sequential(conv(8, 8, bias=False), norm(8), nn.ReLU(), conv(8, 8, bias=True), norm(8))
+        self.twice, self.head = conv(8, 8, 3, bias=True), nn.Linear(8, 4)
+
+    def forward(self, x):
+        x = self.stem_norm(self.stem(x)).relu()
+        x = (x + self.body(x)).relu()
+        return self.head(self.twice(self.twice(x).relu()).mean((2, 3)))
+
+
+class Functional(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.rand(6, 3, 3, 3))
+
+    def forward(self, x):
+        return F.conv2d(x, self.weight, padding=1).relu()
+
+
+class Named(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = conv(3, 8)
+
+    def forward(self, x):
+        return {"out": self.conv(x).relu(), "aux": (x.mean((2, 3)), None)}
+
+
+NETS = {
+    "residual": Residual,
+    "reflected": lambda: nn.Sequential(
+        conv(3, 8, padding_mode="reflect"), norm(8), nn.ReLU(), conv(8, 8, 3, groups=2)
+    ),
+    "strided": lambda: nn.Sequential(
+        conv(3, 8, 5, stride=2), nn.ReLU(), conv(8, 8, dilation=2, padding="same")
+    ),
+    "one layer": lambda: conv(3, 8),
+    "named": Named,
+}
+
+
+def fitted(model, picks, inputs=(X,)):
+    """A conversion with a form for each layer, picked by a number."""
+    found = traced(model, inputs)
+    fits = {}
+    for site, pick in zip(found.sites, picks, strict=False):
+        forms = all_forms(site.dense.spec) if site.conv is not None else []
+        if forms and pick:
+            moments = Moments.of_weights(site.dense.spec, site.dense.weight)
+            form = forms[pick % len(forms)]
+            fits[site.name] = replacement(
+                site, Problem(site.dense.spec, site.dense.weight, moments).fit(*form, 1)
+            )
+    return rewrite(found, fits, old_memory=True)
+
+
+def optimised(path, place):
+    """Operators of the graph that ONNX Runtime makes of a file, and the shapes of its constants."""
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath, options.log_severity_level = str(place), 4
+    onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    graph = onnx.load(place).graph
+    return Counter(each.op_type for each in graph.node), {tuple(each.dims) for each in graph.initializer}
+
+
+def model_of(name):
+    torch.manual_seed(0)
+    return NETS[name]().eval()
+
+
+@pytest.mark.parametrize("name", NETS)
+@numbered(6)
+@given(picks=st.lists(st.integers(0, 60), min_size=6, max_size=6))
+def test_a_draft_computes_what_its_model_does(name, picks):
+    model = model_of(name)
+    converted, drafts = fitted(model, picks), Drafts(model, (X,))
+    more = torch.rand(3, 3, 12, 11)
+    with torch.no_grad():
+        expected, found = converted(more), drafts.module(converted)(more)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_the_runtime_makes_the_same_of_a_draft_as_of_an_exported_file(name, tmp_path, monkeypatch):
+    model = model_of(name)
+    converted, drafts = fitted(model, [7, 3, 11, 5, 2, 9]), Drafts(model, (X,))
+    for each, label in ((model, "original"), (converted, "converted")):
+        draft, exported = tmp_path / f"{label}-draft.onnx", tmp_path / f"{label}-exported.onnx"
+        with monkeypatch.context() as without:
+            if each is converted and name != "reflected":  # which must not be exported
+                without.setattr("sepconvert.files.onnx.drafts.export_program", None)
+            draft.write_bytes(drafts.timed(each).SerializeToString())
+        write_onnx(each, (X,), exported, dynamic_batch=False)
+        assert optimised(draft, tmp_path / "a.onnx") == optimised(exported, tmp_path / "b.onnx")
+
+
+def test_estimated_statistics_are_in_the_draft():
+    model = model_of("residual")
+    converted, drafts = fitted(model, [5, 5, 5, 5, 5]), Drafts(model, (X,))
+    before = drafts.module(converted)(X)
+    converted.body[4].running_mean = converted.body[4].running_mean + 3
+    with torch.no_grad():
+        expected = converted(X)
+    assert not torch.allclose(before, expected, atol=1e-2)
+    torch.testing.assert_close(drafts.module(converted)(X), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(drafts.module(model)(X), model(X).detach(), rtol=1e-4, atol=1e-4)
+
+
+def test_what_differs_by_more_than_layers_is_exported():
+    torch.manual_seed(0)
+    model = Functional().eval()
+    converted = fitted(model, [3])
+    assert any(name for name, _ in converted.named_children())
+    with torch.no_grad():
+        expected = converted(X)
+    torch.testing.assert_close(Drafts(model, (X,)).module(converted)(X), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_the_draft_of_a_file_is_an_edited_file(tmp_path):
+    write_onnx(model_of("strided"), (X,), tmp_path / "model.onnx")
+    network = open_network(tmp_path / "model.onnx")
+    converted = fitted(network, [3, 5])
+    drafts = Drafts(network, (X,))
+    with torch.no_grad():
+        expected = converted(X)
+    torch.testing.assert_close(drafts.module(converted)(X), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_samples_of_other_sizes_run_in_torch():
+    model = model_of("strided")
+    other = torch.rand(2, 3, 20, 20)
+    assert torch.equal(Drafts(model, (X,)).module(model)(other), model(other))
+
+
+def test_a_model_that_fixes_the_batch_is_not_run_by_a_file():
+    class Fixed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = conv(3, 8)
+
+        def forward(self, x):
+            return self.conv(x.reshape(1, 3, 12, 11))
+
+    drafts = Drafts(Fixed().eval(), (X,))
+    assert drafts.module(drafts.original) is None
+    assert not drafts.are_faster_than_torch(0, 8)
+    assert onnx_feed(drafts.original, (X,)).keys() == {"input"}
+
+
+def test_a_model_that_cannot_be_exported_runs_in_torch():
+    class Branching(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = conv(3, 8)
+
+        def forward(self, x):
+            return self.conv(x) if float(x.sum()) > 0 else x
+
+    assert not Drafts(Branching().eval(), (X,)).are_faster_than_torch(0, 8)
+
+
+def test_a_file_that_computes_something_else_is_not_taken(monkeypatch):
+    model = model_of("strided")
+    drafts = Drafts(model, (X,))
+    monkeypatch.setattr(drafts, "module", lambda each: lambda x: model(x) + 1)
+    assert not drafts.are_faster_than_torch(0, 8)
