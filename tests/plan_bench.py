@@ -15,9 +15,10 @@ from sepconvert.measure.latency import Speedup
 from sepconvert.measure.metrics.evaluation import TOP1, MetricDelta
 from sepconvert.measure.metrics.uncertainty import Discordant
 from sepconvert.measure.statistics import Interval
+from sepconvert.planning.fits.learnt import Learnt
+from sepconvert.planning.fits.survey import LayerSurvey, Offer
 from sepconvert.planning.search.curve import Totals
 from sepconvert.planning.search.search import Search
-from sepconvert.planning.survey import LayerSurvey, Offer
 from sepconvert.planning.workshop import Fitted, Step, StepKind
 
 SPEC = ConvSpec(4, 4, (3, 3))
@@ -67,6 +68,7 @@ class Bench:
     """A workshop whose measurements depend on the cost alone, and which remembers what it has measured."""
 
     progress = staticmethod(silent)
+    learnt = Learnt()
 
     def __init__(self, surveyed, drop=None, ratio=None, timed=False, idle=(), divergence=None):
         self.surveyed, self.carried = surveyed, []

@@ -1,7 +1,8 @@
 """Everything that factors are fitted to: calibration images, the original's outputs, their importance."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from torch import Tensor, nn
 
@@ -15,14 +16,36 @@ from sepconvert.network.trace import ConvSite
 
 @dataclass(frozen=True)
 class Evidence:
-    """Calibration images, and what the original was seen to do on them."""
+    """Calibration images, and what the original is seen to do on them, looked at when it is first needed.
+
+    Attributes:
+        calibration: the images.
+        collect: runs the original on them, and returns the outputs and their importance.
+    """
 
     calibration: CalibrationSet
-    recorded: RecordedOutputs
-    importance: Mapping[str, Tensor]  # of the layers' outputs, by name; see `fisher_information`
+    collect: Callable[[], tuple[RecordedOutputs, Mapping[str, Tensor]]]
+
+    @cached_property
+    def _collected(self) -> tuple[RecordedOutputs, Mapping[str, Tensor]]:
+        with stage(Stage.CALIBRATION):
+            return self.collect()
+
+    @property
+    def recorded(self) -> RecordedOutputs:
+        """Outputs of the layers at sampled positions.
+
+        Raises:
+            SepconvertError: the model cannot run on the images, or there are fewer batches than processes.
+        """
+        return self._collected[0]
+
+    @property
+    def importance(self) -> Mapping[str, Tensor]:
+        """Importance of the layers' outputs, by name; see `fisher_information`."""
+        return self._collected[1]
 
 
-@stage(Stage.CALIBRATION)
 def collect_evidence(
     model: nn.Module,
     sites: Sequence[ConvSite],
@@ -31,7 +54,7 @@ def collect_evidence(
     seed: int,
     yardstick: Yardstick | None = None,
 ) -> Evidence:
-    """Run the original on the calibration images.
+    """Return what the original does on the calibration images, at which it is run when that is needed.
 
     Args:
         model: the original; left as it is.
@@ -39,11 +62,11 @@ def collect_evidence(
         calibration: the images.
         seed: of sampled positions and labels.
         yardstick: what outputs are compared by; decided from the original's if there is none.
-
-    Raises:
-        SepconvertError: the model cannot run on the images, or there are fewer batches than processes.
     """
-    share = calibration.share(model)
-    recorded = record(model, share, sites, images=calibration.images, seed=seed)
-    importance = fisher_information(model, share, sites, seed=seed, yardstick=yardstick)
-    return Evidence(calibration, recorded, importance)
+
+    def collect() -> tuple[RecordedOutputs, Mapping[str, Tensor]]:
+        share = calibration.share(model)
+        recorded = record(model, share, sites, images=calibration.images, seed=seed)
+        return recorded, fisher_information(model, share, sites, seed=seed, yardstick=yardstick)
+
+    return Evidence(calibration, collect)

@@ -8,7 +8,7 @@ from enum import Enum
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from sepconvert.base.distributed import once
 from sepconvert.base.errors import SepconvertError
@@ -28,9 +28,10 @@ from sepconvert.network.copies import duplicate, quick_copy, shared_parameters
 from sepconvert.network.rewrite import rewrite
 from sepconvert.network.trace import ConvSite, TracedModel
 from sepconvert.planning.allocate import Choice, in_float, replaced
-from sepconvert.planning.fitting import bias_of, fit_problem, for_each_layer, kernel_of, replacement
+from sepconvert.planning.fits.fitting import bias_of, fit_problem, for_each_layer, kernel_of, replacement
+from sepconvert.planning.fits.learnt import Learnt
+from sepconvert.planning.fits.survey import LayerSurvey, form_of
 from sepconvert.planning.scores import Scores
-from sepconvert.planning.survey import LayerSurvey, form_of
 from sepconvert.planning.timing.clock import Clock
 
 
@@ -105,6 +106,7 @@ class Workshop:
     scores: Scores | None = None  # None if there are no data to score
     stopwatch: Stopwatch | None = None  # None if plans are not timed
     form: Int8Form | None = None  # in which models are deployed; None for floating point
+    learnt: Learnt = field(default_factory=Learnt)  # by earlier conversions of the same model
     _earlier: list[Fitted] = field(default_factory=list, init=False)
     _weight_fits: dict[tuple[str, Form], Kernel] = field(default_factory=dict, init=False)
 
@@ -130,11 +132,34 @@ class Workshop:
     def carry_out(self, choice: Choice) -> Fitted:
         """Fit the chosen layers in order, rewrite the model, and re-estimate BatchNorms if that helps.
 
-        Layers up to the first that has another form than in an earlier plan are taken from there.
+        Layers up to the first that has another form than in an earlier plan are taken from there, and plans
+        of earlier conversions are taken as a whole.
 
         Raises:
             SepconvertError: the calibration images do not reach a layer.
         """
+        name = "plan", {each: choice[each].form for each in self.surveyed if each in choice}
+        kept = self.learnt.recall(name)
+        if kept is None:
+            fits, by_weights = self._fitted(choice)
+            model, steps, statistics = self._improved(self._rewritten(fits))
+        else:
+            fits, by_weights, statistics, known = kept
+            steps = tuple(Step(StepKind(kind), *rest) for kind, *rest in known)
+            model = self._rewritten(fits)
+            if statistics:
+                model = _with_statistics(model, statistics)
+        self._keep_in_float(model, choice)
+        if kept is None:
+            steps += self.deployed(model)
+            known = tuple((step.kind.value, step.name, step.reached, step.kept) for step in steps)
+            self.learnt.keep(name, (fits, by_weights, statistics, known))
+        batchnorm = any(step.kind is StepKind.BATCHNORM and step.kept for step in steps)
+        self._earlier.append(Fitted(choice, model, fits, by_weights, batchnorm, steps))
+        return self._earlier[-1]
+
+    def _fitted(self, choice: Choice) -> tuple[dict[str, Approximation], dict[str, float]]:
+        """Return the fits of the chosen layers, and the errors of fits of the same forms to the weights."""
         wanted = replaced(choice)
         chosen = [site for site in self.layers if site.name in wanted]
         shared = [(self._in_common(plan, choice), plan.by_weights) for plan in self._earlier]
@@ -157,12 +182,7 @@ class Workshop:
             raise SepconvertError(
                 f"`calib`: the images do not reach {', '.join(sorted(missing))}; leave it out with `exclude`"
             )
-        model, steps = self._improved(self._rewritten(fits))
-        self._keep_in_float(model, choice)
-        batchnorm = bool(steps) and steps[-1].kind is StepKind.BATCHNORM and steps[-1].kept
-        steps += self.deployed(model)
-        self._earlier.append(Fitted(choice, model, fits, by_weights, batchnorm, steps))
-        return self._earlier[-1]
+        return fits, by_weights
 
     def deployed(self, model: nn.Module) -> tuple[Step, ...]:
         """Return the step from a model to the form that it is deployed in; () for floating point."""
@@ -220,26 +240,27 @@ class Workshop:
         replacements = {site.name: replacement(site, fits[site.name]) for site in chosen}
         return rewrite(self.traced, replacements, old_memory=True)
 
-    def _improved(self, converted: nn.Module) -> tuple[nn.Module, tuple[Step, ...]]:
-        """Return a model with its BatchNorms re-estimated, if that brings it nearer to the original."""
+    def _improved(self, converted: nn.Module) -> tuple[nn.Module, tuple[Step, ...], tuple[Tensor, ...]]:
+        """Return a model with its BatchNorms re-estimated, if that brings it nearer to the original.
+
+        The last result are its buffers in that case, else ().
+        """
         if self.heldout is None or self.evidence is None:
-            return converted, ()
+            return converted, (), ()
         fitted = Step(
             StepKind.DATA, "follow the drift, correct the bias", self.heldout.measure(converted), kept=True
         )
         images = self.evidence.calibration.fit
         running = quick_copy(converted, images[0])
         if not reestimate_batchnorm(running, [batch.on(running) for batch in images]):
-            return converted, (fitted,)
-        candidate = duplicate(converted, shared_parameters(converted))
-        buffers = (unshadowed(model).buffers() for model in (candidate, running))
-        for buffer, estimated in zip(*buffers, strict=True):
-            buffer.copy_(estimated)
+            return converted, (fitted,), ()
+        estimated = tuple(unshadowed(running).buffers())
+        candidate = _with_statistics(converted, estimated)
         reached = self.heldout.measure(candidate)
         # Labels may speak against the step, but cannot outweigh outputs that are further from the original's.
         kept = reached.divergence < fitted.reached.divergence and reached.loss < fitted.reached.loss
         renewed = Step(StepKind.BATCHNORM, "re-estimate BatchNorm", reached, kept)
-        return candidate if kept else converted, (fitted, renewed)
+        return (candidate, (fitted, renewed), estimated) if kept else (converted, (fitted, renewed), ())
 
     def _fitted_to_weights(self, site: ConvSite, form: Form) -> Kernel:
         """Return a form of a layer fitted to its weights, which is the same in every plan, and its bias."""
@@ -260,3 +281,11 @@ class Workshop:
 
         alike = itertools.takewhile(lambda name: form(plan.choice, name) == form(choice, name), self.surveyed)
         return {name: plan.layers[name] for name in alike if name in plan.layers}
+
+
+def _with_statistics(model: nn.Module, statistics: Sequence[Tensor]) -> nn.Module:
+    """Return a copy of a model, on the memory of its parameters, with other values of its buffers."""
+    found = duplicate(model, shared_parameters(model))
+    for buffer, value in zip(unshadowed(found).buffers(), statistics, strict=True):
+        buffer.copy_(value)
+    return found

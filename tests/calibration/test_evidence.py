@@ -69,4 +69,4 @@ def test_images_that_the_model_does_not_take():
     sites = traced(model, (IMAGES[:1],)).sites
     narrow = CalibrationSet((InputBatch((IMAGES[:4, ..., :3],)),), (), (), "`calib`")
     with pytest.raises(SepconvertError, match=r"the model fails on samples of shape \(3, 4, 3\)"):
-        collect_evidence(model, sites, narrow, seed=0)
+        _ = collect_evidence(model, sites, narrow, seed=0).recorded

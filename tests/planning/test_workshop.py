@@ -17,8 +17,8 @@ from sepconvert.calibration.split import CalibrationSet
 from sepconvert.network.layers import FactorizedConv2d
 from sepconvert.network.tensors import InputBatch
 from sepconvert.network.trace import traced
+from sepconvert.planning.fits.survey import survey
 from sepconvert.planning.forms import Prices, depthwise_forms
-from sepconvert.planning.survey import survey
 from sepconvert.planning.workshop import StepKind, Workshop
 
 
@@ -26,7 +26,7 @@ def evidence_of(model, sites, images, heldout):
     """What factors are fitted to, where all outputs are of the same importance."""
     fit, judged = InputBatch((images,)), InputBatch((heldout,))
     recorded = record(model, {0: fit}, sites, images=len(images), seed=0)
-    return Evidence(CalibrationSet((fit,), (judged,), (), "test"), recorded, {})
+    return Evidence(CalibrationSet((fit,), (judged,), (), "test"), lambda: (recorded, {}))
 
 
 @pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")

@@ -35,7 +35,7 @@ WIDE = {
 # Modules without a test file of their own: where they are tested instead, and why there.
 TESTED_ELSEWHERE: dict[str, tuple[str, str]] = {
     "planning/conversion": ("pipeline/test_convert.py", "values that the report is made of"),
-    "planning/fitting": ("planning/test_workshop.py", "fits are judged where plans are carried out"),
+    "planning/fits/fitting": ("planning/test_workshop.py", "fits are judged where plans are carried out"),
     "report/schema/__main__": ("report/schema/test_published.py", "it is run there"),
     "planning/timing/pairs": ("pipeline/test_stages.py", "files and layers are timed where they are made"),
     "pipeline/modes/merging": ("network/test_merge.py", "pairs are merged on the models of that file"),

@@ -121,7 +121,7 @@ class Drafts:
 
     @cached_property
     def example(self) -> Any:
-        """What the original returns, where that is neither a tensor nor a tuple of them."""
+        """Outputs of the original; None if they are a tensor or a tuple of them, as a file returns them."""
         return None if isinstance(self.original, OnnxNetwork) else example_of(self.original, self.inputs)
 
     @property

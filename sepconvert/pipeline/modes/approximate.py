@@ -4,9 +4,11 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+import torch
 from torch import nn
 
-from sepconvert.base.distributed import once
+from sepconvert.base.distributed import once, processes
+from sepconvert.base.modules import unshadowed
 from sepconvert.base.notes import Reason, ReasonCode
 from sepconvert.base.options.values import Mode
 from sepconvert.calibration.evidence import Evidence, collect_evidence
@@ -29,7 +31,9 @@ from sepconvert.pipeline.modes.merging import Start, merge_original
 from sepconvert.pipeline.original import Original
 from sepconvert.planning.allocate import in_float
 from sepconvert.planning.conversion import Conversion, LayerApproximation, LayerReport
-from sepconvert.planning.fitting import replacement
+from sepconvert.planning.fits.fitting import replacement
+from sepconvert.planning.fits.learnt import Learnt
+from sepconvert.planning.fits.survey import LayerSurvey, survey, with_float_options
 from sepconvert.planning.forms import (
     Prices,
     Unit,
@@ -44,7 +48,6 @@ from sepconvert.planning.forms import (
 from sepconvert.planning.plan import LayerPlan, kept, obstacle_reason
 from sepconvert.planning.search.curve import Totals
 from sepconvert.planning.search.search import Search
-from sepconvert.planning.survey import LayerSurvey, survey, with_float_options
 from sepconvert.planning.timing.clock import FORM_RUNS
 from sepconvert.planning.workshop import Fitted, Stopwatch, Workshop
 
@@ -80,6 +83,7 @@ class _Findings:
     heldout: Heldout | None
     unit: Unit  # of costs
     surveyed: Mapping[str, LayerSurvey]
+    learnt: Learnt  # by earlier conversions of the same model
 
 
 def _survey(original: Original, start: Start, job: Job) -> _Findings:
@@ -102,11 +106,37 @@ def _survey(original: Original, start: Start, job: Job) -> _Findings:
         yardstick = original.yardstick if heldout is None else heldout.yardstick
         evidence = collect_evidence(model, layers, calibration, seed=job.seed, yardstick=yardstick)
     levels = None if original.form is None else original.form.number.levels
-    surveyed = survey(model, layers, evidence, heldout, prices, job.progress, levels)
+    learnt, name = _learnt(original, start, heldout, job), ("survey", prices, levels)
+    known: dict[str, LayerSurvey] | None = learnt.recall(name)
+    surveyed = known or survey(model, layers, evidence, heldout, prices, job.progress, levels)
+    if known is None:
+        learnt.keep(name, surveyed)
     if original.form is not None and heldout is not None and unit == "milliseconds":
         costs = once(lambda: _float_costs(original, original.form, model, layers, surveyed))
         surveyed = with_float_options(model, surveyed, heldout, original.form, costs, job.progress)
-    return _Findings(tuple(layers), reasons, evidence, heldout, unit, surveyed)
+    return _Findings(tuple(layers), reasons, evidence, heldout, unit, surveyed, learnt)
+
+
+def _learnt(original: Original, start: Start, heldout: Heldout | None, job: Job) -> Learnt:
+    """Return what earlier conversions have learnt of the same model, on the same images.
+
+    What the original returns for the held-out images belongs to what all depends on: a forward may be another
+    one though the weights are the same.
+    """
+    calibration, cache = original.data.calibration, job.timing.cache
+    if cache is None or processes() > 1:  # each process has a share of the images
+        return Learnt()
+    depends = (
+        unshadowed(start.model).state_dict(),
+        [(site.name, site.conv and site.conv.spec) for site in start.sites],
+        calibration and [batch.inputs for batch in (*calibration.fit, *calibration.heldout)],
+        calibration and calibration.labels,
+        heldout and (heldout.yardstick, heldout.expected),
+        original.form and (job.int8, original.form.number),
+        job.seed,
+        torch.get_num_threads(),
+    )
+    return Learnt(cache / "learnt", depends)
 
 
 def _float_costs(
@@ -175,6 +205,7 @@ def _workshop(original: Original, start: Start, job: Job, findings: _Findings) -
         original.scores,
         stopwatch if timed else None,
         original.form,
+        findings.learnt,
     )
 
 

@@ -9,8 +9,8 @@ from sepconvert.factorize.structures import Form
 from sepconvert.measure.latency import Speedup
 from sepconvert.measure.metrics.evaluation import MetricDelta
 from sepconvert.planning.allocate import Allocation, Candidate, Choice, allocate, cost_of, replaced
+from sepconvert.planning.fits.survey import LayerSurvey
 from sepconvert.planning.forms import Unit
-from sepconvert.planning.survey import LayerSurvey
 from sepconvert.planning.workshop import Fitted
 
 _AS_IT_IS = "int8"  # scheme, within an allocation, of a layer that is not replaced

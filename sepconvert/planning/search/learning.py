@@ -10,9 +10,9 @@ from dataclasses import replace
 
 from sepconvert.measure.latency import Speedup
 from sepconvert.planning.allocate import Choice, replaced
+from sepconvert.planning.fits.survey import LayerSurvey
 from sepconvert.planning.search.curve import Curve, Plan, Point, Totals
 from sepconvert.planning.search.measurements import Measurements
-from sepconvert.planning.survey import LayerSurvey
 
 Surveyed = Mapping[str, LayerSurvey]
 

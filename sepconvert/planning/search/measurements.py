@@ -61,12 +61,17 @@ class Measurements:
 
     def contributions(self, point: Point, description: str) -> dict[str, float]:
         """Return the divergence that each replaced layer of a point's plan adds to that of all the others."""
-        fitted = self.fitted(point)
+        fitted, name = self.fitted(point), ("contributions", point.plan.forms)
+        known: dict[str, float] | None = self.workshop.learnt.recall(name)
+        if known is not None:
+            return known
         reached = self.workshop.divergence(self.workshop.restored(fitted, None))
-        return {
-            name: reached - self.workshop.divergence(self.workshop.restored(fitted, name))
-            for name in self.workshop.progress(list(replaced(point.plan.choice)), description)
+        found = {
+            layer: reached - self.workshop.divergence(self.workshop.restored(fitted, layer))
+            for layer in self.workshop.progress(list(replaced(point.plan.choice)), description)
         }
+        self.workshop.learnt.keep(name, found)
+        return found
 
     def is_accurate(self, point: Point, budget: Budget) -> bool:
         """Return whether a plan keeps within the drop of accuracy that the budget allows.

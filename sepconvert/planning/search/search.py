@@ -7,6 +7,7 @@ from torch import nn
 
 from sepconvert.base.errors import DemandNotMetError
 from sepconvert.base.options.values import Budget
+from sepconvert.planning.fits.survey import LayerSurvey
 from sepconvert.planning.search.bisection import cheaper_than, cheapest_that, dearest_that
 from sepconvert.planning.search.choosing import Chooser, shortfall
 from sepconvert.planning.search.curve import Curve, Plan, Point, Totals
@@ -15,7 +16,6 @@ from sepconvert.planning.search.judging import expected_on_unseen_images
 from sepconvert.planning.search.learning import Learner
 from sepconvert.planning.search.measurements import Measurements
 from sepconvert.planning.search.proof import furthest_proven
-from sepconvert.planning.survey import LayerSurvey
 from sepconvert.planning.workshop import Workshop
 
 _CARRIED_OUT = 5  # plans on the curve that are carried out at least, if there are as many

@@ -19,7 +19,7 @@ from sepconvert.files.onnx.graph.network import open_network
 from sepconvert.files.onnx.writing import onnx_feed, write_onnx
 from sepconvert.network.rewrite import rewrite
 from sepconvert.network.trace import traced
-from sepconvert.planning.fitting import replacement
+from sepconvert.planning.fits.fitting import replacement
 from sepconvert.planning.forms import all_forms
 
 X = torch.rand(1, 3, 12, 11, generator=torch.Generator().manual_seed(0))

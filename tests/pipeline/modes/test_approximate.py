@@ -488,7 +488,7 @@ def test_the_curve_of_auto_mode(small):
     report = convert_small(small, mode="auto", gate="macs", max_drop=5.0, data=apart(small[1])[1]).report
     curve = report["approximation"]["curve"]
     carried_out = [point for point in curve if point["heldout"]]
-    assert len(carried_out) >= 6
+    assert len(carried_out) >= 5
     assert all(point["lower_bound"] <= point["expected_divergence"] for point in curve)
     assert [point["cost"] for point in curve] == sorted((point["cost"] for point in curve), reverse=True)
     # Those far down the curve diverge further.

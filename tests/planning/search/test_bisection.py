@@ -53,7 +53,8 @@ def nothing_known(plan):
 
 
 forecasts = st.sampled_from([
-    nothing_known, lambda plan: 0.0, lambda plan: 2.0, lambda plan: plan.cost / 500, lambda plan: 500 / plan.cost,
+    nothing_known, lambda plan: 0.0, lambda plan: 2.0,
+    lambda plan: plan.cost / 500, lambda plan: 500 / plan.cost,
 ])  # fmt: skip
 
 

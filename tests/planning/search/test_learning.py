@@ -8,9 +8,9 @@ from sepconvert.factorize.approximate.weighted import Moments
 from sepconvert.factorize.geometry import ConvSpec
 from sepconvert.measure.latency import Speedup
 from sepconvert.measure.statistics import Interval
+from sepconvert.planning.fits.survey import LayerSurvey, Offer
 from sepconvert.planning.search.curve import Curve, Totals
 from sepconvert.planning.search.learning import corrected_forms, corrected_savings, corrected_sensitivities
-from sepconvert.planning.survey import LayerSurvey, Offer
 
 SPEC = ConvSpec(4, 4, (3, 3))
 WEIGHT = torch.randn(SPEC.weight_shape, generator=torch.Generator().manual_seed(0))

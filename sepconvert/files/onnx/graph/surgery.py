@@ -7,7 +7,7 @@ training information, annotations and references to external data are those of t
 import copy
 import itertools
 from collections import Counter
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Collection, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -134,7 +134,7 @@ class _Edit:
         ]
         del self._graph.node[:]
         self._graph.node.extend(nodes)
-        self._drop_unread()
+        _drop_unread(self._graph, self._released, self._lost)
         self._graph.initializer.extend(self._weights)
         if self._model.ir_version < 4:  # every initializer has to be an input, too
             self._graph.input.extend(
@@ -259,44 +259,6 @@ class _Edit:
         self._taken.add(found)
         return found
 
-    def _drop_unread(self) -> None:
-        """Remove what only replaced nodes have read: weights, and nodes that computed these."""
-        graph = self._graph
-        waiting, gone = list(self._released), set[str]()
-        returned = {value.name for value in graph.output}
-        producers = {name: node for node in graph.node for name in node.output if name}
-        uses = Counter(name for node in graph.node for name in reads(node))
-        dead = set[int]()
-        constants = constants_of(graph)
-        while waiting:
-            name = waiting.pop()
-            if not name or name in gone or uses[name] or name in returned:
-                continue
-            gone.add(name)
-            node = producers.get(name)
-            if node is None or any(uses[each] or each in returned for each in node.output if each):
-                continue
-            dead.add(id(node))
-            for read in reads(node):
-                uses[read] -= 1
-                waiting.append(read)
-        nodes = [node for node in graph.node if id(node) not in dead]
-        _keep(graph.node, nodes)
-        removed = gone & constants
-        vanished = removed | self._lost
-        vanished |= {name for name in gone if name in producers and id(producers[name]) in dead}
-        _keep(graph.initializer, [each for each in graph.initializer if each.name not in removed])
-        _keep(
-            graph.sparse_initializer,
-            [each for each in graph.sparse_initializer if each.values.name not in removed],
-        )
-        _keep(graph.input, [each for each in graph.input if each.name not in removed])
-        _keep(graph.value_info, [each for each in graph.value_info if each.name not in vanished])
-        _keep(
-            graph.quantization_annotation,
-            [each for each in graph.quantization_annotation if each.tensor_name not in vanished],
-        )
-
 
 @dataclass(frozen=True)
 class _Norm:
@@ -409,6 +371,50 @@ def _folded(chains: list[list[_Factor]], norm: _Norm) -> list[list[_Factor]]:
         bias = sum(terms[1:], terms[0]) if terms else None
         folded.append([*others, _Factor(last.spec, weight, bias)])
     return folded
+
+
+def _drop_unread(graph: onnx.GraphProto, released: Iterable[str], lost: Collection[str]) -> None:
+    """Remove what only replaced nodes have read: weights, and nodes that computed these.
+
+    Args:
+        graph: edited in place.
+        released: values that replaced nodes no longer read.
+        lost: values that are made no more.
+    """
+    waiting, gone = list(released), set[str]()
+    returned = {value.name for value in graph.output}
+    producers = {name: node for node in graph.node for name in node.output if name}
+    uses = Counter(name for node in graph.node for name in reads(node))
+    dead = set[int]()
+    constants = constants_of(graph)
+    while waiting:
+        name = waiting.pop()
+        if not name or name in gone or uses[name] or name in returned:
+            continue
+        gone.add(name)
+        node = producers.get(name)
+        if node is None or any(uses[each] or each in returned for each in node.output if each):
+            continue
+        dead.add(id(node))
+        for read in reads(node):
+            uses[read] -= 1
+            waiting.append(read)
+    nodes = [node for node in graph.node if id(node) not in dead]
+    _keep(graph.node, nodes)
+    removed = gone & constants
+    vanished = removed.union(lost)
+    vanished |= {name for name in gone if name in producers and id(producers[name]) in dead}
+    _keep(graph.initializer, [each for each in graph.initializer if each.name not in removed])
+    _keep(
+        graph.sparse_initializer,
+        [each for each in graph.sparse_initializer if each.values.name not in removed],
+    )
+    _keep(graph.input, [each for each in graph.input if each.name not in removed])
+    _keep(graph.value_info, [each for each in graph.value_info if each.name not in vanished])
+    _keep(
+        graph.quantization_annotation,
+        [each for each in graph.quantization_annotation if each.tensor_name not in vanished],
+    )
 
 
 def _values_of(graph: onnx.GraphProto) -> Iterator[str]:

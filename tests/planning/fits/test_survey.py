@@ -13,8 +13,8 @@ from sepconvert.network.copies import private_copy
 from sepconvert.network.tensors import InputBatch
 from sepconvert.network.trace import trace
 from sepconvert.planning.allocate import IN_FLOAT
+from sepconvert.planning.fits.survey import survey, with_float_options
 from sepconvert.planning.forms import Prices
-from sepconvert.planning.survey import survey, with_float_options
 
 
 class Counting(nn.Module):

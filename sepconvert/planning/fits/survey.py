@@ -16,7 +16,7 @@ from sepconvert.factorize.structures import Form
 from sepconvert.files.onnx.int8.form import Int8Form
 from sepconvert.network.trace import ConvSite
 from sepconvert.planning.allocate import IN_FLOAT, Candidate
-from sepconvert.planning.fitting import fit_problem, for_each_layer, kernel_of
+from sepconvert.planning.fits.fitting import fit_problem, for_each_layer, kernel_of
 from sepconvert.planning.forms import Prices, macs_of, trimmed
 
 # Sweeps suffice to rank the forms of a layer; when a plan is carried out, its fits run until they converge.
