@@ -53,12 +53,13 @@ def convert(**options: Any) -> None:
             options = dict(in_layout(options, loaded))
             finetuning = _finetuning(options)
             data, inputs = read_data_and_inputs(options, loaded)
+            calib = read_images(options, "calib")
         result = run_convert(
             loaded.model,
             inputs,
             options["mode"],
             data=data,
-            calib=read_images(options, "calib"),
+            calib=calib,
             metric=value_of(Task, options),
             **dataclasses.asdict(value_of(Budget, options)),
             gate=options["gate"],

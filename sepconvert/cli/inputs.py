@@ -82,7 +82,7 @@ def arranged(file: OnnxFile, x: Any) -> Inputs:
 
 
 def timing_of(options: Options) -> Timing:
-    """Return how models are timed; the times of layers are kept in the user's cache."""
+    """Return how models are timed; what is kept for the next run is kept in the user's cache."""
     cache = options.get("cache") or user_cache_path("sepconvert") / "latency"
     return value_of(Timing, options, cache=cache)
 

@@ -197,6 +197,16 @@ class NamedInputs:
     input_names: tuple[str, ...]
 
 
+class StandIn:
+    """Mixin of modules that run another model in some way, and take its arguments.
+
+    Attributes:
+        stands_for: the model.
+    """
+
+    stands_for: nn.Module
+
+
 def by_position(names: Sequence[str], given: Mapping[str, Any]) -> Inputs:
     """Return inputs by name in the order of the names.
 
@@ -220,6 +230,8 @@ def arguments(model: nn.Module, given: Any) -> Inputs:
     Raises:
         SepconvertError: the forward takes one of the named arguments by keyword only.
     """
+    if isinstance(model, StandIn):
+        return arguments(model.stands_for, given)
     if isinstance(given, Tensor):
         return (given,)
     if isinstance(model, NamedInputs) and isinstance(given, Mapping):

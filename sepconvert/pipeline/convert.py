@@ -272,6 +272,7 @@ def _result(
     job: Job,
 ) -> ConversionResult:
     """Return what was made, written, verified and measured as one result."""
+    exhibits = _exhibits(original, made, measured, job)  # first, as it takes time, which the report tells
     report = Report(
         mode=job.mode,
         source=job.origin.to_json(),
@@ -304,7 +305,7 @@ def _result(
         measured.accuracy,
         measured.layers,
         verification,
-        _exhibits(original, made, measured, job),
+        exhibits,
     )
 
 

@@ -118,7 +118,10 @@ def write(original: Original, made: Conversion, plan: ConversionPlan, folder: Pa
     if job.check == "torch":
         note = ExportNote(False, str(runtime_dtype(made.model)).removeprefix("torch."), None)
         return Written(plan, paths, note, "the conversion was checked in torch alone")
-    note = write_models(original.drafts, made.model, folder, job.dynamic_batch, job.progress)
+    # Where nothing was replaced, both files are one.
+    unchanged = job.mode == "exact" and not made.replacements
+    converted = original.model if unchanged else made.model
+    note = write_models(original.drafts, converted, folder, job.dynamic_batch, job.progress)
     path = folder / "converted.safetensors"
     with writing(path):
         path.write_bytes(weights)
@@ -272,15 +275,20 @@ def write_models(
         is_onnx = path.suffix == ".onnx"
         key = id(each), runtime_dtype(each) if is_onnx else model_dtype(each)
         try:
-            if each is model and dynamic_batch:
-                exports[key] = drafts.export
-            elif key not in exports:
-                exports[key] = export_program(each, inputs, key[1], dynamic_batch=dynamic_batch)
-            if is_onnx:
-                save_onnx(exports[key], path)
-                note = exports[key].note
-            else:
+            if key not in exports:
+                known = is_onnx and each is model and dynamic_batch
+                exports[key] = (
+                    drafts.export
+                    if known
+                    else export_program(each, inputs, key[1], dynamic_batch=dynamic_batch)
+                )
+            if not is_onnx:
                 save_archive(exports[key], path)
+            elif each is model and (folder / "original.onnx").exists():
+                shutil.copyfile(folder / "original.onnx", path)
+            else:
+                save_onnx(exports[key], path)
+            note = exports[key].note if is_onnx else note
         except ExportError as error:
             path.unlink(missing_ok=True)
             _LOG.debug("%s is not written", name, exc_info=error)

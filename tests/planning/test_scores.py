@@ -10,9 +10,10 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from sepconvert.base.errors import SepconvertError
 from sepconvert.base.progress import silent
+from sepconvert.files.onnx.drafts import Drafts
 from sepconvert.measure.metrics.evaluation import Scoring, evaluate, metric_delta
 from sepconvert.measure.metrics.metric import Metric, means
-from sepconvert.planning.scores import Scores, sizes_of
+from sepconvert.planning.scores import Deployment, Scores, sizes_of
 
 
 class Counting(TensorDataset):
@@ -152,3 +153,18 @@ def test_a_metric_without_a_value_is_found_before_any_plan():
     undefined = Metric("kappa", "", True, lambda outputs, targets: np.full(len(targets), np.nan), means)
     with pytest.raises(SepconvertError, match=r"`metric` kappa: is nan for the original on 20 samples"):
         Scores(models()[0], DataLoader(TensorDataset(x, y), 8), Scoring(undefined), 0, silent)
+
+
+def test_files_are_scored_in_the_place_of_models():
+    original, converted = models()
+    x, y = samples(1200)
+    loader = DataLoader(TensorDataset(x, y), batch_size=100)
+    drafts = Drafts(original, (x[:1],))
+    ran = []
+    plain, run = drafts.module, lambda model: ran.append(model) or plain(model)
+    drafts.module = run
+    scores = Scores(original, loader, Scoring(), 0, silent, deployment=Deployment(drafts=drafts))
+    assert scores.original.value == evaluate(original, loader).value
+    assert scores.evaluation(converted).value == evaluate(converted, loader).value
+    assert ran[0] is original
+    assert {id(each) for each in ran[1:]} == {id(converted)}

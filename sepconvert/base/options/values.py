@@ -269,7 +269,7 @@ class Timing:
         metavar="S",
     )
     cache: Path | None = option(
-        "Folder in which the times of layers are kept.",
+        "Folder in which times of layers, and what was learnt of models, are kept for the next run.",
         metavar="DIR",
         shown_default="sepconvert in the user's cache",
     )

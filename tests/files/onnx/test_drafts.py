@@ -18,6 +18,7 @@ from sepconvert.files.onnx.drafts import Drafts
 from sepconvert.files.onnx.graph.network import open_network
 from sepconvert.files.onnx.writing import onnx_feed, write_onnx
 from sepconvert.network.rewrite import rewrite
+from sepconvert.network.tensors import arguments
 from sepconvert.network.trace import traced
 from sepconvert.planning.fits.fitting import replacement
 from sepconvert.planning.forms import all_forms
@@ -84,7 +85,7 @@ NETS = {
         conv(3, 8, 5, stride=2), nn.ReLU(), conv(8, 8, dilation=2, padding="same")
     ),
     "one layer": lambda: conv(3, 8),
-    "named": Named,
+    "named with-None": Named,
 }
 
 
@@ -213,3 +214,21 @@ def test_a_file_that_computes_something_else_is_not_taken(monkeypatch):
     drafts = Drafts(model, (X,))
     monkeypatch.setattr(drafts, "module", lambda each: lambda x: model(x) + 1)
     assert not drafts.are_faster_than_torch(0, 8)
+
+
+def test_inputs_by_name_are_taken_as_the_model_takes_them():
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = conv(3, 8)
+
+        def forward(self, left, right):
+            return self.conv(left - right)
+
+    model = Two().eval()
+    drafts, left, right = Drafts(model, (X, X + 1)), torch.rand(2, 3, 12, 11), torch.rand(2, 3, 12, 11)
+    running = drafts.module(model)
+    for yielded in ({"right": right, "left": left}, (left, right)):
+        inputs = arguments(running, yielded)
+        torch.testing.assert_close(running(*inputs), model(left, right).detach(), rtol=1e-4, atol=1e-4)
+    assert not [*running.parameters()]

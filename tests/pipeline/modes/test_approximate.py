@@ -22,6 +22,7 @@ from sepconvert.base.options.values import (
     Timing,
 )
 from sepconvert.cli.demo.net import load
+from sepconvert.factorize.approximate.problem import Problem
 from sepconvert.files.onnx.writing import onnx_feed
 from sepconvert.measure.latency import Deployed, PairTiming, Speedup, measure_pair
 from sepconvert.measure.statistics import Interval
@@ -639,3 +640,36 @@ def test_a_segmenter_is_compared_by_its_pixels():
     assert described["divergence"] == ["kl"]
     assert all(0 < step["agreement"] < 1 for step in described["steps"])
     assert described["finetune"]["delivered"]["divergence"] <= described["steps"][-2]["divergence"] * 1.01
+
+
+def test_a_second_conversion_fits_nothing_anew(small, tmp_path, monkeypatch):
+    def run(**options):
+        return convert_small(
+            small, "auto", target_macs=0.6, gate="macs", timing=Timing(runs=0, cache=tmp_path), **options
+        )
+
+    first = run()
+    with monkeypatch.context() as without:
+        without.setattr(Problem, "fit", None)
+        again = run()
+    assert again.plan["layers"] == first.plan["layers"]
+    assert again.report["approximation"]["steps"] == first.report["approximation"]["steps"]
+    for one, other in zip(first.model.state_dict().values(), again.model.state_dict().values(), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_other_weights_images_and_seeds_are_fitted_anew(small, tmp_path, monkeypatch):
+    def run(network, **options):
+        return convert_small(
+            network, "auto", target_macs=0.6, gate="macs", timing=Timing(runs=0, cache=tmp_path), **options
+        )
+
+    model, loader = small
+    run(small)
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        next(other.parameters()).mul_(1.001)
+    monkeypatch.setattr(Problem, "fit", None)
+    for network, options in (((other, loader), {}), (small, {"seed": 1})):
+        with pytest.raises(TypeError):
+            run(network, **options)
