@@ -10,6 +10,7 @@ from torch import nn
 from sepconvert.base.documents import sealed
 from sepconvert.base.environment import Runtime
 from sepconvert.base.progress import silent
+from sepconvert.files.onnx.drafts import Drafts
 from sepconvert.network.trace import trace
 from sepconvert.planning.timing.clock import FORM_RUNS, Clock
 
@@ -77,20 +78,19 @@ def test_calls_are_counted(tmp_path):
     )
 
 
-@pytest.mark.slow  # it exports eight models
 def test_plans_are_remembered_by_what_they_are(tmp_path):
     torch.manual_seed(0)
     models = [nn.Sequential(nn.Conv2d(16, width, 3), nn.Conv2d(width, 16, 3)).eval() for width in (64, 4, 5)]
-    inputs = (torch.randn(1, 16, 24, 24),)
-    milliseconds, found = Clock(Runtime(1), 0, tmp_path, 0).plans(models[0], models[1:], inputs, 10, silent)
+    drafts = Drafts(models[0], (torch.randn(1, 16, 24, 24),))
+    milliseconds, found = Clock(Runtime(1), 0, tmp_path, 0).plans(drafts, models[1:], 10, silent)
     assert milliseconds > 0
     assert len(found) == 2
     assert all(each.ci95.lo <= each.median <= each.ci95.hi for each in found)
-    again = Clock(Runtime(1), 0, tmp_path, 0).plans(models[0], models[:0:-1], inputs, 10, silent)
+    again = Clock(Runtime(1), 0, tmp_path, 0).plans(drafts, models[:0:-1], 10, silent)
     assert again == (milliseconds, found[::-1])
     for path in [each for each in tmp_path.iterdir() if "speedup" in each.read_text()]:
         path.write_text(json.dumps(sealed({"yardsticks": 1, "speedup": {"median": "fast"}})))
-    anew = Clock(Runtime(1), 0, tmp_path, 0).plans(models[0], models[1:2], inputs, 10, silent)
+    anew = Clock(Runtime(1), 0, tmp_path, 0).plans(drafts, models[1:2], 10, silent)
     assert all(each.median > 0 for each in anew[1])
 
 
