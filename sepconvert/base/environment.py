@@ -201,7 +201,7 @@ def keep_freed_memory() -> None:
     """Let the process keep the memory that tensors free, for the next ones, as far as the C library can.
 
     By default glibc gives each large block back to the system, which clears its pages before they are used
-    again: a conversion of a ResNet-9 spent a sixth of its processor time on that, and a forward pass of 256
+    again: a conversion of a ResNet-9 spent a tenth of its processor time on that, and a forward pass of 256
     images in torch half of its own. One arena for all threads needs less memory than one for each (1.7 GB
     instead of 2.6).
     """

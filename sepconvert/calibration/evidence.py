@@ -54,7 +54,7 @@ def collect_evidence(
     seed: int,
     yardstick: Yardstick | None = None,
 ) -> Evidence:
-    """Return what the original does on the calibration images, at which it is run when that is needed.
+    """Return the evidence of a model, which is run on the calibration images when that is first needed.
 
     Args:
         model: the original; left as it is.

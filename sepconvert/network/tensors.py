@@ -1,5 +1,6 @@
 """Tensors in nested inputs and outputs: finding, copying, casting and placing them."""
 
+import copy
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
@@ -47,6 +48,13 @@ def sha256_of(values: Iterable[object]) -> str:
         if isinstance(value, Tensor):  # a module's extra state may be anything
             digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+def state_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Return the tensors of a model's `state_dict` by name; an extra state may hold anything else."""
+    return {
+        name: value for name, value in unshadowed(model).state_dict().items() if isinstance(value, Tensor)
+    }
 
 
 def cast(inputs: Inputs, dtype: torch.dtype) -> Inputs:
@@ -197,14 +205,21 @@ class NamedInputs:
     input_names: tuple[str, ...]
 
 
-class StandIn:
-    """Mixin of modules that run another model in some way, and take its arguments.
+class StandIn(nn.Module):
+    """A module that runs another model in some way, and takes its arguments; a copy of it is itself.
 
     Attributes:
-        stands_for: the model.
+        stands_for: the model, which is no part of the module.
     """
 
     stands_for: nn.Module
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        object.__setattr__(self, "stands_for", model)
+
+    def __deepcopy__(self, memo: object) -> "StandIn":
+        return copy.copy(self)
 
 
 def by_position(names: Sequence[str], given: Mapping[str, Any]) -> Inputs:

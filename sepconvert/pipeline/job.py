@@ -125,6 +125,11 @@ class Job:
         """Timed runs of the files; 0 where none are written."""
         return self.timing.runs if self.check == "onnx" else 0
 
+    @property
+    def learnt(self) -> Path | None:
+        """Folder of what conversions learn for the next ones; None keeps nothing."""
+        return None if self.timing.cache is None else self.timing.cache / "learnt"
+
     def deployed_in_int8(self, is_int8: bool) -> "Job":
         """Return the job after the decision about int8, which `int8` auto leaves to a measurement."""
         return self if is_int8 else replace(self, int8=Int8())

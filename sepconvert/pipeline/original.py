@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from sepconvert.base.distributed import once
+from sepconvert.base.environment import environment
 from sepconvert.base.errors import SepconvertError, quoted
 from sepconvert.base.modules import unshadowed
 from sepconvert.base.options.values import Selection, Task
@@ -41,10 +42,11 @@ from sepconvert.measure.metrics.evaluation import Evaluation, MetricDelta, Scori
 from sepconvert.measure.metrics.own import scoring_of
 from sepconvert.measure.profiling import as_inputs
 from sepconvert.network.copies import checked, private_copy
-from sepconvert.network.tensors import InputBatch, Inputs
+from sepconvert.network.tensors import InputBatch, Inputs, state_tensors
 from sepconvert.network.trace import ConvSite, TracedModel, traced
 from sepconvert.pipeline.job import Job
 from sepconvert.pipeline.plausibility import DataFacts, ValueRange, find_facts
+from sepconvert.planning.fits.learnt import Learnt
 from sepconvert.planning.scores import Deployment, Scores
 from sepconvert.planning.timing.clock import Clock
 from sepconvert.planning.timing.pairs import time_int8
@@ -293,13 +295,23 @@ def _scored(
     if parts.scored is not None:
         # Where many models are scored, it pays to look for the faster way to run them.
         exports = job.mode != "exact" and job.check == "onnx"
-        faster = exports and once(lambda: drafts.are_faster_than_torch(scoring.axis, division.at_once))
+        faster = exports and once(lambda: _are_faster(drafts, scoring, division, job))
         deployment = Deployment(form, drafts if faster else None)
         scores = Scores(traced.model, parts.scored, scoring, job.seed, job.progress, watch, deployment)
         seen_twice = find_seen_twice(parts, hashes, division)
     predictions = None if scores is None else scores.original.predictions
     facts = find_facts(traced, predictions, values, parts.calibration, scoring)
     return scores, seen_twice, replace(facts, repeated=len(hashes) - len(set(hashes)))
+
+
+def _are_faster(drafts: Drafts, scoring: Scoring, division: Division, job: Job) -> bool:
+    """Return whether models are scored by files; a measurement, so that what it said once is kept."""
+    kept = Learnt(job.learnt, (state_tensors(drafts.original), environment(job.timing.runtime)["cpu"]))
+    known: bool | None = kept.recall("files are faster")
+    if known is None:
+        known = drafts.are_faster_than_torch(scoring.axis, division.at_once)
+        kept.keep("files are faster", known)
+    return known
 
 
 @stage(Stage.TRACE)

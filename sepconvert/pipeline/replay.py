@@ -23,11 +23,11 @@ from sepconvert.measure.profiling import as_inputs
 from sepconvert.network.copies import checked
 from sepconvert.network.merge import merge
 from sepconvert.network.rewrite import Replacement, rewrite
-from sepconvert.network.tensors import Inputs, model_dtype, placed
+from sepconvert.network.tensors import Inputs, model_dtype, placed, state_tensors
 from sepconvert.network.trace import ConvSite, traced
 from sepconvert.pipeline.modes.exact import verify_model
 from sepconvert.pipeline.original import Subject, as_module
-from sepconvert.pipeline.stages import demand_verified, state_tensors
+from sepconvert.pipeline.stages import demand_verified
 from sepconvert.planning.conversion import Verification
 from sepconvert.planning.plan import ConversionPlan, LayerPlan, read_plan
 

@@ -12,12 +12,11 @@ from pathlib import Path
 import numpy as np
 import torch
 from safetensors.torch import save
-from torch import Tensor, nn
+from torch import nn
 
 from sepconvert.base.documents import writing
 from sepconvert.base.environment import Runtime
 from sepconvert.base.errors import DemandNotMetError, ExportError, SepconvertError, VerificationError
-from sepconvert.base.modules import unshadowed
 from sepconvert.base.progress import Progress, Stage, stage
 from sepconvert.files.onnx.drafts import Drafts
 from sepconvert.files.onnx.export import (
@@ -52,7 +51,7 @@ from sepconvert.measure.verification.outputs import (
     compare_export,
     compare_runs,
 )
-from sepconvert.network.tensors import Inputs, model_dtype
+from sepconvert.network.tensors import Inputs, model_dtype, state_tensors
 from sepconvert.pipeline.deployment import FourForms, check_int8, measure_forms, write_int8
 from sepconvert.pipeline.job import Job
 from sepconvert.pipeline.original import Original
@@ -294,13 +293,6 @@ def write_models(
             _LOG.debug("%s is not written", name, exc_info=error)
             missing[name] = str(error)
     return replace(note, missing=missing)
-
-
-def state_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Return the tensors of a model's `state_dict` by name; an extra state may hold anything else."""
-    return {
-        name: value for name, value in unshadowed(model).state_dict().items() if isinstance(value, Tensor)
-    }
 
 
 @dataclass(frozen=True)

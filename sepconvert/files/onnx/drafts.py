@@ -5,7 +5,6 @@ that is delivered is exported.
 """
 
 import ast
-import copy
 import re
 import time
 from collections.abc import Iterator
@@ -20,19 +19,26 @@ from onnx_ir.passes.common import LiftConstantsToInitializersPass, RemoveUnusedN
 from onnxscript.optimizer import fold_constants
 from torch import Tensor, nn
 
-from sepconvert.base.modules import named_modules, unshadowed
+from sepconvert.base.modules import named_modules
 from sepconvert.base.progress import Stage, stage
 from sepconvert.files.onnx.export import Export, export_program, runtime_dtype, translated
 from sepconvert.files.onnx.graph.convolutions import OnnxGraph
 from sepconvert.files.onnx.graph.network import OnnxNetwork
-from sepconvert.files.onnx.graph.protobuf import nodes_in
 from sepconvert.files.onnx.graph.running import opened, with_sizes
 from sepconvert.files.onnx.graph.surgery import converted_model, edited
 from sepconvert.files.onnx.structured import example_of, filled
 from sepconvert.files.onnx.writing import onnx_feed
-from sepconvert.network.copies import private_copy, quick_copy
+from sepconvert.network.copies import quick_copy
 from sepconvert.network.layers import FactorizedConv2d
-from sepconvert.network.tensors import InputBatch, Inputs, StandIn, largest, tensor_leaves, tensors_in
+from sepconvert.network.tensors import (
+    InputBatch,
+    Inputs,
+    StandIn,
+    largest,
+    state_tensors,
+    tensor_leaves,
+    tensors_in,
+)
 
 _SCOPES = "pkg.torch.onnx.name_scopes"  # property of nodes: the modules that they are of, the outermost first
 
@@ -141,23 +147,14 @@ class Drafts:
         """The original's file without what is folded into parameters: each of these is there by its name."""
         translation = translated(self.export, optimize=False)
         fold_constants(translation)
-        RemoveUnusedNodesPass()(translation)
         LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(translation)
-        model = ir.to_proto(translation)
-        constants = {tensor.name: tensor for tensor in model.graph.initializer}
-        for node in model.graph.node:
-            if node.op_type != "Conv":
-                continue
+        for node in translation.graph:
             # What torch calls without a bias is translated with one of zeros.
-            bias = constants.get(node.input[2]) if len(node.input) > 2 else None
-            if bias is not None and not numpy_helper.to_array(bias).any():
-                del node.input[2:]
-        read = {name for node in nodes_in(model.graph.node) for name in node.input}
-        read |= {value.name for value in model.graph.output}
-        kept = [tensor for tensor in model.graph.initializer if tensor.name in read]
-        del model.graph.initializer[:]
-        model.graph.initializer.extend(kept)
-        return OnnxGraph(model)
+            bias = node.inputs[2] if node.op_type == "Conv" and len(node.inputs) > 2 else None
+            if bias is not None and bias.const_value is not None and not bias.const_value.numpy().any():
+                node.resize_inputs(2)
+        RemoveUnusedNodesPass()(translation)
+        return OnnxGraph(ir.to_proto(translation))
 
     def _edited(self, model: nn.Module, exchanged: dict[str, nn.Module]) -> onnx.ModelProto | None:
         """Return the original's file with modules exchanged, by path; None if one of them is not found."""
@@ -174,7 +171,7 @@ class Drafts:
 
     def _with_state_of(self, model: nn.Module) -> OnnxGraph:
         """Return the original's graph with the parameters and buffers of a conversion."""
-        before, after = (_state(each) for each in (self.original, model))
+        before, after = (state_tensors(each) for each in (self.original, model))
         prefix = self.export.prefix
         changed = {
             f"{prefix}{name}": value
@@ -192,17 +189,13 @@ class Drafts:
         return OnnxGraph(updated)
 
 
-class RunsInRuntime(StandIn, nn.Module):
+class RunsInRuntime(StandIn):
     """A conversion whose draft ONNX Runtime runs; samples of other sizes than the example's, torch does."""
 
     def __init__(self, drafts: Drafts, model: nn.Module) -> None:
-        super().__init__()
+        super().__init__(quick_copy(model, InputBatch(drafts.inputs)))
         self._drafts = drafts
-        object.__setattr__(self, "stands_for", private_copy(model))  # which is no part of this module
         self._session = opened(drafts.of(model), threads=torch.get_num_threads())
-
-    def __deepcopy__(self, memo: object) -> "RunsInRuntime":
-        return copy.copy(self)
 
     def forward(self, *inputs: Any) -> Any:
         """Return what the model does."""
@@ -243,12 +236,6 @@ def _paths(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 def _sizes(module: nn.Module) -> list[torch.Size]:
     return [value.shape for value in module._parameters.values() if value is not None]
-
-
-def _state(model: nn.Module) -> dict[str, Tensor]:
-    return {
-        name: value for name, value in unshadowed(model).state_dict().items() if isinstance(value, Tensor)
-    }
 
 
 def _is_same(one: Tensor, other: Tensor) -> bool:

@@ -8,7 +8,6 @@ import torch
 from torch import nn
 
 from sepconvert.base.distributed import once, processes
-from sepconvert.base.modules import unshadowed
 from sepconvert.base.notes import Reason, ReasonCode
 from sepconvert.base.options.values import Mode
 from sepconvert.calibration.evidence import Evidence, collect_evidence
@@ -21,9 +20,11 @@ from sepconvert.factorize.border import Border
 from sepconvert.factorize.exact.analysis import Spectrum, kernel_spectrum
 from sepconvert.factorize.structures import BY_NAME, FORMS
 from sepconvert.files.onnx.int8.form import Int8Form
+from sepconvert.measure.divergence import outputs
 from sepconvert.measure.verification.outputs import compare_with, reference
-from sepconvert.network.copies import duplicate
+from sepconvert.network.copies import duplicate, quick_copy
 from sepconvert.network.obstacles import Obstacles
+from sepconvert.network.tensors import state_tensors
 from sepconvert.network.trace import ConvSite, TracedModel
 from sepconvert.pipeline.job import Job
 from sepconvert.pipeline.modes.delivery import Delivery, deliver
@@ -120,23 +121,34 @@ def _survey(original: Original, start: Start, job: Job) -> _Findings:
 def _learnt(original: Original, start: Start, heldout: Heldout | None, job: Job) -> Learnt:
     """Return what earlier conversions have learnt of the same model, on the same images.
 
-    What the original returns for the held-out images belongs to what all depends on: a forward may be another
-    one though the weights are the same.
+    What the original returns for some images belongs to what all depends on: a forward may be another one
+    though the weights are the same.
     """
-    calibration, cache = original.data.calibration, job.timing.cache
-    if cache is None or processes() > 1:  # each process has a share of the images
+    calibration = original.data.calibration
+    if job.learnt is None or processes() > 1:  # each process has a share of the images
         return Learnt()
+    returned = None
+    if heldout is not None:
+        returned = heldout.expected
+    elif calibration is not None:
+        first = calibration.fit[0].on(start.model)
+        with torch.no_grad():
+            returned = [outputs(quick_copy(start.model, first), first)]
     depends = (
-        unshadowed(start.model).state_dict(),
-        [(site.name, site.conv and site.conv.spec) for site in start.sites],
+        state_tensors(start.model),
+        [
+            (each.name, each.conv and (each.conv.spec, each.conv.weight, each.conv.bias))
+            for each in start.sites
+        ],
         calibration and [batch.inputs for batch in (*calibration.fit, *calibration.heldout)],
         calibration and calibration.labels,
-        heldout and (heldout.yardstick, heldout.expected),
+        original.yardstick if heldout is None else heldout.yardstick,
+        returned,
         original.form and (job.int8, original.form.number),
         job.seed,
         torch.get_num_threads(),
     )
-    return Learnt(cache / "learnt", depends)
+    return Learnt(job.learnt, depends)
 
 
 def _float_costs(

@@ -48,10 +48,8 @@ class Learnt:
     """
 
     def __init__(self, folder: Path | None = None, depends: Any = None) -> None:
-        self._folder, self._depends = (
-            folder,
-            hashed((depends, LAYOUT, version("sepconvert"), torch.__version__)),
-        )
+        self._folder = folder
+        self._depends = hashed((depends, LAYOUT, version("sepconvert"), torch.__version__))
 
     def recall(self, what: Any) -> Any | None:
         """Return what was kept under the same name; None if there is nothing, or the file is damaged."""
@@ -78,13 +76,16 @@ class Learnt:
         content = written.getvalue()
         if len(content) > _LARGEST:
             return
-        with contextlib.suppress(OSError):
+        # Written aside and renamed: another process may be reading.
+        unfinished = self._folder / f"{uuid.uuid4()}.part"
+        try:
             self._folder.mkdir(parents=True, exist_ok=True)
-            # Written aside and renamed: another process may be reading.
-            unfinished = self._folder / f"{uuid.uuid4()}.part"
             unfinished.write_bytes(hashlib.sha256(content).digest() + content)
             unfinished.replace(self._path(what))
             self._tidy()
+        except OSError:
+            with contextlib.suppress(OSError):
+                unfinished.unlink(missing_ok=True)
 
     def _path(self, what: Any) -> Path:
         assert self._folder is not None  # noqa: S101  (callers have looked)

@@ -6,7 +6,8 @@ from itertools import pairwise
 
 from sepconvert.planning.search.curve import Plan, Point
 
-# Power of the divergence that drops of accuracy grow with. (ResNet-9, 40 plans on 2,500 images: 0.7 to 0.9.)
+# Power of the divergence that drops of accuracy grow with. (ResNet-9, 58 plans of ten runs, on 500 to 5,000
+# images: 0.78 by least squares of the logarithms.)
 _POWER = 0.8
 
 

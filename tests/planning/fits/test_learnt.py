@@ -1,7 +1,9 @@
 """Entries are recalled as they were, for the same model alone, and only so many are kept."""
 
 import dataclasses
+import errno
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -105,3 +107,13 @@ def test_without_a_folder_nothing_is_kept(tmp_path):
     assert nothing.recall("plan") is None
     (tmp_path / "file").write_text("")
     Learnt(tmp_path / "file", "model").keep("plan", 1)  # no folder can be made there: no error
+
+
+def test_a_full_disk_leaves_nothing_behind(tmp_path, monkeypatch):
+    def full(path, content):
+        path.touch()
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    Learnt(tmp_path, "model").keep("plan", 1)
+    assert not [*tmp_path.iterdir()]

@@ -148,7 +148,7 @@ class OnnxNetwork(NamedInputs, nn.Module):
         self._watch: Watch | None = None
         # Last: a convolution may have the name of an attribute.
         for convolution in graph.convolutions:
-            _put(self, convolution.name, _layer(convolution))
+            _put(self, convolution.name, layer_of(convolution))
         for each in graph.kept:
             _put(self, each.name, ListedConvolution(each.operator, each.reason, each.params))
 
@@ -287,7 +287,7 @@ class OnnxNetwork(NamedInputs, nn.Module):
         return output
 
 
-def _layer(convolution: Convolution) -> Conv:
+def layer_of(convolution: Convolution) -> Conv:
     """Return a convolution as a layer, without padding where that of `nn.Conv2d` cannot express its own."""
     outputs, inputs, *kernel = convolution.weight.shape
     pads = convolution.pads

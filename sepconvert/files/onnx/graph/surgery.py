@@ -23,7 +23,7 @@ from sepconvert.factorize.border import Border
 from sepconvert.factorize.exact.factors import branches
 from sepconvert.factorize.geometry import ConvSpec, Pair
 from sepconvert.files.onnx.graph.convolutions import Convolution, OnnxGraph
-from sepconvert.files.onnx.graph.network import OnnxNetwork
+from sepconvert.files.onnx.graph.network import OnnxNetwork, layer_of
 from sepconvert.files.onnx.graph.protobuf import attribute, constants_of, graphs_of, nodes_in, reads
 from sepconvert.network.calls import resolve_padding
 from sepconvert.network.layers import Conv, FactorizedConv2d
@@ -118,12 +118,9 @@ class _Edit:
     def fold(self, convolution: Convolution) -> None:
         """Fold the BatchNorm behind a convolution into it, if there is one."""
         if _norm_behind(self._original, convolution) is not None:
-            weight, bias = (
-                None if each is None else torch.from_numpy(np.array(each))
-                for each in (convolution.weight, convolution.bias)
-            )
-            assert weight is not None  # noqa: S101  (mypy does not see it)
-            self._replace(convolution, [[_Factor(_own_spec(convolution), weight, bias)]])
+            layer = layer_of(convolution)
+            spec = _with_padding(_spec_of(layer), convolution)
+            self._replace(convolution, [[_Factor(spec, layer.weight, layer.bias)]])
 
     def result(self) -> onnx.ModelProto:
         """Return the edited model."""
@@ -304,21 +301,6 @@ def _norm_behind(onnx_graph: OnnxGraph, convolution: Convolution) -> "_Norm | No
     gain, shift, mean, variance = (np.asarray(value, np.float64) for value in values)
     scale = gain / np.sqrt(variance + float(attribute(node, "epsilon", 1e-5)))
     return _Norm(node, scale, shift - mean * scale)
-
-
-def _own_spec(convolution: Convolution) -> ConvSpec:
-    """Return the geometry of a Conv in the file."""
-    out_channels, by_group, *kernel_size = convolution.weight.shape
-    return ConvSpec(
-        by_group * convolution.groups,
-        out_channels,
-        (kernel_size[0], kernel_size[1]),
-        convolution.stride,
-        convolution.padding((0, 0)) if convolution.pads is not None else ((0, 0), (0, 0)),
-        convolution.dilation,
-        convolution.groups,
-        bias=convolution.bias is not None,
-    )
 
 
 def _as_in_file(spec: ConvSpec, convolution: Convolution) -> ConvSpec:

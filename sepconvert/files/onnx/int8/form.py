@@ -36,7 +36,7 @@ from sepconvert.files.onnx.structured import example_of, filled
 from sepconvert.files.onnx.writing import onnx_feed, write_onnx
 from sepconvert.network.copies import duplicate, shared_parameters
 from sepconvert.network.layers import Conv
-from sepconvert.network.tensors import InputBatch, Inputs
+from sepconvert.network.tensors import InputBatch, Inputs, StandIn
 
 MOST_IMAGES = 256
 """Calibration images that ranges are measured on; more change them little, and take longer for every plan."""
@@ -146,8 +146,7 @@ class Int8Form:
 
     def module(self, model: nn.Module) -> nn.Module:
         """Return the file of a model as a module, which ONNX Runtime runs; it returns what the model does."""
-        network = open_network(self.model(model))
-        return (network if self._example is None else _Structured(network, self._example)).eval()
+        return _Deployed(self._original, open_network(self.model(model)), self._example).eval()
 
     def share(self, model: nn.Module, copy: nn.Module) -> None:
         """Take the files of a model for those of its copy."""
@@ -239,16 +238,18 @@ class Int8Form:
             yield onnx_feed(self._original, batch.inputs)
 
 
-class _Structured(nn.Module):
-    """A network that returns its outputs in the structure of another one's."""
+class _Deployed(StandIn):
+    """A network that takes the arguments of another one, and returns its outputs in the structure of that."""
 
-    def __init__(self, network: OnnxNetwork, example: Any) -> None:
-        super().__init__()
+    def __init__(self, model: nn.Module, network: OnnxNetwork, example: Any) -> None:
+        super().__init__(model)
         self.network, self.example = network, example
 
     def forward(self, *inputs: Tensor) -> Any:
         """Return the outputs for some inputs."""
         found = self.network(*inputs)
+        if self.example is None:
+            return found
         return filled(self.example, iter(found if isinstance(found, tuple) else (found,)))
 
 

@@ -14,7 +14,7 @@ from sepconvert.base.errors import SepconvertError
 from sepconvert.base.options.values import Int8
 from sepconvert.files.onnx.graph.network import open_network
 from sepconvert.files.onnx.int8.form import MOST_IMAGES, Int8Form
-from sepconvert.network.tensors import InputBatch, tensor_leaves
+from sepconvert.network.tensors import InputBatch, arguments, tensor_leaves
 
 INT8 = {"QuantizeLinear", "DequantizeLinear"}
 
@@ -201,6 +201,23 @@ def test_several_inputs():
     assert len(form.model(model).graph.input) == 3
     with torch.no_grad():
         assert_near(form.module(model)(*inputs), model(*inputs))
+
+
+def test_inputs_by_name_are_taken_as_the_model_takes_them():
+    class Difference(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(3, 8, 3, padding=1)
+
+        def forward(self, left, right):
+            return self.conv(left - 2 * right)
+
+    torch.manual_seed(0)
+    model, left, right = Difference().eval(), torch.rand(8, 3, 8, 8), torch.rand(8, 3, 8, 8)
+    form = Int8Form(Int8("on"), model, (left[:1], right[:1]), [InputBatch((left, right))])
+    running = form.module(model)
+    with torch.no_grad():
+        assert_near(running(*arguments(running, {"right": right, "left": left})), model(left, right))
 
 
 def test_a_number_before_the_images():
