@@ -27,8 +27,8 @@ COMMANDS = {
     "a result that exists": ["-m", "sepconvert", "model.pt", "--out", "full"],
     "import sepconvert": ["-c", "import sepconvert"],
     "import torch": ["-c", "import torch"],
-    "import sepconvert.cli.measuring": ["-c", "import sepconvert.cli.measuring"],
-    "import sepconvert.cli.commands": ["-c", "import sepconvert.cli.commands"],
+    "import sepconvert.cli.commands.measuring": ["-c", "import sepconvert.cli.commands.measuring"],
+    "import sepconvert.cli.commands.converting": ["-c", "import sepconvert.cli.commands.converting"],
 }
 
 

@@ -34,7 +34,7 @@ from sepconvert.factorize.geometry import ConvSpec, chain_macs
 from sepconvert.factorize.structures import FORMS
 from sepconvert.files.onnx.layer import layer_onnx
 from sepconvert.measure.latency import Deployed, Speedup, speedup, time_all
-from sepconvert.report.tables import layer_table, structure_table
+from sepconvert.report.text.tables import layer_table, structure_table
 
 BLUE, ORANGE, GREEN, VERMILION = "#0072B2", "#E69F00", "#009E73", "#D55E00"
 RUNS = 30  # timed rounds: the interval of a median is narrow enough to be drawn

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import sepconvert
 from sepconvert.cli.demo.images import LabelledImages, evaluation_data, training_data
 from sepconvert.cli.demo.net import load, to_input
-from sepconvert.report.tables import curve_table
+from sepconvert.report.text.tables import curve_table
 
 
 def loader(digits: LabelledImages) -> DataLoader[tuple[torch.Tensor, ...]]:

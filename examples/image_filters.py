@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import sepconvert
-from sepconvert.report.tables import layer_table
+from sepconvert.report.text.tables import layer_table
 
 
 def gaussian(size: int, sigma: float) -> Tensor:

@@ -117,7 +117,7 @@ def convert(**options: Any) -> None:
     or labelled --data, on which the default budget is kept.
     """
     check_convert(options)
-    _commands("commands").convert(**options)
+    _commands("commands.converting").convert(**options)
 
 
 @cli.command()
@@ -132,7 +132,7 @@ def inspect(**options: Any) -> None:
     For the others, the reason is given. Nothing is converted.
     """
     check_inspect(options)
-    _commands("commands").inspect(**options)
+    _commands("commands.converting").inspect(**options)
 
 
 @cli.command()
@@ -152,7 +152,7 @@ def profile(**options: Any) -> None:
     Reports MACs, parameters, size, latency, and accuracy (or --metric) on --data.
     """
     check_profile(options)
-    _commands("measuring").profile(**options)
+    _commands("commands.measuring").profile(**options)
 
 
 @cli.command()
@@ -180,7 +180,7 @@ def compare(**options: Any) -> None:
     `sepconvert profile --out` writes.
     """
     check_compare(options)
-    _commands("measuring").compare(**options)
+    _commands("commands.measuring").compare(**options)
 
 
 @cli.command()
@@ -195,7 +195,7 @@ def apply(**options: Any) -> None:
     The converted weights are read from converted.safetensors, beside PLAN.
     """
     check_apply(options)
-    _commands("commands").apply(**options)
+    _commands("commands.converting").apply(**options)
 
 
 @cli.command()
@@ -233,7 +233,7 @@ def main() -> None:
         if debug:
             traceback.print_exc()
         if isinstance(error, DemandNotMetError) and error.curve:
-            from sepconvert.report.tables import curve_table
+            from sepconvert.report.text.tables import curve_table
 
             click.echo(curve_table(error.curve), err=True)
         code = _fail(in_flags(str(error)), error.exit_code)

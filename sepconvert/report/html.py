@@ -9,8 +9,13 @@ from markupsafe import Markup, escape
 
 from sepconvert.measure.comparison import Comparison
 from sepconvert.measure.metrics.metric import written_interval
-from sepconvert.report import forms
-from sepconvert.report.numbers import (
+from sepconvert.report.pictures import plots
+from sepconvert.report.pictures.exhibits import Exhibits
+from sepconvert.report.pictures.images import picture
+from sepconvert.report.pictures.panels import gallery
+from sepconvert.report.pictures.samples import ChangedSample
+from sepconvert.report.text import forms
+from sepconvert.report.text.numbers import (
     Document,
     Quality,
     by_time,
@@ -25,12 +30,7 @@ from sepconvert.report.numbers import (
     total_time,
     written_size,
 )
-from sepconvert.report.pictures import plots
-from sepconvert.report.pictures.exhibits import Exhibits
-from sepconvert.report.pictures.images import picture
-from sepconvert.report.pictures.panels import gallery
-from sepconvert.report.pictures.samples import ChangedSample
-from sepconvert.report.sentences import causes, sentences
+from sepconvert.report.text.sentences import causes, sentences
 
 
 def render_html(document: Document, exhibits: Exhibits | None = None) -> str:

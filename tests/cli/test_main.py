@@ -204,7 +204,7 @@ def test_a_signal_while_torch_is_imported_raises_nothing(here, tmp_path):
         "import os, signal, sys\n"
         "class Finder:\n"
         "    def find_spec(self, name, path=None, target=None):\n"
-        "        if name == 'sepconvert.cli.commands':\n"
+        "        if name == 'sepconvert.cli.commands.converting':\n"
         "            try:\n"
         "                os.kill(os.getpid(), signal.SIGTERM)\n"
         "            except BaseException as error:\n"

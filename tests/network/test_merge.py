@@ -29,7 +29,7 @@ from sepconvert.pipeline.replay import apply_plan
 from sepconvert.planning.plan import read_plan
 from sepconvert.planning.timing import clock as timing
 from sepconvert.planning.timing.clock import Clock
-from sepconvert.report.tables import layer_table, summary
+from sepconvert.report.text.tables import layer_table, summary
 
 MODES = ("zeros", "reflect", "replicate", "circular")
 

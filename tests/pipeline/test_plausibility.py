@@ -11,7 +11,7 @@ import sepconvert
 from sepconvert import Calibration
 from sepconvert.measure.metrics.classes import Predictions
 from sepconvert.pipeline.plausibility import Labels, ValueRange
-from sepconvert.report.risks import doubts
+from sepconvert.report.text.risks import doubts
 
 
 def predictions(labels, classes=10):

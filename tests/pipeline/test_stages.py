@@ -18,7 +18,7 @@ from sepconvert.base.errors import ExportError, SepconvertError, VerificationErr
 from sepconvert.files.onnx.export import export_program, save_onnx
 from sepconvert.measure.verification.outputs import reference
 from sepconvert.pipeline.stages import check_onnx
-from sepconvert.report.sentences import warnings_of
+from sepconvert.report.text.sentences import warnings_of
 
 
 def test_files(net, conversion, x):

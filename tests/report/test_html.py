@@ -21,7 +21,7 @@ from sepconvert.report.html import render_comparison, render_html
 from sepconvert.report.pictures import plots
 from sepconvert.report.pictures.exhibits import Exhibits, KernelPair
 from sepconvert.report.pictures.samples import ChangedSample, ChangedSamples
-from sepconvert.report.sentences import causes, sentences
+from sepconvert.report.text.sentences import causes, sentences
 
 VOID = {"meta", "br", "img", "input"}
 

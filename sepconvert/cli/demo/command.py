@@ -14,8 +14,8 @@ from sepconvert.cli.inputs import TRAINING_BATCH, timing_of
 from sepconvert.cli.outputs import command_line, out_of, result_directory_of, show
 from sepconvert.cli.progress import progress_for, quietly
 from sepconvert.pipeline.convert import convert as run_convert
-from sepconvert.report.sentences import story
-from sepconvert.report.tables import modes_table
+from sepconvert.report.text.sentences import story
+from sepconvert.report.text.tables import modes_table
 
 # For each mode: what it is about, and the arguments of its conversion.
 _DEMO: Mapping[Mode, tuple[str, Mapping[str, Any]]] = {

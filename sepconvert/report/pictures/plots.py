@@ -14,10 +14,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from sepconvert.report.forms import NAMES
-from sepconvert.report.numbers import Document, Quality, heading
 from sepconvert.report.pictures.exhibits import KernelPair
 from sepconvert.report.pictures.images import png
+from sepconvert.report.text.forms import NAMES
+from sepconvert.report.text.numbers import Document, Quality, heading
 
 # Placeholders for the colours of text, before and after, which the page's light or dark scheme defines.
 _INK, _BEFORE, _AFTER = "#010203", "#010204", "#010205"

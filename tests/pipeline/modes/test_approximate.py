@@ -30,7 +30,7 @@ from sepconvert.network.layers import FactorizedConv2d
 from sepconvert.pipeline import stages
 from sepconvert.pipeline.replay import apply_plan
 from sepconvert.planning.plan import read_plan
-from sepconvert.report.sentences import warnings_of
+from sepconvert.report.text.sentences import warnings_of
 
 
 @pytest.fixture(scope="module")

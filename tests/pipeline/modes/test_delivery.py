@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from sepconvert.pipeline.modes import delivery
 from sepconvert.pipeline.modes.delivery import MOST, Attempt, next_drop
-from sepconvert.report.tables import summary
+from sepconvert.report.text.tables import summary
 
 
 def test_the_first_is_guessed_at():

@@ -9,9 +9,9 @@ from data_urls import pixels
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sepconvert.report.numbers import TOP1, Quality
 from sepconvert.report.pictures import plots
 from sepconvert.report.pictures.exhibits import KernelPair
+from sepconvert.report.text.numbers import TOP1, Quality
 
 
 def points(count: int, drops=()) -> list[dict]:

@@ -33,8 +33,8 @@ from sepconvert.pipeline.convert import inspect as run_inspect
 from sepconvert.pipeline.modes.delivery import checkpoints
 from sepconvert.pipeline.replay import apply_plan as run_apply
 from sepconvert.planning.plan import read_plan
-from sepconvert.report.sentences import warnings_of
-from sepconvert.report.tables import layer_table, structure_table, summary
+from sepconvert.report.text.sentences import warnings_of
+from sepconvert.report.text.tables import layer_table, structure_table, summary
 
 
 def convert(**options: Any) -> None:

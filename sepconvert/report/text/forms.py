@@ -1,7 +1,7 @@
 """The four forms of a conversion to int8 in sentences and as a table, made from the JSON document."""
 
 from sepconvert.base.notes import Note, info, warning
-from sepconvert.report.numbers import (
+from sepconvert.report.text.numbers import (
     Document,
     Quality,
     as_fast_text,

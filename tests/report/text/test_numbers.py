@@ -2,7 +2,7 @@
 
 import pytest
 
-from sepconvert.report.numbers import (
+from sepconvert.report.text.numbers import (
     TOP1,
     Quality,
     by_time,

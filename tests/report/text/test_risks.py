@@ -2,8 +2,8 @@
 
 import pytest
 
-from sepconvert.report.risks import doubts, risks, unseen
-from sepconvert.report.sentences import warnings_of
+from sepconvert.report.text.risks import doubts, risks, unseen
+from sepconvert.report.text.sentences import warnings_of
 
 
 @pytest.fixture

@@ -37,9 +37,9 @@ from sepconvert.measure.profiling import SCHEMA as PROFILE_SCHEMA
 from sepconvert.measure.profiling import StoredProfile, anatomy, batch_size, read_profile
 from sepconvert.measure.profiling import profile as run_profile
 from sepconvert.network.tensors import Inputs, arguments, tensors_in
-from sepconvert.report.numbers import fold
-from sepconvert.report.sentences import machine
-from sepconvert.report.tables import anatomy_text
+from sepconvert.report.text.numbers import fold
+from sepconvert.report.text.sentences import machine
+from sepconvert.report.text.tables import anatomy_text
 
 
 def profile(**options: Any) -> None:

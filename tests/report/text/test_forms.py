@@ -4,9 +4,9 @@ import pytest
 from report.int8_forms import NAMES, deployed, ratio
 
 from sepconvert.base.notes import NoteLevel
-from sepconvert.report import forms
-from sepconvert.report.forms import headers, quantization, rows, verdict
-from sepconvert.report.sentences import sentences
+from sepconvert.report.text import forms
+from sepconvert.report.text.forms import headers, quantization, rows, verdict
+from sepconvert.report.text.sentences import sentences
 
 
 def said(document):

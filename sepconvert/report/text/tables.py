@@ -5,8 +5,8 @@ from collections.abc import Mapping, Sequence
 from tabulate import tabulate
 
 from sepconvert.measure.metrics.metric import value_number
-from sepconvert.report import forms
-from sepconvert.report.numbers import (
+from sepconvert.report.text import forms
+from sepconvert.report.text.numbers import (
     TOP1,
     Document,
     Quality,
@@ -27,7 +27,7 @@ from sepconvert.report.numbers import (
     written_count,
     written_size,
 )
-from sepconvert.report.sentences import causes, sentences
+from sepconvert.report.text.sentences import causes, sentences
 
 _SLOWEST = 12  # operators that have a row of their own
 

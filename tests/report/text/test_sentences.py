@@ -3,7 +3,7 @@
 import pytest
 
 from sepconvert.base.notes import NoteLevel
-from sepconvert.report.sentences import causes, machine, sentences, story, warnings_of
+from sepconvert.report.text.sentences import causes, machine, sentences, story, warnings_of
 
 
 def texts(document) -> list[str]:

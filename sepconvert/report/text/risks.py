@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from sepconvert.base.notes import Note, info, warning
 from sepconvert.measure.statistics import difference_interval, proportion_interval
-from sepconvert.report.numbers import (
+from sepconvert.report.text.numbers import (
     Document,
     Quality,
     drop_text,

@@ -2,8 +2,8 @@
 
 import json
 
-from sepconvert.report.numbers import fold
-from sepconvert.report.tables import (
+from sepconvert.report.text.numbers import fold
+from sepconvert.report.text.tables import (
     anatomy_text,
     curve_table,
     layer_table,

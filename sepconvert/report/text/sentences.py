@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 
 from sepconvert.base.notes import Note, NoteLevel, ReasonCode, info, warning
 from sepconvert.measure.metrics.metric import drop_number
-from sepconvert.report.forms import quantization, verdict
-from sepconvert.report.numbers import (
+from sepconvert.report.text.forms import quantization, verdict
+from sepconvert.report.text.numbers import (
     Document,
     Quality,
     as_fast_text,
@@ -21,7 +21,7 @@ from sepconvert.report.numbers import (
     ratio_text,
     speedup_text,
 )
-from sepconvert.report.risks import doubts, risks, unseen
+from sepconvert.report.text.risks import doubts, risks, unseen
 
 _PLACES = ("converted", "kept", "layout", "other")  # keys of `execution` that partition the time
 

@@ -1,0 +1,1 @@
+"""Commands: each takes the options of the command line, and calls the public functions."""
