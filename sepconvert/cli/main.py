@@ -115,7 +115,11 @@ def cli() -> None:
 @selection_options
 @finetuning_options
 @output_options
-@click.option("--dry-run", is_flag=True, help="Show what would be converted; write nothing.")
+@click.option(
+    "--dry-run",
+    is_flag=True,
+    help="Show what would be converted or tried, and how long it may take; write nothing.",
+)
 @timing_options
 @search_options
 @loading_options

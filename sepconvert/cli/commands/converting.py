@@ -25,14 +25,17 @@ from sepconvert.base.progress import Stage, stage, stage_clock
 from sepconvert.cli.inputs import in_layout, load_subject, read_data_and_inputs, read_images, timing_of
 from sepconvert.cli.options import Options, in_flags, value_of
 from sepconvert.cli.outputs import checkpoint_of, command_line, out_of, result_directory_of, show
+from sepconvert.cli.preflight import job_of
 from sepconvert.cli.progress import Display, display_for, quietly
 from sepconvert.files.results import FILES, INT8_FILES
 from sepconvert.pipeline.convert import convert as run_convert
 from sepconvert.pipeline.convert import inspect as run_inspect
 from sepconvert.pipeline.modes.delivery import checkpoints
+from sepconvert.pipeline.outlook import outlook as run_outlook
 from sepconvert.pipeline.replay import apply_plan as run_apply
 from sepconvert.pipeline.results import ConversionResult, Inspection
 from sepconvert.planning.plan import read_plan
+from sepconvert.report.text.inspection import outlook_table, outlook_verdict
 from sepconvert.report.text.sentences import sentences, warnings_of
 from sepconvert.report.text.tables import details, layer_table
 
@@ -155,8 +158,25 @@ def _finetuning(options: Options, display: Display) -> Finetuning:
 
 
 def _dry_run(options: Options) -> None:
+    """Show what a conversion would convert or try, and write nothing."""
+    if options["mode"] != "exact":
+        _outlook(options)
+        return
     found = _inspected(options, options["gate"] or "macs")
     show(options, found.to_json(), found.verdict, "", found.table(), "", "Dry run: nothing was written.")
+
+
+def _outlook(options: Options) -> None:
+    display = display_for(options)
+    with quietly(), display.shown():
+        loaded = load_subject(options)
+        options = dict(in_layout(options, loaded))
+        data, inputs = read_data_and_inputs(options, loaded)
+        expected = run_outlook(
+            loaded.model, inputs, data, read_images(options, "calib"), job_of(options, display)
+        ).to_json()
+    show(options, expected, outlook_verdict(expected), "", outlook_table(expected), "",
+         "Dry run: nothing was written.")  # fmt: skip
 
 
 def _show(options: Options, result: ConversionResult, out: Path) -> None:

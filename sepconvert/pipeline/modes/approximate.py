@@ -93,7 +93,7 @@ class _Findings:
 def _survey(original: Original, start: Start, job: Job) -> _Findings:
     """Find the layers that may be replaced, and fit all forms of each that pass the gate."""
     model, calibration = start.model, original.data.calibration
-    reasons = _obstacles(start.traced, job)
+    reasons = obstacles_to(start.traced, job)
     layers = [site for site in start.sites if site.name not in reasons]
     heldout: Heldout | None = None
     if calibration is not None:
@@ -188,7 +188,7 @@ def _prices(
     return unit, {name: replace(shares[name], modelled=timed[name].modelled) for name in shares}, slow
 
 
-def _obstacles(traced: TracedModel, job: Job) -> dict[str, Reason]:
+def obstacles_to(traced: TracedModel, job: Job) -> dict[str, Reason]:
     """Return why layers are kept, whatever the budget."""
     obstacles, approx = Obstacles(traced), job.mode == "approx"
     reasons = {}

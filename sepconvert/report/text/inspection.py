@@ -4,7 +4,14 @@ from collections.abc import Sequence
 from itertools import chain
 
 from sepconvert.base.notes import Note, ReasonCode, info
-from sepconvert.report.text.numbers import Document, fold, ratio_text, written_count
+from sepconvert.report.text.numbers import (
+    Document,
+    duration_text,
+    fold,
+    ratio_text,
+    written_count,
+    written_size,
+)
 from sepconvert.report.text.tables import change_text, kernel_text, layer_table, structure_table, text_table
 
 _NEAREST = 10  # layers in the short table
@@ -46,12 +53,38 @@ def table(layers: Sequence[Document], *, all: bool = False) -> str:
     lines = [text_table(rows, headers, [20, None, 23, None, None, None])] if rows else []
     if len(near) > len(shown):
         lines.append(f"{len(near) - len(shown)} others are further from any structure (`all` shows them).")
-    others = [layer for layer in layers if not layer["structures"]]
-    reasons: dict[str, list[str]] = {}
-    for layer in others:
-        reasons.setdefault(layer["reason"], []).append(layer["name"])
-    lines += [fold(f"{_some(names)}: {text}.") for text, names in reasons.items()]
+    lines += _reasons([layer for layer in layers if not layer["structures"]])
     return "\n".join(chain(lines[:1], [""] * bool(rows and lines[1:]), lines[1:]))
+
+
+def outlook_verdict(outlook: Document) -> str:
+    """Return how many layers and forms a conversion would try, and what time and memory it may take."""
+    layers = [layer for layer in outlook["layers"] if layer["forms"]]
+    if not layers:
+        return "No convolution may be replaced, for the reasons below."
+    forms = sum(sum(layer["forms"].values()) for layer in layers)
+    low, high = (duration_text(seconds) for seconds in outlook["seconds"])
+    images = ", ".join(f"{count:,} {name}" for name, count in outlook["images"].items())
+    return (
+        f"{forms} forms of {len(layers)} of {len(outlook['layers'])} convolutions would be tried, in about "
+        f"{low} to {high} and {written_size(outlook['bytes'])} of memory (images: {images})."
+    )
+
+
+def outlook_table(outlook: Document) -> str:
+    """Return the numbers of ranks to try of each structure, and below them why layers are kept.
+
+    Layers of which the same is tried share a row.
+    """
+    groups: dict[tuple[str, ...], list[str]] = {}
+    for layer in outlook["layers"]:
+        forms = tuple(f"{scheme} {count}" for scheme, count in layer["forms"].items())
+        groups.setdefault((written_count(layer["macs"]), *forms), []).append(layer["name"])
+    rows = [[_some(names, 2), macs, ", ".join(forms)] for (macs, *forms), names in groups.items() if forms]
+    headers = ["layers", "MACs", "structures, and numbers of their ranks"]
+    lines = [text_table(rows, headers, [26, None, 42])] if rows else []
+    lines += _reasons([layer for layer in outlook["layers"] if not layer["forms"]], "no form has fewer MACs")
+    return "\n".join(lines)
 
 
 def _by_nearness(layers: Sequence[Document]) -> list[Document]:
@@ -82,6 +115,14 @@ def _row(layer: Document) -> list[str]:
         change_text(*layer["macs"]) if layer["decision"] == "converted" else written_count(layer["macs"][0])
     )
     return [layer["name"], kernel_text(layer), best["scheme"], f"{rank} of {best['full_rank']}", error, macs]
+
+
+def _reasons(layers: Sequence[Document], otherwise: str = "") -> list[str]:
+    """Return a line for each reason to keep layers, with their names."""
+    reasons: dict[str, list[str]] = {}
+    for layer in layers:
+        reasons.setdefault(layer["reason"] or otherwise, []).append(layer["name"])
+    return [fold(f"{_some(names)}: {text}.") for text, names in reasons.items()]
 
 
 def _some(names: Sequence[str], most: int = 6) -> str:
