@@ -5,8 +5,6 @@ import os
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 from torch import Tensor
@@ -39,6 +37,7 @@ from sepconvert.base.progress import (
 )
 from sepconvert.files.data import Batch
 from sepconvert.files.onnx.graph.network import open_network
+from sepconvert.files.results import TemporaryFolder
 from sepconvert.network.tensors import Inputs, model_dtype, state_tensors, tensors_in
 from sepconvert.pipeline.job import Check, Job
 from sepconvert.pipeline.modes.approximate import convert_approximately
@@ -227,8 +226,8 @@ def convert(
     plan = _plan(original, made, job)
     if not main:
         return ConversionResult(made.model, Plan(plan.to_json(), state_tensors(made.model)), {})
-    files = TemporaryDirectory(prefix="sepconvert-") if place is None else place
-    with result_folder(Path(files.name) if isinstance(files, TemporaryDirectory) else files) as folder:
+    files = TemporaryFolder() if place is None else place
+    with result_folder(files.path if isinstance(files, TemporaryFolder) else files) as folder:
         begin(Phase.FILES)
         written = write(original, made, plan, folder, job)
         verification = verify(original, made, written, job)

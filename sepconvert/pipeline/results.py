@@ -4,7 +4,6 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import onnx
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 from sepconvert.base.errors import SepconvertError
 from sepconvert.files.onnx.graph.network import OnnxNetwork
 from sepconvert.files.onnx.graph.surgery import converted_model
+from sepconvert.files.results import TemporaryFolder
 from sepconvert.measure.latency import Speedup
 from sepconvert.measure.metrics.evaluation import MetricDelta
 from sepconvert.measure.profiling import Profile
@@ -63,7 +63,7 @@ class ConversionResult:
     layers: tuple[LayerReport, ...] = ()
     verification: Verification | None = None
     exhibits: Exhibits = field(default_factory=Exhibits)
-    files: Path | TemporaryDirectory[str] | None = None
+    files: Path | TemporaryFolder | None = None
 
     @property
     def onnx_model(self) -> onnx.ModelProto | None:
@@ -99,7 +99,7 @@ class ConversionResult:
                 "save: the conversion was checked in torch alone, which exports no files; convert with "
                 "`check` onnx"
             )
-        source = Path(self.files if isinstance(self.files, Path) else self.files.name)
+        source = self.files if isinstance(self.files, Path) else self.files.path
         if not source.is_dir():
             raise SepconvertError(
                 f"save: {source}, which holds the files of the conversion, is gone; convert anew"

@@ -2,7 +2,6 @@
 
 import gc
 import json
-from pathlib import Path
 
 import pytest
 import torch
@@ -49,7 +48,7 @@ def test_a_result_is_saved_as_the_command_line_writes_it(result, tmp_path):
 
 def test_files_go_with_the_result(net):
     made = sepconvert.convert(net, X, timing=UNTIMED)
-    place = Path(made.files.name)
+    place = made.files.path
     assert (place / "converted.onnx").is_file()
     del made
     gc.collect()
