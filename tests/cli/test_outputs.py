@@ -69,10 +69,10 @@ def test_brief_is_the_first_sentence_on_one_line(capsys):
 @pytest.mark.parametrize(
     ("given", "expected"),
     [
-        (["net.pt", "--min-speedup", "9"], "sepconvert net.pt --min-speedup 1.25"),
+        (["net.pt", "--min-speedup", "9"], "net.pt --min-speedup 1.25"),
         (
             ["net.pt", "--min-speedup=9", "--max-drop", "1"],
-            "sepconvert net.pt --max-drop 1 --min-speedup 1.25",
+            "net.pt --max-drop 1 --min-speedup 1.25",
         ),
     ],
 )
