@@ -15,6 +15,7 @@ from types import ModuleType
 from typing import Any
 
 import click
+from click.shell_completion import CompletionItem
 
 from sepconvert import __version__
 from sepconvert.base.errors import DemandNotMetError, SepconvertError, first_line, shortened
@@ -22,10 +23,13 @@ from sepconvert.cli.options import (
     budget_options,
     calibration_options,
     comparing_options,
+    config_option,
     data_options,
+    debug_option,
     finetuning_options,
     in_flags,
     int8_options,
+    json_option,
     loading_options,
     mode_options,
     model_argument,
@@ -65,21 +69,32 @@ The first is exact and needs no images. docs/quickstart.md, in the repository, e
 _AGAIN = 0.05  # seconds
 
 
+_COMPLETION = "_SEPCONVERT_COMPLETE"
+
+
 class _ConvertByDefault(click.Group):
     """`sepconvert MODEL` is `sepconvert convert MODEL`."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        if not args:
+        if not args and not ctx.resilient_parsing:  # or a shell asks what could come first
             click.echo(ctx.get_help(), err=True)
             ctx.exit(2)
-        if args[0] not in self.commands and args[0] not in ("--help", "--version"):
+        if args and args[0] not in self.commands and args[0] not in ("-h", "--help", "--version"):
             args = ["convert", *args]
         return super().parse_args(ctx, args)
+
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
+        """Return commands, and what can come first in `convert`: its options, or a file."""
+        default = self.commands["convert"]
+        nothing_yet = default.make_context("convert", [], ctx, resilient_parsing=True)
+        options = default.shell_complete(nothing_yet, incomplete)
+        files = [] if incomplete.startswith("-") else [CompletionItem(incomplete, type="file")]
+        return [*super().shell_complete(ctx, incomplete), *options, *files]
 
 
 @click.group(
     cls=_ConvertByDefault,
-    context_settings={"help_option_names": ["--help"], "max_content_width": 100},
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
     epilog=_EXAMPLES,
 )
 @click.version_option(__version__, prog_name="sepconvert")
@@ -108,6 +123,7 @@ def cli() -> None:
 @search_options
 @loading_options
 @run_options
+@config_option
 def convert(**options: Any) -> None:
     """Convert MODEL, verify the result, and measure the gain.
 
@@ -126,6 +142,7 @@ def convert(**options: Any) -> None:
 @selection_options
 @loading_options
 @run_options
+@config_option
 def inspect(**options: Any) -> None:
     """Show which convolutions of MODEL separate, and how exactly.
 
@@ -146,6 +163,7 @@ def inspect(**options: Any) -> None:
 @timing_options
 @loading_options
 @run_options
+@config_option
 def profile(**options: Any) -> None:
     """Measure one MODEL, or one .onnx file.
 
@@ -173,6 +191,7 @@ def profile(**options: Any) -> None:
 @timing_options
 @loading_options
 @run_options
+@config_option
 def compare(**options: Any) -> None:
     """Compare models, .onnx files or profiles with the first.
 
@@ -189,6 +208,7 @@ def compare(**options: Any) -> None:
 @output_options
 @loading_options
 @run_options
+@config_option
 def apply(**options: Any) -> None:
     """Replay a plan.json on the MODEL that it was made from.
 
@@ -211,8 +231,18 @@ def demo(**options: Any) -> None:
     _commands("demo.command").demo(**options)
 
 
+@cli.command()
+@json_option
+@debug_option
+def env(**options: Any) -> None:
+    """Show versions and the machine, to paste into a report of a bug."""
+    _commands("commands.environment").env(**options)
+
+
 def main() -> None:
     """Run the command line; the process ends with the exit code of the contract."""
+    if os.environ.get(_COMPLETION):
+        cli.main(prog_name="sepconvert")  # prints what a shell asks for, and ends the process
     debug = "--debug" in sys.argv
     if debug:
         logging.basicConfig()

@@ -25,6 +25,7 @@ from sepconvert.base.options.values import (
     Task,
     Timing,
 )
+from sepconvert.cli.config import read_config
 from sepconvert.pipeline.job import Job
 
 Command = Callable[..., Any]
@@ -242,6 +243,10 @@ finetuning_options = _options(
         "--train", metavar="PATH", help="Images to fine-tune on; labels are used where there are any."
     ),
 )
+json_option = click.option(
+    "--json", "as_json", is_flag=True, help="Print the JSON document on standard output."
+)
+debug_option = click.option("--debug", is_flag=True, help="Show tracebacks.")
 run_options = _options(
     click.option(
         "--batch",
@@ -260,8 +265,17 @@ run_options = _options(
     ),
     *_of(Job, "seed"),
     click.option("--quiet", is_flag=True, help="Print only warnings and errors."),
-    click.option("--json", "as_json", is_flag=True, help="Print the JSON document on standard output."),
-    click.option("--debug", is_flag=True, help="Show tracebacks."),
+    json_option,
+    debug_option,
+)
+config_option = click.option(
+    "--config",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    is_eager=True,
+    expose_value=False,
+    callback=read_config,
+    help="TOML file of options, such as the run.toml of a result; the command line prevails.",
 )
 _OF_SEARCH = ("measure_seconds", "cache")  # of no use where nothing is searched for
 timing_options = _options(*(_made_from(each) for each in options_of(Timing) if each.name not in _OF_SEARCH))

@@ -52,5 +52,5 @@ def show(options: Options, document: Mapping[str, Any], *text: str) -> None:
     """Print the document under --json, else the text unless --quiet."""
     if options["as_json"]:
         click.echo(json.dumps(document, indent=2, allow_nan=False))
-    elif not options["quiet"]:
+    elif not options.get("quiet"):
         click.echo(in_flags("\n".join(text)))

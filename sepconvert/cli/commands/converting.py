@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from sepconvert.base.distributed import join, rank
+from sepconvert.base.documents import writing
 from sepconvert.base.environment import keep_freed_memory
 from sepconvert.base.errors import SepconvertError
 from sepconvert.base.options.values import (
@@ -22,11 +23,12 @@ from sepconvert.base.options.values import (
     Task,
 )
 from sepconvert.base.progress import Stage, stage, stage_clock
+from sepconvert.cli.config import run_file
 from sepconvert.cli.inputs import in_layout, load_subject, read_data_and_inputs, read_images, timing_of
 from sepconvert.cli.options import Options, in_flags, value_of
 from sepconvert.cli.outputs import checkpoint_of, command_line, out_of, result_directory_of, show
 from sepconvert.cli.progress import progress_for, quietly, training_progress
-from sepconvert.files.results import FILES, INT8_FILES
+from sepconvert.files.results import FILES, INT8_FILES, RUN_FILE
 from sepconvert.pipeline.convert import ConversionResult
 from sepconvert.pipeline.convert import convert as run_convert
 from sepconvert.pipeline.convert import inspect as run_inspect
@@ -75,6 +77,9 @@ def convert(**options: Any) -> None:
             out=folder,
             progress=progress_for(options),
         )
+        if folder is not None:
+            with writing(folder / RUN_FILE):
+                (folder / RUN_FILE).write_text(run_file(click.get_current_context()), encoding="utf-8")
     if main:
         if finetuning.checkpoint is not None:
             training = (result.report["approximation"] or {}).get("finetune")
