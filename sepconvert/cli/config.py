@@ -100,7 +100,7 @@ def _options(command: click.Command) -> dict[str, click.Parameter]:
 def _parsed(path: Path) -> dict[str, Any]:
     check_file(path)
     try:
-        return tomllib.loads(read_file(path).decode("utf-8-sig"))
+        document: dict[str, Any] = tomllib.loads(read_file(path).decode("utf-8-sig"))
     except UnicodeDecodeError as error:
         raise SepconvertError(
             f"{path}: is no TOML file: byte {error.start} is not UTF-8; pass a text file, "
@@ -110,40 +110,44 @@ def _parsed(path: Path) -> dict[str, Any]:
         raise SepconvertError(
             f"{path}: is no TOML file: {first_line(error)}; write lines such as: max-drop = 1.0"
         ) from error
+    return document
 
 
 def _unknown(key: str, command: click.Command, options: Mapping[str, click.Parameter]) -> str:
     """Return what is wrong with a key that no option has."""
     closest = difflib.get_close_matches(key.replace("_", "-"), options, n=1)
     advice = f"did you mean {closest[0]}?" if closest else "remove it; --help lists those there are"
-    return f"is no option of sepconvert {command.name} that a file gives; {advice}"
+    return f"is no option of sepconvert {command.name} that files can set; {advice}"
 
 
 def _as_typed(option: click.Parameter, value: Any, where: str) -> Any:
     """Return a value of TOML as the command line would give it; `where` begins the message of an error."""
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    if isinstance(option, click.Option) and option.is_flag:
-        expected, example, fits = "true or false", True, isinstance(value, bool)
-    elif option.multiple:
-        fits = isinstance(value, list) and all(isinstance(each, str) for each in value)
-        expected, example = "an array of texts", ["…", "…"]
-    elif isinstance(option.type, click.types.IntParamType):
-        expected, example, fits = "a whole number", 8, number and not isinstance(value, float)
-    elif isinstance(option.type, click.types.FloatParamType):
-        expected, example, fits = "a number", 0.5, number
-    else:
-        expected, example = "a text", "…"
-        if value is True and isinstance(option, click.Option) and isinstance(option.flag_value, str):
-            value = option.flag_value  # what the flag means without a value
-        elif option.name in _JOINED_BY:
-            value = _joined(value, _JOINED_BY[option.name])
-        fits = isinstance(value, str)
+    if option.name in _JOINED_BY:
+        value = _joined(value, _JOINED_BY[option.name])
+    if value is True and isinstance(option, click.Option) and isinstance(option.flag_value, str):
+        value = option.flag_value  # what the flag means without a value
+    expected, example = _expected(option)
+    kinds = (int, float) if isinstance(example, float) else type(example)
+    fits = isinstance(value, kinds) and isinstance(value, bool) == isinstance(example, bool)
+    if isinstance(value, list):
+        fits = fits and all(isinstance(each, str) for each in value)
     if not fits:
         key = where.rpartition(": ")[2]
         raise SepconvertError(
             f"{where}: expected {expected}, got {_shown(value)}; write it as: {key} = {_shown(example)}"
         )
     return value
+
+
+def _expected(option: click.Parameter) -> tuple[str, Any]:
+    """Return what TOML has to hold for an option, in words and as an example."""
+    if isinstance(option, click.Option) and option.is_flag:
+        return "true or false", True
+    if isinstance(option, click.Option) and option.multiple:
+        return "an array of texts", ["…", "…"]
+    if isinstance(option.type, click.types.IntParamType):
+        return "a whole number", 8
+    return ("a number", 0.5) if isinstance(option.type, click.types.FloatParamType) else ("a text", "…")
 
 
 def _joined(value: Any, by: str) -> Any:

@@ -40,6 +40,7 @@ from sepconvert.cli.options import (
     selection_options,
     task_options,
     timing_options,
+    trace_option,
 )
 from sepconvert.cli.preflight import (
     check_apply,
@@ -118,6 +119,8 @@ def cli() -> None:
 @selection_options
 @finetuning_options
 @output_options
+@click.option("--format", "style", type=click.Choice(["table", "markdown"]), default="table", show_default=True,
+              help="Format of the summary; markdown is short, for a pull request.")  # fmt: skip
 @click.option("--dry-run", is_flag=True, help="Show what would be converted; write nothing.")
 @timing_options
 @search_options
@@ -158,6 +161,7 @@ def inspect(**options: Any) -> None:
 @task_options
 @click.option("--out", type=click.Path(path_type=Path), metavar="FILE",
               help="Write the profile to this JSON file.")  # fmt: skip
+@trace_option
 @click.option("--batches", default="8", show_default=True, metavar="N,N…", callback=numbers(int, "1,8,32"),
               help="Batch sizes to time beside --batch, if the file leaves the batch open.")  # fmt: skip
 @timing_options
@@ -188,6 +192,15 @@ def profile(**options: Any) -> None:
 @click.option("--fail-if", multiple=True, metavar="CONDITION",
               help="Exit with code 3 if this holds for any model but the first, e.g. 'latency > +5%' or "
                    "'drop > 0.5'. Repeatable.")  # fmt: skip
+@click.option("--baseline", type=click.Path(path_type=Path), metavar="FILE",
+              help="History of earlier runs, a JSON file: models are compared with their last ones, and "
+                   "changes in --fail-if are those since then.")  # fmt: skip
+@click.option(
+    "--update-baseline",
+    is_flag=True,
+    help="Add this run to --baseline, unless it fails, and make the file if there is none.",
+)
+@trace_option
 @timing_options
 @loading_options
 @run_options
@@ -196,7 +209,7 @@ def compare(**options: Any) -> None:
     """Compare models, .onnx files or profiles with the first.
 
     Models and .onnx files are timed in turns, in one process. Profiles are the files that
-    `sepconvert profile --out` writes.
+    `sepconvert profile --out` writes. With --baseline, one model is enough.
     """
     check_compare(options)
     _commands("commands.measuring").compare(**options)

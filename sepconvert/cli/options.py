@@ -280,6 +280,13 @@ config_option = click.option(
 _OF_SEARCH = ("measure_seconds", "cache")  # of no use where nothing is searched for
 timing_options = _options(*(_made_from(each) for each in options_of(Timing) if each.name not in _OF_SEARCH))
 search_options = _options(*_of(Timing, *_OF_SEARCH))
+trace_option = click.option(
+    "--trace",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Write the operators of a run in ONNX Runtime to this JSON file, which ui.perfetto.dev and "
+    "chrome://tracing show.",
+)
 output_options = _options(
     click.option(
         "--out",

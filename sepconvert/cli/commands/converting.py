@@ -35,6 +35,7 @@ from sepconvert.pipeline.convert import inspect as run_inspect
 from sepconvert.pipeline.modes.delivery import checkpoints
 from sepconvert.pipeline.replay import apply_plan as run_apply
 from sepconvert.planning.plan import read_plan
+from sepconvert.report.text import markdown
 from sepconvert.report.text.sentences import warnings_of
 from sepconvert.report.text.tables import layer_table, structure_table, summary
 
@@ -164,6 +165,9 @@ def _show(options: Options, result: ConversionResult, out: Path) -> None:
     if options["quiet"]:
         for warning in warnings_of(result.report):
             click.echo(in_flags(str(warning)), err=True)
+    if options["style"] == "markdown":
+        show(options, result.report, markdown.conversion(result.report))
+        return
     names = (*FILES, *INT8_FILES) if "forms" in result.report else FILES
     written = [name for name in names if name not in result.report["export"]["missing"]]
     layers = result.report["layers"]

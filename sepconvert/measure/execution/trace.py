@@ -45,14 +45,9 @@ def trace_of(
         events += _events(process, name, runs[len(runs) // 2], Graph.of(deployed))
     return {
         "displayTimeUnit": "ms",
-        "otherData": environment(runtime),
         "traceEvents": events,
+        "otherData": environment(runtime),
     }
-
-
-def is_trace(document: Any) -> bool:
-    """Return whether a JSON document has the form of a trace."""
-    return isinstance(document, Mapping) and isinstance(document.get("traceEvents"), list)
 
 
 def _events(process: int, name: str, run: Run, graph: Graph) -> list[dict[str, Any]]:
