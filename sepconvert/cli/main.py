@@ -71,16 +71,22 @@ _AGAIN = 0.05  # seconds
 
 
 _COMPLETION = "_SEPCONVERT_COMPLETE"
+_HELP = ["-h", "--help"]
 
 
 class _ConvertByDefault(click.Group):
     """`sepconvert MODEL` is `sepconvert convert MODEL`."""
 
+    def add_command(self, cmd: click.Command, name: str | None = None) -> None:
+        """Register a command, which has the help of the group even where it is made alone."""
+        cmd.context_settings.setdefault("help_option_names", _HELP)
+        super().add_command(cmd, name)
+
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         if not args and not ctx.resilient_parsing:  # or a shell asks what could come first
             click.echo(ctx.get_help(), err=True)
             ctx.exit(2)
-        if args and args[0] not in self.commands and args[0] not in ("-h", "--help", "--version"):
+        if args and args[0] not in self.commands and args[0] not in (*_HELP, "--version"):
             args = ["convert", *args]
         return super().parse_args(ctx, args)
 
@@ -95,7 +101,7 @@ class _ConvertByDefault(click.Group):
 
 @click.group(
     cls=_ConvertByDefault,
-    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    context_settings={"help_option_names": _HELP, "max_content_width": 100},
     epilog=_EXAMPLES,
 )
 @click.version_option(__version__, prog_name="sepconvert")
@@ -119,8 +125,14 @@ def cli() -> None:
 @selection_options
 @finetuning_options
 @output_options
-@click.option("--format", "style", type=click.Choice(["table", "markdown"]), default="table", show_default=True,
-              help="Format of the summary; markdown is short, for a pull request.")  # fmt: skip
+@click.option(
+    "--format",
+    "style",
+    type=click.Choice(["table", "markdown"]),
+    default="table",
+    show_default=True,
+    help="Format of the summary; markdown is short, for a pull request.",
+)
 @click.option("--dry-run", is_flag=True, help="Show what would be converted; write nothing.")
 @timing_options
 @search_options

@@ -71,7 +71,5 @@ def update(path: Path, history: BaselineDocument, entry: BaselineEntry, *, quiet
     """Add a run to a history, and tell so."""
     number = write_baseline(path, history, entry)
     if not quiet:
-        text = (
-            f"this run is number {number}" if history.entries else "begun; later runs are judged by this one"
-        )
+        text = f"holds {number} runs now" if history.entries else "begun; later runs are judged by this one"
         click.echo(f"sepconvert: {path}: {text}", err=True)

@@ -31,7 +31,7 @@ def conversion(report: Document) -> str:
         parts.append(_table(forms.rows(report), forms.headers(report)))
     parts += [f"- {_plain(str(note))}" for note in warnings_of(report) if note != first]
     timed = report["delta"]["latency_speedup"] is not None
-    return "\n\n".join([*parts, _small(report["environment"] if timed else None)])
+    return _with_small_print(parts, report["environment"] if timed else None)
 
 
 def comparison(document: Document, environment: Document | None, checks: Mapping[str, Sequence[str]]) -> str:
@@ -54,7 +54,7 @@ def comparison(document: Document, environment: Document | None, checks: Mapping
         rows = history.change_rows(baseline["models"])
         parts += ["Since the baseline:", _table(rows, history.HEADERS)] if rows else []
         parts += [f"- {_plain(text)}" for text in history.obstacles(baseline["models"])]
-    return "\n\n".join([*parts, _small(environment)])
+    return _with_small_print(parts, environment)
 
 
 def _verdict(base: str, name: str, delta: Document) -> str:
@@ -82,11 +82,10 @@ def _costs(names: Sequence[str], profiles: Sequence[Document], deltas: Sequence[
     columns = [_column(profiles[0], *each) for each in zip(profiles, against, strict=True)]
     scored = next((profile["metric"] for profile in profiles if profile["metric"] is not None), None)
     named = {_METRIC: "" if scored is None else _quality(scored).heading}
-    rows = [
-        [named.get(key, key), *cells]
-        for key in columns[0]
-        if any(cells := [column[key] for column in columns])
-    ]
+    rows = []
+    for key in columns[0]:
+        if any(cells := [column[key] for column in columns]):
+            rows.append([named.get(key, key), *cells])
     return _table(rows, ["", *names])
 
 
@@ -145,10 +144,17 @@ def _table(rows: Sequence[Sequence[str]], headers: Sequence[str]) -> str:
     return table
 
 
-def _small(environment: Document | None) -> str:
-    """Return the machine and what brackets are, in small print."""
-    notes = [] if environment is None else [_plain(str(note)) for note in machine(environment)]
-    return f"<sub>{' '.join([*notes, 'Brackets are 95 % intervals. Compared by sepconvert.'])}</sub>"
+def _with_small_print(parts: Sequence[str], environment: Document | None) -> str:
+    """Return paragraphs, followed by the machine and the meaning of brackets in small print."""
+    text = "\n\n".join(parts)
+    notes = ["Brackets are 95 % intervals."] if "[" in text else []
+    if environment is not None:
+        notes = [
+            *map(_plain, map(str, machine(environment))),
+            *notes,
+            f"sepconvert {environment['sepconvert']}.",
+        ]
+    return f"{text}\n\n<sub>{' '.join(notes)}</sub>" if notes else text
 
 
 def _plain(text: str) -> str:
