@@ -7,6 +7,7 @@ from typing import Any
 
 import msgspec
 
+from sepconvert.report.schema.baseline import BaselineDocument
 from sepconvert.report.schema.environment import EnvironmentDocument
 from sepconvert.report.schema.plan import PlanDocument
 from sepconvert.report.schema.profile import ProfileDocument
@@ -16,6 +17,7 @@ DOCUMENTS: Mapping[str, type] = {
     "report": ReportDocument,
     "plan": PlanDocument,
     "profile": ProfileDocument,
+    "baseline": BaselineDocument,
     "environment": EnvironmentDocument,
 }
 

@@ -14,7 +14,6 @@ from sepconvert.report.text.numbers import (
     estimate_text,
     measured_drop,
     percent_text,
-    ratio_text,
     speedup_text,
 )
 from sepconvert.report.text.sentences import machine, sentences, warnings_of
@@ -61,7 +60,7 @@ def _verdict(base: str, name: str, delta: Document) -> str:
     """Return how fast and how good a model is, or how small, against the first, in a sentence."""
     speedup, drop = delta["latency_speedup"], measured_drop({"delta": delta})
     if speedup is None:
-        text = f"{name} has {ratio_text(delta['macs_ratio'] or 1.0)} fewer MACs than {base}"
+        text = f"{name} has {_macs(delta['macs_ratio'] or 1.0)} {base}"
     else:
         amount = estimate_text(speedup["median"], speedup["ci95"], "×")
         noise = "" if speedup["significant"] else ", which is within noise"
@@ -74,6 +73,13 @@ def _verdict(base: str, name: str, delta: Document) -> str:
         difference = f"{drop_text(change)} {'worse' if worse else 'better'}" if drop["value"] else "equal"
         text += f", and {difference} in {quality.heading} ({drop['n']:,} samples{sure})"
     return f"**{text}.**"
+
+
+def _macs(ratio: float) -> str:
+    """Return how many MACs a model has, given those of another over them; the other's name follows."""
+    if ratio == 1:
+        return "as many MACs as"
+    return f"{100 * abs(1 / ratio - 1):.1f} % {'fewer' if ratio > 1 else 'more'} MACs than"
 
 
 def _costs(names: Sequence[str], profiles: Sequence[Document], deltas: Sequence[Document]) -> str:
