@@ -100,6 +100,15 @@ def test_tables_on_standard_output(here, run):
     assert listing(here / "net-sepconvert") == WRITTEN
 
 
+def test_a_summary_for_a_pull_request(here, run):
+    outcome = run("net.pt", *SHAPE, "--runs", "0", "--format", "markdown")
+    assert (outcome.code, outcome.err) == (0, "")
+    assert outcome.out.startswith("**1 of 2 convolutions converted.**\n\n| ")
+    assert "| original" in outcome.out
+    assert "Written to" not in outcome.out
+    assert listing(here / "net-sepconvert") == WRITTEN
+
+
 def test_a_pickled_model_that_shadows_names(here, run):
     torch.save(all_shadowed(), here / "shadowing.pt")
     outcome = run("shadowing.pt", "--allow", "shadows.Shadowing", *SHAPE, "--runs", "0", "--json")
