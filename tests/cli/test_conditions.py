@@ -142,7 +142,7 @@ def test_one_model_is_judged_by_its_changes_alone(metric, alone):
     for models, since, judged in (
         (1, True, alone),
         (1, False, False),
-        (2, True, in_company),
+        (2, True, True),
         (2, False, True),
     ):
         if judged:

@@ -71,7 +71,7 @@ MISTAKES = {
     "net.pt --out text.pt/a": "text.pt/a: cannot be written: Not a directory; pass another --out",
     f"{TUNED} --out new --checkpoint new/c": "--checkpoint new/c: lies in new, which is written as a whole",
     f"{TUNED} --checkpoint text.pt": "text.pt: an interrupted run left it; pass --resume to continue, or",
-    "profile net.pt --trace absent/x.json": "absent/x.json: cannot be written: there is no absent; pass another",
+    "profile net.pt --trace absent/x.json": "absent/x.json: cannot be written: there is no absent; pass",
     "profile net.pt --trace net.pt": "net.pt: exists and is no trace; pass another --trace",
     "compare net.pt net.pt --trace .": ".: cannot be read: it is no regular file; check the path",
     "compare net.pt plan.json --trace x.json": "--trace: is of models that are run now, got a stored",

@@ -113,15 +113,8 @@ def test_the_data_are_known_by_all_that_is_in_them(files, data):
     other_x, other_y = x.clone(), y.clone()
     other_x[-1, -1, -1, -1] += 1
     other_y[-1] = 0
-    assert (
-        len(
-            {
-                usual,
-                *(seen((x[:20], y[:20]), rest) for rest in ((other_x[20:], y[20:]), (x[20:], other_y[20:]))),
-            }
-        )
-        == 3
-    )
+    others = [seen((x[:20], y[:20]), rest) for rest in ((other_x[20:], y[20:]), (x[20:], other_y[20:]))]
+    assert len({usual, *others}) == 3
     assert seen((x, None)) == seen((x, None)) != seen((x, y))
     assert measured(models).data_sha256 is None
     assert measured(models, data).to_json()["data_sha256"] == measured(models, data).data_sha256
