@@ -26,6 +26,7 @@ from sepconvert.base.options.values import (
     Task,
     Timing,
 )
+from sepconvert.cli.config import read_config
 from sepconvert.pipeline.job import Job
 
 Command = Callable[..., Any]
@@ -278,6 +279,10 @@ finetuning_options = _options(
         "--train", metavar="PATH", help="Images to fine-tune on; labels are used where there are any."
     ),
 )
+json_option = click.option(
+    "--json", "as_json", is_flag=True, help="Print the JSON document on standard output."
+)
+debug_option = click.option("--debug", is_flag=True, help="Show tracebacks.")
 run_options = _options(
     click.option(
         "--batch",
@@ -297,7 +302,7 @@ run_options = _options(
     *_of(Job, "seed"),
     click.option("--quiet", is_flag=True, help="Print only warnings and errors."),
     click.option("--brief", is_flag=True, help="Print one line: the answer alone."),
-    click.option("--json", "as_json", is_flag=True, help="Print the JSON document on standard output."),
+    json_option,
     click.option(
         "--verbose",
         "-v",
@@ -312,11 +317,27 @@ run_options = _options(
         callback=_log_file,
         help="Write each step with its time, and errors, to this file.",
     ),
-    click.option("--debug", is_flag=True, help="Show tracebacks."),
+    debug_option,
+)
+config_option = click.option(
+    "--config",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    is_eager=True,
+    expose_value=False,
+    callback=read_config,
+    help="TOML file of options, such as the run.toml of a result; the command line prevails.",
 )
 _OF_SEARCH = ("measure_seconds", "cache")  # of no use where nothing is searched for
 timing_options = _options(*(_made_from(each) for each in options_of(Timing) if each.name not in _OF_SEARCH))
 search_options = _options(*_of(Timing, *_OF_SEARCH))
+trace_option = click.option(
+    "--trace",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Write the operators of a run in ONNX Runtime to this JSON file, which ui.perfetto.dev and "
+    "chrome://tracing show.",
+)
 output_options = _options(
     click.option(
         "--out",

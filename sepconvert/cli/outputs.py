@@ -72,9 +72,17 @@ def show(options: Options, document: Mapping[str, Any], first: str, *others: str
     _LOG.info("%s", in_flags(first))
     if options["as_json"]:
         click.echo(json.dumps(document, indent=2, allow_nan=False))
-    elif options["brief"]:
+    elif options.get("brief"):
         click.echo(in_flags(first))
-    elif not options["quiet"]:
+    elif not options.get("quiet"):
         from sepconvert.report.text.numbers import fold  # which imports torch
 
         click.echo(in_flags("\n".join([fold(first), *others])))
+
+
+def show_page(options: Options, document: Mapping[str, Any], text: str) -> None:
+    """Print the document under --json, else a text as it is, unless --quiet."""
+    if options["as_json"]:
+        click.echo(json.dumps(document, indent=2, allow_nan=False))
+    elif not options["quiet"]:
+        click.echo(in_flags(text))

@@ -19,6 +19,9 @@ from sepconvert.files.callables import check_callable
 from sepconvert.files.sources import ModelFormat, check_data, model_format, parse_input_shape
 from sepconvert.pipeline.job import Job
 
+# What a trace holds among its first bytes.
+_TRACE, _BEGINNING = b'"traceEvents"', 64
+
 
 def check_convert(options: Options) -> None:
     """Check the options of `sepconvert MODEL`; raise `SepconvertError` for the first that is wrong."""
@@ -47,25 +50,31 @@ def check_profile(options: Options) -> None:
     job_of(options)
     _check_models(options, [_measured(options, options["model"])])
     _check_data(options)
-    out: Path | None = options["out"]
-    if out is None:
-        return
-    if not out.parent.is_dir():
-        raise SepconvertError(f"{out}: cannot be written: there is no {out.parent}; pass another --out")
-    with writing(out):
-        if not os.access(out if out.exists() else out.parent, os.W_OK):
-            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    _check_writable(options["out"], "out")
+    _check_trace(options)
 
 
 def check_compare(options: Options) -> None:
     """Check the options of `sepconvert compare A B …`."""
-    if len(options["models"]) < 2:  # no condition of --fail-if could fail
-        raise SepconvertError("compare: expected two models or more, got one; profile measures one")
+    since = options["baseline"] is not None
+    if len(options["models"]) < 2 and not since:  # no condition of --fail-if could fail
+        raise SepconvertError(
+            "compare: expected two models or more, got one; profile measures one, and --baseline compares it "
+            "with earlier runs"
+        )
     for text in options["fail_if"]:
         Demand.parse(text)
     job_of(options)
-    _check_models(options, [_compared(options, path) for path in options["models"]])
+    formats = [_compared(options, path) for path in options["models"]]
+    _check_models(options, formats)
     _check_data(options)
+    for name in ("baseline", "trace"):
+        if options[name] is not None and None in formats:
+            raise SepconvertError(
+                f"--{name}: is of models that are run now, got a stored profile; pass models or .onnx files"
+            )
+    _check_baseline(options)
+    _check_trace(options)
 
 
 def check_apply(options: Options) -> None:
@@ -157,6 +166,47 @@ def _check_data(options: Options) -> None:
         check_data(options[name], name, options["targets"] if name == "data" else None)
     if options.get("input_shape"):
         parse_input_shape(options["input_shape"])
+
+
+def _check_baseline(options: Options) -> None:
+    """Check that a history is there, or may be begun."""
+    path: Path | None = options["baseline"]
+    if path is None:
+        if options["update_baseline"]:
+            raise SepconvertError("--update-baseline: adds this run to a history; pass --baseline FILE too")
+        return
+    if not path.exists() and not options["update_baseline"]:
+        raise SepconvertError(
+            f"--baseline {path}: there is no such file; pass --update-baseline too, to begin it with this run"
+        )
+    if path.exists():
+        check_file(path)
+    if options["update_baseline"]:
+        _check_writable(path, "baseline")
+
+
+def _check_trace(options: Options) -> None:
+    """Check that a trace may be written, over nothing but a trace."""
+    path: Path | None = options["trace"]
+    _check_writable(path, "trace")
+    if path is not None and path.exists():
+        check_file(path)
+        with path.open("rb") as file:
+            if _TRACE not in file.read(_BEGINNING):
+                raise SepconvertError(f"{path}: exists and is no trace; pass another --trace")
+
+
+def _check_writable(path: Path | None, parameter: str) -> None:
+    """Check that a file can be written, if it is wanted."""
+    if path is None:
+        return
+    if not path.parent.is_dir():
+        raise SepconvertError(
+            f"{path}: cannot be written: there is no {path.parent}; pass another `{parameter}`"
+        )
+    with writing(path, parameter):
+        if not os.access(path if path.exists() else path.parent, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
 
 
 def _check_checkpoint(options: Options) -> None:

@@ -31,14 +31,14 @@ from sepconvert.files.onnx.graph.network import OnnxNetwork
 from sepconvert.files.onnx.graph.surgery import converted_model
 from sepconvert.files.onnx.writing import note_of, onnx_feed, save_files
 from sepconvert.measure.cost import Cost
-from sepconvert.measure.execution import (
+from sepconvert.measure.execution.layers import (
     Gain,
     ModelExecution,
     by_layer,
     layer_executions,
     model_execution,
-    operator_times,
 )
+from sepconvert.measure.execution.operators import operator_times
 from sepconvert.measure.latency import Deployed, Latency, PairTiming, Speedup, session
 from sepconvert.measure.metrics.classes import ChangedPredictions, changes
 from sepconvert.measure.metrics.evaluation import Evaluation, MetricDelta

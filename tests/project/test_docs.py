@@ -14,6 +14,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -70,6 +71,18 @@ RUN: dict[str, tuple[str, ...]] = {
     "sepconvert compare original.onnx converted.onnx --data val.npz --fail-if 'latency > +5%' "
     "--fail-if 'drop > 0.5'": SHORT,
     "sepconvert compare original.onnx converted.onnx --format html": SHORT,
+    "sepconvert compare original.onnx converted.onnx --data val.npz --format markdown": SHORT,
+    "sepconvert compare original.onnx converted.onnx --trace trace.json": SHORT,
+    "sepconvert profile converted.onnx --trace trace.json": SHORT,
+    "sepconvert compare original.onnx converted.onnx --data val.npz --threads 1 --baseline history.json "
+    "--update-baseline": SHORT,
+    "sepconvert compare original.onnx converted.onnx --data val.npz --threads 1 --baseline history.json "
+    "--fail-if 'latency > +5%' --fail-if 'drop > 0.5'": SHORT,
+    "sepconvert compare converted.onnx --data val.npz --baseline history.json --fail-if 'drop > 0.5' "
+    "--fail-if 'macs > 0%'": SHORT,
+    "sepconvert model.pt --input-shape 3x224x224 --format markdown": NONE,
+    "sepconvert --config model-sepconvert/run.toml": NONE,
+    "sepconvert env": (),
     "sepconvert compare original.onnx converted.onnx --graph-optimization none": SHORT,
     "sepconvert compare original.onnx converted.onnx --data val.npz --metric mynets.py:certainty "
     "--fail-if 'drop > 0.02'": SHORT,
@@ -228,7 +241,12 @@ def test_every_command_of_ours_is_run():
 
 
 @pytest.mark.parametrize("text", OURS)
-def test_command_lines_parse(text):
+def test_command_lines_parse(text, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name, value in pairwise(ALL[text]):
+        if name == "--config":  # which another command has written
+            Path(value).parent.mkdir()
+            Path(value).write_text('model = "model.pt"')
     parsed(ALL[text])
 
 
@@ -382,6 +400,7 @@ def prepared(tmp_path_factory) -> Path:
             call(text, *RUN[text])
         for name in ("original", "converted"):
             shutil.copy(folder / f"checkpoint-sepconvert/{name}.onnx", folder)
+        call(next(text for text in RUN if "--update-baseline" in text), *SHORT)
         shutil.copy("original.onnx", "net.onnx")
         call("sepconvert net.onnx", *RUN["sepconvert net.onnx"])
         call("sepconvert model.pt --int8 --calib images/ --out int8", *FIT)
