@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from pages import DOCS, ROOT
+from pages import DOCS, ROOT, commands
 
 sys.path.append(str(DOCS))
 import figures
@@ -154,15 +154,20 @@ def test_everything_that_is_stored_is_made_and_shown(drawn, printed):
     assert {Path(each).name for each in re.findall(r"stored/([\w.-]+)", pages)} == made
 
 
-def test_the_index_gives_the_number_of_the_page_of_results():
-    """With its conditions."""
-    index = " ".join((DOCS / "index.md").read_text(encoding="utf-8").split())
+def test_the_index_has_a_number_of_the_page_of_results_a_picture_and_two_commands():
+    page = (DOCS / "index.md").read_text(encoding="utf-8")
+    index = " ".join(page.partition("{toctree}")[0].split())
     results = (ROOT / "README.md").read_text(encoding="utf-8")
     (row,) = [line for line in results.splitlines() if line.startswith("| ResNet-9, ")]
     speed, drop = re.findall(r"[\d.]+ \[[\d.]+, [\d.]+\]", row.replace("×", ""))[:2]
-    assert f"{speed.split()[0]} times as fast" in index
-    assert drop.split()[0] in index
-    assert "one thread" in index
+    assert f"**{speed} times as fast** and loses {drop} percentage points" in index
+    assert "5,000 images" in index
+    for condition in ("batch 1, one thread of an AMD EPYC virtual machine", "ONNX Runtime 1.32.0", "AVX2"):
+        assert condition in index
+        assert condition in " ".join(results.split())
+    assert index.index("times as fast") < index.index("stored/curves-light.svg") < index.index("```sh")
+    install, demo, own = commands(DOCS / "index.md")
+    assert (install[0], demo, own[:2]) == ("pip", ["sepconvert", "demo"], ["sepconvert", "model.pt"])
 
 
 def test_the_glossary_is_that_of_reports():

@@ -60,8 +60,8 @@ WORDS: tuple[Entry, ...] = (
     Entry(
         "Speed-up",
         "The latency of the original over that of the converted model: 2.00× means half the time. Brackets "
-        "hold the 95 % interval. `~` marks a speed-up that noise can explain: it does not stand out from what "
-        "the original shows when it is compared with itself.",
+        "hold the 95 % interval. `~` marks a speed-up that noise can explain: it does not stand out from "
+        "what the original shows when it is compared with itself.",
         "concepts.md#what-is-measured-and-how",
     ),
     Entry(
