@@ -86,13 +86,13 @@ WORDS: tuple[Entry, ...] = (
     ),
     Entry(
         "Equal predictions",
-        "The share of held-out images, or of their pixels, for which both models answer the same class, "
+        "The share of held-out images, or of their pixels, for which both models predict the same class, "
         "right or wrong. Also called agreement.",
     ),
     Entry(
         "Error",
-        "The output error of a layer is √(E‖y − ŷ‖² / E‖y − E y‖²) on the calibration images, with y what "
-        "the original layer answers and ŷ what the replaced one answers: 0 is equal, 1 is no better than a "
+        "The output error of a layer is √(E‖y − ŷ‖² / E‖y − E y‖²) on the calibration images, where y is the "
+        "output of the original layer and ŷ that of the replaced one: 0 is equal, 1 is no better than a "
         "constant. The weight error is ‖W − Ŵ‖ / ‖W‖ of the kernel.",
         "concepts.md#what-is-approximated-and-how",
     ),
