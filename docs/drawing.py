@@ -147,7 +147,7 @@ def draw_flow(figure: Figure, flow: Flow, theme: Theme) -> None:
     pen.caption(32, 14.2, "8×8×256")
     pen.count(12.6, f"8·8 positions × 5·5·3 × 256 = {flow.dense:,} multiplications")
 
-    pen.heading(10.6, "Depthwise separable: transformed once, then elongated")
+    pen.heading(10.6, "Depthwise separable: transformed once, then expanded")
     pen.stack(1, 1.3, 6, channels)
     pen.caption(4.7, -0.4, "image 12×12×3")
     for y, colour in zip((6.9, 4, 1.1), channels, strict=True):

@@ -401,6 +401,7 @@ def test_words_are_explained_where_links_lead(approximate, bare):
     page = render_html(approximate)
     assert {*re.findall(r'href="#([^"]+)"', page)} <= {*re.findall(r' id="([^"]+)"', page)}
     for entry in (*glossary.WORDS, *glossary.STEPS):
-        assert f'<dt id="{entry.anchor}">{entry.word}</dt>' in page
-    assert 'id="drift"' in render_html(bare)
-    assert 'id="fine-tune"' not in render_html(bare)
+        assert f'<dt id="{entry.anchor}"><b>{entry.word}</b></dt>' in page
+    assert 'id="rank"' in render_html(bare)
+    for word in ("drift", "held-out", "fine-tune"):
+        assert f'id="{word}"' not in render_html(bare)

@@ -1,6 +1,6 @@
 """The words of reports and of the documentation, each explained once.
 
-`docs/glossary.md` shows them, and every HTML report contains those that it uses.
+`docs/glossary.md` shows them, and HTML reports, which must be readable offline, end with those that they need.
 """
 
 from dataclasses import dataclass
@@ -12,7 +12,8 @@ class Entry:
 
     word: str
     text: str
-    more: str = ""  # page and section of the documentation that say more, such as `concepts.md#int8`
+    more: str = ""  # page and section of the documentation that say more, such as `metrics.md#targets`
+    fitted: bool = False  # whether only reports of approximate conversions need it
 
     @property
     def anchor(self) -> str:
@@ -37,19 +38,25 @@ WORDS: tuple[Entry, ...] = (
         "own rank is higher, the outputs of the layer change.",
         "concepts.md#a-layer-as-two-layers",
     ),
-    Entry("Form", "A structure with a rank, `spatial-vh 16` for instance: one way to replace a layer."),
+    Entry(
+        "Form",
+        "A structure with a rank, `spatial-vh 16` for instance: one way to replace a layer.",
+        fitted=True,
+    ),
     Entry(
         "Plan",
         "The choice of a form for each layer that is replaced; all other layers stay as they are. A "
         "conversion compares plans along the trade-off curve, from slow and faithful to fast and less "
         "faithful, and delivers one of them.",
         "concepts.md#the-steps-of-a-run",
+        fitted=True,
     ),
     Entry(
         "Budget",
         "What the plan that is delivered must keep to: the most that the metric may drop, the least "
         "speed-up, a share of the MACs or of the parameters.",
         "howto/approximate.md#choose-the-budget",
+        fitted=True,
     ),
     Entry(
         "MACs",
@@ -75,6 +82,7 @@ WORDS: tuple[Entry, ...] = (
         "Held-out images are a quarter of the calibration images, at most 256. Nothing is fitted to them; "
         "plans and steps are compared on them, and none of them is in the evaluation data.",
         "howto/approximate.md#what-you-need",
+        fitted=True,
     ),
     Entry(
         "Divergence",
@@ -83,11 +91,13 @@ WORDS: tuple[Entry, ...] = (
         "divergence of the class probabilities in nats; for other outputs it is usually a squared error. "
         "Divergences of different models cannot be compared.",
         "metrics.md#how-outputs-are-compared",
+        fitted=True,
     ),
     Entry(
         "Equal predictions",
         "The share of held-out images, or of their pixels, for which both models predict the same class, "
         "right or wrong. Also called agreement.",
+        fitted=True,
     ),
     Entry(
         "Error",
@@ -101,12 +111,14 @@ WORDS: tuple[Entry, ...] = (
         "How much the outputs of the whole model suffer from the error of one layer: the divergence over the "
         "squared output error of that layer.",
         "concepts.md#the-steps-of-a-run",
+        fitted=True,
     ),
     Entry(
         "Drift",
         "The change of a layer's inputs that the layers replaced before it cause. Factors that follow the "
         "drift are fitted to the changed inputs, but still to the outputs of the original, so that they make "
         "up for part of it.",
+        fitted=True,
     ),
 )
 
