@@ -1,6 +1,6 @@
 """The words of reports and of the documentation, each explained once.
 
-`docs/glossary.md` shows them, and HTML reports, which must be readable offline, end with those that they need.
+`docs/glossary.md` shows them, and HTML reports, which are readable offline, end with those that they need.
 """
 
 from dataclasses import dataclass
