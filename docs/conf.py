@@ -3,8 +3,13 @@
     sphinx-build -W --keep-going -b html docs docs/_build
 
 The same versions of the tools write the same bytes on each machine: nothing is computed or timed. Figures and
-tables lie in `stored` (`figures.py` makes them).
+tables lie in `stored` (`figures.py` makes them), and the outputs of notebooks within them (`execute.py`).
 """
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))
 
 import sepconvert
 
@@ -12,7 +17,7 @@ project = "sepconvert"
 version = release = sepconvert.__version__
 html_title = f"sepconvert {release}"
 
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx_click"]
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx_click", "notebooks"]
 exclude_patterns = ["_build"]
 html_theme = "furo"
 html_show_sourcelink = False
