@@ -14,7 +14,7 @@ from sepconvert.report.pictures.exhibits import Exhibits
 from sepconvert.report.pictures.images import picture
 from sepconvert.report.pictures.panels import gallery
 from sepconvert.report.pictures.samples import ChangedSample
-from sepconvert.report.text import forms
+from sepconvert.report.text import forms, glossary
 from sepconvert.report.text.numbers import (
     Document,
     Quality,
@@ -47,6 +47,7 @@ def render_html(document: Document, exhibits: Exhibits | None = None) -> str:
         pictures=_pictures(document, exhibits),
         time=_time(document.get("stages", ())),
         forms=forms,
+        glossary=glossary,
     )
 
 

@@ -590,6 +590,18 @@ def test_docstring_examples():
 # Pages --------------------------------------------------------------------------------------------
 
 
+def test_no_page_repeats_another():
+    """Outside of code: a page links to what another one says. Rows of tables may be alike."""
+    length, pages_with = 16, dict[tuple[str, ...], Path]()
+    for page in [*PAGES, BENCHMARKS]:
+        prose = FENCE.sub("\n\n", page.read_text(encoding="utf-8"))
+        for paragraph in re.split(r"\n\n|\n(?=\||- |\d\. )", prose):
+            words = [word.lower() for word in re.findall(r"[\w×%.,-]+", paragraph)]
+            for start in range(len(words) - length + 1):
+                run = tuple(words[start : start + length])
+                assert pages_with.setdefault(run, page) == page, f"{page}: {' '.join(run)}"
+
+
 def test_every_public_name_is_in_the_reference():
     text = (DOCS / "api.md").read_text(encoding="utf-8")
     assert {*re.findall(r":: sepconvert\.(\w+)$", text, re.MULTILINE)} == {*sepconvert._PUBLIC}
