@@ -111,6 +111,9 @@ def cli() -> None:
 def convert(**options: Any) -> None:
     """Convert MODEL, verify the result, and measure the gain.
 
+    MODEL is a file, or a name: timm:NAME, torchvision:NAME or hf-hub:OWNER/NAME builds the model by that
+    library. Without ?weights=DEFAULT behind NAME, the weights of the first two are random.
+
     The original and the converted model are exported to ONNX and compared: MACs, latency, and accuracy
     (or --metric) on --data. Mode exact needs no images. Modes approx and auto fit replacements to --calib,
     and need a budget (--max-drop, --min-speedup, --target-macs, --target-params, or --rank in mode approx),

@@ -5,6 +5,7 @@ An option that Python has too is a field of a value in `sepconvert.base.options.
 terminal are defined here.
 """
 
+import json
 import math
 import re
 from collections.abc import Callable, Mapping
@@ -26,6 +27,8 @@ from sepconvert.base.options.values import (
     Timing,
 )
 from sepconvert.pipeline.job import Job
+
+_WIDTH = '{"width": 12}'  # an example of keyword arguments
 
 Command = Callable[..., Any]
 Options = Mapping[str, Any]
@@ -77,6 +80,19 @@ def pairs(
             raise click.BadParameter(f"expected KEY=VALUE, e.g. device_id=1, got {text!r}")
         found[name] = value
     return found or None
+
+
+def keywords(context: click.Context, parameter: click.Parameter, text: str | None) -> dict[str, Any] | None:
+    """Read keyword arguments: a JSON object."""
+    if text is None:
+        return None
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise click.BadParameter(f"expected JSON, e.g. '{_WIDTH}', got {text!r} ({error})") from error
+    if not isinstance(found, dict):
+        raise click.BadParameter(f"expected a JSON object of arguments, e.g. '{_WIDTH}', got {text!r}")
+    return found
 
 
 def in_flags(text: str) -> str:
@@ -175,6 +191,12 @@ loading_options = _options(
         metavar="PKG.MOD:CALLABLE",
         help="Callable that builds the model of a state_dict checkpoint; also file.py:callable. If the "
         "model has its weights already, MODEL is the name of what they came from.",
+    ),
+    click.option(
+        "--factory-args",
+        callback=keywords,
+        metavar="JSON",
+        help=f"Keyword arguments that --factory is called with, e.g. '{_WIDTH}'.",
     ),
     click.option(
         "--ignore-extra-keys",

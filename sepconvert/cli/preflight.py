@@ -15,7 +15,8 @@ from sepconvert.cli.conditions import Demand
 from sepconvert.cli.options import Options, value_of
 from sepconvert.cli.outputs import check_place, checkpoint_of, out_of
 from sepconvert.files.callables import check_callable
-from sepconvert.files.sources import ModelFormat, check_data, model_format, parse_input_shape
+from sepconvert.files.models.sources import ModelFormat, model_format
+from sepconvert.files.sources import check_data, parse_input_shape
 from sepconvert.pipeline.job import Job
 
 
@@ -134,7 +135,13 @@ def _compared(options: Options, path: Path) -> ModelFormat | None:
 
 def _check_models(options: Options, formats: Iterable[ModelFormat | None]) -> None:
     """Refuse options that models of these formats cannot obey."""
-    if options.get("layout") == "nhwc" and not {"onnx", None} & {*formats}:
+    formats = {*formats}
+    ignored = [f"--{name}" for name in ("allow", "trust") if options.get(name)]
+    if ignored and formats == {"named"}:
+        raise SepconvertError(
+            f"{', '.join(ignored)}: only for files, and a library builds this model; leave {ignored[0]} out"
+        )
+    if options.get("layout") == "nhwc" and not {"onnx", None} & formats:
         raise SepconvertError(
             "--layout nhwc: is for ONNX files, and layers of torch take images as N×C×H×W; leave it out"
         )
@@ -146,6 +153,8 @@ def _check_data(options: Options) -> None:
         given = options.get(name)
         if given is not None and (name != "metric" or ":" in given):  # others are names
             check_callable(given, name)
+    if options.get("factory_args") is not None and options["factory"] is None:
+        raise SepconvertError("`factory_args`: are what `factory` is called with; pass `factory` too")
     names = [name for name in ("data", "calib", "train") if options.get(name) is not None]
     unused = [f"--{name}" for name in ("mean", "std", "resize") if options.get(name) is not None]
     if unused and not names:

@@ -22,7 +22,7 @@ from sepconvert.base.options.values import (
     Task,
 )
 from sepconvert.base.progress import Stage, stage, stage_clock
-from sepconvert.cli.inputs import in_layout, load_subject, read_data_and_inputs, read_images, timing_of
+from sepconvert.cli.inputs import load_subject, read_data_and_inputs, read_images, suited, timing_of
 from sepconvert.cli.options import Options, in_flags, value_of
 from sepconvert.cli.outputs import checkpoint_of, command_line, out_of, result_directory_of, show
 from sepconvert.cli.progress import progress_for, quietly, training_progress
@@ -50,7 +50,7 @@ def convert(**options: Any) -> None:
         clock.count_start()
         with stage(Stage.LOAD):
             loaded = load_subject(options)
-            options = dict(in_layout(options, loaded))
+            options = dict(suited(options, loaded))
             finetuning = _finetuning(options)
             data, inputs = read_data_and_inputs(options, loaded)
             calib = read_images(options, "calib")
@@ -71,7 +71,7 @@ def convert(**options: Any) -> None:
             finetune=finetuning,
             dynamic_batch=options["dynamic_batch"],
             seed=options["seed"],
-            origin=Origin(str(loaded.path), loaded.sha256, command_line()),
+            origin=Origin(str(loaded.path), loaded.sha256, command_line(), loaded.weights),
             out=folder,
             progress=progress_for(options),
         )
@@ -95,7 +95,7 @@ def _inspected(options: Options, gate: Gate) -> dict[str, Any]:
     """Return what `sepconvert.inspect` reports of the model that the options name."""
     with quietly():
         loaded = load_subject(options)
-        options = in_layout(options, loaded)
+        options = suited(options, loaded)
         _, inputs = read_data_and_inputs(options, loaded)
         return run_inspect(
             loaded.model,

@@ -20,8 +20,10 @@ from sepconvert.cli.inputs import (
     load_subject,
     read_data_and_examples,
     read_data_and_inputs,
+    suited,
     timing_of,
     with_layout,
+    with_normalisation,
 )
 from sepconvert.cli.options import Options, value_of
 from sepconvert.cli.outputs import show
@@ -132,6 +134,7 @@ def _together(options: Options) -> tuple[Comparison, str]:
     loaded = {path: load_subject({**options, "model": path}) for path in paths if path not in files}
     for file in files.values():
         options = with_layout(options, file.shapes)
+    options = with_normalisation(options, loaded.values())
     examples = [each.example_inputs for each in loaded.values()] + [
         example_of_file(each) for each in files.values()
     ]
@@ -189,6 +192,7 @@ def _profile(options: Options) -> StoredProfile:
             found = replace(found, latency=latency, anatomy=detail)
         return StoredProfile(found, str(path), file.sha256, environment(runtime))
     loaded = load_subject(options)
+    options = suited(options, loaded)
     data, inputs = read_data_and_inputs(options, loaded)
     found = run_profile(
         loaded.model,
