@@ -23,6 +23,7 @@ from sepconvert.cli.options import (
     calibration_options,
     comparing_options,
     data_options,
+    export_options,
     finetuning_options,
     in_flags,
     int8_options,
@@ -103,6 +104,7 @@ def cli() -> None:
 @selection_options
 @finetuning_options
 @output_options
+@export_options
 @click.option("--dry-run", is_flag=True, help="Show what would be converted; write nothing.")
 @timing_options
 @search_options
@@ -190,6 +192,7 @@ def compare(**options: Any) -> None:
 @model_argument
 @click.argument("plan", type=click.Path(path_type=Path))
 @output_options
+@export_options
 @loading_options
 @run_options
 def apply(**options: Any) -> None:

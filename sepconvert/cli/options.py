@@ -17,6 +17,7 @@ import click
 
 from sepconvert.base.errors import range_text
 from sepconvert.base.options.declared import check_option, options_of
+from sepconvert.base.options.exporting import Export
 from sepconvert.base.options.values import (
     Budget,
     Calibration,
@@ -80,6 +81,11 @@ def pairs(
             raise click.BadParameter(f"expected KEY=VALUE, e.g. device_id=1, got {text!r}")
         found[name] = value
     return found or None
+
+
+def names(context: click.Context, parameter: click.Parameter, text: str | None) -> tuple[str, ...] | None:
+    """Read names joined by commas; None where there are none."""
+    return None if text is None else tuple(part.strip() for part in text.split(","))
 
 
 def keywords(context: click.Context, parameter: click.Parameter, text: str | None) -> dict[str, Any] | None:
@@ -148,6 +154,8 @@ def _made_from(option: Field[Any]) -> Command:
     if isinstance(option.default, tuple):
         return click.option(_flag(name), multiple=True, **settings)
     kinds = get_args(option.type)  # of `Path | None`, for example
+    if about.get("joined"):
+        return click.option(_flag(name), callback=names, **settings)
     if any(get_origin(kind) is Mapping for kind in kinds):
         return click.option(_flag(name), multiple=True, callback=pairs, **settings)
     if "flag_value" in about:
@@ -179,7 +187,7 @@ def _of(kind: Any, *names: str) -> list[Command]:
 
 _RENAMED = {
     each.name: _name(each)
-    for kind in (Budget, Calibration, Finetuning, Int8, Selection, Task, Timing, Job)
+    for kind in (Budget, Calibration, Export, Finetuning, Int8, Selection, Task, Timing, Job)
     for each in options_of(kind)
 }
 
@@ -243,6 +251,7 @@ data_options = _options(
     click.option("--resize", callback=size, metavar="N|HxW", help="Size to which uint8 images are resized."),
 )
 _OF_TRAINING = ("divergence", "loss")  # of use where something is fitted to outputs
+export_options = _options(*_of(Export))
 task_options = _options(*(_made_from(each) for each in options_of(Task) if each.name not in _OF_TRAINING))
 comparing_options = _options(*_of(Task, *_OF_TRAINING))
 mode_options = _options(*_of(Job, "mode", "gate"))

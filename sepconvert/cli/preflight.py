@@ -10,6 +10,7 @@ from pathlib import Path
 
 from sepconvert.base.documents import check_file, writing
 from sepconvert.base.errors import SepconvertError
+from sepconvert.base.options.exporting import Export
 from sepconvert.base.options.values import Budget, Calibration, Finetuning, Int8, Selection, Task, Timing
 from sepconvert.cli.conditions import Demand
 from sepconvert.cli.options import Options, value_of
@@ -98,6 +99,7 @@ def _job(options: Options) -> Job:
         timing=value_of(Timing, options),
         calibration=value_of(Calibration, options),
         int8=value_of(Int8, options),
+        export=value_of(Export, options),
         finetuning=value_of(Finetuning, options, train=options.get("train")),
     )
 
@@ -136,6 +138,10 @@ def _compared(options: Options, path: Path) -> ModelFormat | None:
 def _check_models(options: Options, formats: Iterable[ModelFormat | None]) -> None:
     """Refuse options that models of these formats cannot obey."""
     formats = {*formats}
+    if formats == {"onnx"} and (given := value_of(Export, options).given()):
+        raise SepconvertError(
+            f"`{given[0]}`: an ONNX file keeps the names and the opset that it has; leave it out"
+        )
     ignored = [f"--{name}" for name in ("allow", "trust") if options.get(name)]
     if ignored and formats == {"named"}:
         raise SepconvertError(

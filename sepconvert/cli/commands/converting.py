@@ -11,6 +11,7 @@ import click
 from sepconvert.base.distributed import join, rank
 from sepconvert.base.environment import keep_freed_memory
 from sepconvert.base.errors import SepconvertError
+from sepconvert.base.options.exporting import Export
 from sepconvert.base.options.values import (
     Budget,
     Calibration,
@@ -70,6 +71,7 @@ def convert(**options: Any) -> None:
             int8=value_of(Int8, options),
             finetune=finetuning,
             dynamic_batch=options["dynamic_batch"],
+            export=value_of(Export, options),
             seed=options["seed"],
             origin=Origin(str(loaded.path), loaded.sha256, command_line(), loaded.weights),
             out=folder,
@@ -127,6 +129,7 @@ def apply(**options: Any) -> None:
             folder,
             model_sha256=loaded.sha256,
             dynamic_batch=options["dynamic_batch"],
+            export=value_of(Export, options),
             progress=progress_for(options),
         )
     show(options, {"out": str(out), "converted": len(plan.converted), "verification": verified},
