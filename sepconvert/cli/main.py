@@ -26,6 +26,7 @@ from sepconvert.cli.options import (
     config_option,
     data_options,
     debug_option,
+    export_options,
     finetuning_options,
     in_flags,
     int8_options,
@@ -137,6 +138,7 @@ def cli() -> None:
 @selection_options
 @finetuning_options
 @output_options
+@export_options
 @click.option(
     "--format",
     "style",
@@ -157,6 +159,9 @@ def cli() -> None:
 @config_option
 def convert(**options: Any) -> None:
     """Convert MODEL, verify the result, and measure the gain.
+
+    MODEL is a file, or a name: timm:NAME, torchvision:NAME or hf-hub:OWNER/NAME builds the model by that
+    library. Without ?weights=DEFAULT behind NAME, the weights of the first two are random.
 
     The original and the converted model are exported to ONNX and compared: MACs, latency, and accuracy
     (or --metric) on --data. Mode exact needs no images. Modes approx and auto fit replacements to --calib,
@@ -249,6 +254,7 @@ def compare(**options: Any) -> None:
 @model_argument
 @click.argument("plan", type=click.Path(path_type=Path))
 @output_options
+@export_options
 @loading_options
 @run_options
 @config_option

@@ -12,6 +12,7 @@ from typing import Any
 import click
 
 from sepconvert.cli.options import Options, in_flags
+from sepconvert.files.models.names import name_of
 from sepconvert.files.results import check_result_directory, result_directory
 
 _LOG = logging.getLogger(__name__)
@@ -37,8 +38,14 @@ def relaxed(demands: Mapping[str, float]) -> str:
 
 def out_of(options: Options) -> Path:
     """Return the directory that --out names, or the one named after the model or the demo."""
-    stem = options["model"].stem if "model" in options else "demo"
+    stem = _stem_of(options["model"]) if "model" in options else "demo"
     return options["out"] or Path(f"{stem}-sepconvert")
+
+
+def _stem_of(model: Path) -> str:
+    """Return the name of a model without the extension of its file, or without what its library reads."""
+    name = name_of(model)
+    return model.stem if name is None else name.stem
 
 
 def checkpoint_of(options: Options) -> Path:

@@ -10,13 +10,15 @@ from pathlib import Path
 
 from sepconvert.base.documents import check_file, writing
 from sepconvert.base.errors import SepconvertError
+from sepconvert.base.options.exporting import Export
 from sepconvert.base.options.values import Budget, Calibration, Finetuning, Int8, Selection, Task, Timing
 from sepconvert.base.progress import Progress, silent
 from sepconvert.cli.conditions import Demand
 from sepconvert.cli.options import Options, value_of
 from sepconvert.cli.outputs import check_place, checkpoint_of, out_of
 from sepconvert.files.callables import check_callable
-from sepconvert.files.sources import ModelFormat, check_data, model_format, parse_input_shape
+from sepconvert.files.models.sources import ModelFormat, model_format
+from sepconvert.files.sources import check_data, parse_input_shape
 from sepconvert.pipeline.job import Job
 
 # What a trace holds among its first bytes.
@@ -102,6 +104,7 @@ def job_of(options: Options, progress: Progress = silent) -> Job:
         timing=value_of(Timing, options),
         calibration=value_of(Calibration, options),
         int8=value_of(Int8, options),
+        export=value_of(Export, options),
         finetuning=value_of(Finetuning, options, train=options.get("train")),
         progress=progress,
     )
@@ -140,7 +143,17 @@ def _compared(options: Options, path: Path) -> ModelFormat | None:
 
 def _check_models(options: Options, formats: Iterable[ModelFormat | None]) -> None:
     """Refuse options that models of these formats cannot obey."""
-    if options.get("layout") == "nhwc" and not {"onnx", None} & {*formats}:
+    formats = {*formats}
+    if formats == {"onnx"} and (given := value_of(Export, options).given()):
+        raise SepconvertError(
+            f"`{given[0]}`: an ONNX file keeps the names and the opset that it has; leave it out"
+        )
+    ignored = [f"--{name}" for name in ("allow", "trust") if options.get(name)]
+    if ignored and formats == {"named"}:
+        raise SepconvertError(
+            f"{', '.join(ignored)}: only for files, and a library builds this model; leave {ignored[0]} out"
+        )
+    if options.get("layout") == "nhwc" and not {"onnx", None} & formats:
         raise SepconvertError(
             "--layout nhwc: is for ONNX files, and layers of torch take images as N×C×H×W; leave it out"
         )
@@ -152,6 +165,8 @@ def _check_data(options: Options) -> None:
         given = options.get(name)
         if given is not None and (name != "metric" or ":" in given):  # others are names
             check_callable(given, name)
+    if options.get("factory_args") is not None and options["factory"] is None:
+        raise SepconvertError("`factory_args`: are what `factory` is called with; pass `factory` too")
     names = [name for name in ("data", "calib", "train") if options.get(name) is not None]
     unused = [f"--{name}" for name in ("mean", "std", "resize") if options.get(name) is not None]
     if unused and not names:

@@ -28,6 +28,7 @@ import torch
 from pages import BENCHMARKS, DOCS, FENCE, PAGES, ROOT, canonical, commands, fences, inline
 from PIL import Image
 from torch.utils.data import DataLoader, TensorDataset
+from torchvision.models import squeezenet1_1
 
 import sepconvert
 from sepconvert.cli import main as cli
@@ -46,6 +47,9 @@ RUN: dict[str, tuple[str, ...]] = {
     "sepconvert checkpoint.pth --factory mynets.py:resnet20 --data val.npz --mean .485,.456,.406 "
     "--std .229,.224,.225": NONE,
     "sepconvert checkpoint.pth --factory mynets.py:resnet20 --input-shape 3x224x224": NONE,
+    "sepconvert squeezenet.pth --factory torchvision.models:squeezenet1_1 --factory-args "
+    "'{\"num_classes\": 10}' --input-shape 3x224x224": NONE,
+    "sepconvert inspect torchvision:squeezenet1_1": (),
     "sepconvert resnet.pt --allow mynets.ResNet --input-shape 3x224x224": NONE,
     "sepconvert resnet.pt --trust --input-shape 3x224x224": NONE,
     "sepconvert model.pt --input-shape 3x224x224 --debug": NONE,
@@ -383,6 +387,7 @@ def prepared(tmp_path_factory) -> Path:
     torch.save(model, folder / "model.pt")
     torch.save(model, folder / "other.pt")
     torch.save(model.state_dict(), folder / "checkpoint.pth")
+    torch.save(squeezenet1_1(num_classes=10).state_dict(), folder / "squeezenet.pth")
     random = np.random.default_rng(0)
     for name, count in (("val", 64), ("train", 128)):
         x = random.integers(0, 256, (count, 24, 24, 3), dtype=np.uint8)

@@ -12,6 +12,7 @@ from sepconvert.base.distributed import join, rank
 from sepconvert.base.documents import writing
 from sepconvert.base.environment import keep_freed_memory
 from sepconvert.base.errors import SepconvertError
+from sepconvert.base.options.exporting import Export
 from sepconvert.base.options.values import (
     Budget,
     Calibration,
@@ -24,7 +25,7 @@ from sepconvert.base.options.values import (
 )
 from sepconvert.base.progress import Stage, stage, stage_clock
 from sepconvert.cli.config import run_file
-from sepconvert.cli.inputs import in_layout, load_subject, read_data_and_inputs, read_images, timing_of
+from sepconvert.cli.inputs import load_subject, read_data_and_inputs, read_images, suited, timing_of
 from sepconvert.cli.options import Options, in_flags, value_of
 from sepconvert.cli.outputs import checkpoint_of, command_line, out_of, result_directory_of, show, show_page
 from sepconvert.cli.preflight import job_of
@@ -57,7 +58,7 @@ def convert(**options: Any) -> None:
         clock.count_start()
         with stage(Stage.LOAD):
             loaded = load_subject(options)
-            options = dict(in_layout(options, loaded))
+            options = dict(suited(options, loaded))
             finetuning = _finetuning(options, display)
             data, inputs = read_data_and_inputs(options, loaded)
             calib = read_images(options, "calib")
@@ -78,8 +79,9 @@ def convert(**options: Any) -> None:
             int8=value_of(Int8, options),
             finetune=finetuning,
             dynamic_batch=options["dynamic_batch"],
+            export=value_of(Export, options),
             seed=options["seed"],
-            origin=Origin(str(loaded.path), loaded.sha256, command_line()),
+            origin=Origin(str(loaded.path), loaded.sha256, command_line(), loaded.weights),
             out=folder,
             progress=display,
         )
@@ -107,7 +109,7 @@ def _inspected(options: Options, gate: Gate) -> Inspection:
     display = display_for(options)
     with quietly(), display.shown():
         loaded = load_subject(options)
-        options = in_layout(options, loaded)
+        options = suited(options, loaded)
         _, inputs = read_data_and_inputs(options, loaded)
         return run_inspect(
             loaded.model,
@@ -140,6 +142,7 @@ def apply(**options: Any) -> None:
             folder,
             model_sha256=loaded.sha256,
             dynamic_batch=options["dynamic_batch"],
+            export=value_of(Export, options),
             progress=display,
         )
     show(options, {"out": str(out), "converted": len(plan.converted), "verification": verified},
@@ -176,7 +179,7 @@ def _outlook(options: Options) -> None:
     display = display_for(options)
     with quietly(), display.shown():
         loaded = load_subject(options)
-        options = dict(in_layout(options, loaded))
+        options = dict(suited(options, loaded))
         data, inputs = read_data_and_inputs(options, loaded)
         expected = run_outlook(
             loaded.model, inputs, data, read_images(options, "calib"), job_of(options, display)

@@ -22,8 +22,10 @@ from sepconvert.cli.inputs import (
     load_subject,
     read_data_and_examples,
     read_data_and_inputs,
+    suited,
     timing_of,
     with_layout,
+    with_normalisation,
 )
 from sepconvert.cli.options import Options, value_of
 from sepconvert.cli.outputs import show, show_page
@@ -189,6 +191,7 @@ def _together(options: Options, display: Display) -> _Found:
     loaded = {path: load_subject({**options, "model": path}) for path in paths if path not in files}
     for file in files.values():
         options = with_layout(options, file.shapes)
+    options = with_normalisation(options, loaded.values())
     examples = [each.example_inputs for each in loaded.values()] + [
         example_of_file(each) for each in files.values()
     ]
@@ -251,6 +254,7 @@ def _profile(options: Options, display: Display) -> StoredProfile:
         _trace(options, {str(path): path}, inputs)
         return StoredProfile(found, str(path), file.sha256, environment(runtime))
     loaded = load_subject(options)
+    options = suited(options, loaded)
     data, inputs = read_data_and_inputs(options, loaded)
     found = run_profile(
         loaded.model,
