@@ -23,7 +23,7 @@ _INPUT, _OUTPUT = "input", "output"
 
 @dataclass(frozen=True)
 class Interface:
-    """What the ONNX files of an original and of its conversions look like from outside.
+    """Names and sizes by which programs know the ONNX files of an original and of its conversions.
 
     Attributes:
         inputs: names of the inputs.
