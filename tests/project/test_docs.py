@@ -445,11 +445,14 @@ def call(text: str, *more: str) -> None:
         print(done.stdout)
 
 
+QUICK = tuple(f"sepconvert {name}" for name in ("inspect", "compare", "apply", "env"))
+
+
 @pytest.mark.parametrize(
     "text",
     [
-        # A launcher starts Python twice more, and the other modes fit and measure.
-        pytest.param(text, marks=[pytest.mark.slow] * (text.startswith("accelerate ") or "--mode" in text))
+        # Conversions and launchers take long.
+        pytest.param(text, marks=[pytest.mark.slow] * (not text.startswith(QUICK)))
         for text in list(RUN)[2:]
     ],
 )

@@ -316,6 +316,7 @@ def test_where_a_plan_names_no_file_nothing_is_compared(here, run, plan):
     assert json.loads(outcome.out) == {"out": "again", "converted": 1, "verification": None}
 
 
+@pytest.mark.slow
 def test_a_factory_gives_the_weights_of_a_model_without_a_file(here, run):
     """Inspected, converted, applied, profiled and compared, by a name that the documents repeat."""
     loading = ("--factory", "cli_test_code.py:trained")
