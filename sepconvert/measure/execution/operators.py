@@ -83,7 +83,7 @@ class Call:
 
     @property
     def key(self) -> "Key":
-        """What calls of the same operator have in common: in a loop it is called several times a run."""
+        """Identity of the operator, which several calls of a run share if it is in a loop."""
         return self.name, self.operator, self.shapes, self.bytes_moved
 
 
