@@ -12,12 +12,13 @@ __version__ = "0.1.0"
 
 _PUBLIC = {
     "Calibration": "base.options.values",
-    "ConversionResult": "pipeline.convert",
+    "ConversionResult": "pipeline.results",
     "DemandNotMetError": "base.errors",
     "FactorizedConv2d": "network.layers",
     "Profile": "measure.profiling",
     "FinetuneResult": "distillation.results",
     "Finetuning": "base.options.values",
+    "Inspection": "pipeline.results",
     "Int8": "base.options.values",
     "Selection": "base.options.values",
     "Task": "base.options.values",
@@ -50,13 +51,19 @@ if TYPE_CHECKING:
     from sepconvert.measure.profiling import Profile as Profile
     from sepconvert.measure.profiling import profile as profile
     from sepconvert.network.layers import FactorizedConv2d as FactorizedConv2d
-    from sepconvert.pipeline.convert import ConversionResult as ConversionResult
     from sepconvert.pipeline.convert import convert as convert
     from sepconvert.pipeline.convert import inspect as inspect
     from sepconvert.pipeline.replay import apply as apply
+    from sepconvert.pipeline.results import ConversionResult as ConversionResult
+    from sepconvert.pipeline.results import Inspection as Inspection
 
 
 def __getattr__(name: str) -> object:
     if name not in _PUBLIC:
         raise AttributeError(f"module 'sepconvert' has no attribute {name!r}")
     return getattr(import_module(f"sepconvert.{_PUBLIC[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    """List the public names alone, for completion."""
+    return __all__

@@ -6,7 +6,7 @@ as its own flags, such as --max-drop (see `sepconvert.cli.options.in_flags`).
 
 import math
 import numbers
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 
@@ -20,14 +20,19 @@ class DemandNotMetError(SepconvertError):
     """No plan meets a demanded budget, or the converted model turned out not to meet it.
 
     `curve` holds the plans that were found, as in the report's `approximation.curve`; it is empty where the
-    demand failed after a plan was chosen.
+    demand failed after a plan was chosen. `within_reach` holds demands, by name, that a plan meets.
     """
 
     exit_code = 3
 
-    def __init__(self, message: str, curve: Iterable[dict[str, Any]] = ()) -> None:
+    def __init__(
+        self,
+        message: str,
+        curve: Iterable[dict[str, Any]] = (),
+        within_reach: Mapping[str, float] | None = None,
+    ) -> None:
         super().__init__(message)
-        self.curve = tuple(curve)
+        self.curve, self.within_reach = tuple(curve), dict(within_reach or {})
 
 
 class VerificationError(SepconvertError):

@@ -1,9 +1,9 @@
-"""Progress of loops, and a clock of the stages that the time of a job goes to."""
+"""Progress of loops and phases, and a clock of the stages that the time of a job goes to."""
 
 import os
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -11,6 +11,8 @@ from enum import Enum
 from typing import Any, Protocol, TypeVar
 
 import psutil
+
+from sepconvert.base.errors import SepconvertError, quoted
 
 T = TypeVar("T")
 
@@ -29,6 +31,75 @@ class Progress(Protocol):
 def silent(items: Iterable[T], description: str, /) -> Iterable[T]:
     """Return the items; show nothing."""
     return items
+
+
+def progress_of(wanted: bool | Progress) -> Progress:
+    """Return what shows the progress of loops: bars in a terminal or notebook, nothing, or what is given.
+
+    Raises:
+        SepconvertError: it is neither a truth value nor a function.
+    """
+    if callable(wanted):
+        return wanted
+    if not isinstance(wanted, bool):
+        raise SepconvertError(f"`progress`: expected True, False or a function, got {quoted(wanted)}")
+    return _bars if wanted else silent
+
+
+def _bars(items: Iterable[T], description: str, /) -> Iterable[T]:
+    from tqdm.auto import tqdm  # which asks whether this is a notebook
+
+    bar: Iterable[T] = tqdm(items, description, leave=False)
+    return bar
+
+
+class Phase(str, Enum):
+    """A part of a conversion as a user sees it; parts follow one another in this order."""
+
+    CHECKS = "checking the original"
+    ANALYSIS = "analysing kernels"
+    TIMES = "timing forms of layers"
+    SURVEY = "fitting forms of layers"
+    SEARCH = "searching for a plan"
+    FILES = "writing and verifying files"
+    MEASUREMENT = "measuring the files"
+
+
+class Watcher(Protocol):
+    """What is told of the phases of a conversion."""
+
+    def expect(self, phases: Sequence[Phase]) -> None:
+        """Note the phases that a conversion is going to have."""
+        ...
+
+    def begin(self, phase: Phase) -> None:
+        """Note that a phase begins, and that the one before it has ended."""
+        ...
+
+
+_watcher: ContextVar[Watcher | None] = ContextVar("watcher", default=None)
+
+
+@contextmanager
+def watched(watcher: Watcher) -> Iterator[None]:
+    """Tell a watcher of the phases of conversions in the block."""
+    token = _watcher.set(watcher)
+    try:
+        yield
+    finally:
+        _watcher.reset(token)
+
+
+def expect(phases: Sequence[Phase]) -> None:
+    """Tell the watcher, if there is one, what phases there will be."""
+    if (watcher := _watcher.get()) is not None:
+        watcher.expect(phases)
+
+
+def begin(phase: Phase) -> None:
+    """Tell the watcher, if there is one, that a phase begins."""
+    if (watcher := _watcher.get()) is not None:
+        watcher.begin(phase)
 
 
 class Stage(str, Enum):

@@ -141,9 +141,9 @@ def split_data(
     images = min(options.images, _size(source.loader))
     calibration = _calibration_set(source, images, division)
     if train is None or train is source.loader:
-        train, heldout, origin = source.loader, _heldout(images), source.origin
+        train, heldout, origin = source.loader, heldout_of(images), source.origin
     else:
-        heldout, origin = _heldout(_size(train)), "`train`"
+        heldout, origin = heldout_of(_size(train)), "`train`"
     if epochs and not heldout:
         raise SepconvertError(
             f"`finetune`: needs images to judge by too, got {_size(train)} in all; pass more"
@@ -151,7 +151,8 @@ def split_data(
     return DataSplit(source.scored, calibration, _training_set(train, heldout, origin, division))
 
 
-def _heldout(images: int) -> int:
+def heldout_of(images: int) -> int:
+    """Return how many of some images are held out to judge by."""
     return min(images // 4, _MOST_HELD_OUT)
 
 
@@ -175,7 +176,7 @@ def _source(
 def _calibration_set(source: _Source, images: int, division: Division) -> CalibrationSet:
     if not images:
         raise SepconvertError(f"calibration: no image is left to fit to ({source.origin}); pass more images")
-    judges = _heldout(images)
+    judges = heldout_of(images)
     heldout, fit, _ = split(source.loader, [judges, images - judges], division.seed)
     batches, judged = ([*_batches(loader, division)] for loader in (fit, heldout))
     return CalibrationSet(

@@ -64,7 +64,7 @@ def calibrate(
             kernels[place] = yield places[place], moments
     stops = set(places) - set(kernels)
     quick = quick_copy(model, next(iter(batches.values())))
-    room = allowance(memory) - max((_bytes_of_moments(places[place]) for place in stops), default=0)
+    room = allowance(memory) - max((bytes_of_moments(places[place]) for place in stops), default=0)
     with Passes(quick, batches, stops, kernels, room) as passes:
         while stops:
             # Before any layer is replaced, the residuals are rounding errors alone.
@@ -153,22 +153,22 @@ def too_large(
     outputs = sum(map(len, batches.values())) * sum(_bytes_of_outputs(site, images) for site in sites)
     free = allowance(memory)
     limit = f"{free / 1e9:.2g} GB are available ({'`memory`' if memory else 'half of the free memory'})"
-    least = min(sites, key=_bytes_of_moments)
-    if (needed := running + outputs + _bytes_of_moments(least)) > free:
+    least = min(sites, key=bytes_of_moments)
+    if (needed := running + outputs + bytes_of_moments(least)) > free:
         raise SepconvertError(
             f"calibration: needs {needed / 1e9:.2g} GB, {outputs / 1e9:.2g} of them for the original's "
             f"outputs; {limit}; pass more `memory` or fewer `calib_images`"
         )
     reasons = {
-        site.name: f"its statistics take {_bytes_of_moments(site) / 1e9:.2g} GB; {limit}; pass more `memory`"
+        site.name: f"its statistics take {bytes_of_moments(site) / 1e9:.2g} GB; {limit}; pass more `memory`"
         for site in sites
-        if running + outputs + _bytes_of_moments(site) > free
+        if running + outputs + bytes_of_moments(site) > free
     }
     # Of several processes' reasons those of the first count.
     return {name: reason for found in reversed(gather(reasons)) for name, reason in found.items()}
 
 
-def _bytes_of_moments(site: ConvSite) -> int:
+def bytes_of_moments(site: ConvSite) -> int:
     """Estimate the bytes of the covariance, of its working copies in the fit, and of a batch of patches."""
     spec = site.dense.spec
     unknowns = spec.in_channels // spec.groups * spec.kernel_size[0] * spec.kernel_size[1]

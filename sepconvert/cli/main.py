@@ -37,6 +37,7 @@ from sepconvert.cli.options import (
     task_options,
     timing_options,
 )
+from sepconvert.cli.outputs import command_line, relaxed
 from sepconvert.cli.preflight import (
     check_apply,
     check_compare,
@@ -46,6 +47,9 @@ from sepconvert.cli.preflight import (
     check_profile,
 )
 from sepconvert.files.results import ignore_signal
+
+_LOG = logging.getLogger("sepconvert")
+_LOG.addHandler(logging.NullHandler())  # without a handler, Python prints errors, and they would appear twice
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -76,6 +80,14 @@ class _ConvertByDefault(click.Group):
             args = ["convert", *args]
         return super().parse_args(ctx, args)
 
+    def invoke(self, ctx: click.Context) -> Any:
+        _LOG.info("%s", command_line())
+        try:
+            return super().invoke(ctx)
+        except SepconvertError as error:
+            _LOG.error("%s", in_flags(str(error)))
+            raise
+
 
 @click.group(
     cls=_ConvertByDefault,
@@ -103,7 +115,11 @@ def cli() -> None:
 @selection_options
 @finetuning_options
 @output_options
-@click.option("--dry-run", is_flag=True, help="Show what would be converted; write nothing.")
+@click.option(
+    "--dry-run",
+    is_flag=True,
+    help="Show what would be converted or tried, and how long it may take; write nothing.",
+)
 @timing_options
 @search_options
 @loading_options
@@ -125,6 +141,8 @@ def convert(**options: Any) -> None:
 @data_options
 @selection_options
 @loading_options
+@click.option("--all", "everything", is_flag=True,
+              help="Show all layers, with every structure, instead of the ten nearest.")  # fmt: skip
 @run_options
 def inspect(**options: Any) -> None:
     """Show which convolutions of MODEL separate, and how exactly.
@@ -213,10 +231,13 @@ def demo(**options: Any) -> None:
 
 def main() -> None:
     """Run the command line; the process ends with the exit code of the contract."""
+    # Threads of OpenMP that wait for each other spin by default, which takes the processor from whoever they
+    # wait for on a busy machine: inspecting a ResNet-18 beside other work took three times as long.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     debug = "--debug" in sys.argv
     if debug:
         logging.basicConfig()
-        logging.getLogger("sepconvert").setLevel(logging.DEBUG)
+        _LOG.setLevel(logging.DEBUG)
     for number in _SIGNALS:
         signal.signal(number, _end)
     sys.unraisablehook = _interrupt_again
@@ -236,6 +257,8 @@ def main() -> None:
             from sepconvert.report.text.tables import curve_table
 
             click.echo(curve_table(error.curve), err=True)
+            if error.within_reach:
+                click.echo(f"This would succeed:\n  {relaxed(error.within_reach)}", err=True)
         code = _fail(in_flags(str(error)), error.exit_code)
     except SystemExit as end:
         code = 2

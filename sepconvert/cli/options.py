@@ -5,6 +5,7 @@ An option that Python has too is a field of a value in `sepconvert.base.options.
 terminal are defined here.
 """
 
+import logging
 import math
 import re
 from collections.abc import Callable, Mapping
@@ -77,6 +78,41 @@ def pairs(
             raise click.BadParameter(f"expected KEY=VALUE, e.g. device_id=1, got {text!r}")
         found[name] = value
     return found or None
+
+
+def _recorded_by(handler: logging.Handler, level: int, style: str, context: click.Context) -> None:
+    """Pass what the package logs to a handler, until the command has ended."""
+    handler.setLevel(level)
+    handler.setFormatter(logging.Formatter(style))
+    logger, root = logging.getLogger("sepconvert"), context.find_root()
+    before = logger.level
+    logger.setLevel(min(level, before or level))
+    logger.addHandler(handler)
+
+    def end() -> None:
+        logger.removeHandler(handler)
+        logger.setLevel(before)
+        handler.close()
+
+    root.call_on_close(end)
+
+
+def _verbose(context: click.Context, parameter: click.Parameter, given: bool) -> bool:
+    if given:
+        _recorded_by(logging.StreamHandler(), logging.INFO, "%(asctime)s %(message)s", context)
+    return given
+
+
+def _log_file(context: click.Context, parameter: click.Parameter, path: Path | None) -> Path | None:
+    if path is not None:
+        try:
+            handler = logging.FileHandler(path, "w", encoding="utf-8")
+        except OSError as error:
+            raise click.BadParameter(
+                f"{path} cannot be written: {error.strerror}; pass another file"
+            ) from error
+        _recorded_by(handler, logging.DEBUG, "%(asctime)s %(levelname)s %(message)s", context)
+    return path
 
 
 def in_flags(text: str) -> str:
@@ -223,7 +259,7 @@ data_options = _options(
 _OF_TRAINING = ("divergence", "loss")  # of use where something is fitted to outputs
 task_options = _options(*(_made_from(each) for each in options_of(Task) if each.name not in _OF_TRAINING))
 comparing_options = _options(*_of(Task, *_OF_TRAINING))
-mode_options = _options(*_of(Job, "mode", "gate"))
+mode_options = _options(*_of(Job, "mode", "gate", "nearest"))
 selection_options = _options(*_of(Selection), *_of(Job, "tol"))
 budget_options = _options(*reversed(_of(Budget)))  # those that are used most come first
 calibration_options = _options(
@@ -260,7 +296,22 @@ run_options = _options(
     ),
     *_of(Job, "seed"),
     click.option("--quiet", is_flag=True, help="Print only warnings and errors."),
+    click.option("--brief", is_flag=True, help="Print one line: the answer alone."),
     click.option("--json", "as_json", is_flag=True, help="Print the JSON document on standard output."),
+    click.option(
+        "--verbose",
+        "-v",
+        is_flag=True,
+        callback=_verbose,
+        help="Print each step with its time, on standard error.",
+    ),
+    click.option(
+        "--log-file",
+        type=click.Path(path_type=Path),
+        metavar="FILE",
+        callback=_log_file,
+        help="Write each step with its time, and errors, to this file.",
+    ),
     click.option("--debug", is_flag=True, help="Show tracebacks."),
 )
 _OF_SEARCH = ("measure_seconds", "cache")  # of no use where nothing is searched for

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import logging
 import shlex
 import sys
 from collections.abc import Mapping
@@ -13,10 +14,25 @@ import click
 from sepconvert.cli.options import Options, in_flags
 from sepconvert.files.results import check_result_directory, result_directory
 
+_LOG = logging.getLogger(__name__)
+
 
 def command_line() -> str:
     """Return the command line, as a shell would take it."""
     return shlex.join(["sepconvert", *sys.argv[1:]])
+
+
+def relaxed(demands: Mapping[str, float]) -> str:
+    """Return the command line with other values of some demands."""
+    words = ["sepconvert", *sys.argv[1:]]
+    for name, value in demands.items():
+        flag = f"--{name.replace('_', '-')}"
+        kept = list[str]()
+        for word, before in zip(words, ["", *words], strict=False):
+            if word != flag and before != flag and not word.startswith(f"{flag}="):
+                kept.append(word)
+        words = [*kept, flag, f"{value:g}"]
+    return shlex.join(words)
 
 
 def out_of(options: Options) -> Path:
@@ -48,9 +64,17 @@ def _made_from(options: Options) -> list[Path]:
     return [Path(options[name]) for name in names if options.get(name) is not None]
 
 
-def show(options: Options, document: Mapping[str, Any], *text: str) -> None:
-    """Print the document under --json, else the text unless --quiet."""
+def show(options: Options, document: Mapping[str, Any], first: str, *others: str) -> None:
+    """Print the document under --json, the first sentence under --brief, or all text unless --quiet.
+
+    The first sentence is the answer; the other texts give the details.
+    """
+    _LOG.info("%s", in_flags(first))
     if options["as_json"]:
         click.echo(json.dumps(document, indent=2, allow_nan=False))
+    elif options["brief"]:
+        click.echo(in_flags(first))
     elif not options["quiet"]:
-        click.echo(in_flags("\n".join(text)))
+        from sepconvert.report.text.numbers import fold  # which imports torch
+
+        click.echo(in_flags("\n".join([fold(first), *others])))

@@ -11,6 +11,7 @@ from pathlib import Path
 from sepconvert.base.documents import check_file, writing
 from sepconvert.base.errors import SepconvertError
 from sepconvert.base.options.values import Budget, Calibration, Finetuning, Int8, Selection, Task, Timing
+from sepconvert.base.progress import Progress, silent
 from sepconvert.cli.conditions import Demand
 from sepconvert.cli.options import Options, value_of
 from sepconvert.cli.outputs import check_place, checkpoint_of, out_of
@@ -21,12 +22,7 @@ from sepconvert.pipeline.job import Job
 
 def check_convert(options: Options) -> None:
     """Check the options of `sepconvert MODEL`; raise `SepconvertError` for the first that is wrong."""
-    job = _job(options)
-    if options["dry_run"] and job.mode != "exact":
-        raise SepconvertError(
-            f"`dry_run`: shows what exact mode converts; {job.mode} mode fits and measures before it "
-            "knows: run it, and apply its plan.json if you like it"
-        )
+    job = job_of(options)
     # The unit of the metric is not known here: the usual one passes.
     job.with_default_budget(unit=None if options["data"] is None else "pp")
     _check_models(options, [_loaded(options, options["model"])])
@@ -41,14 +37,14 @@ def check_convert(options: Options) -> None:
 
 def check_inspect(options: Options) -> None:
     """Check the options of `sepconvert inspect MODEL`."""
-    _job(options)
+    job_of(options)
     _check_models(options, [_loaded(options, options["model"])])
     _check_data(options)
 
 
 def check_profile(options: Options) -> None:
     """Check the options of `sepconvert profile MODEL`."""
-    _job(options)
+    job_of(options)
     _check_models(options, [_measured(options, options["model"])])
     _check_data(options)
     out: Path | None = options["out"]
@@ -67,7 +63,7 @@ def check_compare(options: Options) -> None:
         raise SepconvertError("compare: expected two models or more, got one; profile measures one")
     for text in options["fail_if"]:
         Demand.parse(text)
-    _job(options)
+    job_of(options)
     _check_models(options, [_compared(options, path) for path in options["models"]])
     _check_data(options)
 
@@ -82,11 +78,11 @@ def check_apply(options: Options) -> None:
 
 def check_demo(options: Options) -> None:
     """Check the options of `sepconvert demo`."""
-    _job(options)
+    job_of(options)
     check_place(options)
 
 
-def _job(options: Options) -> Job:
+def job_of(options: Options, progress: Progress = silent) -> Job:
     """Return the settings that the options make; making them checks them. Others have their defaults."""
     return value_of(
         Job,
@@ -98,6 +94,7 @@ def _job(options: Options) -> Job:
         calibration=value_of(Calibration, options),
         int8=value_of(Int8, options),
         finetuning=value_of(Finetuning, options, train=options.get("train")),
+        progress=progress,
     )
 
 

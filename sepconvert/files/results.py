@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 import tempfile
+import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -20,6 +21,14 @@ FILES = (
 
 INT8_FILES = "original-int8.onnx", "converted-int8.onnx"
 """Names of those that are added where models are deployed in int8."""
+
+
+class TemporaryFolder:
+    """A folder that is removed with this object, or when the program ends."""
+
+    def __init__(self) -> None:
+        self.path = Path(tempfile.mkdtemp(prefix="sepconvert-"))
+        weakref.finalize(self, shutil.rmtree, self.path, ignore_errors=True)
 
 
 @contextlib.contextmanager

@@ -1,6 +1,7 @@
 """Comparison of models: measurements of each, and of each against the first, as a table or as JSON."""
 
 import csv
+import html
 import io
 import re
 from collections.abc import Callable, Sequence
@@ -12,11 +13,13 @@ from tabulate import tabulate
 from sepconvert.base.errors import SepconvertError, quoted
 from sepconvert.measure.divergence import OutputDifference
 from sepconvert.measure.latency import Speedup
-from sepconvert.measure.metrics.evaluation import NO_DELTA, TOP1, MetricDelta
+from sepconvert.measure.metrics.evaluation import NO_DELTA, MetricDelta
 from sepconvert.measure.metrics.metric import drop_number, written_interval
 from sepconvert.measure.profiling import Profile
 
-Style = Literal["table", "markdown", "csv"]
+Style = Literal["table", "markdown", "csv", "page"]
+
+_TABULATE = {"table": "simple", "markdown": "github", "page": "html"}  # formats, by style
 
 
 _THOUSANDS = re.compile(r"(?<=\d),(?=\d)")  # separators that people read and programs do not
@@ -35,9 +38,9 @@ class Delta:
     outputs: tuple[OutputDifference, ...] | None = ()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Comparison:
-    """Profiles side by side, to be printed. The first is the base of the ratios.
+    """Profiles side by side, which print as a table. The first is the base of the ratios.
 
     `names` are those of the profiles. `deltas`, one for each profile but the first, are empty if the profiles
     were measured apart.
@@ -47,8 +50,24 @@ class Comparison:
     names: tuple[str, ...] = ()
     deltas: tuple[Delta, ...] = ()
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         return self.text("table")
+
+    def _repr_html_(self) -> str:
+        return self.text("page")
+
+    @property
+    def verdict(self) -> str:
+        """One sentence: how the fastest of the others compares with the first, by what was measured."""
+        base, *others = self.profiles
+        if not others:
+            return base.sentence
+        deltas = self.deltas or (Delta(),) * len(others)
+        speeds = [0.0 if delta.speedup is None else delta.speedup.median for delta in deltas]
+        index = speeds.index(max(speeds))
+        names = self.names or [f"#{number}" for number in range(1, len(self.profiles) + 1)]
+        fastest = f", the fastest of {len(others)}," if len(others) > 1 and any(speeds) else ""
+        return f"{names[index + 1]}{fastest} {_against(base, others[index], deltas[index], names[0])}."
 
     def rows(self) -> list[list[str]]:
         """Return a row for each quantity that was measured: its name, and its value for each profile."""
@@ -64,7 +83,7 @@ class Comparison:
         return rows
 
     def text(self, style: Style) -> str:
-        """Return a table for the terminal, in Markdown, or of comma-separated values."""
+        """Return a table for the terminal, in Markdown, of comma-separated values, or in HTML."""
         rows = self.rows()
         headers = ["", "base", *(f"#{index}" for index in range(2, len(self.profiles) + 1))]
         if style == "csv":
@@ -81,9 +100,11 @@ class Comparison:
             rows,
             headers=headers,
             disable_numparse=True,
-            tablefmt="github" if style == "markdown" else "simple",
+            tablefmt=_TABULATE[style],
         )
         legend = [f"{header}: {name}" for header, name in zip(headers[1:], self.names, strict=False)]
+        if style == "page":
+            return "".join([*(f"<div>{html.escape(line)}</div>" for line in legend), text])
         return "\n".join([*legend, "", text] if legend else [text])
 
     def to_json(self) -> dict[str, Any]:
@@ -166,29 +187,35 @@ def compare(*profiles: Profile) -> Comparison:
 
 
 def _column(profile: Profile, base: Profile, delta: Delta | None) -> dict[str, str]:
-    def against(value: float | None, reference: float | None) -> str:
-        return "" if profile is base or not value or not reference else f" ({reference / value:.2f}×)"
-
-    latency, size = profile.latency, profile.onnx_bytes
-    column = {
-        "parameters": f"{profile.params:,}{against(profile.params, base.params)}",
-        "MACs": f"{profile.macs:,}{against(profile.macs, base.macs)}",
-        "FLOPs": f"{profile.flops:,}",
-        "weights, bytes": "-" if profile.weight_bytes is None else f"{profile.weight_bytes:,}",
-        "ONNX bytes": "-" if size is None else f"{size:,}",
-        "latency, ms": "-"
-        if latency is None
-        else f"{latency.median_ms:.3f} [{latency.ci95_ms.lo:.3f}, {latency.ci95_ms.hi:.3f}]",
-        **_scored(profile),
-    }
+    column = profile.facts()
+    if profile is not base:
+        for name, value, reference in (
+            ("parameters", profile.params, base.params),
+            ("MACs", profile.macs, base.macs),
+        ):
+            column[name] += f" ({reference / value:.2f}×)" if value and reference else ""
     return column | _paired(delta or Delta())
 
 
-def _scored(profile: Profile) -> dict[str, str]:
-    """Return the cells of top-1 accuracy and of the metric, if it is another."""
-    accuracy, metric = profile.accuracy, profile.metric
-    cells = {"top-1": "-" if accuracy is None else f"{100 * accuracy.top1:.2f} % of {accuracy.n}"}
-    return cells if metric is None or metric.name == TOP1.name else cells | {metric.name: str(metric)}
+def _against(base: Profile, profile: Profile, delta: Delta, name: str) -> str:
+    """Return what a model gains and loses against the first."""
+    speedup, accuracy = delta.speedup, delta.accuracy
+    if speedup is None:
+        speed = f"was not timed together with {name}"
+    elif not speedup.significant:
+        speed = f"is as fast as {name}, within noise"
+    else:
+        speed = f"is {speedup.median:.2f}× [{speedup.ci95.lo:.2f}, {speedup.ci95.hi:.2f}] as fast as {name}"
+    parts = [speed]
+    if base.macs != profile.macs and profile.macs:
+        fewer = base.macs / profile.macs
+        parts.append(f"with {fewer:.2f}× fewer MACs" if fewer > 1 else f"with {1 / fewer:.2f}× the MACs")
+    if accuracy is not None:
+        worse = "drop" if accuracy.metric.higher_is_better else "worse by"
+        parts.append(f"{accuracy.metric.name} {worse} {accuracy.written_drop}")
+    elif base.metric is not None and profile.metric is not None:
+        parts.append(f"{base.metric.name} {base.metric} → {profile.metric}")
+    return ", ".join(parts)
 
 
 def _paired(delta: Delta) -> dict[str, str]:

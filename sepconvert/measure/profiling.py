@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import msgspec
 import numpy as np
 import numpy.typing as npt
+from tabulate import tabulate
 from torch import Tensor, nn
 
 from sepconvert.base.documents import decode, read_file
@@ -30,7 +31,7 @@ from sepconvert.measure.latency import (
     startup,
 )
 from sepconvert.measure.metrics.classes import Accuracy
-from sepconvert.measure.metrics.evaluation import Evaluation, evaluate
+from sepconvert.measure.metrics.evaluation import TOP1, Evaluation, evaluate
 from sepconvert.measure.metrics.metric import MetricValue
 from sepconvert.measure.metrics.own import scoring_of
 from sepconvert.measure.statistics import Interval
@@ -119,9 +120,9 @@ def _resized(array: npt.NDArray[Any], size: int) -> npt.NDArray[Any]:
     return np.resize(array, (size, *array.shape[1:])) if array.ndim else array
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Profile:
-    """Cost, latency and accuracy of a model, or the value of another metric.
+    """Cost, latency and accuracy of a model, or the value of another metric; it prints as a table.
 
     `macs` are those of one sample as fvcore counts them (one fused multiply-add = 1), `flops` is twice that.
     `uncounted_ops` are operators that fvcore has no count for, with their numbers of calls.
@@ -136,6 +137,46 @@ class Profile:
     uncounted_ops: Mapping[str, int]
     anatomy: Anatomy | None = None  # if it was requested
     metric: MetricValue | None = None
+
+    def __repr__(self) -> str:
+        table: str = tabulate(self._measured(), tablefmt="simple", disable_numparse=True)
+        return table
+
+    def _repr_html_(self) -> str:
+        table: str = tabulate(self._measured(), tablefmt="html", disable_numparse=True)
+        return table
+
+    def _measured(self) -> list[tuple[str, str]]:
+        return [(name, text) for name, text in self.facts().items() if text != "-"]
+
+    @property
+    def sentence(self) -> str:
+        """Latency, cost and quality in one sentence."""
+        names = ("latency, ms", "parameters", "MACs")
+        found = self.facts()
+        parts = [f"{found[name]} {name.removeprefix('latency, ')}" for name in names if found[name] != "-"]
+        if self.latency is not None:
+            parts[0] += f" a batch of {self.latency.batch} on {self.latency.threads} thread"
+            parts[0] += "s" * (self.latency.threads > 1)
+        if self.metric is not None:
+            parts.append(f"{self.metric.name} {self.metric}")
+        return f"{', '.join(parts)}."
+
+    def facts(self) -> dict[str, str]:
+        """Return what was measured as text, by name; a dash for what was not."""
+        latency, accuracy, metric = self.latency, self.accuracy, self.metric
+        facts = {
+            "parameters": f"{self.params:,}",
+            "MACs": f"{self.macs:,}",
+            "FLOPs": f"{self.flops:,}",
+            "weights, bytes": "-" if self.weight_bytes is None else f"{self.weight_bytes:,}",
+            "ONNX bytes": "-" if self.onnx_bytes is None else f"{self.onnx_bytes:,}",
+            "latency, ms": "-"
+            if latency is None
+            else f"{latency.median_ms:.3f} [{latency.ci95_ms.lo:.3f}, {latency.ci95_ms.hi:.3f}]",
+            "top-1": "-" if accuracy is None else f"{100 * accuracy.top1:.2f} % of {accuracy.n}",
+        }
+        return facts if metric is None or metric.name == TOP1.name else facts | {metric.name: str(metric)}
 
     @property
     def flops(self) -> int:

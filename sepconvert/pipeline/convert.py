@@ -3,12 +3,11 @@
 import hashlib
 import os
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
-import onnx
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import DataLoader
 
 from sepconvert.base.determinism import reproducible
@@ -25,18 +24,26 @@ from sepconvert.base.options.values import (
     Task,
     Timing,
 )
-from sepconvert.base.progress import Progress, Stage, silent, stage, stage_clock, stages_so_far
+from sepconvert.base.progress import (
+    Phase,
+    Progress,
+    Stage,
+    begin,
+    expect,
+    progress_of,
+    stage,
+    stage_clock,
+    stages_so_far,
+)
 from sepconvert.files.data import Batch
-from sepconvert.files.onnx.graph.network import OnnxNetwork, open_network
-from sepconvert.files.onnx.graph.surgery import converted_model
-from sepconvert.measure.latency import Speedup
-from sepconvert.measure.metrics.evaluation import MetricDelta
-from sepconvert.measure.profiling import Profile
-from sepconvert.network.tensors import Inputs, model_dtype, tensors_in
+from sepconvert.files.onnx.graph.network import open_network
+from sepconvert.files.results import TemporaryFolder
+from sepconvert.network.tensors import Inputs, model_dtype, state_tensors, tensors_in
 from sepconvert.pipeline.job import Check, Job
 from sepconvert.pipeline.modes.approximate import convert_approximately
 from sepconvert.pipeline.modes.exact import analyse_model, convert_exactly, plan_model
 from sepconvert.pipeline.original import Original, Subject, examine, given_model, trace_selected
+from sepconvert.pipeline.results import ConversionResult, Inspection, Plan
 from sepconvert.pipeline.stages import Measured, Written, checked_place, measure, result_folder, verify, write
 from sepconvert.planning.conversion import Conversion, LayerReport, Verification
 from sepconvert.planning.plan import ConversionPlan
@@ -48,35 +55,6 @@ from sepconvert.report.pictures.samples import changed_samples, image_of, sample
 _RUNS = 30  # of each layer under the gate "latency" of `inspect`
 
 
-@dataclass(frozen=True)
-class ConversionResult:
-    """The outcome of a conversion.
-
-    `model` is a converted copy of the user's model; of an ONNX file, a module that ONNX Runtime runs the rest
-    of, and `onnx_model` is the converted file. `plan` and `report` are the JSON documents that the
-    command line writes, as plain dictionaries; a plan can be replayed with the weights of `model`. The other
-    fields hold the same results typed: profiles of both models, `speedup` (`.median`, `.ci95`), `accuracy`
-    (`.drop` in the metric's unit, `.ci95`, `.metric`), one report a convolution, and the verification. They
-    are None in all processes but the main one. `exhibits` holds kernels and images of the HTML report.
-    """
-
-    model: nn.Module
-    plan: dict[str, Any]
-    report: dict[str, Any]
-    original: Profile | None = None
-    converted: Profile | None = None
-    speedup: Speedup | None = None
-    accuracy: MetricDelta | None = None
-    layers: tuple[LayerReport, ...] = ()
-    verification: Verification | None = None
-    exhibits: Exhibits = field(default_factory=Exhibits)
-
-    @property
-    def onnx_model(self) -> onnx.ModelProto | None:
-        """The converted ONNX model, with all its data, where the original was one; else None."""
-        return converted_model(self.model, embedded=True) if isinstance(self.model, OnnxNetwork) else None
-
-
 @reproducible()
 def inspect(
     model: Subject,
@@ -85,12 +63,13 @@ def inspect(
     gate: Gate = "macs",
     tol: float | None = None,
     selection: Selection = Selection(),
-    progress: Progress = silent,
-) -> dict[str, Any]:
-    """Report which convolutions separate, how exactly, and why not: `{"layers": […]}`; nothing is converted.
+    progress: bool | Progress = False,
+) -> Inspection:
+    """Report which convolutions separate, how exactly, and why not; nothing is converted.
 
-    Arguments are those of `convert`. Each layer holds, for every structure, its rank, the best relative
-    error at a rank that would pay, and the singular values around the cut.
+    Arguments are those of `convert`. The result prints as a verdict and a table; its `to_json()` holds, for
+    every structure of every layer, its rank, the best relative error at a rank that would pay, and the
+    singular values around the cut.
 
     Example:
         A Laplacian is no product of a column and a row, and the best of these is off by a tenth:
@@ -98,23 +77,27 @@ def inspect(
         >>> import torch, sepconvert
         >>> laplacian = torch.nn.Conv2d(1, 1, 3, bias=False)
         >>> laplacian.weight.data = torch.tensor([[[[0.0, 1, 0], [1, -4, 1], [0, 1, 0]]]])
-        >>> layer, = sepconvert.inspect(torch.nn.Sequential(laplacian), torch.rand(1, 1, 16, 16))["layers"]
+        >>> found = sepconvert.inspect(torch.nn.Sequential(laplacian), torch.rand(1, 1, 16, 16))
+        >>> layer, = found.to_json()["layers"]
         >>> [(each["scheme"], each["rank"], each["full_rank"]) for each in layer["structures"]]
         [('zero-border', 9, 9), ('channelwise-spatial-vh', 2, 3), ('channelwise-spatial-hv', 2, 3)]
         >>> round(layer["structures"][1]["best_relative_error"], 3)
         0.101
     """
     model, inputs = given_model(model, example_inputs)
-    job = Job(gate=gate, tol=tol, selection=selection, timing=Timing(runs=_RUNS), progress=progress)
+    job = Job(
+        gate=gate, tol=tol, selection=selection, timing=Timing(runs=_RUNS), progress=progress_of(progress)
+    )
     traced = trace_selected(model, inputs, selection)
-    analyses = analyse_model(traced.sites, tol, selection, progress)
+    analyses = analyse_model(traced.sites, tol, selection, job.progress)
     layers, factorizations = plan_model(traced, analyses, job)
     certificates = {name: each.certificate for name, each in factorizations.items()}
-    reports = (
-        LayerReport(layer, site, analyses.get(site.name), certificates.get(site.name))
-        for layer, site in zip(layers, traced.sites, strict=True)
+    return Inspection(
+        tuple(
+            LayerReport(layer, site, analyses.get(site.name), certificates.get(site.name))
+            for layer, site in zip(layers, traced.sites, strict=True)
+        )
     )
-    return {"layers": [report.to_json() for report in reports]}
 
 
 @reproducible()
@@ -133,6 +116,7 @@ def convert(
     target_macs: float | None = None,
     target_params: float | None = None,
     rank: int | None = None,
+    nearest: bool = False,
     gate: Gate | None = None,
     tol: float | None = None,
     selection: Selection = Selection(),
@@ -145,7 +129,7 @@ def convert(
     out: str | os.PathLike[str] | None = None,
     seed: int = 0,
     origin: Origin = Origin(),
-    progress: Progress = silent,
+    progress: bool | Progress = False,
 ) -> ConversionResult:
     """Replace convolutions by separable ones: exactly, with proof, or approximately, within a budget.
 
@@ -172,6 +156,8 @@ def convert(
         target_macs: largest MACs, as a share of the original's.
         target_params: largest number of parameters, as a share of the original's.
         rank: channel multiplier M of all layers, instead of a search.
+        nearest: deliver the plan that comes nearest to the demands, where none meets them; an allowed drop is
+            kept.
         gate: "macs" converts layers that get fewer MACs, "latency" those that are measured to be faster in
             ONNX Runtime, "none" all that have a structure, or can be approximated. By default "latency" in
             auto mode, else "macs".
@@ -192,7 +178,8 @@ def convert(
             temporary.
         seed: of random inputs, data splits, training and the order of runs.
         origin: where the model came from, for the report.
-        progress: shows the progress of loops.
+        progress: True shows bars, in a terminal or a notebook; a function `(items, description) → items`
+            wraps the loops in another way.
 
     With several processes (`accelerate launch`), the main one exports, measures and reports; in the others
     the report is empty.
@@ -220,13 +207,15 @@ def convert(
         if origin == Origin():
             origin = Origin(path, hashlib.sha256(model.graph.content).hexdigest())
     job = Job.of(
-        metric=metric, mode=mode, gate=gate, tol=tol, seed=seed, dynamic_batch=dynamic_batch, check=check,
-        out=out, budget=Budget(rank, target_macs, target_params, min_speedup, max_drop, confidence),
+        metric=metric, mode=mode, nearest=nearest, gate=gate, tol=tol, seed=seed, check=check, out=out,
+        budget=Budget(rank, target_macs, target_params, min_speedup, max_drop, confidence),
         selection=selection, timing=timing, calibration=calibration, int8=int8, finetune=finetune,
-        origin=origin, progress=progress,
+        dynamic_batch=dynamic_batch, origin=origin, progress=progress_of(progress),
     )  # fmt: skip
+    expect(_phases(job))
+    begin(Phase.CHECKS)
     main = rank_of_process() == 0
-    place = checked_place(job.out) if main else None
+    place = checked_place(job.out) if main and job.out is not None else None
     original = examine(model, example_inputs, data, calib, job)
     job = job.deployed_in_int8(original.form is not None).with_default_budget(
         unit=None if original.evaluation is None else original.evaluation.metric.unit
@@ -236,15 +225,27 @@ def convert(
     original.evaluate(made.model)  # all processes take part
     plan = _plan(original, made, job)
     if not main:
-        return ConversionResult(made.model, plan.to_json(), {})
-    with result_folder(place) as folder:
+        return ConversionResult(made.model, Plan(plan.to_json(), state_tensors(made.model)), {})
+    files = TemporaryFolder() if place is None else place
+    with result_folder(files.path if isinstance(files, TemporaryFolder) else files) as folder:
+        begin(Phase.FILES)
         written = write(original, made, plan, folder, job)
         verification = verify(original, made, written, job)
+        begin(Phase.MEASUREMENT)
         measured = measure(original, made, written, verification, job)
         result = _result(original, made, written, verification, measured, job)
         if place is not None:
             write_documents(result.report, result.plan, place, result.exhibits)
-    return result
+    return result if job.check == "torch" else replace(result, files=files)
+
+
+def _phases(job: Job) -> list[Phase]:
+    """Return the phases of a conversion, in their order."""
+    if job.mode == "exact":
+        fitted = [Phase.ANALYSIS]
+    else:
+        fitted = [*([Phase.TIMES] if job.gate == "latency" else []), Phase.SURVEY, Phase.SEARCH]
+    return [Phase.CHECKS, *fitted, Phase.FILES, Phase.MEASUREMENT]
 
 
 def _plan(original: Original, made: Conversion, job: Job) -> ConversionPlan:
@@ -297,7 +298,7 @@ def _result(
     )
     return ConversionResult(
         made.model,
-        written.plan.to_json(),
+        Plan(written.plan.to_json(), state_tensors(made.model)),
         report_document(report),
         measured.original,
         measured.converted,

@@ -64,6 +64,9 @@ class Job:
         whole=True,
         metavar="N",
     )
+    nearest: bool = option(
+        "Deliver the plan that comes nearest to the demands, where none meets them.", False
+    )
     dynamic_batch: bool = option("Leave the batch dimension open where the model allows it.", True)
     check: Check = "onnx"
     task: Task = field(default_factory=Task)
@@ -104,6 +107,8 @@ class Job:
                 "`mode`: budgets, calibration and fine-tuning are for the modes approx and auto; pass one of "
                 "them"
             )
+        if self.mode == "exact" and self.nearest:
+            raise SepconvertError("`nearest`: is for demands on a plan, in the modes approx and auto")
         if self.mode == "exact" and self.task.divergence is not None:
             raise SepconvertError(
                 "`divergence`: is what plans are ranked by in the modes approx and auto; leave it out"

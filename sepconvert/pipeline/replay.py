@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from sepconvert.network.tensors import Inputs, model_dtype, placed, state_tensor
 from sepconvert.network.trace import ConvSite, traced
 from sepconvert.pipeline.modes.exact import verify_model
 from sepconvert.pipeline.original import Subject, as_module
+from sepconvert.pipeline.results import Plan
 from sepconvert.pipeline.stages import demand_verified
 from sepconvert.planning.conversion import Verification
 from sepconvert.planning.plan import ConversionPlan, LayerPlan, read_plan
@@ -35,27 +37,44 @@ from sepconvert.planning.plan import ConversionPlan, LayerPlan, read_plan
 @reproducible()
 def apply(
     model: Subject,
-    plan: str | os.PathLike[str],
+    plan: Plan | Mapping[str, Any] | str | os.PathLike[str],
     example_inputs: Tensor | Inputs | None = None,
+    *,
+    weights: str | os.PathLike[str] | Mapping[str, Tensor] | None = None,
 ) -> nn.Module:
-    """Return a copy of `model`, converted as a `plan.json` says, with the weights in the file beside it.
+    """Return a copy of `model`, converted as a plan says, with the weights that it was written with.
 
     Args:
         model: a module, or an ONNX file or model, as for `convert`; left as it is.
-        plan: path of the plan, which may come from another model of the same architecture.
+        plan: `result.plan`, or the content or the path of a plan.json. It may come from another model of the
+            same architecture.
         example_inputs: as for `convert`; needed if the model takes more than floating-point tensors.
+        weights: tensors of the converted model by name, or a file of them. By default those of `result.plan`,
+            or the file converted.safetensors beside the plan's.
 
     Raises:
         SepconvertError: plan, weights and model do not belong together, or the model does not run.
     """
-    if not isinstance(plan, str | os.PathLike):
+    beside: Path | Mapping[str, Tensor] | None = None
+    if isinstance(plan, str | os.PathLike):
+        plan = Path(plan)
+        beside = plan.parent / "converted.safetensors"
+    elif isinstance(plan, Plan):
+        beside = plan.weights
+    elif not isinstance(plan, Mapping):
         raise SepconvertError(
-            f"plan: expected the path of a plan.json, got {quoted(plan)}; a plan of this session is in "
-            "plan.json of the folder that `out` named"
+            f"plan: expected result.plan, or the content or the path of a plan.json, got {quoted(plan)}"
         )
-    path, model = Path(plan), as_module(model)
+    found = beside if weights is None else weights
+    if found is None:
+        raise SepconvertError(
+            "weights: the content of a plan.json holds none; pass result.plan, or weights= with those of "
+            "converted.safetensors"
+        )
+    model = as_module(model)
     inputs = None if example_inputs is None else as_inputs(model, example_inputs)
-    return _replayed(model, read_plan(path), path.parent / "converted.safetensors", inputs)[0]
+    stored = dict(found) if isinstance(found, Mapping) else Path(found)
+    return _replayed(model, read_plan(plan), stored, inputs)[0]
 
 
 def apply_plan(
@@ -98,7 +117,7 @@ def apply_plan(
 
 
 def _replayed(
-    model: nn.Module, plan: ConversionPlan, weights: Path, inputs: Inputs | None = None
+    model: nn.Module, plan: ConversionPlan, weights: Path | dict[str, Tensor], inputs: Inputs | None = None
 ) -> tuple[nn.Module, tuple[ConvSite, ...], Inputs]:
     """Return the converted model, the convolutions that the plan refers to, and inputs of its shape."""
     model = checked(model)
@@ -126,7 +145,7 @@ def _replayed(
             )
     replacements = {layer.name: _planned_replacement(layer, by_name[layer.name]) for layer in plan.replaced}
     converted = rewrite(start, replacements)
-    _load_weights(converted, weights, plan.weights_sha256)
+    _load_weights(converted, weights if isinstance(weights, dict) else _read(weights, plan.weights_sha256))
     return converted, start.sites, inputs
 
 
@@ -140,7 +159,8 @@ def _planned_replacement(layer: LayerPlan, site: ConvSite) -> Replacement:
     return Replacement(layer.scheme, layer.rank, layer.border, empty, bias)
 
 
-def _load_weights(model: nn.Module, path: Path, sha256: str | None) -> None:
+def _read(path: Path, sha256: str | None) -> dict[str, Tensor]:
+    """Return the tensors in the file that a plan was written with."""
     try:
         found = hashlib.sha256(path.read_bytes()).hexdigest()
     except OSError as error:
@@ -152,11 +172,19 @@ def _load_weights(model: nn.Module, path: Path, sha256: str | None) -> None:
             f"{path}: is not the file that the plan was written with; use the files of one conversion"
         )
     try:
-        weights = load_file(path)
+        return load_file(path)
+    except Exception as error:  # safetensors' own error
+        raise SepconvertError(
+            f"{path}: does not fit the model: {first_line(error)}; use the plan's model"
+        ) from error
+
+
+def _load_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    try:
         if different := weights.keys() ^ state_tensors(model).keys():
             raise ValueError(f"one of them lacks {min(different)}")
         unshadowed(model).load_state_dict(weights, strict=False)
-    except Exception as error:  # safetensors' own error, or that of load_state_dict
+    except Exception as error:  # that of load_state_dict
         raise SepconvertError(
-            f"{path}: does not fit the model: {first_line(error)}; use the plan's model"
+            f"weights: do not fit the model: {first_line(error)}; use the plan's model"
         ) from error

@@ -4,7 +4,6 @@ import contextlib
 import hashlib
 import logging
 import shutil
-import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -217,7 +216,7 @@ def hold_to_speed(timing: PairTiming, job: Job) -> None:
             f"`gate` latency: the converted model is measured {speedup.median:.2f}× as fast as the "
             "original, though each replaced layer is faster alone; change the budget or pass `gate` macs"
         )
-    if least is not None and speedup.ci95.hi < least:
+    if least is not None and speedup.ci95.hi < least and not job.nearest:
         raise DemandNotMetError(
             f"`min_speedup` {least:g}: the converted model is measured {speedup.median:.2f}× as "
             f"fast [{speedup.ci95.lo:.2f}, {speedup.ci95.hi:.2f}], though its plan was timed as fast "
@@ -228,7 +227,7 @@ def hold_to_speed(timing: PairTiming, job: Job) -> None:
 def hold_to_accuracy(accuracy: MetricDelta | None, job: Job) -> None:
     """Raise `DemandNotMetError` if the converted model loses more than the budget allows."""
     most = job.budget.max_drop
-    if accuracy is not None and most is not None and accuracy.drop > most:
+    if accuracy is not None and most is not None and accuracy.drop > most and not job.nearest:
         raise DemandNotMetError(
             f"`max_drop` {most:g}: the fine-tuned model loses {accuracy.written_drop}; "
             "fine-tune for longer or relax a demand"
@@ -389,14 +388,12 @@ def executed_layers(
     )
 
 
-def checked_place(place: Path | None) -> Path | None:
+def checked_place(place: Path) -> Path:
     """Return a directory to write to, made if needed.
 
     Raises:
         SepconvertError: it is not empty, or cannot be written.
     """
-    if place is None:
-        return None
     try:
         if place.exists() and any(place.iterdir()):
             raise SepconvertError(f"`out`: {place} is not empty; pass an empty directory or one to be made")
@@ -409,12 +406,8 @@ def checked_place(place: Path | None) -> Path | None:
 
 
 @contextlib.contextmanager
-def result_folder(place: Path | None) -> Iterator[Path]:
-    """Yield the place, emptied again if the block fails, or a temporary folder where there is none."""
-    if place is None:
-        with tempfile.TemporaryDirectory() as folder:
-            yield Path(folder)
-        return
+def result_folder(place: Path) -> Iterator[Path]:
+    """Yield the place, emptied again if the block fails."""
     try:
         yield place
     except BaseException:

@@ -78,7 +78,7 @@ def test_passes_that_find_no_room_to_wait_begin_anew_and_change_nothing(monkeypa
     everything, once = run(1e9)
     nothing, often = run(0)
     # Of room for all but the activations behind the first layers, which are the largest.
-    moments = max(stream._bytes_of_moments(site) for site in sites)
+    moments = max(stream.bytes_of_moments(site) for site in sites)
     some, seldom = run(moments + 2 * footprint(model, (IMAGES[:1],)).peak + 15_000)
     assert [name for name, _ in everything] == ["0", "2", "4", "5"]
     assert once == 6

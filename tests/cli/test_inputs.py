@@ -116,7 +116,6 @@ CONVERSIONS = {
         "data.npz",
     ),
     "checkpoint in exact mode": ("net.pt", *SHAPE, "--checkpoint", "c.pt"),
-    "dry run of another mode": ("net.pt", *SHAPE, "--mode", "auto", "--min-speedup", "2", "--dry-run"),
     "loader that ends the program": ("net.pt", "--data", "cli_test_code.py:leaving"),
     "batch of none": ("net.pt", *SHAPE, "--batch", "0"),
     "runs of words": ("net.pt", *SHAPE, "--runs", "many"),

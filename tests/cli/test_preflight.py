@@ -39,7 +39,6 @@ MISTAKES = {
     "net.pt --mode approx --min-speedup 2 --runs 0": "--min-speedup: needs timed runs; pass --runs above 0",
     "net.pt --mode approx --rank 1 --target-macs 0.5": "--rank and --target-macs: each fixes the plan by",
     "net.pt --mode auto --rank 1": "--rank: fixes the multiplier of approx mode; pass another budget",
-    "net.pt --mode approx --rank 1 --dry-run": "--dry-run: shows what exact mode converts; approx mode fits",
     "net.pt --mode approx --rank 1 --train data.npz": "--train: only for fine-tuning; pass --finetune too",
     "net.pt --int8-calibration entropy": "--int8-calibration: only for int8; pass --int8 too, or leave it",
     "net.pt --loss code.py:loss": "--loss: only for fine-tuning; pass --finetune too, or leave it out",

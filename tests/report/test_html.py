@@ -115,8 +115,8 @@ def test_another_metric_is_a_tile_and_in_the_curve(restored):
 
 def test_the_page_begins_with_what_was_converted(document):
     text = Page(render_html(document)).text
-    assert text.index("1 of 2 convolutions converted.") < text.index("measured speed-up")
-    assert text.count("1 of 2 convolutions converted.") == 1
+    assert text.index("1 of 2 convolutions converted") < text.index("measured speed-up")
+    assert text.count("1 of 2 convolutions converted") == 1
 
 
 def test_the_page_is_rendered_without_what_was_not_measured(bare):

@@ -25,16 +25,19 @@ from sepconvert.base.progress import Stage, stage, stage_clock
 from sepconvert.cli.inputs import in_layout, load_subject, read_data_and_inputs, read_images, timing_of
 from sepconvert.cli.options import Options, in_flags, value_of
 from sepconvert.cli.outputs import checkpoint_of, command_line, out_of, result_directory_of, show
-from sepconvert.cli.progress import progress_for, quietly, training_progress
+from sepconvert.cli.preflight import job_of
+from sepconvert.cli.progress import Display, display_for, quietly
 from sepconvert.files.results import FILES, INT8_FILES
-from sepconvert.pipeline.convert import ConversionResult
 from sepconvert.pipeline.convert import convert as run_convert
 from sepconvert.pipeline.convert import inspect as run_inspect
 from sepconvert.pipeline.modes.delivery import checkpoints
+from sepconvert.pipeline.outlook import outlook as run_outlook
 from sepconvert.pipeline.replay import apply_plan as run_apply
+from sepconvert.pipeline.results import ConversionResult, Inspection
 from sepconvert.planning.plan import read_plan
-from sepconvert.report.text.sentences import warnings_of
-from sepconvert.report.text.tables import layer_table, structure_table, summary
+from sepconvert.report.text.inspection import outlook_table, outlook_verdict
+from sepconvert.report.text.sentences import sentences, warnings_of
+from sepconvert.report.text.tables import details, layer_table
 
 
 def convert(**options: Any) -> None:
@@ -46,12 +49,13 @@ def convert(**options: Any) -> None:
     main, out = rank() == 0, out_of(options)
     place = result_directory_of(options, out) if main else contextlib.nullcontext()
     keep_freed_memory()
-    with quietly(), place as folder, stage_clock() as clock:
+    display = display_for(options)
+    with quietly(), display.shown(), place as folder, stage_clock() as clock:
         clock.count_start()
         with stage(Stage.LOAD):
             loaded = load_subject(options)
             options = dict(in_layout(options, loaded))
-            finetuning = _finetuning(options)
+            finetuning = _finetuning(options, display)
             data, inputs = read_data_and_inputs(options, loaded)
             calib = read_images(options, "calib")
         result = run_convert(
@@ -62,6 +66,7 @@ def convert(**options: Any) -> None:
             calib=calib,
             metric=value_of(Task, options),
             **dataclasses.asdict(value_of(Budget, options)),
+            nearest=options["nearest"],
             gate=options["gate"],
             tol=options["tol"],
             selection=value_of(Selection, options),
@@ -73,7 +78,7 @@ def convert(**options: Any) -> None:
             seed=options["seed"],
             origin=Origin(str(loaded.path), loaded.sha256, command_line()),
             out=folder,
-            progress=progress_for(options),
+            progress=display,
         )
     if main:
         if finetuning.checkpoint is not None:
@@ -88,12 +93,13 @@ def convert(**options: Any) -> None:
 def inspect(**options: Any) -> None:
     """Run `sepconvert inspect MODEL`."""
     found = _inspected(options, "macs")
-    show(options, found, layer_table(found["layers"]), "", structure_table(found["layers"]))
+    show(options, found.to_json(), found.verdict, "", found.table(all=options["everything"]))
 
 
-def _inspected(options: Options, gate: Gate) -> dict[str, Any]:
-    """Return what `sepconvert.inspect` reports of the model that the options name."""
-    with quietly():
+def _inspected(options: Options, gate: Gate) -> Inspection:
+    """Return what `sepconvert.inspect` finds in the model that the options name."""
+    display = display_for(options)
+    with quietly(), display.shown():
         loaded = load_subject(options)
         options = in_layout(options, loaded)
         _, inputs = read_data_and_inputs(options, loaded)
@@ -103,14 +109,15 @@ def _inspected(options: Options, gate: Gate) -> dict[str, Any]:
             gate=gate,
             tol=options["tol"],
             selection=value_of(Selection, options),
-            progress=progress_for(options),
+            progress=display,
         )
 
 
 def apply(**options: Any) -> None:
     """Run `sepconvert apply MODEL PLAN.json`."""
     out = out_of(options)
-    with quietly(), result_directory_of(options, out) as folder:
+    display = display_for(options)
+    with quietly(), display.shown(), result_directory_of(options, out) as folder:
         plan = read_plan(options["plan"])
         loaded = load_subject(options)
         if plan.model_sha256 not in (None, loaded.sha256):
@@ -127,14 +134,14 @@ def apply(**options: Any) -> None:
             folder,
             model_sha256=loaded.sha256,
             dynamic_batch=options["dynamic_batch"],
-            progress=progress_for(options),
+            progress=display,
         )
     show(options, {"out": str(out), "converted": len(plan.converted), "verification": verified},
            f"{len(plan.converted)} convolutions replaced as planned; written to {out}/",
            _verdict(verified))  # fmt: skip
 
 
-def _finetuning(options: Options) -> Finetuning:
+def _finetuning(options: Options, display: Display) -> Finetuning:
     """Return the settings of fine-tuning, with the images to train on and the checkpoint."""
     if not options["finetune"]:
         return Finetuning()
@@ -146,13 +153,30 @@ def _finetuning(options: Options) -> Finetuning:
         options,
         train=read_images(options, "train"),
         checkpoint=checkpoint,
-        on_step=training_progress(options),
+        on_step=display.train,
     )
 
 
 def _dry_run(options: Options) -> None:
+    """Show what a conversion would convert or try, and write nothing."""
+    if options["mode"] != "exact":
+        _outlook(options)
+        return
     found = _inspected(options, options["gate"] or "macs")
-    show(options, found, layer_table(found["layers"]), "", "Dry run: nothing was written.")
+    show(options, found.to_json(), found.verdict, "", found.table(), "", "Dry run: nothing was written.")
+
+
+def _outlook(options: Options) -> None:
+    display = display_for(options)
+    with quietly(), display.shown():
+        loaded = load_subject(options)
+        options = dict(in_layout(options, loaded))
+        data, inputs = read_data_and_inputs(options, loaded)
+        expected = run_outlook(
+            loaded.model, inputs, data, read_images(options, "calib"), job_of(options, display)
+        ).to_json()
+    show(options, expected, outlook_verdict(expected), "", outlook_table(expected), "",
+         "Dry run: nothing was written.")  # fmt: skip
 
 
 def _show(options: Options, result: ConversionResult, out: Path) -> None:
@@ -161,12 +185,10 @@ def _show(options: Options, result: ConversionResult, out: Path) -> None:
             click.echo(in_flags(str(warning)), err=True)
     names = (*FILES, *INT8_FILES) if "forms" in result.report else FILES
     written = [name for name in names if name not in result.report["export"]["missing"]]
-    layers = result.report["layers"]
-    texts = [layer_table(layers), "", summary(result.report)]
-    if all(layer["decision"] == "kept" for layer in layers):  # the summary's first line says so
-        texts.reverse()
-    show(options, result.report, *texts, "",
-           f"Written to {out}/:\n  {', '.join(written[:4])},\n  {', '.join(written[4:])}")  # fmt: skip
+    verdict, *_ = sentences(result.report)
+    show(options, result.report, str(verdict), details(result.report), "",
+         layer_table(result.report["layers"]), "",
+         f"Written to {out}/:\n  {', '.join(written[:4])},\n  {', '.join(written[4:])}")  # fmt: skip
 
 
 def _verdict(verified: Mapping[str, Any] | None) -> str:

@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import click
 from torch import nn
 
 from sepconvert.base.documents import writing
@@ -25,7 +26,7 @@ from sepconvert.cli.inputs import (
 )
 from sepconvert.cli.options import Options, value_of
 from sepconvert.cli.outputs import show
-from sepconvert.cli.progress import progress_for, quietly
+from sepconvert.cli.progress import Display, display_for, quietly
 from sepconvert.files.data import Batch, changed, has_labels
 from sepconvert.files.onnx.facts import read_onnx
 from sepconvert.measure.comparison import Comparison
@@ -47,8 +48,9 @@ def profile(**options: Any) -> None:
     out: Path | None = options["out"]
     if out is not None and out.exists() and not _is_profile(out):  # reported before anything is measured
         raise SepconvertError(f"{out}: exists and is no profile of this version; pass another --out")
-    with quietly():
-        found = _profile(options)
+    display = display_for(options)
+    with quietly(), display.shown():
+        found = _profile(options, display)
     document = {
         "schema": PROFILE_SCHEMA,
         "model": {"path": found.model, "sha256": found.sha256},
@@ -61,7 +63,8 @@ def profile(**options: Any) -> None:
     details = [anatomy_text(document["anatomy"])] if "anatomy" in document else []
     if found.profile.latency is not None:
         details += [fold(str(note)) for note in machine(document["environment"])]
-    show(options, document, str(Comparison((found.profile,))), *("\n" + detail for detail in details))
+    show(options, document, f"{found.model}: {found.profile.sentence}", "", str(Comparison((found.profile,))),
+         *("\n" + detail for detail in details))  # fmt: skip
 
 
 def _is_profile(path: Path) -> bool:
@@ -85,19 +88,24 @@ def compare(**options: Any) -> None:
             labels=options["data"] is not None and _may_have_labels(options),
             unit=unit,
         )
-    with quietly():
-        found, note = _stored(options) if stored else _together(options)
-    json_wanted = {**options, "as_json": options["as_json"] or options["style"] == "json"}
-    if options["style"] == "html":
-        from sepconvert.report.html import render_comparison  # which imports matplotlib, for plots
-
-        text = render_comparison(found, note)
-    else:
-        text = "" if options["style"] == "json" else found.text(options["style"])
-    show(json_wanted, found.to_json(), text, *(("", note) if options["style"] == "table" else ()))
+    display = display_for(options)
+    with quietly(), display.shown():
+        found, note = _stored(options, display) if stored else _together(options, display)
+    style = options["style"]
+    if style in ("table", "json") or options["as_json"] or options["brief"]:
+        json_wanted = {**options, "as_json": options["as_json"] or style == "json"}
+        show(json_wanted, found.to_json(), found.verdict, "", found.text("table"), "", note)
+    elif not options["quiet"]:
+        click.echo(_rendered(found, note) if style == "html" else found.text(style))
     failures = [failure for demand in demands for failure in demand.failures(found)]
     if failures:
         raise DemandNotMetError(f"--fail-if: {'; '.join(failures)}")
+
+
+def _rendered(found: Comparison, note: str) -> str:
+    from sepconvert.report.html import render_comparison  # which imports matplotlib, for plots
+
+    return render_comparison(found, note)
 
 
 def _may_have_labels(options: Options) -> bool:
@@ -106,10 +114,10 @@ def _may_have_labels(options: Options) -> bool:
     return options["targets"] is not None or has_labels(spec) or not Path(spec).exists()
 
 
-def _stored(options: Options) -> tuple[Comparison, str]:
+def _stored(options: Options, display: Display) -> tuple[Comparison, str]:
     """Return stored profiles beside models that are profiled now, one after the other."""
     found = [
-        read_profile(path) if path.suffix == ".json" else _profile({**options, "model": path})
+        read_profile(path) if path.suffix == ".json" else _profile({**options, "model": path}, display)
         for path in options["models"]
     ]
     notes = ["Measured separately: differences in latency are not tested for significance."]
@@ -125,7 +133,7 @@ def _stored(options: Options) -> tuple[Comparison, str]:
     return Comparison(tuple(each.profile for each in found), names), "\n".join(notes)
 
 
-def _together(options: Options) -> tuple[Comparison, str]:
+def _together(options: Options, display: Display) -> tuple[Comparison, str]:
     """Return models and ONNX files measured in turns in this process."""
     paths = options["models"]
     files = {path: read_onnx(path) for path in paths if path.suffix == ".onnx"}
@@ -147,7 +155,7 @@ def _together(options: Options) -> tuple[Comparison, str]:
             else Subject.of_model(str(path), loaded[path].model, inputs, Path(folder) / f"{index}.onnx")
             for index, path in enumerate(paths)
         ]
-        comparison = _measured(subjects, data, inputs, options)
+        comparison = _measured(subjects, data, inputs, options, display)
     seen = "of the data" if data is not None else "of the timed batch"
     rounds = (
         f"{options['runs']} interleaved rounds, batch {options['batch']}.\n"
@@ -168,7 +176,7 @@ def _by_position(model: nn.Module, batch: object) -> Batch:
     return given[0] if len(given) == 1 else given, y
 
 
-def _profile(options: Options) -> StoredProfile:
+def _profile(options: Options, display: Display) -> StoredProfile:
     """Return the profile of a model or of an ONNX file."""
     path, runtime = options["model"], timing_of(options).runtime
     if path.suffix == ".onnx":
@@ -178,12 +186,12 @@ def _profile(options: Options) -> StoredProfile:
         batches = options.get("batches") if options["runs"] else None
         # The detailed timing below includes the plain one.
         timing = options if batches is None else {**options, "runs": 0}
-        found = _measured([Subject.of_file(path, file)], data, inputs, timing).profiles[0]
+        found = _measured([Subject.of_file(path, file)], data, inputs, timing, display).profiles[0]
         if batches is not None:
             arrays = [value.numpy() for value in tensors_in(inputs)]
             detail = anatomy(
                 path, arrays, batches=batches, runs=options["runs"], runtime=runtime, seed=options["seed"],
-                progress=progress_for(options),
+                progress=display,
             )  # fmt: skip
             latency = detail.latency(runtime.threads, batch_size(inputs))
             found = replace(found, latency=latency, anatomy=detail)
@@ -198,13 +206,17 @@ def _profile(options: Options) -> StoredProfile:
         timing=timing_of(options),
         batches=options.get("batches"),
         seed=options["seed"],
-        progress=progress_for(options),
+        progress=display,
     )
     return StoredProfile(found, str(loaded.path), loaded.sha256, environment(runtime))
 
 
 def _measured(
-    subjects: Sequence[Subject], data: Iterable[Batch] | None, inputs: Inputs, options: Options
+    subjects: Sequence[Subject],
+    data: Iterable[Batch] | None,
+    inputs: Inputs,
+    options: Options,
+    display: Display,
 ) -> Comparison:
     return measure_together(
         subjects,
@@ -214,5 +226,5 @@ def _measured(
         runs=options["runs"],
         runtime=timing_of(options).runtime,
         seed=options["seed"],
-        progress=progress_for(options),
+        progress=display,
     )

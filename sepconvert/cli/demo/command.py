@@ -12,7 +12,7 @@ from sepconvert.cli.demo.images import evaluation_data, training_data
 from sepconvert.cli.demo.net import load, to_input
 from sepconvert.cli.inputs import TRAINING_BATCH, timing_of
 from sepconvert.cli.outputs import command_line, out_of, result_directory_of, show
-from sepconvert.cli.progress import progress_for, quietly
+from sepconvert.cli.progress import display_for, quietly
 from sepconvert.pipeline.convert import convert as run_convert
 from sepconvert.report.text.sentences import story
 from sepconvert.report.text.tables import modes_table
@@ -35,8 +35,8 @@ _DEMO_SCORED, _DEMO_IMAGES, _DEMO_SECONDS = 2000, 512, 10.0
 
 def demo(**options: Any) -> None:
     """Run `sepconvert demo`."""
-    out, said = out_of(options), list[str]()
-    with quietly(), result_directory_of(options, out) as folder:
+    out, said, display = out_of(options), list[str](), display_for(options)
+    with quietly(), display.shown(), result_directory_of(options, out) as folder:
         scored, shown = evaluation_data(_DEMO_SCORED), training_data(_DEMO_IMAGES)
         x, y = to_input(scored.x), torch.from_numpy(scored.y)
         data = DataLoader(TensorDataset(x, y), batch_size=256)
@@ -44,6 +44,7 @@ def demo(**options: Any) -> None:
         calib: DataLoader[Any] = DataLoader(unlabelled, TRAINING_BATCH)
         reports: dict[str, Any] = {}
         for mode, (title, keywords) in _DEMO.items():
+            display.title = mode
             result = run_convert(
                 load(),
                 x[: options["batch"]],
@@ -55,7 +56,7 @@ def demo(**options: Any) -> None:
                 seed=options["seed"],
                 origin=Origin(command=command_line()),
                 out=folder / mode,
-                progress=progress_for(options),
+                progress=display,
                 **keywords,
             )
             reports[mode] = result.report

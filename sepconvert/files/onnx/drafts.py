@@ -7,7 +7,8 @@ that is delivered is exported.
 import ast
 import re
 import time
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -34,6 +35,7 @@ from sepconvert.network.tensors import (
     InputBatch,
     Inputs,
     StandIn,
+    fresh,
     largest,
     state_tensors,
     tensor_leaves,
@@ -79,8 +81,7 @@ class Drafts:
     def of(self, model: nn.Module) -> onnx.ModelProto:
         """Return a file that computes what a conversion does, as fast as the one that is exported.
 
-        A conversion that differs from the original by more than whole layers, as one of functional
-        convolutions does, is exported.
+        A conversion that differs from the original by more than its convolutions is exported.
 
         Raises:
             ExportError: torch cannot export it.
@@ -125,13 +126,7 @@ class Drafts:
             )
         except Exception:  # whatever torch or ONNX Runtime do not take, the other one may
             return False
-        scale = largest(mine)
-        alike = [
-            one.shape == two.shape and bool((one - two).abs().max() <= _OFF * scale)
-            for one, two in zip(mine, theirs, strict=False)
-            if one.numel()
-        ]
-        return len(mine) == len(theirs) and all(alike) and after < _PREFERENCE * before
+        return _are_alike(mine, theirs) and after < _PREFERENCE * before
 
     @cached_property
     def example(self) -> Any:
@@ -159,7 +154,7 @@ class Drafts:
     def _edited(self, model: nn.Module, exchanged: dict[str, nn.Module]) -> onnx.ModelProto | None:
         """Return the original's file with modules exchanged, by path; None if one of them is not found."""
         graph = self._with_state_of(model)
-        paths = {each.output: _path_of(each.node, self.export.prefix) for each in graph.convolutions}
+        paths = self._paths_in(graph)
         pairs = [
             (each, module)
             for each in graph.convolutions
@@ -167,7 +162,34 @@ class Drafts:
         ]
         if {paths[each.output] for each, _ in pairs} != exchanged.keys():
             return None
-        return edited(graph, pairs, folding=True)
+        draft = edited(graph, pairs, folding=True)
+        # Where a module is called again, its functional convolutions may be counted in another way.
+        functional = any(path not in dict(_paths(self.original)) for path in exchanged)
+        return None if functional and not self._is_of(draft, model) else draft
+
+    def _is_of(self, draft: onnx.ModelProto, model: nn.Module) -> bool:
+        """Return whether a file computes what a model does, on the example."""
+        with torch.no_grad():
+            expected = list(tensor_leaves(quick_copy(model, InputBatch(self.inputs))(*fresh(self.inputs))))
+        found = opened(draft, threads=1).run(None, onnx_feed(self.original, self.inputs))
+        return _are_alike(expected, [torch.from_numpy(each) for each in found])
+
+    def _paths_in(self, graph: OnnxGraph) -> dict[str, str]:
+        """Return the paths of convolutions, by their outputs.
+
+        Functional ones have the path of the submodule that takes their place, which counts the calls of a
+        forward.
+        """
+        modules, called, found = dict(_paths(self.original)), Counter[str](), dict[str, str]()
+        for node in graph.model.graph.node:
+            if node.op_type in ("Conv", "ConvTranspose"):
+                scope = _scope_of(node, self.export.prefix)
+                path = re.sub(r"@\d+", "", scope)  # a module that is called again is marked: conv, conv@1
+                if not isinstance(modules.get(path), nn.Conv2d):
+                    path = f"{path}{'.' if path else ''}conv2d_{called[scope]}"
+                    called[scope] += 1
+                found[node.output[0]] = path
+        return found
 
     def _with_state_of(self, model: nn.Module) -> OnnxGraph:
         """Return the original's graph with the parameters and buffers of a conversion."""
@@ -219,9 +241,15 @@ def _exchanged(original: nn.Module, model: nn.Module) -> dict[str, nn.Module] | 
         if any(path.startswith(f"{each}.") or not each for each in found):
             continue
         was = before.get(path)
-        if was is None or (type(module) is not type(was) and not isinstance(was, nn.Conv2d)):
-            return None
-        if type(module) is not type(was) or _sizes(module) != _sizes(was):
+        if was is None:  # in the place of a functional convolution
+            if not isinstance(module, FactorizedConv2d):
+                return None
+            found[path] = module
+        elif not isinstance(was, nn.Conv2d):
+            # Where calls of its forward were replaced, its class is a subclass of what it was.
+            if not isinstance(module, type(was)):
+                return None
+        elif type(module) is not type(was) or _sizes(module) != _sizes(was):
             if not isinstance(module, FactorizedConv2d | nn.Identity) and type(module) is not nn.Conv2d:
                 return None
             if isinstance(module, FactorizedConv2d) and module.padding_mode != "zeros":
@@ -242,12 +270,22 @@ def _is_same(one: Tensor, other: Tensor) -> bool:
     return one.shape != other.shape or one.data_ptr() == other.data_ptr() or torch.equal(one, other)
 
 
-def _path_of(node: onnx.NodeProto, prefix: str) -> str:
-    """Return the path of the module whose forward calls a node."""
+def _are_alike(some: Sequence[Tensor], others: Sequence[Tensor]) -> bool:
+    """Return whether outputs are equal up to a small part of the largest one."""
+    scale = largest(some)
+    alike = [
+        one.shape == two.shape and bool((one - two).abs().max() <= _OFF * scale)
+        for one, two in zip(some, others, strict=False)
+        if one.numel()
+    ]
+    return len(some) == len(others) and all(alike)
+
+
+def _scope_of(node: onnx.NodeProto, prefix: str) -> str:
+    """Return the path of the module whose forward calls a node, marked where it is called again."""
     scopes = next((each.value for each in node.metadata_props if each.key == _SCOPES), "[None]")
     *modules, _ = ast.literal_eval(scopes)
-    # A module that is called again is marked: conv, conv@1.
-    path = re.sub(r"@\d+", "", modules[-1]) if modules else ""
+    path = modules[-1] if modules else ""
     return path.removeprefix(prefix) if path != prefix.rstrip(".") else ""
 
 

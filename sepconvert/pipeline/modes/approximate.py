@@ -10,6 +10,7 @@ from torch import nn
 from sepconvert.base.distributed import once, processes
 from sepconvert.base.notes import Reason, ReasonCode
 from sepconvert.base.options.values import Mode
+from sepconvert.base.progress import Phase, begin
 from sepconvert.calibration.evidence import Evidence, collect_evidence
 from sepconvert.calibration.heldout import Heldout
 from sepconvert.calibration.record import PATCHES
@@ -65,10 +66,12 @@ def convert_approximately(original: Original, job: Job) -> Conversion:
         SepconvertError: the model cannot run on the images, or they do not suffice.
     """
     auto = job.mode == "auto"
+    begin(Phase.TIMES if job.gate == "latency" else Phase.SURVEY)
     start = merge_original(original, job) if auto else Start(original.traced, original.cost)
     findings = _survey(original, start, job)
     workshop = _workshop(original, start, job, findings)
     search = Search(findings.surveyed, workshop, _totals(original, start, workshop, findings.unit))
+    begin(Phase.SEARCH)
     delivery = deliver(original, job, search, workshop)
     conversion = _described(original, start, job, findings, search, workshop, delivery)
     return conversion.with_merges(original.sites, start.merges) if auto else conversion
@@ -90,7 +93,7 @@ class _Findings:
 def _survey(original: Original, start: Start, job: Job) -> _Findings:
     """Find the layers that may be replaced, and fit all forms of each that pass the gate."""
     model, calibration = start.model, original.data.calibration
-    reasons = _obstacles(start.traced, job)
+    reasons = obstacles_to(start.traced, job)
     layers = [site for site in start.sites if site.name not in reasons]
     heldout: Heldout | None = None
     if calibration is not None:
@@ -102,6 +105,7 @@ def _survey(original: Original, start: Start, job: Job) -> _Findings:
             heldout = Heldout(model, calibration.heldout, calibration.labels, original.yardstick)
     unit, prices, slow = _prices(original, layers, job)
     reasons |= slow
+    begin(Phase.SURVEY)
     evidence: Evidence | None = None
     if calibration is not None:
         yardstick = original.yardstick if heldout is None else heldout.yardstick
@@ -184,7 +188,7 @@ def _prices(
     return unit, {name: replace(shares[name], modelled=timed[name].modelled) for name in shares}, slow
 
 
-def _obstacles(traced: TracedModel, job: Job) -> dict[str, Reason]:
+def obstacles_to(traced: TracedModel, job: Job) -> dict[str, Reason]:
     """Return why layers are kept, whatever the budget."""
     obstacles, approx = Obstacles(traced), job.mode == "approx"
     reasons = {}
@@ -286,6 +290,7 @@ def _described(
             "choice": search.choice(delivery.point, delivery.model, job.budget),
             "steps": [step.to_json() for step in steps],
             "finetune": delivery.training_json(),
+            **({} if delivery.shortfall is None else {"shortfall": delivery.shortfall}),
         },
     )
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from sepconvert.base.errors import DemandNotMetError
 from sepconvert.distillation.fake_quantization import (
     with_fake_quantization,
     without_fake_quantization,
@@ -65,6 +66,7 @@ class Delivery:
     model: nn.Module
     tuned: Tuned | None = None  # if the model is a fine-tuned one
     tried: tuple[Tuned, ...] = ()
+    shortfall: str | None = None  # why the plan is only the nearest to the demands
 
     @property
     def steps(self) -> tuple[Step, ...]:
@@ -96,8 +98,18 @@ def deliver(original: Original, job: Job, search: Search, workshop: Workshop) ->
     is none, a plan is delivered that needs no fine-tuning.
 
     Raises:
-        DemandNotMetError: no plan meets the budget.
+        DemandNotMetError: no plan meets the budget, and the nearest is not wanted instead.
     """
+    try:
+        return _within_budget(original, job, search, workshop)
+    except DemandNotMetError as error:
+        if not job.nearest or job.budget.confidence is not None:  # no plan is nearly proven
+            raise
+        return replace(_untuned(search, search.nearest(job.budget)), shortfall=str(error))
+
+
+def _within_budget(original: Original, job: Job, search: Search, workshop: Workshop) -> Delivery:
+    """Return the plan that meets the budget, fine-tuned if the job says so."""
     budget = job.budget
     if not job.finetuning or original.data.training is None:
         return _untuned(search, search.run(budget))

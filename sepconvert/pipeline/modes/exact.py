@@ -7,7 +7,7 @@ from torch import nn
 
 from sepconvert.base.modules import submodule
 from sepconvert.base.options.values import Selection
-from sepconvert.base.progress import Progress, Stage, silent, stage
+from sepconvert.base.progress import Phase, Progress, Stage, begin, silent, stage
 from sepconvert.factorize.exact.analysis import Analysis, Spectrum, analyse
 from sepconvert.factorize.exact.factors import Factorization
 from sepconvert.files.onnx.int8.form import Int8Form
@@ -31,6 +31,7 @@ def convert_exactly(original: Original, job: Job) -> Conversion:
     The result is verified in PyTorch, and holds the checks, whether they passed or not.
     """
     model, inputs, sites = original.model, original.inputs, original.sites
+    begin(Phase.ANALYSIS)
     analyses = analyse_model(sites, job.tol, job.selection, job.progress)
     layers, factorizations = plan_model(original.traced, analyses, job, original.form)
     by_name = {site.name: site for site in sites}

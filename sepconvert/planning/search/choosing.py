@@ -1,6 +1,7 @@
 """The choice among plans that were measured, and its check by all images and by the whole model's time."""
 
 import itertools
+import math
 from collections.abc import Iterator, Sequence
 
 from sepconvert.base.errors import DemandNotMetError
@@ -11,6 +12,9 @@ from sepconvert.planning.search.curve import Curve, Point
 from sepconvert.planning.search.measurements import Measurements
 
 _NEARER = 3  # plans that are tried where all images speak against those that were chosen by some
+
+
+_SURELY = 0.97  # share of a plan's measured speed-up that it will have again
 
 
 _DOUBTFUL = 4  # layers, those that save least, that are tested for saving anything in the whole model
@@ -68,7 +72,7 @@ class Chooser:
             if self._measurements.is_confirmed(tried, budget) and self._measurements.is_fast(tried, budget):
                 self.revised = tried is not point
                 return tried
-        raise DemandNotMetError(shortfall(budget, self._curve.points), self._curve.to_json(None))
+        raise unmet(budget, self._curve)
 
     def _dearer_than(self, failed: Sequence[Point]) -> Iterator[Point]:
         """Yield plans ever nearer to the original than the dearest that failed, and at last the original."""
@@ -131,7 +135,35 @@ class Chooser:
         return found if good else point
 
 
-def shortfall(budget: Budget, points: Sequence[Point]) -> str:
+def unmet(budget: Budget, curve: Curve) -> DemandNotMetError:
+    """Return the error that no plan meets a budget: how near plans come to it, and what they do meet."""
+    return DemandNotMetError(
+        _shortfall(budget, curve.points), curve.to_json(None), within_reach(budget, curve.points)
+    )
+
+
+def within_reach(budget: Budget, points: Sequence[Point]) -> dict[str, float]:
+    """Return the demand to relax, by name, and a value of it at which one of the plans meets the budget.
+
+    That is the speed-up, where one is demanded that no plan has which keeps within the allowed drop; and that
+    drop, where no plan is both fast enough and keeps within it. None is returned of what was not measured.
+    """
+    most, least = budget.max_drop, budget.min_speedup
+    timed = [
+        (point.measured.speedup.median, point.measured.accuracy)
+        for point in points
+        if point.measured.speedup is not None and point.plan.choice
+    ]
+    within = [speed for speed, drop in timed if most is None or (drop is not None and drop.drop <= most)]
+    if least is not None and max(within, default=1.0) * _SURELY > 1:
+        return {"min_speedup": math.floor(100 * _SURELY * max(within)) / 100}
+    drops = [drop.drop for speed, drop in timed if drop is not None and speed >= (least or 0.0)]
+    if most is not None and drops:
+        return {"max_drop": math.ceil(100 * min(drops)) / 100}
+    return {}
+
+
+def _shortfall(budget: Budget, points: Sequence[Point]) -> str:
     """Return the message that no plan meets a budget, with how near the plans on the curve come to it."""
     names = ("rank", "target_macs", "target_params", "max_drop", "min_speedup")
     demands = [f"`{name}` {getattr(budget, name):g}" for name in names if getattr(budget, name) is not None]
@@ -144,7 +176,7 @@ def shortfall(budget: Budget, points: Sequence[Point]) -> str:
     ]
     return (
         f"no plan meets {' and '.join(demands)} ({', '.join(reached)} among {len(points)} plans); "
-        "relax a demand, or pass `finetune`"
+        "relax a demand, pass `finetune`, or `nearest` for the plan that comes nearest"
     )
 
 

@@ -5,11 +5,10 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from sepconvert.base.errors import DemandNotMetError
 from sepconvert.base.options.values import Budget
 from sepconvert.planning.fits.survey import LayerSurvey
 from sepconvert.planning.search.bisection import cheaper_than, cheapest_that, dearest_that
-from sepconvert.planning.search.choosing import Chooser, shortfall
+from sepconvert.planning.search.choosing import Chooser, unmet
 from sepconvert.planning.search.curve import Curve, Plan, Point, Totals
 from sepconvert.planning.search.forecast import expected_drop
 from sepconvert.planning.search.judging import expected_on_unseen_images
@@ -69,10 +68,28 @@ class Search:
         else:
             point = self._within_limits(budget, refinements)
         if point is None or not self.measurements.is_fast(point, budget):
-            raise DemandNotMetError(shortfall(budget, self.points), self.to_json(None))
+            raise unmet(budget, self.curve)
         if self.curve.totals.by_time and budget.confidence is None:
             point = self._chooser.without_idle_layers(point, budget)
         return self._chooser.confirmed(point, budget)
+
+    def nearest(self, budget: Budget) -> Point:
+        """Return the point of the plan nearest to a budget that none meets, carried out and scored.
+
+        An allowed drop is kept, and the plan is then the one that goes furthest within it. Where none is
+        given, it is the plan that was timed fastest, or the cheapest.
+        """
+        if budget.max_drop is not None:
+            return self.run(Budget(max_drop=budget.max_drop))
+        speeds = {
+            point: point.measured.speedup.median
+            for point in self.points
+            if point.measured.speedup is not None and point.plan.choice
+        }
+        point = max(speeds, key=speeds.__getitem__, default=self.points[-1])
+        self.measurements.fitted(point)
+        self.measurements.accuracy(point)
+        return point
 
     def to_json(self, delivered: Point | None) -> list[dict[str, Any]]:
         """Return the report's `approximation.curve`."""

@@ -306,6 +306,7 @@ class ModelApproximation(Struct, frozen=True):
     steps: tuple[Step, ...]
     finetune: Finetune | None
     merges: tuple[Merge, ...] | UnsetType = UNSET
+    shortfall: Annotated[str | UnsetType, Meta(description="why the plan is only the nearest")] = UNSET
 
 
 # Documents -----------------------------------------------------------------------------------------

@@ -3,12 +3,11 @@
 Sentences name parameters of the Python API in backticks; the command line shows them as its options.
 """
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 
-from sepconvert.base.notes import Note, NoteLevel, ReasonCode, info, warning
+from sepconvert.base.notes import Note, NoteLevel, info, warning
 from sepconvert.measure.metrics.metric import drop_number
-from sepconvert.report.text.forms import quantization, verdict
+from sepconvert.report.text.forms import quantization
 from sepconvert.report.text.numbers import (
     Document,
     Quality,
@@ -22,6 +21,7 @@ from sepconvert.report.text.numbers import (
     speedup_text,
 )
 from sepconvert.report.text.risks import doubts, risks, unseen
+from sepconvert.report.text.verdict import convolutions, verdict
 
 _PLACES = ("converted", "kept", "layout", "other")  # keys of `execution` that partition the time
 
@@ -32,15 +32,11 @@ _FEW_IMAGES = 64
 
 
 def sentences(document: Document) -> list[Note]:
-    """Return what the numbers of a report mean: decisions, verification, measurements and warnings.
-
-    The first one says how many convolutions were converted, or why none was, and what to do next.
-    """
+    """Return what the numbers of a report mean: the verdict, verification, measurements and warnings."""
     layers = document["layers"]
     converted = [layer for layer in layers if layer["decision"] == "converted"]
     approximation, delta = document["approximation"], document["delta"]
-    notes = [*filter(None, [verdict(document)]), *_decisions(document, converted), *doubts(document)]
-    notes += quantization(document)
+    notes = [*verdict(document), *_others(document), *doubts(document), *quantization(document)]
     notes.append(_verification(document["verification"]))
     notes += _exporter(document["verification"])
     if approximation is not None:
@@ -120,7 +116,7 @@ def story(document: Document) -> list[str]:
     delta, schemes = document["delta"], sorted({layer["scheme"] for layer in layers})
     by = f" ({', '.join(schemes)})" if schemes else ""
     lines = [
-        f"{len(layers)} of {_counts(document)[0]} convolutions were replaced{by}.",
+        f"{len(layers)} of {convolutions(document)[0]} convolutions were replaced{by}.",
         f"An image takes {ratio_text(delta['macs_ratio'])} fewer multiplications, and the network has "
         f"{ratio_text(delta['params_ratio'])} fewer parameters.",
     ]
@@ -178,70 +174,11 @@ def causes(document: Document) -> list[str]:
     return lines
 
 
-def _decisions(document: Document, converted: Sequence[Document]) -> list[Note]:
-    count, others = _counts(document)
-    inexact = 0 if document["approximation"] is not None else sum(not layer["exact"] for layer in converted)
-    within = f", {inexact} of them only within `tol`, not exactly" if inexact else ""
-    first = info(f"{len(converted)} of {count} convolutions converted{within}.")
-    notes = [first if converted else _nothing(document)]
-    text = f"Other operators that may be part of a convolution: {others}; listed with the reason."
-    return [*notes, info(text)] if others else notes
-
-
-# Why a layer is kept, for any number of them; the first that occurs has the most to gain from the next step.
-_WHY_KEPT = {
-    ReasonCode.BUDGET: "kept by the budget",
-    ReasonCode.IN_FLOAT: "in floating point",
-    ReasonCode.FULL_RANK: "without an exact structure",
-    ReasonCode.COSTS_MORE: "without a form that passes the gate",
-    ReasonCode.TOO_LARGE: "too large for the memory",
-    ReasonCode.OBSTACLE: "not replaceable here",
-    ReasonCode.NOT_SELECTED: "not selected",
-}
-
-
-def _nothing(document: Document) -> Note:
-    """Return a warning that nothing was converted, with the reasons and the next step."""
-    counts = Counter(ReasonCode(layer["reason_code"]) for layer in document["layers"])
-    counts.pop(ReasonCode.UNFOLLOWED, None)
-    if not counts:
-        return warning(
-            "nothing was converted. The model runs no convolution on these inputs; pass one that does."
-        )
-    found = {code: counts[code] for code in _WHY_KEPT if code in counts}
-    reasons = ", ".join(f"{count} {_WHY_KEPT[code]}" for code, count in found.items())
-    all_of_them = f"{counts.total()} convolution{'s' * (counts.total() > 1)}"
-    step = _next_step(document, next(iter(found)))
-    return warning(f"nothing was converted. Of {all_of_them}: {reasons}. {step}")
-
-
-def _next_step(document: Document, code: ReasonCode) -> str:
-    """Return what to try where the layers that matter most were kept for this reason."""
-    if code is ReasonCode.BUDGET:
-        budget = document["approximation"]["budget"]
-        if budget["max_drop"] is None:
-            return "The original meets the budget as it is: demand more (`min_speedup`, `target_macs`)."
-        others = (
-            f"recover {Quality.of(document).noun} by training (`finetune`)"
-            if budget["confidence"] is None
-            else "pass more scored images, or leave out `confidence`"
-        )
-        return f"Raise `max_drop` (it is {Quality.of(document).limit(budget['max_drop'])}), or {others}."
-    if code is ReasonCode.COSTS_MORE:
-        return "`gate` macs asks for fewer MACs alone, and `gate` none for nothing; neither promises speed."
-    return {
-        ReasonCode.FULL_RANK: "`mode` auto, with `calib` and `data`, finds approximations that pay at "
-        "a small loss of accuracy.",
-        ReasonCode.TOO_LARGE: "Pass more `memory`, or fewer `calib_images`.",
-        ReasonCode.NOT_SELECTED: "Select other layers (`include`, `exclude`).",
-    }.get(code, "The table of layers says what stands in the way.")
-
-
-def _counts(document: Document) -> tuple[int, int]:
-    """Return how many layers are convolutions, and how many others may be part of one."""
-    codes = [layer["reason_code"] for layer in document["layers"]]
-    others = codes.count(ReasonCode.UNFOLLOWED)
-    return len(codes) - others, others
+def _others(document: Document) -> list[Note]:
+    """Return how many operators may be part of a convolution, which are listed among the layers."""
+    if not (others := convolutions(document)[1]):
+        return []
+    return [info(f"Other operators that may be part of a convolution: {others}; listed with the reason.")]
 
 
 def _verification(check: Document) -> Note:
@@ -396,13 +333,6 @@ def _slowdowns(document: Document, converted: Sequence[Document]) -> list[Note]:
     speedup, notes = document["delta"]["latency_speedup"], list[Note]()
     if speedup is None:
         return notes
-    if _is_slower(speedup) and (document["delta"]["macs_ratio"] or 1) > 1:
-        notes.append(
-            warning(
-                f"fewer MACs, yet {1 / speedup['median']:.2f}× the latency. `gate` latency converts only "
-                "layers that are measured to be faster."
-            )
-        )
     slower = [
         layer["name"]
         for layer in converted
@@ -426,7 +356,7 @@ def _missed_speedup(document: Document) -> list[Note]:
     """Return a warning if the files measure slower than was demanded, though the plan was fast enough."""
     approximation, speedup = document["approximation"], document["delta"]["latency_speedup"]
     demand = None if approximation is None else approximation["budget"]["min_speedup"]
-    if demand is None or speedup is None or speedup["median"] >= demand:
+    if demand is None or speedup is None or speedup["median"] >= demand or "shortfall" in approximation:
         return []
     return [
         warning(

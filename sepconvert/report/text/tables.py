@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 
 from tabulate import tabulate
 
+from sepconvert.base.notes import NoteLevel
 from sepconvert.measure.metrics.metric import value_number
 from sepconvert.report.text import forms
 from sepconvert.report.text.numbers import (
@@ -28,6 +29,7 @@ from sepconvert.report.text.numbers import (
     written_size,
 )
 from sepconvert.report.text.sentences import causes, sentences
+from sepconvert.report.text.verdict import verdict
 
 _SLOWEST = 12  # operators that have a row of their own
 
@@ -35,18 +37,36 @@ _SLOWEST = 12  # operators that have a row of their own
 _LONGEST, _WORTH_NAMING, _UNNAMED = 5, 0.05, 0.005
 
 
+def overview(document: Document) -> str:
+    """Return the verdict, and costs and quality of both models."""
+    return "\n".join([*(fold(str(note)) for note in verdict(document)), "", _cost_table(document)])
+
+
 def summary(document: Document) -> str:
-    """Return what was converted, costs, the other sentences, tables of an approximation, causes, and time.
+    """Return the verdict and `details`."""
+    first, *_ = sentences(document)
+    return f"{fold(str(first))}\n{details(document)}"
+
+
+def details(document: Document) -> str:
+    """Return all that follows the verdict: warnings, tables, the other sentences, causes, and time.
 
     Reports of version 0.1.0 do not know the stages that the time went to.
     """
-    first, *others = (fold(str(note)) for note in sentences(document))
-    lines = [first, "", _cost_table(document), "", *others]
+    _, *others = sentences(document)
+    warnings, notes = (
+        [fold(str(note)) for note in others if (note.level is NoteLevel.WARNING) == warns]
+        for warns in (True, False)
+    )
+    lines = [*warnings, "", _cost_table(document)]
     if "forms" in document:
         lines += ["", "In each form, measured together; drops are from the original in floating point:"]
-        lines += [_table(forms.rows(document), forms.headers(document), [10, None, None, 13, 13, None, 10])]
+        lines += [
+            text_table(forms.rows(document), forms.headers(document), [10, None, None, 13, 13, None, 10])
+        ]
     if (approximation := document["approximation"]) is not None:
-        lines += _step_lines(approximation) + _curve_lines(approximation)
+        lines += _curve_lines(approximation) + _step_lines(approximation)
+    lines += ["", *notes]
     if reasons := causes(document):
         lines += ["", "Where the time goes:", *map(fold, reasons)]
     if stages := document.get("stages"):
@@ -69,11 +89,11 @@ def time_line(stages: Sequence[Document]) -> str:
 def layer_table(layers: Sequence[Document]) -> str:
     """Return one row for every convolution, and below them each reason with its layers."""
     rows = [
-        [layer["name"], _kernel(layer), _scheme(layer), _change(*layer["macs"]), _error(layer)]
+        [layer["name"], kernel_text(layer), _scheme(layer), change_text(*layer["macs"]), _error(layer)]
         for layer in layers
     ]
     headers = ["layer", "kernel", "scheme", "MACs", "error"]
-    table = _table(rows, headers, [20, None, 21, 13, None])
+    table = text_table(rows, headers, [20, None, 21, 13, None])
     reasons: dict[str, list[str]] = {}
     for layer in layers:
         reasons.setdefault(layer["reason"], []).append(layer["name"])
@@ -96,7 +116,7 @@ def structure_table(layers: Sequence[Document]) -> str:
                 ]
             )
     headers = ["layer, structure", "rank", "error @\npaying rank", "singular values\nkept | dropped"]
-    return _table(rows, headers, [24, None, None, 25])
+    return text_table(rows, headers, [24, None, None, 25])
 
 
 def modes_table(documents: Mapping[str, Document]) -> str:
@@ -120,7 +140,7 @@ def modes_table(documents: Mapping[str, Document]) -> str:
     names = "fewer\nparams", "fewer\nMACs", "as fast", quality.of_values, quality.of_drops
     headers = ["mode", *names]
     # The mark of a speed-up is below its interval: beside it, rows would be wider than a terminal.
-    return _table(rows, headers, [None, None, None, 18, None, None])
+    return text_table(rows, headers, [None, None, None, 18, None, None])
 
 
 def _values(document: Document) -> list[str]:
@@ -157,7 +177,7 @@ def curve_table(curve: Sequence[Document]) -> str:
     fewer = sorted({drop["n"] for drop in drops if drop["n"] < most})
     if fewer:
         legend.append(f"* by {' or '.join(f'{n:,}' for n in fewer)} of the {most:,} images, which decided")
-    return "\n".join([_table(rows, headers), *legend])
+    return "\n".join([text_table(rows, headers), *legend])
 
 
 def _fewer(drop: Document, most: int) -> str:
@@ -190,13 +210,14 @@ def anatomy_text(anatomy: Document) -> str:
         ]
         for latency in anatomy["latencies_ms"]
     ]
-    table = _table(rows, ["threads", "batch", "latency, ms", "p90", "samples/s"])
+    table = text_table(rows, ["threads", "batch", "latency, ms", "p90", "samples/s"])
     return "\n".join([*map(fold, lines), "", table, "", _operator_table(anatomy["operators"])])
 
 
-def _table(
+def text_table(
     rows: Sequence[Sequence[object]], headers: Sequence[str], widths: Sequence[int | None] | None = None
 ) -> str:
+    """Return a table for a terminal; `widths` are those at which the cells of columns are folded."""
     # Numbers are formatted already: tabulate would align and round them anew.
     table: str = tabulate(rows, headers=headers, maxcolwidths=widths, disable_numparse=True)
     return table
@@ -219,7 +240,7 @@ def _operator_table(operators: Sequence[Document]) -> str:
     if rest := ordered[_SLOWEST:]:
         others = sum(operator["milliseconds"] for operator in rest)
         rows.append([f"{len(rest)} others", "", "", f"{others:.3f}", percent_text(others / total, 1)])
-    return _table(rows, ["layer", "operator", "kernel", "ms", "%"], [30, None, None, None, None])
+    return text_table(rows, ["layer", "operator", "kernel", "ms", "%"], [30, None, None, None, None])
 
 
 def _cost_table(document: Document) -> str:
@@ -236,7 +257,7 @@ def _cost_table(document: Document) -> str:
         texts = (estimate_text(latency["median"], latency["ci95"], digits=3) for latency in latencies)
         rows.append(["latency, ms", *texts, speedup_text(speedup)])
     rows += _quality_rows(document)
-    return _table(rows, ["", "original", "converted", "gain"], [None, None, None, 18])
+    return text_table(rows, ["", "original", "converted", "gain"], [None, None, None, 18])
 
 
 def _quality_rows(document: Document) -> list[list[str]]:
@@ -269,7 +290,7 @@ def _step_lines(approximation: Document) -> list[str]:
         for step in steps
     ]
     headers = ["step", "divergence", "agree, %", "accuracy, %"]
-    return ["", "On the held-out images:", _table(rows, headers[: 2 + len(shares)])]
+    return ["", "On the held-out images:", text_table(rows, headers[: 2 + len(shares)])]
 
 
 def _curve_lines(approximation: Document) -> list[str]:
@@ -281,7 +302,8 @@ def _curve_lines(approximation: Document) -> list[str]:
     return ["", curve_table(approximation["curve"]), f"{plans} measured on `data`; <- is delivered."]
 
 
-def _kernel(layer: Document) -> str:
+def kernel_text(layer: Document) -> str:
+    """Return size and channels of a layer's kernel, such as `3×3 64→128`, or the layer's kind."""
     spec = layer["kernel"]
     if spec is None:
         return str(layer["kind"])
@@ -296,7 +318,8 @@ def _scheme(layer: Document) -> str:
     return str(layer["scheme"]) if layer["rank"] is None else f"{layer['scheme']} {layer['rank']}"
 
 
-def _change(before: int, after: int) -> str:
+def change_text(before: int, after: int) -> str:
+    """Return a count before and after, in three digits each, or once if it is the same."""
     return written_count(before) if before == after else f"{written_count(before)} → {written_count(after)}"
 
 

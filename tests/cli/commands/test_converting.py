@@ -95,7 +95,7 @@ def test_tables_on_standard_output(here, run):
     outcome = run("net.pt", *SHAPE, "--runs", "0")
     assert (outcome.code, outcome.err) == (0, "")
     assert "spatial-vh 2" in outcome.out
-    assert "1 of 2 convolutions converted." in outcome.out
+    assert outcome.out.startswith("1 of 2 convolutions converted, ")
     assert "Written to net-sepconvert/" in outcome.out
     assert listing(here / "net-sepconvert") == RESULTS
 
@@ -127,8 +127,9 @@ def test_quiet_says_nothing_and_user_code_keeps_off_standard_output(here, run):
 def test_quiet_warns_nonetheless(here, run):
     outcome = run("net.pt", *SHAPE, "--mode", "approx", "--rank", "1", "--runs", "0", "--quiet")
     assert (outcome.code, outcome.out) == (0, "")
-    assert outcome.err.startswith("Warning: without calibration images")
-    assert outcome.err.count("\n") == 1
+    first, second = outcome.err.splitlines()
+    assert first.startswith("Warning: not yet to be deployed: 1 of 2 convolutions converted, ")
+    assert second.startswith("Warning: without calibration images")
 
 
 def test_a_model_without_convolutions_is_fine(here, run):
@@ -228,7 +229,23 @@ def test_inspect_table(here, run):
     before = listing(here)
     outcome = run("inspect", "net.pt", *SHAPE)
     assert (outcome.code, outcome.err) == (0, "")
-    assert "2/24 holds" in outcome.out
+    assert outcome.out.startswith("1 of 2 convolutions separate exactly")
+    assert "2 of 24" in outcome.out
+    assert "2/24 holds" in run("inspect", "net.pt", *SHAPE, "--all").out
+    assert run("inspect", "net.pt", *SHAPE, "--brief").out.count("\n") == 1
+    assert listing(here) == before
+
+
+def test_a_dry_run_of_auto_says_what_would_be_tried(here, run):
+    before = listing(here)
+    words = ("net.pt", *SHAPE, "--mode", "auto", "--min-speedup", "2", "--dry-run")
+    outcome = run(*words)
+    assert (outcome.code, outcome.err) == (0, "")
+    assert "of 2 convolutions would be tried, in about" in " ".join(outcome.out.split())
+    assert outcome.out.endswith("Dry run: nothing was written.\n")
+    found = json.loads(run(*words, "--json").out)
+    assert found["images"] == {"fitted": 0, "held out": 0, "scored": 0}
+    assert 0 < found["seconds"][0] < found["seconds"][1]
     assert listing(here) == before
 
 

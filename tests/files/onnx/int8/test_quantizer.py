@@ -39,6 +39,9 @@ NUMBERS = {
     "uint8, 7 bits": Number("uint8", reduced=True),
     "int8": Number("int8", reduced=False),
 }
+HERE = Number.of_this_machine()
+# Without VNNI, sums of products by weights of 8 bits saturate: the runtime computes something else.
+COMPUTED = {name: number for name, number in NUMBERS.items() if number.reduced or not HERE.reduced}
 ACTIVATIONS = {"uint8": np.uint8, "int8": np.int8}
 W, V = kernel(6, 4, 3, 3), kernel(5, 6, 3, 3, seed=3)
 
@@ -100,7 +103,7 @@ def referenced(model, feed):
     return ReferenceEvaluator(later).run(None, feed)
 
 
-def in_int8(model, feeds, number=NUMBERS["uint8"], method="minmax", **options):
+def in_int8(model, feeds, number=HERE, method="minmax", **options):
     """A model prepared and quantized."""
     ready = prepared(model)
     return quantized(ready, measured_ranges(ready, feeds, method), number, **options)
@@ -123,7 +126,7 @@ def one_line(caught, *words):
 
 
 @pytest.mark.parametrize("net", NETS.values(), ids=NETS)
-@pytest.mark.parametrize("number", NUMBERS.values(), ids=NUMBERS)
+@pytest.mark.parametrize("number", COMPUTED.values(), ids=COMPUTED)
 def test_the_runtime_computes_what_the_file_says(net, number):
     model = net()
     feed = feed_of(model, batch=6)
@@ -143,7 +146,7 @@ def test_the_runtime_computes_what_the_file_says(net, number):
 @numbered(10)
 @given(
     groups=st.sampled_from((1, 2, 4)), size=st.integers(1, 3), stride=st.integers(1, 2),
-    pad=st.integers(0, 1), bias=st.booleans(), number=st.sampled_from(list(NUMBERS.values())),
+    pad=st.integers(0, 1), bias=st.booleans(), number=st.sampled_from(list(COMPUTED.values())),
     seed=st.integers(0, 2**20),
 )  # fmt: skip
 def test_one_convolution_of_any_geometry(groups, size, stride, pad, bias, number, seed):
