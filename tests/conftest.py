@@ -37,8 +37,10 @@ from sepconvert.network.obstacles import Obstacles
 from sepconvert.network.rewrite import Replacement, rewrite
 from sepconvert.network.trace import traced
 
-# The same examples in every run; `HYPOTHESIS_PROFILE=ci pytest -m hypothesis` tries ten times as many.
-settings.register_profile("default", max_examples=50, derandomize=True, deadline=None, database=None)
+# The same examples in every run. `.ci/run` takes the profile thorough, and `HYPOTHESIS_PROFILE=ci pytest -m
+# hypothesis` tries ten times as many.
+settings.register_profile("default", max_examples=20, derandomize=True, deadline=None, database=None)
+settings.register_profile("thorough", settings.get_profile("default"), max_examples=50)
 settings.register_profile("ci", settings.get_profile("default"), max_examples=500)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 

@@ -12,6 +12,7 @@ from typing import Any
 import click
 
 from sepconvert.cli.options import Options, in_flags
+from sepconvert.files.models.names import name_of
 from sepconvert.files.results import check_result_directory, result_directory
 
 _LOG = logging.getLogger(__name__)
@@ -37,8 +38,14 @@ def relaxed(demands: Mapping[str, float]) -> str:
 
 def out_of(options: Options) -> Path:
     """Return the directory that --out names, or the one named after the model or the demo."""
-    stem = options["model"].stem if "model" in options else "demo"
+    stem = _stem_of(options["model"]) if "model" in options else "demo"
     return options["out"] or Path(f"{stem}-sepconvert")
+
+
+def _stem_of(model: Path) -> str:
+    """Return the name of a model without the extension of its file, or without what its library reads."""
+    name = name_of(model)
+    return model.stem if name is None else name.stem
 
 
 def checkpoint_of(options: Options) -> Path:
@@ -72,9 +79,17 @@ def show(options: Options, document: Mapping[str, Any], first: str, *others: str
     _LOG.info("%s", in_flags(first))
     if options["as_json"]:
         click.echo(json.dumps(document, indent=2, allow_nan=False))
-    elif options["brief"]:
+    elif options.get("brief"):
         click.echo(in_flags(first))
-    elif not options["quiet"]:
+    elif not options.get("quiet"):
         from sepconvert.report.text.numbers import fold  # which imports torch
 
         click.echo(in_flags("\n".join([fold(first), *others])))
+
+
+def show_page(options: Options, document: Mapping[str, Any], text: str) -> None:
+    """Print the document under --json, else a text as it is, unless --quiet."""
+    if options["as_json"]:
+        click.echo(json.dumps(document, indent=2, allow_nan=False))
+    elif not options["quiet"]:
+        click.echo(in_flags(text))

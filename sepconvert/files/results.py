@@ -12,9 +12,13 @@ from pathlib import Path
 
 from sepconvert.base.errors import SepconvertError
 
+RUN_FILE = "run.toml"
+"""Name of the file of options that the command line writes beside the files of a conversion."""
+
+
 FILES = (
     "original.onnx", "converted.onnx", "converted.pt2", "plan.json",
-    "converted.safetensors", "report.json", "report.html",
+    "converted.safetensors", "report.json", "report.html", RUN_FILE,
 )  # fmt: skip
 """Names of the files that a conversion writes."""
 

@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader
 
 from sepconvert.base.determinism import reproducible
 from sepconvert.base.distributed import rank as rank_of_process
+from sepconvert.base.options.exporting import Export
 from sepconvert.base.options.values import (
     Budget,
     Calibration,
@@ -125,6 +126,7 @@ def convert(
     int8: bool | str | Int8 = False,
     finetune: int | Finetuning = 0,
     dynamic_batch: bool = True,
+    export: Export = Export(),
     check: Check = "onnx",
     out: str | os.PathLike[str] | None = None,
     seed: int = 0,
@@ -171,7 +173,10 @@ def convert(
             timed against the original in that form, and judged by the drop from the original in floating
             point.
         finetune: epochs of distillation afterwards, or all its settings.
-        dynamic_batch: export with a dynamic batch dimension where the model allows it.
+        dynamic_batch: export with a dynamic batch dimension where the model allows it, which is called
+            `batch` in ONNX files.
+        export: names of inputs and outputs of ONNX files, which are by default those of the forward's
+            arguments and `output`, and their opset.
         check: "onnx" exports both models, verifies them in ONNX Runtime and times them; "torch" verifies in
             torch alone, which takes a fraction of the time.
         out: empty directory, made if needed, for all files that the command line writes. By default files are
@@ -210,7 +215,7 @@ def convert(
         metric=metric, mode=mode, nearest=nearest, gate=gate, tol=tol, seed=seed, check=check, out=out,
         budget=Budget(rank, target_macs, target_params, min_speedup, max_drop, confidence),
         selection=selection, timing=timing, calibration=calibration, int8=int8, finetune=finetune,
-        dynamic_batch=dynamic_batch, origin=origin, progress=progress_of(progress),
+        dynamic_batch=dynamic_batch, export=export, origin=origin, progress=progress_of(progress),
     )  # fmt: skip
     expect(_phases(job))
     begin(Phase.CHECKS)

@@ -119,7 +119,7 @@ class ConversionResult:
 
 @dataclass(frozen=True, repr=False)
 class Inspection:
-    """What `sepconvert.inspect` found: a report on each convolution. It prints as a verdict and a table."""
+    """A report on each convolution, from `sepconvert.inspect`; it prints as a verdict and a table."""
 
     layers: tuple[LayerReport, ...]
 

@@ -12,7 +12,7 @@ from sepconvert.factorize.border import Border
 from sepconvert.factorize.exact.analysis import Analysis, Finding, Spectrum
 from sepconvert.factorize.exact.certificate import Certificate
 from sepconvert.factorize.geometry import ConvSpec
-from sepconvert.measure.execution import LayerExecution
+from sepconvert.measure.execution.layers import LayerExecution
 from sepconvert.measure.latency import PairTiming, Speedup
 from sepconvert.measure.verification.layer import LayerCheck
 from sepconvert.measure.verification.outputs import OutputCheck, Reference

@@ -7,7 +7,7 @@ from typing import Any
 
 from sepconvert.base.environment import Runtime, environment
 from sepconvert.files.onnx.export import ExportNote
-from sepconvert.measure.execution import ModelExecution
+from sepconvert.measure.execution.layers import ModelExecution
 from sepconvert.measure.latency import Speedup
 from sepconvert.measure.metrics.classes import ChangedPredictions
 from sepconvert.measure.metrics.evaluation import NO_DELTA, MetricDelta

@@ -31,6 +31,11 @@ def test_the_result_directory_is_named_after_the_model(out, place):
     assert out_of({"model": Path("models/net.pt"), "out": out}) == Path(place)
 
 
+def test_the_result_directory_of_a_named_model():
+    assert out_of({"model": Path("timm:a.b?weights=DEFAULT"), "out": None}) == Path("a.b-sepconvert")
+    assert out_of({"model": Path("hf-hub:me/net@main"), "out": None}) == Path("net-sepconvert")
+
+
 def test_the_result_directory_of_the_demo():
     assert out_of({"out": None}) == Path("demo-sepconvert")
 

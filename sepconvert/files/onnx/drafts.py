@@ -22,11 +22,12 @@ from torch import Tensor, nn
 
 from sepconvert.base.modules import named_modules
 from sepconvert.base.progress import Stage, stage
-from sepconvert.files.onnx.export import Export, export_program, runtime_dtype, translated
+from sepconvert.files.onnx.export import Exported, export_program, runtime_dtype, translated
 from sepconvert.files.onnx.graph.convolutions import OnnxGraph
 from sepconvert.files.onnx.graph.network import OnnxNetwork
-from sepconvert.files.onnx.graph.running import opened, with_sizes
+from sepconvert.files.onnx.graph.running import Feed, opened, with_sizes
 from sepconvert.files.onnx.graph.surgery import converted_model, edited
+from sepconvert.files.onnx.naming import Interface, interface_of
 from sepconvert.files.onnx.structured import example_of, filled
 from sepconvert.files.onnx.writing import onnx_feed
 from sepconvert.network.copies import quick_copy
@@ -63,20 +64,26 @@ class Drafts:
     Attributes:
         original: the model.
         inputs: that it is exported with.
+        interface: names and opset of all files that are made of it.
     """
 
-    def __init__(self, original: nn.Module, inputs: Inputs) -> None:
+    def __init__(self, original: nn.Module, inputs: Inputs, interface: Interface | None = None) -> None:
         self.original, self.inputs = original, inputs
+        self.interface = interface or interface_of(original, inputs)
+
+    def feed(self, inputs: Inputs) -> Feed:
+        """Return inputs as the files take them."""
+        return onnx_feed(self.original, inputs, self.interface)
 
     @cached_property
-    def export(self) -> Export:
+    def export(self) -> Exported:
         """The exported original, with any number of samples if it allows that.
 
         Raises:
             ExportError: torch cannot export it.
         """
         with stage(Stage.EXPORT):
-            return export_program(self.original, self.inputs)
+            return export_program(self.original, self.inputs, interface=self.interface)
 
     def of(self, model: nn.Module) -> onnx.ModelProto:
         """Return a file that computes what a conversion does, as fast as the one that is exported.
@@ -92,12 +99,12 @@ class Drafts:
             exchanged = _exchanged(self.original, model)
             found = None if exchanged is None else self._edited(model, exchanged)
             if found is None:
-                found = ir.to_proto(translated(export_program(model, self.inputs)))
+                found = ir.to_proto(translated(export_program(model, self.inputs, interface=self.interface)))
         return found
 
     def timed(self, model: nn.Module) -> onnx.ModelProto:
         """Return the same file for inputs of the size of the example, for which ONNX Runtime folds shapes."""
-        return with_sizes(self.of(model), onnx_feed(self.original, self.inputs))
+        return with_sizes(self.of(model), self.feed(self.inputs))
 
     def module(self, model: nn.Module) -> "RunsInRuntime | None":
         """Return a conversion as a module that ONNX Runtime runs; None if its file fixes the batch."""
@@ -224,7 +231,7 @@ class RunsInRuntime(StandIn):
         shapes = [[value.shape[1:] for value in tensors_in(each)] for each in (inputs, self._drafts.inputs)]
         if shapes[0] != shapes[1]:
             return self.stands_for(*inputs)
-        found = self._session.run(None, onnx_feed(self._drafts.original, inputs))
+        found = self._session.run(None, self._drafts.feed(inputs))
         tensors = tuple(map(torch.from_numpy, found))
         if self._drafts.example is not None:
             return filled(self._drafts.example, iter(tensors))

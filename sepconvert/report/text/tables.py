@@ -5,12 +5,13 @@ from collections.abc import Mapping, Sequence
 from tabulate import tabulate
 
 from sepconvert.base.notes import NoteLevel
-from sepconvert.measure.metrics.metric import value_number
+from sepconvert.measure.metrics.metric import value_number, written_drop
 from sepconvert.report.text import forms
 from sepconvert.report.text.numbers import (
     TOP1,
     Document,
     Quality,
+    as_fast_text,
     by_time,
     count_text,
     divergence_text,
@@ -29,7 +30,7 @@ from sepconvert.report.text.numbers import (
     written_size,
 )
 from sepconvert.report.text.sentences import causes, sentences
-from sepconvert.report.text.verdict import verdict
+from sepconvert.report.text.verdict import convolutions, verdict
 
 _SLOWEST = 12  # operators that have a row of their own
 
@@ -117,6 +118,20 @@ def structure_table(layers: Sequence[Document]) -> str:
             )
     headers = ["layer, structure", "rank", "error @\npaying rank", "singular values\nkept | dropped"]
     return text_table(rows, headers, [24, None, None, 25])
+
+
+def headline(documents: Mapping[str, Document]) -> str:
+    """Return how fast and how good a model became in each of several conversions, in one sentence."""
+    found = []
+    for name, document in documents.items():
+        speedup, drop = document["delta"]["latency_speedup"], measured_drop(document)
+        gain = f"{ratio_text(document['delta']['macs_ratio'])} fewer MACs"
+        if speedup is not None:
+            gain = as_fast_text(speedup)
+        lost = "" if drop is None else f" at a drop of {written_drop(drop['value'], drop['unit'])}"
+        found.append(f"{name} {gain}{lost}")
+    count, _ = convolutions(next(iter(documents.values())))
+    return f"One network of {count} convolutions, converted in {len(found)} modes: {', '.join(found)}."
 
 
 def modes_table(documents: Mapping[str, Document]) -> str:

@@ -137,7 +137,7 @@ def model_of(name):
 
 
 @pytest.mark.parametrize("name", NETS)
-@numbered(6)
+@numbered(3)
 @given(picks=st.lists(st.integers(0, 60), min_size=6, max_size=6))
 def test_a_draft_computes_what_its_model_does(name, picks):
     model = model_of(name)
@@ -148,6 +148,7 @@ def test_a_draft_computes_what_its_model_does(name, picks):
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NETS)
 def test_the_runtime_makes_the_same_of_a_draft_as_of_an_exported_file(name, tmp_path, monkeypatch):
     model = model_of(name)
