@@ -83,11 +83,7 @@ class Call:
 
     @property
     def key(self) -> "Key":
-<<<<<<< HEAD
-        """Key that calls of the same operator share: in a loop it is called several times a run."""
-=======
         """Identity of the operator, which several calls of a run share if it is in a loop."""
->>>>>>> 6eadc907691490c3cdbcf6ca5b3c615546388f1c
         return self.name, self.operator, self.shapes, self.bytes_moved
 
 
