@@ -25,7 +25,7 @@ from sepconvert.base.options.values import (
 from sepconvert.base.progress import Stage, stage, stage_clock
 from sepconvert.cli.inputs import load_subject, read_data_and_inputs, read_images, suited, timing_of
 from sepconvert.cli.options import Options, in_flags, value_of
-from sepconvert.cli.outputs import checkpoint_of, command_line, out_of, result_directory_of, show
+from sepconvert.cli.outputs import checkpoint_of, command_line, data_of, out_of, result_directory_of, show
 from sepconvert.cli.progress import progress_for, quietly, training_progress
 from sepconvert.files.results import FILES, INT8_FILES
 from sepconvert.pipeline.convert import ConversionResult
@@ -73,7 +73,7 @@ def convert(**options: Any) -> None:
             dynamic_batch=options["dynamic_batch"],
             export=value_of(Export, options),
             seed=options["seed"],
-            origin=Origin(str(loaded.path), loaded.sha256, command_line(), loaded.weights),
+            origin=Origin(str(loaded.path), loaded.sha256, command_line(), loaded.weights, data_of(options)),
             out=folder,
             progress=progress_for(options),
         )
