@@ -11,8 +11,9 @@ from typing import Any
 
 import click
 
+from sepconvert.base.documents import sha256_of_file
 from sepconvert.cli.options import Options, in_flags
-from sepconvert.files.models.names import name_of
+from sepconvert.files.models.names import stem_of
 from sepconvert.files.results import check_result_directory, result_directory
 
 _LOG = logging.getLogger(__name__)
@@ -38,14 +39,8 @@ def relaxed(demands: Mapping[str, float]) -> str:
 
 def out_of(options: Options) -> Path:
     """Return the directory that --out names, or the one named after the model or the demo."""
-    stem = _stem_of(options["model"]) if "model" in options else "demo"
+    stem = stem_of(options["model"]) if "model" in options else "demo"
     return options["out"] or Path(f"{stem}-sepconvert")
-
-
-def _stem_of(model: Path) -> str:
-    """Return the name of a model without the extension of its file, or without what its library reads."""
-    name = name_of(model)
-    return model.stem if name is None else name.stem
 
 
 def checkpoint_of(options: Options) -> Path:
@@ -63,6 +58,15 @@ def result_directory_of(options: Options, out: Path) -> contextlib.AbstractConte
     """Return a context that yields the result directory, which must not replace what it is made from."""
     resumed = options.get("resume", False)
     return result_directory(out, force=options["force"], inputs=_made_from(options), resumed=resumed)
+
+
+def data_of(options: Options) -> dict[str, dict[str, str]]:
+    """Return what the options name as data, with the SHA-256 of files, for the report."""
+    named = {name: str(options[name]) for name in ("data", "calib") if options.get(name) is not None}
+    return {
+        name: {"source": spec, **({"sha256": sha256_of_file(Path(spec))} if Path(spec).is_file() else {})}
+        for name, spec in named.items()
+    }
 
 
 def _made_from(options: Options) -> list[Path]:

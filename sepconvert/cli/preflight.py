@@ -81,6 +81,7 @@ def check_compare(options: Options) -> None:
 
 def check_apply(options: Options) -> None:
     """Check the options of `sepconvert apply MODEL PLAN`."""
+    value_of(Export, options)
     _check_models(options, [_loaded(options, options["model"])])
     check_file(options["plan"])
     _check_data(options)

@@ -299,6 +299,7 @@ def _result(
         forms=None if measured.forms is None else measured.forms.to_json(),
         approximation=made.approximation,
         data=None if original.facts is None else original.facts.to_json(),
+        files=job.origin.data,
         stages=stages_so_far(),
     )
     return ConversionResult(

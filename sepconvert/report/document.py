@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from sepconvert.base.environment import Runtime, environment
@@ -13,6 +13,7 @@ from sepconvert.measure.metrics.classes import ChangedPredictions
 from sepconvert.measure.metrics.evaluation import NO_DELTA, MetricDelta
 from sepconvert.measure.profiling import Profile
 from sepconvert.planning.conversion import LayerReport, Verification
+from sepconvert.report.card import model_card
 
 SCHEMA = "sepconvert.report/1"
 
@@ -40,6 +41,7 @@ class Report:
     int8_gain: Speedup | None = None  # of int8 over floating point, where that decided about the form
     forms: Mapping[str, Any] | None = None  # of models that are deployed in int8
     stages: Sequence[Mapping[str, Any]] = ()  # that the time went to
+    files: Mapping[str, Mapping[str, str]] = field(default_factory=dict)  # of the data, by option
     data: Mapping[str, Any] | None = None  # facts that show whether results on the data mean anything
 
 
@@ -52,7 +54,7 @@ def report_document(report: Report) -> dict[str, Any]:
         ValueError: a number is NaN or infinite, which JSON cannot express.
     """
     accuracy = NO_DELTA if report.accuracy is None else report.accuracy.to_dict()
-    document = {
+    document: dict[str, Any] = {
         "schema": SCHEMA,
         "mode": report.mode,
         "model": report.source,
@@ -79,8 +81,8 @@ def report_document(report: Report) -> dict[str, Any]:
         "stages": report.stages,
         "command": report.command,
     }
-    plain: dict[str, Any] = json.loads(json.dumps(document, allow_nan=False))
-    return plain
+    document = json.loads(json.dumps(document, allow_nan=False))
+    return {**document, "model_card": model_card(document, report.files)}
 
 
 def _ratio(before: float, after: float) -> float | None:

@@ -58,6 +58,10 @@ MISTAKES = {
     "net.pt --mean 0.5": "--mean: only for uint8 images; pass --data, --calib or --train too",
     "net.pt --targets masks": "--targets: are those of the images of --data; pass that folder too, or leave",
     "inspect net.pt --layout nhwc": "--layout nhwc: is for ONNX files, and layers of torch take images as",
+    "net.onnx --opset 20": "--opset: an ONNX file keeps the names and the opset that it has; leave it out",
+    "net.pt --opset 17": "--opset: expected a whole number from 18, got 17",
+    "net.pt --input-names a,,b": "--input-names: a name is empty, or begins or ends with a space; got",
+    "apply net.pt plan.json --input-names a,a": "--input-names, --output-names: a is given twice; name each",
     "inspect net.onnx --device cuda": "--device cuda: ONNX files are run on the CPU here; leave it",
     "compare net.pt net.pt --fail-if 'speed > 1'": "--fail-if 'speed > 1': expected one of latency, speedup",
     # Data and code

@@ -27,7 +27,15 @@ from sepconvert.base.progress import Stage, stage, stage_clock
 from sepconvert.cli.config import run_file
 from sepconvert.cli.inputs import load_subject, read_data_and_inputs, read_images, suited, timing_of
 from sepconvert.cli.options import Options, in_flags, value_of
-from sepconvert.cli.outputs import checkpoint_of, command_line, out_of, result_directory_of, show, show_page
+from sepconvert.cli.outputs import (
+    checkpoint_of,
+    command_line,
+    data_of,
+    out_of,
+    result_directory_of,
+    show,
+    show_page,
+)
 from sepconvert.cli.preflight import job_of
 from sepconvert.cli.progress import Display, display_for, quietly
 from sepconvert.files.results import FILES, INT8_FILES, RUN_FILE
@@ -81,7 +89,7 @@ def convert(**options: Any) -> None:
             dynamic_batch=options["dynamic_batch"],
             export=value_of(Export, options),
             seed=options["seed"],
-            origin=Origin(str(loaded.path), loaded.sha256, command_line(), loaded.weights),
+            origin=Origin(str(loaded.path), loaded.sha256, command_line(), loaded.weights, data_of(options)),
             out=folder,
             progress=display,
         )

@@ -106,6 +106,15 @@ def name_of(path: Path) -> ModelName | None:
     return ModelName(text, found, name, weights, arguments)
 
 
+def stem_of(path: Path) -> str:
+    """Return the name of a model without the extension of its file, or without what its library reads."""
+    try:
+        name = name_of(path)
+    except SepconvertError:  # a file of such a name that is there no longer
+        name = None
+    return path.stem if name is None else name.stem
+
+
 def check_library(name: ModelName) -> None:
     """Raise `SepconvertError` unless the library that builds a model is installed."""
     if find_spec(name.library) is None:

@@ -23,7 +23,7 @@ _INPUT, _OUTPUT = "input", "output"
 
 @dataclass(frozen=True)
 class Interface:
-    """Names and sizes by which programs know the ONNX files of an original and of its conversions.
+    """Names and opset that the ONNX files of an original and of its conversions have in common.
 
     Attributes:
         inputs: names of the inputs.
@@ -82,8 +82,8 @@ def input_names(model: nn.Module, inputs: Inputs) -> tuple[str, ...]:
     are `argument_key`. What has no name, as the arguments behind an asterisk, is `input`, or `input_0`,
     `input_1`, …
     """
-    if len(inputs) == 1 and (names := names_in(inputs[0])):
-        return _without(names, _names_of_state(model))
+    if len(inputs) == 1 and (named := _named_tensors(inputs[0])):
+        return _without(tuple(named), _names_of_state(model))
     found = [name for argument, value in _arguments(model, inputs) for name in _names_of(argument, value)]
     count = len(tensors_in(inputs))
     if len(found) != count or len({*found}) != count:
@@ -110,14 +110,20 @@ def output_names(returned: Any, count: int, taken: Collection[str]) -> tuple[str
 
 def names_in(values: Any) -> tuple[str, ...] | None:
     """Return the keys of a mapping, or the fields of a dataclass, of different tensors; None for others."""
+    tensors = _named_tensors(values)
+    different = len({id(value) for value in tensors.values()}) == len(tensors)
+    return tuple(tensors) if tensors and different else None
+
+
+def _named_tensors(values: Any) -> Mapping[str, Tensor]:
+    """Return a mapping, or the fields of a dataclass, of tensors; empty for others."""
     if is_dataclass(values) and not isinstance(values, type):
         values = {each.name: getattr(values, each.name) for each in fields(values)}
         values = {name: value for name, value in values.items() if value is not None}
-    if not isinstance(values, Mapping) or not values:
-        return None
+    if not isinstance(values, Mapping):
+        return {}
     named = all(isinstance(key, str) and isinstance(value, Tensor) for key, value in values.items())
-    different = len({id(value) for value in values.values()}) == len(values)
-    return tuple(values) if named and different else None
+    return values if named else {}
 
 
 class NamingPass(InPlacePass):
@@ -234,5 +240,5 @@ def _names_of(argument: str, value: Any) -> list[str]:
     """Return names of the tensors in the value of an argument."""
     if isinstance(value, Tensor):
         return [argument]
-    keys = names_in(value) or range(len(tensors_in(value)))
+    keys = tuple(_named_tensors(value)) or range(len(tensors_in(value)))
     return [f"{argument}_{key}" for key in keys]

@@ -9,6 +9,7 @@ from msgspec import UNSET, Meta, Struct, UnsetType
 
 from sepconvert.base.notes import ReasonCode
 from sepconvert.base.options.values import Divergence as DivergenceKind
+from sepconvert.report.schema.card import Card
 from sepconvert.report.schema.forms import Forms
 from sepconvert.report.schema.profile import (
     Accuracy,
@@ -397,9 +398,7 @@ class Verification(Struct, frozen=True):
     onnx_tolerance: float | None
     onnx_dtype: str | None
     onnx_reason: Annotated[str | None, Meta(description="why ONNX Runtime was not compared")]
-    original_onnx_max_abs_diff: Annotated[
-        float | None, Meta(description="of original.onnx from the original model in torch")
-    ]
+    original_onnx_max_abs_diff: Annotated[float | None, Meta(description="of original.onnx from torch's")]
     original_onnx_tolerance: Annotated[
         float | None, Meta(description="what the runtime's arithmetic explains; more is a warning")
     ]
@@ -437,6 +436,7 @@ class ReportDocument(Struct, frozen=True):
     approximation: ModelApproximation | None
     command: str | None
     stages: Stages = UNSET
+    model_card: Annotated[Card | UnsetType, Meta(description="0.1.0 lacks it")] = UNSET
     forms: Annotated[
         Forms | UnsetType,
         Meta(

@@ -213,7 +213,7 @@ def test_a_model_that_fixes_the_batch_is_not_run_by_a_file():
     drafts = Drafts(Fixed().eval(), (X,))
     assert drafts.module(drafts.original) is None
     assert not drafts.are_faster_than_torch(0, 8)
-    assert onnx_feed(drafts.original, (X,)).keys() == {"input"}
+    assert onnx_feed(drafts.original, (X,)).keys() == {"x"}
 
 
 def test_a_model_that_cannot_be_exported_runs_in_torch():
