@@ -3,6 +3,7 @@
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from datetime import datetime
 from typing import Any
 
 from sepconvert.base.environment import Runtime, environment
@@ -40,6 +41,9 @@ class Report:
     int8_gain: Speedup | None = None  # of int8 over floating point, where that decided about the form
     forms: Mapping[str, Any] | None = None  # of models that are deployed in int8
     stages: Sequence[Mapping[str, Any]] = ()  # that the time went to
+    name: str | None = None  # of the model: of its file, or of its class
+    created: datetime | None = None
+    input_shapes: tuple[tuple[int, ...], ...] | None = None
     data: Mapping[str, Any] | None = None  # facts that show whether results on the data mean anything
 
 
@@ -54,6 +58,7 @@ def report_document(report: Report) -> dict[str, Any]:
     accuracy = NO_DELTA if report.accuracy is None else report.accuracy.to_dict()
     document = {
         "schema": SCHEMA,
+        **_heading(report),
         "mode": report.mode,
         "model": report.source,
         "environment": environment(report.runtime),
@@ -81,6 +86,13 @@ def report_document(report: Report) -> dict[str, Any]:
     }
     plain: dict[str, Any] = json.loads(json.dumps(document, allow_nan=False))
     return plain
+
+
+def _heading(report: Report) -> dict[str, Any]:
+    """Return what the report is about, as far as it is known."""
+    created = None if report.created is None else report.created.isoformat(timespec="seconds")
+    heading = {"created": created, "name": report.name, "input_shapes": report.input_shapes}
+    return {key: value for key, value in heading.items() if value is not None}
 
 
 def _ratio(before: float, after: float) -> float | None:

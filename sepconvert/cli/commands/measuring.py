@@ -12,7 +12,7 @@ import click
 from torch import nn
 
 from sepconvert.base.documents import writing
-from sepconvert.base.environment import environment
+from sepconvert.base.environment import Runtime, environment
 from sepconvert.base.errors import DemandNotMetError, SepconvertError
 from sepconvert.base.options.values import Task
 from sepconvert.cli.conditions import Demand
@@ -96,16 +96,17 @@ def compare(**options: Any) -> None:
         json_wanted = {**options, "as_json": options["as_json"] or style == "json"}
         show(json_wanted, found.to_json(), found.verdict, "", found.text("table"), "", note)
     elif not options["quiet"]:
-        click.echo(_rendered(found, note) if style == "html" else found.text(style))
+        runtime = None if stored else timing_of(options).runtime
+        click.echo(_rendered(found, note, runtime) if style == "html" else found.text(style))
     failures = [failure for demand in demands for failure in demand.failures(found)]
     if failures:
         raise DemandNotMetError(f"--fail-if: {'; '.join(failures)}")
 
 
-def _rendered(found: Comparison, note: str) -> str:
+def _rendered(found: Comparison, note: str, runtime: Runtime | None) -> str:
     from sepconvert.report.html import render_comparison  # which imports matplotlib, for plots
 
-    return render_comparison(found, note)
+    return render_comparison(found, note, None if runtime is None else environment(runtime))
 
 
 def _may_have_labels(options: Options) -> bool:

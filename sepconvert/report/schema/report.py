@@ -3,6 +3,7 @@
 Pairs are (before, after): of the original and of the converted model or layer.
 """
 
+from datetime import datetime
 from typing import Annotated, Literal
 
 from msgspec import UNSET, Meta, Struct, UnsetType
@@ -45,6 +46,15 @@ class Kernel(Struct, frozen=True):
     groups: Positive
     padding_mode: Literal["zeros", "reflect", "replicate", "circular"]
     bias: bool
+
+
+class Factor(Kernel, frozen=True, kw_only=True):
+    """One of the convolutions in a row that replace a layer.
+
+    A depthwise factor of rank R is one convolution of R filters a channel here, and may be laid out as R.
+    """
+
+    macs: Annotated[Count, Meta(description="of one sample, over all calls of the layer")]
 
 
 class Approximation(Struct, frozen=True):
@@ -125,7 +135,7 @@ class StructureFinding(Struct, frozen=True):
     singular_values_dropped: tuple[float, ...]
 
 
-class Layer(Struct, frozen=True):
+class Layer(Struct, frozen=True, kw_only=True):
     """One convolution: what was decided, why, and what it costs before and after."""
 
     name: str
@@ -138,6 +148,10 @@ class Layer(Struct, frozen=True):
     reason_code: ReasonCode
     scheme: str | None
     rank: Count | None
+    factors: Annotated[
+        tuple[Factor, ...] | UnsetType,
+        Meta(description="in the order of execution; version 0.1.0 lacks them"),
+    ] = UNSET
     exact: bool
     macs: Annotated[tuple[Count, Count], Meta(description="of one sample, over all calls")]
     params: tuple[Count, Count]
@@ -416,10 +430,16 @@ class Export(Struct, frozen=True):
     missing: Annotated[dict[str, str], Meta(description="files that could not be written, and why")]
 
 
-class ReportDocument(Struct, frozen=True):
+class ReportDocument(Struct, frozen=True, kw_only=True):
     """The content of report.json."""
 
     schema: Literal["sepconvert.report/1"]
+    created: Annotated[datetime, Meta(tz=True, description="when the conversion ended")] | UnsetType = UNSET
+    name: Annotated[str | UnsetType, Meta(description="of the model: of its file, or of its class")] = UNSET
+    input_shapes: Annotated[
+        tuple[tuple[Count, ...], ...] | UnsetType,
+        Meta(description="that the models were run, verified and timed on, with the batch dimension"),
+    ] = UNSET
     mode: Literal["exact", "approx", "auto"]
     model: Model | None
     environment: Environment

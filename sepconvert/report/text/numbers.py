@@ -57,6 +57,11 @@ def written_size(count: int | None) -> str:
     return f"{count / 1e6:.1f} MB" if count >= 1e6 else f"{count / 1e3:.0f} kB"
 
 
+def milliseconds_text(milliseconds: float) -> str:
+    """Return a time in milliseconds in three digits, without the unit: 0.0480, 1.25, 1,240."""
+    return f"{milliseconds:,.0f}" if milliseconds >= 99.95 else f"{milliseconds:#.3g}"
+
+
 def duration_text(seconds: float) -> str:
     """Return a duration as people read it: `3.7 s`, `221 s`, `39 min`."""
     if seconds < 9.95:
