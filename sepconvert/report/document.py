@@ -3,7 +3,7 @@
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from datetime import datetime
+from datetime import datetime, timezone
 from typing import Any
 
 from sepconvert.base.environment import Runtime, environment
@@ -90,8 +90,9 @@ def report_document(report: Report) -> dict[str, Any]:
 
 def _heading(report: Report) -> dict[str, Any]:
     """Return what the report is about, as far as it is known."""
-    created = None if report.created is None else report.created.isoformat(timespec="seconds")
-    heading = {"created": created, "name": report.name, "input_shapes": report.input_shapes}
+    heading: dict[str, Any] = {"name": report.name, "input_shapes": report.input_shapes}
+    if report.created is not None:
+        heading["created"] = f"{report.created.astimezone(timezone.utc):%Y-%m-%dT%H:%M:%SZ}"
     return {key: value for key, value in heading.items() if value is not None}
 
 

@@ -29,11 +29,11 @@ from sepconvert.report.text.numbers import (
     drop_text,
     duration_text,
     measured_drop,
-    milliseconds_text,
     peak_memory,
     percent_text,
     ratio_text,
     speedup_text,
+    three_digits,
     total_time,
     written_size,
 )
@@ -62,7 +62,7 @@ def render_html(document: Document, exhibits: Exhibits | None = None) -> str:
         gallery=gallery(exhibits.changed),
         pictures=_pictures(document, exhibits),
         signs=curve,
-        most=_most_scored(document),
+        marked=_marked(document),
         time=_time(document.get("stages", ())),
         forms=forms,
         layers=layers,
@@ -116,7 +116,7 @@ def _template(name: str) -> Template:
         speedup=speedup_text,
         percent=percent_text,
         duration=duration_text,
-        milliseconds=milliseconds_text,
+        three_digits=three_digits,
         size=written_size,
         drop_text=drop_text,
         drop_interval=written_interval,
@@ -175,11 +175,19 @@ def _has_plans(document: Document) -> bool:
     return document["approximation"] is not None and len(curve.marks(document)[0]) > 1
 
 
-def _most_scored(document: Document) -> int:
-    """Return how many samples the plans of the curve were scored on that were scored on most."""
+def _marked(document: Document) -> Mapping[str, Any]:
+    """Return which signs occur on the curve, and how many samples decided about plans."""
     approximation = document["approximation"]
     points = () if approximation is None else approximation["curve"]
-    return max((point["drop"]["n"] for point in points if point["drop"]), default=0)
+    drops = [point["drop"]["n"] for point in points if point["drop"]]
+    most = max(drops, default=0)
+    speedups = [point["latency_speedup"] for point in points if point["latency_speedup"]]
+    return {
+        "most": most,
+        "fewer": sorted({number for number in drops if number < most}),
+        "noise": any(not speedup["significant"] for speedup in speedups),
+        "far": approximation is not None and bool(curve.far_off(document)),
+    }
 
 
 def _time(stages: Sequence[Document]) -> Mapping[str, Any] | None:

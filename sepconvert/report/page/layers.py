@@ -1,6 +1,6 @@
 """Layers of a page: what became of each, its factors, and the arithmetic for each byte that it moves."""
 
-from sepconvert.report.text.numbers import Document, written_count
+from sepconvert.report.text.numbers import Document, three_digits, written_count
 
 _MIB = 2**20
 
@@ -46,5 +46,5 @@ def intensity(layer: Document, batch: int) -> str:
     if layer["execution"] is None or not all(layer["execution"]["bytes_moved"]):
         return ""
     moved = zip(layer["macs"], layer["execution"]["bytes_moved"], strict=True)
-    before, after = (f"{batch * macs / each:.3g}" for macs, each in moved)
+    before, after = (three_digits(batch * macs / each) for macs, each in moved)
     return f"{before} → {after} MACs/byte"

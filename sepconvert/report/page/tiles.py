@@ -8,8 +8,8 @@ from sepconvert.report.text.numbers import (
     Document,
     Quality,
     estimate_text,
-    milliseconds_text,
     ratio_text,
+    three_digits,
     written_count,
     written_size,
 )
@@ -47,7 +47,7 @@ def report_tiles(document: Document) -> list[Tile]:
     note, in_float = "", forms["float"]["latency_ms"]
     if in_float is not None:
         over = ratio_text(forms["converted_int8"]["delta"]["latency_speedup"]["median"])
-        note = f"{over} as fast as in floating point ({milliseconds_text(in_float['median'])} ms)"
+        note = f"{over} as fast as in floating point ({three_digits(in_float['median'])} ms)"
     found = tiles(before, after, delta, "int8 alone")
     names = {"time per run": note, "accuracy": "from floating point to int8"}
     return [*outputs, *(Tile(each.label, each.values, each.change, _note(each, names)) for each in found)]
@@ -101,8 +101,8 @@ def _outputs(document: Document) -> list[Tile]:
 
 def _quality(before: Document, after: Document, delta: Document) -> list[Tile]:
     """Return the value of the metric, if it is known of both."""
-    metrics = [side.get("metric") for side in (before, after)]
-    if None in metrics or metrics[0]["name"] != metrics[1]["name"]:
+    metrics: list[Document] = [side["metric"] for side in (before, after) if side.get("metric")]
+    if len(metrics) < 2 or metrics[0]["name"] != metrics[1]["name"]:
         return []
     metric, unit = metrics[1], metrics[1]["unit"]
     quality = Quality(metric["name"], unit, metric["higher_is_better"])
@@ -118,8 +118,8 @@ def _lost(metric: Document) -> str:
     """Return what a metric lost or gained, with its interval."""
     drop, unit, ends = metric["drop"], metric["unit"], metric["ci95"]
     lost, gained = ("lost", "gained") if metric["higher_is_better"] else ("worse", "better")
-    if not drop and not any(ends):
-        return "unchanged"
+    if not drop:
+        return f"unchanged {written_interval(ends, unit)}"
     if drop < 0:
         drop, lost, ends = -drop, gained, [-ends[1], -ends[0]]
     return f"{written_drop(drop, unit)} {lost} {written_interval(ends, unit)}"
@@ -130,12 +130,12 @@ def _time(before: Document, after: Document, delta: Document, base: str) -> list
     latencies = [side["latency_ms"] for side in (before, after)]
     if None in latencies:
         return []
-    first, second = (milliseconds_text(each["median"]) for each in latencies)
+    first, second = (three_digits(each["median"]) for each in latencies)
     batch, speedup = latencies[1]["batch"], delta["latency_speedup"]
     change = ""
     if speedup is not None:
         than = f" as {base}" if base else ""
-        noise = "" if speedup["significant"] else " ~"
+        noise = "" if speedup["significant"] else "\N{NO-BREAK SPACE}~"
         change = f"{estimate_text(speedup['median'], speedup['ci95'], f'× as fast{than}')}{noise}"
     label = "time per run" if batch == 1 else f"time per run of {batch} samples"
     return [Tile(label, (first, f"{second} ms"), change)]

@@ -14,6 +14,14 @@ DELIVERED, NOISE, FEWER = "←", "~", "*"
 
 
 _ROOM = 0.16  # of the width of the curve, on its right, for the sign of the fastest plan
+# Changes are drawn as far as this multiple of the budget, or of the change of the delivered plan: one plan
+# that destroys the network would leave no room to tell the others apart. It is marked at the edge.
+_REACH = 5
+
+
+_DECADE = 10  # divergences that lie farther apart are drawn on a logarithmic scale
+
+
 _WIDE_HEIGHT, _SLIM_HEIGHT = 3.4, 2.9  # inches, of all, and of each of two plots above each other
 
 
@@ -26,9 +34,19 @@ class Mark:
     change: float | None  # of the metric: above 0 it rose
     ends: tuple[float, float] | None  # 95 % interval of the change
     delivered: bool = False
-    signs: str = ""
     noisy: bool = False
+    fewer: bool = False  # samples than decided
     name: str = ""
+
+    @property
+    def signs(self) -> str:
+        """Signs of noise and of fewer samples."""
+        return NOISE * self.noisy + FEWER * self.fewer
+
+    @property
+    def label(self) -> str:
+        """All signs, and the name."""
+        return " ".join(filter(None, [self.name, self.signs, f"{DELIVERED} delivered" * self.delivered]))
 
 
 def marks(document: Document) -> tuple[list[Mark], bool]:
@@ -48,9 +66,6 @@ def marks(document: Document) -> tuple[list[Mark], bool]:
         if not point["converted"]:
             continue
         drop, speedup = point["drop"], point["latency_speedup"]
-        noisy = timed and not speedup["significant"]
-        fewer = drop is not None and drop["n"] < most
-        signs = f"{NOISE if noisy else ''}{FEWER if fewer else ''}"
         found.append(
             Mark(
                 gain=speedup["median"] if timed else point["macs_ratio"] or 1.0,
@@ -59,8 +74,8 @@ def marks(document: Document) -> tuple[list[Mark], bool]:
                 ends=drop
                 and (min(sign * end for end in drop["ci95"]), max(sign * end for end in drop["ci95"])),
                 delivered=point["delivered"],
-                signs=signs + f" {DELIVERED} delivered" * point["delivered"],
-                noisy=noisy,
+                noisy=timed and not speedup["significant"],
+                fewer=drop is not None and drop["n"] < most,
             )
         )
     return found, timed
@@ -83,7 +98,7 @@ def _original(document: Document, delivered: bool) -> Mark:
     if forms is not None and (lost := forms["int8"]["delta"]["metric"]) is not None:
         change = -lost["drop"] if lost["higher_is_better"] else lost["drop"]
     name = "original" if forms is None else "int8 alone"
-    return Mark(1.0, None, change, None, delivered, f"{DELIVERED} delivered" * delivered, name=name)
+    return Mark(1.0, None, change, None, delivered, name=name)
 
 
 def frontier(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
@@ -109,16 +124,17 @@ def trade_off(document: Document, *, slim: bool = False) -> str:
     rows, columns, shares = (count, 1, [1]) if slim else (1, count, [3, 2][:count])
     places = list(figure.subplots(rows, columns, squeeze=False, width_ratios=shares).flat)
     if scored or not compared:
-        _draw(places[0], found, lambda mark: mark.change, named=True)
         _draw_changes(places[0], found, quality, document["approximation"]["budget"]["max_drop"])
         places[0].set_ylabel(f"change of {heading(quality.heading, quality.unit)}")
     if compared:
         _draw(places[-1], found, lambda mark: mark.divergence, named=count == 1, better=-1)
-        if all(mark.divergence is None or mark.divergence > 0 for mark in found):
+        divergences = [mark.divergence for mark in found if mark.divergence is not None]
+        if max(divergences) > _DECADE * min(divergences) > 0:
             places[-1].set_yscale("log")
         places[-1].set_ylabel("divergence from the original")
     for axes in places:
         axes.set_xlabel("measured speed-up, ×" if timed else "fewer MACs, ×")
+        axes.margins(y=0.15)
         low, high = axes.get_xlim()
         axes.set_xlim(low, high + _ROOM * (high - low) * (2 if slim else 1))
         dress(axes)
@@ -137,29 +153,64 @@ def _draw(
                   alpha=0.4, linewidth=1, zorder=1)  # fmt: skip
     for mark, height in drawn:
         axes.plot(mark.gain, height, **_marker(mark))
-        signs = " ".join(filter(None, [mark.name, mark.signs])) if named else mark.signs.split(" ")[0]
-        if signs:
+        if text := mark.label if named else mark.signs:
+            # The original is named below its mark, where no plan is.
             axes.annotate(
-                signs, (mark.gain, height), (9, 5), textcoords="offset points", fontsize=SMALL,
-                color=AFTER if mark.delivered else INK,
+                text, (mark.gain, height), (-4, -16) if mark.name else (9, 5), textcoords="offset points",
+                fontsize=SMALL, color=AFTER if mark.delivered else INK,
             )  # fmt: skip
 
 
 def _draw_changes(axes: Axes, found: Sequence[Mark], quality: Quality, allowed: float | None) -> None:
-    """Draw the intervals of changes, the line of no change, and that of the budget where it is in sight."""
+    """Draw changes and their intervals, and the lines of no change and of the budget."""
+    better = 1 if quality.higher_is_better else -1
+    _draw(axes, found, lambda mark: mark.change, named=True, better=better)
     for mark in found:
         if mark.change is not None and mark.ends is not None:
             axes.plot([mark.gain] * 2, mark.ends, "-", color=AFTER if mark.delivered else BEFORE, linewidth=1)
     axes.axhline(0, color=INK, linewidth=0.8, alpha=0.5, zorder=1)
+    _keep_in_sight(axes, found, _far(found, quality, allowed), better)
     limits = axes.get_ylim()
-    if allowed is None:
-        return
-    level = -allowed if quality.higher_is_better else allowed
-    if limits[0] < level < limits[1]:
-        axes.axhline(level, color=AFTER, linewidth=1, linestyle=":", zorder=1)
+    if allowed is not None and limits[0] < -better * allowed < limits[1]:
+        axes.axhline(-better * allowed, color=AFTER, linewidth=1, linestyle=":", zorder=1)
         axes.annotate(
-            "allowed", (1, level), (-2, 3), xycoords=("axes fraction", "data"), textcoords="offset points",
-            ha="right", fontsize=SMALL, color=AFTER,
+            "allowed", (1, -better * allowed), (-2, 3), xycoords=("axes fraction", "data"),
+            textcoords="offset points", ha="right", fontsize=SMALL, color=AFTER,
+        )  # fmt: skip
+        axes.set_ylim(limits)
+
+
+def far_off(document: Document) -> list[Mark]:
+    """Return the plans that are too much worse than the delivered one to be drawn at their height."""
+    return _far(marks(document)[0], Quality.of(document), document["approximation"]["budget"]["max_drop"])
+
+
+def _far(found: Sequence[Mark], quality: Quality, allowed: float | None) -> list[Mark]:
+    changed = [mark for mark in found if mark.change is not None]
+    reach = _REACH * max([allowed or 0.0, *(abs(mark.change or 0.0) for mark in changed if mark.delivered)])
+    worse = -1 if quality.higher_is_better else 1
+    return [mark for mark in changed if reach and worse * (mark.change or 0.0) > reach]
+
+
+def _keep_in_sight(axes: Axes, found: Sequence[Mark], far: Sequence[Mark], better: int) -> None:
+    """Leave room for the other plans, and mark those at the edge that are far off."""
+    near = [
+        end
+        for mark in found
+        if mark.change is not None and mark not in far
+        for end in (mark.change, *(mark.ends or ()))
+    ]
+    if not far or not near:
+        return
+    low, high = min(near), max(near)
+    room = 0.15 * (high - low) or 1.0
+    axes.set_ylim(low - room, high + room)
+    edge = axes.get_ylim()[0 if better > 0 else 1]
+    for mark in far:
+        axes.plot(mark.gain, edge, "v" if better > 0 else "^", color=BEFORE, markersize=6, clip_on=False)
+        axes.annotate(
+            f"{mark.change:.3g} {mark.label}".rstrip(), (mark.gain, edge), (8, 3 * better),
+            textcoords="offset points", fontsize=SMALL, color=INK, va="bottom" if better > 0 else "top",
         )  # fmt: skip
 
 

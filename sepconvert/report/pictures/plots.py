@@ -87,7 +87,7 @@ def distributions(latencies: Sequence[tuple[str, Document]], *, slim: bool = Fal
         shares = np.linspace(0, 95, len(shown))
         axes.plot(shown, shares, color=colour, linestyle=style, linewidth=2, label=name)
         axes.axvspan(*latency["ci95"], color=colour, alpha=0.25, linewidth=0)
-    axes.legend(loc="lower left", frameon=False, labelcolor=INK, fontsize=SMALL)
+    axes.legend(loc="lower right", frameon=False, labelcolor=INK, fontsize=SMALL)
     axes.set_xlabel("milliseconds per run")
     axes.set_ylabel("runs at or below, %")
     axes.set_xlim(0, 1.05 * max(latency["quantiles"][-2] for _, latency in latencies))

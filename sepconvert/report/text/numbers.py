@@ -57,9 +57,9 @@ def written_size(count: int | None) -> str:
     return f"{count / 1e6:.1f} MB" if count >= 1e6 else f"{count / 1e3:.0f} kB"
 
 
-def milliseconds_text(milliseconds: float) -> str:
-    """Return a time in milliseconds in three digits, without the unit: 0.0480, 1.25, 1,240."""
-    return f"{milliseconds:,.0f}" if milliseconds >= 99.95 else f"{milliseconds:#.3g}"
+def three_digits(number: float) -> str:
+    """Return a number in three digits, or all of those before the point: 0.0480, 1.25, 1,240."""
+    return f"{number:,.0f}" if number >= 99.95 else f"{number:#.3g}"
 
 
 def duration_text(seconds: float) -> str:
