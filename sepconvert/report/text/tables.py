@@ -259,6 +259,11 @@ def _operator_table(operators: Sequence[Document]) -> str:
 
 
 def _cost_table(document: Document) -> str:
+    return text_table(cost_rows(document), ["", "original", "converted", "gain"], [None, None, None, 18])
+
+
+def cost_rows(document: Document) -> list[list[str]]:
+    """Return costs and quality: name, values of the original and of the converted model, and the gain."""
     before, after, delta = document["original"], document["converted"], document["delta"]
     rows = [
         ["parameters", f"{before['params']:,}", f"{after['params']:,}", ratio_text(delta["params_ratio"])],
@@ -271,8 +276,7 @@ def _cost_table(document: Document) -> str:
         latencies = (side["latency_ms"] for side in (before, after))
         texts = (estimate_text(latency["median"], latency["ci95"], digits=3) for latency in latencies)
         rows.append(["latency, ms", *texts, speedup_text(speedup)])
-    rows += _quality_rows(document)
-    return text_table(rows, ["", "original", "converted", "gain"], [None, None, None, 18])
+    return rows + _quality_rows(document)
 
 
 def _quality_rows(document: Document) -> list[list[str]]:
