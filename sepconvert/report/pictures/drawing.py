@@ -56,6 +56,11 @@ def dress(axes: Axes) -> None:
     axes.spines[["left", "bottom"]].set_color(INK)
 
 
+def name_lines(figure: Figure, columns: int) -> None:
+    """Add the legend, above the axes, where it hides nothing."""
+    figure.legend(loc="outside upper left", ncols=columns, frameon=False, labelcolor=INK, fontsize=SMALL)
+
+
 def svg(figure: Figure, label: str, *, slim: bool = False) -> str:
     """Return a figure as inline SVG in the colours of the page, labelled for screen readers.
 
