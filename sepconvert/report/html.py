@@ -80,9 +80,10 @@ def render_comparison(comparison: Comparison, note: str, environment: Document |
     """
     profiles = [profile.to_json() for profile in comparison.profiles]
     names = comparison.names or tuple(f"#{index}" for index in range(1, len(profiles) + 1))
+    short = heading.short(names)
     latencies = [
         (name, profile["latency_ms"])
-        for name, profile in zip(names, profiles, strict=True)
+        for name, profile in zip(short, profiles, strict=True)
         if profile["latency_ms"] is not None
     ]
     found = []
@@ -90,6 +91,7 @@ def render_comparison(comparison: Comparison, note: str, environment: Document |
         delta = comparison.to_json()["deltas"][comparison.fastest - 1]
         found = tiles(profiles[0], profiles[comparison.fastest], delta)
     return _template("comparison.html.jinja").render(
+        title=heading.against(short),
         names=names,
         date=datetime.now(timezone.utc).date().isoformat(),
         machine=None if environment is None else heading.machine(environment),

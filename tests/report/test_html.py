@@ -539,7 +539,7 @@ def test_a_comparison_begins_with_verdict_and_tiles():
     assert opening(page)[:5] == [
         ("header", ""), ("p", "kicker"), ("h1", ""), ("p", "facts"), ("p", "verdict"),
     ]  # fmt: skip
-    assert "<h1>a.onnx, b.onnx</h1>" in page
+    assert "<h1>b.onnx against a.onnx</h1>" in page
     assert re.search(
         r'<p class="facts"><span>\d{4}-\d\d-\d\d</span><span>batch 1</span><span>AMD EPYC, ', page
     )

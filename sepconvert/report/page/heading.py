@@ -1,5 +1,6 @@
-"""The head of a report: what it is about, when and where it was made, and what is deployed."""
+"""The head of a page: what it is about, when and where it was made, and what is deployed."""
 
+from collections.abc import Sequence
 from pathlib import PurePath
 
 from sepconvert.report.text.numbers import Document, written_size
@@ -46,6 +47,18 @@ def deployment(document: Document) -> str:
     runtime = f"ONNX Runtime {environment['onnxruntime']}"
     verb = "run" if document["converted"]["latency_ms"] is None else "timed"
     return f"{file} ({written_size(size)}, {batch}), {verb} in {runtime}: {where}."
+
+
+def short(names: Sequence[str]) -> Sequence[str]:
+    """Return names of files without their folders, unless two would be the same."""
+    found = [PurePath(name).name for name in names]
+    return found if len({*found}) == len(names) else names
+
+
+def against(names: Sequence[str]) -> str:
+    """Return the title of a comparison with the first of some models."""
+    first, *others = names
+    return f"{', '.join(others)} against {first}" if others else first
 
 
 def _threads(count: int) -> str:

@@ -17,9 +17,9 @@ from sepconvert.report.pictures.drawing import (
     BEFORE,
     INK,
     PAPER,
-    SMALL,
     STAGES,
     dress,
+    name_lines,
     sheet,
     svg,
 )
@@ -66,7 +66,7 @@ def four_forms(document: Document, *, slim: bool = False) -> str:
             1.0 if speedup is None else speedup["median"], form["metric"]["value"], marker, color=colour,
             markersize=9, label=name,
         )  # fmt: skip
-    axes.legend(loc="lower left", frameon=False, labelcolor=INK, fontsize=SMALL)
+    name_lines(figure, 2 if slim else 5)
     axes.set_xlabel("measured speed-up over the original in floating point, ×")
     axes.set_ylabel(quality.of_values)
     dress(axes)
@@ -87,7 +87,7 @@ def distributions(latencies: Sequence[tuple[str, Document]], *, slim: bool = Fal
         shares = np.linspace(0, 95, len(shown))
         axes.plot(shown, shares, color=colour, linestyle=style, linewidth=2, label=name)
         axes.axvspan(*latency["ci95"], color=colour, alpha=0.25, linewidth=0)
-    axes.legend(loc="lower right", frameon=False, labelcolor=INK, fontsize=SMALL)
+    name_lines(figure, 1 if slim else len(latencies))
     axes.set_xlabel("milliseconds per run")
     axes.set_ylabel("runs at or below, %")
     axes.set_xlim(0, 1.05 * max(latency["quantiles"][-2] for _, latency in latencies))

@@ -1,6 +1,8 @@
 """The report in tables for a terminal of 80 columns, made from the JSON document."""
 
+import html
 from collections.abc import Mapping, Sequence
+from typing import Literal
 
 from tabulate import tabulate
 
@@ -38,9 +40,13 @@ _SLOWEST = 12  # operators that have a row of their own
 _LONGEST, _WORTH_NAMING, _UNNAMED = 5, 0.05, 0.005
 
 
-def overview(document: Document) -> str:
-    """Return the verdict, and costs and quality of both models."""
-    return "\n".join([*(fold(str(note)) for note in verdict(document)), "", _cost_table(document)])
+def overview(document: Document, style: Literal["text", "html"] = "text") -> str:
+    """Return the verdict, and costs and quality of both models, as text or in HTML."""
+    notes = [str(note) for note in verdict(document)]
+    if style == "html":
+        table: str = tabulate(cost_rows(document), _COST_HEADERS, tablefmt="html", disable_numparse=True)
+        return "\n".join([*(f"<p>{html.escape(note)}</p>" for note in notes), table])
+    return "\n".join([*map(fold, notes), "", _cost_table(document)])
 
 
 def summary(document: Document) -> str:
@@ -258,8 +264,11 @@ def _operator_table(operators: Sequence[Document]) -> str:
     return text_table(rows, ["layer", "operator", "kernel", "ms", "%"], [30, None, None, None, None])
 
 
+_COST_HEADERS = ["", "original", "converted", "gain"]
+
+
 def _cost_table(document: Document) -> str:
-    return text_table(cost_rows(document), ["", "original", "converted", "gain"], [None, None, None, 18])
+    return text_table(cost_rows(document), _COST_HEADERS, [None, None, None, 18])
 
 
 def cost_rows(document: Document) -> list[list[str]]:

@@ -2,7 +2,17 @@
 
 import re
 
-from sepconvert.report.pictures.drawing import AFTER, BEFORE, INK, dress, sheet, svg
+from sepconvert.report.pictures.drawing import AFTER, BEFORE, INK, dress, name_lines, sheet, svg
+
+
+def test_the_legend_is_above_the_axes():
+    figure = sheet(2, slim=True)
+    axes = figure.subplots()
+    axes.plot([0, 1], [1, 1], label="a model")
+    name_lines(figure, 1)
+    figure.canvas.draw()
+    legend = figure.legends[0].get_window_extent()
+    assert legend.y0 >= axes.get_window_extent().y1
 
 
 def drawn(*, slim: bool = False) -> str:
