@@ -64,11 +64,17 @@ class Comparison:
         if not others:
             return base.sentence
         deltas = self.deltas or (Delta(),) * len(others)
-        speeds = [0.0 if delta.speedup is None else delta.speedup.median for delta in deltas]
-        index = speeds.index(max(speeds))
+        index = self.fastest - 1
         names = self.names or [f"#{number}" for number in range(1, len(self.profiles) + 1)]
-        fastest = f", the fastest of {len(others)}," if len(others) > 1 and any(speeds) else ""
+        timed = any(delta.speedup is not None for delta in deltas)
+        fastest = f", the fastest of {len(others)}," if len(others) > 1 and timed else ""
         return f"{names[index + 1]}{fastest} {_against(base, others[index], deltas[index], names[0])}."
+
+    @property
+    def fastest(self) -> int:
+        """Index of the profile that the verdict is on: the fastest of the others, or the second."""
+        speeds = [0.0 if delta.speedup is None else delta.speedup.median for delta in self.deltas]
+        return 1 + (speeds.index(max(speeds)) if speeds else 0)
 
     def rows(self) -> list[list[str]]:
         """Return a row for each quantity that was measured: its name, and its value for each profile."""

@@ -4,7 +4,9 @@ import hashlib
 import os
 from collections.abc import Callable, Iterable
 from dataclasses import replace
+from datetime import datetime, timezone
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -37,7 +39,7 @@ from sepconvert.base.progress import (
     stages_so_far,
 )
 from sepconvert.files.data import Batch
-from sepconvert.files.onnx.graph.network import open_network
+from sepconvert.files.onnx.graph.network import OnnxNetwork, open_network
 from sepconvert.files.results import TemporaryFolder
 from sepconvert.network.tensors import Inputs, model_dtype, state_tensors, tensors_in
 from sepconvert.pipeline.job import Check, Job
@@ -280,6 +282,9 @@ def _result(
     """Return what was made, written, verified and measured as one result."""
     exhibits = _exhibits(original, made, measured, job)  # first, as it takes time, which the report tells
     report = Report(
+        name=_name(original, job.origin),
+        created=datetime.now(timezone.utc),
+        input_shapes=tuple(tuple(value.shape) for value in tensors_in(original.inputs)),
         mode=job.mode,
         source=job.origin.to_json(),
         command=job.origin.command,
@@ -314,6 +319,13 @@ def _result(
         verification,
         exhibits,
     )
+
+
+def _name(original: Original, origin: Origin) -> str:
+    """Return the name of a model: that of its file, or of its class."""
+    if origin.path is not None:
+        return Path(origin.path).name
+    return "ONNX model" if isinstance(original.model, OnnxNetwork) else type(original.model).__name__
 
 
 def _exhibits(original: Original, made: Conversion, measured: Measured, job: Job) -> Exhibits:

@@ -11,6 +11,7 @@ from sepconvert.base.notes import Reason, ReasonCode
 from sepconvert.factorize.border import Border
 from sepconvert.factorize.exact.analysis import Analysis, Finding, Spectrum
 from sepconvert.factorize.exact.certificate import Certificate
+from sepconvert.factorize.exact.factors import factor_specs
 from sepconvert.factorize.geometry import ConvSpec
 from sepconvert.measure.execution.layers import LayerExecution
 from sepconvert.measure.latency import PairTiming, Speedup
@@ -88,6 +89,20 @@ class LayerReport:
             return self.approximation.output_error
         return None if self.check is None else self.check.output_error
 
+    @property
+    def factors(self) -> tuple[tuple[ConvSpec, int], ...]:
+        """The convolutions in a row that replace the layer, and the MACs of each over all its calls."""
+        plan = self.plan
+        if not plan.is_replaced or plan.spec is None or plan.scheme is None or plan.rank is None:
+            return ()
+        specs = factor_specs(plan.spec, plan.scheme, plan.rank, plan.border)
+        macs = [0] * len(specs)
+        for size in self.site.sizes:
+            for place, spec in enumerate(specs):
+                macs[place] += spec.macs(size)
+                size = spec.output_size(size)
+        return tuple(zip(specs, macs, strict=True))
+
     def to_json(self) -> dict[str, Any]:
         """Return the layer's entry in the report's `layers`."""
         plan, conv = self.plan, self.site.conv
@@ -101,6 +116,7 @@ class LayerReport:
             **reason_json(plan.reason),
             "scheme": plan.scheme,
             "rank": plan.rank,
+            "factors": [{**asdict(spec), "macs": macs} for spec, macs in self.factors],
             "exact": plan.scheme == MERGED or (self.certificate is not None and self.certificate.exact),
             "macs": list(plan.macs),
             "params": list(plan.params),

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from datetime import datetime, timezone
 from typing import Any
 
 from sepconvert.base.environment import Runtime, environment
@@ -42,6 +43,9 @@ class Report:
     forms: Mapping[str, Any] | None = None  # of models that are deployed in int8
     stages: Sequence[Mapping[str, Any]] = ()  # that the time went to
     files: Mapping[str, Mapping[str, str]] = field(default_factory=dict)  # of the data, by option
+    name: str | None = None  # of the model: of its file, or of its class
+    created: datetime | None = None
+    input_shapes: tuple[tuple[int, ...], ...] | None = None
     data: Mapping[str, Any] | None = None  # facts that show whether results on the data mean anything
 
 
@@ -56,6 +60,7 @@ def report_document(report: Report) -> dict[str, Any]:
     accuracy = NO_DELTA if report.accuracy is None else report.accuracy.to_dict()
     document: dict[str, Any] = {
         "schema": SCHEMA,
+        **_heading(report),
         "mode": report.mode,
         "model": report.source,
         "environment": environment(report.runtime),
@@ -83,6 +88,14 @@ def report_document(report: Report) -> dict[str, Any]:
     }
     document = json.loads(json.dumps(document, allow_nan=False))
     return {**document, "model_card": model_card(document, report.files)}
+
+
+def _heading(report: Report) -> dict[str, Any]:
+    """Return what the report is about, as far as it is known."""
+    heading: dict[str, Any] = {"name": report.name, "input_shapes": report.input_shapes}
+    if report.created is not None:
+        heading["created"] = f"{report.created.astimezone(timezone.utc):%Y-%m-%dT%H:%M:%SZ}"
+    return {key: value for key, value in heading.items() if value is not None}
 
 
 def _ratio(before: float, after: float) -> float | None:

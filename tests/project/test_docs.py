@@ -53,6 +53,7 @@ RUN: dict[str, tuple[str, ...]] = {
     "sepconvert resnet.pt --allow mynets.ResNet --input-shape 3x224x224": NONE,
     "sepconvert resnet.pt --trust --input-shape 3x224x224": NONE,
     "sepconvert model.pt --input-shape 3x224x224 --debug": NONE,
+    "sepconvert model.pt --input-shape 3x224x224 --input-names images --output-names logits --opset 20": NONE,
     "sepconvert model.pt --input-shape 3x224x224 --dry-run": (),
     "sepconvert model.pt --input-shape 3x224x224 --gate latency --threads 1 --runs 200": SHORT,
     "sepconvert model.pt --mode auto --calib images/ --data val.npz --max-drop 1.0 --threads 1": FIT,

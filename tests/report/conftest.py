@@ -1,6 +1,7 @@
 """A report as the pipeline makes it, with numbers that are easy to recognise."""
 
 from dataclasses import replace
+from datetime import datetime, timezone
 from typing import Any
 
 import pytest
@@ -107,6 +108,9 @@ STAGES = (
     stage("survey", 72.0, 3.25, stem=24.5, large=40.25), stage("export", 40.0), stage("report", 0.0),
 )  # fmt: skip
 EXACT = Report(
+    name="net.pt",
+    created=datetime(2026, 7, 17, 12, 34, 56, tzinfo=timezone.utc),
+    input_shapes=((1, 8, 4, 4),),
     mode="exact",
     source={"path": "models/net.pt", "sha256": "0123456789abcdef" * 4},
     command="sepconvert models/net.pt --data 'a b'",
@@ -141,6 +145,7 @@ EXACT = Report(
 )  # fmt: skip
 BARE = replace(
     EXACT,
+    name="Net",
     source=None,
     command=None,
     original=replace(EXACT.original, latency=None, accuracy=None, metric=None, uncounted_ops={}),

@@ -3,6 +3,7 @@
 import json
 import math
 from dataclasses import replace
+from datetime import timedelta, timezone
 
 import pytest
 
@@ -26,6 +27,25 @@ def test_every_part_is_in_its_place(report, document):
     assert document["stages"] == list(report.stages)
     for name in ("mode", "seed", "dtype", "command", "approximation"):
         assert document[name] == getattr(report, name)
+
+
+def test_what_the_report_is_about(report, document):
+    assert document["name"] == "net.pt"
+    assert document["created"] == "2026-07-17T12:34:56Z"
+    assert document["input_shapes"] == [[1, 8, 4, 4]]
+    east = report.created.astimezone(timezone(timedelta(hours=9)))
+    assert report_document(replace(report, created=east))["created"] == "2026-07-17T12:34:56Z"
+    unknown = report_document(replace(report, name=None, created=None, input_shapes=None))
+    assert not {"name", "created", "input_shapes"} & unknown.keys()
+
+
+def test_factors_stand_in_their_order_with_their_macs(document):
+    kept, converted = document["layers"]
+    assert kept["factors"] == []
+    vertical, horizontal = converted["factors"]
+    assert (vertical["kernel_size"], horizontal["kernel_size"]) == ([3, 1], [1, 3])
+    assert (vertical["in_channels"], vertical["out_channels"], horizontal["out_channels"]) == (8, 2, 16)
+    assert (vertical["macs"], horizontal["macs"]) == (16 * 8 * 2 * 3, 16 * 2 * 16 * 3)  # 4×4 pixels
 
 
 def test_the_difference_is_original_over_converted(report, document):

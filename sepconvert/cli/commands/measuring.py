@@ -12,7 +12,7 @@ import click
 from torch import nn
 
 from sepconvert.base.documents import writing
-from sepconvert.base.environment import environment
+from sepconvert.base.environment import Runtime, environment
 from sepconvert.base.errors import DemandNotMetError, SepconvertError
 from sepconvert.base.options.values import Task
 from sepconvert.cli.commands.history import check_judged, entry_of, update
@@ -136,7 +136,8 @@ def _show(
         show(wanted, document, found.verdict, "", found.text("table"), "", note, *since)
         return
     if style == "html":
-        text = _rendered(found, note)
+        runtime = timing_of(options).runtime if found.deltas else None
+        text = _rendered(found, note, runtime)
     elif style == "markdown":
         timed = options["runs"] > 0 and bool(found.deltas)
         where = environment(timing_of(options).runtime) if timed else None
@@ -148,10 +149,10 @@ def _show(
         click.echo(changes, err=True)
 
 
-def _rendered(found: Comparison, note: str) -> str:
+def _rendered(found: Comparison, note: str, runtime: Runtime | None) -> str:
     from sepconvert.report.html import render_comparison  # which imports matplotlib, for plots
 
-    return render_comparison(found, note)
+    return render_comparison(found, note, None if runtime is None else environment(runtime))
 
 
 def _may_have_labels(options: Options) -> bool:

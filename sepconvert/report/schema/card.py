@@ -52,7 +52,7 @@ class CardResults(Struct, frozen=True):
 
 
 class Card(Struct, frozen=True):
-    """A model card; all of it follows from the rest of the report."""
+    """A model card; all but the names and hashes of the data follows from the rest of the report."""
 
     model: CardModel
     made: CardMaking

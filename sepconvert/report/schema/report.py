@@ -3,6 +3,7 @@
 Pairs are (before, after): of the original and of the converted model or layer.
 """
 
+from datetime import datetime
 from typing import Annotated, Literal
 
 from msgspec import UNSET, Meta, Struct, UnsetType
@@ -10,23 +11,21 @@ from msgspec import UNSET, Meta, Struct, UnsetType
 from sepconvert.base.notes import ReasonCode
 from sepconvert.base.options.values import Divergence as DivergenceKind
 from sepconvert.report.schema.card import Card
+from sepconvert.report.schema.execution import LayerExecution, ModelExecution, Stages
 from sepconvert.report.schema.forms import Forms
 from sepconvert.report.schema.profile import (
     Accuracy,
     AccuracyDrop,
-    Bytes,
     Count,
     Drop,
     Environment,
     MetricDrop,
-    Milliseconds,
     Model,
     Positive,
     Profile,
     Share,
     Speedup,
 )
-from sepconvert.report.schema.stages import Stages
 
 # Layers --------------------------------------------------------------------------------------------
 
@@ -48,6 +47,15 @@ class Kernel(Struct, frozen=True):
     bias: bool
 
 
+class Factor(Kernel, frozen=True, kw_only=True):
+    """One of the convolutions in a row that replace a layer.
+
+    A depthwise factor of rank R is one convolution of R filters a channel here, and may be laid out as R.
+    """
+
+    macs: Annotated[Count, Meta(description="of one sample, over all calls of the layer")]
+
+
 class Approximation(Struct, frozen=True):
     """Errors of an approximated layer, relative, as the calibration images showed them."""
 
@@ -59,16 +67,6 @@ class Approximation(Struct, frozen=True):
         float | None, Meta(description="divergence of the model's output over the squared output error")
     ]
     sweeps: Count
-
-
-class LayerExecution(Struct, frozen=True):
-    """Execution of a layer by ONNX Runtime, before and after."""
-
-    milliseconds: tuple[Milliseconds, Milliseconds]
-    operators: tuple[Count, Count]
-    bytes_moved: tuple[Bytes, Bytes]
-    kernels: tuple[tuple[str, ...], tuple[str, ...]]
-    cause: Annotated[str | None, Meta(description="why the gain is much less than the ratio of MACs")]
 
 
 class Spectrum(Struct, frozen=True):
@@ -126,7 +124,7 @@ class StructureFinding(Struct, frozen=True):
     singular_values_dropped: tuple[float, ...]
 
 
-class Layer(Struct, frozen=True):
+class Layer(Struct, frozen=True, kw_only=True):
     """One convolution: what was decided, why, and what it costs before and after."""
 
     name: str
@@ -139,6 +137,10 @@ class Layer(Struct, frozen=True):
     reason_code: ReasonCode
     scheme: str | None
     rank: Count | None
+    factors: Annotated[
+        tuple[Factor, ...] | UnsetType,
+        Meta(description="in the order of execution; version 0.1.0 lacks them"),
+    ] = UNSET
     exact: bool
     macs: Annotated[tuple[Count, Count], Meta(description="of one sample, over all calls")]
     params: tuple[Count, Count]
@@ -377,17 +379,6 @@ class ChangedPredictions(Struct, frozen=True):
     shown: tuple[ChangedPrediction, ...]
 
 
-class ModelExecution(Struct, frozen=True):
-    """Milliseconds of the profiler by kind of operator, before and after."""
-
-    converted: tuple[Milliseconds, Milliseconds]
-    kept: tuple[Milliseconds, Milliseconds]
-    layout: Annotated[tuple[float, float], Meta(description="copies to other memory layouts")]
-    other: tuple[Milliseconds, Milliseconds]
-    operators: tuple[Count, Count]
-    layout_changes: tuple[Count, Count]
-
-
 class Verification(Struct, frozen=True):
     """Largest differences of outputs, and their tolerances; null for what was not compared."""
 
@@ -415,10 +406,16 @@ class Export(Struct, frozen=True):
     missing: Annotated[dict[str, str], Meta(description="files that could not be written, and why")]
 
 
-class ReportDocument(Struct, frozen=True):
+class ReportDocument(Struct, frozen=True, kw_only=True):
     """The content of report.json."""
 
     schema: Literal["sepconvert.report/1"]
+    created: Annotated[datetime, Meta(tz=True, description="when the conversion ended")] | UnsetType = UNSET
+    name: Annotated[str | UnsetType, Meta(description="of the model: of its file, or of its class")] = UNSET
+    input_shapes: Annotated[
+        tuple[tuple[Count, ...], ...] | UnsetType,
+        Meta(description="that the models were run, verified and timed on, with the batch dimension"),
+    ] = UNSET
     mode: Literal["exact", "approx", "auto"]
     model: Model | None
     environment: Environment

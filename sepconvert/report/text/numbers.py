@@ -57,6 +57,11 @@ def written_size(count: int | None) -> str:
     return f"{count / 1e6:.1f} MB" if count >= 1e6 else f"{count / 1e3:.0f} kB"
 
 
+def three_digits(number: float) -> str:
+    """Return a number in three digits, or all of those before the point: 0.0480, 1.25, 1,240."""
+    return f"{number:,.0f}" if number >= 99.95 else f"{number:#.3g}"
+
+
 def duration_text(seconds: float) -> str:
     """Return a duration as people read it: `3.7 s`, `221 s`, `39 min`."""
     if seconds < 9.95:

@@ -1,6 +1,8 @@
 """The report in tables for a terminal of 80 columns, made from the JSON document."""
 
+import html
 from collections.abc import Mapping, Sequence
+from typing import Literal
 
 from tabulate import tabulate
 
@@ -38,9 +40,13 @@ _SLOWEST = 12  # operators that have a row of their own
 _LONGEST, _WORTH_NAMING, _UNNAMED = 5, 0.05, 0.005
 
 
-def overview(document: Document) -> str:
-    """Return the verdict, and costs and quality of both models."""
-    return "\n".join([*(fold(str(note)) for note in verdict(document)), "", _cost_table(document)])
+def overview(document: Document, style: Literal["text", "html"] = "text") -> str:
+    """Return the verdict, and costs and quality of both models, as text or in HTML."""
+    notes = [str(note) for note in verdict(document)]
+    if style == "html":
+        table: str = tabulate(cost_rows(document), _COST_HEADERS, tablefmt="html", disable_numparse=True)
+        return "\n".join([*(f"<p>{html.escape(note)}</p>" for note in notes), table])
+    return "\n".join([*map(fold, notes), "", _cost_table(document)])
 
 
 def summary(document: Document) -> str:
@@ -258,7 +264,15 @@ def _operator_table(operators: Sequence[Document]) -> str:
     return text_table(rows, ["layer", "operator", "kernel", "ms", "%"], [30, None, None, None, None])
 
 
+_COST_HEADERS = ["", "original", "converted", "gain"]
+
+
 def _cost_table(document: Document) -> str:
+    return text_table(cost_rows(document), _COST_HEADERS, [None, None, None, 18])
+
+
+def cost_rows(document: Document) -> list[list[str]]:
+    """Return costs and quality: name, values of the original and of the converted model, and the gain."""
     before, after, delta = document["original"], document["converted"], document["delta"]
     rows = [
         ["parameters", f"{before['params']:,}", f"{after['params']:,}", ratio_text(delta["params_ratio"])],
@@ -271,8 +285,7 @@ def _cost_table(document: Document) -> str:
         latencies = (side["latency_ms"] for side in (before, after))
         texts = (estimate_text(latency["median"], latency["ci95"], digits=3) for latency in latencies)
         rows.append(["latency, ms", *texts, speedup_text(speedup)])
-    rows += _quality_rows(document)
-    return text_table(rows, ["", "original", "converted", "gain"], [None, None, None, 18])
+    return rows + _quality_rows(document)
 
 
 def _quality_rows(document: Document) -> list[list[str]]:

@@ -3,6 +3,7 @@
 import re
 import xml.etree.ElementTree as ET
 
+import numpy as np
 import pytest
 import torch
 from data_urls import pixels
@@ -10,38 +11,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sepconvert.report.pictures import plots
+from sepconvert.report.pictures.drawing import STAGE_COLOURS
 from sepconvert.report.pictures.exhibits import KernelPair
-from sepconvert.report.text.numbers import TOP1, Quality
-
-
-def points(count: int, drops=()) -> list[dict]:
-    return [
-        {
-            "converted": number + 1,
-            "macs_ratio": 1.5 + number,
-            "heldout": {"divergence": 0.01 * 2**number},
-            "drop": None if drop is None else {"value": drop, "ci95": [drop - 0.5, drop + 0.5]},
-            "latency_speedup": {"median": 1.25 + number, "significant": True},
-            "delivered": number == 0,
-        }
-        for number, drop in zip(range(count), [*drops, *[None] * count], strict=False)
-    ]
-
 
 SPECTRUM = {"scheme": "spatial-vh", "cut": 2, "full_rank": 24, "values": [[1, 0.75], [2, 0.5], [24, 1e-12]]}
 
 
-@pytest.fixture(params=["trade-off", "distributions", "spectrum", "time"])
+@pytest.fixture(params=["distributions", "slim", "spectrum", "time"])
 def svg(request, document) -> str:
-    if request.param == "trade-off":
-        return plots.trade_off(points(3, [0.25]), TOP1)
     if request.param == "spectrum":
         return plots.spectrum(SPECTRUM)
     if request.param == "time":
         return plots.time_bar([2.0, 1.0])
-    return plots.distributions(
-        [("a < b", document[side]["latency_ms"]) for side in ("original", "converted")]
-    )
+    latencies = [("a < b", document[side]["latency_ms"]) for side in ("original", "converted")]
+    return plots.distributions(latencies, slim=request.param == "slim")
 
 
 def test_plots_are_well_formed_and_need_nothing_from_elsewhere(svg):
@@ -59,45 +42,34 @@ def test_plots_take_the_colours_of_the_page(svg):
     assert not {*re.findall(r"#[0-9a-f]{6}\b", svg)} - {"#ffffff", "#000000"}
 
 
-def test_a_curve_without_accuracy_has_one_plot():
-    assert "top-1" not in plots.trade_off(points(2), TOP1)
-    assert "top-1" in plots.trade_off(points(2, [0.5]), TOP1)
+def latency(runs: int, slowest: float) -> dict:
+    """Latencies of one to two milliseconds, but for the slowest run."""
+    samples = np.array([*np.linspace(1, 2, runs - 1), slowest])
+    quantiles = np.quantile(samples, np.linspace(0, 1, 21)).tolist()
+    return {"quantiles": quantiles, "ci95": [1.4, 1.6], "runs": runs, "samples": samples}
 
 
-def drawn_height(svg: str, gain: int) -> float:
-    """Where the marker of a plan is in the lower plot, from above."""
-    return [float(y) for y in re.findall(r'<use [^>]*y="([\d.]+)"[^>]*var\(--(?:bar|after)\)', svg)][gain]
+@pytest.mark.parametrize("runs", [21, 50, 51, 100, 257])
+def test_the_slowest_runs_are_counted_and_not_drawn(runs):
+    found = latency(runs, 1000.0)
+    assert plots.outliers(found) == (found["samples"] > found["quantiles"][19]).sum()
+    # The axis ends near the 95th percentile: a run of a second would make it a thousand times as long.
+    ticks = [*map(float, re.findall(r">([\d.]+)</text>", plots.distributions([("a", found)])))]
+    assert any(1 < tick < 2 for tick in ticks)
+    assert max(ticks) == 100  # of percent
 
 
-def test_the_lower_axis_is_that_of_the_metric():
-    curve = points(2, [0.5, 1.0])
-    assert "psnr, dB" in plots.trade_off(curve, Quality("psnr", "dB", higher_is_better=True))
-    shown = plots.trade_off(curve, Quality("mse", "", higher_is_better=False))
-    assert "change of" in shown
-    assert ">mse<" in shown
+def drawn_width(svg: str) -> float:
+    return float(re.search(r'width="([\d.]+)pt"', svg)[1])
 
 
-def test_what_is_worse_lies_lower_unless_less_is_better():
-    curve = points(2, [0.5, 1.0])
-    better, worse = (drawn_height(plots.trade_off(curve, TOP1), -place) for place in (2, 1))
-    assert better < worse
-    error = Quality("mse", "", higher_is_better=False)
-    better, worse = (drawn_height(plots.trade_off(curve, error), -place) for place in (2, 1))
-    assert better > worse
-
-
-def test_a_curve_is_drawn_over_macs_unless_all_is_timed():
-    curve = points(3)
-    assert "measured speed-up" in plots.trade_off(curve, TOP1)
-    curve[1]["latency_speedup"] = None
-    assert "fewer MACs" in plots.trade_off(curve, TOP1)
-
-
-def test_speedups_within_noise_are_hollow():
-    curve = points(3)
-    assert "fill-opacity: 0; stroke: var(--bar)" not in plots.trade_off(curve, TOP1)
-    curve[1]["latency_speedup"]["significant"] = False
-    assert "fill-opacity: 0; stroke: var(--bar)" in plots.trade_off(curve, TOP1)
+def test_a_narrow_picture_is_another_one(document):
+    latencies = [("a", document["original"]["latency_ms"])]
+    wide, slim = (plots.distributions(latencies, slim=slim) for slim in (False, True))
+    assert drawn_width(slim) < 0.5 * drawn_width(wide)
+    # Nothing of one refers to the other, which is not drawn while it is hidden.
+    names = [{*re.findall(r'<clipPath id="([^"]+)"', each)} for each in (wide, slim)]
+    assert not names[0] & names[1]
 
 
 def test_the_label_of_a_spectrum_says_where_it_is_cut():
@@ -135,7 +107,7 @@ def bars(svg: str) -> list[tuple[str, float]]:
 @given(st.lists(st.floats(0.5, 100), min_size=1, max_size=20))
 @settings(max_examples=10)
 def test_the_parts_of_a_bar_are_as_long_as_the_stages(seconds):
-    colours, total = plots.STAGE_COLOURS, sum(seconds)
+    colours, total = STAGE_COLOURS, sum(seconds)
     own, shorter = seconds[: len(colours) - 1], seconds[len(colours) - 1 :]
     found = bars(plots.time_bar(seconds))
     assert [colour for colour, _ in found] == list(colours[: len(own) + 1])
