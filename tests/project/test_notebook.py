@@ -38,14 +38,14 @@ def test_outputs_are_stored(stored):
     nbformat.validate(stored)
     assert not [each for cell in shown(stored) for each in cell if each[0] == "error"]
     by_source = {cell.source: kinds(cell) for cell in stored.cells if cell.cell_type == "code"}
-    assert "text/plain" in by_source["result"]
+    assert "text/html" in by_source["result"]
 
 
 def test_it_shows_the_whole_interface(stored):
     code = "\n".join(cell.source for cell in stored.cells if cell.cell_type == "code")
     for call in (
-        "sepconvert.inspect(", "progress=True", "result.summary()", "result.to_html()", "result.save(",
-        "sepconvert.apply(model, result.plan)",
+        "sepconvert.inspect(", "progress=True", "result.summary()", "result.plot()", "result.to_html()",
+        "result.save(", "sepconvert.apply(model, result.plan)",
     ):  # fmt: skip
         assert call in code
 
