@@ -1,6 +1,7 @@
 """The report in tables for a terminal of 80 columns, made from the JSON document."""
 
 import html
+import re
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
@@ -45,7 +46,8 @@ def overview(document: Document, style: Literal["text", "html"] = "text") -> str
     notes = [str(note) for note in verdict(document)]
     if style == "html":
         table: str = tabulate(cost_rows(document), _COST_HEADERS, tablefmt="html", disable_numparse=True)
-        return "\n".join([*(f"<p>{html.escape(note)}</p>" for note in notes), table])
+        escaped = (re.sub(r"`([^`]+)`", r"<code>\1</code>", html.escape(note)) for note in notes)
+        return "\n".join([*(f"<p>{note}</p>" for note in escaped), table])
     return "\n".join([*map(fold, notes), "", _cost_table(document)])
 
 
