@@ -198,9 +198,15 @@ def _name_batch(model: ir.Model) -> None:
         return
     pattern = re.compile(rf"\b({'|'.join(map(re.escape, symbols))})\b")
     for value in _values(model):
-        for axis, size in enumerate(value.shape or ()):
-            if value.shape is not None and isinstance(size, ir.SymbolicDim) and size.value is not None:
-                value.shape[axis] = ir.SymbolicDim(pattern.sub(lambda found: symbols[found[1]], size.value))
+        if value.shape is None or value.shape.is_static():
+            continue
+        # A new shape, since those of some values are frozen.
+        value.shape = ir.Shape(
+            pattern.sub(lambda found: symbols[found[1]], size.value)
+            if isinstance(size, ir.SymbolicDim) and size.value is not None
+            else size
+            for size in value.shape
+        )
 
 
 def _free(name: str, taken: set[Any]) -> str:

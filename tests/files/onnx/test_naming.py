@@ -105,8 +105,10 @@ def test_files_take_the_arguments_of_the_forward(tmp_path, model, inputs, taken,
         torch.testing.assert_close(torch.from_numpy(found), value, rtol=1e-4, atol=1e-5)
 
 
-def test_the_batch_is_called_so_everywhere(tmp_path):
-    write_onnx(Two().eval(), (X, X), tmp_path / "m.onnx")
+@pytest.mark.parametrize("model", [Two(), nn.Sequential(nn.SiLU()), nn.Sequential(nn.LogSigmoid())])
+def test_the_batch_is_called_so_everywhere(tmp_path, model):
+    """Also where the exporter makes several operators of one, whose shapes cannot be changed."""
+    write_onnx(model.eval(), (X, X) if isinstance(model, Two) else (X,), tmp_path / "m.onnx")
     graph = onnx.load(tmp_path / "m.onnx").graph
     values = [*graph.input, *graph.output, *graph.value_info]
     named = {each.type.tensor_type.shape.dim[0].dim_param for each in values}

@@ -42,7 +42,7 @@ def path(tmp_path_factory):
 
 
 def times(path, level):
-    feeds = {"input": np.zeros((1, 3, 16, 16), np.float32)}
+    feeds = {"x": np.zeros((1, 3, 16, 16), np.float32)}
     return operator_times(Deployed(path, Runtime(1, level)), feeds, runs=5)
 
 
@@ -56,7 +56,7 @@ def test_a_profile_that_did_not_fit_on_the_disk_is_told(path):
         "from sepconvert.measure.execution.operators import operator_times;"
         "from sepconvert.measure.latency import Deployed;"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000));"
-        "feeds = {'input': np.zeros((1, 3, 16, 16), np.float32)};"
+        "feeds = {'x': np.zeros((1, 3, 16, 16), np.float32)};"
         "operator_times(Deployed(Path(sys.argv[1]), Runtime(1, 'all')), feeds, runs=5)"
     )
     command = [sys.executable, "-c", script, path]
