@@ -33,7 +33,7 @@ from sepconvert.calibration.batchnorm import reestimate_batchnorm
 from sepconvert.calibration.heldout import Heldout
 from sepconvert.calibration.split import CalibrationSet, Division, split_data
 from sepconvert.files.data import Preprocess, load_data
-from sepconvert.files.models import load_model
+from sepconvert.files.models.loading import load_model
 from sepconvert.files.onnx.export import export_program, save_onnx
 from sepconvert.files.onnx.writing import onnx_feed
 from sepconvert.measure.cost import count

@@ -2,18 +2,14 @@
 
     sphinx-build -W --keep-going -b html docs docs/_build
 
-Figures and tables are made first, by the code that they describe (`figures.py`).
+The same versions of the tools write the same bytes on each machine: nothing is computed or timed. Figures and
+tables lie in `stored` (`figures.py` makes them), and the outputs of notebooks within them (`execute.py`).
 """
 
 import sys
 from pathlib import Path
 
-from sphinx.application import Sphinx
-
-HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE))
-
-import figures
+sys.path.insert(0, str(Path(__file__).parent))
 
 import sepconvert
 
@@ -21,7 +17,7 @@ project = "sepconvert"
 version = release = sepconvert.__version__
 html_title = f"sepconvert {release}"
 
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx_click"]
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx_click", "notebooks"]
 exclude_patterns = ["_build"]
 html_theme = "furo"
 html_show_sourcelink = False
@@ -42,8 +38,3 @@ autodoc_typehints_format = "short"
 autodoc_member_order = "bysource"
 autodoc_class_signature = "separated"
 napoleon_numpy_docstring = False
-
-
-def setup(app: Sphinx) -> None:
-    """Make the included figures and tables before the pages are read."""
-    app.connect("builder-inited", lambda _: figures.make(HERE / "_generated"))

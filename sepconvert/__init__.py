@@ -14,6 +14,7 @@ _PUBLIC = {
     "Calibration": "base.options.values",
     "ConversionResult": "pipeline.results",
     "DemandNotMetError": "base.errors",
+    "Export": "base.options.exporting",
     "FactorizedConv2d": "network.layers",
     "Profile": "measure.profiling",
     "FinetuneResult": "distillation.results",
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
     from sepconvert.base.errors import DemandNotMetError as DemandNotMetError
     from sepconvert.base.errors import SepconvertError as SepconvertError
     from sepconvert.base.errors import VerificationError as VerificationError
+    from sepconvert.base.options.exporting import Export as Export
     from sepconvert.base.options.values import Calibration as Calibration
     from sepconvert.base.options.values import Finetuning as Finetuning
     from sepconvert.base.options.values import Int8 as Int8

@@ -11,12 +11,14 @@ from typing import Any
 import torch
 from torch import nn
 
-COMMANDS = ["convert", "inspect", "profile", "compare", "apply", "demo"]
+COMMANDS = ["convert", "inspect", "profile", "compare", "apply", "demo", "env"]
 
 RESULTS = [
     "converted.onnx", "converted.pt2", "converted.safetensors",
     "original.onnx", "plan.json", "report.html", "report.json",
 ]  # fmt: skip
+
+WRITTEN = sorted([*RESULTS, "run.toml"])  # by a command
 
 SHAPE = ("--input-shape", "3x8x8")
 
@@ -123,7 +125,7 @@ def listing(folder: Path) -> list[str]:
 
 def listing_of(out: str) -> list[str]:
     """Paths that a conversion to `out` leaves."""
-    return [out, *(f"{out}/{name}" for name in RESULTS)]
+    return [out, *(f"{out}/{name}" for name in WRITTEN)]
 
 
 @dataclass(frozen=True)

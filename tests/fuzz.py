@@ -41,7 +41,7 @@ import sepconvert
 from sepconvert.base.documents import sealed
 from sepconvert.base.errors import SepconvertError
 from sepconvert.files.data import Preprocess, load_data
-from sepconvert.files.models import load_model
+from sepconvert.files.models.loading import load_model
 from sepconvert.files.onnx.export import export_program, save_archive, save_onnx
 from sepconvert.files.onnx.facts import read_onnx
 from sepconvert.measure.profiling import read_profile

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from sepconvert.base.errors import SepconvertError
-from sepconvert.files.models import load_model
+from sepconvert.files.models.loading import load_model
 
 FORMATS = pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
 

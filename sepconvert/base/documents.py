@@ -22,10 +22,11 @@ T = TypeVar("T")
 
 
 @contextlib.contextmanager
-def writing(path: Path) -> Iterator[None]:
+def writing(path: Path, parameter: str = "out") -> Iterator[None]:
     """Turn every exception of a library that writes `path` within the block into a `SepconvertError`.
 
     The message gives the file's name alone: a result directory has a temporary path until it is complete.
+    `parameter` is the one that names the place.
     """
     try:
         yield
@@ -33,7 +34,9 @@ def writing(path: Path) -> Iterator[None]:
         raise
     except Exception as error:  # torch and safetensors have errors of their own for a full disk
         reason = (error.strerror if isinstance(error, OSError) else None) or first_line(error)
-        raise SepconvertError(f"{path.name}: cannot be written: {reason}; pass another `out`") from error
+        raise SepconvertError(
+            f"{path.name}: cannot be written: {reason}; pass another `{parameter}`"
+        ) from error
 
 
 def read_file(path: Path, most: int = MOST_BYTES) -> bytes:

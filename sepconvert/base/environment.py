@@ -40,19 +40,22 @@ _THREADS = {"dnnl": "num_of_threads", "openvino": "num_of_threads", "xnnpack": "
 _THREADS_IN_JSON = "INFERENCE_NUM_THREADS"
 
 
-# Flags of /proc/cpuinfo that the speed of convolutions depends on, of x86 and of AArch64.
-_INSTRUCTION_SETS = {
+INT8_INSTRUCTIONS = ("AVX-VNNI", "AVX-512 VNNI", "AMX", "NEON dot product", "I8MM")
+"""Instruction sets that multiply int8 numbers and add the products: without one, int8 gains little."""
+
+
+# Flags of /proc/cpuinfo that the speed of convolutions depends on.
+_OF_X86 = {
     "avx2": "AVX2",
     "fma": "FMA",
     "avx512f": "AVX-512",
     "avx_vnni": "AVX-VNNI",
     "avx512_vnni": "AVX-512 VNNI",
     "amx_tile": "AMX",
-    "asimd": "NEON",
-    "asimddp": "NEON dot product",
-    "i8mm": "I8MM",
-    "sve": "SVE",
 }
+_OF_AARCH64 = {"asimd": "NEON", "asimddp": "NEON dot product", "i8mm": "I8MM", "sve": "SVE"}
+_CPUINFO = Path("/proc/cpuinfo")
+_ARM = ("arm64", "aarch64")  # names of that architecture
 
 
 @dataclass(frozen=True)
@@ -126,15 +129,8 @@ def environment(runtime: Runtime) -> dict[str, Any]:
     """Return the `environment` object of reports and profiles; clock and load are those of this moment."""
     import onnxruntime as ort  # not loaded for --help
 
-    cpu, instruction_sets = _processor()
     return {
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "cpu": cpu,
-        "instruction_sets": instruction_sets,
-        "cores": os.cpu_count() or 1,
-        "clock_mhz": _clock_mhz(),
-        "load_average": _load_average(),
+        **machine_facts(),
         "threads": runtime.threads,
         "spinning": runtime.spinning,
         "execution_mode": "sequential",
@@ -145,6 +141,20 @@ def environment(runtime: Runtime) -> dict[str, Any]:
         "provider_takes_threads": runtime.takes_threads,
         "onnxruntime": ort.__version__,  # its distribution has another name with other providers
         **{name: version(name) for name in ("sepconvert", "torch", "onnx", "onnxscript", "fvcore", "numpy")},
+    }
+
+
+def machine_facts() -> dict[str, Any]:
+    """Return Python, the system and the processor; clock and load are those of this moment."""
+    cpu, instruction_sets = _processor()
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cpu": cpu,
+        "instruction_sets": instruction_sets,
+        "cores": os.cpu_count() or 1,
+        "clock_mhz": _clock_mhz(),
+        "load_average": _load_average(),
     }
 
 
@@ -160,7 +170,7 @@ def processor(cpuinfo: str) -> tuple[str, list[str]]:
         name, _, value = line.partition(":")
         facts.setdefault(name.strip(), value.strip())
     flags = (facts.get("flags") or facts.get("Features") or "").split()
-    found = [name for flag, name in _INSTRUCTION_SETS.items() if flag in flags]
+    found = [name for flag, name in (_OF_X86 | _OF_AARCH64).items() if flag in flags]
     return facts.get("model name", platform.machine()), found
 
 
@@ -169,11 +179,19 @@ def instruction_sets() -> list[str]:
     return _processor()[1]
 
 
+def missing_instruction_sets() -> list[str]:
+    """Return those of its architecture that this machine's processor lacks; none where nothing is known."""
+    if not _CPUINFO.exists():
+        return []
+    known = _OF_AARCH64 if platform.machine().lower() in _ARM else _OF_X86
+    return [name for name in known.values() if name not in instruction_sets()]
+
+
 def _processor() -> tuple[str, list[str]]:
     try:
-        return processor(Path("/proc/cpuinfo").read_text(encoding="utf-8"))
+        return processor(_CPUINFO.read_text(encoding="utf-8"))
     except OSError:  # not Linux: all 64-bit ARM processors have NEON, of others nothing is known
-        sets = ["NEON"] if platform.machine().lower() in ("arm64", "aarch64") else []
+        sets = ["NEON"] if platform.machine().lower() in _ARM else []
         return platform.processor() or platform.machine(), sets
 
 

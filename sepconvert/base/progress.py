@@ -66,7 +66,7 @@ class Phase(str, Enum):
 
 
 class Watcher(Protocol):
-    """What is told of the phases of a conversion."""
+    """A listener that is told of the phases of a conversion."""
 
     def expect(self, phases: Sequence[Phase]) -> None:
         """Note the phases that a conversion is going to have."""

@@ -9,9 +9,12 @@ from typing import TYPE_CHECKING, Literal
 from sepconvert.base.errors import SepconvertError
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from sepconvert.measure.comparison import Comparison, Delta
     from sepconvert.measure.latency import Speedup
     from sepconvert.measure.profiling import Profile
+    from sepconvert.report.baseline import ModelChanges
 
 UNITS: Mapping[str, tuple[str, ...]] = {
     "latency": ("%",),
@@ -27,6 +30,12 @@ UNITS: Mapping[str, tuple[str, ...]] = {
 
 A drop is in the unit of `--metric`, which a condition need not repeat.
 """
+
+
+QUANTITIES: Mapping[str, str] = {
+    "latency": "latency", "macs": "macs", "params": "params", "bytes": "bytes", "drop": "metric",
+}  # fmt: skip
+"""The metrics that are changes, which are those since a baseline if there is one, and their names there."""
 
 
 _CONDITION = re.compile(
@@ -98,6 +107,24 @@ class Demand:
                 "give the threshold so, or pass another --metric"
             )
 
+    def require_a_base(self, *, models: int, since: bool) -> None:
+        """Check, before anything is measured, that there is something to judge a model against.
+
+        Args:
+            models: number of models.
+            since: whether changes are those since a baseline, not from the first model.
+
+        Raises:
+            SepconvertError: a model that stands alone has nothing that the metric compares it with.
+        """
+        if models > 1 or (since and self.metric in QUANTITIES and self.metric != "latency"):
+            return
+        what = "the ratio to a reference" if self.metric == "latency" else "that against a reference"
+        raise SepconvertError(
+            f"--fail-if {self.text!r}: {self.metric} is {what} that is measured in the same run, and there "
+            "is one model; pass the reference first: compare REFERENCE MODEL"
+        )
+
     def failures(self, comparison: "Comparison") -> list[str]:
         """Return a message for each model that meets the condition.
 
@@ -113,13 +140,26 @@ class Demand:
         base = comparison.profiles[0]
         for index, (profile, delta) in enumerate(zip(comparison.profiles[1:], deltas, strict=True), start=1):
             value = self._value(base, profile, delta)
-            if value > self.threshold if self.sign == ">" else value < self.threshold:
+            if self._holds(value):
                 name = comparison.names[index] if comparison.names else f"#{index + 1}"
                 unit = self._unit(delta)
                 messages.append(
                     f"{name}: {self.metric} is {value:.4g}{unit and ' '}{unit} ({self.text.strip()})"
                 )
         return messages
+
+    def failures_since(self, models: "Iterable[ModelChanges]") -> list[str]:
+        """Return a message for each model that meets the condition by its change since a baseline."""
+        found = [(model.name, model.change(QUANTITIES[self.metric])) for model in models]
+        return [
+            f"{name}: {self.metric} is {each.amount:+.4g}{each.unit and ' '}{each.unit} since {each.since} "
+            f"({self.text.strip()})"
+            for name, each in found
+            if each is not None and self._holds(each.amount)
+        ]
+
+    def _holds(self, value: float) -> bool:
+        return value > self.threshold if self.sign == ">" else value < self.threshold
 
     def _unit(self, delta: "Delta") -> str:
         """Return the unit in which a failure is reported."""

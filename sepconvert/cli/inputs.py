@@ -1,7 +1,7 @@
 """Models, data and example inputs that a command's options name."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,13 +26,14 @@ from sepconvert.files.data import (
     TargetKind,
     check_shape,
     has_labels,
+    has_pixels,
     is_own,
     load_data,
     sample_shapes,
     varies,
 )
 from sepconvert.files.images import Layout, layout_of
-from sepconvert.files.models import LoadedModel, load_model
+from sepconvert.files.models.loading import LoadedModel, load_model
 from sepconvert.files.onnx.facts import OnnxFile
 from sepconvert.files.onnx.graph.network import OnnxNetwork
 from sepconvert.files.sources import parse_input_shape
@@ -98,7 +99,7 @@ def read_images(options: Options, name: str) -> DataLoader[Batch] | None:
         kind = "any"
     return load_data(
         spec,
-        _preprocess(options),
+        _preprocess(options, spec),
         batch_size=DENSE_TRAINING_BATCH if dense else TRAINING_BATCH,
         labelled=has_labels(spec),
         parameter=name,
@@ -112,9 +113,13 @@ def _kind_of_targets(options: Options) -> TargetKind | None:
     return None if scoring.metric is None or scoring.classifies else scoring.metric.targets
 
 
-def _preprocess(options: Options) -> Preprocess:
+def _preprocess(options: Options, spec: str) -> Preprocess:
+    """Return the preprocessing of images; those of a library's model are normalised as it says."""
     layout: Layout = options.get("layout") or "nchw"
-    return Preprocess(options["mean"], options["std"], options["resize"], layout)
+    mean, std, usual = options["mean"], options["std"], options.get("normalisation")
+    if mean is None and std is None and usual is not None and has_pixels(spec):
+        mean, std = usual.mean, usual.std
+    return Preprocess(mean, std, options["resize"], layout)
 
 
 def with_layout(options: Options, shapes: Sequence[Sequence[int | None]]) -> Options:
@@ -145,6 +150,7 @@ def load_subject(options: Options) -> LoadedModel:
     loaded = load_model(
         options["model"],
         factory=options["factory"],
+        factory_args=options["factory_args"],
         allow=options["allow"],
         trust=options["trust"],
         ignore_extra_keys=options["ignore_extra_keys"],
@@ -162,11 +168,39 @@ def load_subject(options: Options) -> LoadedModel:
     return loaded
 
 
-def in_layout(options: Options, loaded: LoadedModel) -> Options:
-    """Return the options with the layout of images of the model, which for a torch model is N×C×H×W."""
+def suited(options: Options, loaded: LoadedModel) -> Options:
+    """Return the options with the way in which the model takes images: their layout, and normalisation."""
     if isinstance(loaded.model, OnnxNetwork):
         return with_layout(options, loaded.model.input_shapes)
-    return options
+    return with_normalisation(options, [loaded])
+
+
+def with_normalisation(options: Options, models: Iterable[LoadedModel]) -> Options:
+    """Return the options with the normalisation of images that the libraries of models give.
+
+    It is that of uint8 images for which neither --mean nor --std is given, and told on standard error.
+
+    Raises:
+        SepconvertError: there are such images, and the models want them normalised in different ways.
+    """
+    known = {each.path: each.normalisation for each in models if each.normalisation is not None}
+    specs = [options[name] for name in ("data", "calib", "train") if options.get(name) is not None]
+    given = options["mean"] is not None or options["std"] is not None
+    if given or not known or not any(map(has_pixels, specs)):
+        return options
+    path, found = next(iter(known.items()))
+    if other := next((each for each, way in known.items() if way != found), None):
+        raise SepconvertError(
+            f"{other}: its library normalises images in another way than that of {path}; pass `mean` and "
+            "`std`, which hold for all models"
+        )
+    mean, std = (",".join(f"{value:g}" for value in each) for each in (found.mean, found.std))
+    click.echo(
+        f"sepconvert: {path}: uint8 images are normalised as its library says: --mean {mean} --std {std}; "
+        "pass these if others are right",
+        err=True,
+    )
+    return {**options, "normalisation": found}
 
 
 def read_data_and_inputs(options: Options, loaded: LoadedModel) -> tuple[DataLoader[Batch] | None, Inputs]:
@@ -253,7 +287,7 @@ def _evaluation_data(options: Options, *, labelled: bool) -> DataLoader[Batch] |
         return None
     return load_data(
         spec,
-        _preprocess(options),
+        _preprocess(options, spec),
         labelled=labelled or has_labels(spec),
         targets=options["targets"],
         kind=_kind_of_targets(options),

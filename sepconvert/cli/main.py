@@ -15,6 +15,7 @@ from types import ModuleType
 from typing import Any
 
 import click
+from click.shell_completion import CompletionItem
 
 from sepconvert import __version__
 from sepconvert.base.errors import DemandNotMetError, SepconvertError, first_line, shortened
@@ -22,10 +23,14 @@ from sepconvert.cli.options import (
     budget_options,
     calibration_options,
     comparing_options,
+    config_option,
     data_options,
+    debug_option,
+    export_options,
     finetuning_options,
     in_flags,
     int8_options,
+    json_option,
     loading_options,
     mode_options,
     model_argument,
@@ -36,6 +41,7 @@ from sepconvert.cli.options import (
     selection_options,
     task_options,
     timing_options,
+    trace_option,
 )
 from sepconvert.cli.outputs import command_line, relaxed
 from sepconvert.cli.preflight import (
@@ -69,16 +75,33 @@ The first is exact and needs no images. docs/quickstart.md, in the repository, e
 _AGAIN = 0.05  # seconds
 
 
+_COMPLETION = "_SEPCONVERT_COMPLETE"
+_HELP = ["-h", "--help"]
+
+
 class _ConvertByDefault(click.Group):
     """`sepconvert MODEL` is `sepconvert convert MODEL`."""
 
+    def add_command(self, cmd: click.Command, name: str | None = None) -> None:
+        """Register a command, which has the help of the group even where it is made alone."""
+        cmd.context_settings.setdefault("help_option_names", _HELP)
+        super().add_command(cmd, name)
+
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        if not args:
+        if not args and not ctx.resilient_parsing:  # or a shell asks what could come first
             click.echo(ctx.get_help(), err=True)
             ctx.exit(2)
-        if args[0] not in self.commands and args[0] not in ("--help", "--version"):
+        if args and args[0] not in self.commands and args[0] not in (*_HELP, "--version"):
             args = ["convert", *args]
         return super().parse_args(ctx, args)
+
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
+        """Return commands, and what can come first in `convert`: its options, or a file."""
+        default = self.commands["convert"]
+        nothing_yet = default.make_context("convert", [], ctx, resilient_parsing=True)
+        options = default.shell_complete(nothing_yet, incomplete)
+        files = [] if incomplete.startswith("-") else [CompletionItem(incomplete, type="file")]
+        return [*super().shell_complete(ctx, incomplete), *options, *files]
 
     def invoke(self, ctx: click.Context) -> Any:
         _LOG.info("%s", command_line())
@@ -91,7 +114,7 @@ class _ConvertByDefault(click.Group):
 
 @click.group(
     cls=_ConvertByDefault,
-    context_settings={"help_option_names": ["--help"], "max_content_width": 100},
+    context_settings={"help_option_names": _HELP, "max_content_width": 100},
     epilog=_EXAMPLES,
 )
 @click.version_option(__version__, prog_name="sepconvert")
@@ -115,6 +138,15 @@ def cli() -> None:
 @selection_options
 @finetuning_options
 @output_options
+@export_options
+@click.option(
+    "--format",
+    "style",
+    type=click.Choice(["table", "markdown"]),
+    default="table",
+    show_default=True,
+    help="Format of the summary; markdown is short, for a pull request.",
+)
 @click.option(
     "--dry-run",
     is_flag=True,
@@ -124,8 +156,12 @@ def cli() -> None:
 @search_options
 @loading_options
 @run_options
+@config_option
 def convert(**options: Any) -> None:
     """Convert MODEL, verify the result, and measure the gain.
+
+    MODEL is a file, or a name: timm:NAME, torchvision:NAME or hf-hub:OWNER/NAME builds the model by that
+    library. Without ?weights=DEFAULT behind NAME, the weights of the first two are random.
 
     The original and the converted model are exported to ONNX and compared: MACs, latency, and accuracy
     (or --metric) on --data. Mode exact needs no images. Modes approx and auto fit replacements to --calib,
@@ -144,6 +180,7 @@ def convert(**options: Any) -> None:
 @click.option("--all", "everything", is_flag=True,
               help="Show all layers, with every structure, instead of the ten nearest.")  # fmt: skip
 @run_options
+@config_option
 def inspect(**options: Any) -> None:
     """Show which convolutions of MODEL separate, and how exactly.
 
@@ -159,11 +196,13 @@ def inspect(**options: Any) -> None:
 @task_options
 @click.option("--out", type=click.Path(path_type=Path), metavar="FILE",
               help="Write the profile to this JSON file.")  # fmt: skip
+@trace_option
 @click.option("--batches", default="8", show_default=True, metavar="N,N…", callback=numbers(int, "1,8,32"),
               help="Batch sizes to time beside --batch, if the file leaves the batch open.")  # fmt: skip
 @timing_options
 @loading_options
 @run_options
+@config_option
 def profile(**options: Any) -> None:
     """Measure one MODEL, or one .onnx file.
 
@@ -188,14 +227,24 @@ def profile(**options: Any) -> None:
 @click.option("--fail-if", multiple=True, metavar="CONDITION",
               help="Exit with code 3 if this holds for any model but the first, e.g. 'latency > +5%' or "
                    "'drop > 0.5'. Repeatable.")  # fmt: skip
+@click.option("--baseline", type=click.Path(path_type=Path), metavar="FILE",
+              help="History of earlier runs, a JSON file: models are compared with their last ones, and "
+                   "changes in --fail-if are those since then.")  # fmt: skip
+@click.option(
+    "--update-baseline",
+    is_flag=True,
+    help="Add this run to --baseline, unless it fails, and make the file if there is none.",
+)
+@trace_option
 @timing_options
 @loading_options
 @run_options
+@config_option
 def compare(**options: Any) -> None:
     """Compare models, .onnx files or profiles with the first.
 
     Models and .onnx files are timed in turns, in one process. Profiles are the files that
-    `sepconvert profile --out` writes.
+    `sepconvert profile --out` writes. With --baseline, one model is enough.
     """
     check_compare(options)
     _commands("commands.measuring").compare(**options)
@@ -205,8 +254,10 @@ def compare(**options: Any) -> None:
 @model_argument
 @click.argument("plan", type=click.Path(path_type=Path))
 @output_options
+@export_options
 @loading_options
 @run_options
+@config_option
 def apply(**options: Any) -> None:
     """Replay a plan.json on the MODEL that it was made from.
 
@@ -229,8 +280,18 @@ def demo(**options: Any) -> None:
     _commands("demo.command").demo(**options)
 
 
+@cli.command()
+@json_option
+@debug_option
+def env(**options: Any) -> None:
+    """Show versions and the machine, to paste into a report of a bug."""
+    _commands("commands.environment").env(**options)
+
+
 def main() -> None:
     """Run the command line; the process ends with the exit code of the contract."""
+    if os.environ.get(_COMPLETION):
+        cli.main(prog_name="sepconvert")  # prints what a shell asks for, and ends the process
     # Threads of OpenMP that wait for each other spin by default, which takes the processor from whoever they
     # wait for on a busy machine: inspecting a ResNet-18 beside other work took three times as long.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

@@ -5,6 +5,7 @@ An option that Python has too is a field of a value in `sepconvert.base.options.
 terminal are defined here.
 """
 
+import json
 import logging
 import math
 import re
@@ -17,6 +18,7 @@ import click
 
 from sepconvert.base.errors import range_text
 from sepconvert.base.options.declared import check_option, options_of
+from sepconvert.base.options.exporting import Export
 from sepconvert.base.options.values import (
     Budget,
     Calibration,
@@ -26,7 +28,10 @@ from sepconvert.base.options.values import (
     Task,
     Timing,
 )
+from sepconvert.cli.config import read_config
 from sepconvert.pipeline.job import Job
+
+_WIDTH = '{"width": 12}'  # an example of keyword arguments
 
 Command = Callable[..., Any]
 Options = Mapping[str, Any]
@@ -115,6 +120,24 @@ def _log_file(context: click.Context, parameter: click.Parameter, path: Path | N
     return path
 
 
+def names(context: click.Context, parameter: click.Parameter, text: str | None) -> tuple[str, ...] | None:
+    """Read names joined by commas; None where there are none."""
+    return None if text is None else tuple(part.strip() for part in text.split(","))
+
+
+def keywords(context: click.Context, parameter: click.Parameter, text: str | None) -> dict[str, Any] | None:
+    """Read keyword arguments: a JSON object."""
+    if text is None:
+        return None
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise click.BadParameter(f"expected JSON, e.g. '{_WIDTH}', got {text!r} ({error})") from error
+    if not isinstance(found, dict):
+        raise click.BadParameter(f"expected a JSON object of arguments, e.g. '{_WIDTH}', got {text!r}")
+    return found
+
+
 def in_flags(text: str) -> str:
     """Return a text in which parameters between backticks, such as `max_drop`, are flags: --max-drop."""
     return re.sub(r"`([a-z][a-z0-9_]*)`", lambda found: _flag(_RENAMED.get(found[1], found[1])), text)
@@ -168,6 +191,8 @@ def _made_from(option: Field[Any]) -> Command:
     if isinstance(option.default, tuple):
         return click.option(_flag(name), multiple=True, **settings)
     kinds = get_args(option.type)  # of `Path | None`, for example
+    if about.get("joined"):
+        return click.option(_flag(name), callback=names, **settings)
     if any(get_origin(kind) is Mapping for kind in kinds):
         return click.option(_flag(name), multiple=True, callback=pairs, **settings)
     if "flag_value" in about:
@@ -199,7 +224,7 @@ def _of(kind: Any, *names: str) -> list[Command]:
 
 _RENAMED = {
     each.name: _name(each)
-    for kind in (Budget, Calibration, Finetuning, Int8, Selection, Task, Timing, Job)
+    for kind in (Budget, Calibration, Export, Finetuning, Int8, Selection, Task, Timing, Job)
     for each in options_of(kind)
 }
 
@@ -211,6 +236,12 @@ loading_options = _options(
         metavar="PKG.MOD:CALLABLE",
         help="Callable that builds the model of a state_dict checkpoint; also file.py:callable. If the "
         "model has its weights already, MODEL is the name of what they came from.",
+    ),
+    click.option(
+        "--factory-args",
+        callback=keywords,
+        metavar="JSON",
+        help=f"Keyword arguments that --factory is called with, e.g. '{_WIDTH}'.",
     ),
     click.option(
         "--ignore-extra-keys",
@@ -257,6 +288,7 @@ data_options = _options(
     click.option("--resize", callback=size, metavar="N|HxW", help="Size to which uint8 images are resized."),
 )
 _OF_TRAINING = ("divergence", "loss")  # of use where something is fitted to outputs
+export_options = _options(*_of(Export))
 task_options = _options(*(_made_from(each) for each in options_of(Task) if each.name not in _OF_TRAINING))
 comparing_options = _options(*_of(Task, *_OF_TRAINING))
 mode_options = _options(*_of(Job, "mode", "gate", "nearest"))
@@ -278,6 +310,10 @@ finetuning_options = _options(
         "--train", metavar="PATH", help="Images to fine-tune on; labels are used where there are any."
     ),
 )
+json_option = click.option(
+    "--json", "as_json", is_flag=True, help="Print the JSON document on standard output."
+)
+debug_option = click.option("--debug", is_flag=True, help="Show tracebacks.")
 run_options = _options(
     click.option(
         "--batch",
@@ -297,7 +333,7 @@ run_options = _options(
     *_of(Job, "seed"),
     click.option("--quiet", is_flag=True, help="Print only warnings and errors."),
     click.option("--brief", is_flag=True, help="Print one line: the answer alone."),
-    click.option("--json", "as_json", is_flag=True, help="Print the JSON document on standard output."),
+    json_option,
     click.option(
         "--verbose",
         "-v",
@@ -312,11 +348,27 @@ run_options = _options(
         callback=_log_file,
         help="Write each step with its time, and errors, to this file.",
     ),
-    click.option("--debug", is_flag=True, help="Show tracebacks."),
+    debug_option,
+)
+config_option = click.option(
+    "--config",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    is_eager=True,
+    expose_value=False,
+    callback=read_config,
+    help="TOML file of options, such as the run.toml of a result; the command line prevails.",
 )
 _OF_SEARCH = ("measure_seconds", "cache")  # of no use where nothing is searched for
 timing_options = _options(*(_made_from(each) for each in options_of(Timing) if each.name not in _OF_SEARCH))
 search_options = _options(*_of(Timing, *_OF_SEARCH))
+trace_option = click.option(
+    "--trace",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Write the operators of a run in ONNX Runtime to this JSON file, which ui.perfetto.dev and "
+    "chrome://tracing show.",
+)
 output_options = _options(
     click.option(
         "--out",

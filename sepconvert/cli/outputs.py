@@ -11,7 +11,9 @@ from typing import Any
 
 import click
 
+from sepconvert.base.documents import sha256_of_file
 from sepconvert.cli.options import Options, in_flags
+from sepconvert.files.models.names import stem_of
 from sepconvert.files.results import check_result_directory, result_directory
 
 _LOG = logging.getLogger(__name__)
@@ -37,7 +39,7 @@ def relaxed(demands: Mapping[str, float]) -> str:
 
 def out_of(options: Options) -> Path:
     """Return the directory that --out names, or the one named after the model or the demo."""
-    stem = options["model"].stem if "model" in options else "demo"
+    stem = stem_of(options["model"]) if "model" in options else "demo"
     return options["out"] or Path(f"{stem}-sepconvert")
 
 
@@ -58,6 +60,15 @@ def result_directory_of(options: Options, out: Path) -> contextlib.AbstractConte
     return result_directory(out, force=options["force"], inputs=_made_from(options), resumed=resumed)
 
 
+def data_of(options: Options) -> dict[str, dict[str, str]]:
+    """Return what the options name as data, with the SHA-256 of files, for the report."""
+    named = {name: str(options[name]) for name in ("data", "calib") if options.get(name) is not None}
+    return {
+        name: {"source": spec, **({"sha256": sha256_of_file(Path(spec))} if Path(spec).is_file() else {})}
+        for name, spec in named.items()
+    }
+
+
 def _made_from(options: Options) -> list[Path]:
     """Return the files that the options name as inputs."""
     names = ("model", "plan", "data", "calib", "train")
@@ -72,9 +83,17 @@ def show(options: Options, document: Mapping[str, Any], first: str, *others: str
     _LOG.info("%s", in_flags(first))
     if options["as_json"]:
         click.echo(json.dumps(document, indent=2, allow_nan=False))
-    elif options["brief"]:
+    elif options.get("brief"):
         click.echo(in_flags(first))
-    elif not options["quiet"]:
+    elif not options.get("quiet"):
         from sepconvert.report.text.numbers import fold  # which imports torch
 
         click.echo(in_flags("\n".join([fold(first), *others])))
+
+
+def show_page(options: Options, document: Mapping[str, Any], text: str) -> None:
+    """Print the document under --json, else a text as it is, unless --quiet."""
+    if options["as_json"]:
+        click.echo(json.dumps(document, indent=2, allow_nan=False))
+    elif not options["quiet"]:
+        click.echo(in_flags(text))

@@ -10,14 +10,19 @@ from pathlib import Path
 
 from sepconvert.base.documents import check_file, writing
 from sepconvert.base.errors import SepconvertError
+from sepconvert.base.options.exporting import Export
 from sepconvert.base.options.values import Budget, Calibration, Finetuning, Int8, Selection, Task, Timing
 from sepconvert.base.progress import Progress, silent
 from sepconvert.cli.conditions import Demand
 from sepconvert.cli.options import Options, value_of
 from sepconvert.cli.outputs import check_place, checkpoint_of, out_of
 from sepconvert.files.callables import check_callable
-from sepconvert.files.sources import ModelFormat, check_data, model_format, parse_input_shape
+from sepconvert.files.models.sources import ModelFormat, model_format
+from sepconvert.files.sources import check_data, parse_input_shape
 from sepconvert.pipeline.job import Job
+
+# What a trace holds among its first bytes.
+_TRACE, _BEGINNING = b'"traceEvents"', 64
 
 
 def check_convert(options: Options) -> None:
@@ -47,29 +52,36 @@ def check_profile(options: Options) -> None:
     job_of(options)
     _check_models(options, [_measured(options, options["model"])])
     _check_data(options)
-    out: Path | None = options["out"]
-    if out is None:
-        return
-    if not out.parent.is_dir():
-        raise SepconvertError(f"{out}: cannot be written: there is no {out.parent}; pass another --out")
-    with writing(out):
-        if not os.access(out if out.exists() else out.parent, os.W_OK):
-            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    _check_writable(options["out"], "out")
+    _check_trace(options)
 
 
 def check_compare(options: Options) -> None:
     """Check the options of `sepconvert compare A B …`."""
-    if len(options["models"]) < 2:  # no condition of --fail-if could fail
-        raise SepconvertError("compare: expected two models or more, got one; profile measures one")
+    since = options["baseline"] is not None
+    if len(options["models"]) < 2 and not since:  # no condition of --fail-if could fail
+        raise SepconvertError(
+            "compare: expected two models or more, got one; profile measures one, and --baseline compares it "
+            "with earlier runs"
+        )
     for text in options["fail_if"]:
         Demand.parse(text)
     job_of(options)
-    _check_models(options, [_compared(options, path) for path in options["models"]])
+    formats = [_compared(options, path) for path in options["models"]]
+    _check_models(options, formats)
     _check_data(options)
+    for name in ("baseline", "trace"):
+        if options[name] is not None and None in formats:
+            raise SepconvertError(
+                f"--{name}: is of models that are run now, got a stored profile; pass models or .onnx files"
+            )
+    _check_baseline(options)
+    _check_trace(options)
 
 
 def check_apply(options: Options) -> None:
     """Check the options of `sepconvert apply MODEL PLAN`."""
+    value_of(Export, options)
     _check_models(options, [_loaded(options, options["model"])])
     check_file(options["plan"])
     _check_data(options)
@@ -93,6 +105,7 @@ def job_of(options: Options, progress: Progress = silent) -> Job:
         timing=value_of(Timing, options),
         calibration=value_of(Calibration, options),
         int8=value_of(Int8, options),
+        export=value_of(Export, options),
         finetuning=value_of(Finetuning, options, train=options.get("train")),
         progress=progress,
     )
@@ -131,7 +144,17 @@ def _compared(options: Options, path: Path) -> ModelFormat | None:
 
 def _check_models(options: Options, formats: Iterable[ModelFormat | None]) -> None:
     """Refuse options that models of these formats cannot obey."""
-    if options.get("layout") == "nhwc" and not {"onnx", None} & {*formats}:
+    formats = {*formats}
+    if formats == {"onnx"} and (given := value_of(Export, options).given()):
+        raise SepconvertError(
+            f"`{given[0]}`: an ONNX file keeps the names and the opset that it has; leave it out"
+        )
+    ignored = [f"--{name}" for name in ("allow", "trust") if options.get(name)]
+    if ignored and formats == {"named"}:
+        raise SepconvertError(
+            f"{', '.join(ignored)}: only for files, and a library builds this model; leave {ignored[0]} out"
+        )
+    if options.get("layout") == "nhwc" and not {"onnx", None} & formats:
         raise SepconvertError(
             "--layout nhwc: is for ONNX files, and layers of torch take images as N×C×H×W; leave it out"
         )
@@ -143,6 +166,8 @@ def _check_data(options: Options) -> None:
         given = options.get(name)
         if given is not None and (name != "metric" or ":" in given):  # others are names
             check_callable(given, name)
+    if options.get("factory_args") is not None and options["factory"] is None:
+        raise SepconvertError("`factory_args`: are what `factory` is called with; pass `factory` too")
     names = [name for name in ("data", "calib", "train") if options.get(name) is not None]
     unused = [f"--{name}" for name in ("mean", "std", "resize") if options.get(name) is not None]
     if unused and not names:
@@ -157,6 +182,47 @@ def _check_data(options: Options) -> None:
         check_data(options[name], name, options["targets"] if name == "data" else None)
     if options.get("input_shape"):
         parse_input_shape(options["input_shape"])
+
+
+def _check_baseline(options: Options) -> None:
+    """Check that a history is there, or may be begun."""
+    path: Path | None = options["baseline"]
+    if path is None:
+        if options["update_baseline"]:
+            raise SepconvertError("--update-baseline: adds this run to a history; pass --baseline FILE too")
+        return
+    if not path.exists() and not options["update_baseline"]:
+        raise SepconvertError(
+            f"--baseline {path}: there is no such file; pass --update-baseline too, to begin it with this run"
+        )
+    if path.exists():
+        check_file(path)
+    if options["update_baseline"]:
+        _check_writable(path, "baseline")
+
+
+def _check_trace(options: Options) -> None:
+    """Check that a trace may be written, over nothing but a trace."""
+    path: Path | None = options["trace"]
+    _check_writable(path, "trace")
+    if path is not None and path.exists():
+        check_file(path)
+        with path.open("rb") as file:
+            if _TRACE not in file.read(_BEGINNING):
+                raise SepconvertError(f"{path}: exists and is no trace; pass another --trace")
+
+
+def _check_writable(path: Path | None, parameter: str) -> None:
+    """Check that a file can be written, if it is wanted."""
+    if path is None:
+        return
+    if not path.parent.is_dir():
+        raise SepconvertError(
+            f"{path}: cannot be written: there is no {path.parent}; pass another `{parameter}`"
+        )
+    with writing(path, parameter):
+        if not os.access(path if path.exists() else path.parent, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
 
 
 def _check_checkpoint(options: Options) -> None:

@@ -4,7 +4,7 @@ import math
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -82,15 +82,30 @@ def read_npz(
     return StoredSamples(len(x), images(x, preprocess, path), target)
 
 
+def holds_pixels(path: Path) -> bool:
+    """Return whether x in an .npz file is uint8; its header alone is read. False for what is no such file."""
+    try:
+        with zipfile.ZipFile(path) as archive, archive.open("x.npy") as member:
+            return _header(member)[1] == np.uint8
+    except Exception:  # no archive, or a damaged one, which `read_npz` reports
+        return False
+
+
+def _header(member: IO[bytes]) -> tuple[tuple[int, ...], np.dtype[Any]]:
+    """Return the shape and the dtype of an array in an archive."""
+    read = {(1, 0): np.lib.format.read_array_header_1_0}.get(
+        np.lib.format.read_magic(member), np.lib.format.read_array_header_2_0
+    )
+    shape, _, dtype = read(member)
+    return shape, dtype
+
+
 def _check_size(archive: zipfile.ZipFile | None, name: str, path: Path) -> None:
     """Raise `SepconvertError` if an array has not the size that its header says, or exceeds free memory."""
     assert archive is not None  # noqa: S101  (it is None only once it is closed)
     info = archive.getinfo(f"{name}.npy" if f"{name}.npy" in archive.namelist() else name)
     with archive.open(info) as member:
-        read = {(1, 0): np.lib.format.read_array_header_1_0}.get(
-            np.lib.format.read_magic(member), np.lib.format.read_array_header_2_0
-        )
-        shape, _, dtype = read(member)
+        shape, dtype = _header(member)
         expected = member.tell() + math.prod(shape) * dtype.itemsize
     if not dtype.hasobject and expected != info.file_size:
         raise SepconvertError(

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, RandomSampler, Subset
 
 from sepconvert.base.errors import SepconvertError, one_line, quoted
-from sepconvert.files.arrays import read_npz
+from sepconvert.files.arrays import holds_pixels, read_npz
 from sepconvert.files.callables import resolve_callable
 from sepconvert.files.images import (
     UNLABELLED,
@@ -38,6 +38,7 @@ __all__ = [
     "class_labels",
     "dimensions",
     "has_labels",
+    "has_pixels",
     "is_own",
     "load_data",
     "paired",
@@ -111,6 +112,14 @@ def has_labels(spec: str) -> bool:
             return "y" in archive
     except Exception:  # no archive, or a damaged one, which `load_data` reports
         return True
+
+
+def has_pixels(spec: str) -> bool:
+    """Return whether images are uint8, which are preprocessed: those of a folder, or x in an .npz file.
+
+    It is False of a callable, whose loader has preprocessed them.
+    """
+    return Path(spec).is_dir() or holds_pixels(Path(spec))
 
 
 def paired(loader: DataLoader[Any], parameter: str) -> DataLoader[Batch]:

@@ -6,20 +6,33 @@ import os
 import shutil
 import signal
 import tempfile
+import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from sepconvert.base.errors import SepconvertError
 
+RUN_FILE = "run.toml"
+"""Name of the file of options that the command line writes beside the files of a conversion."""
+
+
 FILES = (
     "original.onnx", "converted.onnx", "converted.pt2", "plan.json",
-    "converted.safetensors", "report.json", "report.html",
+    "converted.safetensors", "report.json", "report.html", RUN_FILE,
 )  # fmt: skip
 """Names of the files that a conversion writes."""
 
 
 INT8_FILES = "original-int8.onnx", "converted-int8.onnx"
 """Names of those that are added where models are deployed in int8."""
+
+
+class TemporaryFolder:
+    """A folder that is removed with this object, or when the program ends."""
+
+    def __init__(self) -> None:
+        self.path = Path(tempfile.mkdtemp(prefix="sepconvert-"))
+        weakref.finalize(self, shutil.rmtree, self.path, ignore_errors=True)
 
 
 @contextlib.contextmanager

@@ -43,12 +43,13 @@ class Comparison:
     """Profiles side by side, which print as a table. The first is the base of the ratios.
 
     `names` are those of the profiles. `deltas`, one for each profile but the first, are empty if the profiles
-    were measured apart.
+    were measured apart. `data_sha256` is that of all batches that the models were run on.
     """
 
     profiles: tuple[Profile, ...]
     names: tuple[str, ...] = ()
     deltas: tuple[Delta, ...] = ()
+    data_sha256: str | None = None
 
     def __repr__(self) -> str:
         return self.text("table")
@@ -114,7 +115,7 @@ class Comparison:
         return "\n".join([*legend, "", text] if legend else [text])
 
     def to_json(self) -> dict[str, Any]:
-        """Return `{"names": […], "profiles": […], "deltas": […]}`, each delta against the first profile.
+        """Return `{"names": […], "profiles": […], "deltas": […], …}`, each delta against the first profile.
 
         Separate runs are not paired: they allow no statement about speed-up or agreement.
         """
@@ -136,6 +137,7 @@ class Comparison:
                 for profile, delta in zip(self.profiles[1:], deltas, strict=True)
             ],
             "dominated": list(self.dominated),
+            "data_sha256": self.data_sha256,
         }
 
     @property

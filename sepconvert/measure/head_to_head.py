@@ -4,6 +4,7 @@ Each runs once in every round, in random order. The first one runs twice, which 
 equal models differ on this machine. All get the same inputs and data.
 """
 
+import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,6 +15,7 @@ import numpy.typing as npt
 import onnxruntime as ort
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from sepconvert.base.environment import Runtime
 from sepconvert.base.errors import SepconvertError, first_line
@@ -30,7 +32,7 @@ from sepconvert.measure.latency import Deployed, Speedup, latency, session, spee
 from sepconvert.measure.metrics.evaluation import Evaluation, Scoring, joined, metric_delta, score, whole
 from sepconvert.measure.profiling import Profile
 from sepconvert.network.copies import private_copy
-from sepconvert.network.tensors import Inputs, by_position, cast, model_dtype, tensors_in
+from sepconvert.network.tensors import Inputs, by_position, cast, model_dtype, sha256_of, tensors_in
 
 _DTYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(double)": np.float64}
 
@@ -97,13 +99,14 @@ def measure(
     """
     sessions = [_Session(subject, runtime) for subject in subjects]
     outputs: list[list[OutputComparison] | None]
+    seen = hashlib.sha256()
     if data is None:
         returned = [opened.run(inputs) for opened in sessions]
         outputs = [_started(returned[0], own) for own in returned[1:]]
         _add(outputs, returned)
         scored: list[Evaluation] | None = None
     else:
-        scored, outputs = _evaluated(sessions, data, scoring, progress)
+        scored, outputs = _evaluated(sessions, data, scoring, progress, seen)
     speedups: list[Speedup | None] = [None] * (len(subjects) - 1)
     profiles = [subject.profile for subject in subjects]
     if runs:
@@ -125,7 +128,8 @@ def measure(
         )
         for index, (ratio, differences) in enumerate(zip(speedups, outputs, strict=True), start=1)
     )
-    return Comparison(tuple(profiles), tuple(subject.name for subject in subjects), deltas)
+    names = tuple(subject.name for subject in subjects)
+    return Comparison(tuple(profiles), names, deltas, None if data is None else seen.hexdigest())
 
 
 class _Session:
@@ -208,15 +212,23 @@ class _Session:
 
 
 def _evaluated(
-    sessions: Sequence[_Session], data: Iterable[Any], scoring: Scoring, progress: Progress
+    sessions: Sequence[_Session],
+    data: Iterable[Any],
+    scoring: Scoring,
+    progress: Progress,
+    seen: "hashlib._Hash",
 ) -> tuple[list[Evaluation] | None, list[list[OutputComparison] | None]]:
-    """Return every model's evaluation, if there are targets, and how far its outputs are from the first's."""
+    """Return every model's evaluation, if there are targets, and how far its outputs are from the first's.
+
+    `seen` is updated with the data.
+    """
     parts: list[list[Evaluation]] = [[] for _ in sessions]
     outputs: list[list[OutputComparison] | None] = []
     firsts: list[Any] = []
     scored, by_name = False, isinstance(scoring.output, str)
     for x, y in whole(data, progress, "comparing outputs"):
         arrays = sessions[0].ordered(x)
+        _update(seen, (x, y))
         returned = [opened.run_batch(arrays) for opened in sessions]
         if not outputs:
             outputs = [_started(returned[0], own) for own in returned[1:]]
@@ -233,6 +245,17 @@ def _evaluated(
                 raise SepconvertError(f"{opened.name}: {error}") from error
             parts[index].append(part)
     return [joined(own) for own in parts] if scored else None, outputs
+
+
+def _update(seen: "hashlib._Hash", batch: Any) -> None:
+    """Add a batch to a hash: the bytes of tensors and arrays, the text of anything else."""
+    for value in pytree.tree_leaves(batch):
+        if isinstance(value, np.ndarray):
+            seen.update(np.ascontiguousarray(value).tobytes())
+        elif isinstance(value, Tensor):
+            seen.update(sha256_of([value]).encode())
+        else:
+            seen.update(repr(value).encode(errors="replace"))
 
 
 def _has_targets(y: Any) -> bool:

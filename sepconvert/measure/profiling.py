@@ -20,7 +20,7 @@ from sepconvert.base.progress import Progress, silent
 from sepconvert.files.onnx.facts import onnx_sizes, read_onnx
 from sepconvert.files.onnx.writing import onnx_feed, write_onnx
 from sepconvert.measure.cost import count
-from sepconvert.measure.execution import OperatorTime, operator_times
+from sepconvert.measure.execution.operators import OperatorTime, operator_times
 from sepconvert.measure.latency import (
     Deployed,
     Latency,

@@ -7,7 +7,6 @@ from dataclasses import replace
 from datetime import datetime, timezone
 from functools import partial
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 from torch import Tensor
@@ -15,6 +14,7 @@ from torch.utils.data import DataLoader
 
 from sepconvert.base.determinism import reproducible
 from sepconvert.base.distributed import rank as rank_of_process
+from sepconvert.base.options.exporting import Export
 from sepconvert.base.options.values import (
     Budget,
     Calibration,
@@ -40,6 +40,7 @@ from sepconvert.base.progress import (
 )
 from sepconvert.files.data import Batch
 from sepconvert.files.onnx.graph.network import OnnxNetwork, open_network
+from sepconvert.files.results import TemporaryFolder
 from sepconvert.network.tensors import Inputs, model_dtype, state_tensors, tensors_in
 from sepconvert.pipeline.job import Check, Job
 from sepconvert.pipeline.modes.approximate import convert_approximately
@@ -127,6 +128,7 @@ def convert(
     int8: bool | str | Int8 = False,
     finetune: int | Finetuning = 0,
     dynamic_batch: bool = True,
+    export: Export = Export(),
     check: Check = "onnx",
     out: str | os.PathLike[str] | None = None,
     seed: int = 0,
@@ -173,7 +175,10 @@ def convert(
             timed against the original in that form, and judged by the drop from the original in floating
             point.
         finetune: epochs of distillation afterwards, or all its settings.
-        dynamic_batch: export with a dynamic batch dimension where the model allows it.
+        dynamic_batch: export with a dynamic batch dimension where the model allows it, which is called
+            `batch` in ONNX files.
+        export: names of inputs and outputs of ONNX files, which are by default those of the forward's
+            arguments and `output`, and their opset.
         check: "onnx" exports both models, verifies them in ONNX Runtime and times them; "torch" verifies in
             torch alone, which takes a fraction of the time.
         out: empty directory, made if needed, for all files that the command line writes. By default files are
@@ -212,7 +217,7 @@ def convert(
         metric=metric, mode=mode, nearest=nearest, gate=gate, tol=tol, seed=seed, check=check, out=out,
         budget=Budget(rank, target_macs, target_params, min_speedup, max_drop, confidence),
         selection=selection, timing=timing, calibration=calibration, int8=int8, finetune=finetune,
-        dynamic_batch=dynamic_batch, origin=origin, progress=progress_of(progress),
+        dynamic_batch=dynamic_batch, export=export, origin=origin, progress=progress_of(progress),
     )  # fmt: skip
     expect(_phases(job))
     begin(Phase.CHECKS)
@@ -228,8 +233,8 @@ def convert(
     plan = _plan(original, made, job)
     if not main:
         return ConversionResult(made.model, Plan(plan.to_json(), state_tensors(made.model)), {})
-    files = TemporaryDirectory(prefix="sepconvert-") if place is None else place
-    with result_folder(Path(files.name) if isinstance(files, TemporaryDirectory) else files) as folder:
+    files = TemporaryFolder() if place is None else place
+    with result_folder(files.path if isinstance(files, TemporaryFolder) else files) as folder:
         begin(Phase.FILES)
         written = write(original, made, plan, folder, job)
         verification = verify(original, made, written, job)
@@ -299,6 +304,7 @@ def _result(
         forms=None if measured.forms is None else measured.forms.to_json(),
         approximation=made.approximation,
         data=None if original.facts is None else original.facts.to_json(),
+        files=job.origin.data,
         stages=stages_so_far(),
     )
     return ConversionResult(

@@ -12,7 +12,7 @@ from sepconvert.base.errors import VerificationError
 from sepconvert.files.onnx.facts import onnx_sizes
 from sepconvert.files.onnx.graph.running import answers
 from sepconvert.files.onnx.int8.form import Int8Form, QuantizationNote
-from sepconvert.files.onnx.writing import onnx_feed, passes_check, save_edited
+from sepconvert.files.onnx.writing import passes_check, save_edited
 from sepconvert.files.results import INT8_FILES
 from sepconvert.measure.latency import Deployed, PairTiming, Speedup, latency, speedup, time_all
 from sepconvert.measure.metrics.evaluation import NO_DELTA, MetricDelta, metric_delta
@@ -176,7 +176,7 @@ def measure_forms(
         for cost, path in zip(costs, paths, strict=True)
     ]
     if job.runs:
-        feed = onnx_feed(original.model, original.inputs)
+        feed = original.drafts.feed(original.inputs)
         deployed = [(Deployed(path, runtime), feed) for path in (*paths, paths[0], paths[1])]
         *times, again, int8_again = time_all(
             deployed, runs=job.runs, seed=job.seed, progress=job.progress, description="timing forms"

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from sepconvert.base.errors import MAX_SEED, SepconvertError, check_number, quoted
 from sepconvert.base.options.declared import check_options, option
+from sepconvert.base.options.exporting import Export
 from sepconvert.base.options.values import (
     GATES,
     MODES,
@@ -31,6 +32,7 @@ _VALUES = {
     "timing": Timing,
     "calibration": Calibration,
     "int8": Int8,
+    "export": Export,
     "origin": Origin,
 }
 
@@ -75,6 +77,7 @@ class Job:
     timing: Timing = field(default_factory=Timing)
     calibration: Calibration = field(default_factory=Calibration)
     int8: Int8 = field(default_factory=Int8)
+    export: Export = field(default_factory=Export)
     finetuning: Finetuning = field(default_factory=Finetuning)
     out: Path | None = None
     origin: Origin = field(default_factory=Origin)
@@ -100,6 +103,10 @@ class Job:
             raise SepconvertError(f"`check`: expected onnx or torch, got {quoted(self.check)}")
         if self.check == "torch" and self.out is not None:
             raise SepconvertError("`check`: torch exports no files; leave `out` out, or check in onnx")
+        if self.check == "torch" and (given := self.export.given()):
+            raise SepconvertError(
+                f"`{given[0]}`: is of ONNX files, and check torch writes none; leave it out, or check in onnx"
+            )
         if self.check == "torch" and self.int8:
             raise SepconvertError("`int8`: is a form of ONNX files; check in onnx")
         if self.mode == "exact" and (self.budget != Budget() or self.finetuning):

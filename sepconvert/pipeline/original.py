@@ -34,6 +34,7 @@ from sepconvert.files.onnx.graph.gradients import add_gradients, demand_gradient
 from sepconvert.files.onnx.graph.network import OnnxNetwork, open_network
 from sepconvert.files.onnx.graph.protobuf import external_files
 from sepconvert.files.onnx.int8.form import Int8Form
+from sepconvert.files.onnx.writing import checked_interface
 from sepconvert.files.results import FILES, INT8_FILES
 from sepconvert.measure.cost import Cost, count
 from sepconvert.measure.divergence import Yardstick, yardstick_of
@@ -195,8 +196,9 @@ def examine(
         task = _with_checked_loss(task, model, parts, division)
         yardstick = _yardstick(model, parts, example, scoring, job.task)
     # Before the long work, as this is where data that do not suit the model are found out.
-    form, gain = (None, None) if not job.int8 else _int8_form(model, inputs, parts, job)
-    drafts = Drafts(model, inputs)
+    interface = checked_interface(model, inputs, job.export, batch_first=scoring.axis == 0)
+    drafts = Drafts(model, inputs, interface)
+    form, gain = (None, None) if not job.int8 else _int8_form(drafts, parts, job)
     scores, seen_twice, facts = _scored(found, parts, scoring, division, job, form, drafts)
     cost = count(private_copy(model), inputs)
     clock = Clock(job.timing.runtime, job.seed, job.timing.cache, job.timing.measure_seconds, form)
@@ -217,9 +219,7 @@ def examine(
     )
 
 
-def _int8_form(
-    model: nn.Module, inputs: Inputs, parts: DataSplit, job: Job
-) -> tuple[Int8Form | None, Speedup | None]:
+def _int8_form(drafts: Drafts, parts: DataSplit, job: Job) -> tuple[Int8Form | None, Speedup | None]:
     """Return the int8 form of a model, and its speed-up over floating point if that decides.
 
     The form is None if it is only wanted where it is faster, and it is not.
@@ -229,7 +229,8 @@ def _int8_form(
     """
     if parts.calibration is None:
         raise SepconvertError("`int8`: needs images to measure ranges on; pass `calib`, or labelled `data`")
-    form = Int8Form(job.int8, model, inputs, parts.calibration.fit)
+    model, inputs = drafts.original, drafts.inputs
+    form = Int8Form(job.int8, model, inputs, parts.calibration.fit, drafts.interface)
     form.model(model)  # before the long work, as this is where a model that cannot be quantized is found out
     if job.int8.form == "on":
         return form, None

@@ -62,7 +62,7 @@ class LayerOutlook:
 
 @dataclass(frozen=True)
 class Outlook:
-    """What a conversion would try; `seconds` is a range, and `bytes` the most that it is expected to hold."""
+    """An estimate of a conversion; `seconds` is a range, `bytes` the most that it is expected to hold."""
 
     layers: tuple[LayerOutlook, ...]
     seconds: tuple[float, float]

@@ -14,12 +14,13 @@ from torch import Tensor, nn
 from sepconvert.base.determinism import reproducible
 from sepconvert.base.errors import SepconvertError, first_line, quoted, shortened
 from sepconvert.base.modules import unshadowed
+from sepconvert.base.options.exporting import Export
 from sepconvert.base.progress import Progress, silent
 from sepconvert.factorize.exact.factors import factor_specs
 from sepconvert.files.onnx.export import export_program, save_archive, save_onnx
 from sepconvert.files.onnx.graph.network import OnnxNetwork
 from sepconvert.files.onnx.graph.surgery import converted_model
-from sepconvert.files.onnx.writing import save_files
+from sepconvert.files.onnx.writing import checked_interface, save_files
 from sepconvert.measure.profiling import as_inputs
 from sepconvert.network.copies import checked
 from sepconvert.network.merge import merge
@@ -85,6 +86,7 @@ def apply_plan(
     *,
     model_sha256: str | None,
     dynamic_batch: bool = True,
+    export: Export = Export(),
     progress: Progress = silent,
 ) -> dict[str, Any] | None:
     """Replay a plan and its weights on a fresh model, and write the converted one to `out`.
@@ -94,11 +96,12 @@ def apply_plan(
         made from. Otherwise None: the weights are the plan's, and there is nothing to compare with.
 
     Raises:
-        SepconvertError: plan, weights and model do not belong together.
+        SepconvertError: plan, weights and model do not belong together, or `export` does not suit the model.
         ExportError: torch cannot export the model.
         VerificationError: the outputs differ from the original's.
     """
     converted, sites, inputs = _replayed(model, plan, weights)
+    interface = checked_interface(model, inputs, export)
     verified = None
     if plan.mode == "exact" and plan.model_sha256 is not None and plan.model_sha256 == model_sha256:
         tolerances = {layer.name: layer.tolerance for layer in plan.replaced if layer.tolerance is not None}
@@ -108,11 +111,11 @@ def apply_plan(
     if isinstance(model, OnnxNetwork) and isinstance(converted, OnnxNetwork):
         save_files(model.graph, {out / "converted.onnx": converted_model(converted)})
         return verified
-    export = export_program(converted, inputs, dynamic_batch=dynamic_batch)
-    save_onnx(export, out / "converted.onnx")
-    if export.dtype != model_dtype(converted):  # ONNX Runtime has no kernels for it
-        export = export_program(converted, inputs, model_dtype(converted), dynamic_batch=dynamic_batch)
-    save_archive(export, out / "converted.pt2")
+    exported = export_program(converted, inputs, dynamic_batch=dynamic_batch, interface=interface)
+    save_onnx(exported, out / "converted.onnx")
+    if exported.dtype != model_dtype(converted):  # ONNX Runtime has no kernels for it
+        exported = export_program(converted, inputs, model_dtype(converted), dynamic_batch=dynamic_batch)
+    save_archive(exported, out / "converted.pt2")
     return verified
 
 

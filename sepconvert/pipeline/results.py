@@ -1,11 +1,13 @@
 """Results of the public functions: values that print, and that can be saved, drawn and replayed."""
 
+import base64
+import html
+import io
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from tempfile import TemporaryDirectory
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import onnx
 from torch import Tensor, nn
@@ -13,6 +15,7 @@ from torch import Tensor, nn
 from sepconvert.base.errors import SepconvertError
 from sepconvert.files.onnx.graph.network import OnnxNetwork
 from sepconvert.files.onnx.graph.surgery import converted_model
+from sepconvert.files.results import TemporaryFolder
 from sepconvert.measure.latency import Speedup
 from sepconvert.measure.metrics.evaluation import MetricDelta
 from sepconvert.measure.profiling import Profile
@@ -21,7 +24,11 @@ from sepconvert.planning.conversion import LayerReport, Verification
 from sepconvert.report.files import write_documents
 from sepconvert.report.pictures.exhibits import Exhibits
 from sepconvert.report.text import inspection
+from sepconvert.report.text.numbers import fold
 from sepconvert.report.text.tables import overview, summary
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 class Plan(dict[str, Any]):
@@ -63,7 +70,7 @@ class ConversionResult:
     layers: tuple[LayerReport, ...] = ()
     verification: Verification | None = None
     exhibits: Exhibits = field(default_factory=Exhibits)
-    files: Path | TemporaryDirectory[str] | None = None
+    files: Path | TemporaryFolder | None = None
 
     @property
     def onnx_model(self) -> onnx.ModelProto | None:
@@ -76,6 +83,31 @@ class ConversionResult:
     def summary(self) -> str:
         """Return the report as the command line prints it: the verdict, costs, notes, and the curve."""
         return summary(self._reported())
+
+    def plot(self) -> "Figure":
+        """Return the trade-off curve as a matplotlib figure: what each plan gains, and what it costs.
+
+        Raises:
+            SepconvertError: the mode is exact, which has no other plans.
+        """
+        from sepconvert.report.pictures import curve, drawing  # which import matplotlib
+
+        report = self._reported()
+        if report["approximation"] is None:
+            raise SepconvertError("plot: exact mode has no curve; convert in the modes approx or auto")
+        return drawing.on_paper(curve.drawn(report))
+
+    def _repr_html_(self) -> str:
+        """Return the verdict, a table of costs, and the curve, for a notebook."""
+        if not self.report:
+            return html.escape(repr(self))
+        parts = [overview(self.report, style="html")]
+        if self.report["approximation"] is not None:
+            picture = io.BytesIO()
+            self.plot().savefig(picture, format="svg")
+            data = base64.b64encode(picture.getvalue()).decode()
+            parts.append(f'<img src="data:image/svg+xml;base64,{data}" alt="trade-off curve">')
+        return "\n".join(parts)
 
     def to_html(self) -> str:
         """Return the report as a page that loads nothing from elsewhere."""
@@ -99,7 +131,7 @@ class ConversionResult:
                 "save: the conversion was checked in torch alone, which exports no files; convert with "
                 "`check` onnx"
             )
-        source = Path(self.files if isinstance(self.files, Path) else self.files.name)
+        source = self.files if isinstance(self.files, Path) else self.files.path
         if not source.is_dir():
             raise SepconvertError(
                 f"save: {source}, which holds the files of the conversion, is gone; convert anew"
@@ -119,12 +151,12 @@ class ConversionResult:
 
 @dataclass(frozen=True, repr=False)
 class Inspection:
-    """What `sepconvert.inspect` found: a report on each convolution. It prints as a verdict and a table."""
+    """A report on each convolution, from `sepconvert.inspect`; it prints as a verdict and a table."""
 
     layers: tuple[LayerReport, ...]
 
     def __repr__(self) -> str:
-        return f"{self.verdict}\n\n{self.table()}"
+        return f"{fold(self.verdict)}\n\n{self.table()}"
 
     @property
     def verdict(self) -> str:

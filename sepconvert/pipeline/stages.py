@@ -4,7 +4,7 @@ import contextlib
 import hashlib
 import logging
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from sepconvert.base.errors import DemandNotMetError, ExportError, SepconvertErr
 from sepconvert.base.progress import Progress, Stage, stage
 from sepconvert.files.onnx.drafts import Drafts
 from sepconvert.files.onnx.export import (
-    Export,
+    Exported,
     ExportNote,
     export_program,
     runtime_dtype,
@@ -28,17 +28,18 @@ from sepconvert.files.onnx.export import (
 )
 from sepconvert.files.onnx.facts import onnx_sizes
 from sepconvert.files.onnx.graph.network import OnnxNetwork
+from sepconvert.files.onnx.graph.running import Feed
 from sepconvert.files.onnx.graph.surgery import converted_model
-from sepconvert.files.onnx.writing import note_of, onnx_feed, save_files
+from sepconvert.files.onnx.writing import note_of, save_files
 from sepconvert.measure.cost import Cost
-from sepconvert.measure.execution import (
+from sepconvert.measure.execution.layers import (
     Gain,
     ModelExecution,
     by_layer,
     layer_executions,
     model_execution,
-    operator_times,
 )
+from sepconvert.measure.execution.operators import operator_times
 from sepconvert.measure.latency import Deployed, Latency, PairTiming, Speedup, session
 from sepconvert.measure.metrics.classes import ChangedPredictions, changes
 from sepconvert.measure.metrics.evaluation import Evaluation, MetricDelta
@@ -138,7 +139,7 @@ def verify(original: Original, made: Conversion, written: Written, job: Job) -> 
     reason = written.onnx_reason
     files = OnnxChecks(None, None, reason)
     if reason is None:
-        files = check_onnx(original.model, made.expected, written.paths, job.timing.runtime)
+        files = check_onnx(original.drafts.feed, made.expected, written.paths, job.timing.runtime)
     verification = Verification(
         made.torch_check, files.converted, files.reason, made.checks, original=files.original
     )
@@ -171,7 +172,13 @@ def measure(
         timing = forms.timing
     elif runs:
         timing = time_files(
-            original.model, written.paths, original.inputs, runs, runtime, job.seed, job.progress
+            written.paths,
+            original.drafts.feed(original.inputs),
+            batch_size(original.inputs),
+            runs,
+            runtime,
+            job.seed,
+            job.progress,
         )
     if timing is not None:
         hold_to_speed(timing, job)
@@ -184,7 +191,12 @@ def measure(
         )
         layers = tuple(replace(layer, latency=times.get(layer.site.name)) for layer in layers)
         layers, execution = executed_layers(
-            layers, original.model, written.deployed, original.inputs, runs, runtime
+            layers,
+            written.deployed,
+            original.drafts.feed(original.inputs),
+            batch_size(original.inputs),
+            runs,
+            runtime,
         )
     return Measured(
         original=_profile(original.cost, before, timing.original if timing else None, written.deployed[0]),
@@ -267,7 +279,7 @@ def write_models(
     note = ExportNote(False, str(runtime_dtype(converted)).removeprefix("torch."), None)
     missing = {}
     files = {"original.onnx": model, "converted.onnx": converted, "converted.pt2": converted}
-    exports: dict[tuple[int, torch.dtype], Export] = {}  # both files of the converted model share one
+    exports: dict[tuple[int, torch.dtype], Exported] = {}  # both files of the converted model share one
     for name, each in progress(files.items(), "exporting"):
         path = folder / name
         is_onnx = path.suffix == ".onnx"
@@ -278,7 +290,9 @@ def write_models(
                 exports[key] = (
                     drafts.export
                     if known
-                    else export_program(each, inputs, key[1], dynamic_batch=dynamic_batch)
+                    else export_program(
+                        each, inputs, key[1], dynamic_batch=dynamic_batch, interface=drafts.interface
+                    )
                 )
             if not is_onnx:
                 save_archive(exports[key], path)
@@ -304,12 +318,14 @@ class OnnxChecks:
 
 
 def check_onnx(
-    model: nn.Module,
+    feed: Callable[[Inputs], Feed],
     expected: tuple[Reference, Reference | None],
     paths: tuple[Path, Path],
     runtime: Runtime,
 ) -> OnnxChecks:
     """Run both ONNX files of a model and of its conversion on the inputs of `expected`, and compare.
+
+    `feed` returns inputs as the files take them.
 
     The converted file is held against the original's, or, if there is a reference of its own, against that.
     Where the original's file differs from the original by more than the runtime's arithmetic explains, but by
@@ -322,7 +338,7 @@ def check_onnx(
     reference, own = expected
     try:
         original, converted = (
-            _run_onnx(model, path, each.inputs, runtime)
+            _run_onnx(path, map(feed, each.inputs), runtime)
             for path, each in zip(paths, (reference, own or reference), strict=True)
         )
     except SepconvertError as error:
@@ -339,12 +355,12 @@ def check_onnx(
     return OnnxChecks(export, compare_export(own, converted, any_rounding=not export.holds), None)
 
 
-def _run_onnx(model: nn.Module, path: Path, inputs: Sequence[Inputs], runtime: Runtime) -> list[Outputs]:
+def _run_onnx(path: Path, feeds: Iterable[Feed], runtime: Runtime) -> list[Outputs]:
     runner = session(Deployed(path, runtime))
     results = []
-    for value in inputs:
+    for feed in feeds:
         try:
-            arrays = runner.run(None, onnx_feed(model, value))
+            arrays = runner.run(None, feed)
         except Exception as error:  # ONNX Runtime's errors share no base class
             raise SepconvertError(f"{path.name}: ONNX Runtime cannot run it: {error}") from error
         results.append([torch.from_numpy(np.asarray(array)).double() for array in arrays])
@@ -353,14 +369,13 @@ def _run_onnx(model: nn.Module, path: Path, inputs: Sequence[Inputs], runtime: R
 
 def executed_layers(
     layers: tuple[LayerReport, ...],
-    model: nn.Module,
     paths: tuple[Path, Path],
-    inputs: Inputs,
+    feed: Feed,
+    batch: int,
     runs: int,
     runtime: Runtime,
 ) -> tuple[tuple[LayerReport, ...], ModelExecution]:
     """Return the layers with what the runtime made of each, and the same of the whole model."""
-    feed = onnx_feed(model, inputs)
     known = {label: each.site.name for each in layers for label in each.site.labels}
     before, after = (
         list(operator_times(Deployed(path, runtime), feed, runs=runs, known=known)) for path in paths
@@ -370,7 +385,6 @@ def executed_layers(
         if each.site.index is not None:
             functional.setdefault(each.site.owner, []).append(each.site.name)
     before = by_layer(before, functional)
-    batch = batch_size(inputs)
     gains = {
         each.plan.name: Gain(
             (batch * each.plan.macs[0], batch * each.plan.macs[1]),

@@ -13,7 +13,7 @@ from sepconvert.factorize.exact.analysis import Analysis, Finding, Spectrum
 from sepconvert.factorize.exact.certificate import Certificate
 from sepconvert.factorize.exact.factors import factor_specs
 from sepconvert.factorize.geometry import ConvSpec
-from sepconvert.measure.execution import LayerExecution
+from sepconvert.measure.execution.layers import LayerExecution
 from sepconvert.measure.latency import PairTiming, Speedup
 from sepconvert.measure.verification.layer import LayerCheck
 from sepconvert.measure.verification.outputs import OutputCheck, Reference

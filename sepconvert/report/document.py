@@ -2,18 +2,19 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
 from typing import Any
 
 from sepconvert.base.environment import Runtime, environment
 from sepconvert.files.onnx.export import ExportNote
-from sepconvert.measure.execution import ModelExecution
+from sepconvert.measure.execution.layers import ModelExecution
 from sepconvert.measure.latency import Speedup
 from sepconvert.measure.metrics.classes import ChangedPredictions
 from sepconvert.measure.metrics.evaluation import NO_DELTA, MetricDelta
 from sepconvert.measure.profiling import Profile
 from sepconvert.planning.conversion import LayerReport, Verification
+from sepconvert.report.card import model_card
 
 SCHEMA = "sepconvert.report/1"
 
@@ -41,6 +42,7 @@ class Report:
     int8_gain: Speedup | None = None  # of int8 over floating point, where that decided about the form
     forms: Mapping[str, Any] | None = None  # of models that are deployed in int8
     stages: Sequence[Mapping[str, Any]] = ()  # that the time went to
+    files: Mapping[str, Mapping[str, str]] = field(default_factory=dict)  # of the data, by option
     name: str | None = None  # of the model: of its file, or of its class
     created: datetime | None = None
     input_shapes: tuple[tuple[int, ...], ...] | None = None
@@ -56,7 +58,7 @@ def report_document(report: Report) -> dict[str, Any]:
         ValueError: a number is NaN or infinite, which JSON cannot express.
     """
     accuracy = NO_DELTA if report.accuracy is None else report.accuracy.to_dict()
-    document = {
+    document: dict[str, Any] = {
         "schema": SCHEMA,
         **_heading(report),
         "mode": report.mode,
@@ -84,8 +86,8 @@ def report_document(report: Report) -> dict[str, Any]:
         "stages": report.stages,
         "command": report.command,
     }
-    plain: dict[str, Any] = json.loads(json.dumps(document, allow_nan=False))
-    return plain
+    document = json.loads(json.dumps(document, allow_nan=False))
+    return {**document, "model_card": model_card(document, report.files)}
 
 
 def _heading(report: Report) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from sepconvert.report.pictures.exhibits import Exhibits
 from sepconvert.report.pictures.images import picture
 from sepconvert.report.pictures.panels import gallery
 from sepconvert.report.pictures.samples import ChangedSample
-from sepconvert.report.text import forms
+from sepconvert.report.text import forms, glossary
 from sepconvert.report.text.numbers import (
     Document,
     Quality,
@@ -65,6 +65,7 @@ def render_html(document: Document, exhibits: Exhibits | None = None) -> str:
         marked=_marked(document),
         time=_time(document.get("stages", ())),
         forms=forms,
+        glossary=glossary,
         layers=layers,
     )
 

@@ -6,7 +6,15 @@ from importlib.metadata import version
 import onnxruntime as ort
 import pytest
 
-from sepconvert.base.environment import Runtime, available_cores, environment, processor
+from sepconvert.base import environment as module
+from sepconvert.base.environment import (
+    Runtime,
+    available_cores,
+    environment,
+    instruction_sets,
+    missing_instruction_sets,
+    processor,
+)
 from sepconvert.base.errors import SepconvertError
 
 
@@ -42,6 +50,22 @@ def test_the_environment_of_a_report():
 )  # fmt: skip
 def test_a_processor_and_its_instruction_sets(cpuinfo, name, sets):
     assert processor(cpuinfo) == (name, sets)
+
+
+@pytest.mark.parametrize(
+    ("machine", "flags", "missing"),
+    [
+        ("x86_64", "flags: avx2 fma", ["AVX-512", "AVX-VNNI", "AVX-512 VNNI", "AMX"]),
+        ("aarch64", "Features: asimd i8mm", ["NEON dot product", "SVE"]),
+    ],
+)
+def test_instruction_sets_that_a_processor_lacks(tmp_path, monkeypatch, machine, flags, missing):
+    monkeypatch.setattr(module, "_CPUINFO", tmp_path / "cpuinfo")
+    monkeypatch.setattr(module.platform, "machine", lambda: machine)
+    assert missing_instruction_sets() == []  # where nothing is known
+    (tmp_path / "cpuinfo").write_text(flags)
+    assert missing_instruction_sets() == missing
+    assert not {*missing} & {*instruction_sets()}
 
 
 @pytest.mark.parametrize(

@@ -5,11 +5,12 @@ import pytest
 from profiles import profile, speedup
 
 from sepconvert.base.errors import SepconvertError
-from sepconvert.cli.conditions import Demand
+from sepconvert.cli.conditions import UNITS, Demand
 from sepconvert.measure.comparison import Comparison, Delta
 from sepconvert.measure.metrics.evaluation import MetricDelta
 from sepconvert.measure.metrics.named import named
 from sepconvert.measure.metrics.uncertainty import MeanDrop
+from sepconvert.report.baseline import Change, ModelChanges
 
 
 @pytest.mark.parametrize(
@@ -104,6 +105,51 @@ def test_a_drop_in_another_unit_is_refused_first(text, unit, said):
         return
     with pytest.raises(SepconvertError, match=f"drops of this metric are {said}; give the threshold so"):
         demand.require(together=True, timed=True, data=True, labels=True, unit=unit)
+
+
+def change(quantity, amount, unit="%"):
+    return Change(quantity, 1.0, 1.0, amount, unit, "2026-01-01")
+
+
+@pytest.mark.parametrize(
+    ("text", "quantity", "amount", "fails"),
+    [
+        ("latency > +5%", "latency", 5.1, True),
+        ("latency > +5%", "latency", 4.9, False),
+        ("macs > 0%", "macs", 0.0, False),
+        ("params < -10%", "params", -11, True),
+        ("bytes > 1%", "bytes", 2, True),
+        ("drop > 0.5", "metric", 0.6, True),
+        ("drop > 0.5", "metric", -0.6, False),
+    ],
+)
+def test_changes_since_a_baseline(text, quantity, amount, fails):
+    unit = "pp" if quantity == "metric" else "%"
+    models = (
+        ModelChanges("net.onnx", (change(quantity, amount, unit),), {}),
+        ModelChanges("new.onnx", (), {quantity: "there is no earlier run with it"}),
+    )
+    metric = text.split()[0]
+    said = [f"net.onnx: {metric} is {amount:+.4g} {unit} since 2026-01-01 ({text})"]
+    assert Demand.parse(text).failures_since(models) == (said if fails else [])
+
+
+@pytest.mark.parametrize(
+    ("metric", "alone"), [(metric, metric in ("macs", "params", "bytes", "drop")) for metric in UNITS]
+)
+def test_one_model_is_judged_by_its_changes_alone(metric, alone):
+    demand = Demand.parse(f"{metric} > 1{UNITS[metric][0]}")
+    for models, since, judged in (
+        (1, True, alone),
+        (1, False, False),
+        (2, True, True),
+        (2, False, True),
+    ):
+        if judged:
+            demand.require_a_base(models=models, since=since)
+            continue
+        with pytest.raises(SepconvertError, match=f"{metric} is .* a reference .*compare REFERENCE MODEL"):
+            demand.require_a_base(models=models, since=since)
 
 
 def test_outputs_of_other_shapes_differ_without_limit():

@@ -16,8 +16,15 @@ from data_files import folder_of, palette
 from torch import nn
 
 from sepconvert.base.errors import SepconvertError
-from sepconvert.cli.inputs import arranged, read_data_and_examples, read_data_and_inputs, read_images
-from sepconvert.files.models import LoadedModel
+from sepconvert.cli.inputs import (
+    arranged,
+    read_data_and_examples,
+    read_data_and_inputs,
+    read_images,
+    with_normalisation,
+)
+from sepconvert.files.models.libraries import Normalisation
+from sepconvert.files.models.loading import LoadedModel
 from sepconvert.files.onnx.facts import OnnxFile
 
 
@@ -116,7 +123,6 @@ CONVERSIONS = {
         "data.npz",
     ),
     "checkpoint in exact mode": ("net.pt", *SHAPE, "--checkpoint", "c.pt"),
-    "dry run of another mode": ("net.pt", *SHAPE, "--mode", "auto", "--min-speedup", "2", "--dry-run"),
     "loader that ends the program": ("net.pt", "--data", "cli_test_code.py:leaving"),
     "batch of none": ("net.pt", *SHAPE, "--batch", "0"),
     "runs of words": ("net.pt", *SHAPE, "--runs", "many"),
@@ -318,6 +324,48 @@ def test_example_inputs_are_those_of_the_data(tmp_path, form):
         SepconvertError, match="`input_shape`: is of one input, and `data` has 2; leave it out"
     ):
         read_data_and_inputs({**given, "input_shape": "3x8x8"}, loaded)
+
+
+WAYS = Normalisation((0.5, 0.25, 0.125), (0.5, 0.5, 0.25)), Normalisation((0.5,) * 3, (0.5,) * 3)
+
+
+def from_a_library(path, way):
+    return LoadedModel(nn.Identity(), Path(path), "0", None, normalisation=way)
+
+
+def test_images_of_a_library_are_normalised_as_it_says(tmp_path, capsys):
+    pixels = np.random.default_rng(0).integers(0, 256, (4, 8, 8, 3), dtype=np.uint8)
+    np.savez(tmp_path / "images.npz", x=pixels, y=np.zeros(4, int))
+    np.savez(tmp_path / "floats.npz", x=np.ones((4, 3, 8, 8), np.float32), y=np.zeros(4, int))
+    folder_of(tmp_path / "folder", {f"{n}.png": pixels[n] for n in range(2)})
+    given = options(data=str(tmp_path / "images.npz"), calib=str(tmp_path / "folder"))
+    expected = ((pixels / 255 - WAYS[0].mean) / WAYS[0].std).transpose(0, 3, 1, 2)
+    suited = with_normalisation(given, [from_a_library("timm:a", WAYS[0]), from_a_library("b.pt", None)])
+    told = "sepconvert: timm:a: uint8 images are normalised as its library says: --mean 0.5,0.25,0.125 --std "
+    assert capsys.readouterr().err == f"{told}0.5,0.5,0.25; pass these if others are right\n"
+    ((x, _),) = read_data_and_examples(suited, None, nn.Identity())[0]
+    np.testing.assert_allclose(x.numpy(), expected, atol=1e-6)
+    ((x, _),) = read_images(suited, "calib")
+    np.testing.assert_allclose(x.numpy(), expected[:2], atol=1e-6)
+    # What is float, or normalised otherwise, is left alone, and nothing is told.
+    floats = {"data": str(tmp_path / "floats.npz"), "calib": None}
+    for other in (floats, {"mean": (0.0,) * 3}, {"std": (1.0,) * 3}):
+        left = {**given, **other}
+        assert with_normalisation(left, [from_a_library("timm:a", WAYS[0])]) == left
+    assert with_normalisation(given, [from_a_library("b.pt", None)]) == given
+    assert capsys.readouterr().err == ""
+    mixed = {**suited, "data": str(tmp_path / "floats.npz")}
+    ((x, _),) = read_data_and_examples(mixed, None, nn.Identity())[0]
+    assert (x == 1).all()
+
+
+def test_models_that_are_normalised_differently_are_not_compared_on_the_same_images(tmp_path):
+    np.savez(tmp_path / "images.npz", x=np.zeros((4, 8, 8, 3), np.uint8), y=np.zeros(4, int))
+    models = [from_a_library(f"timm:{name}", way) for name, way in zip("ab", WAYS, strict=True)]
+    given = options(data=str(tmp_path / "images.npz"))
+    with pytest.raises(SepconvertError, match="timm:b: its library normalises images in another way than"):
+        with_normalisation(given, models)
+    assert with_normalisation({**given, "mean": (0.0,) * 3}, models)["mean"] == (0.0,) * 3
 
 
 def test_calibration_data_of_several_inputs_give_the_example(tmp_path):

@@ -3,6 +3,8 @@
 import io
 import os
 import re
+import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -44,6 +46,85 @@ def test_the_examples_in_the_help_parse(run, arguments):
     assert len(examples) == 2
     for example in examples:
         assert parsed(cli.cli, ["convert", *example.split()])["model"] == Path("model.pt")
+
+
+@pytest.mark.parametrize("command", [[], *([name] for name in COMMANDS)], ids=["sepconvert", *COMMANDS])
+def test_the_help_has_a_short_flag(run, command):
+    outcome = run(*command, "-h")
+    assert (outcome.code, outcome.err) == (0, "")
+    assert outcome == run(*command, "--help")
+
+
+# Completion ----------------------------------------------------------------------------------------
+
+
+def completed(run, monkeypatch, *words):
+    """Return what a shell is offered for the last of the words, as kind and text."""
+    for name, value in {
+        "_SEPCONVERT_COMPLETE": "bash_complete",
+        "COMP_WORDS": shlex.join(["sepconvert", *words]),
+        "COMP_CWORD": str(len(words)),
+    }.items():
+        monkeypatch.setenv(name, value)
+    outcome = run()
+    assert (outcome.code, outcome.err) == (0, "")
+    return [tuple(line.split(",", 1)) for line in outcome.out.splitlines()]
+
+
+MODES = [("plain", "exact"), ("plain", "approx"), ("plain", "auto")]
+
+
+@pytest.mark.parametrize(
+    ("words", "offered"),
+    [
+        (["co"], [("plain", "compare"), ("plain", "convert"), ("file", "co")]),
+        (["mod"], [("file", "mod")]),
+        (["--mo"], [("plain", "--mode")]),
+        (["--conf"], [("plain", "--confidence"), ("plain", "--config")]),
+        (["net.pt", "--mode", ""], MODES),
+        (["--mode", ""], MODES),
+        (["convert", "net.pt", "--rank", "0", "--mode", "a"], MODES[1:]),
+        (["net.pt", "--config", "no.toml", "--mode", "e"], MODES[:1]),
+        (["net.pt", "--config", "ru"], [("file", "ru")]),
+        (["compare", "a", "b", "--format", "m"], [("plain", "markdown")]),
+        (["apply", "net.pt", "pl"], [("file", "pl")]),
+        (["env", "--j"], [("plain", "--json")]),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_shell_completes_commands_options_and_choices(run, monkeypatch, words, offered):
+    assert completed(run, monkeypatch, *words) == offered
+
+
+def test_a_shell_is_offered_all_commands_and_files_at_first(run, monkeypatch):
+    found = completed(run, monkeypatch, "")
+    assert {text for kind, text in found if kind == "plain"} == set(COMMANDS)
+    assert ("file", "") in found
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_the_script_for_a_shell(run, monkeypatch, shell):
+    monkeypatch.setenv("_SEPCONVERT_COMPLETE", f"{shell}_source")
+    outcome = run()
+    assert (outcome.code, outcome.err) == (0, "")
+    assert f"_SEPCONVERT_COMPLETE={shell}_complete" in outcome.out
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
+def test_bash_itself(here, tmp_path):
+    (tmp_path / "sepconvert").write_text(f'#!/bin/sh\nexec {sys.executable} -m sepconvert "$@"\n')
+    (tmp_path / "sepconvert").chmod(0o755)
+    script = (
+        'eval "$(_SEPCONVERT_COMPLETE=bash_source sepconvert)"\n'
+        'COMP_WORDS=(sepconvert net.pt --gate ""); COMP_CWORD=3\n'
+        '_sepconvert_completion sepconvert; echo "${COMPREPLY[@]}"\n'
+    )
+    path = os.pathsep.join([str(tmp_path), os.environ["PATH"]])
+    done = subprocess.run(  # noqa: S603
+        ["bash", "--norc", "-c", script],  # noqa: S607
+        capture_output=True, text=True, check=True, env={**os.environ, "PATH": path},
+    )  # fmt: skip
+    assert done.stdout == "macs latency none\n"
 
 
 def test_version(run):

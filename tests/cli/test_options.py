@@ -12,6 +12,7 @@ from command_line import SHAPE
 import sepconvert
 from sepconvert.base.errors import SepconvertError
 from sepconvert.base.options.declared import options_of
+from sepconvert.base.options.exporting import Export
 from sepconvert.base.options.values import (
     Budget,
     Calibration,
@@ -23,7 +24,7 @@ from sepconvert.cli.main import cli
 from sepconvert.cli.options import in_flags, value_of
 from sepconvert.pipeline.job import Job
 
-VALUES = (Budget, Selection, Timing, Calibration, Finetuning, Job)
+VALUES = (Budget, Selection, Timing, Calibration, Finetuning, Export, Job)
 CONVERT = {parameter.name: parameter for parameter in cli.commands["convert"].params}
 FLAGS = {
     name
@@ -71,6 +72,7 @@ def test_every_option_is_a_flag_with_its_default_and_its_help(option):
         (["--runs", "3", "--threads", "2", "--provider", "CPU"], Timing(threads=2, runs=3)),
         (["--spinning", "on"], Timing(spinning="on")),
         (["--finetune", "2", "--precision", "bf16"], Finetuning(epochs=2, precision="bf16")),
+        (["--input-names", "a, b", "--opset", "20"], Export(("a", "b"), None, 20)),
         ([], Timing()),
     ],
 )

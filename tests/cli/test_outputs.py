@@ -13,6 +13,7 @@ from sepconvert.cli.outputs import (
     checkpoint_of,
     command_line,
     out_of,
+    relaxed,
     result_directory_of,
     show,
 )
@@ -30,6 +31,11 @@ def test_the_result_directory_is_named_after_the_model(out, place):
     assert out_of({"model": Path("models/net.pt"), "out": out}) == Path(place)
 
 
+def test_the_result_directory_of_a_named_model():
+    assert out_of({"model": Path("timm:a.b?weights=DEFAULT"), "out": None}) == Path("a.b-sepconvert")
+    assert out_of({"model": Path("hf-hub:me/net@main"), "out": None}) == Path("net-sepconvert")
+
+
 def test_the_result_directory_of_the_demo():
     assert out_of({"out": None}) == Path("demo-sepconvert")
 
@@ -40,18 +46,44 @@ def test_the_checkpoint_is_beside_the_result_directory(given, place):
     assert checkpoint_of(options) == Path(place)
 
 
+SHOWN = {"as_json": False, "quiet": False, "brief": False}
+
+
 def test_parameters_are_flags_on_the_terminal_alone(capsys):
-    show({"as_json": False, "quiet": False}, DOCUMENT, "Pass `max_drop`.", "", "End.")
+    show(SHOWN, DOCUMENT, "Pass `max_drop`.", "", "End.")
     assert capsys.readouterr().out == "Pass --max-drop.\n\nEnd.\n"
-    show({"as_json": True, "quiet": False}, DOCUMENT, "Pass `max_drop`.")
+    show({**SHOWN, "as_json": True}, DOCUMENT, "Pass `max_drop`.")
     assert json.loads(capsys.readouterr().out) == DOCUMENT
 
 
 def test_quiet_leaves_out_the_text_and_not_the_document(capsys):
-    show({"as_json": False, "quiet": True}, DOCUMENT, "text")
+    show({**SHOWN, "quiet": True}, DOCUMENT, "text")
     assert capsys.readouterr().out == ""
-    show({"as_json": True, "quiet": True}, DOCUMENT, "text")
+    show({**SHOWN, "as_json": True, "quiet": True}, DOCUMENT, "text")
     assert json.loads(capsys.readouterr().out) == DOCUMENT
+
+
+def test_brief_is_the_first_sentence_on_one_line(capsys):
+    sentence = f"Pass `max_drop`, {'very ' * 30}much."
+    show({**SHOWN, "brief": True}, DOCUMENT, sentence, "table")
+    assert capsys.readouterr().out == f"{sentence.replace('`max_drop`', '--max-drop')}\n"
+    show(SHOWN, DOCUMENT, sentence, "table")
+    assert max(map(len, capsys.readouterr().out.splitlines())) <= 80
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        (["net.pt", "--min-speedup", "9"], "net.pt --min-speedup 1.25"),
+        (
+            ["net.pt", "--min-speedup=9", "--max-drop", "1"],
+            "net.pt --max-drop 1 --min-speedup 1.25",
+        ),
+    ],
+)
+def test_a_command_that_would_succeed(monkeypatch, given, expected):
+    monkeypatch.setattr(sys, "argv", ["sepconvert", *given])
+    assert relaxed({"min_speedup": 1.25}) == f"sepconvert {expected}"
 
 
 @pytest.mark.parametrize("name", ["model", "plan", "data", "calib", "train"])

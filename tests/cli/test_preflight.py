@@ -29,7 +29,16 @@ MISTAKES = {
     "apply net.pt absent/plan.json": "absent/plan.json: cannot be read: No such file or directory; check",
     "text.pt": "text.pt: is a text file that begins 'not a model",
     "truncated.pt": "truncated.pt: a truncated or damaged archive",
-    "compare net.pt": "compare: expected two models or more, got one; profile measures one",
+    "timm:": "timm:: names no model; expected a name such as timm:resnet50",
+    "inspect 'timm:res net'": "timm:res net: names 'res net'; expected a name such as timm:resnet50",
+    "profile torchvision:segmentation/fcn": "torchvision:segmentation/fcn: names 'segmentation/fcn'; expect",
+    "compare net.pt 'timm:a?weights'": "timm:a?weights: expected KEY=VALUE after the ?, and between &, got",
+    "apply hf-hub:net plan.json": "hf-hub:net: names 'net'; expected a name such as hf-hub:timm/resnet18.a1",
+    "tmm:resnet50": "tmm:resnet50: there is no such file; expected a model saved by torch.save",
+    "timm:resnet50 --factory code.py:make": "timm:resnet50: is built by timm, and --factory builds a model",
+    "timm:resnet50 --trust": "--trust: only for files, and a library builds this model; leave --trust out",
+    "compare net.pt": "compare: expected two models or more, got one; profile measures one, and --baseline",
+    "compare --baseline plan.json": "Missing argument 'MODELS...'",
     # Options that do not go together, or not with the model
     "net.pt --mode exakt": "Invalid value for '--mode': 'exakt' is not one of",
     "net.pt --max-drop 1": "--mode: budgets, calibration and fine-tuning are for the modes approx and auto",
@@ -39,7 +48,6 @@ MISTAKES = {
     "net.pt --mode approx --min-speedup 2 --runs 0": "--min-speedup: needs timed runs; pass --runs above 0",
     "net.pt --mode approx --rank 1 --target-macs 0.5": "--rank and --target-macs: each fixes the plan by",
     "net.pt --mode auto --rank 1": "--rank: fixes the multiplier of approx mode; pass another budget",
-    "net.pt --mode approx --rank 1 --dry-run": "--dry-run: shows what exact mode converts; approx mode fits",
     "net.pt --mode approx --rank 1 --train data.npz": "--train: only for fine-tuning; pass --finetune too",
     "net.pt --int8-calibration entropy": "--int8-calibration: only for int8; pass --int8 too, or leave it",
     "net.pt --loss code.py:loss": "--loss: only for fine-tuning; pass --finetune too, or leave it out",
@@ -50,6 +58,10 @@ MISTAKES = {
     "net.pt --mean 0.5": "--mean: only for uint8 images; pass --data, --calib or --train too",
     "net.pt --targets masks": "--targets: are those of the images of --data; pass that folder too, or leave",
     "inspect net.pt --layout nhwc": "--layout nhwc: is for ONNX files, and layers of torch take images as",
+    "net.onnx --opset 20": "--opset: an ONNX file keeps the names and the opset that it has; leave it out",
+    "net.pt --opset 17": "--opset: expected a whole number from 18, got 17",
+    "net.pt --input-names a,,b": "--input-names: a name is empty, or begins or ends with a space; got",
+    "apply net.pt plan.json --input-names a,a": "--input-names, --output-names: a is given twice; name each",
     "inspect net.onnx --device cuda": "--device cuda: ONNX files are run on the CPU here; leave it",
     "compare net.pt net.pt --fail-if 'speed > 1'": "--fail-if 'speed > 1': expected one of latency, speedup",
     # Data and code
@@ -59,6 +71,9 @@ MISTAKES = {
     "net.pt --data . --targets absent": "--targets absent: there is no such folder; pass the one that holds",
     "net.pt --data absent.py:make": "--data absent.py:make: there is no file absent.py",
     "net.pt --factory absent.py:make": "--factory absent.py:make: there is no file absent.py",
+    "net.pt --factory-args {}": "--factory-args: are what --factory is called with; pass --factory too",
+    "net.pt --factory code.py:make --factory-args {": "Invalid value for '--factory-args': expected JSON, e",
+    "net.pt --factory code.py:make --factory-args [1]": "Invalid value for '--factory-args': expected a JSON",
     "profile net.pt --data data.npz --metric absent.py:f": "--metric absent.py:f: there is no file absent.py",
     "profile net.pt --postprocess softmax": "--postprocess softmax: expected pkg.mod:callable or file.py:",
     # Places to write to
@@ -70,6 +85,16 @@ MISTAKES = {
     "net.pt --out text.pt/a": "text.pt/a: cannot be written: Not a directory; pass another --out",
     f"{TUNED} --out new --checkpoint new/c": "--checkpoint new/c: lies in new, which is written as a whole",
     f"{TUNED} --checkpoint text.pt": "text.pt: an interrupted run left it; pass --resume to continue, or",
+    "profile net.pt --trace absent/x.json": "absent/x.json: cannot be written: there is no absent; pass",
+    "profile net.pt --trace net.pt": "net.pt: exists and is no trace; pass another --trace",
+    "compare net.pt net.pt --trace .": ".: cannot be read: it is no regular file; check the path",
+    "compare net.pt plan.json --trace x.json": "--trace: is of models that are run now, got a stored",
+    "compare net.pt plan.json --baseline plan.json": "--baseline: is of models that are run now, got",
+    "compare net.pt --update-baseline": "compare: expected two models or more, got one; profile measures one",
+    "compare net.pt net.pt --update-baseline": "--update-baseline: adds this run to a history; pass",
+    "compare net.pt --baseline absent.json": "--baseline absent.json: there is no such file; pass --update-",
+    "compare net.pt --baseline full": "full: cannot be read: it is no regular file; check the path",
+    "compare net.pt --baseline absent/h.json --update-baseline": "absent/h.json: cannot be written: there",
     "profile net.pt --out absent/x.json": "absent/x.json: cannot be written: there is no absent; pass",
 }
 
@@ -81,6 +106,7 @@ def place(here):
     (here / "full" / "notes.txt").write_text("mine")
     (here / "full" / "report.json").touch()
     (here / "plan.json").touch()
+    (here / "trace.json").write_text('{"displayTimeUnit": "ms", "traceEvents": []}')
     (here / "code.py").write_text("1 / 0")
     (here / "net.onnx").write_bytes(b"\x08\x08\x12\x07pytorch\xff")
     return here
@@ -123,11 +149,13 @@ def test_what_is_right_passes_and_leaves_nothing(place, run, monkeypatch):
         "inspect net.onnx --layout nhwc",
         "profile net.pt --out plan.json",
         "compare net.pt net.onnx plan.json --data code:loader --device cuda --layout nhwc",
+        "compare net.pt --baseline plan.json --trace new.json",
+        "compare net.pt --baseline new.json --update-baseline --trace trace.json",
         "apply yolov8 plan.json --factory code.py:build",
         "demo --runs 0",
     ):
         assert run(*shlex.split(line)) == Outcome(0, "", "")
-    assert called == COMMANDS
+    assert list(dict.fromkeys(called)) == COMMANDS[:-1]
     assert listing(place.parent) == before
 
 

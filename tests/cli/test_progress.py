@@ -3,7 +3,7 @@
 import contextlib
 import fcntl
 import io
-import itertools
+import logging
 import os
 import pty
 import signal
@@ -16,7 +16,10 @@ from types import SimpleNamespace
 import pytest
 from command_line import SHAPE, listing, start
 
+from sepconvert.base.progress import Phase, begin, expect
 from sepconvert.cli import progress
+from sepconvert.cli.progress import Display, duration
+from sepconvert.distillation.results import TrainingStep
 
 
 @contextlib.contextmanager
@@ -45,11 +48,11 @@ def test_progress_on_a_terminal_until_ctrl_c(here):
     with terminal() as (master, slave):
         process = start("net.pt", *SHAPE, stderr=slave)
         os.close(slave)
-        seen = read_until(master, b"exporting: ")
+        seen = read_until(master, b"] analysing kernels")
         process.send_signal(signal.SIGINT)
         rest = read_until(master, None)
         assert process.communicate()[0] == b""
-    assert b"analysing kernels: " in seen
+    assert b"[1/4] checking the original" in seen
     assert process.returncode == 130
     assert rest.count(b"sepconvert: interrupted\r\n") == 1
     assert b"Traceback" not in rest
@@ -65,13 +68,90 @@ class Terminal(io.StringIO):
 def test_progress_unless_quiet(here, run, monkeypatch, arguments, expected):
     stream = Terminal()
     monkeypatch.setattr(sys, "stderr", stream)
+    monkeypatch.setattr(progress, "_TICK", 1e-3)
     assert run("inspect", "net.pt", *SHAPE, *arguments).code == 0
     assert ("analysing kernels" in stream.getvalue()) is expected
 
 
 def test_progress_in_lines_where_there_is_no_terminal(here, run, monkeypatch):
-    clock = itertools.count(step=60.0)
-    monkeypatch.setattr(progress, "time", SimpleNamespace(monotonic=lambda: next(clock)))
-    lines = run("inspect", "net.pt", *SHAPE).err.splitlines()
-    assert lines[0].startswith("analysing kernels: 1 of ")
+    monkeypatch.setattr(progress, "_LINE_EVERY", 1e-3)
+    err = run("inspect", "net.pt", *SHAPE).err
+    assert "analysing kernels: stem, 1 of 2 · 0 s\n" in err
     assert run("inspect", "net.pt", *SHAPE, "--quiet").err == ""
+
+
+def display(monkeypatch, **settings):
+    """A display, and a clock that tests set."""
+    clock = SimpleNamespace(now=0.0)
+    monkeypatch.setattr(progress, "time", SimpleNamespace(monotonic=lambda: clock.now))
+    return Display(on_terminal=False, shown=False, **settings), clock
+
+
+PHASES = [Phase.CHECKS, Phase.SURVEY, Phase.SEARCH, Phase.FILES, Phase.MEASUREMENT]
+
+
+def test_the_time_left_is_that_of_the_phases_to_come(monkeypatch):
+    shown, clock = display(monkeypatch)
+    with shown.shown():
+        expect(PHASES)
+        begin(Phase.CHECKS)
+        clock.now = 15.0
+        begin(Phase.SURVEY)
+        assert shown.text() == "[2/5] fitting forms of layers · 15 s"
+        clock.now = 40.0
+        begin(Phase.SEARCH)
+        assert shown.text() == "[3/5] searching for a plan · 40 s, about 45 s left"  # one second a hundredth
+        clock.now = 50.0
+        assert shown.text().endswith("50 s, about 35 s left")
+        clock.now = 500.0  # it takes longer than usual: what follows is still to come
+        assert shown.text().endswith("8 min 20 s, about 10 s left")
+    begin(Phase.FILES)  # outside the block, nobody is told
+    assert shown.text().startswith("[3/5]")
+
+
+def test_loops_within_loops_and_training(monkeypatch):
+    shown, _ = display(monkeypatch)
+    shown.title = "auto"
+    outer = iter(shown([SimpleNamespace(name="stem"), ("head", 2), 3], "fitting"))
+    next(outer)
+    assert shown.text() == "auto · fitting: stem, 1 of 3 · 0 s"
+    for number in shown(iter("ab"), "scoring"):
+        assert f"scoring: {number}, " in shown.text()
+    next(outer)
+    assert "fitting: head, 2 of 3" in shown.text()
+    shown.train(TrainingStep(1, 2, 1, 0.5, 90.0))
+    assert "fine-tuning: step 1 of 2, epoch 1, loss 0.500, 1 min 30 s of it left" in shown.text()
+    shown.train(TrainingStep(2, 2, 1, 0.5, 0.0))
+    next(outer)
+    assert "fitting: 3 of 3" in shown.text()
+    outer.close()
+    assert shown.text() == "auto · 0 s"
+
+
+def test_a_log_holds_steps_and_errors(here, run, monkeypatch):
+    assert run("net.pt", *SHAPE, "--runs", "0", "--log-file", "log.txt", "--quiet").code == 0
+    log = (here / "log.txt").read_text(encoding="utf-8")
+    assert "INFO [1/4] checking the original" in log
+    assert "DEBUG analysing kernels: stem, 1 of 2" in log
+    assert "1 of 2 convolutions converted" in log
+    assert run("net.pt", *SHAPE, "--runs", "0", "--log-file", "log.txt", "--max-drop", "1").code == 2
+    assert "ERROR --mode: budgets" in (here / "log.txt").read_text(encoding="utf-8")
+    outcome = run("net.pt", *SHAPE, "--log-file", "no/log.txt")
+    assert outcome.code == 2
+    assert "no/log.txt cannot be written: No such file or directory; pass another file" in outcome.err
+
+
+def test_verbose_prints_each_step(here, run):
+    before = logging.getLogger("sepconvert").level
+    err = run("inspect", "net.pt", *SHAPE, "-v").err
+    assert "analysing kernels: 2\n" in err
+    assert "[0" not in err
+    assert logging.getLogger("sepconvert").level == before
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0.4, "0 s"), (59.4, "59 s"), (60, "1 min"), (200, "3 min 20 s"), (3900, "1 h 5 min")],
+)
+def test_durations(seconds, text):
+    assert duration(seconds) == text

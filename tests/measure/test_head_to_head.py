@@ -1,6 +1,7 @@
 """Models and ONNX files measured in one process; the files are real, and run by ONNX Runtime."""
 
 import json
+import re
 
 import numpy as np
 import onnx
@@ -97,6 +98,26 @@ def test_accuracy_and_outputs_are_those_of_the_models(files, data):
     assert four.outputs[0].relative < 1e-5
     assert wide.speedup is None
     assert found.profiles[0].latency is None
+
+
+def test_the_data_are_known_by_all_that_is_in_them(files, data):
+    x, y = data.dataset.tensors
+    models = subjects(files[:2])
+
+    def seen(*batches):
+        return measured(models, list(batches)).data_sha256
+
+    usual = seen((x[:20], y[:20]), (x[20:], y[20:]))
+    assert re.fullmatch("[0-9a-f]{64}", usual)
+    assert seen((x[:20], y[:20]), (x[20:], y[20:])) == usual
+    other_x, other_y = x.clone(), y.clone()
+    other_x[-1, -1, -1, -1] += 1
+    other_y[-1] = 0
+    others = [seen((x[:20], y[:20]), rest) for rest in ((other_x[20:], y[20:]), (x[20:], other_y[20:]))]
+    assert len({usual, *others}) == 3
+    assert seen((x, None)) == seen((x, None)) != seen((x, y))
+    assert measured(models).data_sha256 is None
+    assert measured(models, data).to_json()["data_sha256"] == measured(models, data).data_sha256
 
 
 def test_outputs_are_compared_on_images_without_labels(files, data):

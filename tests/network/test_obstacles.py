@@ -128,6 +128,7 @@ def test_buffers_that_a_forward_computes_with_stay_buffers(x):
     assert "converted" in {layer["decision"] for layer in result.report["layers"]}
 
 
+@pytest.mark.slow
 def test_a_forward_may_write_to_its_input(x):
     """Normalising in place is common."""
     model = model_with(lambda self, x: self.conv(x.sub_(0.5).div_(0.25)))

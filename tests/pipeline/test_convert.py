@@ -361,7 +361,7 @@ def shadowing(kind):
     }[kind]()
 
 
-@pytest.mark.parametrize("kind", ["all names", "special"])
+@pytest.mark.parametrize("kind", ["all names", pytest.param("special", marks=pytest.mark.slow)])
 def test_a_model_that_shadows_names_of_its_modules(kind, tmp_path):
     model, x = shadowing(kind), torch.rand(2, 3, 16, 16)
     expected = model(x)
@@ -428,6 +428,7 @@ def test_a_file_needs_no_inputs_and_no_source(file, tmp_path):
     assert not (tmp_path / "out/converted.pt2").exists()
 
 
+@pytest.mark.slow
 def test_the_same_plan_from_the_file_and_from_torch(small, file):
     model, data = small
     mine, theirs = (
@@ -513,7 +514,7 @@ def test_open_sizes_have_to_be_said(tmp_path, file):
         sepconvert.inspect(model)
 
 
-@pytest.mark.parametrize("mode", ["exact", "approx"])
+@pytest.mark.parametrize("mode", ["exact", pytest.param("approx", marks=pytest.mark.slow)])
 def test_a_fixed_batch_is_kept(small, file, tmp_path, mode):
     model = onnx.load(file)
     sizes = {each.name: each.type.tensor_type.shape.dim[0] for each in model.graph.input}

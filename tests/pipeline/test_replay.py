@@ -90,8 +90,8 @@ def test_tampered_weights(replayable, tensor, layer):
             lambda model: setattr(model, "head", nn.Bilinear(8, 8, 5)),
             "missing .* pass a tuple of all its inputs",
         ),
-        (lambda model: setattr(model, "head", nn.Linear(8, 6)), "does not fit the model"),
-        (lambda model: setattr(model, "extra", nn.Linear(8, 6)), "does not fit the model"),
+        (lambda model: setattr(model, "head", nn.Linear(8, 6)), "do not fit the model"),
+        (lambda model: setattr(model, "extra", nn.Linear(8, 6)), "do not fit the model"),
     ],
 )
 def test_the_plan_of_another_model(replayable, change, message):

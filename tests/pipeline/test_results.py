@@ -2,13 +2,14 @@
 
 import gc
 import json
-from pathlib import Path
 
 import pytest
 import torch
 from command_line import RESULTS, listing
 from conversions import UNTIMED, decided
+from matplotlib.colors import to_hex
 from torch import nn
+from torch.utils.data import DataLoader
 
 import sepconvert
 from sepconvert.base.errors import SepconvertError
@@ -49,7 +50,7 @@ def test_a_result_is_saved_as_the_command_line_writes_it(result, tmp_path):
 
 def test_files_go_with_the_result(net):
     made = sepconvert.convert(net, X, timing=UNTIMED)
-    place = Path(made.files.name)
+    place = made.files.path
     assert (place / "converted.onnx").is_file()
     del made
     gc.collect()
@@ -79,6 +80,29 @@ def test_a_result_of_a_process_that_does_not_report(net, tmp_path):
 
 def test_a_page_is_the_one_that_is_written(result, tmp_path):
     assert result.to_html() == (result.save(tmp_path / "out") / "report.html").read_text(encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def approximate():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 8, 3), nn.Flatten(), nn.Linear(512, 3))
+    images = DataLoader(torch.rand(60, 3, 12, 12), 30)
+    return decided(net.eval(), X, "approx", calib=images, target_macs=0.7)
+
+
+def test_the_curve_is_a_figure_and_a_picture_in_notebooks(result, approximate, tmp_path):
+    figure = approximate.plot()
+    colours = {to_hex(line.get_color()) for axes in figure.axes for line in axes.lines}
+    assert not {colour for colour in colours if colour.startswith("#0102")}  # placeholders of a page
+    assert any(len(axes.lines) > 2 for axes in figure.axes)
+    figure.savefig(tmp_path / "curve.png")
+    page = approximate._repr_html_()
+    assert page.startswith("<p>")
+    assert "<table>" in page
+    assert "data:image/svg+xml;base64," in page
+    assert "<img" not in result._repr_html_()
+    with pytest.raises(SepconvertError, match="exact mode has no curve"):
+        result.plot()
 
 
 def test_a_plan_is_replayed_in_the_session(net, result):

@@ -2,6 +2,7 @@
 
 import copy
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import onnx
@@ -16,6 +17,7 @@ import sepconvert
 from sepconvert.base.environment import Runtime
 from sepconvert.base.errors import ExportError, SepconvertError, VerificationError
 from sepconvert.files.onnx.export import export_program, save_onnx
+from sepconvert.files.onnx.writing import onnx_feed
 from sepconvert.measure.verification.outputs import reference
 from sepconvert.pipeline.stages import check_onnx
 from sepconvert.report.text.sentences import warnings_of
@@ -265,7 +267,7 @@ def test_a_small_difference_of_the_original_is_reported_and_no_failure(exported)
     model, expected, paths = exported
     for path in paths:
         scaled(path, 1 + 1e-4)
-    checks = check_onnx(model, (expected, None), paths, Runtime(1))
+    checks = check_onnx(partial(onnx_feed, model), (expected, None), paths, Runtime(1))
     assert not checks.original.holds
     assert checks.converted.holds
 
@@ -274,7 +276,8 @@ def test_a_small_difference_of_the_original_is_reported_and_no_failure(exported)
 def test_a_difference_of_the_converted_file_alone_is_a_failure(exported, own):
     model, expected, paths = exported
     scaled(paths[1], 1 + 1e-4)
-    checks = check_onnx(model, (expected, expected if own else None), paths, Runtime(1))
+    feed = partial(onnx_feed, model)
+    checks = check_onnx(feed, (expected, expected if own else None), paths, Runtime(1))
     assert checks.original.holds
     assert not checks.converted.holds
 
@@ -283,4 +286,4 @@ def test_a_large_difference_of_the_original_is_refused(exported):
     model, expected, paths = exported
     scaled(paths[0], 1.01)
     with pytest.raises(VerificationError, match="more than rounding"):
-        check_onnx(model, (expected, None), paths, Runtime(1))
+        check_onnx(partial(onnx_feed, model), (expected, None), paths, Runtime(1))

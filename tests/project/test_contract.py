@@ -55,6 +55,7 @@ WRITING = {
     "--dynamic-batch": Flag(True),
     "--no-dynamic-batch": Flag(True),
 }
+FILES_OF_OPTIONS = {"--config": Flag()}
 
 COMMANDS = {
     "convert": ("MODEL", {
@@ -67,21 +68,24 @@ COMMANDS = {
         "--finetune": Flag(0), "--train": Flag(), "--precision": Flag(None, ("no", "bf16", "fp16")),
         "--checkpoint": Flag(), "--resume": SWITCH,
         "--measure-seconds": Flag(300.0), "--cache": Flag(),
-        "--dry-run": SWITCH,
+        "--dry-run": SWITCH, "--format": Flag("table", ("table", "markdown")), **FILES_OF_OPTIONS,
     }),
-    "inspect": ("MODEL", {**LOADING, **IMAGES, **LAYERS, **RUNNING}),
+    "inspect": ("MODEL", {**LOADING, **IMAGES, **LAYERS, **RUNNING, **FILES_OF_OPTIONS}),
     "profile": ("MODEL", {
-        **LOADING, **IMAGES, **RUNNING, **TIMING, "--out": Flag(), "--batches": Flag((8,)),
+        **LOADING, **IMAGES, **RUNNING, **TIMING, "--out": Flag(), "--batches": Flag((8,)), "--trace": Flag(),
+        **FILES_OF_OPTIONS,
     }),
     "compare": ("MODELS...", {
         **LOADING, **IMAGES, **RUNNING, **TIMING, "--fail-if": REPEATED,
         "--format": Flag("table", ("table", "markdown", "csv", "json", "html")),
+        "--baseline": Flag(), "--update-baseline": SWITCH, "--trace": Flag(), **FILES_OF_OPTIONS,
     }),
-    "apply": ("MODEL PLAN", {**LOADING, **RUNNING, **WRITING}),
+    "apply": ("MODEL PLAN", {**LOADING, **RUNNING, **WRITING, **FILES_OF_OPTIONS}),
     "demo": ("", {**RUNNING, **TIMING, **WRITING}),
+    "env": ("", {"--json": SWITCH, "--debug": SWITCH}),
 }  # fmt: skip
 ARGUMENTS = {"convert": ["m.pt"], "inspect": ["m.pt"], "profile": ["m.pt"], "compare": ["a.pt", "b.pt"],
-             "apply": ["m.pt", "plan.json"], "demo": []}  # fmt: skip
+             "apply": ["m.pt", "plan.json"], "demo": [], "env": []}  # fmt: skip
 FLAGS = [(command, flag) for command, (_, flags) in COMMANDS.items() for flag in flags]
 
 DONE, BAD_USAGE, NOT_MET, INTERRUPTED = 0, 2, 3, 130
@@ -90,7 +94,7 @@ DONE, BAD_USAGE, NOT_MET, INTERRUPTED = 0, 2, 3, 130
 
 FILES = {
     "original.onnx", "converted.onnx", "converted.pt2", "plan.json", "converted.safetensors", "report.json",
-    "report.html",
+    "report.html", "run.toml",
 }  # fmt: skip
 
 
@@ -150,6 +154,29 @@ PLAN = {
     "layers": [{**DECISION, "spec": OrNull(dict), "border": dict, "bias": bool, "tolerance": OrNull(NUMBER)}],
 }  # fmt: skip
 STORED_PROFILE = {"schema": {"sepconvert.profile/1"}, "model": FILE, "environment": ENVIRONMENT, **PROFILE}
+INSTALLATION = {
+    "schema": {"sepconvert.environment/1"}, "sepconvert": str, "python": str, "platform": str, "cpu": str,
+    "instruction_sets": [str], "missing_instruction_sets": [str], "cores": int, "available_cores": int,
+    "memory_bytes": int, "free_memory_bytes": int, "onnxruntime": OrNull(str), "providers": [str],
+    "packages": dict,
+}  # fmt: skip
+CHANGE = {
+    "quantity": {"params", "macs", "bytes", "metric", "latency"}, "then": NUMBER, "now": NUMBER,
+    "change": NUMBER, "unit": str, "since": str, "latency_speedup": OrNull({"median": NUMBER}),
+}  # fmt: skip
+SINCE = {"baseline": {"path": str, "models": [{"model": str, "changes": [CHANGE], "missing": dict}]}}
+HISTORY = {
+    "schema": {"sepconvert.baseline/1"},
+    "entries": [
+        {
+            "date": str, "environment": ENVIRONMENT, "batch": int, "runs": int, "task": dict,
+            "data_sha256": OrNull(str),
+            "models": [
+                {"name": str, "sha256": str, "profile": PROFILE, "speedup": OrNull(DELTA["latency_speedup"])}
+            ],
+        }
+    ],
+}  # fmt: skip
 COMPARISON = {"profiles": [PROFILE], "deltas": [DELTA]}
 INSPECTION = {
     "layers": [{**DECISION, "structures": [{"scheme": str, "rank": int, "best_relative_error": NUMBER}]}],
@@ -219,7 +246,8 @@ def test_a_flag(helps, command, flag):
     (option,) = (
         each for each in cli.cli.commands[command].params if flag in (*each.opts, *each.secondary_opts)
     )
-    assert parsed(cli.cli, [command, *ARGUMENTS[command]])[option.name] == expected.default
+    if option.expose_value:
+        assert parsed(cli.cli, [command, *ARGUMENTS[command]])[option.name] == expected.default
     assert (tuple(option.type.choices) if isinstance(option.type, click.Choice) else ()) == expected.choices
 
 
@@ -270,6 +298,38 @@ def test_a_comparison(converted, run):
     found = json.loads(outcome.out)
     keeps(found, COMPARISON)
     assert (len(found["profiles"]), len(found["deltas"])) == (3, 2)  # against the first
+
+
+def test_a_history_of_comparisons(here, converted, run):
+    files = [converted.folder / f"{name}.onnx" for name in ("original", "converted")]
+    arguments = (
+        "compare",
+        *files,
+        "--runs",
+        "3",
+        "--baseline",
+        "history.json",
+        "--update-baseline",
+        "--json",
+    )
+    assert run(*arguments).code == DONE
+    outcome = run(*arguments)
+    assert outcome.code == DONE
+    keeps(json.loads(outcome.out), {**COMPARISON, **SINCE})
+    keeps(json.loads((here / "history.json").read_text()), HISTORY)
+
+
+def test_the_environment(run):
+    outcome = run("env", "--json")
+    assert outcome.code == DONE
+    keeps(json.loads(outcome.out), INSTALLATION)
+
+
+def test_the_file_of_options_repeats_a_conversion(here, converted, run):
+    outcome = run("--config", converted.folder / "run.toml", "--out", "again", "--runs", "0")
+    assert outcome.code == DONE
+    keeps(json.loads(outcome.out), REPORT)
+    assert {path.name for path in (here / "again").iterdir()} == FILES
 
 
 def test_an_inspection(here, run):

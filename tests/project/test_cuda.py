@@ -13,7 +13,7 @@ from sepconvert import apply, convert, profile
 from sepconvert.base.options.values import Calibration, Timing
 from sepconvert.cli.demo.images import evaluation_data
 from sepconvert.cli.demo.net import load, to_input
-from sepconvert.files.models import load_model
+from sepconvert.files.models.loading import load_model
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 

@@ -14,6 +14,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -27,6 +28,7 @@ import torch
 from pages import BENCHMARKS, DOCS, FENCE, PAGES, ROOT, canonical, commands, fences, inline
 from PIL import Image
 from torch.utils.data import DataLoader, TensorDataset
+from torchvision.models import squeezenet1_1
 
 import sepconvert
 from sepconvert.cli import main as cli
@@ -45,9 +47,13 @@ RUN: dict[str, tuple[str, ...]] = {
     "sepconvert checkpoint.pth --factory mynets.py:resnet20 --data val.npz --mean .485,.456,.406 "
     "--std .229,.224,.225": NONE,
     "sepconvert checkpoint.pth --factory mynets.py:resnet20 --input-shape 3x224x224": NONE,
+    "sepconvert squeezenet.pth --factory torchvision.models:squeezenet1_1 --factory-args "
+    "'{\"num_classes\": 10}' --input-shape 3x224x224": NONE,
+    "sepconvert inspect torchvision:squeezenet1_1": (),
     "sepconvert resnet.pt --allow mynets.ResNet --input-shape 3x224x224": NONE,
     "sepconvert resnet.pt --trust --input-shape 3x224x224": NONE,
     "sepconvert model.pt --input-shape 3x224x224 --debug": NONE,
+    "sepconvert model.pt --input-shape 3x224x224 --input-names images --output-names logits --opset 20": NONE,
     "sepconvert model.pt --input-shape 3x224x224 --dry-run": (),
     "sepconvert model.pt --input-shape 3x224x224 --gate latency --threads 1 --runs 200": SHORT,
     "sepconvert model.pt --mode auto --calib images/ --data val.npz --max-drop 1.0 --threads 1": FIT,
@@ -70,6 +76,18 @@ RUN: dict[str, tuple[str, ...]] = {
     "sepconvert compare original.onnx converted.onnx --data val.npz --fail-if 'latency > +5%' "
     "--fail-if 'drop > 0.5'": SHORT,
     "sepconvert compare original.onnx converted.onnx --format html": SHORT,
+    "sepconvert compare original.onnx converted.onnx --data val.npz --format markdown": SHORT,
+    "sepconvert compare original.onnx converted.onnx --trace trace.json": SHORT,
+    "sepconvert profile converted.onnx --trace trace.json": SHORT,
+    "sepconvert compare original.onnx converted.onnx --data val.npz --threads 1 --baseline history.json "
+    "--update-baseline": SHORT,
+    "sepconvert compare original.onnx converted.onnx --data val.npz --threads 1 --baseline history.json "
+    "--fail-if 'latency > +5%' --fail-if 'drop > 0.5'": SHORT,
+    "sepconvert compare converted.onnx --data val.npz --baseline history.json --fail-if 'drop > 0.5' "
+    "--fail-if 'macs > 0%'": SHORT,
+    "sepconvert model.pt --input-shape 3x224x224 --format markdown": NONE,
+    "sepconvert --config model-sepconvert/run.toml": NONE,
+    "sepconvert env": (),
     "sepconvert compare original.onnx converted.onnx --graph-optimization none": SHORT,
     "sepconvert compare original.onnx converted.onnx --data val.npz --metric mynets.py:certainty "
     "--fail-if 'drop > 0.02'": SHORT,
@@ -228,7 +246,12 @@ def test_every_command_of_ours_is_run():
 
 
 @pytest.mark.parametrize("text", OURS)
-def test_command_lines_parse(text):
+def test_command_lines_parse(text, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name, value in pairwise(ALL[text]):
+        if name == "--config":  # which another command has written
+            Path(value).parent.mkdir()
+            Path(value).write_text('model = "model.pt"')
     parsed(ALL[text])
 
 
@@ -365,6 +388,7 @@ def prepared(tmp_path_factory) -> Path:
     torch.save(model, folder / "model.pt")
     torch.save(model, folder / "other.pt")
     torch.save(model.state_dict(), folder / "checkpoint.pth")
+    torch.save(squeezenet1_1(num_classes=10).state_dict(), folder / "squeezenet.pth")
     random = np.random.default_rng(0)
     for name, count in (("val", 64), ("train", 128)):
         x = random.integers(0, 256, (count, 24, 24, 3), dtype=np.uint8)
@@ -382,6 +406,7 @@ def prepared(tmp_path_factory) -> Path:
             call(text, *RUN[text])
         for name in ("original", "converted"):
             shutil.copy(folder / f"checkpoint-sepconvert/{name}.onnx", folder)
+        call(next(text for text in RUN if "--update-baseline" in text), *SHORT)
         shutil.copy("original.onnx", "net.onnx")
         call("sepconvert net.onnx", *RUN["sepconvert net.onnx"])
         call("sepconvert model.pt --int8 --calib images/ --out int8", *FIT)
@@ -421,11 +446,14 @@ def call(text: str, *more: str) -> None:
         print(done.stdout)
 
 
+QUICK = tuple(f"sepconvert {name}" for name in ("inspect", "compare", "apply", "env"))
+
+
 @pytest.mark.parametrize(
     "text",
     [
-        # A launcher starts Python twice more, and the other modes fit and measure.
-        pytest.param(text, marks=[pytest.mark.slow] * (text.startswith("accelerate ") or "--mode" in text))
+        # Conversions and launchers take long.
+        pytest.param(text, marks=[pytest.mark.slow] * (not text.startswith(QUICK)))
         for text in list(RUN)[2:]
     ],
 )
@@ -569,6 +597,18 @@ def test_docstring_examples():
 
 
 # Pages --------------------------------------------------------------------------------------------
+
+
+def test_no_page_repeats_another():
+    """Outside of code: a page links to what another one says. Rows of tables may be alike."""
+    length, pages_with = 16, dict[tuple[str, ...], Path]()
+    for page in [*PAGES, BENCHMARKS]:
+        prose = FENCE.sub("\n\n", page.read_text(encoding="utf-8"))
+        for paragraph in re.split(r"\n\n|\n(?=\||- |\d\. )", prose):
+            words = [word.lower() for word in re.findall(r"[\w×%.,-]+", paragraph)]
+            for start in range(len(words) - length + 1):
+                run = tuple(words[start : start + length])
+                assert pages_with.setdefault(run, page) == page, f"{page}: {' '.join(run)}"
 
 
 def test_every_public_name_is_in_the_reference():

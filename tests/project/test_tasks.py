@@ -110,7 +110,8 @@ def recogniser():
         return model, pictures, texts(model(pictures))
 
 
-@pytest.mark.parametrize("mode", ["approx", pytest.param("auto", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["approx", "auto"])
 def test_a_time_major_recogniser(recogniser, mode):
     model, pictures, wanted = recogniser
     assert len(set(wanted)) > 20
@@ -150,6 +151,7 @@ def stacked(batch):
     return torch.stack([picture for picture, _ in batch]), [target for _, target in batch]
 
 
+@pytest.mark.slow
 def test_a_detector_with_sigmoid_heads(detector, tmp_path):
     model, pictures, targets = detector
     data = DataLoader(Answers(pictures, targets), 8, collate_fn=stacked)

@@ -14,7 +14,7 @@ from sepconvert.factorize.exact.analysis import Analysis, Finding, Spectrum
 from sepconvert.factorize.exact.certificate import Certificate
 from sepconvert.factorize.geometry import ConvSpec
 from sepconvert.files.onnx.export import ExportNote
-from sepconvert.measure.execution import LayerExecution, ModelExecution
+from sepconvert.measure.execution.layers import LayerExecution, ModelExecution
 from sepconvert.measure.latency import Latency, PairTiming, Speedup
 from sepconvert.measure.metrics.classes import Accuracy, ChangedPrediction, ChangedPredictions
 from sepconvert.measure.metrics.evaluation import MetricDelta

@@ -17,8 +17,8 @@ def option(help: str, default: Any = None, **metadata: Any) -> Any:
         default: of the field and of the flag.
         metadata: `low`, `high` and `whole` bound a number; `choices` are the admitted strings; `flag` is the
             name on the command line where it is not the field's, and `flag_value` what it means without a
-            value; `metavar` and `shown_default` are for `--help`;
-            `unit` is what one unit of the flag is worth in the field (`--memory` counts gigabytes).
+            value; `joined` names are separated by commas there; `metavar` and `shown_default` are for
+            `--help`; `unit` is what one unit of the flag is worth in the field (`--memory` counts gigabytes).
     """
     return field(default=default, metadata={"help": help, **metadata})
 

@@ -5,7 +5,7 @@ default are made from it (see `sepconvert.cli.options`). Nothing here imports to
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -422,7 +422,12 @@ class Origin:
     path: str | None = None  # of the model file, or the name of a model without one
     sha256: str | None = None  # of the file's content, or of the model's weights
     command: str | None = None  # the command line that asked for the conversion
+    weights: str | None = None  # of a model that a library built: their name, or "random"
+    data: Mapping[str, Mapping[str, str]] = field(default_factory=dict)  # source and sha256 of data and calib
 
     def to_json(self) -> dict[str, Any] | None:
         """Return the `model` object of the report; None where there is no file."""
-        return None if self.path is None else {"path": self.path, "sha256": self.sha256}
+        if self.path is None:
+            return None
+        named = {} if self.weights is None else {"weights": self.weights}
+        return {"path": self.path, "sha256": self.sha256, **named}

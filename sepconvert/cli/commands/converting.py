@@ -9,8 +9,10 @@ from typing import Any
 import click
 
 from sepconvert.base.distributed import join, rank
+from sepconvert.base.documents import writing
 from sepconvert.base.environment import keep_freed_memory
 from sepconvert.base.errors import SepconvertError
+from sepconvert.base.options.exporting import Export
 from sepconvert.base.options.values import (
     Budget,
     Calibration,
@@ -22,12 +24,21 @@ from sepconvert.base.options.values import (
     Task,
 )
 from sepconvert.base.progress import Stage, stage, stage_clock
-from sepconvert.cli.inputs import in_layout, load_subject, read_data_and_inputs, read_images, timing_of
+from sepconvert.cli.config import run_file
+from sepconvert.cli.inputs import load_subject, read_data_and_inputs, read_images, suited, timing_of
 from sepconvert.cli.options import Options, in_flags, value_of
-from sepconvert.cli.outputs import checkpoint_of, command_line, out_of, result_directory_of, show
+from sepconvert.cli.outputs import (
+    checkpoint_of,
+    command_line,
+    data_of,
+    out_of,
+    result_directory_of,
+    show,
+    show_page,
+)
 from sepconvert.cli.preflight import job_of
 from sepconvert.cli.progress import Display, display_for, quietly
-from sepconvert.files.results import FILES, INT8_FILES
+from sepconvert.files.results import FILES, INT8_FILES, RUN_FILE
 from sepconvert.pipeline.convert import convert as run_convert
 from sepconvert.pipeline.convert import inspect as run_inspect
 from sepconvert.pipeline.modes.delivery import checkpoints
@@ -35,6 +46,7 @@ from sepconvert.pipeline.outlook import outlook as run_outlook
 from sepconvert.pipeline.replay import apply_plan as run_apply
 from sepconvert.pipeline.results import ConversionResult, Inspection
 from sepconvert.planning.plan import read_plan
+from sepconvert.report.text import markdown
 from sepconvert.report.text.inspection import outlook_table, outlook_verdict
 from sepconvert.report.text.sentences import sentences, warnings_of
 from sepconvert.report.text.tables import details, layer_table
@@ -54,7 +66,7 @@ def convert(**options: Any) -> None:
         clock.count_start()
         with stage(Stage.LOAD):
             loaded = load_subject(options)
-            options = dict(in_layout(options, loaded))
+            options = dict(suited(options, loaded))
             finetuning = _finetuning(options, display)
             data, inputs = read_data_and_inputs(options, loaded)
             calib = read_images(options, "calib")
@@ -75,11 +87,15 @@ def convert(**options: Any) -> None:
             int8=value_of(Int8, options),
             finetune=finetuning,
             dynamic_batch=options["dynamic_batch"],
+            export=value_of(Export, options),
             seed=options["seed"],
-            origin=Origin(str(loaded.path), loaded.sha256, command_line()),
+            origin=Origin(str(loaded.path), loaded.sha256, command_line(), loaded.weights, data_of(options)),
             out=folder,
             progress=display,
         )
+        if folder is not None:
+            with writing(folder / RUN_FILE):
+                (folder / RUN_FILE).write_text(run_file(click.get_current_context()), encoding="utf-8")
     if main:
         if finetuning.checkpoint is not None:
             training = (result.report["approximation"] or {}).get("finetune")
@@ -101,7 +117,7 @@ def _inspected(options: Options, gate: Gate) -> Inspection:
     display = display_for(options)
     with quietly(), display.shown():
         loaded = load_subject(options)
-        options = in_layout(options, loaded)
+        options = suited(options, loaded)
         _, inputs = read_data_and_inputs(options, loaded)
         return run_inspect(
             loaded.model,
@@ -134,6 +150,7 @@ def apply(**options: Any) -> None:
             folder,
             model_sha256=loaded.sha256,
             dynamic_batch=options["dynamic_batch"],
+            export=value_of(Export, options),
             progress=display,
         )
     show(options, {"out": str(out), "converted": len(plan.converted), "verification": verified},
@@ -170,7 +187,7 @@ def _outlook(options: Options) -> None:
     display = display_for(options)
     with quietly(), display.shown():
         loaded = load_subject(options)
-        options = dict(in_layout(options, loaded))
+        options = dict(suited(options, loaded))
         data, inputs = read_data_and_inputs(options, loaded)
         expected = run_outlook(
             loaded.model, inputs, data, read_images(options, "calib"), job_of(options, display)
@@ -183,6 +200,9 @@ def _show(options: Options, result: ConversionResult, out: Path) -> None:
     if options["quiet"]:
         for warning in warnings_of(result.report):
             click.echo(in_flags(str(warning)), err=True)
+    if options["style"] == "markdown":
+        show_page(options, result.report, markdown.conversion(result.report))
+        return
     names = (*FILES, *INT8_FILES) if "forms" in result.report else FILES
     written = [name for name in names if name not in result.report["export"]["missing"]]
     verdict, *_ = sentences(result.report)

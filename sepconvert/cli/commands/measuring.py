@@ -2,7 +2,7 @@
 
 import json
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -15,21 +15,26 @@ from sepconvert.base.documents import writing
 from sepconvert.base.environment import Runtime, environment
 from sepconvert.base.errors import DemandNotMetError, SepconvertError
 from sepconvert.base.options.values import Task
-from sepconvert.cli.conditions import Demand
+from sepconvert.cli.commands.history import check_judged, entry_of, update
+from sepconvert.cli.conditions import QUANTITIES, Demand
 from sepconvert.cli.inputs import (
     example_of_file,
     load_subject,
     read_data_and_examples,
     read_data_and_inputs,
+    suited,
     timing_of,
     with_layout,
+    with_normalisation,
 )
 from sepconvert.cli.options import Options, value_of
-from sepconvert.cli.outputs import show
+from sepconvert.cli.outputs import show, show_page
 from sepconvert.cli.progress import Display, display_for, quietly
 from sepconvert.files.data import Batch, changed, has_labels
 from sepconvert.files.onnx.facts import read_onnx
+from sepconvert.files.onnx.writing import write_onnx
 from sepconvert.measure.comparison import Comparison
+from sepconvert.measure.execution.trace import trace_of
 from sepconvert.measure.head_to_head import Subject
 from sepconvert.measure.head_to_head import measure as measure_together
 from sepconvert.measure.metrics.evaluation import TOP1, pair_of
@@ -38,6 +43,9 @@ from sepconvert.measure.profiling import SCHEMA as PROFILE_SCHEMA
 from sepconvert.measure.profiling import StoredProfile, anatomy, batch_size, read_profile
 from sepconvert.measure.profiling import profile as run_profile
 from sepconvert.network.tensors import Inputs, arguments, tensors_in
+from sepconvert.report.baseline import ModelChanges, changes_since, read_baseline
+from sepconvert.report.text import markdown
+from sepconvert.report.text.history import changes_text
 from sepconvert.report.text.numbers import fold
 from sepconvert.report.text.sentences import machine
 from sepconvert.report.text.tables import anatomy_text
@@ -78,6 +86,8 @@ def _is_profile(path: Path) -> bool:
 def compare(**options: Any) -> None:
     """Run `sepconvert compare A B …`."""
     demands = [Demand.parse(text) for text in options["fail_if"]]
+    path: Path | None = options["baseline"]
+    history = None if path is None else read_baseline(path)
     stored = any(path.suffix == ".json" for path in options["models"])
     unit = (scoring_of(value_of(Task, options)).metric or TOP1).unit
     for demand in demands:
@@ -88,19 +98,55 @@ def compare(**options: Any) -> None:
             labels=options["data"] is not None and _may_have_labels(options),
             unit=unit,
         )
+        demand.require_a_base(models=len(options["models"]), since=history is not None)
     display = display_for(options)
     with quietly(), display.shown():
-        found, note = _stored(options, display) if stored else _together(options, display)
-    style = options["style"]
-    if style in ("table", "json") or options["as_json"] or options["brief"]:
-        json_wanted = {**options, "as_json": options["as_json"] or style == "json"}
-        show(json_wanted, found.to_json(), found.verdict, "", found.text("table"), "", note)
-    elif not options["quiet"]:
-        runtime = None if stored else timing_of(options).runtime
-        click.echo(_rendered(found, note, runtime) if style == "html" else found.text(style))
-    failures = [failure for demand in demands for failure in demand.failures(found)]
-    if failures:
+        found, note, hashes = _stored(options, display) if stored else _together(options, display)
+    document, run, changes = found.to_json(), None, tuple[ModelChanges, ...]()
+    if history is not None:
+        run = entry_of(options, found, hashes)
+        changes = changes_since(history, run) if history.entries else ()
+        document["baseline"] = {"path": str(path), "models": [each.to_json() for each in changes]}
+    since = [demand for demand in demands if history is not None and demand.metric in QUANTITIES]
+    checks = {
+        demand.text: demand.failures_since(changes) if demand in since else demand.failures(found)
+        for demand in demands
+    }
+    _show(options, found, note, document, checks)
+    if failures := [failure for messages in checks.values() for failure in messages]:
         raise DemandNotMetError(f"--fail-if: {'; '.join(failures)}")
+    check_judged(since, changes, updated=options["update_baseline"])
+    if path is not None and history is not None and run is not None and options["update_baseline"]:
+        update(path, history, run, quiet=options["quiet"])
+
+
+def _show(
+    options: Options,
+    found: Comparison,
+    note: str,
+    document: Mapping[str, Any],
+    checks: Mapping[str, Sequence[str]],
+) -> None:
+    """Print a comparison in its style, and what changed since the baseline, beside pages and CSV."""
+    style = options["style"]
+    changes = changes_text(document["baseline"]["models"]) if "baseline" in document else ""
+    if style in ("table", "json") or options["brief"]:
+        since = ["", f"Since the baseline {options['baseline']}:", changes] if changes else []
+        wanted = {**options, "as_json": options["as_json"] or style == "json"}
+        show(wanted, document, found.verdict, "", found.text("table"), "", note, *since)
+        return
+    if style == "html":
+        runtime = timing_of(options).runtime if found.deltas else None
+        text = _rendered(found, note, runtime)
+    elif style == "markdown":
+        timed = options["runs"] > 0 and bool(found.deltas)
+        where = environment(timing_of(options).runtime) if timed else None
+        text = markdown.comparison(document, where, checks)
+    else:
+        text = found.text("csv")
+    show_page(options, document, text)
+    if changes and style in ("csv", "html") and not options["quiet"]:
+        click.echo(changes, err=True)
 
 
 def _rendered(found: Comparison, note: str, runtime: Runtime | None) -> str:
@@ -115,7 +161,11 @@ def _may_have_labels(options: Options) -> bool:
     return options["targets"] is not None or has_labels(spec) or not Path(spec).exists()
 
 
-def _stored(options: Options, display: Display) -> tuple[Comparison, str]:
+_Found = tuple[Comparison, str, list[str | None]]
+"""A comparison, how it was measured, and the SHA-256 of each model."""
+
+
+def _stored(options: Options, display: Display) -> _Found:
     """Return stored profiles beside models that are profiled now, one after the other."""
     found = [
         read_profile(path) if path.suffix == ".json" else _profile({**options, "model": path}, display)
@@ -131,16 +181,18 @@ def _stored(options: Options, display: Display) -> tuple[Comparison, str]:
                 f"Warning: {path} was made from a different file named {each.model} (the SHA-256 differs)."
             )
     names = tuple(map(str, options["models"]))
-    return Comparison(tuple(each.profile for each in found), names), "\n".join(notes)
+    comparison = Comparison(tuple(each.profile for each in found), names)
+    return comparison, "\n".join(notes), [each.sha256 for each in found]
 
 
-def _together(options: Options, display: Display) -> tuple[Comparison, str]:
+def _together(options: Options, display: Display) -> _Found:
     """Return models and ONNX files measured in turns in this process."""
     paths = options["models"]
     files = {path: read_onnx(path) for path in paths if path.suffix == ".onnx"}
     loaded = {path: load_subject({**options, "model": path}) for path in paths if path not in files}
     for file in files.values():
         options = with_layout(options, file.shapes)
+    options = with_normalisation(options, loaded.values())
     examples = [each.example_inputs for each in loaded.values()] + [
         example_of_file(each) for each in files.values()
     ]
@@ -157,6 +209,7 @@ def _together(options: Options, display: Display) -> tuple[Comparison, str]:
             for index, path in enumerate(paths)
         ]
         comparison = _measured(subjects, data, inputs, options, display)
+        _trace(options, {subject.name: subject.path for subject in subjects}, inputs)
     seen = "of the data" if data is not None else "of the timed batch"
     rounds = (
         f"{options['runs']} interleaved rounds, batch {options['batch']}.\n"
@@ -167,7 +220,10 @@ def _together(options: Options, display: Display) -> tuple[Comparison, str]:
     notes = [f"Measured together: {rounds}", f"Differences are those {seen}, output by output."]
     if options["runs"]:
         notes += [fold(str(note)) for note in machine(environment(timing_of(options).runtime))]
-    return comparison, "\n".join(notes)
+    hashes: list[str | None] = [
+        files[path].sha256 if path in files else loaded[path].sha256 for path in paths
+    ]
+    return comparison, "\n".join(notes), hashes
 
 
 def _by_position(model: nn.Module, batch: object) -> Batch:
@@ -196,8 +252,10 @@ def _profile(options: Options, display: Display) -> StoredProfile:
             )  # fmt: skip
             latency = detail.latency(runtime.threads, batch_size(inputs))
             found = replace(found, latency=latency, anatomy=detail)
+        _trace(options, {str(path): path}, inputs)
         return StoredProfile(found, str(path), file.sha256, environment(runtime))
     loaded = load_subject(options)
+    options = suited(options, loaded)
     data, inputs = read_data_and_inputs(options, loaded)
     found = run_profile(
         loaded.model,
@@ -209,7 +267,23 @@ def _profile(options: Options, display: Display) -> StoredProfile:
         seed=options["seed"],
         progress=display,
     )
+    if options["trace"] is not None:
+        with tempfile.TemporaryDirectory() as folder:
+            exported = Path(folder) / "model.onnx"
+            write_onnx(loaded.model, inputs, exported)
+            _trace(options, {str(loaded.path): exported}, inputs)
     return StoredProfile(found, str(loaded.path), loaded.sha256, environment(runtime))
+
+
+def _trace(options: Options, files: Mapping[str, Path], inputs: Inputs) -> None:
+    """Write a trace of ONNX files, by the names of their models, if --trace asks for it."""
+    path: Path | None = options["trace"]
+    if path is None:
+        return
+    arrays = [value.numpy() for value in tensors_in(inputs)]
+    document = trace_of(files.items(), arrays, timing_of(options).runtime)
+    with writing(path, "trace"):
+        path.write_text(json.dumps(document, allow_nan=False) + "\n", encoding="utf-8")
 
 
 def _measured(

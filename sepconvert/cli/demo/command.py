@@ -15,7 +15,7 @@ from sepconvert.cli.outputs import command_line, out_of, result_directory_of, sh
 from sepconvert.cli.progress import display_for, quietly
 from sepconvert.pipeline.convert import convert as run_convert
 from sepconvert.report.text.sentences import story
-from sepconvert.report.text.tables import modes_table
+from sepconvert.report.text.tables import headline, modes_table
 
 # For each mode: what it is about, and the arguments of its conversion.
 _DEMO: Mapping[Mode, tuple[str, Mapping[str, Any]]] = {
@@ -29,6 +29,16 @@ _DEMO: Mapping[Mode, tuple[str, Mapping[str, Any]]] = {
         {"max_drop": 1.0},
     ),
 }
+
+_LAST = """\
+Written to {out}/, one folder per mode. Open {out}/auto/report.html in a
+browser for the full report; the other modes have theirs beside it.
+
+With a model of your own, saved by torch.save, begin with
+  sepconvert inspect model.pt --input-shape 3x224x224
+and, with some images, some of them labelled, go on with
+  sepconvert model.pt --mode auto --calib images/ --data val.npz --max-drop 1
+The options that are named above are those of this command, too."""
 
 _DEMO_SCORED, _DEMO_IMAGES, _DEMO_SECONDS = 2000, 512, 10.0
 
@@ -61,8 +71,4 @@ def demo(**options: Any) -> None:
             )
             reports[mode] = result.report
             said += [title, "", *story(result.report), ""]
-    show(options, reports, *said, modes_table(reports), "",
-           f"Written to {out}/, one folder per mode.\n"
-           f"Open {out}/exact/report.html in a browser for the full report;\n"
-           "the other modes have theirs beside it.\n"
-           "The options named above are those of `sepconvert MODEL`.")  # fmt: skip
+    show(options, reports, headline(reports), "", modes_table(reports), "", *said, _LAST.format(out=out))

@@ -149,6 +149,27 @@ def _singular_values(matrices: Tensor) -> Tensor:
     return values
 
 
+_CLEAR = 1e-3  # share of the norm that a tail exceeds which quick methods find to three digits
+
+
+def _rough_singular_values(matrices: Tensor, rank: int) -> Tensor:
+    """Return singular values whose tail beyond a rank has three digits at least.
+
+    Single precision errs by a small multiple of its roundoff times the norm, and eigenvalues of a Gram matrix
+    by one of double precision's, as squares (Golub and Van Loan, Matrix Computations, section 8.6). Both take
+    a half or less of the time.
+    """
+    rows, columns = sorted(matrices.shape[-2:])
+    if columns >= 2 * rows:
+        short = matrices if matrices.shape[-2] == rows else matrices.mT
+        values = torch.linalg.eigvalsh(short @ short.mT).flip(-1).clamp(min=0).sqrt()
+    else:
+        values = _singular_values(matrices.float()).double()
+    tails = _tails(values)
+    clear = bool((tails[:, rank] > _CLEAR * tails[:, 0].max()).all())
+    return values if clear else _singular_values(matrices)
+
+
 def _finding(
     structure: Structure,
     spec: ConvSpec,
@@ -181,7 +202,7 @@ def _finding(
     paying_rank = min(full_rank, (dense_macs - 1) // unit_macs)
     # If the structure is exact at this rank, the rest is rounding on either scale.
     reached = max(paying_rank, 1) >= rank
-    errors = tails if reached else _tails(_singular_values(structure.unfold(spec, dense)))
+    errors = tails if reached else _tails(_rough_singular_values(structure.unfold(spec, dense), paying_rank))
     best = torch.linalg.vector_norm(errors[:, max(paying_rank, 1)]) / (
         torch.linalg.vector_norm(errors[:, 0]) or 1.0
     )

@@ -7,7 +7,8 @@ that is delivered is exported.
 import ast
 import re
 import time
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -21,11 +22,12 @@ from torch import Tensor, nn
 
 from sepconvert.base.modules import named_modules
 from sepconvert.base.progress import Stage, stage
-from sepconvert.files.onnx.export import Export, export_program, runtime_dtype, translated
+from sepconvert.files.onnx.export import Exported, export_program, runtime_dtype, translated
 from sepconvert.files.onnx.graph.convolutions import OnnxGraph
 from sepconvert.files.onnx.graph.network import OnnxNetwork
-from sepconvert.files.onnx.graph.running import opened, with_sizes
+from sepconvert.files.onnx.graph.running import Feed, opened, with_sizes
 from sepconvert.files.onnx.graph.surgery import converted_model, edited
+from sepconvert.files.onnx.naming import Interface, interface_of
 from sepconvert.files.onnx.structured import example_of, filled
 from sepconvert.files.onnx.writing import onnx_feed
 from sepconvert.network.copies import quick_copy
@@ -34,6 +36,7 @@ from sepconvert.network.tensors import (
     InputBatch,
     Inputs,
     StandIn,
+    fresh,
     largest,
     state_tensors,
     tensor_leaves,
@@ -61,26 +64,31 @@ class Drafts:
     Attributes:
         original: the model.
         inputs: that it is exported with.
+        interface: names and opset of all files that are made of it.
     """
 
-    def __init__(self, original: nn.Module, inputs: Inputs) -> None:
+    def __init__(self, original: nn.Module, inputs: Inputs, interface: Interface | None = None) -> None:
         self.original, self.inputs = original, inputs
+        self.interface = interface or interface_of(original, inputs)
+
+    def feed(self, inputs: Inputs) -> Feed:
+        """Return inputs as the files take them."""
+        return onnx_feed(self.original, inputs, self.interface)
 
     @cached_property
-    def export(self) -> Export:
+    def export(self) -> Exported:
         """The exported original, with any number of samples if it allows that.
 
         Raises:
             ExportError: torch cannot export it.
         """
         with stage(Stage.EXPORT):
-            return export_program(self.original, self.inputs)
+            return export_program(self.original, self.inputs, interface=self.interface)
 
     def of(self, model: nn.Module) -> onnx.ModelProto:
         """Return a file that computes what a conversion does, as fast as the one that is exported.
 
-        A conversion that differs from the original by more than whole layers, as one of functional
-        convolutions does, is exported.
+        A conversion that differs from the original by more than its convolutions is exported.
 
         Raises:
             ExportError: torch cannot export it.
@@ -91,12 +99,12 @@ class Drafts:
             exchanged = _exchanged(self.original, model)
             found = None if exchanged is None else self._edited(model, exchanged)
             if found is None:
-                found = ir.to_proto(translated(export_program(model, self.inputs)))
+                found = ir.to_proto(translated(export_program(model, self.inputs, interface=self.interface)))
         return found
 
     def timed(self, model: nn.Module) -> onnx.ModelProto:
         """Return the same file for inputs of the size of the example, for which ONNX Runtime folds shapes."""
-        return with_sizes(self.of(model), onnx_feed(self.original, self.inputs))
+        return with_sizes(self.of(model), self.feed(self.inputs))
 
     def module(self, model: nn.Module) -> "RunsInRuntime | None":
         """Return a conversion as a module that ONNX Runtime runs; None if its file fixes the batch."""
@@ -125,13 +133,7 @@ class Drafts:
             )
         except Exception:  # whatever torch or ONNX Runtime do not take, the other one may
             return False
-        scale = largest(mine)
-        alike = [
-            one.shape == two.shape and bool((one - two).abs().max() <= _OFF * scale)
-            for one, two in zip(mine, theirs, strict=False)
-            if one.numel()
-        ]
-        return len(mine) == len(theirs) and all(alike) and after < _PREFERENCE * before
+        return _are_alike(mine, theirs) and after < _PREFERENCE * before
 
     @cached_property
     def example(self) -> Any:
@@ -159,7 +161,7 @@ class Drafts:
     def _edited(self, model: nn.Module, exchanged: dict[str, nn.Module]) -> onnx.ModelProto | None:
         """Return the original's file with modules exchanged, by path; None if one of them is not found."""
         graph = self._with_state_of(model)
-        paths = {each.output: _path_of(each.node, self.export.prefix) for each in graph.convolutions}
+        paths = self._paths_in(graph)
         pairs = [
             (each, module)
             for each in graph.convolutions
@@ -167,7 +169,34 @@ class Drafts:
         ]
         if {paths[each.output] for each, _ in pairs} != exchanged.keys():
             return None
-        return edited(graph, pairs, folding=True)
+        draft = edited(graph, pairs, folding=True)
+        # Where a module is called again, its functional convolutions may be counted in another way.
+        functional = any(path not in dict(_paths(self.original)) for path in exchanged)
+        return None if functional and not self._is_of(draft, model) else draft
+
+    def _is_of(self, draft: onnx.ModelProto, model: nn.Module) -> bool:
+        """Return whether a file computes what a model does, on the example."""
+        with torch.no_grad():
+            expected = list(tensor_leaves(quick_copy(model, InputBatch(self.inputs))(*fresh(self.inputs))))
+        found = opened(draft, threads=1).run(None, onnx_feed(self.original, self.inputs))
+        return _are_alike(expected, [torch.from_numpy(each) for each in found])
+
+    def _paths_in(self, graph: OnnxGraph) -> dict[str, str]:
+        """Return the paths of convolutions, by their outputs.
+
+        Functional ones have the path of the submodule that takes their place, which counts the calls of a
+        forward.
+        """
+        modules, called, found = dict(_paths(self.original)), Counter[str](), dict[str, str]()
+        for node in graph.model.graph.node:
+            if node.op_type in ("Conv", "ConvTranspose"):
+                scope = _scope_of(node, self.export.prefix)
+                path = re.sub(r"@\d+", "", scope)  # a module that is called again is marked: conv, conv@1
+                if not isinstance(modules.get(path), nn.Conv2d):
+                    path = f"{path}{'.' if path else ''}conv2d_{called[scope]}"
+                    called[scope] += 1
+                found[node.output[0]] = path
+        return found
 
     def _with_state_of(self, model: nn.Module) -> OnnxGraph:
         """Return the original's graph with the parameters and buffers of a conversion."""
@@ -202,7 +231,7 @@ class RunsInRuntime(StandIn):
         shapes = [[value.shape[1:] for value in tensors_in(each)] for each in (inputs, self._drafts.inputs)]
         if shapes[0] != shapes[1]:
             return self.stands_for(*inputs)
-        found = self._session.run(None, onnx_feed(self._drafts.original, inputs))
+        found = self._session.run(None, self._drafts.feed(inputs))
         tensors = tuple(map(torch.from_numpy, found))
         if self._drafts.example is not None:
             return filled(self._drafts.example, iter(tensors))
@@ -219,9 +248,15 @@ def _exchanged(original: nn.Module, model: nn.Module) -> dict[str, nn.Module] | 
         if any(path.startswith(f"{each}.") or not each for each in found):
             continue
         was = before.get(path)
-        if was is None or (type(module) is not type(was) and not isinstance(was, nn.Conv2d)):
-            return None
-        if type(module) is not type(was) or _sizes(module) != _sizes(was):
+        if was is None:  # in the place of a functional convolution
+            if not isinstance(module, FactorizedConv2d):
+                return None
+            found[path] = module
+        elif not isinstance(was, nn.Conv2d):
+            # Where calls of its forward were replaced, its class is a subclass of what it was.
+            if not isinstance(module, type(was)):
+                return None
+        elif type(module) is not type(was) or _sizes(module) != _sizes(was):
             if not isinstance(module, FactorizedConv2d | nn.Identity) and type(module) is not nn.Conv2d:
                 return None
             if isinstance(module, FactorizedConv2d) and module.padding_mode != "zeros":
@@ -242,12 +277,22 @@ def _is_same(one: Tensor, other: Tensor) -> bool:
     return one.shape != other.shape or one.data_ptr() == other.data_ptr() or torch.equal(one, other)
 
 
-def _path_of(node: onnx.NodeProto, prefix: str) -> str:
-    """Return the path of the module whose forward calls a node."""
+def _are_alike(some: Sequence[Tensor], others: Sequence[Tensor]) -> bool:
+    """Return whether outputs are equal up to a small part of the largest one."""
+    scale = largest(some)
+    alike = [
+        one.shape == two.shape and bool((one - two).abs().max() <= _OFF * scale)
+        for one, two in zip(some, others, strict=False)
+        if one.numel()
+    ]
+    return len(some) == len(others) and all(alike)
+
+
+def _scope_of(node: onnx.NodeProto, prefix: str) -> str:
+    """Return the path of the module whose forward calls a node, marked where it is called again."""
     scopes = next((each.value for each in node.metadata_props if each.key == _SCOPES), "[None]")
     *modules, _ = ast.literal_eval(scopes)
-    # A module that is called again is marked: conv, conv@1.
-    path = re.sub(r"@\d+", "", modules[-1]) if modules else ""
+    path = modules[-1] if modules else ""
     return path.removeprefix(prefix) if path != prefix.rstrip(".") else ""
 
 

@@ -6,7 +6,7 @@ import keyword
 import logging
 import warnings
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +20,14 @@ from torch.fx.experimental.symbolic_shapes import is_concrete_int
 from torch.utils import _pytree as pytree
 
 from sepconvert.base.documents import writing
-from sepconvert.base.errors import ExportError, first_line
+from sepconvert.base.errors import ExportError, SepconvertError, first_line
 from sepconvert.base.modules import hashable, unshadowed
+from sepconvert.base.options.exporting import LEAST_OPSET
 from sepconvert.files.onnx.fold import FoldBatchNormPass
+from sepconvert.files.onnx.graph.running import answers
+from sepconvert.files.onnx.naming import Interface, NamingPass, interface_of, names_in, output_names
 from sepconvert.network.copies import private_copy
-from sepconvert.network.tensors import Inputs, cast, fresh, model_dtype, tensor_leaves, tensors_in
+from sepconvert.network.tensors import Inputs, cast, fresh, model_dtype, tensor_leaves
 
 # ONNX Runtime's CPU kernels of convolutions take float32 and float16.
 _RUNTIME_DTYPES = {torch.float64: torch.float32, torch.bfloat16: torch.float32}
@@ -53,22 +56,22 @@ class ExportNote:
 
 
 @dataclass(frozen=True)
-class Export:
+class Exported:
     """A model exported by torch.export, from which files of both kinds are written.
 
     Attributes:
         program: the exported program, on the CPU.
         dtype: dtype of its weights and inputs.
-        input_names: names of its inputs in ONNX files.
-        output_names: those of its outputs, if it returns a mapping; else torch's.
+        interface: names and opset of its ONNX files.
+        returned: what the model returns; None if that is not known.
         note: the way in which it was exported.
         prefix: of the names of modules and parameters in the program.
     """
 
     program: ExportedProgram
     dtype: torch.dtype
-    input_names: tuple[str, ...]
-    output_names: tuple[str, ...] | None
+    interface: Interface
+    returned: Any
     note: ExportNote
     prefix: str = ""
 
@@ -78,20 +81,14 @@ def runtime_dtype(model: nn.Module) -> torch.dtype:
     return _RUNTIME_DTYPES.get(model_dtype(model), model_dtype(model))
 
 
-def onnx_names(inputs: Inputs) -> tuple[str, ...]:
-    """Return names for the tensors among the inputs in our ONNX files: `input`, or `input_0`, `input_1`, …
-
-    The tensors of a mapping that is the only argument keep its names.
-    """
-    if len(inputs) == 1 and (names := _names_in(inputs[0])):
-        return names
-    count = len(tensors_in(inputs))
-    return ("input",) if count == 1 else tuple(f"input_{index}" for index in range(count))
-
-
 def export_program(
-    model: nn.Module, inputs: Inputs, dtype: torch.dtype | None = None, *, dynamic_batch: bool = True
-) -> Export:
+    model: nn.Module,
+    inputs: Inputs,
+    dtype: torch.dtype | None = None,
+    *,
+    dynamic_batch: bool = True,
+    interface: Interface | None = None,
+) -> Exported:
     """Export a model in eval mode by torch.export, which runs it on the inputs.
 
     Args:
@@ -100,6 +97,7 @@ def export_program(
         dtype: dtype of the exported copy; None stands for that of ONNX files: float32 for a float64 or
             bfloat16 model, for whose convolutions ONNX Runtime has no kernels, else the model's own.
         dynamic_batch: whether to export for any batch size, if the model allows it.
+        interface: names and opset of its ONNX files; None for those that follow from the model.
 
     Raises:
         ExportError: torch cannot export the model.
@@ -131,22 +129,10 @@ def export_program(
         with _quiet():
             program = move_to_device_pass(program, "cpu")
     note = ExportNote(is_dynamic, str(dtype).removeprefix("torch."), reason)
-    return Export(program, dtype, onnx_names(inputs), _names_in(returned), note, prefix)
+    return Exported(program, dtype, interface or interface_of(model, inputs), returned, note, prefix)
 
 
-def _names_in(values: Any) -> tuple[str, ...] | None:
-    """Return the keys of a mapping, or the fields of a dataclass, of different tensors; None for others."""
-    if is_dataclass(values) and not isinstance(values, type):
-        values = {each.name: getattr(values, each.name) for each in fields(values)}
-        values = {name: value for name, value in values.items() if value is not None}
-    if not isinstance(values, Mapping) or not values:
-        return None
-    named = all(isinstance(key, str) and isinstance(value, Tensor) for key, value in values.items())
-    different = len({id(value) for value in values.values()}) == len(values)
-    return tuple(values) if named and different else None
-
-
-def save_archive(export: Export, path: Path) -> None:
+def save_archive(export: Exported, path: Path) -> None:
     """Write a torch.export archive (.pt2) that loads without the user's code.
 
     Raises:
@@ -159,7 +145,7 @@ def save_archive(export: Export, path: Path) -> None:
         path.write_bytes(archive.getbuffer())
 
 
-def translated(export: Export, *, optimize: bool = True) -> ir.Model:
+def translated(export: Exported, *, optimize: bool = True) -> ir.Model:
     """Translate an exported model to ONNX.
 
     Args:
@@ -167,25 +153,48 @@ def translated(export: Export, *, optimize: bool = True) -> ir.Model:
         optimize: whether the exporter folds constants, and BatchNorms into the convolutions before them.
 
     Raises:
-        ExportError: torch cannot translate the exported program.
+        ExportError: torch cannot translate the exported program, or not to the opset that is asked for.
     """
+    interface = export.interface
     with _quiet():
         try:
             exported = torch.onnx.export(
-                export.program, dynamo=True, verbose=False, input_names=export.input_names,
-                output_names=export.output_names, optimize=optimize,
-            )  # fmt: skip
+                export.program, dynamo=True, verbose=False, optimize=optimize, opset_version=interface.opset
+            )
             assert exported is not None  # noqa: S101  (it is None only without dynamo)
-            for node in exported.model.graph.all_nodes():
+            model = exported.model
+            for node in model.graph.all_nodes():
                 node.metadata_props.pop(_STACK_TRACE, None)
             if optimize:
-                FoldBatchNormPass()(exported.model)
-            return exported.model
+                FoldBatchNormPass()(model)
+            outputs = interface.outputs or output_names(
+                export.returned,
+                len(model.graph.outputs),
+                taken={*interface.inputs, *export.program.state_dict},
+            )
+            NamingPass(interface.inputs, outputs, batch_first=interface.batch_first)(model)
         except Exception as error:  # the exporter raises errors of many kinds
             raise _export_error("ONNX", error) from error
+    made = model.opset_imports.get("")
+    if interface.opset is not None and made != interface.opset:
+        raise ExportError(f"`opset` {interface.opset}: torch's exporter writes opset {made}; pass that")
+    return model
 
 
-def save_onnx(export: Export, path: Path, *, check: bool = True) -> None:
+def check_opset(opset: int) -> None:
+    """Raise `SepconvertError` unless a small model is written in an opset, and runs in ONNX Runtime."""
+    layer, image = nn.Sequential(nn.Conv2d(1, 1, 1), nn.BatchNorm2d(1)).eval(), (torch.zeros(1, 1, 2, 2),)
+    try:
+        model = translated(export_program(layer, image, interface=Interface(("input",), None, opset)))
+        answers(ir.to_proto(model), {"input": image[0].numpy()})
+    except SepconvertError as error:
+        raise SepconvertError(
+            f"`opset` {opset}: these versions of torch, onnxscript and ONNX Runtime do not write or run it; "
+            f"pass a lower one, from {LEAST_OPSET}, or leave it out"
+        ) from error
+
+
+def save_onnx(export: Exported, path: Path, *, check: bool = True) -> None:
     """Write one self-contained ONNX file.
 
     Args:
@@ -201,7 +210,7 @@ def save_onnx(export: Export, path: Path, *, check: bool = True) -> None:
     model = translated(export)
     with _quiet(), writing(path):
         try:
-            if export.output_names is not None:
+            if export.interface.outputs is None and names_in(export.returned):
                 model.metadata_props[OUTPUTS] = MAPPING
             ir.save(model, str(path))
         except OSError:

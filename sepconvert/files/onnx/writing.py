@@ -5,15 +5,17 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import onnx
+import torch
 from torch import nn
 
 from sepconvert.base.documents import writing
-from sepconvert.base.errors import ExportError, first_line
+from sepconvert.base.errors import ExportError, SepconvertError, first_line
+from sepconvert.base.options.exporting import Export
 from sepconvert.base.progress import Stage, stage
 from sepconvert.files.onnx.export import (
     ExportNote,
+    check_opset,
     export_program,
-    onnx_names,
     runtime_dtype,
     save_onnx,
 )
@@ -22,19 +24,51 @@ from sepconvert.files.onnx.graph.network import OnnxNetwork
 from sepconvert.files.onnx.graph.protobuf import external_files
 from sepconvert.files.onnx.graph.running import Feed, feed_by_name
 from sepconvert.files.onnx.graph.surgery import converted_model
-from sepconvert.network.tensors import Inputs, cast
+from sepconvert.files.onnx.naming import Interface, check_interface, input_names, interface_of
+from sepconvert.network.copies import private_copy
+from sepconvert.network.tensors import Inputs, cast, fresh, tensor_leaves
 
 
-def onnx_feed(model: nn.Module, inputs: Inputs) -> Feed:
-    """Return the inputs of a model as its ONNX file takes them."""
+def onnx_feed(model: nn.Module, inputs: Inputs, interface: Interface | None = None) -> Feed:
+    """Return the inputs of a model as its ONNX file takes them, which has this interface, or its own."""
     if isinstance(model, OnnxNetwork):
         return model.feed(inputs)
-    return feed_by_name(onnx_names(inputs), cast(inputs, runtime_dtype(model)))
+    names = interface.inputs if interface is not None else input_names(model, inputs)
+    return feed_by_name(names, cast(inputs, runtime_dtype(model)))
+
+
+def checked_interface(
+    model: nn.Module, inputs: Inputs, options: Export, *, batch_first: bool = True
+) -> Interface:
+    """Return the names and the opset of a model's ONNX files, tried on the model where they are given.
+
+    Raises:
+        SepconvertError: they do not suit the model, or the exporter.
+    """
+    interface = interface_of(model, inputs, options, batch_first=batch_first)
+    given = options.given()
+    if given and isinstance(model, OnnxNetwork):
+        raise SepconvertError(
+            f"`{given[0]}`: an ONNX file keeps the names and the opset that it has; leave it out"
+        )
+    if interface.opset is not None:
+        check_opset(interface.opset)
+    if given:
+        with torch.no_grad():
+            returned = private_copy(model)(*fresh(inputs))
+        check_interface(interface, model, inputs, len(list(tensor_leaves(returned))))
+    return interface
 
 
 @stage(Stage.EXPORT)
 def write_onnx(
-    model: nn.Module, inputs: Inputs, path: Path, *, dynamic_batch: bool = True, check: bool = True
+    model: nn.Module,
+    inputs: Inputs,
+    path: Path,
+    *,
+    dynamic_batch: bool = True,
+    check: bool = True,
+    interface: Interface | None = None,
 ) -> ExportNote:
     """Write one self-contained ONNX file.
 
@@ -44,6 +78,7 @@ def write_onnx(
         path: the file.
         dynamic_batch: whether to export for any batch size, if the model allows it; a file keeps its own.
         check: see `save_onnx`.
+        interface: names and opset of the file of a torch model; None for those that follow from it.
 
     Raises:
         ExportError: torch cannot export the model, or the file does not pass the check.
@@ -52,7 +87,7 @@ def write_onnx(
     if isinstance(model, OnnxNetwork):
         save_edited(converted_model(model, embedded=True), path, check=check)
         return note_of(model)
-    export = export_program(model, inputs, dynamic_batch=dynamic_batch)
+    export = export_program(model, inputs, dynamic_batch=dynamic_batch, interface=interface)
     save_onnx(export, path, check=check)
     return export.note
 

@@ -32,7 +32,6 @@ from sepconvert.factorize.structures import Form
 from sepconvert.files.onnx.drafts import Drafts
 from sepconvert.files.onnx.int8.form import Int8Form
 from sepconvert.files.onnx.layer import layer_onnx
-from sepconvert.files.onnx.writing import onnx_feed
 from sepconvert.measure.latency import Deployed, Speedup, speedup, time_all
 from sepconvert.measure.statistics import Interval
 from sepconvert.network.trace import ConvSite
@@ -190,7 +189,7 @@ class Clock:
         keys = [self._key(layout=LAYOUT, original=files[0], converted=file, runs=runs) for file in files]
         missing = [index for index, key in enumerate(keys) if self._recall(key, _PlanEntry) is None]
         if missing:
-            feed = onnx_feed(drafts.original, drafts.inputs)
+            feed = drafts.feed(drafts.inputs)
             timed = [(path, feed) for path in (paths[0], paths[0], *(paths[index] for index in missing))]
             try:
                 first, again, *others = self._samples(timed, runs, progress)

@@ -11,9 +11,9 @@ from sepconvert.base.progress import Progress
 from sepconvert.factorize.border import Border
 from sepconvert.factorize.exact.analysis import ZERO_BORDER
 from sepconvert.factorize.exact.factors import branches
+from sepconvert.files.onnx.graph.running import Feed
 from sepconvert.files.onnx.int8.form import Int8Form
 from sepconvert.files.onnx.layer import layer_onnx
-from sepconvert.files.onnx.writing import onnx_feed
 from sepconvert.measure.latency import Deployed, PairTiming, Speedup, measure_pair
 from sepconvert.measure.profiling import batch_size
 from sepconvert.network.rewrite import Replacement
@@ -23,25 +23,22 @@ from sepconvert.planning.timing.clock import FORM_RUNS, input_shape, random_feed
 
 
 def time_files(
-    model: nn.Module,
     paths: tuple[Path, Path],
-    inputs: Inputs,
+    feed: Feed,
+    batch: int,
     runs: int,
     runtime: Runtime,
     seed: int,
     progress: Progress,
 ) -> PairTiming:
-    """Two ONNX files of `model` and of what it became, on its inputs."""
-    feed = onnx_feed(model, inputs)
+    """Two ONNX files of a model and of what it became, on a batch of inputs."""
     original, converted = (Deployed(path, runtime) for path in paths)
-    return measure_pair(
-        original, converted, feed, runs=runs, batch=batch_size(inputs), seed=seed, progress=progress
-    )
+    return measure_pair(original, converted, feed, runs=runs, batch=batch, seed=seed, progress=progress)
 
 
 def time_int8(form: Int8Form, model: nn.Module, inputs: Inputs, runtime: Runtime, seed: int) -> Speedup:
     """The speed-up of a model in int8 over itself in floating point."""
-    feed, files = onnx_feed(model, inputs), (form.timed(model, quantize=False), form.timed(model))
+    feed, files = form.feed(inputs), (form.timed(model, quantize=False), form.timed(model))
     before, after = (Deployed(file, runtime) for file in files)
     return measure_pair(before, after, feed, runs=FORM_RUNS, batch=batch_size(inputs), seed=seed).speedup
 

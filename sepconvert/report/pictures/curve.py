@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 from sepconvert.report.pictures.drawing import AFTER, BEFORE, INK, SMALL, dress, sheet, svg
 from sepconvert.report.text.numbers import Document, Quality, heading, measured_drop
@@ -111,7 +112,14 @@ def frontier(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]
 
 
 def trade_off(document: Document, *, slim: bool = False) -> str:
-    """Return a plot of the change of the metric, if measured, and of the divergence against the gain.
+    """Return a plot of the change of the metric, if measured, and of the divergence against the gain."""
+    quality = Quality.of(document)
+    label = f"Change of {quality.noun} and divergence against the gain, for every plan carried out"
+    return svg(drawn(document, slim=slim), label, slim=slim)
+
+
+def drawn(document: Document, *, slim: bool = False) -> Figure:
+    """Return the figure of `trade_off`, in the placeholders of colours.
 
     Lines join the plans that no other beats. Markers of speed-ups within noise are hollow.
     """
@@ -138,8 +146,7 @@ def trade_off(document: Document, *, slim: bool = False) -> str:
         low, high = axes.get_xlim()
         axes.set_xlim(low, high + _ROOM * (high - low) * (2 if slim else 1))
         dress(axes)
-    label = f"Change of {quality.noun} and divergence against the gain, for every plan carried out"
-    return svg(figure, label, slim=slim)
+    return figure
 
 
 def _draw(

@@ -1,11 +1,13 @@
 """Figures as inline SVG in the colours of the page, for wide and for narrow screens."""
 
+import contextlib
 import html
 import io
 import re
 
 import matplotlib as mpl
 from matplotlib.axes import Axes
+from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 
 INK, BEFORE, AFTER = "#010203", "#010204", "#010205"
@@ -59,6 +61,21 @@ def dress(axes: Axes) -> None:
 def name_lines(figure: Figure, columns: int) -> None:
     """Add the legend, above the axes, where it hides nothing."""
     figure.legend(loc="outside upper left", ncols=columns, frameon=False, labelcolor=INK, fontsize=SMALL)
+
+
+def on_paper(figure: Figure) -> Figure:
+    """Return a figure with the placeholders of colours exchanged for those of a light page."""
+    colours = {INK: "#1c1c1c", BEFORE: "#5b7fa6", AFTER: "#d9731a"}
+    for artist in figure.findobj():
+        for name in ("color", "markerfacecolor", "markeredgecolor", "edgecolor", "facecolor"):
+            get, put = (getattr(artist, f"{verb}_{name}", None) for verb in ("get", "set"))
+            if get is None or put is None:
+                continue
+            with contextlib.suppress(ValueError):  # several colours, or none
+                if (colour := colours.get(to_hex(get()))) is not None:
+                    put(colour)
+    figure.patch.set_facecolor("white")
+    return figure
 
 
 def svg(figure: Figure, label: str, *, slim: bool = False) -> str:

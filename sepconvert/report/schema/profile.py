@@ -183,13 +183,17 @@ class Environment(Struct, frozen=True, kw_only=True):
 
 
 class Model(Struct, frozen=True):
-    """The file that a model was read from, or the name of one whose weights a factory gave."""
+    """The file that a model was read from, or the name of one that a library or a factory built."""
 
     path: str
     sha256: Annotated[
         Sha256 | None,
         Meta(description="of the file; for a name, of the bytes of the tensors in the model's state_dict"),
     ]
+    weights: Annotated[
+        str | UnsetType,
+        Meta(description="where a library built the model: the name of its weights, or random"),
+    ] = UNSET
 
 
 class ProfileDocument(Profile, frozen=True, kw_only=True):

@@ -7,11 +7,19 @@ from typing import Any
 
 import msgspec
 
+from sepconvert.report.schema.baseline import BaselineDocument
+from sepconvert.report.schema.environment import EnvironmentDocument
 from sepconvert.report.schema.plan import PlanDocument
 from sepconvert.report.schema.profile import ProfileDocument
 from sepconvert.report.schema.report import ReportDocument
 
-DOCUMENTS: Mapping[str, type] = {"report": ReportDocument, "plan": PlanDocument, "profile": ProfileDocument}
+DOCUMENTS: Mapping[str, type] = {
+    "report": ReportDocument,
+    "plan": PlanDocument,
+    "profile": ProfileDocument,
+    "baseline": BaselineDocument,
+    "environment": EnvironmentDocument,
+}
 
 
 def json_schema(document: type) -> dict[str, Any]:

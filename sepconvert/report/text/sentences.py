@@ -113,6 +113,8 @@ def story(document: Document) -> list[str]:
     warnings, modelled = warnings_of(document), _modelled(document["approximation"])
     if not layers:
         return [fold(str(note)) for note in (*warnings, *modelled)]
+    answer = verdict(document)
+    warnings = [note for note in warnings if note not in answer]  # whose numbers are told below
     delta, schemes = document["delta"], sorted({layer["scheme"] for layer in layers})
     by = f" ({', '.join(schemes)})" if schemes else ""
     lines = [

@@ -1,16 +1,20 @@
 """The report in tables for a terminal of 80 columns, made from the JSON document."""
 
+import html
+import re
 from collections.abc import Mapping, Sequence
+from typing import Literal
 
 from tabulate import tabulate
 
 from sepconvert.base.notes import NoteLevel
-from sepconvert.measure.metrics.metric import value_number
+from sepconvert.measure.metrics.metric import value_number, written_drop
 from sepconvert.report.text import forms
 from sepconvert.report.text.numbers import (
     TOP1,
     Document,
     Quality,
+    as_fast_text,
     by_time,
     count_text,
     divergence_text,
@@ -29,7 +33,7 @@ from sepconvert.report.text.numbers import (
     written_size,
 )
 from sepconvert.report.text.sentences import causes, sentences
-from sepconvert.report.text.verdict import verdict
+from sepconvert.report.text.verdict import convolutions, verdict
 
 _SLOWEST = 12  # operators that have a row of their own
 
@@ -37,9 +41,14 @@ _SLOWEST = 12  # operators that have a row of their own
 _LONGEST, _WORTH_NAMING, _UNNAMED = 5, 0.05, 0.005
 
 
-def overview(document: Document) -> str:
-    """Return the verdict, and costs and quality of both models."""
-    return "\n".join([*(fold(str(note)) for note in verdict(document)), "", _cost_table(document)])
+def overview(document: Document, style: Literal["text", "html"] = "text") -> str:
+    """Return the verdict, and costs and quality of both models, as text or in HTML."""
+    notes = [str(note) for note in verdict(document)]
+    if style == "html":
+        table: str = tabulate(cost_rows(document), _COST_HEADERS, tablefmt="html", disable_numparse=True)
+        escaped = (re.sub(r"`([^`]+)`", r"<code>\1</code>", html.escape(note)) for note in notes)
+        return "\n".join([*(f"<p>{note}</p>" for note in escaped), table])
+    return "\n".join([*map(fold, notes), "", _cost_table(document)])
 
 
 def summary(document: Document) -> str:
@@ -117,6 +126,20 @@ def structure_table(layers: Sequence[Document]) -> str:
             )
     headers = ["layer, structure", "rank", "error @\npaying rank", "singular values\nkept | dropped"]
     return text_table(rows, headers, [24, None, None, 25])
+
+
+def headline(documents: Mapping[str, Document]) -> str:
+    """Return how fast and how good a model became in each of several conversions, in one sentence."""
+    found = []
+    for name, document in documents.items():
+        speedup, drop = document["delta"]["latency_speedup"], measured_drop(document)
+        gain = f"{ratio_text(document['delta']['macs_ratio'])} fewer MACs"
+        if speedup is not None:
+            gain = as_fast_text(speedup)
+        lost = "" if drop is None else f" at a drop of {written_drop(drop['value'], drop['unit'])}"
+        found.append(f"{name} {gain}{lost}")
+    count, _ = convolutions(next(iter(documents.values())))
+    return f"One network of {count} convolutions, converted in {len(found)} modes: {', '.join(found)}."
 
 
 def modes_table(documents: Mapping[str, Document]) -> str:
@@ -243,8 +266,11 @@ def _operator_table(operators: Sequence[Document]) -> str:
     return text_table(rows, ["layer", "operator", "kernel", "ms", "%"], [30, None, None, None, None])
 
 
+_COST_HEADERS = ["", "original", "converted", "gain"]
+
+
 def _cost_table(document: Document) -> str:
-    return text_table(cost_rows(document), ["", "original", "converted", "gain"], [None, None, None, 18])
+    return text_table(cost_rows(document), _COST_HEADERS, [None, None, None, 18])
 
 
 def cost_rows(document: Document) -> list[list[str]]:

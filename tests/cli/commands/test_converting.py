@@ -16,7 +16,7 @@ import onnxruntime
 import pytest
 import small_net
 import torch
-from command_line import RESULTS, SHAPE, listing, listing_of, network, start
+from command_line import SHAPE, WRITTEN, listing, listing_of, network, start
 from safetensors.torch import load_file, save_file
 from shadows import all_shadowed
 
@@ -95,9 +95,18 @@ def test_tables_on_standard_output(here, run):
     outcome = run("net.pt", *SHAPE, "--runs", "0")
     assert (outcome.code, outcome.err) == (0, "")
     assert "spatial-vh 2" in outcome.out
-    assert "1 of 2 convolutions converted." in outcome.out
+    assert outcome.out.startswith("1 of 2 convolutions converted, ")
     assert "Written to net-sepconvert/" in outcome.out
-    assert listing(here / "net-sepconvert") == RESULTS
+    assert listing(here / "net-sepconvert") == WRITTEN
+
+
+def test_a_summary_for_a_pull_request(here, run):
+    outcome = run("net.pt", *SHAPE, "--runs", "0", "--format", "markdown")
+    assert (outcome.code, outcome.err) == (0, "")
+    assert outcome.out.startswith("**1 of 2 convolutions converted.**\n\n| ")
+    assert "| original" in outcome.out
+    assert "Written to" not in outcome.out
+    assert listing(here / "net-sepconvert") == WRITTEN
 
 
 def test_a_pickled_model_that_shadows_names(here, run):
@@ -105,7 +114,7 @@ def test_a_pickled_model_that_shadows_names(here, run):
     outcome = run("shadowing.pt", "--allow", "shadows.Shadowing", *SHAPE, "--runs", "0", "--json")
     assert outcome.code == 0, outcome.err
     assert [layer["decision"] for layer in json.loads(outcome.out)["layers"]] == ["converted", "converted"]
-    assert listing(here / "shadowing-sepconvert") == RESULTS
+    assert listing(here / "shadowing-sepconvert") == WRITTEN
     save_file(unshadowed(all_shadowed()).state_dict(), here / "weights.safetensors")
     outcome = run("inspect", "weights.safetensors", "--factory", "shadows:all_shadowed", *SHAPE)
     assert outcome.code == 0, outcome.err
@@ -121,14 +130,15 @@ def test_quiet_says_nothing_and_user_code_keeps_off_standard_output(here, run):
     words, *warnings = outcome.err.splitlines()
     assert words == "the user's own words"
     assert [each[:38] for each in warnings] == ["Warning: nothing was converted. Of 1 c"]
-    assert listing(here / "a b" / "ü →" / "out") == RESULTS
+    assert listing(here / "a b" / "ü →" / "out") == WRITTEN
 
 
 def test_quiet_warns_nonetheless(here, run):
     outcome = run("net.pt", *SHAPE, "--mode", "approx", "--rank", "1", "--runs", "0", "--quiet")
     assert (outcome.code, outcome.out) == (0, "")
-    assert outcome.err.startswith("Warning: without calibration images")
-    assert outcome.err.count("\n") == 1
+    first, second = outcome.err.splitlines()
+    assert first.startswith("Warning: not yet to be deployed: 1 of 2 convolutions converted, ")
+    assert second.startswith("Warning: without calibration images")
 
 
 def test_a_model_without_convolutions_is_fine(here, run):
@@ -188,7 +198,7 @@ def test_of_two_runs_to_one_place_the_first_stays(here):
     assert [err for err, code in ends if code] == [
         "sepconvert: new: exists already; pass --force to replace it, or another --out\n"
     ]
-    assert listing(here / "new") == RESULTS
+    assert listing(here / "new") == WRITTEN
 
 
 @pytest.mark.slow
@@ -228,7 +238,23 @@ def test_inspect_table(here, run):
     before = listing(here)
     outcome = run("inspect", "net.pt", *SHAPE)
     assert (outcome.code, outcome.err) == (0, "")
-    assert "2/24 holds" in outcome.out
+    assert outcome.out.startswith("1 of 2 convolutions separate exactly")
+    assert "2 of 24" in outcome.out
+    assert "2/24 holds" in run("inspect", "net.pt", *SHAPE, "--all").out
+    assert run("inspect", "net.pt", *SHAPE, "--brief").out.count("\n") == 1
+    assert listing(here) == before
+
+
+def test_a_dry_run_of_auto_says_what_would_be_tried(here, run):
+    before = listing(here)
+    words = ("net.pt", *SHAPE, "--mode", "auto", "--min-speedup", "2", "--dry-run")
+    outcome = run(*words)
+    assert (outcome.code, outcome.err) == (0, "")
+    assert "of 2 convolutions would be tried, in about" in " ".join(outcome.out.split())
+    assert outcome.out.endswith("Dry run: nothing was written.\n")
+    found = json.loads(run(*words, "--json").out)
+    assert found["images"] == {"fitted": 0, "held out": 0, "scored": 0}
+    assert 0 < found["seconds"][0] < found["seconds"][1]
     assert listing(here) == before
 
 
@@ -290,6 +316,7 @@ def test_where_a_plan_names_no_file_nothing_is_compared(here, run, plan):
     assert json.loads(outcome.out) == {"out": "again", "converted": 1, "verification": None}
 
 
+@pytest.mark.slow
 def test_a_factory_gives_the_weights_of_a_model_without_a_file(here, run):
     """Inspected, converted, applied, profiled and compared, by a name that the documents repeat."""
     loading = ("--factory", "cli_test_code.py:trained")

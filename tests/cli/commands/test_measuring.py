@@ -8,7 +8,7 @@ import shutil
 
 import numpy as np
 import pytest
-from command_line import SHAPE, listing
+from command_line import SHAPE, WRITTEN, listing
 
 
 def test_a_profile_is_written_and_compared(here, run):
@@ -184,3 +184,58 @@ def test_a_place_for_a_profile_that_is_not_there(here, run):
     assert outcome.err == (
         "sepconvert: none/x.json: cannot be written: there is no none; pass another --out\n"
     )
+
+
+def processes(path):
+    """Return the names of the processes of a trace, and the layers of each."""
+    events = json.loads(path.read_text(encoding="utf-8"))["traceEvents"]
+    names = {each["pid"]: each["args"]["name"] for each in events if each["name"] == "process_name"}
+    return {
+        name: [each["name"] for each in events if each["ph"] == "X" and each["pid"] == process]
+        for process, name in names.items()
+    }
+
+
+@pytest.mark.usefixtures("results")
+def test_traces_of_one_model_and_of_several(here, run):
+    for model in ("net.pt", FILES[1]):
+        outcome = run("profile", model, *SHAPE, "--runs", "0", "--trace", "trace.json", "--json")
+        assert (outcome.code, outcome.err) == (0, "")
+        (found,) = processes(here / "trace.json").items()
+        assert found[0] == model
+        assert {"run", "stem"} <= {*found[1]}
+    outcome = run("compare", "net.pt", *FILES, *SHAPE, "--runs", "0", "--trace", "trace.json")
+    assert (outcome.code, outcome.err) == (0, "")
+    found = processes(here / "trace.json")
+    assert list(found) == ["net.pt", *FILES]
+    assert "mix" in found["net.pt"]
+    assert any(name.startswith("mix.") for name in found[FILES[1]])
+    assert listing(here / "net-sepconvert") == WRITTEN
+
+
+@pytest.mark.usefixtures("results")
+def test_a_trace_that_cannot_be_written(here, run, monkeypatch):
+    def full(self, *_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(type(here), "write_text", full)
+    outcome = run("profile", FILES[0], "--runs", "0", "--trace", "trace.json")
+    assert (outcome.code, outcome.out) == (2, "")
+    assert outcome.err == (
+        "sepconvert: trace.json: cannot be written: No space left on device; pass another --trace\n"
+    )
+
+
+@pytest.mark.usefixtures("results")
+def test_a_comparison_for_a_pull_request(run):
+    conditions = ("--fail-if", "drop > 0.5", "--fail-if", "macs < -1%")
+    outcome = run("compare", *FILES, "--data", "data.npz", "--runs", "5", "--format", "markdown", *conditions)
+    assert outcome.code == 3
+    first, *_ = outcome.out.splitlines()
+    assert re.match(r"\*\*`converted.onnx` is .*× \[.*\] as fast as `original.onnx`.* in top-1 ", first)
+    assert "Checks failed:\n\n- net-sepconvert/converted.onnx: macs is -" in outcome.out
+    assert outcome.out.splitlines()[-1].startswith("<sub>Timed on ")
+    untimed = run("compare", *FILES, "--runs", "0", "--format", "markdown", "--fail-if", "macs > 1%")
+    assert untimed.code == 0
+    assert "<sub>" not in untimed.out
+    assert "Checks passed: `macs > 1%`." in untimed.out

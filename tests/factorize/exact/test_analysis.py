@@ -19,6 +19,7 @@ from strategies import (
 )
 
 from sepconvert.factorize.border import Border
+from sepconvert.factorize.exact import analysis
 from sepconvert.factorize.exact.analysis import ZERO_BORDER, analyse, kernel_spectrum, may_separate
 from sepconvert.factorize.exact.factors import factor_specs
 from sepconvert.factorize.geometry import ConvSpec, chain_macs
@@ -197,3 +198,16 @@ def test_a_glance_spares_most_kernels_the_analysis():
     weight = torch.randn(spec.weight_shape, generator=torch.Generator().manual_seed(0))
     assert not may_separate(spec, weight)
     assert may_separate(spec, weight[:, :, :1].expand(-1, -1, 3, -1) * 1.0)
+
+
+@pytest.mark.parametrize(("shape", "rank"), [((24, 200), 12), ((60, 60), 40), ((60, 70), 0)])
+@pytest.mark.parametrize("decay", [1.0, 0.5, 0.01])
+def test_errors_beyond_a_rank_have_three_digits(shape, rank, decay):
+    """Where quick methods do not reach that, as the kernel is near the rank, the values are exact."""
+    generator = np.random.default_rng(0)
+    left, right = (np.linalg.qr(generator.standard_normal((n, n)))[0] for n in shape)
+    values = decay ** np.arange(min(shape)) + 1e-12
+    matrix = (left[:, : min(shape)] * values) @ right[: min(shape)]
+    expected = np.sqrt((np.linalg.svd(matrix, compute_uv=False)[rank:] ** 2).sum())
+    found = analysis._tails(analysis._rough_singular_values(torch.from_numpy(matrix)[None], rank))
+    assert float(found[0, rank]) == pytest.approx(expected, rel=1e-3)

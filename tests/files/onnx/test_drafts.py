@@ -58,13 +58,30 @@ class Residual(nn.Module):
         return self.head(self.twice(self.twice(x).relu()).mean((2, 3)))
 
 
-class Functional(nn.Module):
+class Filters(nn.Module):
+    """Two calls of convolutions of one shape, and a module among them."""
+
     def __init__(self):
         super().__init__()
-        self.weight = nn.Parameter(torch.rand(6, 3, 3, 3))
+        self.register_buffer("first", torch.randn(4, 4, 3, 3))
+        self.second = nn.Parameter(torch.randn(4, 4, 3, 3))
+        self.between = conv(4, 4)
 
     def forward(self, x):
-        return F.conv2d(x, self.weight, padding=1).relu()
+        x = F.conv2d(F.pad(x, (1, 1, 1, 1), mode="reflect"), self.first)
+        return x + F.conv2d(self.between(x).relu(), self.second, padding=1)
+
+
+class Functional(nn.Module):
+    """Functional convolutions in a module that is called twice, and in the root."""
+
+    def __init__(self):
+        super().__init__()
+        self.kernel = nn.Parameter(torch.randn(4, 3, 5, 5))
+        self.filters = Filters()
+
+    def forward(self, x):
+        return self.filters(self.filters(F.conv2d(x, self.kernel, stride=2)))
 
 
 class Named(nn.Module):
@@ -85,6 +102,7 @@ NETS = {
         conv(3, 8, 5, stride=2), nn.ReLU(), conv(8, 8, dilation=2, padding="same")
     ),
     "one layer": lambda: conv(3, 8),
+    "functional": Functional,
     "named with-None": Named,
 }
 
@@ -119,7 +137,7 @@ def model_of(name):
 
 
 @pytest.mark.parametrize("name", NETS)
-@numbered(6)
+@numbered(3)
 @given(picks=st.lists(st.integers(0, 60), min_size=6, max_size=6))
 def test_a_draft_computes_what_its_model_does(name, picks):
     model = model_of(name)
@@ -130,6 +148,7 @@ def test_a_draft_computes_what_its_model_does(name, picks):
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NETS)
 def test_the_runtime_makes_the_same_of_a_draft_as_of_an_exported_file(name, tmp_path, monkeypatch):
     model = model_of(name)
@@ -156,11 +175,11 @@ def test_estimated_statistics_are_in_the_draft():
     torch.testing.assert_close(drafts.module(model)(X), model(X).detach(), rtol=1e-4, atol=1e-4)
 
 
-def test_what_differs_by_more_than_layers_is_exported():
-    torch.manual_seed(0)
-    model = Functional().eval()
-    converted = fitted(model, [3])
-    assert any(name for name, _ in converted.named_children())
+def test_what_differs_by_more_than_convolutions_is_exported():
+    """Here, by an activation that somebody exchanged."""
+    model = model_of("strided")
+    converted = fitted(model, [3, 5])
+    converted[1] = nn.Tanh()
     with torch.no_grad():
         expected = converted(X)
     torch.testing.assert_close(Drafts(model, (X,)).module(converted)(X), expected, rtol=1e-4, atol=1e-4)
@@ -194,7 +213,7 @@ def test_a_model_that_fixes_the_batch_is_not_run_by_a_file():
     drafts = Drafts(Fixed().eval(), (X,))
     assert drafts.module(drafts.original) is None
     assert not drafts.are_faster_than_torch(0, 8)
-    assert onnx_feed(drafts.original, (X,)).keys() == {"input"}
+    assert onnx_feed(drafts.original, (X,)).keys() == {"x"}
 
 
 def test_a_model_that_cannot_be_exported_runs_in_torch():

@@ -230,5 +230,5 @@ def test_classes_with_methods_of_containers_keep_an_open_batch(outputs, tmp_path
     assert export.note.dynamic_batch
     save_onnx(export, tmp_path / "model.onnx")
     x = torch.randn(5, 3, 8, 8)
-    found = onnxruntime.InferenceSession(tmp_path / "model.onnx").run(None, {"input": x.numpy()})
+    found = onnxruntime.InferenceSession(tmp_path / "model.onnx").run(None, {"x": x.numpy()})
     torch.testing.assert_close(torch.from_numpy(found[0]), model.conv(x).detach(), rtol=1e-4, atol=1e-5)

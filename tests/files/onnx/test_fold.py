@@ -52,7 +52,7 @@ def trained(model: nn.Module) -> nn.Module:
 
 def answer(path, x):
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-    return session.run(None, {"input": x.numpy()})[0]
+    return session.run(None, {"x": x.numpy()})[0]
 
 
 def operators(path, kind):

@@ -318,7 +318,7 @@ class Pairs(torch.utils.data.Dataset):
     [
         pytest.param("approx", "positions", marks=pytest.mark.slow),
         ("approx", "one mapping"),
-        ("auto", "names"),
+        pytest.param("auto", "names", marks=pytest.mark.slow),
         pytest.param("auto", "positions", marks=pytest.mark.slow),
         pytest.param("auto", "one mapping", marks=pytest.mark.slow),
     ],

@@ -82,3 +82,15 @@ def test_fine_tuning_may_win_back_what_a_plan_loses(small):
     assert report["approximation"]["finetune"]["attempts"][-1]["delivered"]
     assert report["approximation"]["steps"][-1]["name"] == "fine-tune"
     assert report["delta"]["accuracy_drop_pp"]["value"] <= 30
+
+
+def test_the_nearest_plan_is_delivered_on_demand(small):
+    result = convert_small(small, target_macs=0.01, nearest=True)
+    found = result.report["approximation"]
+    assert found["shortfall"].startswith("no plan meets `target_macs` 0.01")
+    (delivered,) = [point for point in found["curve"] if point["delivered"]]
+    assert delivered["macs"] == min(point["macs"] for point in found["curve"])
+    assert result.report["converted"]["macs"] == delivered["macs"]
+    assert "no plan meets `target_macs` 0.01. This is the nearest: " in " ".join(repr(result).split())
+    met = convert_small(small, target_macs=0.6, nearest=True)
+    assert "shortfall" not in met.report["approximation"]

@@ -354,3 +354,61 @@ def test_nothing_to_replace():
 def test_a_model_without_macs():
     search = Search({}, Bench({}), Totals(macs=0, cost=0))
     assert search.run(Budget(target_macs=0.5)).plan.choice == {}
+
+
+# Demands that are not met ---------------------------------------------------------------------------
+
+
+def unmet(budget, **options):
+    """A search for which the demand is out of reach, and its error."""
+    surveyed = {name: layer(400, 1.0) for name in "abcd"}
+    total = Bench(surveyed).total
+    bench = Bench(surveyed, ratio=lambda cost: total / cost, timed=True, **options)
+    with pytest.raises(DemandNotMetError) as caught:
+        bench.search.run(budget)
+    return bench, total, caught.value
+
+
+def test_a_speed_out_of_reach_names_one_within_reach_and_has_a_nearest_plan():
+    budget = Budget(min_speedup=50)
+    bench, total, error = unmet(budget)
+    fastest = max(total / point.plan.macs for point in bench.search.points)
+    met = error.within_reach["min_speedup"]
+    assert 0.96 * fastest - 0.01 <= met <= 0.97 * fastest
+    assert bench.search.run(Budget(min_speedup=met)).plan.choice
+    nearest = bench.search.nearest(budget)
+    assert total / nearest.plan.macs == pytest.approx(fastest)
+    assert nearest.measured.fitted is not None
+
+
+def test_speed_and_drop_together_keep_the_drop():
+    total = Bench({name: layer(400, 1.0) for name in "abcd"}).total
+    budget = Budget(min_speedup=3.0, max_drop=1.0)
+    bench, _, error = unmet(budget, drop=lambda cost: 4 * (1 - cost / total))
+    assert set(error.within_reach) == {"min_speedup"}
+    again = Budget(min_speedup=error.within_reach["min_speedup"], max_drop=1.0)
+    point = bench.search.run(again)
+    assert bench.drop(point.plan.macs) <= 1.0
+    nearest = bench.search.nearest(budget)
+    assert bench.drop(nearest.plan.macs) <= 1.0
+    assert nearest.plan.choice
+
+
+def test_where_nothing_is_faster_the_drop_is_to_be_relaxed():
+    budget = Budget(min_speedup=1.5, max_drop=0.0)
+    bench, _, error = unmet(budget, drop=lambda cost: 0.0 if cost == bench_total() else 2.0)
+    assert error.within_reach == {"max_drop": 2.0}
+    assert bench.search.run(Budget(min_speedup=1.5, max_drop=2.0)).plan.choice
+
+
+def bench_total():
+    return Bench({name: layer(400, 1.0) for name in "abcd"}).total
+
+
+def test_a_share_out_of_reach_has_the_cheapest_plan_as_the_nearest():
+    bench = Bench({name: layer(400, 1.0) for name in "abcd"})
+    budget = Budget(target_macs=0.01)
+    with pytest.raises(DemandNotMetError) as caught:
+        bench.search.run(budget)
+    assert caught.value.within_reach == {}
+    assert bench.search.nearest(budget).plan.macs == min(point.plan.macs for point in bench.search.points)

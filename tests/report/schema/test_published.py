@@ -46,6 +46,9 @@ PROFILES = {
 }
 
 
+HISTORY = "history.json"
+
+
 @pytest.fixture(scope="module")
 def results(tmp_path_factory) -> Callable[[str], dict]:
     """Reads a file of a real command, which runs when the first of its files is read."""
@@ -65,7 +68,11 @@ def results(tmp_path_factory) -> Callable[[str], dict]:
         if not (folder / file).exists():
             with pytest.MonkeyPatch.context() as patch:
                 patch.chdir(folder)
-                if file in PROFILES:
+                if file == HISTORY:
+                    result("exact/report.json")
+                    command("compare", "exact/original.onnx", "exact/converted.onnx", *DATA, "--runs", "3",
+                            "--baseline", file, "--update-baseline")  # fmt: skip
+                elif file in PROFILES:
                     if "exact/converted.onnx" in PROFILES[file]:
                         result("exact/report.json")
                     command("profile", *PROFILES[file], "--out", file)
@@ -85,6 +92,7 @@ FILES = {
     **{f"{name}/report.json": "report" for name in COMMANDS},
     **{f"{name}/plan.json": "plan" for name in COMMANDS},
     **dict.fromkeys(PROFILES, "profile"),
+    HISTORY: "baseline",
 }
 
 

@@ -63,8 +63,8 @@ def test_an_outlook_groups_layers_alike():
         "images": {"fitted": 1280, "held out": 256, "scored": 5000},
     }  # fmt: skip
     assert outlook_verdict(outlook) == (
-        "12 forms of 4 of 5 convolutions would be tried, in about 30 s to 120 s and 2.0 GB of memory (images: "
-        "1,280 fitted, 256 held out, 5,000 scored)."
+        "12 forms of 4 of 5 convolutions would be tried, in about 30 s to 120 s and 2.0 GB of memory "
+        "(images: 1,280 fitted, 256 held out, 5,000 scored)."
     )
     text = outlook_table(outlook)
     assert "a, b and 2 others" in text

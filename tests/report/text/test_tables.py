@@ -69,7 +69,7 @@ def test_what_is_within_noise_says_so(document):
 
 def test_sentences_and_causes_follow(document):
     text = unfolded(summary(document))
-    assert "1 of 2 convolutions converted." in text
+    assert text.startswith("Deploy converted.onnx: 1 of 2 convolutions converted, ")
     assert "Where the time goes: The whole model: 2.00× fewer MACs" in text
     document["execution"] = None
     assert "Where the time goes" not in summary(document)

@@ -20,7 +20,7 @@ def test_an_exact_conversion_that_is_faster_is_deployed(document):
     assert level is NoteLevel.INFO
     assert text == (
         "Deploy converted.onnx: 1 of 2 convolutions converted, 1.50× [1.40, 1.60] as fast with 2.00× fewer "
-        "MACs, outputs equal but for rounding (3e-08). `mode` auto, with `calib` and `data`, may go further "
+        "MACs, outputs equal but for rounding (4e-08). `mode` auto, with `calib` and `data`, may go further "
         "at a small loss."
     )
 
@@ -28,18 +28,17 @@ def test_an_exact_conversion_that_is_faster_is_deployed(document):
 def test_an_approximation_names_what_it_loses_and_what_was_allowed(approximate):
     level, text = said(approximate)
     assert level is NoteLevel.INFO
-    assert (
-        "top-1 96.75 % → 96.50 % on 2,000 images (drop 0.25 pp [-0.05, 0.55]; allowed: 1 pp)" in text
-    )
+    assert "top-1 96.75 % → 96.50 % on 2,000 images (drop 0.25 pp [-0.05, 0.55]; allowed: 1 pp)" in text
     assert text.endswith("Training (`finetune` 5) may go further.")
     approximate["delta"]["metric"]["ci95"] = [-0.05, 1.25]
     assert said(approximate)[1].endswith("`confidence` 0.95 holds the budget there.")
 
 
 def test_a_restorer_is_judged_in_its_unit(restored):
-    assert "psnr 28.20 dB → 28.10 dB on 300 images (drop 0.098 dB [0.0901, 0.106]; allowed: 0.1 dB)" in said(
-        restored
-    )[1]
+    assert (
+        "psnr 28.20 dB → 28.10 dB on 300 images (drop 0.098 dB [0.0901, 0.106]; allowed: 0.1 dB)"
+        in said(restored)[1]
+    )
 
 
 @pytest.mark.parametrize(
@@ -70,7 +69,9 @@ def test_what_was_not_timed_is_not_called_faster(bare):
     assert text.startswith("1 of 2 convolutions converted, 1.00× fewer MACs")
     assert "Nothing was timed: pass `runs` above 0" in text
     bare["export"]["missing"] = {"converted.onnx": "torch cannot export it"}
-    assert "There is no ONNX file (torch cannot export it): use the converted model in PyTorch." in said(bare)[1]
+    assert (
+        "There is no ONNX file (torch cannot export it): use the converted model in PyTorch." in said(bare)[1]
+    )
 
 
 def test_the_nearest_plan_is_no_plan_within_the_budget(approximate):

@@ -32,6 +32,7 @@ from sepconvert.files.onnx.int8.quantizer import (
     widest,
 )
 from sepconvert.files.onnx.int8.statistics import Channels, channel_statistics
+from sepconvert.files.onnx.naming import Interface, interface_of
 from sepconvert.files.onnx.structured import example_of, filled
 from sepconvert.files.onnx.writing import onnx_feed, write_onnx
 from sepconvert.network.copies import duplicate, shared_parameters
@@ -72,7 +73,12 @@ class Int8Form:
     """
 
     def __init__(
-        self, settings: Int8, original: nn.Module, inputs: Inputs, samples: Sequence[InputBatch]
+        self,
+        settings: Int8,
+        original: nn.Module,
+        inputs: Inputs,
+        samples: Sequence[InputBatch],
+        interface: Interface | None = None,
     ) -> None:
         """Take the calibration images, of which the first `MOST_IMAGES` are used.
 
@@ -80,6 +86,7 @@ class Int8Form:
             SepconvertError: there are none.
         """
         self._settings, self._inputs, self._original = settings, inputs, original
+        self._interface = interface or interface_of(original, inputs)
         self._samples = list(_first(samples, MOST_IMAGES))
         if not self._samples:
             raise SepconvertError("`int8`: there are no calibration images to measure ranges on; pass some")
@@ -92,6 +99,10 @@ class Int8Form:
         self._kept: MutableMapping[nn.Module, frozenset[str]] = WeakIdKeyDictionary()  # layers
         self._last: tuple[Path, _Calibrated] | None = None
         self._example = None if isinstance(original, OnnxNetwork) else example_of(original, inputs)
+
+    def feed(self, inputs: Inputs) -> Feed:
+        """Return inputs as the files take them."""
+        return onnx_feed(self._original, inputs, self._interface)
 
     def keep(self, model: nn.Module, layers: frozenset[str]) -> None:
         """Let some convolutions of a model, which is not quantized yet, stay in floating point."""
@@ -126,7 +137,7 @@ class Int8Form:
     @stage(Stage.QUANTIZATION)
     def timed(self, model: nn.Module, *, quantize: bool = True) -> bytes:
         """Return a file as fast as the one to deploy, for inputs of one size: its ranges are not measured."""
-        sized = with_sizes(self.float_model(model), onnx_feed(self._original, self._inputs))
+        sized = with_sizes(self.float_model(model), self.feed(self._inputs))
         if not quantize:
             return bytes(sized.SerializeToString())
         ready = prepared(sized)
@@ -175,7 +186,7 @@ class Int8Form:
         """Return the file of a model in floating point, for any batch if it allows that."""
         if model not in self._exported:
             path = self._folder / f"{uuid.uuid4()}.onnx"
-            write_onnx(model, self._inputs, path, check=False)
+            write_onnx(model, self._inputs, path, check=False, interface=self._interface)
             self._exported[model] = path
         return onnx.load(str(self._exported[model]))
 
@@ -222,7 +233,7 @@ class Int8Form:
         size = next(
             (
                 shapes[name][axis].dim_value
-                for name, array in onnx_feed(self._original, self._samples[0].inputs).items()
+                for name, array in self.feed(self._samples[0].inputs).items()
                 if array.ndim > axis and array.shape[axis] == len(self._samples[0])
             ),
             0,
@@ -235,7 +246,7 @@ class Int8Form:
                 whole = whole[torch.arange(size) % len(whole)]
             batches = (part for part in whole.split(size) if len(part) == size)
         for batch in batches:
-            yield onnx_feed(self._original, batch.inputs)
+            yield self.feed(batch.inputs)
 
 
 class _Deployed(StandIn):

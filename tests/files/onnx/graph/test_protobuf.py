@@ -364,9 +364,9 @@ def test_a_model_in_memory_has_no_folder(tmp_path):
         open_network(onnx.load(path, load_external_data=False))
 
 
-def test_random_mutations(tmp_path):
+@pytest.mark.parametrize("count", [60, pytest.param(300, marks=pytest.mark.slow)])
+def test_random_mutations(tmp_path, count):
     """In a process of its own, whose end would tell of a crash."""
-    count = 300
     code = (
         "import resource, sys\n"
         "resource.setrlimit(resource.RLIMIT_AS, (16 * 2**30,) * 2)\n"

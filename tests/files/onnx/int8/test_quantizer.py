@@ -143,7 +143,7 @@ def test_the_runtime_computes_what_the_file_says(net, number):
     assert np.sqrt(np.square(error).mean()) < 0.06 * np.sqrt(np.square(plain).mean())
 
 
-@numbered(10)
+@numbered(5)
 @given(
     groups=st.sampled_from((1, 2, 4)), size=st.integers(1, 3), stride=st.integers(1, 2),
     pad=st.integers(0, 1), bias=st.booleans(), number=st.sampled_from(list(COMPUTED.values())),

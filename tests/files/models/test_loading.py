@@ -20,7 +20,7 @@ from model_files import FORMATS, NET, X, assert_same, built, refused
 from torch import nn
 
 from sepconvert.base.errors import SepconvertError
-from sepconvert.files.models import load_model
+from sepconvert.files.models.loading import load_model
 
 pytestmark = pytest.mark.usefixtures("clean_imports")
 
@@ -258,6 +258,51 @@ def test_a_wrapper_that_holds_itself(project):
 def test_factories_that_build_nothing(project, factory, match):
     torch.save({"conv.bias": torch.ones(2)}, "m.pt")
     refused(match, "m.pt", factory=factory)
+
+
+ARGUMENTS = """from torch import nn
+
+class Net(nn.Sequential):
+    def __init__(self, width, *, depth=1):
+        super().__init__(*[nn.Conv2d(3, width, 3) for _ in range(depth)])
+
+def anything(**arguments):
+    return Net(arguments["width"])
+"""
+
+
+def test_a_factory_is_called_with_its_arguments(project):
+    (project / "sized.py").write_text(ARGUMENTS)
+    torch.save({"0.weight": torch.ones(5, 3, 3, 3), "0.bias": torch.ones(5)}, "m.pt")
+    for factory in ("sized.py:Net", "sized.py:anything"):
+        assert load_model("m.pt", factory=factory, factory_args={"width": 5}).model[0].out_channels == 5
+    build = {"factory": "sized.py:Net"}
+    refused(r"called with as `factory_args`$", "m.pt", **build)
+    refused(r"^m\.pt: does not fit.*lacks 1\.weight", "m.pt", **build, factory_args={"width": 5, "depth": 2})
+    refused(
+        r"`factory_args`: widht is no parameter of sized\.py:Net, which takes width, depth; correct the name",
+        "m.pt",
+        **build,
+        factory_args={"widht": 5},
+    )
+    refused(
+        r"calling it with width='wide' failed \(TypeError", "m.pt", **build, factory_args={"width": "wide"}
+    )
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+def test_models_are_built_by_name():
+    pytest.importorskip("timm")
+    loaded = load_model("timm:test_resnet?num_classes=7")
+    assert (loaded.path, loaded.weights) == (Path("timm:test_resnet?num_classes=7"), "random")
+    assert [each.shape for each in loaded.example_inputs] == [(1, 3, 160, 160)]
+    assert loaded.normalisation.mean == (0.5, 0.5, 0.5)
+    assert loaded.model(*loaded.example_inputs).shape == (1, 7)
+    state = b"".join(each.numpy().tobytes() for each in loaded.model.state_dict().values())
+    assert loaded.sha256 == hashlib.sha256(state).hexdigest()
+    refused("is built by timm, and `factory` builds a model as well", "timm:test_resnet", factory="a:b")
+    # The channels are none that the library's size holds for.
+    assert load_model("timm:test_resnet?in_chans=4").example_inputs is None
 
 
 def test_files_that_are_no_model(tmp_path):

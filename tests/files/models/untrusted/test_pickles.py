@@ -35,7 +35,7 @@ from torch.nn import functional as F
 
 from sepconvert.base import limits
 from sepconvert.base.errors import SepconvertError
-from sepconvert.files.models import load_model
+from sepconvert.files.models.loading import load_model
 
 pytestmark = pytest.mark.usefixtures("clean_imports")
 

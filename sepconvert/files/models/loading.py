@@ -1,10 +1,11 @@
-"""Models read from files, which are recognised by their content and never run as programs.
+"""Models read from files, which are recognised by their content and never run as programs, or built by name.
 
-A pickle is a program, and so is a torch.export archive: `sepconvert.files.untrusted` reads them with a short
-list of harmless names. Everything else is refused by name, with the parameter that admits it.
+A pickle is a program, and so is a torch.export archive: `sepconvert.files.models.untrusted` reads them with a
+short list of harmless names. Everything else is refused by name, with the parameter that admits it.
 """
 
 import functools
+import inspect
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,14 +17,17 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from sepconvert.base.documents import sha256_of_file
-from sepconvert.base.errors import SepconvertError, one_line
+from sepconvert.base.errors import SepconvertError, one_line, quoted, some_of
 from sepconvert.base.modules import modules, named_modules, unshadowed
 from sepconvert.files.callables import resolve_callable
+from sepconvert.files.models.libraries import Normalisation, build_named, timm_config
+from sepconvert.files.models.names import name_of
+from sepconvert.files.models.sources import model_format
+from sepconvert.files.models.untrusted.archives import load_archive
+from sepconvert.files.models.untrusted.pickles import load_pickle
+from sepconvert.files.models.weights import Content, load_weights, unwrapped_content
 from sepconvert.files.onnx.graph.network import open_network
-from sepconvert.files.sources import is_sensible, model_format
-from sepconvert.files.untrusted.archives import load_archive
-from sepconvert.files.untrusted.pickles import load_pickle
-from sepconvert.files.weights import Content, load_weights, unwrapped_content
+from sepconvert.files.sources import is_sensible
 from sepconvert.network.copies import unwrapped
 from sepconvert.network.tensors import sha256_of
 
@@ -36,11 +40,13 @@ class LoadedModel:
 
     Attributes:
         model: the model, on the CPU, in the mode (train or eval) in which it was saved or built.
-        path: the file, or a name where `factory` gave the weights.
+        path: the file, or a name: of a model that a library builds, or where `factory` gave the weights.
         sha256: SHA-256 of the file, in hexadecimal; for a name, that of the weights (`sha256_of`).
         example_inputs: inputs with a batch dimension: those stored in a .pt2 archive, or zeros of the input
-            size that a timm model names; None if the file gives none.
-        notes: sentences that the user must see: which weights were left out, cast or not read.
+            size that a library names for its model; None if there are none.
+        notes: sentences that the user must see: which weights were left out, cast, random or not read.
+        weights: what a library filled the model with, such as `DEFAULT` or `random`; None for a file.
+        normalisation: of images, as a library trained the model with; None where that is not known.
     """
 
     model: nn.Module
@@ -48,17 +54,20 @@ class LoadedModel:
     sha256: str
     example_inputs: tuple[Tensor, ...] | None
     notes: tuple[str, ...] = ()
+    weights: str | None = None
+    normalisation: Normalisation | None = None
 
 
 def load_model(
     path: str | os.PathLike[str],
     *,
     factory: str | None = None,
+    factory_args: Mapping[str, Any] | None = None,
     allow: Sequence[str] = (),
     trust: bool = False,
     ignore_extra_keys: Sequence[str] = (),
 ) -> LoadedModel:
-    """Read a model file; its content, not its extension, decides the format.
+    """Read a model file, or build a model by its name; the content of a file decides its format.
 
     Loading is not thread-safe: while torch reads the file, `nn.Module.__init__` (or, for a .pt2 archive, an
     environment variable of torch) is changed for the whole process. On Linux a forked child process reads
@@ -66,27 +75,41 @@ def load_model(
 
     Args:
         path: a module or a state_dict saved by `torch.save` (zip or legacy), a `.safetensors` file, a
-            `.pt2` archive of `torch.export.save`, or a `.onnx` file. Where the model of `factory` has its
+            `.pt2` archive of `torch.export.save`, or a `.onnx` file; or the name of a model that timm or
+            torchvision builds (see `sepconvert.files.models.names`). Where the model of `factory` has its
             weights already: what they came from, either a file of another framework, or a name, which has no
             separator and no extension of a model file.
         factory: callable, as `pkg.mod:callable` or `file.py:callable`, that builds the model which takes the
             weights of the file. It is needed for a state_dict; if the file holds several, plain
             weights are preferred to averaged (EMA) ones.
+        factory_args: keyword arguments that `factory` is called with.
         allow: full names of further classes that a pickle may use.
         trust: whether to run the file as the program that it is, without restrictions.
         ignore_extra_keys: globs of keys in the file that the model of `factory` does not have; those that
             match are left out.
 
     Raises:
-        SepconvertError: the file is no model, is damaged, or needs more than is allowed.
+        SepconvertError: the file is no model, is damaged, or needs more than is allowed; or a library cannot
+            build the model, or fetch its weights.
     """
     path = Path(path)
-    build = _builder(factory) if factory else None
+    kind = model_format(path, built=factory is not None)
+    build = _builder(factory, factory_args or {}) if factory else None
     if ignore_extra_keys and build is None:
         raise SepconvertError(
             "`ignore_extra_keys`: only for weights that the model of `factory` takes; pass `factory` too"
         )
-    kind = model_format(path, built=build is not None)
+    if (name := name_of(path)) is not None:
+        named = build_named(name)
+        return LoadedModel(
+            named.model,
+            path,
+            sha256_of(unshadowed(named.model).state_dict().values()),
+            _example(named.model, named.input_size),
+            named.notes,
+            named.weights,
+            named.normalisation,
+        )
     if kind == "onnx":
         network = open_network(path)
         return LoadedModel(network, path, sha256_of_file(path), network.example())
@@ -118,7 +141,7 @@ def load_model(
             "model; pass `factory` pkg.mod:callable or `factory` file.py:callable that returns it"
         )
     unshadowed(model).cpu()
-    return LoadedModel(model, path, sha256_of_file(path), examples or _timm_example(model), notes)
+    return LoadedModel(model, path, sha256_of_file(path), examples or _example_of_timm(model), notes)
 
 
 def _read(
@@ -188,17 +211,20 @@ def _check_data(weights: Mapping[str, object], path: Path) -> None:
         raise SepconvertError(f"{path}: has weights without data (on the meta device); save a trained model")
 
 
-def _builder(spec: str) -> Callable[[], nn.Module]:
+def _builder(spec: str, arguments: Mapping[str, Any]) -> Callable[[], nn.Module]:
     """Return a function that builds the model of `factory`, whose code is imported at once."""
     function = resolve_callable(spec, "factory")
+    _check_arguments(function, spec, arguments)
+    given = ", ".join(f"{name}={quoted(value)}" for name, value in arguments.items())
 
     def build() -> nn.Module:
         try:
-            model = function()
+            model = function(**arguments)
         except (Exception, SystemExit) as error:
             raise SepconvertError(
-                f"`factory` {spec}: calling it without arguments failed ({one_line(error)}); "
-                "give a callable that returns the model"
+                f"`factory` {spec}: calling it {f'with {given}' if given else 'without arguments'} failed "
+                f"({one_line(error)}); give a callable that returns the model, and what it has to be called "
+                "with as `factory_args`"
             ) from error
         if not isinstance(model, nn.Module):
             raise SepconvertError(
@@ -207,6 +233,22 @@ def _builder(spec: str) -> Callable[[], nn.Module]:
         return unwrapped(model)
 
     return build
+
+
+def _check_arguments(function: Callable[..., object], spec: str, arguments: Mapping[str, Any]) -> None:
+    """Raise `SepconvertError` if a function has no parameter of the name of an argument."""
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):  # of a class or function in C
+        return
+    if any(each.kind is each.VAR_KEYWORD for each in parameters):
+        return
+    names = [each.name for each in parameters if each.kind in (each.KEYWORD_ONLY, each.POSITIONAL_OR_KEYWORD)]
+    if unknown := [name for name in arguments if name not in names]:
+        raise SepconvertError(
+            f"`factory_args`: {unknown[0]} is no parameter of {spec}, which takes "
+            f"{some_of(names, 12) or 'none'}; correct the name, or leave it out"
+        )
 
 
 # Models that have their weights already -----------------------------------------------------------
@@ -231,20 +273,22 @@ def _as_built(build: Callable[[], nn.Module], path: Path) -> LoadedModel:
     note = f"{path}: {found}; the weights are those that `factory` gives"
     sha256 = sha256_of_file(path) if path.exists() else sha256
     unshadowed(model).cpu()
-    return LoadedModel(model, path, sha256, _timm_example(model), (note,))
+    return LoadedModel(model, path, sha256, _example_of_timm(model), (note,))
 
 
 # Small helpers ------------------------------------------------------------------------------------
 
 
-def _timm_example(model: nn.Module) -> tuple[Tensor, ...] | None:
+def _example_of_timm(model: nn.Module) -> tuple[Tensor, ...] | None:
     """Return zeros of the input size that a timm model's configuration gives; None if it is of no use."""
-    configs = (getattr(model, name, None) for name in ("pretrained_cfg", "default_cfg"))
-    config: dict[str, Any] = next((found for found in configs if isinstance(found, dict) and found), {})
-    size = config.get("input_size")
+    return _example(model, timm_config(model).get("input_size"))
+
+
+def _example(model: nn.Module, size: object) -> tuple[Tensor, ...] | None:
+    """Return zeros of an input size (channels, height, width); None if it is none that the model takes."""
     if not isinstance(size, tuple | list) or len(size) != 3 or not is_sensible(size, _MAX_EXAMPLE):
         return None
-    # The configuration keeps its 3 channels when a model is created with in_chans=1.
+    # timm's configuration keeps its 3 channels when a model is created with in_chans=1.
     first = next((m for m in modules(model) if isinstance(m, nn.Conv2d)), None)
     if first is not None and first.in_channels % size[0]:
         return None

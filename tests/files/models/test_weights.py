@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from sepconvert.base.errors import SepconvertError
-from sepconvert.files.weights import load_weights
+from sepconvert.files.models.weights import load_weights
 
 PATH = Path("m.pth")
 

@@ -14,7 +14,7 @@ from torch import nn
 from torch.export.pt2_archive import PT2ArchiveReader, PT2ArchiveWriter
 from torch.nn import functional as F
 
-from sepconvert.files.models import load_model
+from sepconvert.files.models.loading import load_model
 
 pytestmark = pytest.mark.usefixtures("clean_imports")
 

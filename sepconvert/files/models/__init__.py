@@ -1,0 +1,1 @@
+"""Models: recognised, read from files without running them, and built by name."""

@@ -1,0 +1,1 @@
+"""Readers of ONNX Runtime's profiler: time by operator and by layer, and traces to look at."""
