@@ -30,6 +30,9 @@ _FOR_ONE_RUN = ("force", "resume")
 # them on the command line.
 _JOINED_BY = {"batches": ",", "input_shape": "x", "mean": ",", "output": ",", "resize": "x", "std": ","}
 
+# Options that hold names, which are joined by commas there.
+_NAMES = ("input_names", "output_names")
+
 _HEAD = f"""\
 # Options of a conversion by sepconvert {__version__}; those that are not named had their defaults. To repeat
 # it, call `sepconvert --config` with this file in the same working directory, which paths are relative to.
@@ -124,6 +127,8 @@ def _as_typed(option: click.Parameter, value: Any, where: str) -> Any:
     """Return a value of TOML as the command line would give it; `where` begins the message of an error."""
     if option.name in _JOINED_BY:
         value = _joined(value, _JOINED_BY[option.name])
+    if option.name in _NAMES and isinstance(value, list) and all(isinstance(each, str) for each in value):
+        value = ",".join(value)
     if value is True and isinstance(option, click.Option) and isinstance(option.flag_value, str):
         value = option.flag_value  # what the flag means without a value
     expected, example = _expected(option)
@@ -170,5 +175,7 @@ def _written(option: click.Parameter, value: Any) -> Any:
     if isinstance(value, Path):
         return str(value)
     if isinstance(value, Mapping):
-        return [f"{key}={each}" for key, each in value.items()]
+        if isinstance(option, click.Option) and option.multiple:
+            return [f"{key}={each}" for key, each in value.items()]
+        return json.dumps(value)
     return list(value) if isinstance(value, tuple) else value

@@ -208,6 +208,8 @@ EXAMPLES = {
     "batches": ["1,2"],
     "resize": ["9"],
     "provider_option": ["a=b"],
+    "factory_args": ['{"width": 12}'],
+    "input_names": ["image,mask"],
 }
 
 

@@ -6,10 +6,12 @@ import io
 import logging
 import os
 import pty
+import re
 import signal
 import struct
 import sys
 import termios
+import time
 from collections.abc import Iterator
 from types import SimpleNamespace
 
@@ -75,8 +77,14 @@ def test_progress_unless_quiet(here, run, monkeypatch, arguments, expected):
 
 def test_progress_in_lines_where_there_is_no_terminal(here, run, monkeypatch):
     monkeypatch.setattr(progress, "_LINE_EVERY", 1e-3)
-    err = run("inspect", "net.pt", *SHAPE).err
-    assert "analysing kernels: stem, 1 of 2 · 0 s\n" in err
+    stream = io.StringIO()
+    monkeypatch.setattr(sys, "stderr", stream)
+    shown = Display(on_terminal=False, shown=True)
+    with shown.shown():
+        for _ in shown(["stem"], "analysing kernels"):
+            while "\n" not in stream.getvalue():
+                time.sleep(1e-3)
+    assert re.match(r"analysing kernels: stem, 1 of 1 · \d+ s\n", stream.getvalue())
     assert run("inspect", "net.pt", *SHAPE, "--quiet").err == ""
 
 

@@ -103,7 +103,7 @@ def test_tables_on_standard_output(here, run):
 def test_a_summary_for_a_pull_request(here, run):
     outcome = run("net.pt", *SHAPE, "--runs", "0", "--format", "markdown")
     assert (outcome.code, outcome.err) == (0, "")
-    assert outcome.out.startswith("**1 of 2 convolutions converted.**\n\n| ")
+    assert outcome.out.startswith("**1 of 2 convolutions converted, ")
     assert "| original" in outcome.out
     assert "Written to" not in outcome.out
     assert listing(here / "net-sepconvert") == WRITTEN
