@@ -388,7 +388,7 @@ def attempt(path: Path, flags: Flags) -> dict[str, Any]:
         stage = "ONNX Runtime, with the original"
         answers(model, feed)
         stage = "inspect"
-        layers = sepconvert.inspect(path, None if complete else inputs)["layers"]
+        layers = sepconvert.inspect(path, None if complete else inputs).to_json()["layers"]
         found |= listed(model, layers)
         if found["unlisted"]:
             wrong.append(f"{found['unlisted']} convolutions are not listed")

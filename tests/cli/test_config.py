@@ -210,6 +210,7 @@ EXAMPLES = {
     "provider_option": ["a=b"],
     "factory_args": ['{"width": 12}'],
     "input_names": ["image,mask"],
+    "opset": ["20"],
 }
 
 

@@ -82,9 +82,9 @@ def test_progress_in_lines_where_there_is_no_terminal(here, run, monkeypatch):
     shown = Display(on_terminal=False, shown=True)
     with shown.shown():
         for _ in shown(["stem"], "analysing kernels"):
-            while "\n" not in stream.getvalue():
+            while "stem" not in stream.getvalue():
                 time.sleep(1e-3)
-    assert re.match(r"analysing kernels: stem, 1 of 1 · \d+ s\n", stream.getvalue())
+    assert re.search(r"^analysing kernels: stem, 1 of 1 · \d+ s$", stream.getvalue(), re.MULTILINE)
     assert run("inspect", "net.pt", *SHAPE, "--quiet").err == ""
 
 

@@ -82,7 +82,7 @@ def by_class(self, x):
 )
 def test_what_a_rewritten_model_would_not_do(x, forward, reason):
     model = model_with(forward)
-    layers = inspect(model, x.clone())["layers"]
+    layers = inspect(model, x.clone()).to_json()["layers"]
     assert {layer["decision"] for layer in layers} == {"kept"}
     assert any(reason in layer["reason"] for layer in layers), layers
 
@@ -115,7 +115,7 @@ def test_sizes_of_channels_are_no_input(x):
             x, self.kernel[:1, :1].expand(c, 1, 3, 3), groups=c, padding=self.kernel.shape[-1] // 2
         )
 
-    layers = inspect(model_with(blur), x)["layers"]
+    layers = inspect(model_with(blur), x).to_json()["layers"]
     assert [layer["decision"] for layer in layers if layer["name"] == "conv2d_0"] == ["converted"]
 
 
@@ -174,7 +174,7 @@ def test_methods_put_on_an_instance(x):
     model = model_with(lambda self, x: self.identity(x))
     model.identity.register_buffer("kernel", separable())
     model.identity.forward = types.MethodType(lambda self, x: F.conv2d(x, self.kernel), model.identity)
-    assert "calls it by another way" in inspect(model, x)["layers"][0]["reason"]
+    assert "calls it by another way" in inspect(model, x).to_json()["layers"][0]["reason"]
 
 
 class Registered(nn.Module):
@@ -257,7 +257,7 @@ def test_a_forward_may_catch_what_a_submodule_raises(x):
 
     model = model_with(forward)
     model.identity = Failing()
-    assert [layer["name"] for layer in inspect(model, x)["layers"]] == ["conv2d_0", "conv"]
+    assert [layer["name"] for layer in inspect(model, x).to_json()["layers"]] == ["conv2d_0", "conv"]
 
 
 def test_a_first_argument_that_is_no_tensor(x, tmp_path):
@@ -286,7 +286,7 @@ def test_answers_that_are_no_tensors_of_numbers(x):
         y = self.conv(x)
         return {"y": y, "positive": y > 0, "answer": Answer(y=y), "classes": y.argmax(1)}
 
-    layers = {layer["name"]: layer for layer in inspect(model_with(forward), x)["layers"]}
+    layers = {layer["name"]: layer for layer in inspect(model_with(forward), x).to_json()["layers"]}
     assert layers["conv"]["decision"] == "converted"
 
 
@@ -298,7 +298,7 @@ def test_parameters_without_a_shape(x):
         with pytest.raises(SepconvertError, match=r"^unused\.weight has no shape yet; run the model"):
             function(model, x)
     model.unused(x)
-    assert len(inspect(model, x)["layers"]) == 2
+    assert len(inspect(model, x).to_json()["layers"]) == 2
 
 
 class Parts(Fixed):

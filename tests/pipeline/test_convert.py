@@ -397,7 +397,7 @@ def test_approximation_and_fine_tuning_of_such_a_model(kind):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_one_shadowed_name(name):
-    found = sepconvert.inspect(shadowing_net([name]), torch.rand(1, 3, 8, 8))
+    found = sepconvert.inspect(shadowing_net([name]), torch.rand(1, 3, 8, 8)).to_json()
     assert decisions(found) == {"stem": "converted", "block.conv": "converted"}
 
 
@@ -501,7 +501,7 @@ def test_without_gradients_fine_tuning_is_refused(small, tmp_path):
 def test_layers_are_selected_by_node_or_output(file):
     nodes = [node for node in onnx.load(file).graph.node if node.op_type == "Conv"]
     for name in (nodes[1].name, nodes[1].output[0]):
-        found = sepconvert.inspect(file, selection=sepconvert.Selection(include=[name]))
+        found = sepconvert.inspect(file, selection=sepconvert.Selection(include=[name])).to_json()
         reasons = [each["reason_code"] for each in found["layers"]]
         assert reasons.count("not-selected") == 2
         assert reasons[1] != "not-selected"

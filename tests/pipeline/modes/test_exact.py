@@ -114,7 +114,7 @@ def test_the_gate_of_measured_time(net, x):
 
 
 def test_inspect_decides_as_convert_does(net, x, conversion):
-    found = sepconvert.inspect(net, x)
+    found = sepconvert.inspect(net, x).to_json()
     keys = ("name", "decision", "reason", "scheme", "rank", "macs", "params", "weight_error", "structures")
     for inspected, converted in zip(found["layers"], conversion[0].report["layers"], strict=True):
         assert {key: inspected[key] for key in keys} == {key: converted[key] for key in keys}
@@ -128,7 +128,7 @@ def test_tolerance(planted, x):
     noise = torch.randn(8, 3, 3, 3, generator=torch.Generator().manual_seed(5))
     weight = model[0].weight.data
     weight += 3e-4 * noise * (weight.norm() / noise.norm())
-    assert decisions(sepconvert.inspect(model, x)) == {"0": "kept"}
+    assert decisions(sepconvert.inspect(model, x).to_json()) == {"0": "kept"}
     result = decided(model, x, tol=1e-3)
     assert decisions(result.report) == {"0": "converted"}
     assert 1e-6 < result.report["layers"][0]["weight_error"] <= 1e-3
