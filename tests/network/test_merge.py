@@ -680,6 +680,9 @@ def test_auto_mode_merges_and_goes_on(automatic):
     assert layers["light.1"]["decision"] == "kept"
     schemes = {layers[f"{first}.0"]["scheme"] for first in ("stem", "body")}
     assert schemes - {"merged"}  # a dense form found factors
+    factored = [layer for layer in layers.values() if layer["factors"]]
+    assert factored
+    assert all(sum(each["macs"] for each in layer["factors"]) == layer["macs"][1] for layer in factored)
     # What the layers say adds up to what is counted.
     for key in ("macs", "params"):
         before, after = (sum(layer[key][i] for layer in layers.values()) for i in (0, 1))

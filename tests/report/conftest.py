@@ -272,7 +272,7 @@ RESTORED = {
 def restored(approximate) -> dict[str, Any]:
     """The same as of a model that restores pictures: 0.098 dB of PSNR are lost, of at most 0.1."""
     drop = {"value": 0.098, "unit": "dB", "ci95": [0.0901, 0.106], "n": 300}
-    approximate["delta"] |= {"metric": RESTORED, "accuracy_drop_pp": None, "agreement": None}
+    approximate["delta"] |= {"metric": {**RESTORED}, "accuracy_drop_pp": None, "agreement": None}
     for side in ("original", "converted"):
         value = {key: RESTORED[key] for key in ("name", "unit", "higher_is_better", "n")}
         approximate[side] |= {"accuracy": None, "metric": value | {"value": RESTORED[side]}}

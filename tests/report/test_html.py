@@ -529,7 +529,7 @@ def test_every_picture_of_two_widths_is_shown_once(document):
     page = render_html(document)
     assert page.count('<div class="wide">') == page.count('<div class="slim">') == 1
     assert ".slim { display: none" in page
-    assert "screen and (max-width: 44rem) { .wide { display: none } .slim { display: block } }" in page
+    assert "screen and (max-width: 44rem) { .wide { display: none } .slim { display: block }" in page
 
 
 def test_a_comparison_begins_with_verdict_and_tiles():

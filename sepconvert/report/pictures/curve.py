@@ -111,6 +111,13 @@ def frontier(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]
     return kept[::-1]
 
 
+def join_frontier(axes: Axes, points: Sequence[tuple[float, float]], better: int) -> None:
+    """Draw a line through the points that no other beats; `better` is 1 where higher values are, else -1."""
+    line = [(gain, better * value) for gain, value in frontier([(x, better * y) for x, y in points])]
+    if line:
+        axes.plot(*zip(*line, strict=True), "-", color=INK, alpha=0.4, linewidth=1, zorder=1)
+
+
 def trade_off(document: Document, *, slim: bool = False) -> str:
     """Return a plot of the change of the metric, if measured, and of the divergence against the gain."""
     quality = Quality.of(document)
@@ -154,10 +161,7 @@ def _draw(
 ) -> None:
     """Draw the marks that have a value, their signs, and the line through those that no other beats."""
     drawn = [(mark, height) for mark in found if (height := value(mark)) is not None]
-    line = frontier([(mark.gain, better * height) for mark, height in drawn])
-    if line:
-        axes.plot(*zip(*((gain, better * height) for gain, height in line), strict=True), "-", color=INK,
-                  alpha=0.4, linewidth=1, zorder=1)  # fmt: skip
+    join_frontier(axes, [(mark.gain, height) for mark, height in drawn], better)
     for mark, height in drawn:
         axes.plot(mark.gain, height, **_marker(mark))
         if text := mark.label if named else mark.signs:

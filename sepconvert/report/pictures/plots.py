@@ -12,6 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from sepconvert.report.pictures.curve import join_frontier
 from sepconvert.report.pictures.drawing import (
     AFTER,
     BEFORE,
@@ -40,8 +41,8 @@ _PIXELS_PER_WEIGHT = 12
 def four_forms(document: Document, *, slim: bool = False) -> str:
     """Return a plot of the metric against the measured speed-up over the original in floating point.
 
-    It shows the four forms of a conversion to int8, and a line through the int8 plans of the curve. Without a
-    metric, the divergence is not comparable between forms: only speeds are shown.
+    It shows the four forms of a conversion to int8 and the int8 plans of the curve, with a line through those
+    that no other beats. Without a metric, there is no plot: the divergence is not comparable between forms.
     """
     forms, quality = document["forms"], Quality.of(document)
     base = forms["int8"]["delta"]["latency_speedup"]["median"]
@@ -52,12 +53,13 @@ def four_forms(document: Document, *, slim: bool = False) -> str:
     sign = -1 if quality.higher_is_better else 1
     figure = sheet(3.2, slim=slim)
     axes = figure.subplots()
-    line = sorted(
+    found = [
         (base * point["latency_speedup"]["median"], original["value"] + sign * point["drop"]["value"])
         for point in plans
-    )
-    if line:
-        axes.plot(*zip(*line, strict=True), ".-", color=INK, alpha=0.4, linewidth=1, label="int8 plans")
+    ]
+    if found:
+        axes.plot(*zip(*found, strict=True), ".", color=INK, alpha=0.6, label="int8 plans")
+        join_frontier(axes, found, -sign)
     for (key, name), marker in zip(NAMES.items(), "osDv", strict=True):
         form = forms[key]
         speedup = form["delta"]["latency_speedup"]

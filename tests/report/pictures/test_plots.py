@@ -9,10 +9,12 @@ import torch
 from data_urls import pixels
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from report.int8_forms import deployed
 
 from sepconvert.report.pictures import plots
 from sepconvert.report.pictures.drawing import STAGE_COLOURS
 from sepconvert.report.pictures.exhibits import KernelPair
+from sepconvert.report.text.forms import NAMES
 
 SPECTRUM = {"scheme": "spatial-vh", "cut": 2, "full_rank": 24, "values": [[1, 0.75], [2, 0.5], [24, 1e-12]]}
 
@@ -57,6 +59,25 @@ def test_the_slowest_runs_are_counted_and_not_drawn(runs):
     ticks = [*map(float, re.findall(r">([\d.]+)</text>", plots.distributions([("a", found)])))]
     assert any(1 < tick < 2 for tick in ticks)
     assert max(ticks) == 100  # of percent
+
+
+def in_int8(document, *plans: tuple[float, float]) -> dict:
+    """Return a report on int8 whose plans have these speed-ups and drops."""
+    document["approximation"]["curve"] = [
+        {"latency_speedup": {"median": gain}, "drop": {"value": drop}} for gain, drop in plans
+    ]
+    return deployed(document)
+
+
+@pytest.mark.parametrize(
+    ("plans", "joined"),
+    [([(1.0, 0.1), (2.0, 0.2)], 2), ([(1.0, 0.1), (2.0, 0.5), (3.0, 0.2)], 2), ([(1.0, 0.5), (2.0, 0.2)], 1)],
+)
+def test_the_line_of_int8_plans_is_their_frontier(approximate, plans, joined):
+    svg = plots.four_forms(in_int8(approximate, *plans))
+    assert all(name in svg for name in (*NAMES.values(), "int8 plans"))
+    lines = re.findall(r'<path d="([^"]+)"[^>]*stroke: currentColor; stroke-opacity: 0\.4', svg)
+    assert len(re.findall("[ML]", "".join(lines))) == joined  # a line to a single point is none
 
 
 def drawn_width(svg: str) -> float:
