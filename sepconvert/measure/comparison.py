@@ -6,6 +6,7 @@ import io
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import PurePath
 from typing import Any, Literal
 
 from tabulate import tabulate
@@ -65,7 +66,9 @@ class Comparison:
             return base.sentence
         deltas = self.deltas or (Delta(),) * len(others)
         index = self.fastest - 1
-        names = self.names or [f"#{number}" for number in range(1, len(self.profiles) + 1)]
+        names = self.names or tuple(f"#{number}" for number in range(1, len(self.profiles) + 1))
+        short = tuple(PurePath(name).name for name in names)
+        names = short if len({*short}) == len(short) else names
         timed = any(delta.speedup is not None for delta in deltas)
         fastest = f", the fastest of {len(others)}," if len(others) > 1 and timed else ""
         return f"{names[index + 1]}{fastest} {_against(base, others[index], deltas[index], names[0])}."

@@ -8,11 +8,13 @@ from profiles import profile, speedup
 
 from sepconvert.measure.comparison import Comparison, Delta
 from sepconvert.measure.divergence import OutputDifference
+from sepconvert.measure.latency import Latency, Speedup
 from sepconvert.measure.metrics.evaluation import MetricDelta
 from sepconvert.measure.metrics.metric import MetricValue
 from sepconvert.measure.metrics.named import named
 from sepconvert.measure.metrics.uncertainty import Discordant, MeanDrop
-from sepconvert.measure.statistics import paired_difference_interval
+from sepconvert.measure.profiling import Profile
+from sepconvert.measure.statistics import Interval, paired_difference_interval
 
 
 def test_who_is_dominated():
@@ -94,3 +96,31 @@ def test_other_metrics_have_a_row_of_values_and_their_own_unit():
     delta = MetricDelta(named("mse"), 0.5, 0.625, 0.125, MeanDrop(np.full(9, 0.125)))
     found = Comparison((profile(1.0), profile(1.0)), "ab", (Delta(accuracy=delta),))
     assert ["drop", "-", "0.125 [0.125, 0.125]"] in found.rows()
+
+
+def test_the_verdict_is_on_the_fastest():
+    def timed(milliseconds, macs):
+        latency = Latency(milliseconds, Interval(milliseconds, milliseconds), (milliseconds,) * 21, 5, 1, 1)
+        return Profile(10, macs, None, None, latency, None, {})
+
+    profiles = timed(3.0, 600), timed(2.0, 300), timed(1.5, 400)
+    deltas = tuple(
+        Delta(Speedup(ratio, Interval(ratio - 0.1, ratio + 0.1), Interval(0.9, 1.1))) for ratio in (1.5, 2.0)
+    )
+    found = Comparison(profiles, ("a/net.onnx", "b/small.onnx", "b/fast.onnx"), deltas)
+    assert found.verdict == (
+        "fast.onnx, the fastest of 2, is 2.00× [1.90, 2.10] as fast as net.onnx, with 1.50× fewer MACs."
+    )
+    assert Comparison(profiles[:2], ("a/net.onnx", "b/net.onnx"), deltas[:1]).verdict.startswith(
+        "b/net.onnx is"
+    )
+    noisy = Delta(Speedup(1.05, Interval(0.9, 1.2), Interval(0.9, 1.1)))
+    assert Comparison(profiles[:2], (), (noisy,)).verdict == (
+        "#2 is as fast as #1, within noise, with 2.00× fewer MACs."
+    )
+    assert Comparison(profiles[:2]).verdict == "#2 was not timed together with #1, with 2.00× fewer MACs."
+    assert Comparison(profiles[:1]).verdict == (
+        "3.000 [3.000, 3.000] ms a batch of 1 on 1 thread, 10 parameters, 600 MACs."
+    )
+    assert "<table>" in found._repr_html_()
+    assert repr(found).count("\n") < 20
