@@ -93,7 +93,7 @@ def test_arguments_of_convert_become_a_job():
     ("options", "message"),
     [
         ({"data": 5}, r"`data`: expected batches \(x, y\), got 5"),
-        ({"progress": None}, "`progress`: expected a function, got None"),
+        ({"progress": None}, "`progress`: expected True, False or a function, got None"),
         ({"finetune": -1, "mode": "approx"}, "`finetune`: expected a whole number from 0, got -1"),
         ({"finetune": True, "mode": "approx"}, "`finetune`: expected a whole number from 0, got True"),
         ({"dynamic_batch": "x"}, "`dynamic_batch`: expected True or False, got 'x'"),
@@ -121,7 +121,7 @@ def test_arguments_of_another_type_are_refused_by_name(options, message):
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda m, x: sepconvert.apply(m, None), "plan: expected the path of a plan.json, got None"),
+        (lambda m, x: sepconvert.apply(m, None), "plan: expected result.plan, or the content or the path of a plan.json, got None"),
         (lambda m, x: sepconvert.compare(1), "compare: expected profiles, got 1"),
         (lambda m, x: sepconvert.compare(), "compare: expected profiles, got none"),
         (
