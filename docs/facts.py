@@ -319,6 +319,6 @@ class Facts:
 
 def tables() -> dict[str, str]:
     """Return the tables that pages include, as they are printed: all layers, and structures of two."""
-    layers = sepconvert.inspect(load(), images(1)).to_json().to_json()["layers"]
+    layers = sepconvert.inspect(load(), images(1)).to_json()["layers"]
     shown = [layer for layer in layers if layer["name"] in ("large.conv", "head.conv")]
     return {"layers": layer_table(layers), "structures": structure_table(shown)}

@@ -121,7 +121,10 @@ def test_arguments_of_another_type_are_refused_by_name(options, message):
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda m, x: sepconvert.apply(m, None), "plan: expected result.plan, or the content or the path of a plan.json, got None"),
+        (
+            lambda m, x: sepconvert.apply(m, None),
+            "plan: expected result.plan, or the content or the path of a plan.json",
+        ),
         (lambda m, x: sepconvert.compare(1), "compare: expected profiles, got 1"),
         (lambda m, x: sepconvert.compare(), "compare: expected profiles, got none"),
         (

@@ -63,8 +63,8 @@ class Filters(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.register_buffer("first", torch.randn(4, 4, 3, 3))
-        self.second = nn.Parameter(torch.randn(4, 4, 3, 3))
+        self.register_buffer("first", torch.randn(4, 4, 3, 3) / 6)
+        self.second = nn.Parameter(torch.randn(4, 4, 3, 3) / 6)
         self.between = conv(4, 4)
 
     def forward(self, x):
@@ -77,7 +77,7 @@ class Functional(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.kernel = nn.Parameter(torch.randn(4, 3, 5, 5))
+        self.kernel = nn.Parameter(torch.randn(4, 3, 5, 5) / 9)
         self.filters = Filters()
 
     def forward(self, x):

@@ -293,7 +293,7 @@ def stereo():
         torch.manual_seed(0)
         model = Siamese()
         optimizer = torch.optim.Adam(model.parameters(), 1e-2)
-        for _ in range(60):
+        for _ in range(150):
             optimizer.zero_grad()
             nn.functional.cross_entropy(model(left[:320], right[:320]), shifts[:320]).backward()
             optimizer.step()
