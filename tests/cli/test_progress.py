@@ -48,13 +48,13 @@ def read_until(master: int, text: bytes | None) -> bytes:
 def test_progress_on_a_terminal_until_ctrl_c(here):
     before = listing(here.parent)
     with terminal() as (master, slave):
-        process = start("net.pt", *SHAPE, stderr=slave)
+        process = start("net.pt", *SHAPE, "--runs", "100000", stderr=slave)
         os.close(slave)
-        seen = read_until(master, b"] analysing kernels")
+        seen = read_until(master, b"] measuring the files")
         process.send_signal(signal.SIGINT)
         rest = read_until(master, None)
         assert process.communicate()[0] == b""
-    assert b"[1/4] checking the original" in seen
+    assert b"[4/4] measuring the files" in seen
     assert process.returncode == 130
     assert rest.count(b"sepconvert: interrupted\r\n") == 1
     assert b"Traceback" not in rest
