@@ -117,6 +117,15 @@ def largest(tensors: Sequence[Tensor]) -> float:
     return max((float(tensor.abs().max()) for tensor in tensors if tensor.numel()), default=0.0)
 
 
+def ordered_like(example: Any, values: Any) -> Any:
+    """Return inputs with the entries of each mapping in the order of an example, as files have them."""
+    if isinstance(example, Mapping) and isinstance(values, Mapping):
+        return {key: ordered_like(each, values[key]) for key, each in example.items() if key in values}
+    if isinstance(example, tuple | list) and isinstance(values, tuple | list):
+        return tuple(ordered_like(*each) for each in zip(example, values, strict=False))
+    return values
+
+
 @dataclass(frozen=True, eq=False)
 class InputBatch:
     """Inputs for some samples: positional arguments of a forward, with the samples along one dimension.

@@ -31,8 +31,9 @@ _DEMO: Mapping[Mode, tuple[str, Mapping[str, Any]]] = {
 }
 
 _LAST = """\
-Written to {out}/, one folder per mode. Open {out}/auto/report.html in a
-browser for the full report; the other modes have theirs beside it.
+Written to {out}/, one folder per mode. For the full report, open
+  {out}/auto/report.html
+in a browser; the other modes have theirs beside it.
 
 With a model of your own, saved by torch.save, begin with
   sepconvert inspect model.pt --input-shape 3x224x224

@@ -38,6 +38,7 @@ from sepconvert.network.tensors import (
     StandIn,
     fresh,
     largest,
+    ordered_like,
     state_tensors,
     tensor_leaves,
     tensors_in,
@@ -73,7 +74,7 @@ class Drafts:
 
     def feed(self, inputs: Inputs) -> Feed:
         """Return inputs as the files take them."""
-        return onnx_feed(self.original, inputs, self.interface)
+        return onnx_feed(self.original, ordered_like(self.inputs, inputs), self.interface)
 
     @cached_property
     def export(self) -> Exported:
@@ -178,7 +179,7 @@ class Drafts:
         """Return whether a file computes what a model does, on the example."""
         with torch.no_grad():
             expected = list(tensor_leaves(quick_copy(model, InputBatch(self.inputs))(*fresh(self.inputs))))
-        found = opened(draft, threads=1).run(None, onnx_feed(self.original, self.inputs))
+        found = opened(draft, threads=1).run(None, self.feed(self.inputs))
         return _are_alike(expected, [torch.from_numpy(each) for each in found])
 
     def _paths_in(self, graph: OnnxGraph) -> dict[str, str]:

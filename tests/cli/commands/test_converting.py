@@ -390,18 +390,27 @@ def test_a_missing_part_of_the_plan_is_named(here, run, plan, name):
 
 @pytest.mark.slow
 def test_fine_tuning_that_was_killed_is_resumed_to_the_same_weights(here):
-    """It says how far it is on a pipe too, and leaves nothing beside the result in the end."""
+    """It says how far it is in the log, and leaves nothing beside the result in the end."""
     small_net.write(here)
     train = ("--finetune", "30", "--calib", "x.npz", "--calib-images", "120")
-    arguments = ("net.pth", "--factory", "net.py:make", "--mode", "approx", "--rank", "1", "--runs", "0")
+    arguments = (
+        "net.pth",
+        "--factory",
+        "net.py:make",
+        "--mode",
+        "approx",
+        "--rank",
+        "1",
+        "--runs",
+        "0",
+        "-v",
+    )
     before = listing(here)
     process = start(*arguments, *train, "--out", "whole")
     _, err = process.communicate()
     assert process.returncode == 0, err
-    lines = [line for line in err.decode().splitlines() if line.startswith("fine-tuning: ")]
-    assert [
-        int(re.search(r"step (\d+) of 90, epoch \d+, loss [\d.]+, \d+ s left", line)[1]) for line in lines
-    ] == [*range(9, 91, 9)]
+    steps = re.findall(r" fine-tuning: step (\d+) of 90, epoch \d+, loss [\d.]+, .* left\n", err.decode())
+    assert [*map(int, steps)] == [*range(9, 91, 9)]
 
     process = start(*arguments, *train, "--out", "resumed")
     while b"step 18 of 90" not in process.stderr.readline():

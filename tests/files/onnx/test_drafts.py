@@ -73,15 +73,19 @@ class Filters(nn.Module):
 
 
 class Functional(nn.Module):
-    """Functional convolutions in a module that is called twice, and in the root."""
+    """Functional convolutions in a module, which may be called twice, and in the root."""
 
-    def __init__(self):
+    def __init__(self, calls=1):
         super().__init__()
+        self.calls = calls
         self.kernel = nn.Parameter(torch.randn(4, 3, 5, 5) / 9)
         self.filters = Filters()
 
     def forward(self, x):
-        return self.filters(self.filters(F.conv2d(x, self.kernel, stride=2)))
+        x = F.conv2d(x, self.kernel, stride=2)
+        for _ in range(self.calls):
+            x = self.filters(x)
+        return x
 
 
 class Named(nn.Module):
@@ -175,6 +179,16 @@ def test_estimated_statistics_are_in_the_draft():
     torch.testing.assert_close(drafts.module(model)(X), model(X).detach(), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
+def test_functional_convolutions_that_are_called_again_are_counted_in_no_other_way():
+    torch.manual_seed(0)
+    model = Functional(calls=2).eval()
+    converted = fitted(model, [5, 3, 7, 2])
+    with torch.no_grad():
+        expected = converted(X)
+    torch.testing.assert_close(Drafts(model, (X,)).module(converted)(X), expected, rtol=1e-3, atol=1e-3)
+
+
 def test_what_differs_by_more_than_convolutions_is_exported():
     """Here, by an activation that somebody exchanged."""
     model = model_of("strided")
@@ -251,3 +265,24 @@ def test_inputs_by_name_are_taken_as_the_model_takes_them():
         inputs = arguments(running, yielded)
         torch.testing.assert_close(running(*inputs), model(left, right).detach(), rtol=1e-4, atol=1e-4)
     assert not [*running.parameters()]
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_entries_of_a_mapping_may_come_in_another_order_than_those_of_the_example(nested):
+    class Mapped(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = conv(3, 8)
+
+        def forward(self, views, scale=None):
+            return self.conv(views["left"] - 2 * views["right"]) * (1.0 if scale is None else scale)
+
+    model, rest = Mapped().eval(), (torch.full((len(X), 1, 1, 1), 2.0),) if nested else ()
+    drafts = Drafts(model, ({"left": X, "right": X + 1}, *rest))
+    left, right = torch.rand(X.shape), torch.rand(X.shape)
+    swapped = {"right": right, "left": left}
+    with torch.no_grad():
+        expected = model(swapped, *rest)
+    found = drafts.module(model)
+    assert found is not None
+    torch.testing.assert_close(found(swapped, *rest), expected, rtol=1e-4, atol=1e-4)

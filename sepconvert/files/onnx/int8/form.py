@@ -37,7 +37,7 @@ from sepconvert.files.onnx.structured import example_of, filled
 from sepconvert.files.onnx.writing import onnx_feed, write_onnx
 from sepconvert.network.copies import duplicate, shared_parameters
 from sepconvert.network.layers import Conv
-from sepconvert.network.tensors import InputBatch, Inputs, StandIn
+from sepconvert.network.tensors import InputBatch, Inputs, StandIn, ordered_like
 
 MOST_IMAGES = 256
 """Calibration images that ranges are measured on; more change them little, and take longer for every plan."""
@@ -102,7 +102,7 @@ class Int8Form:
 
     def feed(self, inputs: Inputs) -> Feed:
         """Return inputs as the files take them."""
-        return onnx_feed(self._original, inputs, self._interface)
+        return onnx_feed(self._original, ordered_like(self._inputs, inputs), self._interface)
 
     def keep(self, model: nn.Module, layers: frozenset[str]) -> None:
         """Let some convolutions of a model, which is not quantized yet, stay in floating point."""
