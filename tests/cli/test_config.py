@@ -1,6 +1,7 @@
 """Options from a file, and the file that a conversion writes."""
 
 import itertools
+import os
 import re
 from pathlib import Path
 
@@ -211,6 +212,7 @@ EXAMPLES = {
     "factory_args": ['{"width": 12}'],
     "input_names": ["image,mask"],
     "opset": ["20"],
+    "log_file": [os.devnull],
 }
 
 
