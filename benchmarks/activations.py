@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from sepconvert.base.environment import Runtime, environment
 from sepconvert.files.onnx.export import export_program, save_onnx
-from sepconvert.files.onnx.writing import onnx_feed
+from sepconvert.files.onnx.structured import onnx_feed
 from sepconvert.measure.latency import Deployed, session
 from sepconvert.measure.verification.activations import OPERATOR_ERRORS, ActivationErrors
 

@@ -20,7 +20,7 @@ from sepconvert.base.options.values import Budget
 from sepconvert.measure.metrics.evaluation import TOP1, MetricDelta
 from sepconvert.measure.metrics.uncertainty import Discordant
 from sepconvert.planning.scores import sizes_of
-from sepconvert.planning.search.curve import Measured, Point
+from sepconvert.planning.search.curve import Measurement, Point
 from sepconvert.planning.search.measurements import Measurements
 from sepconvert.planning.search.proof import proven_in_order
 
@@ -53,7 +53,7 @@ class Drawn:
 def proven(scores: Drawn, budget: Budget) -> int | None:
     """Return the plan that `confidence` delivers; None if there is none."""
     measurements = Measurements(SimpleNamespace(scores=scores))
-    points = [Point(None, Measured(fitted=SimpleNamespace(model=plan))) for plan in range(len(DROPS))]
+    points = [Point(None, Measurement(fitted=SimpleNamespace(model=plan))) for plan in range(len(DROPS))]
     found = proven_in_order(points, measurements, budget)
     confirmed = [point for point in found if measurements.is_proven(point, budget, on_all=True)]
     return confirmed[-1].measured.fitted.model if confirmed else None

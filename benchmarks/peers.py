@@ -35,7 +35,7 @@ from sepconvert.calibration.split import CalibrationSet, Division, split_data
 from sepconvert.files.data import Preprocess, load_data
 from sepconvert.files.models.loading import load_model
 from sepconvert.files.onnx.export import export_program, save_onnx
-from sepconvert.files.onnx.writing import onnx_feed
+from sepconvert.files.onnx.structured import onnx_feed
 from sepconvert.measure.cost import count
 from sepconvert.measure.latency import Deployed, session, speedup, time_all
 from sepconvert.measure.metrics.evaluation import Scoring, evaluate, metric_delta

@@ -8,6 +8,7 @@ os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE")
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import functools
 import importlib
 import pickle
 import shutil
@@ -43,6 +44,19 @@ settings.register_profile("default", max_examples=20, derandomize=True, deadline
 settings.register_profile("thorough", settings.get_profile("default"), max_examples=50)
 settings.register_profile("ci", settings.get_profile("default"), max_examples=500)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def exporter_of_one_table():
+    """The exporter's table of operators, built once; torch builds it anew for each file, in half a second."""
+    with pytest.MonkeyPatch.context() as patch:
+        try:
+            registry = importlib.import_module("torch.onnx._internal.exporter._registration").ONNXRegistry
+            once = staticmethod(functools.cache(registry.from_torchlib))
+            patch.setattr(registry, "from_torchlib", once)
+        except (ImportError, AttributeError):
+            pass  # a torch whose exporter is made otherwise
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -156,7 +170,8 @@ def here(files, tmp_path, monkeypatch) -> Path:
 @pytest.fixture
 def run(capsys, monkeypatch):
     """`sepconvert` with arguments, in this process."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    numbers = signal.SIGINT, signal.SIGTERM, signal.SIGALRM
+    handlers = {number: signal.getsignal(number) for number in numbers}
     monkeypatch.setattr(sys, "path", list(sys.path))
     monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)
     # A slow machine would print more lines of progress than a fast one.

@@ -60,12 +60,13 @@ def converted(report):
     return [layer for layer in report["layers"] if layer["decision"] == "converted"]
 
 
-def convert_small(small, mode="approx", **options):
+def convert_small(small, mode="approx", *, reconstruct=0.0, **options):
     """Convert the network of the fixture `small`, fitted to 64 of its images."""
     model, loader = small
     images = torch.cat([x for x, _ in loader])
     calib, _ = apart(loader)
-    return decided(model, images[:2], mode, calib=calib, calibration=Calibration(images=64), **options)
+    calibration = Calibration(images=64, reconstruct=reconstruct)
+    return decided(model, images[:2], mode, calib=calib, calibration=calibration, **options)
 
 
 def apart(loader):

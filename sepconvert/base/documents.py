@@ -4,6 +4,8 @@ import contextlib
 import hashlib
 import json
 import math
+import os
+import uuid
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -37,6 +39,23 @@ def writing(path: Path, parameter: str = "out") -> Iterator[None]:
         raise SepconvertError(
             f"{path.name}: cannot be written: {reason}; pass another `{parameter}`"
         ) from error
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yield a file to write beside `path`, which takes the place of `path` at the end of the block.
+
+    An exception leaves `path` as it was. Other processes may read it, and replace it, at any time.
+    """
+    unfinished = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.unfinished")
+    try:
+        yield unfinished
+        with unfinished.open("rb+") as file:
+            os.fsync(file.fileno())
+        unfinished.replace(path)
+    finally:
+        with contextlib.suppress(OSError):  # where the file could not be written either
+            unfinished.unlink(missing_ok=True)
 
 
 def read_file(path: Path, most: int = MOST_BYTES) -> bytes:

@@ -75,7 +75,7 @@ class TrainingSet:
     @property
     def images(self) -> int:
         """Number of images, those to choose weights by among them."""
-        return _size(self.train) + _size(self.judge)
+        return size_of(self.train) + size_of(self.judge)
 
 
 @dataclass(frozen=True)
@@ -138,15 +138,15 @@ def split_data(
     source = _source(data, calib, train, options.images, seed)
     if source is None:
         return DataSplit(data)
-    images = min(options.images, _size(source.loader))
+    images = min(options.images, size_of(source.loader))
     calibration = _calibration_set(source, images, division)
     if train is None or train is source.loader:
         train, heldout, origin = source.loader, heldout_of(images), source.origin
     else:
-        heldout, origin = heldout_of(_size(train)), "`train`"
+        heldout, origin = heldout_of(size_of(train)), "`train`"
     if epochs and not heldout:
         raise SepconvertError(
-            f"`finetune`: needs images to judge by too, got {_size(train)} in all; pass more"
+            f"`finetune`: needs images to judge by too, got {size_of(train)} in all; pass more"
         )
     return DataSplit(source.scored, calibration, _training_set(train, heldout, origin, division))
 
@@ -168,7 +168,7 @@ def _source(
     if train is not None:
         return _Source(train, "`train`", data)
     if isinstance(data, DataLoader):
-        part, rest = split(data, [min(images, _size(data) // 2)], seed)
+        part, rest = split(data, [min(images, size_of(data) // 2)], seed)
         return _Source(paired(part, "data"), OWN_PART, rest)
     return None
 
@@ -301,7 +301,8 @@ def _written(shapes: tuple[tuple[int, ...], ...]) -> str:
     return " and ".join(map(dimensions, shapes))
 
 
-def _size(loader: DataLoader[Batch]) -> int:
+def size_of(loader: DataLoader[Batch]) -> int:
+    """Return the number of samples that a loader yields; 0 if its dataset does not say."""
     return len(loader.dataset) if isinstance(loader.dataset, Sized) else 0
 
 

@@ -14,6 +14,9 @@ from click.core import ParameterSource
 from sepconvert import __version__
 from sepconvert.base.documents import check_file, read_file
 from sepconvert.base.errors import SepconvertError, first_line, shortened
+from sepconvert.base.options.declared import options_of
+from sepconvert.base.options.exporting import Export
+from sepconvert.files.results import RUN_FILE
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -26,12 +29,18 @@ _NOT_IN_FILES = ("config", "debug", "help")
 # Consents to what was there at the time, which a repetition must not give again by itself.
 _FOR_ONE_RUN = ("force", "resume")
 
+# How the result is printed, which is not part of it.
+_OF_THE_TERMINAL = ("style", "brief", "as_json")
+
+_READ = "sepconvert.config"
+"""Key of the file that was read, in the memory of click's context."""
+
 # Options whose text is made of numbers, which a file may also give as one number or as an array: what joins
 # them on the command line.
 _JOINED_BY = {"batches": ",", "input_shape": "x", "mean": ",", "output": ",", "resize": "x", "std": ","}
 
 # Options that hold names, which are joined by commas there.
-_NAMES = ("input_names", "output_names")
+_NAMES = tuple(each.name for each in options_of(Export) if each.metadata.get("joined"))
 
 _HEAD = f"""\
 # Options of a conversion by sepconvert {__version__}; those that are not named had their defaults. To repeat
@@ -65,6 +74,14 @@ def read_config(context: click.Context, parameter: click.Parameter, path: Path |
         except SepconvertError as error:
             raise SepconvertError(f"{path}: {error}") from error
     context.default_map = defaults
+    context.meta[_READ] = path
+
+
+def repeats(folder: Path) -> bool:
+    """Return whether the options of this command come from the run.toml of a result in this folder."""
+    context = click.get_current_context(silent=True)
+    path: Path | None = None if context is None else context.meta.get(_READ)
+    return path is not None and path.resolve() == (folder / RUN_FILE).resolve()
 
 
 def run_file(context: click.Context) -> str:
@@ -75,7 +92,10 @@ def run_file(context: click.Context) -> str:
     lines = [_HEAD]
     for key, option in _options(context.command).items():
         name = option.name or key
-        if name in _FOR_ONE_RUN or context.get_parameter_source(name) is ParameterSource.DEFAULT:
+        if (
+            name in (*_FOR_ONE_RUN, *_OF_THE_TERMINAL)
+            or context.get_parameter_source(name) is ParameterSource.DEFAULT
+        ):
             continue
         line = tomli_w.dumps({key: _written(option, context.params[name])})
         try:

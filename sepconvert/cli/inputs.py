@@ -1,18 +1,19 @@
 """Models, data and example inputs that a command's options name."""
 
 import math
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import click
 import numpy as np
 import torch
 from platformdirs import user_cache_path
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils.data import DataLoader
+from tqdm import tqdm
 
 from sepconvert.base.errors import SepconvertError, first_line
 from sepconvert.base.modules import unshadowed
@@ -131,10 +132,9 @@ def with_layout(options: Options, shapes: Sequence[Sequence[int | None]]) -> Opt
         return options
     layout = layout_of(shapes[0])
     if layout == "nhwc" and any(options.get(name) is not None for name in ("data", "calib", "train")):
-        click.echo(
-            "sepconvert: the ONNX file takes images as N×H×W×C, and uint8 images are given so; pass --layout "
-            "nchw if that is wrong",
-            err=True,
+        _tell(
+            "the ONNX file takes images as N×H×W×C, and uint8 images are given so; pass --layout nchw if "
+            "that is wrong"
         )
     return {**options, "layout": layout}
 
@@ -146,7 +146,7 @@ def load_subject(options: Options) -> LoadedModel:
         SepconvertError: the file or the device cannot be used.
     """
     if options["trust"]:
-        click.echo(f"sepconvert: --trust: {options['model']} is run as a program", err=True)
+        _tell(f"--trust: {options['model']} is run as a program")
     loaded = load_model(
         options["model"],
         factory=options["factory"],
@@ -156,7 +156,7 @@ def load_subject(options: Options) -> LoadedModel:
         ignore_extra_keys=options["ignore_extra_keys"],
     )
     for note in loaded.notes:
-        click.echo(f"sepconvert: {in_flags(note)}", err=True)
+        _tell(in_flags(note))
     try:
         unshadowed(loaded.model).to(options["device"])
         if torch.device(options["device"]).type == "meta":
@@ -195,10 +195,9 @@ def with_normalisation(options: Options, models: Iterable[LoadedModel]) -> Optio
             "`std`, which hold for all models"
         )
     mean, std = (",".join(f"{value:g}" for value in each) for each in (found.mean, found.std))
-    click.echo(
-        f"sepconvert: {path}: uint8 images are normalised as its library says: --mean {mean} --std {std}; "
-        "pass these if others are right",
-        err=True,
+    _tell(
+        f"{path}: uint8 images are normalised as its library says: --mean {mean} --std {std}; pass these if "
+        "others are right"
     )
     return {**options, "normalisation": found}
 
@@ -332,3 +331,8 @@ def _random(options: Options, value: Tensor) -> Tensor:
     generator = torch.Generator().manual_seed(options["seed"])
     shape = (*value.shape[:axis], options["batch"], *value.shape[axis + 1 :])
     return torch.randn(shape, generator=generator).to(value)
+
+
+def _tell(text: str) -> None:
+    """Print a line on standard error, above the line of progress if there is one."""
+    tqdm.write(f"sepconvert: {text}", file=sys.stderr)

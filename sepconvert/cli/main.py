@@ -1,13 +1,11 @@
 """The command line's entry point: commands, signals and exit codes. Torch is imported by the commands."""
 
 import errno
-import functools
 import io
 import logging
 import os
 import signal
 import sys
-import threading
 import traceback
 from importlib import import_module
 from pathlib import Path
@@ -43,7 +41,7 @@ from sepconvert.cli.options import (
     timing_options,
     trace_option,
 )
-from sepconvert.cli.outputs import command_line, relaxed
+from sepconvert.cli.outputs import recorded, relaxed
 from sepconvert.cli.preflight import (
     check_apply,
     check_compare,
@@ -52,13 +50,13 @@ from sepconvert.cli.preflight import (
     check_inspect,
     check_profile,
 )
-from sepconvert.files.results import ignore_signal
 
 _LOG = logging.getLogger("sepconvert")
 _LOG.addHandler(logging.NullHandler())  # without a handler, Python prints errors, and they would appear twice
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
-
+_REPEATED = (signal.SIGALRM,) if hasattr(signal, "SIGALRM") else ()  # not on Windows
+_AGAIN = 0.5  # seconds between two attempts to interrupt the work
 
 _INTERRUPTED = 130
 
@@ -72,15 +70,22 @@ The first is exact and needs no images. docs/quickstart.md, in the repository, e
 """
 
 
-_AGAIN = 0.05  # seconds
-
-
 _COMPLETION = "_SEPCONVERT_COMPLETE"
 _HELP = ["-h", "--help"]
 
 
+class _Recorded(click.Command):
+    """A command whose steps and errors --verbose and --log-file record."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        with recorded(ctx.params):
+            return super().invoke(ctx)
+
+
 class _ConvertByDefault(click.Group):
     """`sepconvert MODEL` is `sepconvert convert MODEL`."""
+
+    command_class = _Recorded
 
     def add_command(self, cmd: click.Command, name: str | None = None) -> None:
         """Register a command, which has the help of the group even where it is made alone."""
@@ -102,14 +107,6 @@ class _ConvertByDefault(click.Group):
         options = default.shell_complete(nothing_yet, incomplete)
         files = [] if incomplete.startswith("-") else [CompletionItem(incomplete, type="file")]
         return [*super().shell_complete(ctx, incomplete), *options, *files]
-
-    def invoke(self, ctx: click.Context) -> Any:
-        _LOG.info("%s", command_line())
-        try:
-            return super().invoke(ctx)
-        except SepconvertError as error:
-            _LOG.error("%s", in_flags(str(error)))
-            raise
 
 
 @click.group(
@@ -267,7 +264,8 @@ def apply(**options: Any) -> None:
     _commands("commands.converting").apply(**options)
 
 
-@cli.command()
+# Fewer runs than elsewhere: three conversions within a minute.
+@cli.command(context_settings={"default_map": {"runs": 12}})
 @output_options
 @timing_options
 @run_options
@@ -292,25 +290,42 @@ def main() -> None:
     """Run the command line; the process ends with the exit code of the contract."""
     if os.environ.get(_COMPLETION):
         cli.main(prog_name="sepconvert")  # prints what a shell asks for, and ends the process
-    # Threads of OpenMP that wait for each other spin by default, which takes the processor from whoever they
-    # wait for on a busy machine: inspecting a ResNet-18 beside other work took three times as long.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # Threads of OpenMP that wait for each other spin for milliseconds by default, which takes the
+    # processor from whoever they wait for on a busy machine, and are slow to wake if they do not spin at
+    # all. Inspecting a ResNet-18 took 8.4 s with the default, 14.7 with none (OMP_WAIT_POLICY=PASSIVE),
+    # and 8.9 with a thousand rounds; beside two other processes, on the same two cores, 42, 23 and 26 s.
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     debug = "--debug" in sys.argv
     if debug:
         logging.basicConfig()
         _LOG.setLevel(logging.DEBUG)
     for number in _SIGNALS:
         signal.signal(number, _end)
-    sys.unraisablehook = _interrupt_again
+    sys.unraisablehook = _report_unraisable
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # Latin-1 has no →
+    try:
+        code = _run(debug=debug)
+        _ignore_signals()
+    except (click.Abort, KeyboardInterrupt):
+        _ignore_signals()
+        code = _fail("interrupted", _INTERRUPTED)
+    # Python notes an interruption that left an `exec` of text, such as a dataclass is made by, and would
+    # end the process by SIGINT though it was caught; the next `exec` of text clears the note.
+    exec("")  # noqa: S102
+    sys.exit(code)
+
+
+def _run(*, debug: bool) -> int:
+    """Run the command line and return its exit code; an interruption is passed on."""
     out = sys.stdout
     try:
-        code = cli.main(prog_name="sepconvert", standalone_mode=False)
-    except (click.Abort, KeyboardInterrupt):
-        code = _fail("interrupted", _INTERRUPTED)
+        return int(cli.main(prog_name="sepconvert", standalone_mode=False) or 0)
+    except click.Abort:
+        raise
     except click.ClickException as error:
-        code = _fail(f"{error.format_message().rstrip('.')}; see --help", 2)
+        return _fail(f"{error.format_message().rstrip('.')}; see --help", 2)
     except SepconvertError as error:
         if debug:
             traceback.print_exc()
@@ -320,24 +335,16 @@ def main() -> None:
             click.echo(curve_table(error.curve), err=True)
             if error.within_reach:
                 click.echo(f"This would succeed:\n  {relaxed(error.within_reach)}", err=True)
-        code = _fail(in_flags(str(error)), error.exit_code)
+        return _fail(in_flags(str(error)), error.exit_code)
     except SystemExit as end:
-        code = 2
         # Where the reader of a pipe has left, click replaces the stream and exits: nothing to report.
-        if sys.stdout is out:
-            _fail(f"the model's or the data's code called sys.exit({end.code!r}); remove that call", code)
+        if sys.stdout is not out:
+            return 2
+        return _fail(f"the model's or the data's code called sys.exit({end.code!r}); remove that call", 2)
     except Exception as error:
         if debug:
             traceback.print_exc()
-        code = _fail(_unexpected(error), 2)
-    if code == _INTERRUPTED:
-        # Python gives signals their default action while it shuts down: an impatient Ctrl-C would kill it.
-        for number in _SIGNALS:
-            signal.signal(number, signal.SIG_IGN)
-        # Python notes an interruption that left an `exec` of text, such as a dataclass is made by, and would
-        # end the process by SIGINT though it was caught; the next `exec` of text clears the note.
-        exec("")  # noqa: S102
-    sys.exit(code)
+        return _fail(_unexpected(error), 2)
 
 
 def _commands(name: str) -> ModuleType:
@@ -356,21 +363,35 @@ def _end(number: int, frame: object) -> None:
 
 
 def _interrupt(number: int, frame: object) -> None:
-    """Interrupt the work once; further signals must not interrupt the cleaning up."""
-    for each in _SIGNALS:
-        signal.signal(each, ignore_signal)
-    raise KeyboardInterrupt
+    """Interrupt the work, again and again until it is; signals do not interrupt the cleaning up.
+
+    What a handler raises may be lost: Python only reports it in finalizers and in callbacks of fork, and
+    compiled code may drop it.
+    """
+    for each in _REPEATED:
+        signal.signal(each, _interrupt_again)
+        signal.setitimer(signal.ITIMER_REAL, _AGAIN, _AGAIN)
+    error = sys.exc_info()[1]
+    while error is not None and not isinstance(error, KeyboardInterrupt):
+        error = error.__context__
+    if error is None:
+        raise KeyboardInterrupt
 
 
-def _interrupt_again(lost: "sys.UnraisableHookArgs") -> None:
-    """Repeat an interruption that Python did not pass on, as it came in a finalizer or a callback of fork."""
+def _interrupt_again(number: int, frame: object) -> None:
+    signal.raise_signal(signal.SIGINT)  # which has another handler where nothing may be interrupted
+
+
+def _ignore_signals() -> None:
+    """Ignore signals: Python gives them their default action at its end, and a late Ctrl-C would kill it."""
+    for number in (*_SIGNALS, *_REPEATED):
+        signal.signal(number, signal.SIG_IGN)
+
+
+def _report_unraisable(lost: "sys.UnraisableHookArgs") -> None:
+    """Report an error that Python does not pass on, unless it is an interruption, which is repeated."""
     if lost.exc_type is not KeyboardInterrupt:
         sys.__unraisablehook__(lost)
-        return
-    signal.signal(signal.SIGINT, _interrupt)
-    # A signal that another thread raises does not wake the main one; on Windows, `kill` ends the process.
-    send = signal.raise_signal if os.name == "nt" else functools.partial(os.kill, os.getpid())
-    threading.Timer(_AGAIN, send, [signal.SIGINT]).start()
 
 
 def _unexpected(error: Exception) -> str:

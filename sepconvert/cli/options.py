@@ -6,7 +6,6 @@ terminal are defined here.
 """
 
 import json
-import logging
 import math
 import re
 from collections.abc import Callable, Mapping
@@ -83,41 +82,6 @@ def pairs(
             raise click.BadParameter(f"expected KEY=VALUE, e.g. device_id=1, got {text!r}")
         found[name] = value
     return found or None
-
-
-def _recorded_by(handler: logging.Handler, level: int, style: str, context: click.Context) -> None:
-    """Pass what the package logs to a handler, until the command has ended."""
-    handler.setLevel(level)
-    handler.setFormatter(logging.Formatter(style))
-    logger, root = logging.getLogger("sepconvert"), context.find_root()
-    before = logger.level
-    logger.setLevel(min(level, before or level))
-    logger.addHandler(handler)
-
-    def end() -> None:
-        logger.removeHandler(handler)
-        logger.setLevel(before)
-        handler.close()
-
-    root.call_on_close(end)
-
-
-def _verbose(context: click.Context, parameter: click.Parameter, given: bool) -> bool:
-    if given:
-        _recorded_by(logging.StreamHandler(), logging.INFO, "%(asctime)s %(message)s", context)
-    return given
-
-
-def _log_file(context: click.Context, parameter: click.Parameter, path: Path | None) -> Path | None:
-    if path is not None:
-        try:
-            handler = logging.FileHandler(path, "w", encoding="utf-8")
-        except OSError as error:
-            raise click.BadParameter(
-                f"{path} cannot be written: {error.strerror}; pass another file"
-            ) from error
-        _recorded_by(handler, logging.DEBUG, "%(asctime)s %(levelname)s %(message)s", context)
-    return path
 
 
 def names(context: click.Context, parameter: click.Parameter, text: str | None) -> tuple[str, ...] | None:
@@ -338,15 +302,13 @@ run_options = _options(
         "--verbose",
         "-v",
         is_flag=True,
-        callback=_verbose,
         help="Print each step with its time, on standard error.",
     ),
     click.option(
         "--log-file",
         type=click.Path(path_type=Path),
         metavar="FILE",
-        callback=_log_file,
-        help="Write each step with its time, and errors, to this file.",
+        help="Write each step with its time, and errors, to this file; an earlier log is replaced.",
     ),
     debug_option,
 )
@@ -374,7 +336,7 @@ output_options = _options(
         "--out",
         type=click.Path(path_type=Path),
         metavar="DIR",
-        help="Result directory [default: STEM-sepconvert].",
+        help="Result directory [default: STEM-sepconvert, after the name of the model or the demo].",
     ),
     click.option("--force", is_flag=True, help="Replace an existing result directory."),
     *_of(Job, "dynamic_batch"),

@@ -1,22 +1,28 @@
-"""Results on the terminal and on disk."""
+"""Results on the terminal and on disk, and the log."""
 
 import contextlib
 import json
 import logging
+import re
 import shlex
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import click
 
 from sepconvert.base.documents import sha256_of_file
+from sepconvert.base.errors import SepconvertError
+from sepconvert.cli.config import repeats
 from sepconvert.cli.options import Options, in_flags
 from sepconvert.files.models.names import stem_of
 from sepconvert.files.results import check_result_directory, result_directory
 
-_LOG = logging.getLogger(__name__)
+_LOG = logging.getLogger("sepconvert")
+
+# The first line of a log, by which an earlier one is told from a file that must not be replaced.
+_LOGGED = re.compile(rb"[-0-9]{10} [:,0-9]{12} INFO sepconvert ")
 
 
 def command_line() -> str:
@@ -51,13 +57,18 @@ def checkpoint_of(options: Options) -> Path:
 
 def check_place(options: Options) -> None:
     """Raise `SepconvertError` if the result directory cannot be made."""
-    check_result_directory(out_of(options), force=options["force"], inputs=_made_from(options))
+    check_result_directory(out_of(options), force=_may_replace(options), inputs=_made_from(options))
 
 
 def result_directory_of(options: Options, out: Path) -> contextlib.AbstractContextManager[Path]:
     """Return a context that yields the result directory, which must not replace what it is made from."""
     resumed = options.get("resume", False)
-    return result_directory(out, force=options["force"], inputs=_made_from(options), resumed=resumed)
+    return result_directory(out, force=_may_replace(options), inputs=_made_from(options), resumed=resumed)
+
+
+def _may_replace(options: Options) -> bool:
+    """Return whether an existing result may be replaced: --force says so, or its own run.toml is repeated."""
+    return options["force"] or repeats(out_of(options))
 
 
 def data_of(options: Options) -> dict[str, dict[str, str]]:
@@ -75,25 +86,74 @@ def _made_from(options: Options) -> list[Path]:
     return [Path(options[name]) for name in names if options.get(name) is not None]
 
 
+@contextlib.contextmanager
+def recorded(options: Options) -> Iterator[None]:
+    """Record the command line, and the steps and errors in the block, as --verbose and --log-file say.
+
+    Raises:
+        SepconvertError: the log cannot be written, or would replace a file that is not a log.
+    """
+    handlers, before = list[logging.Handler](), _LOG.level
+    if options.get("verbose"):
+        handlers.append(_handler(logging.StreamHandler(), logging.INFO, "%(asctime)s %(message)s"))
+    if (path := options.get("log_file")) is not None:
+        handlers.append(_handler(_log_file(path), logging.DEBUG, "%(asctime)s %(levelname)s %(message)s"))
+    for handler in handlers:
+        _LOG.addHandler(handler)
+        _LOG.setLevel(min(handler.level, _LOG.level or handler.level))
+    _LOG.info("%s", command_line())
+    try:
+        yield
+    except SepconvertError as error:
+        _LOG.error("%s", in_flags(str(error)))
+        raise
+    finally:
+        _LOG.setLevel(before)
+        for handler in handlers:
+            _LOG.removeHandler(handler)
+            handler.close()
+
+
+def _handler(handler: logging.Handler, level: int, style: str) -> logging.Handler:
+    handler.setLevel(level)
+    handler.setFormatter(logging.Formatter(style))
+    return handler
+
+
+def _log_file(path: Path) -> logging.Handler:
+    """Return a handler that writes to a new file, or over an earlier log."""
+    try:
+        if path.is_file():
+            with path.open("rb") as file:
+                head = file.read(64)
+            if head and not _LOGGED.match(head):
+                raise SepconvertError(
+                    f"--log-file: {path} exists and is not a log of sepconvert; pass another file"
+                )
+        return logging.FileHandler(path, "w", encoding="utf-8")
+    except OSError as error:
+        raise SepconvertError(
+            f"--log-file: {path} cannot be written: {error.strerror}; pass another file"
+        ) from error
+
+
 def show(options: Options, document: Mapping[str, Any], first: str, *others: str) -> None:
     """Print the document under --json, the first sentence under --brief, or all text unless --quiet.
 
     The first sentence is the answer; the other texts give the details.
     """
     _LOG.info("%s", in_flags(first))
-    if options["as_json"]:
-        click.echo(json.dumps(document, indent=2, allow_nan=False))
-    elif options.get("brief"):
+    if options.get("brief") and not options["as_json"]:
         click.echo(in_flags(first))
-    elif not options.get("quiet"):
-        from sepconvert.report.text.numbers import fold  # which imports torch
+        return
+    from sepconvert.report.text.numbers import fold  # which imports torch
 
-        click.echo(in_flags("\n".join([fold(first), *others])))
+    show_page(options, document, "\n".join([fold(first), *others]))
 
 
 def show_page(options: Options, document: Mapping[str, Any], text: str) -> None:
     """Print the document under --json, else a text as it is, unless --quiet."""
     if options["as_json"]:
         click.echo(json.dumps(document, indent=2, allow_nan=False))
-    elif not options["quiet"]:
+    elif not options.get("quiet"):
         click.echo(in_flags(text))

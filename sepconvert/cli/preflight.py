@@ -12,12 +12,11 @@ from sepconvert.base.documents import check_file, writing
 from sepconvert.base.errors import SepconvertError
 from sepconvert.base.options.exporting import Export
 from sepconvert.base.options.values import Budget, Calibration, Finetuning, Int8, Selection, Task, Timing
-from sepconvert.base.progress import Progress, silent
 from sepconvert.cli.conditions import Demand
 from sepconvert.cli.options import Options, value_of
 from sepconvert.cli.outputs import check_place, checkpoint_of, out_of
 from sepconvert.files.callables import check_callable
-from sepconvert.files.models.sources import ModelFormat, model_format
+from sepconvert.files.models.formats import ModelFormat, model_format
 from sepconvert.files.sources import check_data, parse_input_shape
 from sepconvert.pipeline.job import Job
 
@@ -94,7 +93,7 @@ def check_demo(options: Options) -> None:
     check_place(options)
 
 
-def job_of(options: Options, progress: Progress = silent) -> Job:
+def job_of(options: Options) -> Job:
     """Return the settings that the options make; making them checks them. Others have their defaults."""
     return value_of(
         Job,
@@ -107,7 +106,6 @@ def job_of(options: Options, progress: Progress = silent) -> Job:
         int8=value_of(Int8, options),
         export=value_of(Export, options),
         finetuning=value_of(Finetuning, options, train=options.get("train")),
-        progress=progress,
     )
 
 

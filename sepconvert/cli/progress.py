@@ -15,6 +15,7 @@ from tqdm import tqdm
 from sepconvert.base.progress import Phase, watched
 from sepconvert.cli.options import Options
 from sepconvert.distillation.results import TrainingStep
+from sepconvert.report.text.numbers import duration_text
 
 T = TypeVar("T")
 
@@ -22,15 +23,14 @@ _LOG = logging.getLogger("sepconvert.progress")
 
 _TICK = 1.0  # seconds between two changes of the line on a terminal
 
-
 _LINE_EVERY = 10.0  # seconds between lines where there is no terminal
-
 
 _RECORDED = 100  # items of a loop from which on a log does not name each
 
 
 # Usual shares of the time of a conversion, without fine-tuning, on a ResNet-9 and a ResNet-20. They are for
-# the estimate of the time left alone.
+# the estimate of the time left alone. Exact mode has ANALYSIS where the others have TIMES, SURVEY and SEARCH,
+# so the shares of a conversion's own phases do not add up to 1.
 _SHARES = {
     Phase.CHECKS: 0.15,
     Phase.ANALYSIS: 0.3,
@@ -60,9 +60,9 @@ class Display:
 
     def __call__(self, items: Iterable[T], description: str, /) -> Iterable[T]:
         """Yield the items of a loop; what is being worked on is its description, and the item's name."""
-        total = f" of {len(items)}" if isinstance(items, Sized) else ""
-        recorded = isinstance(items, Sized) and len(items) < _RECORDED
-        _LOG.info("%s%s", description, total.replace(" of", ":"))
+        count = len(items) if isinstance(items, Sized) else None
+        total, recorded = (f" of {count}", count < _RECORDED) if count is not None else ("", False)
+        _LOG.info("%s", description if count is None else f"{description}: {count}")
         loop = object()
         try:
             for number, item in enumerate(items, start=1):
@@ -86,7 +86,7 @@ class Display:
         """Note a step of fine-tuning."""
         text = (
             f"fine-tuning: step {step.step} of {step.steps}, epoch {step.epoch}, loss {step.loss:.3f}, "
-            f"{duration(step.seconds_left)} of it left"
+            f"{duration_text(step.seconds_left)} of it left"
         )
         self._doing[TrainingStep] = text
         if step.step * 10 // step.steps > (step.step - 1) * 10 // step.steps:
@@ -113,31 +113,35 @@ class Display:
     def text(self) -> str:
         """Return the phase, what is being worked on, the time since the start, and that left if known."""
         left = self._left()
-        times = duration(time.monotonic() - self._start)
+        times = duration_text(time.monotonic() - self._start)
         if left is not None:
-            times += f", about {duration(left)} left"
+            times += f", about {duration_text(left)} left"
         doing = [*self._doing.values()][-1:]
-        return " · ".join(filter(None, [self._where(), *doing, times]))
+        where = [part for part in (self._where(), *doing) if part] or ["working"]
+        return " · ".join([*where, times])
 
     def _where(self) -> str:
         """Return the number and the name of the phase."""
         if not self._began:
             return self.title
         phase = next(reversed(self._began))
-        number = self._phases.index(phase) + 1 if phase in self._phases else 0
         title = f"{self.title} " if self.title else ""
-        return f"{title}[{number}/{len(self._phases)}] {phase.value}"
+        return f"{title}[{self._phases.index(phase) + 1}/{len(self._phases)}] {phase.value}"
 
     def _left(self) -> float | None:
-        """Return the seconds left, supposing that phases take their usual shares; None in the first two."""
+        """Return the seconds left, supposing that phases take their usual shares.
+
+        None in the first two, and in one that takes longer than that.
+        """
         phases = [phase for phase in self._phases if phase in self._began]
-        if len(phases) < min(3, len(self._phases)) or len(phases) < 2:
+        if len(phases) < 3:
             return None
         done, current = phases[:-1], phases[-1]
         since = self._began[current]
         pace = (since - self._began[phases[0]]) / sum(_SHARES[phase] for phase in done)
         rest = sum(_SHARES[phase] for phase in self._phases[self._phases.index(current) + 1 :])
-        return pace * rest + max(pace * _SHARES[current] - (time.monotonic() - since), 0.0)
+        here = pace * _SHARES[current] - (time.monotonic() - since)
+        return None if here < 0 else pace * rest + here  # no estimate is better than one that is overdue
 
     def _tick(self) -> None:
         """Show the line from time to time, until the command ends."""
@@ -162,16 +166,6 @@ def display_for(options: Options) -> Display:
     stream = sys.stderr
     shown = not options["quiet"] and not options["verbose"] and stream is not None
     return Display(on_terminal=shown and stream.isatty(), shown=shown)
-
-
-def duration(seconds: float) -> str:
-    """Return a duration in seconds, minutes, or hours: `12 s`, `3 min 20 s`, `1 h 5 min`."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min" + (f" {whole % 60} s" if whole < 600 and whole % 60 else "")
-    return f"{whole // 3600} h {whole % 3600 // 60} min"
 
 
 def _named(item: Any) -> str:

@@ -5,9 +5,7 @@ JSON in the file's metadata. A safetensors file has no checksums, so the JSON ho
 of itself.
 """
 
-import contextlib
 import json
-import os
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from sepconvert.base.documents import is_intact, sealed
+from sepconvert.base.documents import is_intact, replacing, sealed
 from sepconvert.base.errors import SepconvertError, first_line
 from sepconvert.distillation.results import Epoch
 from sepconvert.network.tensors import sha256_of
@@ -70,7 +68,6 @@ def write_checkpoint(path: Path, state: State, tensors: Mapping[str, Tensor]) ->
     Raises:
         SepconvertError: the file cannot be written.
     """
-    unfinished = path.with_name(f"{path.name}.unfinished")
     # Copies, since safetensors stores no tensors that share memory.
     copies = {
         name: tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
@@ -79,17 +76,12 @@ def write_checkpoint(path: Path, state: State, tensors: Mapping[str, Tensor]) ->
     document = sealed({"format": FORMAT, "state": asdict(state), "tensors": _checksums(copies)})
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(copies, unfinished, {_METADATA: json.dumps(document)})
-        with unfinished.open("rb+") as file:
-            os.fsync(file.fileno())
-        unfinished.replace(path)
+        with replacing(path) as unfinished:
+            save_file(copies, unfinished, {_METADATA: json.dumps(document)})
     except (OSError, SafetensorError) as error:
         raise SepconvertError(
             f"{path}: expected a place to write to, got: {first_line(error)}; pass another `checkpoint`"
         ) from error
-    finally:
-        with contextlib.suppress(OSError):  # where the file could not be written either
-            unfinished.unlink(missing_ok=True)
 
 
 def read_checkpoint(path: Path, resume: bool, accelerator: "Accelerator") -> Checkpoint | None:

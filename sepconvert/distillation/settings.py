@@ -20,6 +20,7 @@ class Settings:
     temperature: float
     feature_weight: float
     seed: int
+    renew_statistics: bool = True
 
     def __post_init__(self) -> None:
         """Check the ranges."""

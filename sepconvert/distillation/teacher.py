@@ -26,6 +26,10 @@ take a fifth longer.
 """
 
 
+MOST_TAPPED = 5
+"""Most layers whose outputs are followed, evenly spaced: all of them are in memory during a step."""
+
+
 MOST_KEPT = 2**30
 """Most bytes of outputs that are kept."""
 
@@ -57,7 +61,9 @@ def classifier_of(teacher: nn.Module, student: nn.Module, x: InputBatch) -> str 
 
 
 def replaced_layers(student: nn.Module, teacher: nn.Module) -> list[str]:
-    """Return the paths of replaced layers that the teacher has too: a functional convolution has none.
+    """Return the paths of some replaced layers that the teacher has too, the last one among them.
+
+    A functional convolution has no path.
 
     Raises:
         SepconvertError: there are none.
@@ -69,7 +75,7 @@ def replaced_layers(student: nn.Module, teacher: nn.Module) -> list[str]:
             f"`feature_weight`: expected replaced layers that are modules of the original, got none of"
             f" {len(names)}; leave it at 0"
         )
-    return shared
+    return shared[:: -math.ceil(len(shared) / MOST_TAPPED)][::-1]
 
 
 class Tap:

@@ -69,6 +69,7 @@ def finetune(
     learning_rate: float = 4e-3,
     temperature: float = 4.0,
     feature_weight: float = 0.0,
+    renew_statistics: bool = True,
     precision: Precision | None = None,
     checkpoint: Path | None = None,
     checkpoint_every: int = 200,
@@ -84,17 +85,17 @@ def finetune(
       `temperature`, squared errors relative to the variance of the teacher's outputs,
     - the relative squared error of the embedding: the input of the `nn.Linear` at the end, if there is one
       (Chen et al., arXiv:2203.14001, use that alone),
-    - `feature_weight` times the relative squared error of the outputs of the replaced layers,
+    - `feature_weight` times the relative squared error of the outputs of replaced layers, of five at most,
     - the task's own `loss`, if it has one, of the outputs and the targets of the data, or else,
     - with `labelled`, the cross-entropy with those labels that are not -1.
 
     Both models see the same picture, shifted and mirrored at random (Beyer et al., arXiv:2106.05237); the
     label of a mirrored picture counts where the teacher predicts it too. Several inputs stay as they are, and
     so does everything if the task's loss takes other targets than class numbers of samples, which would not
-    move along. The optimizer is AdamW with a linear
-    warm-up, cosine decay and clipped gradients. Both models are in eval mode, without dropout that is, except
-    that the student's BatchNorms use the statistics of the batch; those whose parameters are all frozen stay
-    as they are, as does every frozen parameter. Models in half precision are trained in float32.
+    move along. The optimizer is AdamW with a linear warm-up, cosine decay and clipped gradients. Both models
+    are in eval mode, without dropout that is, except that the student's BatchNorms use the statistics of the
+    batch, unless told otherwise; those whose parameters are all frozen stay as they are, as does every frozen
+    parameter. Models in half precision are trained in float32.
 
     The teacher, if it is a classifier, runs on each picture in every third epoch only. The other epochs show
     the picture shifted and mirrored as before, with the teacher's output, which was kept.
@@ -120,6 +121,7 @@ def finetune(
         temperature: softmax temperature. One epoch of a ResNet-20 on 10,000 pictures ends at 87.0 % with 4,
             at 86.0 % with 2 and with a divergence that is larger by 0.03.
         feature_weight: weight of the features' error.
+        renew_statistics: whether BatchNorms use the statistics of the batch, and keep their mean.
         precision: Accelerate's mixed precision; None leaves it to `accelerate launch`.
         checkpoint: file in which the run is kept every `checkpoint_every` steps and at the end of each epoch.
         checkpoint_every: steps between two checkpoints.
@@ -136,7 +138,7 @@ def finetune(
             them or do not match, the task's loss is no finite number, or `checkpoint` is damaged, of another
             run, or in the way.
     """
-    settings = Settings(epochs, labelled, learning_rate, temperature, feature_weight, seed)
+    settings = Settings(epochs, labelled, learning_rate, temperature, feature_weight, seed, renew_statistics)
     check_number("checkpoint_every", checkpoint_every, 1, whole=True)
     if resume and checkpoint is None:
         raise SepconvertError("`resume`: expected a `checkpoint` to continue from, got none; pass its path")
@@ -204,7 +206,7 @@ def _training(
         accelerator,
         settings.learning_rate,
         settings.epochs * data.steps,
-        renews_statistics=not data.accumulates,
+        renews_statistics=settings.renew_statistics and not data.accumulates,
     )
     classifier = classifier_of(original, learner.module, as_input(example, device, learner.dtype))
     layers = replaced_layers(student, teacher) if settings.feature_weight else []

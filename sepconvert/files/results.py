@@ -171,7 +171,7 @@ def _not_writable(out: Path, error: Exception) -> SepconvertError:
     return SepconvertError(f"{out}: cannot be written: {cause}; pass another `out`")
 
 
-def ignore_signal(number: int, frame: object) -> None:
+def _ignore_signal(number: int, frame: object) -> None:
     """Do nothing on a signal; after SIG_IGN, Python would complain of a signal that came just before."""
 
 
@@ -179,7 +179,7 @@ def ignore_signal(number: int, frame: object) -> None:
 def _uninterrupted() -> Iterator[None]:
     """Ignore Ctrl-C and termination within the block, which must not be left half done."""
     numbers = signal.SIGINT, signal.SIGTERM
-    handlers = [signal.signal(number, ignore_signal) for number in numbers]
+    handlers = [signal.signal(number, _ignore_signal) for number in numbers]
     try:
         yield
     finally:

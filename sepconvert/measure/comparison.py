@@ -67,8 +67,7 @@ class Comparison:
         deltas = self.deltas or (Delta(),) * len(others)
         index = self.fastest - 1
         names = self.names or tuple(f"#{number}" for number in range(1, len(self.profiles) + 1))
-        short = tuple(PurePath(name).name for name in names)
-        names = short if len({*short}) == len(short) else names
+        names = short_names(names)
         timed = any(delta.speedup is not None for delta in deltas)
         fastest = f", the fastest of {len(others)}," if len(others) > 1 and timed else ""
         return f"{names[index + 1]}{fastest} {_against(base, others[index], deltas[index], names[0])}."
@@ -95,7 +94,11 @@ class Comparison:
     def text(self, style: Style) -> str:
         """Return a table for the terminal, in Markdown, of comma-separated values, or in HTML."""
         rows = self.rows()
-        headers = ["", "base", *(f"#{index}" for index in range(2, len(self.profiles) + 1))]
+        headers = [
+            "",
+            "base" if len(self.profiles) > 1 else "value",
+            *(f"#{index}" for index in range(2, len(self.profiles) + 1)),
+        ]
         if style == "csv":
             lines = io.StringIO()
             table = [
@@ -164,6 +167,12 @@ def _dominates(one: Profile, other: Profile) -> bool:
         return faster
     better = (one.metric.value > other.metric.value) == one.metric.higher_is_better
     return better and not slower
+
+
+def short_names(paths: Sequence[str]) -> tuple[str, ...]:
+    """Return the names of files without their folders, unless two would be the same."""
+    short = tuple(PurePath(path).name for path in paths)
+    return short if len({*short}) == len(short) else tuple(paths)
 
 
 def compare(*profiles: Profile) -> Comparison:

@@ -17,7 +17,7 @@ from sepconvert.base.modules import hashable, modules, unshadowed
 from sepconvert.files.onnx.graph.cost import macs_of_graph, measured_shapes, weights_of
 from sepconvert.files.onnx.graph.network import OnnxNetwork
 from sepconvert.files.onnx.graph.surgery import converted_model
-from sepconvert.files.onnx.writing import onnx_feed
+from sepconvert.files.onnx.structured import onnx_feed
 from sepconvert.network.calls import DEFORMABLE
 from sepconvert.network.copies import evaluation_mode
 from sepconvert.network.tensors import Inputs, fresh, tensor_leaves, tensors_in

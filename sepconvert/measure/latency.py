@@ -6,6 +6,7 @@ what is compared is their ratio *within* the round. A second session of the orig
 to the first shows what this machine, at this moment, calls "the same speed".
 """
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -24,6 +25,10 @@ from sepconvert.measure.statistics import Interval, median_interval
 
 # Shortest timed sample. The clock and the call around it cost about 0.1 µs, a preemption far more.
 _SHORTEST_SAMPLE_NS = 1_000_000
+
+
+LEAST_RUNS = 12
+"""Rounds of which a median has a usable interval: that from the third to the tenth in order, at 96 %."""
 
 
 _WARMUP_BLOCK = 3
@@ -277,15 +282,20 @@ def time_all(
     *,
     runs: int,
     seed: int,
+    seconds: float = math.inf,
     progress: Progress = silent,
     description: str = "timing",
 ) -> npt.NDArray[np.float64]:
     """Return the milliseconds of every model, on its feeds, in every round: `models × runs`.
 
+    See `interleave` for `seconds`.
+
     Raises `SepconvertError` as `measure_pair` does.
     """
     tasks = [_runner(session(deployed), feeds) for deployed, feeds in models]
-    return interleave(tasks, runs=runs, seed=seed, progress=progress, description=description)
+    return interleave(
+        tasks, runs=runs, seed=seed, seconds=seconds, progress=progress, description=description
+    )
 
 
 def speedup(
@@ -347,10 +357,13 @@ def interleave(
     *,
     runs: int,
     seed: int,
+    seconds: float = math.inf,
     progress: Progress = silent,
     description: str = "timing",
 ) -> npt.NDArray[np.float64]:
     """Time every task once per round, in an order drawn anew for each round: milliseconds, `tasks × runs`.
+
+    After `seconds`, warm-up excepted, no round begins that is beyond the twelfth.
 
     Column `i` holds what was measured within round `i`, so ratios of rows are paired. A sample is the mean
     of as many calls in a row as take 1 ms or more together (the count doubles until the fastest of three
@@ -372,8 +385,10 @@ def interleave(
 
     def rounds(count: int, show: Progress = silent) -> npt.NDArray[np.float64]:
         rng = np.random.default_rng(seed)  # anew, so that the order does not depend on how long warm-up took
-        times = np.empty((len(tasks), count))
+        times, start = np.empty((len(tasks), count)), time.perf_counter_ns()
         for column in show(range(count), description):
+            if column >= LEAST_RUNS and time.perf_counter_ns() - start > 1e9 * seconds:
+                return times[:, :column]
             for row in rng.permutation(len(tasks)):
                 tasks[row]()
                 times[row, column] = _elapsed_ns(tasks[row], calls[row]) / calls[row] / 1e6

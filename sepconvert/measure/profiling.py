@@ -18,7 +18,8 @@ from sepconvert.base.errors import MAX_SEED, SepconvertError, check_number, quot
 from sepconvert.base.options.values import Task, Timing
 from sepconvert.base.progress import Progress, silent
 from sepconvert.files.onnx.facts import onnx_sizes, read_onnx
-from sepconvert.files.onnx.writing import onnx_feed, write_onnx
+from sepconvert.files.onnx.structured import onnx_feed
+from sepconvert.files.onnx.writing import write_onnx
 from sepconvert.measure.cost import count
 from sepconvert.measure.execution.operators import OperatorTime, operator_times
 from sepconvert.measure.latency import (

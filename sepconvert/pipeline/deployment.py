@@ -21,12 +21,12 @@ from sepconvert.pipeline.job import Job
 from sepconvert.pipeline.original import Original
 from sepconvert.planning.conversion import Conversion
 
-FORMS = "float", "int8", "converted", "converted_int8"
+FOUR_FORMS = "float", "int8", "converted", "converted_int8"
 """The original and the converted model, each in floating point and in int8."""
 
 
 @dataclass(frozen=True)
-class Measured:
+class MeasuredForm:
     """One form of a model, against the original in floating point and in int8."""
 
     profile: Profile
@@ -50,7 +50,7 @@ class Measured:
 class FourForms:
     """All four forms, measured in the same rounds and on the same samples."""
 
-    measured: Mapping[str, Measured]  # by the names in `FORMS`
+    measured: Mapping[str, MeasuredForm]  # by the names in `FOUR_FORMS`
     note: QuantizationNote
     checks: Mapping[str, "Int8Check"]  # of both int8 files
     timing: PairTiming | None  # of the int8 files
@@ -160,7 +160,7 @@ def measure_forms(
     Args:
         original: in whose int8 form the models are deployed.
         made: its conversion.
-        paths: files of the forms, in the order of `FORMS`.
+        paths: files of the forms, in the order of `FOUR_FORMS`.
         checks: from `check_int8`.
         job: how often to time, and in which runtime.
     """
@@ -168,7 +168,7 @@ def measure_forms(
     if form is None:
         raise ValueError("there is one form alone")
     runtime, batch = job.timing.runtime, batch_size(original.inputs)
-    by_float: list[Speedup | None] = [None] * len(FORMS)
+    by_float: list[Speedup | None] = [None] * len(FOUR_FORMS)
     by_int8, timing = list(by_float), None
     costs = original.cost, original.cost, *[original.count(made.model)] * 2
     profiles = [
@@ -194,9 +194,9 @@ def measure_forms(
     deltas = [None if each is None or index == 0 else metric_delta(scored[0], each)
               for index, each in enumerate(scored)]  # fmt: skip
     measured = {
-        name: Measured(profile.with_scores(own), over_float, over_int8, delta)
+        name: MeasuredForm(profile.with_scores(own), over_float, over_int8, delta)
         for name, profile, own, over_float, over_int8, delta in zip(
-            FORMS, profiles, scored, by_float, by_int8, deltas, strict=True
+            FOUR_FORMS, profiles, scored, by_float, by_int8, deltas, strict=True
         )
     }
     return FourForms(measured, form.note(made.model), checks, timing)
@@ -206,7 +206,7 @@ def _scored(original: Original, made: Conversion) -> list[Any]:
     """Return the evaluation of each form; None where there are no data to score."""
     scores = original.scores
     if scores is None:
-        return [None] * len(FORMS)
+        return [None] * len(FOUR_FORMS)
     return [
         scores.original,
         scores.evaluation(original.model),

@@ -114,6 +114,8 @@ class Job:
                 "`mode`: budgets, calibration and fine-tuning are for the modes approx and auto; pass one of "
                 "them"
             )
+        if self.calibration.reconstruct:
+            self._check_reconstruction()
         if self.mode == "exact" and self.nearest:
             raise SepconvertError("`nearest`: is for demands on a plan, in the modes approx and auto")
         if self.mode == "exact" and self.task.divergence is not None:
@@ -131,6 +133,20 @@ class Job:
             raise SepconvertError(
                 "`rank`: fixes the multiplier of approx mode; pass another budget in auto mode"
             )
+
+    def _check_reconstruction(self) -> None:
+        """Raise `SepconvertError` if factors cannot be tuned, or are by something else."""
+        refusals = {
+            "is for the modes approx and auto; pass one of them": self.mode == "exact",
+            "tunes factors as fine-tuning does, with fewer means; leave one of them out": self.finetuning,
+            "tunes factors in floating point; leave it out with `int8`": self.int8,
+            "tunes plans that `confidence` proves as they are; leave one of them out": (
+                self.budget.confidence is not None
+            ),
+        }
+        for reason, holds in refusals.items():
+            if holds:
+                raise SepconvertError(f"`reconstruct`: {reason}")
 
     @property
     def runs(self) -> int:

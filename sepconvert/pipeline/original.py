@@ -191,8 +191,7 @@ def examine(
     if job.mode != "exact":
         if isinstance(model, OnnxNetwork) and parts.calibration is not None:
             no_gradients = add_gradients(model, parts.calibration.fit[0].on(model).inputs)
-        if job.finetuning:
-            demand_gradients(no_gradients)
+        _check_tuning(job, parts, no_gradients)
         task = _with_checked_loss(task, model, parts, division)
         yardstick = _yardstick(model, parts, example, scoring, job.task)
     # Before the long work, as this is where data that do not suit the model are found out.
@@ -266,6 +265,17 @@ def _with_checked_loss(task: Task, model: nn.Module, parts: DataSplit, division:
             )
         loss.check(model, samples[:1], one_of(y, 0, len(samples)))
     return replace(task, loss=loss.function)
+
+
+def _check_tuning(job: Job, parts: DataSplit, no_gradients: str | None) -> None:
+    """Raise `SepconvertError` if factors are to be tuned, and cannot be."""
+    if job.finetuning or job.calibration.reconstruct:
+        demand_gradients(no_gradients, "finetune" if job.finetuning else "reconstruct")
+    judged = parts.calibration is not None and bool(parts.calibration.heldout)
+    if job.calibration.reconstruct and not judged:
+        raise SepconvertError(
+            "`reconstruct`: needs images to tune on, and others to judge by; pass more of them as `calib`"
+        )
 
 
 def _has_targets(y: Any) -> bool:

@@ -1,5 +1,6 @@
 """What an approximate conversion is going to try, how long it may take, and how much memory it needs."""
 
+import math
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -15,7 +16,7 @@ from torch.utils.data import DataLoader
 from sepconvert.base.notes import Reason
 from sepconvert.base.options.values import Calibration
 from sepconvert.calibration.footprint import AT_ONCE, images_at_once
-from sepconvert.calibration.split import heldout_of
+from sepconvert.calibration.split import heldout_of, size_of
 from sepconvert.calibration.stream import bytes_of_moments
 from sepconvert.factorize.structures import Form
 from sepconvert.network.copies import private_copy
@@ -26,8 +27,9 @@ from sepconvert.pipeline.modes.approximate import obstacles_to
 from sepconvert.pipeline.original import Subject, given_model, trace_selected
 from sepconvert.planning.forms import candidate_forms, counted_prices, exact_forms
 
-# Times that each image passes through the network, or a part of it: fitted to the stages of conversions of a
-# ResNet-9, a ResNet-20 and a SqueezeNet.
+# Times that each image passes through the network, or a part of it. With these, the middle of the range was
+# 176 s for a ResNet-9 that took 165 s, 113 for a ResNet-20 that took 94, 184 for a SqueezeNet that took 185,
+# and 813 for a VDSR that took 888 (AMD EPYC, AVX-512 VNNI, beside other work).
 _PASSES_OF_FITTED, _PASSES_OF_HELD_OUT, _PASSES_OF_SCORED = 14, 30, 2
 
 _SECONDS_ANYWAY = 12.0  # to load, trace, export, verify and measure
@@ -62,12 +64,21 @@ class LayerOutlook:
 
 @dataclass(frozen=True)
 class Outlook:
-    """An estimate of a conversion; `seconds` is a range, `bytes` the most that it is expected to hold."""
+    """An estimate of a conversion.
+
+    Attributes:
+        layers: what would be tried for each convolution.
+        seconds: range of the time, in seconds.
+        bytes: the most that the process is expected to hold.
+        images: how many are fitted to, held out and scored.
+        uncounted: parts of the conversion that take more time than `seconds`.
+    """
 
     layers: tuple[LayerOutlook, ...]
     seconds: tuple[float, float]
     bytes: int
-    images: Mapping[str, int]  # fitted to, held out and scored
+    images: Mapping[str, int]
+    uncounted: tuple[str, ...]
 
     def to_json(self) -> dict[str, Any]:
         """Return plain values."""
@@ -76,6 +87,7 @@ class Outlook:
             "seconds": list(self.seconds),
             "bytes": self.bytes,
             "images": dict(self.images),
+            "uncounted": list(self.uncounted),
         }
 
 
@@ -88,6 +100,13 @@ def outlook(
 ) -> Outlook:
     """Estimate a conversion in approx or auto mode, from a few forward passes; nothing is fitted.
 
+    Args:
+        model: the model.
+        example_inputs: that it is run on; None if it is an ONNX file that says them.
+        data: that it would be scored on.
+        calib: that factors would be fitted to; None for a part of `data`.
+        job: the settings.
+
     Raises:
         SepconvertError: the model cannot be run.
     """
@@ -99,7 +118,9 @@ def outlook(
         for site in found.sites
     )
     images = _images(data, calib, job.calibration)
-    return Outlook(layers, _seconds(model, inputs, layers, images, job), _bytes(layers), images)
+    uncounted = ["fine-tuning"] * bool(job.finetuning) + ["int8"] * bool(job.int8)
+    seconds = _seconds(model, inputs, layers, images, job)
+    return Outlook(layers, seconds, _bytes(layers), images, tuple(uncounted))
 
 
 def _forms(site: ConvSite, job: Job) -> tuple[Form, ...]:
@@ -113,7 +134,7 @@ def _images(
     data: DataLoader[Any] | None, calib: DataLoader[Any] | None, calibration: Calibration
 ) -> dict[str, int]:
     """Return the numbers of images that are fitted to, held out, and scored."""
-    scored, given = (0 if each is None else len(each.dataset) for each in (data, calib))  # type: ignore[arg-type]
+    scored, given = (0 if each is None else size_of(each) for each in (data, calib))
     fitted = min(calibration.images, given if calib is not None else scored // 2)
     if calib is None:
         scored -= fitted
@@ -130,11 +151,7 @@ def _seconds(
         + _PASSES_OF_HELD_OUT * images["held out"]
         + _PASSES_OF_SCORED * images["scored"]
     )
-    products = sum(
-        _SWEEPS * each.site.dense.spec.out_channels * _unknowns(each.site) ** 2 * len(each.forms)
-        for each in layers
-        if each.forms
-    )
+    products = sum(map(_products, layers))
     timed = _SECONDS_A_FORM * sum(len(each.forms) for each in layers) if job.gate == "latency" else 0.0
     seconds = (
         _SECONDS_ANYWAY
@@ -145,9 +162,12 @@ def _seconds(
     return seconds / _RANGE, seconds * _RANGE
 
 
-def _unknowns(site: ConvSite) -> int:
-    spec = site.dense.spec
-    return spec.weight_shape[1] * spec.kernel_size[0] * spec.kernel_size[1]
+def _products(layer: LayerOutlook) -> int:
+    """Return the multiply-adds of all fits of a layer."""
+    if not layer.forms:
+        return 0
+    spec = layer.site.dense.spec
+    return _SWEEPS * spec.out_channels * math.prod(spec.weight_shape[1:]) ** 2 * len(layer.forms)
 
 
 def _seconds_a_sample(model: nn.Module, inputs: Inputs, job: Job) -> float:

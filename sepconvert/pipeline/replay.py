@@ -17,15 +17,15 @@ from sepconvert.base.modules import unshadowed
 from sepconvert.base.options.exporting import Export
 from sepconvert.base.progress import Progress, silent
 from sepconvert.factorize.exact.factors import factor_specs
-from sepconvert.files.onnx.export import export_program, save_archive, save_onnx
+from sepconvert.files.onnx.drafts import Drafts
 from sepconvert.files.onnx.graph.network import OnnxNetwork
 from sepconvert.files.onnx.graph.surgery import converted_model
-from sepconvert.files.onnx.writing import checked_interface, save_files
+from sepconvert.files.onnx.writing import ExportedFiles, checked_interface, save_files
 from sepconvert.measure.profiling import as_inputs
 from sepconvert.network.copies import checked
 from sepconvert.network.merge import merge
 from sepconvert.network.rewrite import Replacement, rewrite
-from sepconvert.network.tensors import Inputs, model_dtype, placed, state_tensors
+from sepconvert.network.tensors import Inputs, placed, state_tensors
 from sepconvert.network.trace import ConvSite, traced
 from sepconvert.pipeline.modes.exact import verify_model
 from sepconvert.pipeline.original import Subject, as_module
@@ -111,11 +111,9 @@ def apply_plan(
     if isinstance(model, OnnxNetwork) and isinstance(converted, OnnxNetwork):
         save_files(model.graph, {out / "converted.onnx": converted_model(converted)})
         return verified
-    exported = export_program(converted, inputs, dynamic_batch=dynamic_batch, interface=interface)
-    save_onnx(exported, out / "converted.onnx")
-    if exported.dtype != model_dtype(converted):  # ONNX Runtime has no kernels for it
-        exported = export_program(converted, inputs, model_dtype(converted), dynamic_batch=dynamic_batch)
-    save_archive(exported, out / "converted.pt2")
+    files = ExportedFiles(Drafts(model, inputs, interface), converted, dynamic_batch=dynamic_batch)
+    files.write_converted(out / "converted.onnx")
+    files.write_archive(out / "converted.pt2")
     return verified
 
 

@@ -116,7 +116,7 @@ class ConversionResult:
         return render_html(self._reported(), self.exhibits)
 
     def save(self, folder: str | Path) -> Path:
-        """Write the files that the command line writes, and return their folder.
+        """Write the files that the command line writes, but for its run.toml, and return their folder.
 
         Args:
             folder: an empty directory, made if needed.
@@ -137,7 +137,9 @@ class ConversionResult:
                 f"save: {source}, which holds the files of the conversion, is gone; convert anew"
             )
         with result_folder(checked_place(Path(folder))) as place:
-            shutil.copytree(source, place, dirs_exist_ok=True)
+            mode = place.stat().st_mode  # that of a temporary folder admits its owner alone
+            shutil.copytree(source, place, copy_function=shutil.copyfile, dirs_exist_ok=True)
+            place.chmod(mode)
             write_documents(report, self.plan, place, self.exhibits)
         return place
 
@@ -157,6 +159,9 @@ class Inspection:
 
     def __repr__(self) -> str:
         return f"{fold(self.verdict)}\n\n{self.table()}"
+
+    def _repr_html_(self) -> str:
+        return inspection.page(self.to_json()["layers"])
 
     @property
     def verdict(self) -> str:

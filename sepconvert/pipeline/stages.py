@@ -2,7 +2,6 @@
 
 import contextlib
 import hashlib
-import logging
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -11,26 +10,15 @@ from pathlib import Path
 import numpy as np
 import torch
 from safetensors.torch import save
-from torch import nn
 
 from sepconvert.base.documents import writing
 from sepconvert.base.environment import Runtime
-from sepconvert.base.errors import DemandNotMetError, ExportError, SepconvertError, VerificationError
-from sepconvert.base.progress import Progress, Stage, stage
-from sepconvert.files.onnx.drafts import Drafts
-from sepconvert.files.onnx.export import (
-    Exported,
-    ExportNote,
-    export_program,
-    runtime_dtype,
-    save_archive,
-    save_onnx,
-)
+from sepconvert.base.errors import DemandNotMetError, SepconvertError, VerificationError
+from sepconvert.base.progress import Stage, stage
+from sepconvert.files.onnx.export import ExportNote, runtime_dtype
 from sepconvert.files.onnx.facts import onnx_sizes
-from sepconvert.files.onnx.graph.network import OnnxNetwork
 from sepconvert.files.onnx.graph.running import Feed
-from sepconvert.files.onnx.graph.surgery import converted_model
-from sepconvert.files.onnx.writing import note_of, save_files
+from sepconvert.files.onnx.writing import write_models
 from sepconvert.measure.cost import Cost
 from sepconvert.measure.execution.layers import (
     Gain,
@@ -51,19 +39,13 @@ from sepconvert.measure.verification.outputs import (
     compare_export,
     compare_runs,
 )
-from sepconvert.network.tensors import Inputs, model_dtype, state_tensors
+from sepconvert.network.tensors import Inputs, state_tensors
 from sepconvert.pipeline.deployment import FourForms, check_int8, measure_forms, write_int8
 from sepconvert.pipeline.job import Job
 from sepconvert.pipeline.original import Original
 from sepconvert.planning.conversion import Conversion, LayerReport, Verification
 from sepconvert.planning.plan import ConversionPlan
 from sepconvert.planning.timing.pairs import time_files, time_layers
-
-_LOG = logging.getLogger(__name__)
-
-NO_ARCHIVE = "the model is an ONNX file, of which torch.export makes no archive"
-"""Reason why there is no converted.pt2."""
-
 
 _SHOWN = 24  # predictions that changed
 
@@ -256,56 +238,6 @@ def _profile(cost: Cost, scored: Evaluation | None, latency: Latency | None, pat
 def _gain(speedup: Speedup) -> float:
     """Return the measured speed-up, at least 1 unless the layer is slower beyond noise."""
     return speedup.median if speedup.significant else max(speedup.median, 1.0)
-
-
-@stage(Stage.EXPORT)
-def write_models(
-    drafts: Drafts,
-    converted: nn.Module,
-    folder: Path,
-    dynamic_batch: bool,
-    progress: Progress,
-) -> ExportNote:
-    """Write `original.onnx`, `converted.onnx` and `converted.pt2`, as far as torch exports the models.
-
-    A model that cannot be exported is still converted: the note says which files are missing, and why. The
-    network of an ONNX file is not exported; its conversion is an edited copy of the file.
-    """
-    model, inputs = drafts.original, drafts.inputs
-    if isinstance(model, OnnxNetwork) and isinstance(converted, OnnxNetwork):
-        edited = {"original.onnx": model.graph.model, "converted.onnx": converted_model(converted)}
-        save_files(model.graph, {folder / name: each for name, each in edited.items()})
-        return replace(note_of(model), missing={"converted.pt2": NO_ARCHIVE})
-    note = ExportNote(False, str(runtime_dtype(converted)).removeprefix("torch."), None)
-    missing = {}
-    files = {"original.onnx": model, "converted.onnx": converted, "converted.pt2": converted}
-    exports: dict[tuple[int, torch.dtype], Exported] = {}  # both files of the converted model share one
-    for name, each in progress(files.items(), "exporting"):
-        path = folder / name
-        is_onnx = path.suffix == ".onnx"
-        key = id(each), runtime_dtype(each) if is_onnx else model_dtype(each)
-        try:
-            if key not in exports:
-                known = is_onnx and each is model and dynamic_batch
-                exports[key] = (
-                    drafts.export
-                    if known
-                    else export_program(
-                        each, inputs, key[1], dynamic_batch=dynamic_batch, interface=drafts.interface
-                    )
-                )
-            if not is_onnx:
-                save_archive(exports[key], path)
-            elif each is model and (folder / "original.onnx").exists():
-                shutil.copyfile(folder / "original.onnx", path)
-            else:
-                save_onnx(exports[key], path)
-            note = exports[key].note if is_onnx else note
-        except ExportError as error:
-            path.unlink(missing_ok=True)
-            _LOG.debug("%s is not written", name, exc_info=error)
-            missing[name] = str(error)
-    return replace(note, missing=missing)
 
 
 @dataclass(frozen=True)

@@ -41,6 +41,7 @@ class StepKind(str, Enum):
     WEIGHTS = "weights"  # factors fitted to the weights
     DATA = "data"  # factors fitted to the layer's outputs on the calibration images
     BATCHNORM = "batchnorm"  # statistics of BatchNorms re-estimated
+    RECONSTRUCTION = "reconstruction"  # factors tuned together on the calibration images
     FINETUNE = "finetune"  # trained
     INT8 = "int8"  # quantized
 

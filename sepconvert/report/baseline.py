@@ -5,8 +5,6 @@ machine at a moment: two runs are compared by the speed-ups over one reference, 
 only on the same processor, with the same settings.
 """
 
-import contextlib
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +12,7 @@ from typing import Any, Literal
 
 import msgspec
 
-from sepconvert.base.documents import decode, read_file, writing
+from sepconvert.base.documents import decode, read_file, replacing, writing
 from sepconvert.base.environment import TIMES_DEPEND_ON
 from sepconvert.base.errors import SepconvertError, quoted
 from sepconvert.measure.latency import Speedup
@@ -118,17 +116,8 @@ def write_baseline(path: Path, history: BaselineDocument, entry: BaselineEntry) 
     """
     entries = (*history.entries, entry)[-MOST_ENTRIES:]
     document = msgspec.json.encode(BaselineDocument(schema=SCHEMA, entries=entries))
-    unfinished = path.with_name(f"{path.name}.unfinished")
-    try:
-        with writing(path, "baseline"):
-            with unfinished.open("wb") as file:
-                file.write(msgspec.json.format(document) + b"\n")
-                file.flush()
-                os.fsync(file.fileno())
-            unfinished.replace(path)
-    finally:
-        with contextlib.suppress(OSError):
-            unfinished.unlink(missing_ok=True)
+    with writing(path, "baseline"), replacing(path) as unfinished:
+        unfinished.write_bytes(msgspec.json.format(document) + b"\n")
     return len(entries)
 
 

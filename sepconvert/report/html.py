@@ -7,10 +7,10 @@ from types import SimpleNamespace
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined, Template
-from markupsafe import Markup, escape
+from markupsafe import Markup
 
 from sepconvert.base.notes import NoteLevel
-from sepconvert.measure.comparison import Comparison
+from sepconvert.measure.comparison import Comparison, short_names
 from sepconvert.measure.metrics.metric import written_interval
 from sepconvert.report.page import heading, layers
 from sepconvert.report.page.tiles import legend, report_tiles, tiles
@@ -38,7 +38,7 @@ from sepconvert.report.text.numbers import (
     written_size,
 )
 from sepconvert.report.text.sentences import causes, sentences
-from sepconvert.report.text.tables import cost_rows
+from sepconvert.report.text.tables import coded, cost_rows
 
 
 def render_html(document: Document, exhibits: Exhibits | None = None) -> str:
@@ -80,7 +80,7 @@ def render_comparison(comparison: Comparison, note: str, environment: Document |
     """
     profiles = [profile.to_json() for profile in comparison.profiles]
     names = comparison.names or tuple(f"#{index}" for index in range(1, len(profiles) + 1))
-    short = heading.short(names)
+    short = short_names(names)
     latencies = [
         (name, profile["latency_ms"])
         for name, profile in zip(short, profiles, strict=True)
@@ -125,7 +125,7 @@ def _template(name: str) -> Template:
         drop_interval=written_interval,
         outliers=plots.outliers,
         change=_change,
-        code=_with_code,
+        code=lambda text: Markup(coded(text)),  # noqa: S704
         fact=_fact,
     )
     return pages.get_template(name)
@@ -138,12 +138,6 @@ def _fact(value: Any) -> str:
     if isinstance(value, list):
         return ", ".join(value) or "none"
     return "unknown" if value is None else str(value)
-
-
-def _with_code(text: object) -> Markup:
-    """Return escaped text, with what stands in backticks marked up as code."""
-    escaped = str(escape(str(text)))  # re.sub of a Markup would escape the tags, too
-    return Markup(re.sub(r"`([^`]+)`", r"<code>\1</code>", escaped))  # noqa: S704
 
 
 def _pictures(document: Document, exhibits: Exhibits) -> Mapping[str, Any]:

@@ -224,6 +224,11 @@ def test_an_interrupted_conversion_leaves_nothing(here, number):
     assert listing(here.parent) == before
 
 
+def ended(program):
+    """A Python program that has run to its end in its own process."""
+    return subprocess.run([sys.executable, "-c", program], capture_output=True, check=False)  # noqa: S603
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interruption_within_a_callback_of_fork_is_not_lost(number):
     """Python only reports what such a callback raises, and would continue."""
@@ -240,9 +245,37 @@ def test_an_interruption_within_a_callback_of_fork_is_not_lost(number):
         "main.main()\n"
     )
     begun = time.monotonic()
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, check=False)  # noqa: S603
+    done = ended(program)
     assert (done.returncode, done.stderr) == (130, b"sepconvert: interrupted\n")
     assert time.monotonic() - begun < 300  # what sleeps is woken
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interruption_that_other_code_drops_is_repeated(number):
+    """Compiled code may clear what Python code that it called has raised."""
+    program = (
+        "import os, signal, time\n"
+        "from sepconvert.cli import main\n"
+        "def work(**_):\n"
+        "    main._commands('outputs')\n"
+        "    try:\n"
+        f"        os.kill(os.getpid(), {number:d})\n"
+        "        time.sleep(300)\n"
+        "    except KeyboardInterrupt:\n"
+        "        pass\n"
+        "    try:\n"
+        "        time.sleep(300)\n"
+        "    finally:\n"
+        "        time.sleep(3 * main._AGAIN)\n"
+        "        print('cleaned up', flush=True)\n"
+        "main.cli.main = work\n"
+        "main.main()\n"
+    )
+    begun = time.monotonic()
+    done = ended(program)
+    assert (done.returncode, done.stderr) == (130, b"sepconvert: interrupted\n")
+    assert done.stdout == b"cleaned up\n"
+    assert time.monotonic() - begun < 300
 
 
 def test_an_interruption_within_exec_ends_with_the_same_exit_code(tmp_path):
@@ -261,7 +294,11 @@ def test_an_interruption_within_exec_ends_with_the_same_exit_code(tmp_path):
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_signals_while_an_interrupted_process_shuts_down_change_nothing(number):
+@pytest.mark.parametrize(
+    ("work", "code", "message"),
+    [("raise KeyboardInterrupt", 130, b"sepconvert: interrupted\n"), ("return 0", 0, b"")],
+)
+def test_signals_while_a_process_shuts_down_change_nothing(number, work, code, message):
     """Python gives signals their default action at the end, after which one more would kill the process."""
     program = (
         "import os, signal\n"
@@ -270,13 +307,13 @@ def test_signals_while_an_interrupted_process_shuts_down_change_nothing(number):
         "    def __del__(self, kill=os.kill, pid=os.getpid()):\n"
         f"        kill(pid, {number:d})\n"
         "signal.last = Last()\n"  # deleted with the modules, at the very end
-        "def interrupted(**_):\n"
-        "    raise KeyboardInterrupt\n"
-        "main.cli.main = interrupted\n"
+        "def work(**_):\n"
+        f"    {work}\n"
+        "main.cli.main = work\n"
         "main.main()\n"
     )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, check=False)  # noqa: S603
-    assert (done.returncode, done.stderr) == (130, b"sepconvert: interrupted\n")
+    done = ended(program)
+    assert (done.returncode, done.stderr) == (code, message)
 
 
 def test_a_signal_while_torch_is_imported_raises_nothing(here, tmp_path):

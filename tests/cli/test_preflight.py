@@ -139,6 +139,17 @@ def test_no_heavy_library_is_imported_for_any_mistake():
     assert (done.returncode, done.stderr.count("\n")) == (0, len(MISTAKES)), done.stderr
 
 
+def test_the_environment_is_told_without_torch():
+    program = (
+        "import sys\n"
+        "from sepconvert.cli.main import cli\n"
+        "cli.main(['env'], standalone_mode=False)\n"
+        "sys.exit('torch is imported' if 'torch' in sys.modules else 0)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)  # noqa: S603
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 def test_what_is_right_passes_and_leaves_nothing(place, run, monkeypatch):
     called = []
     commands = SimpleNamespace(**{name: lambda name=name, **_: called.append(name) for name in COMMANDS})

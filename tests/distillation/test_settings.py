@@ -9,7 +9,7 @@ from sepconvert.distillation.settings import Settings
 
 GIVEN = {
     "epochs": 3, "labelled": True, "learning_rate": 4e-3, "temperature": 4.0, "feature_weight": 0.0,
-    "seed": 0,
+    "renew_statistics": True, "seed": 0,
 }  # fmt: skip
 
 
@@ -34,7 +34,7 @@ def test_every_setting_is_in_the_text():
     assert "\n" not in text
     changed = {
         "epochs": 4, "labelled": False, "learning_rate": 1.0, "temperature": 1.0, "feature_weight": 1.0,
-        "seed": 1,
+        "renew_statistics": False, "seed": 1,
     }  # fmt: skip
     for name, value in changed.items():
         assert str(Settings(**{**GIVEN, name: value})) != text, name

@@ -4,9 +4,10 @@ import re
 from dataclasses import replace
 
 import numpy as np
+import pytest
 from profiles import profile, speedup
 
-from sepconvert.measure.comparison import Comparison, Delta
+from sepconvert.measure.comparison import Comparison, Delta, short_names
 from sepconvert.measure.divergence import OutputDifference
 from sepconvert.measure.latency import Latency, Speedup
 from sepconvert.measure.metrics.evaluation import MetricDelta
@@ -124,3 +125,16 @@ def test_the_verdict_is_on_the_fastest():
     )
     assert "<table>" in found._repr_html_()
     assert repr(found).count("\n") < 20
+
+
+@pytest.mark.parametrize(
+    ("paths", "names"),
+    [
+        (["a/x.onnx", "b/y.onnx"], ("x.onnx", "y.onnx")),
+        (["a/x.onnx", "b/x.onnx"], ("a/x.onnx", "b/x.onnx")),
+        (["a/x.onnx"], ("x.onnx",)),
+        ([], ()),
+    ],
+)
+def test_short_names(paths, names):
+    assert short_names(paths) == names

@@ -152,6 +152,13 @@ def test_warm_up_of_what_is_slow_and_never_settles_ends_after_seconds(clock: Clo
     assert 4 + 2 * (4 * 3 + 5) <= len(clock.log) <= 4 + 2 * (6 * 3 + 5)
 
 
+def test_what_is_slow_is_timed_less_often_if_time_is_short(clock: Clock) -> None:
+    slow, quick = (clock.task("x", lambda _, each=each: MS * each) for each in (300, 5))
+    assert interleave([slow], runs=50, seed=0, seconds=5.0).shape == (1, 12)  # two calls a round
+    assert interleave([quick], runs=50, seed=0, seconds=5.0).shape == (1, 50)
+    assert interleave([slow], runs=8, seed=0, seconds=5.0).shape == (1, 8)
+
+
 def noisy_rounds(rng: np.random.Generator, ratio: float) -> npt.NDArray[np.float64]:
     """Times of 50 rounds: a drift shared within a round, 5 % noise of each, and one in ten interrupted."""
     drift = np.cumsum(rng.normal(0, 0.02, 50))

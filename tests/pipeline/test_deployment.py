@@ -22,7 +22,7 @@ from sepconvert import Calibration, DemandNotMetError, Int8, SepconvertError, Ti
 from sepconvert.files.onnx.int8.quantizer import Number, measured_ranges, prepared, quantized
 from sepconvert.files.results import INT8_FILES
 from sepconvert.measure.latency import PairTiming
-from sepconvert.pipeline.deployment import FORMS, check_int8, write_int8
+from sepconvert.pipeline.deployment import FOUR_FORMS, check_int8, write_int8
 from sepconvert.pipeline.job import Job
 from sepconvert.pipeline.modes.exact import convert_exactly
 from sepconvert.pipeline.original import examine
@@ -101,7 +101,7 @@ def test_the_report_has_the_forms(conversion):
     report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
     assert report == result.report
     assert_conforms(report, ReportDocument)
-    assert set(FORMS) == set(report["forms"]) - {"quantization"}
+    assert set(FOUR_FORMS) == set(report["forms"]) - {"quantization"}
     assert decisions(report) == {"0": "kept", "2": "converted"}
     note = report["forms"]["quantization"]
     assert (note["method"], note["images"]) == ("minmax", 30)  # a quarter is held out
@@ -117,7 +117,7 @@ def test_forms_are_those_of_the_files(conversion, deployed):
     forms = result.report["forms"]
     names = ("original.onnx", INT8_FILES[0], "converted.onnx", INT8_FILES[1])
     right = {}
-    for form, name in zip(FORMS, names, strict=True):
+    for form, name in zip(FOUR_FORMS, names, strict=True):
         predicted = run(folder / name, x)[0].argmax(1)
         right[form] = 100 * float((predicted == y.numpy()).mean())
         assert forms[form]["metric"]["value"] == pytest.approx(right[form])
@@ -198,7 +198,7 @@ def test_a_file(of_a_file):
 
 
 def test_without_data_and_without_timing(of_a_file):
-    for form in FORMS:
+    for form in FOUR_FORMS:
         found = of_a_file[0].report["forms"][form]
         assert found["metric"] is found["latency_ms"] is found["delta"]["latency_speedup"] is None
         assert found["onnx_bytes"] > 0

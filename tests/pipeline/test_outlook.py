@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from sepconvert.base.options.values import Budget, Calibration, Selection, Timing
+from sepconvert.base.options.values import Budget, Calibration, Finetuning, Int8, Selection, Timing
 from sepconvert.factorize.structures import FORMS
 from sepconvert.pipeline import outlook as module
 from sepconvert.pipeline.job import Job
@@ -53,6 +53,22 @@ def test_images_are_divided_as_in_a_conversion(net):
     few = job(calibration=Calibration(images=20))
     assert outlook(net, X, loader(100), None, few).images == {"fitted": 15, "held out": 5, "scored": 80}
     assert outlook(net, X, None, None, job()).images == {"fitted": 0, "held out": 0, "scored": 0}
+
+
+class Unsized(torch.utils.data.IterableDataset):
+    def __iter__(self):
+        yield torch.rand(8, 12, 12)
+
+
+def test_images_that_are_not_counted_beforehand(net):
+    found = outlook(net, X, loader(100), DataLoader(Unsized()), job())
+    assert found.images == {"fitted": 0, "held out": 0, "scored": 100}
+
+
+def test_what_is_not_counted_is_named(net):
+    assert outlook(net, X, loader(40), None, job()).uncounted == ()
+    tuned = job(finetuning=Finetuning(epochs=1), int8=Int8(form="on"))
+    assert outlook(net, X, loader(40), None, tuned).to_json()["uncounted"] == ["fine-tuning", "int8"]
 
 
 def test_time_grows_with_the_work(net, monkeypatch):

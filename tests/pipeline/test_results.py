@@ -7,6 +7,7 @@ import pytest
 import torch
 from command_line import RESULTS, listing
 from conversions import UNTIMED, decided
+from IPython.core.formatters import DisplayFormatter
 from matplotlib.colors import to_hex
 from torch import nn
 from torch.utils.data import DataLoader
@@ -96,6 +97,8 @@ def test_the_curve_is_a_figure_and_a_picture_in_notebooks(result, approximate, t
     assert not {colour for colour in colours if colour.startswith("#0102")}  # placeholders of a page
     assert any(len(axes.lines) > 2 for axes in figure.axes)
     figure.savefig(tmp_path / "curve.png")
+    bundle, _ = DisplayFormatter().format(figure)
+    assert bundle["image/png"].startswith(b"\x89PNG")
     page = approximate._repr_html_()
     assert page.startswith("<p>")
     assert "<table>" in page
@@ -120,9 +123,11 @@ def test_a_plan_is_replayed_in_the_session(net, result):
 
 def test_an_inspection_prints_its_nearest_layers(net):
     found = sepconvert.inspect(net, X)
-    assert found.verdict.startswith("1 of 2 convolutions separate exactly")
+    assert found.verdict.startswith("1 of 2 convolutions separates exactly")
+    assert "convert the model in <code>mode</code> exact." in found._repr_html_()
+    assert "<td>0 " in found._repr_html_()
     lines = repr(found).splitlines()
-    assert lines[0].startswith("1 of 2 convolutions separate")
+    assert lines[0].startswith("1 of 2 convolutions separates")
     assert lines.index(next(line for line in lines if line.startswith("0 "))) < lines.index(
         next(line for line in lines if line.startswith("2 "))
     )  # what separates comes first

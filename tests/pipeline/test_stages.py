@@ -17,7 +17,7 @@ import sepconvert
 from sepconvert.base.environment import Runtime
 from sepconvert.base.errors import ExportError, SepconvertError, VerificationError
 from sepconvert.files.onnx.export import export_program, save_onnx
-from sepconvert.files.onnx.writing import onnx_feed
+from sepconvert.files.onnx.structured import onnx_feed
 from sepconvert.measure.verification.outputs import reference
 from sepconvert.pipeline.stages import check_onnx
 from sepconvert.report.text.sentences import warnings_of

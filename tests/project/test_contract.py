@@ -81,7 +81,7 @@ COMMANDS = {
         "--baseline": Flag(), "--update-baseline": SWITCH, "--trace": Flag(), **FILES_OF_OPTIONS,
     }),
     "apply": ("MODEL PLAN", {**LOADING, **RUNNING, **WRITING, **FILES_OF_OPTIONS}),
-    "demo": ("", {**RUNNING, **TIMING, **WRITING}),
+    "demo": ("", {**RUNNING, **TIMING, "--runs": Flag(12), **WRITING}),
     "env": ("", {"--json": SWITCH, "--debug": SWITCH}),
 }  # fmt: skip
 ARGUMENTS = {"convert": ["m.pt"], "inspect": ["m.pt"], "profile": ["m.pt"], "compare": ["a.pt", "b.pt"],
@@ -326,7 +326,7 @@ def test_the_environment(run):
 
 
 def test_the_file_of_options_repeats_a_conversion(here, converted, run):
-    outcome = run("--config", converted.folder / "run.toml", "--out", "again", "--runs", "0")
+    outcome = run("--config", converted.folder / "run.toml", "--out", "again", "--runs", "0", "--json")
     assert outcome.code == DONE
     keeps(json.loads(outcome.out), REPORT)
     assert {path.name for path in (here / "again").iterdir()} == FILES

@@ -58,6 +58,11 @@ RUN: dict[str, tuple[str, ...]] = {
     "sepconvert model.pt --input-shape 3x224x224 --gate latency --threads 1 --runs 200": SHORT,
     "sepconvert model.pt --mode auto --calib images/ --data val.npz --max-drop 1.0 --threads 1": FIT,
     "sepconvert model.pt --mode auto --calib images/ --min-speedup 1.5": FIT,
+    "sepconvert model.pt --mode auto --calib images/ --data val.npz --max-drop 1.0 --reconstruct 60": (
+        *FIT,
+        "--reconstruct",
+        "1",
+    ),
     "sepconvert model.pt --mode auto --calib train.npz --data val.npz --max-drop 1.0 --confidence 0.95": FIT,
     "sepconvert model.pt --mode approx --calib images/ --data val.npz --max-drop 1.0": FIT,
     "sepconvert model.pt --mode approx --calib train.npz --data val.npz --rank 2 --finetune 5": FIT,

@@ -463,11 +463,18 @@ def with_times(document, drops):
     return curve
 
 
+def test_the_caption_of_the_curve_says_which_way_is_better(approximate):
+    with_times(approximate, [None, 0.25, 0.75])
+    assert "Above is better for top-1" in Page(render_html(approximate)).text
+    approximate["delta"]["metric"] |= {"name": "mse", "unit": "", "higher_is_better": False}
+    assert "Below is better for mse" in Page(render_html(approximate)).text
+
+
 def test_the_curve_is_drawn(approximate):
     with_times(approximate, [None, 0.25, 0.75])
     page = Page(render_html(approximate))
     assert page.elements.count("svg") == 7  # two spectra, the latencies in two widths and the stages too
-    for expected in ("divergence from", "change of top-1, pp", "measured speed-up, ×"):
+    for expected in ("divergence from", "top-1 drop, pp", "measured speed-up, ×"):
         assert expected in page.text
     for predicted, measured in (("1.50×", "1.25×"), ("3.50×", "3.25×")):
         assert predicted in page.text

@@ -129,7 +129,7 @@ class Budget:
         if self.min_speedup is not None and not timed:
             raise SepconvertError("`min_speedup`: needs timed runs; pass `runs` above 0")
         if self.confidence is not None and self.max_drop is None:
-            raise SepconvertError("`confidence`: is that of a drop of accuracy; pass `max_drop` too")
+            raise SepconvertError("`confidence`: needs a largest drop to prove; pass `max_drop` too")
         return self
 
 
@@ -280,7 +280,8 @@ class Timing:
         object.__setattr__(self, "cache", path_of("cache", self.cache))
         if not isinstance(self.provider, str):
             raise SepconvertError(f"`provider`: expected a name such as cpu, got {quoted(self.provider)}")
-        object.__setattr__(self, "provider", self.provider.lower())
+        # ONNX Runtime's own name is understood, too.
+        object.__setattr__(self, "provider", self.provider.lower().removesuffix("executionprovider"))
         object.__setattr__(self, "provider_options", texts_of("provider_options", self.provider_options))
         _ = self.runtime
 
@@ -294,9 +295,9 @@ class Timing:
 
 @dataclass(frozen=True)
 class Calibration:
-    """Number of calibration images, and the memory that the process may use meanwhile.
+    """Number of calibration images, the memory that may be used, and the time to tune factors on them.
 
-    `memory` is in bytes; the flag --memory counts gigabytes.
+    `memory` is in bytes; the flag --memory counts gigabytes. `reconstruct` is in seconds.
     """
 
     images: int = option(
@@ -314,6 +315,13 @@ class Calibration:
         unit=1e9,
         metavar="GB",
         shown_default="half of the free memory",
+    )
+    reconstruct: float = option(
+        "Seconds in which all factors of a plan are tuned together on the calibration images, without "
+        "labels, to reproduce the original's outputs and those of its layers; 0 for not at all.",
+        0.0,
+        low=0,
+        metavar="SECONDS",
     )
 
     def __post_init__(self) -> None:

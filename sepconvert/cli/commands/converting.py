@@ -189,9 +189,8 @@ def _outlook(options: Options) -> None:
         loaded = load_subject(options)
         options = dict(suited(options, loaded))
         data, inputs = read_data_and_inputs(options, loaded)
-        expected = run_outlook(
-            loaded.model, inputs, data, read_images(options, "calib"), job_of(options, display)
-        ).to_json()
+        calib = read_images(options, "train" if options["calib"] is None else "calib")
+        expected = run_outlook(loaded.model, inputs, data, calib, job_of(options)).to_json()
     show(options, expected, outlook_verdict(expected), "", outlook_table(expected), "",
          "Dry run: nothing was written.")  # fmt: skip
 

@@ -13,7 +13,7 @@ from sepconvert.base.environment import (
     missing_instruction_sets,
 )
 from sepconvert.base.errors import first_line
-from sepconvert.cli.outputs import show
+from sepconvert.cli.outputs import show_page
 
 SCHEMA = "sepconvert.environment/1"
 
@@ -30,7 +30,7 @@ _WIDTH = 18  # columns of the names
 def env(**options: Any) -> None:
     """Run `sepconvert env`."""
     found = installation()
-    show(options, found, *(f"{name:{_WIDTH}}{value}".rstrip() for name, value in _lines(found)))
+    show_page(options, found, "\n".join(f"{name:{_WIDTH}}{value}".rstrip() for name, value in _lines(found)))
 
 
 def installation() -> dict[str, Any]:

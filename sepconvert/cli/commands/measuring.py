@@ -12,7 +12,7 @@ import click
 from torch import nn
 
 from sepconvert.base.documents import writing
-from sepconvert.base.environment import Runtime, environment
+from sepconvert.base.environment import environment
 from sepconvert.base.errors import DemandNotMetError, SepconvertError
 from sepconvert.base.options.values import Task
 from sepconvert.cli.commands.history import check_judged, entry_of, update
@@ -45,7 +45,7 @@ from sepconvert.measure.profiling import profile as run_profile
 from sepconvert.network.tensors import Inputs, arguments, tensors_in
 from sepconvert.report.baseline import ModelChanges, changes_since, read_baseline
 from sepconvert.report.text import markdown
-from sepconvert.report.text.history import changes_text
+from sepconvert.report.text.history import changes_text, summary
 from sepconvert.report.text.numbers import fold
 from sepconvert.report.text.sentences import machine
 from sepconvert.report.text.tables import anatomy_text
@@ -133,26 +133,23 @@ def _show(
     if style in ("table", "json") or options["brief"]:
         since = ["", f"Since the baseline {options['baseline']}:", changes] if changes else []
         wanted = {**options, "as_json": options["as_json"] or style == "json"}
-        show(wanted, document, found.verdict, "", found.text("table"), "", note, *since)
+        short = summary(document["baseline"]["models"]) if changes else ""
+        first = f"{found.verdict} {short}".rstrip()
+        show(wanted, document, first, "", found.text("table"), "", note, *since)
         return
+    timed = options["runs"] > 0 and bool(found.deltas)
+    where = environment(timing_of(options).runtime) if timed else None
     if style == "html":
-        runtime = timing_of(options).runtime if found.deltas else None
-        text = _rendered(found, note, runtime)
+        from sepconvert.report.html import render_comparison  # which imports matplotlib, for plots
+
+        text = render_comparison(found, note, where)
     elif style == "markdown":
-        timed = options["runs"] > 0 and bool(found.deltas)
-        where = environment(timing_of(options).runtime) if timed else None
         text = markdown.comparison(document, where, checks)
     else:
         text = found.text("csv")
     show_page(options, document, text)
     if changes and style in ("csv", "html") and not options["quiet"]:
         click.echo(changes, err=True)
-
-
-def _rendered(found: Comparison, note: str, runtime: Runtime | None) -> str:
-    from sepconvert.report.html import render_comparison  # which imports matplotlib, for plots
-
-    return render_comparison(found, note, None if runtime is None else environment(runtime))
 
 
 def _may_have_labels(options: Options) -> bool:

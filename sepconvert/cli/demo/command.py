@@ -41,7 +41,7 @@ and, with some images, some of them labelled, go on with
   sepconvert model.pt --mode auto --calib images/ --data val.npz --max-drop 1
 The options that are named above are those of this command, too."""
 
-_DEMO_SCORED, _DEMO_IMAGES, _DEMO_SECONDS = 2000, 512, 5.0
+_DEMO_SCORED, _DEMO_IMAGES, _DEMO_SECONDS = 2000, 256, 3.0
 
 
 def demo(**options: Any) -> None:

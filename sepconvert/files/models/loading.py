@@ -20,9 +20,9 @@ from sepconvert.base.documents import sha256_of_file
 from sepconvert.base.errors import SepconvertError, one_line, quoted, some_of
 from sepconvert.base.modules import modules, named_modules, unshadowed
 from sepconvert.files.callables import resolve_callable
+from sepconvert.files.models.formats import model_format
 from sepconvert.files.models.libraries import Normalisation, build_named, timm_config
 from sepconvert.files.models.names import name_of
-from sepconvert.files.models.sources import model_format
 from sepconvert.files.models.untrusted.archives import load_archive
 from sepconvert.files.models.untrusted.pickles import load_pickle
 from sepconvert.files.models.weights import Content, load_weights, unwrapped_content

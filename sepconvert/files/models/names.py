@@ -18,7 +18,7 @@ from sepconvert.base.errors import SepconvertError
 Scheme = Literal["timm", "torchvision", "hf-hub"]
 """What stands before the colon: a library, or the hub of which timm loads the models."""
 
-FORMS = "timm:NAME, torchvision:NAME or hf-hub:OWNER/NAME"
+PATTERNS = "timm:NAME, torchvision:NAME or hf-hub:OWNER/NAME"
 """Forms of a name, for messages."""
 
 WEIGHTS = "weights=DEFAULT"

@@ -1,14 +1,15 @@
 """Drafts of ONNX files of conversions: in the file of the original, layers are exchanged.
 
-Plans are timed and scored by them. An export by torch takes seconds, and many plans are looked at; the model
-that is delivered is exported.
+Plans are timed and scored by them, and the file that is delivered is one: an export by torch takes seconds,
+and many plans are looked at.
 """
 
 import ast
+import logging
 import re
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -20,6 +21,7 @@ from onnx_ir.passes.common import LiftConstantsToInitializersPass, RemoveUnusedN
 from onnxscript.optimizer import fold_constants
 from torch import Tensor, nn
 
+from sepconvert.base.errors import ExportError
 from sepconvert.base.modules import named_modules
 from sepconvert.base.progress import Stage, stage
 from sepconvert.files.onnx.export import Exported, export_program, runtime_dtype, translated
@@ -28,8 +30,7 @@ from sepconvert.files.onnx.graph.network import OnnxNetwork
 from sepconvert.files.onnx.graph.running import Feed, opened, with_sizes
 from sepconvert.files.onnx.graph.surgery import converted_model, edited
 from sepconvert.files.onnx.naming import Interface, interface_of
-from sepconvert.files.onnx.structured import example_of, filled
-from sepconvert.files.onnx.writing import onnx_feed
+from sepconvert.files.onnx.structured import example_of, filled, onnx_feed
 from sepconvert.network.copies import quick_copy
 from sepconvert.network.layers import FactorizedConv2d
 from sepconvert.network.tensors import (
@@ -43,6 +44,8 @@ from sepconvert.network.tensors import (
     tensor_leaves,
     tensors_in,
 )
+
+_LOG = logging.getLogger(__name__)
 
 _SCOPES = "pkg.torch.onnx.name_scopes"  # property of nodes: the modules that they are of, the outermost first
 
@@ -97,11 +100,31 @@ class Drafts:
         if isinstance(model, OnnxNetwork):
             return converted_model(model, embedded=True)
         with stage(Stage.EXPORT):
-            exchanged = _exchanged(self.original, model)
-            found = None if exchanged is None else self._edited(model, exchanged)
+            found = self._draft(model)
             if found is None:
                 found = ir.to_proto(translated(export_program(model, self.inputs, interface=self.interface)))
         return found
+
+    def delivered(self, model: nn.Module) -> ir.Model | None:
+        """Return the same file as the exporter optimizes files; None if it has to be exported.
+
+        Raises:
+            ExportError: torch cannot export the original.
+        """
+        try:
+            draft = self._draft(model)
+            self.__dict__.pop("_graph", None)  # another copy of all weights, which no plan needs any more
+            return None if draft is None else self.export.optimized(ir.from_proto(draft))
+        except ExportError:
+            raise
+        except Exception as error:  # of ONNX Runtime or of the exporter; another export says what is wrong
+            _LOG.debug("no file of the conversion is made from that of the original", exc_info=error)
+            return None
+
+    def forget(self) -> None:
+        """Free the memory of the exported original, which is exported again where it is needed again."""
+        for name in ("export", "_graph"):
+            self.__dict__.pop(name, None)
 
     def timed(self, model: nn.Module) -> onnx.ModelProto:
         """Return the same file for inputs of the size of the example, for which ONNX Runtime folds shapes."""
@@ -159,10 +182,25 @@ class Drafts:
         RemoveUnusedNodesPass()(translation)
         return OnnxGraph(ir.to_proto(translation))
 
-    def _edited(self, model: nn.Module, exchanged: dict[str, nn.Module]) -> onnx.ModelProto | None:
-        """Return the original's file with modules exchanged, by path; None if one of them is not found."""
-        graph = self._with_state_of(model)
-        paths = self._paths_in(graph)
+    @cached_property
+    def _names(self) -> set[str]:
+        """Names of the nodes in the original's file."""
+        return {node.name for node in self._graph.model.graph.node}
+
+    @cached_property
+    def _folded(self) -> set[str]:
+        """Names of parameters and buffers of the original that are part of a constant of `_graph`."""
+        initializers = self.export.translation.model.graph.initializers
+        used = {str(name) for name, value in initializers.items() if value.uses()}
+        return used - {tensor.name for tensor in self._graph.model.graph.initializer}
+
+    def _draft(self, model: nn.Module) -> onnx.ModelProto | None:
+        """Return the original's file with layers exchanged; None if that is not all that differs."""
+        exchanged = _exchanged(self._modules, model)
+        graph = None if exchanged is None else self._with_state_of(model)
+        if exchanged is None or graph is None:
+            return None
+        paths = self._paths
         pairs = [
             (each, module)
             for each in graph.convolutions
@@ -170,9 +208,12 @@ class Drafts:
         ]
         if {paths[each.output] for each, _ in pairs} != exchanged.keys():
             return None
-        draft = edited(graph, pairs, folding=True)
+        draft = edited(graph, pairs, folding=True, paths=paths)
+        for node in draft.graph.node:
+            if node.name not in self._names:
+                _give_scope(node)
         # Where a module is called again, its functional convolutions may be counted in another way.
-        functional = any(path not in dict(_paths(self.original)) for path in exchanged)
+        functional = not exchanged.keys() <= self._modules.keys()
         return None if functional and not self._is_of(draft, model) else draft
 
     def _is_of(self, draft: onnx.ModelProto, model: nn.Module) -> bool:
@@ -182,25 +223,34 @@ class Drafts:
         found = opened(draft, threads=1).run(None, self.feed(self.inputs))
         return _are_alike(expected, [torch.from_numpy(each) for each in found])
 
-    def _paths_in(self, graph: OnnxGraph) -> dict[str, str]:
-        """Return the paths of convolutions, by their outputs.
+    @cached_property
+    def _modules(self) -> dict[str, nn.Module]:
+        """The modules of the original by path."""
+        return dict(named_modules(self.original, duplicates=True))
+
+    @cached_property
+    def _paths(self) -> dict[str, str]:
+        """Paths of the convolutions in the original's file, by their outputs.
 
         Functional ones have the path of the submodule that takes their place, which counts the calls of a
         forward.
         """
-        modules, called, found = dict(_paths(self.original)), Counter[str](), dict[str, str]()
-        for node in graph.model.graph.node:
+        called, found = Counter[str](), dict[str, str]()
+        for node in self._graph.model.graph.node:
             if node.op_type in ("Conv", "ConvTranspose"):
                 scope = _scope_of(node, self.export.prefix)
                 path = re.sub(r"@\d+", "", scope)  # a module that is called again is marked: conv, conv@1
-                if not isinstance(modules.get(path), nn.Conv2d):
+                if not isinstance(self._modules.get(path), nn.Conv2d):
                     path = f"{path}{'.' if path else ''}conv2d_{called[scope]}"
                     called[scope] += 1
                 found[node.output[0]] = path
         return found
 
-    def _with_state_of(self, model: nn.Module) -> OnnxGraph:
-        """Return the original's graph with the parameters and buffers of a conversion."""
+    def _with_state_of(self, model: nn.Module) -> OnnxGraph | None:
+        """Return the original's graph with the parameters and buffers of a conversion.
+
+        None if one that differs was folded with others into a constant.
+        """
         before, after = (state_tensors(each) for each in (self.original, model))
         prefix = self.export.prefix
         changed = {
@@ -208,13 +258,15 @@ class Drafts:
             for name, value in after.items()
             if name in before and not _is_same(before[name], value)
         }
+        if changed.keys() & self._folded:
+            return None
         if not changed:
             return self._graph
         updated = onnx.ModelProto()
         updated.CopyFrom(self._graph.model)
         for tensor in updated.graph.initializer:
             if (value := changed.get(tensor.name)) is not None:
-                array = value.detach().cpu().numpy().astype(numpy_helper.to_array(tensor).dtype)
+                array = value.detach().double().cpu().numpy().astype(numpy_helper.to_array(tensor).dtype)
                 tensor.CopyFrom(numpy_helper.from_array(array, tensor.name))
         return OnnxGraph(updated)
 
@@ -239,13 +291,13 @@ class RunsInRuntime(StandIn):
         return tensors[0] if len(tensors) == 1 else tensors
 
 
-def _exchanged(original: nn.Module, model: nn.Module) -> dict[str, nn.Module] | None:
+def _exchanged(before: Mapping[str, nn.Module], model: nn.Module) -> dict[str, nn.Module] | None:
     """Return the modules of a conversion that take the place of convolutions, by path.
 
-    None if it differs in anything else.
+    None if it differs in anything else from the original, whose modules are `before`.
     """
-    before, found = dict(_paths(original)), dict[str, nn.Module]()
-    for path, module in _paths(model):
+    found = dict[str, nn.Module]()
+    for path, module in named_modules(model, duplicates=True):
         if any(path.startswith(f"{each}.") or not each for each in found):
             continue
         was = before.get(path)
@@ -264,10 +316,6 @@ def _exchanged(original: nn.Module, model: nn.Module) -> dict[str, nn.Module] | 
                 return None  # each of its factors pads by itself, and the file does so before the convolution
             found[path] = module
     return found
-
-
-def _paths(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    return named_modules(model, duplicates=True)
 
 
 def _sizes(module: nn.Module) -> list[torch.Size]:
@@ -295,6 +343,13 @@ def _scope_of(node: onnx.NodeProto, prefix: str) -> str:
     *modules, _ = ast.literal_eval(scopes)
     path = modules[-1] if modules else ""
     return path.removeprefix(prefix) if path != prefix.rstrip(".") else ""
+
+
+def _give_scope(node: onnx.NodeProto) -> None:
+    """Note the module that a new node, which is named after it, is of, as the exporter does."""
+    del node.metadata_props[:]
+    scopes = ["", node.name, node.op_type.lower()]
+    node.metadata_props.append(onnx.StringStringEntryProto(key=_SCOPES, value=repr(scopes)))
 
 
 def _timed(model: nn.Module, batch: InputBatch) -> tuple[list[Tensor], float]:

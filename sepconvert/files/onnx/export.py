@@ -1,12 +1,14 @@
 """Export of torch models to ONNX files and `.pt2` archives."""
 
 import contextlib
+import copy
 import io
 import keyword
 import logging
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +76,53 @@ class Exported:
     returned: Any
     note: ExportNote
     prefix: str = ""
+
+    @cached_property
+    def translation(self) -> "torch.onnx.ONNXProgram":
+        """The program in ONNX as the exporter translates it, not optimized; whoever edits it makes a copy.
+
+        Raises:
+            ExportError: torch cannot translate it.
+        """
+        with _quiet():
+            try:
+                made = torch.onnx.export(
+                    self.program,
+                    dynamo=True,
+                    verbose=False,
+                    optimize=False,
+                    opset_version=self.interface.opset,
+                )
+                assert made is not None  # noqa: S101  (it is None only without dynamo)
+                for node in made.model.graph.all_nodes():
+                    node.metadata_props.pop(_STACK_TRACE, None)
+                self._name(made.model)
+            except Exception as error:  # the exporter raises errors of many kinds
+                raise _export_error("ONNX", error) from error
+        return made
+
+    def optimized(self, model: ir.Model) -> ir.Model:
+        """Return a model of this export as the exporter optimizes it, in place.
+
+        Constants are folded, and BatchNorms into the convolutions before them.
+        """
+        made = copy.copy(self.translation)
+        with _quiet():
+            made.model = model
+            made.optimize()
+            FoldBatchNormPass()(made.model)
+            self._name(made.model)
+        return made.model
+
+    def _name(self, model: ir.Model) -> None:
+        """Name inputs, outputs and the batch of a model as the interface says."""
+        interface = self.interface
+        outputs = interface.outputs or output_names(
+            self.returned,
+            len(model.graph.outputs),
+            taken={*interface.inputs, *self.program.state_dict},
+        )
+        NamingPass(interface.inputs, outputs, batch_first=interface.batch_first)(model)
 
 
 def runtime_dtype(model: nn.Module) -> torch.dtype:
@@ -155,29 +204,15 @@ def translated(export: Exported, *, optimize: bool = True) -> ir.Model:
     Raises:
         ExportError: torch cannot translate the exported program, or not to the opset that is asked for.
     """
-    interface = export.interface
-    with _quiet():
-        try:
-            exported = torch.onnx.export(
-                export.program, dynamo=True, verbose=False, optimize=optimize, opset_version=interface.opset
-            )
-            assert exported is not None  # noqa: S101  (it is None only without dynamo)
-            model = exported.model
-            for node in model.graph.all_nodes():
-                node.metadata_props.pop(_STACK_TRACE, None)
-            if optimize:
-                FoldBatchNormPass()(model)
-            outputs = interface.outputs or output_names(
-                export.returned,
-                len(model.graph.outputs),
-                taken={*interface.inputs, *export.program.state_dict},
-            )
-            NamingPass(interface.inputs, outputs, batch_first=interface.batch_first)(model)
-        except Exception as error:  # the exporter raises errors of many kinds
-            raise _export_error("ONNX", error) from error
+    opset, plain = export.interface.opset, export.translation.model
+    try:
+        model = plain.clone()  # which shares the weights
+        model = export.optimized(model) if optimize else model
+    except Exception as error:  # the exporter raises errors of many kinds
+        raise _export_error("ONNX", error) from error
     made = model.opset_imports.get("")
-    if interface.opset is not None and made != interface.opset:
-        raise ExportError(f"`opset` {interface.opset}: torch's exporter writes opset {made}; pass that")
+    if opset is not None and made != opset:
+        raise ExportError(f"`opset` {opset}: torch's exporter writes opset {made}; pass that")
     return model
 
 
@@ -194,12 +229,13 @@ def check_opset(opset: int) -> None:
         ) from error
 
 
-def save_onnx(export: Exported, path: Path, *, check: bool = True) -> None:
+def save_onnx(export: Exported, path: Path, *, model: ir.Model | None = None, check: bool = True) -> None:
     """Write one self-contained ONNX file.
 
     Args:
         export: the exported model.
         path: the file.
+        model: a conversion's file, made from that of `export`, which is written instead.
         check: whether onnx checks the file, which takes longer than to write it. Files that are timed once
             and thrown away are left to the runtime.
 
@@ -207,7 +243,7 @@ def save_onnx(export: Exported, path: Path, *, check: bool = True) -> None:
         ExportError: torch cannot translate the exported program, or the file does not pass the check.
         SepconvertError: the file cannot be written.
     """
-    model = translated(export)
+    model = model or translated(export)
     with _quiet(), writing(path):
         try:
             if export.interface.outputs is None and names_in(export.returned):

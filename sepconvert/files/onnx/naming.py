@@ -2,6 +2,7 @@
 
 import inspect
 import re
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
@@ -159,8 +160,8 @@ class NamingPass(InPlacePass):
         found = [value.name for value in (*model.graph.inputs, *model.graph.outputs)]
         if found != [*self.inputs, *self.outputs]:
             raise PostconditionError(f"inputs and outputs are called {found}")
-        names = [value.name for value in _values(model)]
-        if twice := {name for name in names if names.count(name) > 1}:
+        counts = Counter(value.name for value in _values(model))
+        if twice := [name for name, count in counts.items() if count > 1]:
             raise PostconditionError(f"several values are called {', '.join(sorted(map(str, twice)))}")
 
 

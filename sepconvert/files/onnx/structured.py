@@ -1,4 +1,4 @@
-"""ONNX files run in the place of a model: what they return has the structure of the model's outputs."""
+"""ONNX files in the place of a model: they take its inputs by name, and return outputs in its structure."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import fields, is_dataclass, replace
@@ -7,8 +7,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sepconvert.files.onnx.export import runtime_dtype
+from sepconvert.files.onnx.graph.network import OnnxNetwork
+from sepconvert.files.onnx.graph.running import Feed, feed_by_name
+from sepconvert.files.onnx.naming import Interface, input_names
 from sepconvert.network.copies import private_copy
-from sepconvert.network.tensors import Inputs, fresh
+from sepconvert.network.tensors import Inputs, cast, fresh
+
+
+def onnx_feed(model: nn.Module, inputs: Inputs, interface: Interface | None = None) -> Feed:
+    """Return the inputs of a model as its ONNX file takes them, which has this interface, or its own."""
+    if isinstance(model, OnnxNetwork):
+        return model.feed(inputs)
+    names = interface.inputs if interface is not None else input_names(model, inputs)
+    return feed_by_name(names, cast(inputs, runtime_dtype(model)))
 
 
 def example_of(model: nn.Module, inputs: Inputs) -> Any:

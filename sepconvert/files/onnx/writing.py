@@ -1,7 +1,9 @@
 """ONNX files of models: by torch's exporter, or, of a model that came from a file, by surgery on that."""
 
+import logging
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import onnx
@@ -11,30 +13,28 @@ from torch import nn
 from sepconvert.base.documents import writing
 from sepconvert.base.errors import ExportError, SepconvertError, first_line
 from sepconvert.base.options.exporting import Export
-from sepconvert.base.progress import Stage, stage
+from sepconvert.base.progress import Progress, Stage, stage
+from sepconvert.files.onnx.drafts import Drafts
 from sepconvert.files.onnx.export import (
+    Exported,
     ExportNote,
     check_opset,
     export_program,
     runtime_dtype,
+    save_archive,
     save_onnx,
 )
 from sepconvert.files.onnx.graph.convolutions import OnnxGraph
 from sepconvert.files.onnx.graph.network import OnnxNetwork
 from sepconvert.files.onnx.graph.protobuf import external_files
-from sepconvert.files.onnx.graph.running import Feed, feed_by_name
 from sepconvert.files.onnx.graph.surgery import converted_model
-from sepconvert.files.onnx.naming import Interface, check_interface, input_names, interface_of
+from sepconvert.files.onnx.naming import Interface, check_interface, interface_of
 from sepconvert.network.copies import private_copy
-from sepconvert.network.tensors import Inputs, cast, fresh, tensor_leaves
+from sepconvert.network.tensors import Inputs, fresh, model_dtype, tensor_leaves
 
+_LOG = logging.getLogger(__name__)
 
-def onnx_feed(model: nn.Module, inputs: Inputs, interface: Interface | None = None) -> Feed:
-    """Return the inputs of a model as its ONNX file takes them, which has this interface, or its own."""
-    if isinstance(model, OnnxNetwork):
-        return model.feed(inputs)
-    names = interface.inputs if interface is not None else input_names(model, inputs)
-    return feed_by_name(names, cast(inputs, runtime_dtype(model)))
+_NO_ARCHIVE = "the model is an ONNX file, of which torch.export makes no archive"
 
 
 def checked_interface(
@@ -153,3 +153,90 @@ def passes_check(model: onnx.ModelProto) -> bool:
     except Exception:  # the checker's errors share no base class
         return False
     return True
+
+
+class ExportedFiles:
+    """Writes the files of a torch model and its conversion; what they share is exported once.
+
+    Each method raises `ExportError` if torch cannot export the model, and `SepconvertError` if the file
+    cannot be written.
+    """
+
+    def __init__(self, drafts: Drafts, converted: nn.Module, *, dynamic_batch: bool) -> None:
+        self._drafts, self._original, self._converted = drafts, drafts.original, converted
+        self._dynamic_batch, self._dtype = dynamic_batch, runtime_dtype(converted)
+        self._exports = dict[tuple[int, torch.dtype], Exported]()
+
+    def write_original(self, path: Path) -> ExportNote:
+        """Write the ONNX file of the original."""
+        export = self._export(self._original, self._dtype)
+        save_onnx(export, path)
+        return export.note
+
+    def write_converted(self, path: Path) -> ExportNote:
+        """Write the ONNX file of the conversion, if possible by exchanging layers in that of the original."""
+        written = path.with_name("original.onnx")
+        if self._converted is self._original and written.exists():
+            shutil.copyfile(written, path)
+            return self._export(self._original, self._dtype).note
+        draft = self._drafts.delivered(self._converted) if self._dynamic_batch else None
+        export = self._export(self._converted, self._dtype) if draft is None else self._drafts.export
+        save_onnx(export, path, model=draft)
+        return export.note
+
+    def write_archive(self, path: Path) -> None:
+        """Write the torch.export archive of the conversion, in its own dtype."""
+        save_archive(self._export(self._converted, model_dtype(self._converted)), path)
+
+    def _export(self, model: nn.Module, dtype: torch.dtype) -> Exported:
+        key = id(model), dtype
+        if key not in self._exports:
+            drafted = self._dynamic_batch and model is self._original and dtype == self._dtype
+            self._exports[key] = (
+                self._drafts.export
+                if drafted
+                else export_program(
+                    model,
+                    self._drafts.inputs,
+                    dtype,
+                    dynamic_batch=self._dynamic_batch,
+                    interface=self._drafts.interface,
+                )
+            )
+        return self._exports[key]
+
+
+@stage(Stage.EXPORT)
+def write_models(
+    drafts: Drafts,
+    converted: nn.Module,
+    folder: Path,
+    dynamic_batch: bool,
+    progress: Progress,
+) -> ExportNote:
+    """Write `original.onnx`, `converted.onnx` and `converted.pt2`, as far as torch exports the models.
+
+    A model that cannot be exported is still converted: the note says which files are missing, and why. The
+    network of an ONNX file is not exported; its conversion is an edited copy of the file.
+    """
+    model = drafts.original
+    if isinstance(model, OnnxNetwork) and isinstance(converted, OnnxNetwork):
+        edited = {"original.onnx": model.graph.model, "converted.onnx": converted_model(converted)}
+        save_files(model.graph, {folder / name: each for name, each in edited.items()})
+        return replace(note_of(model), missing={"converted.pt2": _NO_ARCHIVE})
+    files = ExportedFiles(drafts, converted, dynamic_batch=dynamic_batch)
+    writers: Mapping[str, Callable[[Path], ExportNote | None]] = {
+        "original.onnx": files.write_original,
+        "converted.onnx": files.write_converted,
+        "converted.pt2": files.write_archive,
+    }
+    note, missing = ExportNote(False, str(runtime_dtype(converted)).removeprefix("torch."), None), {}
+    for name in progress(list(writers), "exporting"):
+        try:
+            note = writers[name](folder / name) or note
+        except ExportError as error:
+            (folder / name).unlink(missing_ok=True)
+            _LOG.debug("%s is not written", name, exc_info=error)
+            missing[name] = str(error)
+    drafts.forget()
+    return replace(note, missing=missing)

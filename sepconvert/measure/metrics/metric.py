@@ -86,7 +86,8 @@ def written(value: float, unit: str) -> str:
 
 def drop_number(drop: float, unit: str) -> str:
     """Return a drop as people read it, without its unit: 0.71, 0.085, 0.00123."""
-    return f"{drop:.2f}" if unit == "pp" else f"{drop:.3g}"
+    text = f"{drop:.2f}" if unit == "pp" else f"{drop:.3g}"
+    return text.lstrip("-") if float(text) == 0 else text
 
 
 def written_drop(drop: float, unit: str) -> str:

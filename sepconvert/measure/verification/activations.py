@@ -6,6 +6,7 @@ smaller. So every activation of a model is moved by what its operator may err by
 in the network carries the errors on.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -20,10 +21,15 @@ Scale = Callable[[Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class OperatorError:
-    """Largest error of an activation in ONNX Runtime: so many roundings (ε of the dtype) of `scale`."""
+    """Largest error of an activation in ONNX Runtime: so many roundings (ε of the dtype) of `scale`.
+
+    No error leads out of the function's range, beyond which a square root that follows, say, has no value.
+    """
 
     roundings: float
     scale: Scale
+    least: float = -math.inf
+    most: float = math.inf
 
 
 def _range(x: Tensor, y: Tensor) -> Tensor:
@@ -50,16 +56,16 @@ def _largest_input(x: Tensor, y: Tensor) -> Tensor:
     return x.abs().amax()
 
 
-# Measured by benchmarks/activations.py, see docs/verification.md, and rounded up to a power of two.
+# Measured by benchmarks/activations.py, see docs/concepts.md, and rounded up to a power of two.
 OPERATOR_ERRORS: Mapping[str, OperatorError] = {
-    "sigmoid": OperatorError(4, _range),
-    "tanh": OperatorError(4, _range),
-    "erf": OperatorError(4, _range),
-    "sin": OperatorError(4, _range),
-    "cos": OperatorError(4, _range),
-    "hardsigmoid": OperatorError(4, _range),
-    "_softmax": OperatorError(4, _range),
-    "_safe_softmax": OperatorError(4, _range),
+    "sigmoid": OperatorError(4, _range, 0.0, 1.0),
+    "tanh": OperatorError(4, _range, -1.0, 1.0),
+    "erf": OperatorError(4, _range, -1.0, 1.0),
+    "sin": OperatorError(4, _range, -1.0, 1.0),
+    "cos": OperatorError(4, _range, -1.0, 1.0),
+    "hardsigmoid": OperatorError(4, _range, 0.0, 1.0),
+    "_softmax": OperatorError(4, _range, 0.0, 1.0),
+    "_safe_softmax": OperatorError(4, _range, 0.0, 1.0),
     "silu": OperatorError(4, _gated),
     "gelu": OperatorError(4, _gated),
     "mish": OperatorError(4, _gated),
@@ -106,6 +112,7 @@ class ActivationErrors(TorchDispatchMode):  # type: ignore[no-untyped-call]  # t
         y: Tensor = output if isinstance(output, Tensor) else output[0]
         if y.is_floating_point():
             y.add_(self._eps * known.roundings * known.scale(x, y) * self._sign(y))
+            y.clamp_(known.least, known.most)
         return output
 
     def _sign(self, y: Tensor) -> Tensor | float:

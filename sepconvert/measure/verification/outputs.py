@@ -17,7 +17,7 @@ from sepconvert.files.onnx.export import runtime_dtype
 from sepconvert.files.onnx.graph.network import OnnxNetwork
 from sepconvert.files.onnx.graph.running import answers
 from sepconvert.files.onnx.graph.surgery import converted_model
-from sepconvert.files.onnx.writing import onnx_feed
+from sepconvert.files.onnx.structured import onnx_feed
 from sepconvert.measure.verification.activations import ActivationErrors
 from sepconvert.network.calls import Call, ConvolutionInterceptor
 from sepconvert.network.copies import private_copy

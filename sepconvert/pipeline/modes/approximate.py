@@ -22,6 +22,7 @@ from sepconvert.factorize.exact.analysis import Spectrum, kernel_spectrum
 from sepconvert.factorize.structures import BY_NAME, FORMS
 from sepconvert.files.onnx.int8.form import Int8Form
 from sepconvert.measure.divergence import outputs
+from sepconvert.measure.latency import LEAST_RUNS
 from sepconvert.measure.verification.outputs import compare_with, reference
 from sepconvert.network.copies import duplicate, quick_copy
 from sepconvert.network.obstacles import Obstacles
@@ -50,7 +51,6 @@ from sepconvert.planning.forms import (
 from sepconvert.planning.plan import LayerPlan, kept, obstacle_reason
 from sepconvert.planning.search.curve import Totals
 from sepconvert.planning.search.search import Search
-from sepconvert.planning.timing.clock import FORM_RUNS
 from sepconvert.planning.workshop import Fitted, Stopwatch, Workshop
 
 
@@ -209,7 +209,7 @@ def obstacles_to(traced: TracedModel, job: Job) -> dict[str, Reason]:
 
 def _workshop(original: Original, start: Start, job: Job, findings: _Findings) -> Workshop:
     runs = job.timing.runs
-    stopwatch = Stopwatch(original.clock, original.drafts, runs or FORM_RUNS, job.progress)
+    stopwatch = Stopwatch(original.clock, original.drafts, runs or LEAST_RUNS, job.progress)
     timed = job.runs or findings.unit == "milliseconds" or job.budget.min_speedup is not None
     return Workshop(
         start.traced,
@@ -289,7 +289,8 @@ def _described(
             "modelled": [name for name, layer in findings.surveyed.items() if layer.modelled],
             "choice": search.choice(delivery.point, delivery.model, job.budget),
             "steps": [step.to_json() for step in steps],
-            "finetune": delivery.training_json(),
+            "finetune": delivery.tuning_json() if job.finetuning else None,
+            **({"reconstruction": delivery.tuning_json()} if job.calibration.reconstruct else {}),
             **({} if delivery.shortfall is None else {"shortfall": delivery.shortfall}),
         },
     )

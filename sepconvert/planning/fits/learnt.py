@@ -8,7 +8,6 @@ import contextlib
 import hashlib
 import io
 import os
-import uuid
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
 from importlib.metadata import version
@@ -19,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sepconvert.base.documents import replacing
 from sepconvert.calibration.heldout import Divergence
 from sepconvert.factorize.approximate.problem import Approximation
 from sepconvert.network.tensors import sha256_of
@@ -76,16 +76,11 @@ class Learnt:
         content = written.getvalue()
         if len(content) > _LARGEST:
             return
-        # Written aside and renamed: another process may be reading.
-        unfinished = self._folder / f"{uuid.uuid4()}.part"
-        try:
+        with contextlib.suppress(OSError):
             self._folder.mkdir(parents=True, exist_ok=True)
-            unfinished.write_bytes(hashlib.sha256(content).digest() + content)
-            unfinished.replace(self._path(what))
+            with replacing(self._path(what)) as unfinished:
+                unfinished.write_bytes(hashlib.sha256(content).digest() + content)
             self._tidy()
-        except OSError:
-            with contextlib.suppress(OSError):
-                unfinished.unlink(missing_ok=True)
 
     def _path(self, what: Any) -> Path:
         assert self._folder is not None  # noqa: S101  (callers have looked)

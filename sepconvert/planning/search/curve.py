@@ -54,7 +54,7 @@ class Plan:
 
 
 @dataclass
-class Measured:
+class Measurement:
     """Measurements of one plan; None for those that have not been made."""
 
     fitted: Fitted | None = None
@@ -71,7 +71,7 @@ class Point:
     """A plan on the curve. The plan is exchanged when more is learnt about the layers; its forms are not."""
 
     plan: Plan
-    measured: Measured = field(default_factory=Measured)
+    measured: Measurement = field(default_factory=Measurement)
 
     def to_json(self, total_macs: int, delivered: bool) -> dict[str, Any]:
         """Return the point's entry in the report's `approximation.curve`."""

@@ -3,7 +3,6 @@
 import contextlib
 import hashlib
 import json
-import os
 import shutil
 import sys
 import tempfile
@@ -20,7 +19,7 @@ from msgspec import Meta
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
-from sepconvert.base.documents import is_intact, read_file, sealed, structured, writing
+from sepconvert.base.documents import is_intact, read_file, replacing, sealed, structured, writing
 from sepconvert.base.environment import TIMES_DEPEND_ON, Runtime, environment
 from sepconvert.base.errors import SepconvertError, first_line
 from sepconvert.base.progress import Progress, silent
@@ -32,7 +31,7 @@ from sepconvert.factorize.structures import Form
 from sepconvert.files.onnx.drafts import Drafts
 from sepconvert.files.onnx.int8.form import Int8Form
 from sepconvert.files.onnx.layer import layer_onnx
-from sepconvert.measure.latency import Deployed, Speedup, speedup, time_all
+from sepconvert.measure.latency import LEAST_RUNS, Deployed, Speedup, speedup, time_all
 from sepconvert.measure.statistics import Interval
 from sepconvert.network.trace import ConvSite
 from sepconvert.planning.allocate import IN_FLOAT
@@ -41,8 +40,9 @@ from sepconvert.planning.timing.model import TimeModel
 FLOAT: Form = (IN_FLOAT, 0)
 
 
-FORM_RUNS = 12
-"""Interleaved runs of each form of a layer."""
+# Seconds that timing some plans takes about: the times of slow models vary less, and tell enough in fewer
+# runs. The delivered one is timed in all runs at the end.
+_PLAN_SECONDS = 5.0
 
 
 # Layers and plans are timed at different moments, when the machine may be more or less busy. So each is timed
@@ -293,14 +293,19 @@ class Clock:
     def _samples(
         self,
         models: Sequence[tuple[Path | bytes, Mapping[str, Any]]],
-        runs: int = FORM_RUNS,
+        runs: int = LEAST_RUNS,
         progress: Progress = silent,
     ) -> Any:
         """Return the times of models, models × runs, in units of the yardstick's time in the same round."""
         yardstick = layer_onnx([[YARDSTICK]], YARDSTICK_SHAPE), random_feed(YARDSTICK_SHAPE, self._seed)
         deployed = [(Deployed(model, self._runtime), feed) for model, feed in (*models, yardstick)]
         *samples, unit = time_all(
-            deployed, runs=runs, seed=self._seed, progress=progress, description="timing plans"
+            deployed,
+            runs=runs,
+            seed=self._seed,
+            seconds=_PLAN_SECONDS,
+            progress=progress,
+            description="timing plans",
         )
         key = self._key(yardstick=asdict(YARDSTICK), layout=LAYOUT)
         if self._recall(key, _YardstickEntry) is None:
@@ -339,10 +344,8 @@ class Clock:
             return
         with contextlib.suppress(OSError):
             self._cache.mkdir(parents=True, exist_ok=True)
-            # Written aside and renamed: another process may be reading.
-            unfinished = self._cache / f"{key}.{os.getpid()}"
-            unfinished.write_text(json.dumps(sealed(asdict(entry))), encoding="utf-8")
-            unfinished.replace(self._cache / f"{key}.json")
+            with replacing(self._cache / f"{key}.json") as unfinished:
+                unfinished.write_text(json.dumps(sealed(asdict(entry))), encoding="utf-8")
 
 
 class _LayerModels:

@@ -14,12 +14,12 @@ from sepconvert.factorize.exact.factors import branches
 from sepconvert.files.onnx.graph.running import Feed
 from sepconvert.files.onnx.int8.form import Int8Form
 from sepconvert.files.onnx.layer import layer_onnx
-from sepconvert.measure.latency import Deployed, PairTiming, Speedup, measure_pair
+from sepconvert.measure.latency import LEAST_RUNS, Deployed, PairTiming, Speedup, measure_pair
 from sepconvert.measure.profiling import batch_size
 from sepconvert.network.rewrite import Replacement
 from sepconvert.network.tensors import Inputs
 from sepconvert.network.trace import ConvSite
-from sepconvert.planning.timing.clock import FORM_RUNS, input_shape, random_feed
+from sepconvert.planning.timing.clock import input_shape, random_feed
 
 
 def time_files(
@@ -40,7 +40,7 @@ def time_int8(form: Int8Form, model: nn.Module, inputs: Inputs, runtime: Runtime
     """The speed-up of a model in int8 over itself in floating point."""
     feed, files = form.feed(inputs), (form.timed(model, quantize=False), form.timed(model))
     before, after = (Deployed(file, runtime) for file in files)
-    return measure_pair(before, after, feed, runs=FORM_RUNS, batch=batch_size(inputs), seed=seed).speedup
+    return measure_pair(before, after, feed, runs=LEAST_RUNS, batch=batch_size(inputs), seed=seed).speedup
 
 
 def time_layers(

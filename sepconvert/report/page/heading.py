@@ -49,12 +49,6 @@ def deployment(document: Document) -> str:
     return f"{file} ({written_size(size)}, {batch}), {verb} in {runtime}: {where}."
 
 
-def short(names: Sequence[str]) -> Sequence[str]:
-    """Return names of files without their folders, unless two would be the same."""
-    found = [PurePath(name).name for name in names]
-    return found if len({*found}) == len(names) else names
-
-
 def against(names: Sequence[str]) -> str:
     """Return the title of a comparison with the first of some models."""
     first, *others = names

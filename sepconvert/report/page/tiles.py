@@ -1,5 +1,6 @@
 """Tiles of a page: each quantity before and after, with what was gained or lost below."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -19,6 +20,17 @@ _LEGEND = {
     "pp": "pp: percentage points.",
     "[": "[ ]: the range that holds the true value with 95 % confidence.",
     "~": "~: a difference that noise may explain.",
+    "top-1": "top-1: the share of samples whose class is found.",
+    "top5": "top5: the share of samples whose class is among the five likeliest.",
+    "miou": "miou: the overlap of regions that are found with the true ones, over what either covers, as "
+    "a mean over classes.",
+    "dice": "dice: the overlap of the regions that are found with the true ones.",
+    "f1": "f1: how precise and how complete what is found is, in one number.",
+    "psnr": "psnr: how close pictures are to the true ones, in decibels.",
+    "ssim": "ssim: how alike pictures are to the true ones in structure, 1 at best.",
+    "auc": "auc: how often a positive sample is ranked above a negative one.",
+    "map": "map: the mean average precision of the boxes that are found.",
+    "cer": "cer: the share of characters that are wrong.",
 }
 """What a reader may not know, by what occurs in a tile."""
 
@@ -85,7 +97,11 @@ def tiles(before: Document, after: Document, delta: Document, base: str = "") ->
 def legend(found: Sequence[Tile]) -> str:
     """Return what a reader may not know of the words and signs in tiles."""
     text = " ".join(" ".join((tile.label, *tile.values, tile.change)) for tile in found)
-    return " ".join(explained for sign, explained in _LEGEND.items() if sign in text)
+    return " ".join(
+        explained
+        for sign, explained in _LEGEND.items()
+        if (re.search(rf"\b{sign}\b", text) if sign[0].isalpha() else sign in text)
+    )
 
 
 def _outputs(document: Document) -> list[Tile]:

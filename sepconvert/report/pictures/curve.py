@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from sepconvert.report.pictures.drawing import AFTER, BEFORE, INK, SMALL, dress, sheet, svg
-from sepconvert.report.text.numbers import Document, Quality, heading, measured_drop
+from sepconvert.report.text.numbers import Document, Quality, measured_drop
 
 DELIVERED, NOISE, FEWER = "←", "~", "*"
 """Signs of the delivered plan, of a speed-up within noise, and of a drop measured on fewer images."""
@@ -138,9 +138,12 @@ def drawn(document: Document, *, slim: bool = False) -> Figure:
     figure = sheet(count * _SLIM_HEIGHT if slim else _WIDE_HEIGHT, slim=slim)
     rows, columns, shares = (count, 1, [1]) if slim else (1, count, [3, 2][:count])
     places = list(figure.subplots(rows, columns, squeeze=False, width_ratios=shares).flat)
+    better = 1 if quality.higher_is_better else -1
     if scored or not compared:
         _draw_changes(places[0], found, quality, document["approximation"]["budget"]["max_drop"])
-        places[0].set_ylabel(f"change of {heading(quality.heading, quality.unit)}")
+        places[0].set_ylabel(f"{quality.heading} {quality.of_drops}")
+        # As the tables have it: what is lost is above 0, whichever way the metric goes.
+        places[0].yaxis.set_major_formatter(lambda value, _: f"{0.0 - better * value:.3g}")
     if compared:
         _draw(places[-1], found, lambda mark: mark.divergence, named=count == 1, better=-1)
         divergences = [mark.divergence for mark in found if mark.divergence is not None]

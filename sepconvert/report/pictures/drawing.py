@@ -41,9 +41,18 @@ SMALL = 9
 """Points of the text in a figure."""
 
 
+class _ShownFigure(Figure):
+    """A figure that notebooks show by themselves; others they show only after `%matplotlib inline`."""
+
+    def _repr_png_(self) -> bytes:
+        picture = io.BytesIO()
+        self.savefig(picture, format="png")
+        return picture.getvalue()
+
+
 def sheet(height: float, *, slim: bool) -> Figure:
     """Return an empty figure of a height in inches, for a narrow screen or for a wide one."""
-    return Figure(figsize=(_SLIM if slim else _WIDE, height), layout="constrained")
+    return _ShownFigure(figsize=(_SLIM if slim else _WIDE, height), layout="constrained")
 
 
 def dress(axes: Axes) -> None:

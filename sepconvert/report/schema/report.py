@@ -227,12 +227,12 @@ class Step(Divergence, frozen=True):
     """The model after one step of the fit, on the held-out images."""
 
     name: str
-    kind: Literal["weights", "data", "batchnorm", "finetune", "int8"]
+    kind: Literal["weights", "data", "batchnorm", "reconstruction", "finetune", "int8"]
     kept: bool
 
 
 class Epoch(Struct, frozen=True):
-    """The fine-tuned model after one epoch; epoch 0 is the start."""
+    """The tuned model after one epoch; epoch 0 is the start."""
 
     epoch: Count
     step: Count
@@ -245,7 +245,7 @@ class Epoch(Struct, frozen=True):
 
 
 class Attempt(Struct, frozen=True):
-    """Drops of one plan before and after fine-tuning, in the unit of the metric."""
+    """Drops of one plan before and after it was tuned, in the unit of the metric."""
 
     drop_before_pp: float
     drop_pp: float
@@ -253,7 +253,7 @@ class Attempt(Struct, frozen=True):
 
 
 class Finetune(Struct, frozen=True):
-    """History and outcome of fine-tuning."""
+    """History and outcome of fine-tuning, or of reconstruction."""
 
     history: tuple[Epoch, ...]
     delivered: Epoch
@@ -308,6 +308,7 @@ class ModelApproximation(Struct, frozen=True):
     choice: Annotated[Choice | None, Meta(description="null without evaluation data")]
     steps: tuple[Step, ...]
     finetune: Finetune | None
+    reconstruction: Finetune | UnsetType | None = UNSET
     merges: tuple[Merge, ...] | UnsetType = UNSET
     shortfall: Annotated[str | UnsetType, Meta(description="why the plan is only the nearest")] = UNSET
 

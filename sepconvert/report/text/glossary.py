@@ -144,6 +144,12 @@ STEPS: tuple[Entry, ...] = (
         "not speak against it.",
     ),
     Entry(
+        "reconstruct",
+        "All weights are tuned together on the calibration images, without labels, to reproduce the outputs "
+        "of the original and of its layers (`--reconstruct`).",
+        "howto/approximate.md#reconstruct",
+    ),
+    Entry(
         "fine-tune",
         "All weights are trained to reproduce the original's outputs (`--finetune`).",
         "howto/approximate.md#fine-tune-for-minutes",

@@ -1,10 +1,10 @@
 """Changes since earlier runs as a table, for the terminal and for pull requests."""
 
 from collections.abc import Sequence
-from pathlib import PurePath
 
 from tabulate import tabulate
 
+from sepconvert.measure.comparison import short_names
 from sepconvert.measure.metrics.metric import written, written_drop
 from sepconvert.report.text.numbers import Document, Quality, count_text, fold, ratio_text
 
@@ -18,6 +18,25 @@ def changes_text(models: Sequence[Document]) -> str:
     rows = change_rows(models)
     lines = [tabulate(rows, HEADERS, disable_numparse=True, maxcolwidths=[18, 12, None, None, 16, None])]
     return "\n".join([*lines * bool(rows), *map(fold, obstacles(models))])
+
+
+def summary(models: Sequence[Document]) -> str:
+    """Return what changed since the baseline, in one sentence; empty if nothing could be compared."""
+    names = short_names([model["model"] for model in models])
+    changed = [
+        f"{name}: {', '.join(map(_change_text, found))}"
+        for name, model in zip(names, models, strict=True)
+        if (found := [each for each in model["changes"] if not _is_same(each)])
+    ]
+    if changed:
+        return f"Since the baseline, {'; '.join(changed)}."
+    return "Nothing changed since the baseline." if any(model["changes"] for model in models) else ""
+
+
+def _change_text(change: Document) -> str:
+    """Return a change with its quantity, which that of a latency names itself."""
+    amount = amount_text(change)
+    return amount if change["latency_speedup"] is not None else f"{_name(change)} {amount}"
 
 
 def change_rows(models: Sequence[Document]) -> list[list[str]]:
@@ -34,12 +53,6 @@ def change_rows(models: Sequence[Document]) -> list[list[str]]:
             names = [_name(change) for change in same if change["since"].startswith(since)]
             rows.append([name, ", ".join(names), "", "", "none", since])
     return rows
-
-
-def short_names(paths: Sequence[str]) -> list[str]:
-    """Return the names of files, without their folders where these do not tell them apart."""
-    short = [PurePath(path).name for path in paths]
-    return short if len({*short}) == len(short) else list(paths)
 
 
 def _is_same(change: Document) -> bool:

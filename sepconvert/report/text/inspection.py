@@ -1,20 +1,33 @@
 """What an inspection found in text: a verdict, and the layers that are nearest to an exact structure."""
 
 from collections.abc import Sequence
-from itertools import chain
 
+from tabulate import tabulate
+
+from sepconvert.base.errors import some_of
 from sepconvert.base.notes import Note, ReasonCode, info
 from sepconvert.report.text.numbers import (
     Document,
     duration_text,
     fold,
+    percent_text,
     ratio_text,
     written_count,
     written_size,
 )
-from sepconvert.report.text.tables import change_text, kernel_text, layer_table, structure_table, text_table
+from sepconvert.report.text.tables import (
+    change_text,
+    coded,
+    kernel_text,
+    layer_table,
+    reasons,
+    structure_table,
+    text_table,
+)
 
 _NEAREST = 10  # layers in the short table
+
+_HEADERS = ("layer", "kernel", "nearest structure", "rank", "error", "MACs")
 
 
 def verdict(layers: Sequence[Document]) -> Note:
@@ -26,19 +39,21 @@ def verdict(layers: Sequence[Document]) -> Note:
     before, after = (sum(layer["macs"][side] for layer in found) for side in (0, 1))
     count = f"{len(converted)} of {len(found)} convolution{'s' * (len(found) > 1)}"
     if converted:
-        saved = ratio_text(before / after) if after else "infinitely"
+        total = f"{written_count(before)} MACs to {written_count(after)}"
+        saved = f", {ratio_text(before / after)} fewer" if after else ""
         return info(
-            f"{count} separate exactly, which leaves {saved} fewer MACs to all of them: convert the model in "
-            "`mode` exact."
+            f"{count} separate{'s' * (len(converted) == 1)} exactly, which takes all of them from {total}"
+            f"{saved}: convert the model in `mode` exact."
         )
     near = _by_nearness(found)
     if not near:
-        return info(f"{count} separate: none can be replaced, for the reasons below.")
+        return info(f"{count} can be replaced, for the reasons below.")
     best = _best(near[0])
     return info(
-        f"{count} separate exactly. The nearest, {near[0]['name']}, is {best['best_relative_error']:.1%} off "
-        f"a {best['scheme']} form of rank {max(best['paying_rank'], 1)}. `mode` auto, with `calib` and "
-        "`data`, finds approximations that pay at a small loss of accuracy."
+        f"{count} separate exactly. The nearest is {near[0]['name']}: rank {max(best['paying_rank'], 1)} of "
+        f"structure {best['scheme']} leaves an error of {percent_text(best['best_relative_error'], 1)} % of "
+        "its kernel. `mode` auto, with `calib` and `data`, may find approximations that pay at a small "
+        "loss of accuracy."
     )
 
 
@@ -46,15 +61,16 @@ def table(layers: Sequence[Document], *, all: bool = False) -> str:
     """Return the layers that separate or are nearest to it, and below them why others do not; or all."""
     if all:
         return "\n".join([layer_table(layers), "", structure_table(layers)])
-    near = _by_nearness(layers)
-    shown = near[:_NEAREST]
-    rows = [_row(layer) for layer in shown]
-    headers = ["layer", "kernel", "nearest structure", "rank", "error", "MACs"]
-    lines = [text_table(rows, headers, [20, None, 23, None, None, None])] if rows else []
-    if len(near) > len(shown):
-        lines.append(f"{len(near) - len(shown)} others are further from any structure (`all` shows them).")
-    lines += _reasons([layer for layer in layers if not layer["structures"]])
-    return "\n".join(chain(lines[:1], [""] * bool(rows and lines[1:]), lines[1:]))
+    rows, below = _nearest(layers)
+    above = [text_table(rows, _HEADERS, [20, None, 23, None, None, None])] if rows else []
+    return "\n".join([*above, *[""] * bool(above and below), *map(fold, below)])
+
+
+def page(layers: Sequence[Document]) -> str:
+    """Return the verdict, and what `table` returns, as HTML."""
+    rows, below = _nearest(layers)
+    shown = tabulate(rows, _HEADERS, tablefmt="html", disable_numparse=True) if rows else ""
+    return "".join([_division(str(verdict(layers))), shown, *map(_division, below)])
 
 
 def outlook_verdict(outlook: Document) -> str:
@@ -65,9 +81,10 @@ def outlook_verdict(outlook: Document) -> str:
     forms = sum(sum(layer["forms"].values()) for layer in layers)
     low, high = (duration_text(seconds) for seconds in outlook["seconds"])
     images = ", ".join(f"{count:,} {name}" for name, count in outlook["images"].items())
+    more = f", {' and '.join(outlook['uncounted'])} not counted," if outlook["uncounted"] else ""
     return (
         f"{forms} forms of {len(layers)} of {len(outlook['layers'])} convolutions would be tried, in about "
-        f"{low} to {high} and {written_size(outlook['bytes'])} of memory (images: {images})."
+        f"{low} to {high}{more} and {written_size(outlook['bytes'])} of memory (images: {images})."
     )
 
 
@@ -80,11 +97,25 @@ def outlook_table(outlook: Document) -> str:
     for layer in outlook["layers"]:
         forms = tuple(f"{scheme} {count}" for scheme, count in layer["forms"].items())
         groups.setdefault((written_count(layer["macs"]), *forms), []).append(layer["name"])
-    rows = [[_some(names, 2), macs, ", ".join(forms)] for (macs, *forms), names in groups.items() if forms]
+    rows = [[some_of(names, 2), macs, ", ".join(forms)] for (macs, *forms), names in groups.items() if forms]
     headers = ["layers", "MACs", "structures, and numbers of their ranks"]
     lines = [text_table(rows, headers, [26, None, 42])] if rows else []
-    lines += _reasons([layer for layer in outlook["layers"] if not layer["forms"]], "no form has fewer MACs")
+    kept = [layer for layer in outlook["layers"] if not layer["forms"]]
+    lines += map(fold, reasons(kept, most=6, otherwise="no form has fewer MACs"))
     return "\n".join(lines)
+
+
+def _nearest(layers: Sequence[Document]) -> tuple[list[list[str]], list[str]]:
+    """Return a row for each of the nearest layers, and sentences on the others."""
+    near = _by_nearness(layers)
+    rest = len(near) - _NEAREST
+    below = [f"{rest} others are further from any structure (`all` lists them)."] if rest > 0 else []
+    below += reasons([layer for layer in layers if not layer["structures"]], most=6)
+    return [_row(layer) for layer in near[:_NEAREST]], below
+
+
+def _division(text: str) -> str:
+    return f"<div>{coded(text)}</div>"
 
 
 def _by_nearness(layers: Sequence[Document]) -> list[Document]:
@@ -109,23 +140,14 @@ def _best(layer: Document) -> Document:
 
 def _row(layer: Document) -> list[str]:
     best = _best(layer)
-    rank = best["rank"] if layer["decision"] == "converted" else max(best["paying_rank"], 1)
-    error = "exact" if layer["decision"] == "converted" else f"{best['best_relative_error']:.1e}"
-    macs = (
-        change_text(*layer["macs"]) if layer["decision"] == "converted" else written_count(layer["macs"][0])
-    )
-    return [layer["name"], kernel_text(layer), best["scheme"], f"{rank} of {best['full_rank']}", error, macs]
-
-
-def _reasons(layers: Sequence[Document], otherwise: str = "") -> list[str]:
-    """Return a line for each reason to keep layers, with their names."""
-    reasons: dict[str, list[str]] = {}
-    for layer in layers:
-        reasons.setdefault(layer["reason"] or otherwise, []).append(layer["name"])
-    return [fold(f"{_some(names)}: {text}.") for text, names in reasons.items()]
-
-
-def _some(names: Sequence[str], most: int = 6) -> str:
-    """Return names joined by commas, the first ones and a count where there are many."""
-    rest = len(names) - most
-    return ", ".join(names) if rest <= 1 else f"{', '.join(names[:most])} and {rest} others"
+    rank, error = max(best["paying_rank"], 1), f"{best['best_relative_error']:.1e}"
+    if layer["decision"] == "converted":
+        rank, error = best["rank"], "exact"
+    return [
+        layer["name"],
+        kernel_text(layer),
+        best["scheme"],
+        f"{rank} of {best['full_rank']}",
+        error,
+        change_text(*layer["macs"]),
+    ]

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 
 from tabulate import tabulate
 
+from sepconvert.measure.comparison import short_names
 from sepconvert.report.text import forms, history
 from sepconvert.report.text.numbers import (
     Document,
@@ -41,7 +42,7 @@ def comparison(document: Document, environment: Document | None, checks: Mapping
         environment: where the models were timed together; None if they were not.
         checks: conditions of `--fail-if`, each with a message for every model that meets it.
     """
-    names = [f"`{name}`" for name in history.short_names(document["names"])]
+    names = [f"`{name}`" for name in short_names(document["names"])]
     profiles, deltas = document["profiles"], document["deltas"]
     parts = [_verdict(names[0], name, delta) for name, delta in zip(names[1:], deltas, strict=True)]
     if failed := [message for messages in checks.values() for message in messages]:

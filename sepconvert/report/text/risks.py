@@ -66,6 +66,12 @@ def doubts(document: Document) -> list[Note]:
     return notes + _interval_doubt(document) + _repetition_doubt(data["repeated"])
 
 
+def is_near_chance(document: Document) -> bool:
+    """Return whether the original can do nothing on the data, so that no drop says anything."""
+    data, accuracy = document["data"], document["original"]["accuracy"]
+    return data is not None and accuracy is not None and not _is_skilled(data, accuracy)
+
+
 def _repetition_doubt(repeated: int) -> list[Note]:
     """Return that images are scored several times; reports of earlier versions do not count them."""
     if not repeated:
@@ -84,9 +90,9 @@ def unseen(document: Document) -> list[Note]:
     Where a classifier itself can do nothing, its drop says nothing about them. What a metric without a level
     of chance has dropped by holds in any case.
     """
-    approximation, accuracy = document["approximation"], document["original"]["accuracy"]
+    approximation = document["approximation"]
     choice, most, quality = approximation["choice"], approximation["budget"]["max_drop"], Quality.of(document)
-    if choice is None or (accuracy is not None and not _is_skilled(document["data"], accuracy)):
+    if choice is None or is_near_chance(document):
         return []
     expected = f"expect a drop of up to {quality.drop(choice['bound'])}"
     if choice["confidence"] is not None:

@@ -231,7 +231,7 @@ def _merges(merges: Sequence[Document]) -> list[Note]:
 
 
 def _calibration(approximation: Document, quality: Quality) -> list[Note]:
-    calibration, finetune = approximation["calibration"], approximation["finetune"]
+    calibration = approximation["calibration"]
     if calibration is None:
         return [
             warning(
@@ -255,15 +255,12 @@ def _calibration(approximation: Document, quality: Quality) -> list[Note]:
             )
         )
     notes += _seen_twice(calibration["seen_twice"], quality)
-    for attempt in finetune["attempts"] if finetune else []:
-        outcome = "delivered" if attempt["delivered"] else "not delivered"
-        before = drop_number(attempt["drop_before_pp"], quality.unit)
-        notes.append(
-            info(
-                f"Fine-tuning changed a plan's drop from {before} to {quality.drop(attempt['drop_pp'])}; it "
-                f"was {outcome}."
-            )
-        )
+    for key, name in (("finetune", "Fine-tuning"), ("reconstruction", "Reconstruction")):
+        for attempt in (approximation.get(key) or {"attempts": ()})["attempts"]:
+            outcome = "delivered" if attempt["delivered"] else "not delivered"
+            before = drop_number(attempt["drop_before_pp"], quality.unit)
+            after = quality.drop(attempt["drop_pp"])
+            notes.append(info(f"{name} changed a plan's drop from {before} to {after}; it was {outcome}."))
     return notes
 
 

@@ -7,6 +7,7 @@ from typing import Literal
 
 from tabulate import tabulate
 
+from sepconvert.base.errors import some_of
 from sepconvert.base.notes import NoteLevel
 from sepconvert.measure.metrics.metric import value_number, written_drop
 from sepconvert.report.text import forms
@@ -46,9 +47,14 @@ def overview(document: Document, style: Literal["text", "html"] = "text") -> str
     notes = [str(note) for note in verdict(document)]
     if style == "html":
         table: str = tabulate(cost_rows(document), _COST_HEADERS, tablefmt="html", disable_numparse=True)
-        escaped = (re.sub(r"`([^`]+)`", r"<code>\1</code>", html.escape(note)) for note in notes)
+        escaped = map(coded, notes)
         return "\n".join([*(f"<p>{note}</p>" for note in escaped), table])
     return "\n".join([*map(fold, notes), "", _cost_table(document)])
+
+
+def coded(text: object) -> str:
+    """Return a text as HTML, in which what stands in backticks is marked up as code."""
+    return re.sub(r"`([^`]+)`", r"<code>\1</code>", html.escape(str(text)))
 
 
 def summary(document: Document) -> str:
@@ -103,10 +109,21 @@ def layer_table(layers: Sequence[Document]) -> str:
     ]
     headers = ["layer", "kernel", "scheme", "MACs", "error"]
     table = text_table(rows, headers, [20, None, 21, 13, None])
-    reasons: dict[str, list[str]] = {}
+    return "\n".join([table, "", *map(fold, reasons(layers))])
+
+
+def reasons(layers: Sequence[Document], *, most: int | None = None, otherwise: str = "") -> list[str]:
+    """Return a sentence for each reason, with its layers, of which no more than `most` are named.
+
+    The reason of a layer that has none is `otherwise`.
+    """
+    found: dict[str, list[str]] = {}
     for layer in layers:
-        reasons.setdefault(layer["reason"], []).append(layer["name"])
-    return "\n".join([table, "", *(fold(f"{', '.join(names)}: {text}.") for text, names in reasons.items())])
+        found.setdefault(layer["reason"] or otherwise, []).append(layer["name"])
+    return [
+        f"{', '.join(names) if most is None else some_of(names, most)}: {text}."
+        for text, names in found.items()
+    ]
 
 
 def structure_table(layers: Sequence[Document]) -> str:

@@ -13,6 +13,7 @@ from sepconvert.report.text.numbers import (
     ratio_text,
     with_unit,
 )
+from sepconvert.report.text.risks import is_near_chance
 
 # Why a layer is kept, for any number of them; the first that occurs has the most to gain from the next step.
 _WHY_KEPT = {
@@ -50,9 +51,15 @@ def _of_float(document: Document) -> Note:
             "measured to be faster."
         )
     if speedup is not None and not speedup["significant"]:
+        low, high = speedup["noise_floor"]
         return warning(
-            f"no gain in speed was found: {outcome}. Keep the original, or measure with more `runs` while "
-            "the machine is idle."
+            f"no gain in speed was found: {outcome}, where the original is [{low:.2f}, {high:.2f}]× as fast "
+            "as itself. Keep the original, or measure with more `runs` while the machine is idle."
+        )
+    if document["approximation"] is not None and is_near_chance(document):
+        return warning(
+            f"not to be judged by these figures: {outcome}. The original itself is near chance on `data`; "
+            "check the images, how they are preprocessed, and the weights."
         )
     if document["approximation"] is not None and measured_drop(document) is None:
         return warning(f"not yet to be deployed: {outcome}. Check the converted model on labelled `data`.")
@@ -160,9 +167,12 @@ def _next_step(document: Document, code: ReasonCode) -> str:
         )
         return f"Raise `max_drop` (it is {Quality.of(document).limit(budget['max_drop'])}), or {others}."
     if code is ReasonCode.COSTS_MORE:
-        return "`gate` macs asks for fewer MACs alone, and `gate` none for nothing; neither promises speed."
+        return (
+            "`gate` macs converts what gets fewer MACs, and `gate` none whatever has a structure; neither "
+            "promises speed."
+        )
     return {
-        ReasonCode.FULL_RANK: "`mode` auto, with `calib` and `data`, finds approximations that pay at "
+        ReasonCode.FULL_RANK: "`mode` auto, with `calib` and `data`, may find approximations that pay at "
         "a small loss of accuracy.",
         ReasonCode.TOO_LARGE: "Pass more `memory`, or fewer `calib_images`.",
         ReasonCode.NOT_SELECTED: "Select other layers (`include`, `exclude`).",

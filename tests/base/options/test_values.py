@@ -117,6 +117,7 @@ def test_globs_admit_layers_by_name(selection, admitted):
 def test_the_runtime_follows_from_the_timing():
     runtime = Timing(threads=3, graph_optimization="basic", provider="CPU", cache="times").runtime
     assert (runtime.threads, runtime.graph_optimization, runtime.provider) == (3, "basic", "cpu")
+    assert Timing(provider="CPUExecutionProvider").runtime == Timing().runtime
     assert Timing().runtime.threads >= 1
     assert Timing().runtime.spinning == "off"
     assert Timing(spinning="on").runtime.spinning == "on"

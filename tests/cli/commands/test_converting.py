@@ -238,7 +238,7 @@ def test_inspect_table(here, run):
     before = listing(here)
     outcome = run("inspect", "net.pt", *SHAPE)
     assert (outcome.code, outcome.err) == (0, "")
-    assert outcome.out.startswith("1 of 2 convolutions separate exactly")
+    assert outcome.out.startswith("1 of 2 convolutions separates exactly")
     assert "2 of 24" in outcome.out
     assert "2/24 holds" in run("inspect", "net.pt", *SHAPE, "--all").out
     assert run("inspect", "net.pt", *SHAPE, "--brief").out.count("\n") == 1

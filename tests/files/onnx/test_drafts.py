@@ -1,8 +1,10 @@
 """Drafts compute what conversions do, and ONNX Runtime makes the same of them as of exported files."""
 
+import ast
 from collections import Counter
 
 import onnx
+import onnx_ir as ir
 import onnxruntime
 import pytest
 import torch
@@ -16,7 +18,8 @@ from sepconvert.factorize.approximate.problem import Problem
 from sepconvert.factorize.approximate.weighted import Moments
 from sepconvert.files.onnx.drafts import Drafts
 from sepconvert.files.onnx.graph.network import open_network
-from sepconvert.files.onnx.writing import onnx_feed, write_onnx
+from sepconvert.files.onnx.structured import onnx_feed
+from sepconvert.files.onnx.writing import write_onnx
 from sepconvert.network.rewrite import rewrite
 from sepconvert.network.tensors import arguments
 from sepconvert.network.trace import traced
@@ -165,6 +168,62 @@ def test_the_runtime_makes_the_same_of_a_draft_as_of_an_exported_file(name, tmp_
             draft.write_bytes(drafts.timed(each).SerializeToString())
         write_onnx(each, (X,), exported, dynamic_batch=False)
         assert optimised(draft, tmp_path / "a.onnx") == optimised(exported, tmp_path / "b.onnx")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.slow) if name in ("functional", "strided") else name
+        for name in NETS
+    ],
+)
+def test_the_file_that_is_delivered_has_the_nodes_and_the_names_of_an_exported_one(name, tmp_path):
+    model = model_of(name)
+    converted, drafts = fitted(model, [7, 3, 11, 5, 2, 9]), Drafts(model, (X,))
+    delivered = drafts.delivered(converted)
+    if name == "reflected":  # where factors pad each by themselves, which the file of the original does not
+        assert delivered is None
+        return
+    exported = tmp_path / "exported.onnx"
+    write_onnx(converted, (X,), exported, interface=drafts.interface)
+    expected, found = onnx.load(exported), ir.to_proto(delivered)
+    onnx.checker.check_model(found, full_check=True)
+    assert Counter(node.op_type for node in found.graph.node) == Counter(
+        node.op_type for node in expected.graph.node
+    )
+    for ends in ("input", "output"):
+        assert list(getattr(found.graph, ends)) == list(getattr(expected.graph, ends))
+    factors = {f"{path}.weight" for path, each in converted.named_modules() if "branches." in path}
+    initializers = {each.name for each in found.graph.initializer}
+    assert {each for each in factors if each in {w.name for w in expected.graph.initializer}} <= initializers
+    scopes = {
+        ast.literal_eval(each.value)[-2]
+        for node in found.graph.node
+        for each in node.metadata_props
+        if node.op_type == "Conv" and each.key == "pkg.torch.onnx.name_scopes"
+    }
+    assert {weight.removesuffix(".weight") for weight in factors & initializers} <= scopes
+
+
+class Scaled(nn.Module):
+    """A parameter that the exporter folds into a constant."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.gain = conv(3, 8), nn.Parameter(torch.rand(2, 4))
+
+    def forward(self, x):
+        return self.conv(x) * self.gain.exp().reshape(1, 8, 1, 1)
+
+
+def test_a_trained_parameter_that_is_part_of_a_constant_is_exported():
+    torch.manual_seed(0)
+    model = Scaled().eval()
+    converted, drafts = fitted(model, [7]), Drafts(model, (X,))
+    assert drafts.delivered(converted) is not None
+    converted.gain = nn.Parameter(converted.gain.detach() * 1.0001)  # a new one: the original holds the other
+    assert drafts.delivered(converted) is None
+    torch.testing.assert_close(drafts.module(converted)(X), converted(X).detach(), rtol=1e-5, atol=1e-6)
 
 
 def test_estimated_statistics_are_in_the_draft():

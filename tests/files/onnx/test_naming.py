@@ -13,7 +13,8 @@ from sepconvert.base.options.exporting import Export
 from sepconvert.files.onnx.export import check_opset
 from sepconvert.files.onnx.graph.network import open_network
 from sepconvert.files.onnx.naming import check_interface, input_names, interface_of
-from sepconvert.files.onnx.writing import checked_interface, onnx_feed, write_onnx
+from sepconvert.files.onnx.structured import onnx_feed
+from sepconvert.files.onnx.writing import checked_interface, write_onnx
 from sepconvert.network.tensors import tensor_leaves
 
 X = torch.linspace(-1, 1, 192).reshape(1, 3, 8, 8)

@@ -10,7 +10,8 @@ from torch import nn
 from sepconvert.base.errors import ExportError, SepconvertError
 from sepconvert.files.onnx.graph.convolutions import OnnxGraph
 from sepconvert.files.onnx.graph.network import open_network
-from sepconvert.files.onnx.writing import note_of, onnx_feed, save_edited, save_files, write_onnx
+from sepconvert.files.onnx.structured import onnx_feed
+from sepconvert.files.onnx.writing import note_of, save_edited, save_files, write_onnx
 
 MODEL = one_conv(separable(8, 4))
 X = torch.randn(3, 4, 9, 10, generator=torch.Generator().manual_seed(0))

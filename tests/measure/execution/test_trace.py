@@ -104,7 +104,7 @@ def test_the_reader_finds_what_breaks_the_format(paths):
     document = trace_of([("a", paths["original.onnx"])], [IMAGE], Runtime(1))
     complete = [event for event in document["traceEvents"] if event["ph"] == "X"]
     for event, key, value in (
-        (complete[1], "dur", 1e9),  # beyond the run that holds it
+        (complete[2], "dur", 1e9),  # beyond the run that holds it, after whose start it begins
         (complete[1], "ts", -1),
         (complete[0], "ph", "B"),
         (complete[0], "pid", "a"),

@@ -1,6 +1,7 @@
 """ONNX Runtime's activation functions pass, saturated or not; what is wrong behind them is still caught."""
 
 import functools
+import math
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from torch.nn import functional as F
 
 from sepconvert.base.environment import Runtime
 from sepconvert.files.onnx.export import export_program, save_onnx
-from sepconvert.files.onnx.writing import onnx_feed
+from sepconvert.files.onnx.structured import onnx_feed
 from sepconvert.measure.latency import Deployed, session
 from sepconvert.measure.verification.activations import OPERATOR_ERRORS, ActivationErrors
 from sepconvert.measure.verification.outputs import Reference, compare_export, reference
@@ -96,7 +97,11 @@ def alone(name, level, dtype):
 # What is right
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "dtype",
+    [pytest.param(dtype, marks=[pytest.mark.slow] * (dtype is torch.bfloat16)) for dtype in DTYPES],
+    ids=str,
+)
 @pytest.mark.parametrize("level", LEVELS)
 def test_activations_in_the_runtime_pass_in_every_place(level, dtype, tmp_path):
     overflows = dtype is torch.float16 and level == "high"
@@ -155,6 +160,38 @@ def test_an_error_before_a_saturated_activation_is_caught(name, level, break_it)
         right = [[each.double() for each in model(*inputs)] for inputs in expected.inputs]
     assert compare_export(expected, right).holds
     assert not compare_export(expected, runs).holds
+
+
+class Limited(nn.Module):
+    """A convolution, and functions that have no value beyond the range of the activation before them."""
+
+    def __init__(self, name, level):
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            self.conv = nn.Conv2d(3, 2, 3)
+        self.conv.bias.data += level
+        self.function = LIMITED[name]
+
+    def forward(self, x):
+        return self.function(self.conv(x))
+
+
+LIMITED = {
+    "root of sigmoid": lambda x: x.sigmoid().sqrt(),
+    "root of sech": lambda x: (1 - x.tanh() ** 2).sqrt(),
+    "power of softmax": lambda x: x.softmax(1) ** 0.5,
+    "arc of sine": lambda x: x.sin().asin(),
+}
+
+
+@pytest.mark.parametrize("level", [-30.0, -16.0, 0.0, 16.0])
+@pytest.mark.parametrize("name", LIMITED)
+def test_what_follows_has_a_value_though_an_activation_errs(name, level, tmp_path):
+    model = Limited(name, level).eval()
+    expected = reference(model, (INPUTS,), (), {}, 0)
+    assert all(math.isfinite(rounding) for case in expected.cases for rounding in case.roundings)
+    assert compare_export(expected, in_runtime(model, expected, tmp_path)).holds
 
 
 # The model of the errors

@@ -23,7 +23,7 @@ from sepconvert.base.options.values import (
 )
 from sepconvert.cli.demo.net import load
 from sepconvert.factorize.approximate.problem import Problem
-from sepconvert.files.onnx.writing import onnx_feed
+from sepconvert.files.onnx.structured import onnx_feed
 from sepconvert.measure.latency import Deployed, PairTiming, Speedup, measure_pair
 from sepconvert.measure.statistics import Interval
 from sepconvert.network.layers import FactorizedConv2d

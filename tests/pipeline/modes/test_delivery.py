@@ -1,17 +1,23 @@
-"""How far a plan may go before fine-tuning, and which of several is delivered."""
+"""How far a plan may go before it is tuned, and which of several is delivered."""
+
+from types import SimpleNamespace
 
 import pytest
 from conversions import apart, convert_small
 from hypothesis import given
 from hypothesis import strategies as st
 
+from sepconvert.base.options.values import Budget
 from sepconvert.pipeline.modes import delivery
-from sepconvert.pipeline.modes.delivery import MOST, Attempt, next_drop
+from sepconvert.pipeline.modes.delivery import Attempt, Tuned, Tuning, next_drop
 from sepconvert.report.text.tables import summary
+
+MOST = 3
+TUNING = Tuning(lambda point, attempt: pytest.fail("nothing is tuned here"), MOST, won_back=3.0)
 
 
 def test_the_first_is_guessed_at():
-    assert next_drop([], 1.0) == pytest.approx(3.0)
+    assert next_drop([], 1.0, TUNING) == pytest.approx(3.0)
 
 
 @pytest.mark.parametrize(
@@ -29,7 +35,7 @@ def test_the_first_is_guessed_at():
     ],
 )
 def test_what_is_won_back_tells_how_far_to_go(attempts, expected):
-    found = next_drop([Attempt(*each) for each in attempts], 1.0)
+    found = next_drop([Attempt(*each) for each in attempts], 1.0, TUNING)
     assert found == (None if expected is None else pytest.approx(expected))
 
 
@@ -39,7 +45,7 @@ def drops(low):
 
 @given(st.lists(st.builds(Attempt, drops(0), drops(-100)), max_size=MOST), drops(0.01))
 def test_none_is_beyond_one_that_did_not_come_back_nor_short_of_one_that_did(attempts, most):
-    found = next_drop(attempts, most)
+    found = next_drop(attempts, most, TUNING)
     if found is None:
         return
     assert found > most
@@ -52,7 +58,7 @@ def test_none_is_beyond_one_that_did_not_come_back_nor_short_of_one_that_did(att
 @given(st.floats(1.1, 10), st.floats(0.5, 3), st.floats(0.1, 5))
 def test_what_comes_back_in_proportion_is_found_within_three(ratio, plans, most):
     attempts = []
-    while (drop := next_drop(attempts, most)) is not None:
+    while (drop := next_drop(attempts, most, TUNING)) is not None:
         before = drop * min(plans, 1)  # a search may find less than it was allowed
         attempts.append(Attempt(before, before / ratio))
     assert len(attempts) <= MOST
@@ -61,8 +67,8 @@ def test_what_comes_back_in_proportion_is_found_within_three(ratio, plans, most)
 
 
 def test_of_plans_that_fine_tuning_brings_back_the_last_is_delivered(small, monkeypatch):
-    def far(attempts, most):
-        return next_drop(attempts, most) if attempts else 100.0  # the cheapest plan of all
+    def far(attempts, most, tuning):
+        return next_drop(attempts, most, tuning) if attempts else 100.0  # the cheapest plan of all
 
     monkeypatch.setattr(delivery, "next_drop", far)
     report = convert_small(small, max_drop=0.5, data=apart(small[1])[1], finetune=1).report
@@ -82,6 +88,36 @@ def test_fine_tuning_may_win_back_what_a_plan_loses(small):
     assert report["approximation"]["finetune"]["attempts"][-1]["delivered"]
     assert report["approximation"]["steps"][-1]["name"] == "fine-tune"
     assert report["delta"]["accuracy_drop_pp"]["value"] <= 30
+
+
+@pytest.mark.parametrize(
+    ("attempts", "untuned", "delivered"),
+    [
+        ([(9, 0.8, 0.7)], 8, "untuned"),  # cost, and drops before and after
+        ([(8, 0.8, 0.7)], 9, 0),
+        ([(8, 1.5, 0.9)], 7, 0),  # that one is not even looked at
+        ([(7, 1.5, 1.1), (8, 1.3, 0.9)], 7, 1),
+        ([(7, 1.5, 1.1)], 9, "untuned"),
+    ],
+)
+def test_the_plan_that_goes_furthest_is_delivered(monkeypatch, attempts, untuned, delivered):
+    def point(cost):
+        return SimpleNamespace(plan=SimpleNamespace(cost=cost))
+
+    tried = tuple(
+        Tuned(point(cost), SimpleNamespace(model=number), (), Attempt(before, after))
+        for number, (cost, before, after) in enumerate(attempts)
+    )
+    monkeypatch.setattr(delivery, "_tuning", lambda *_: TUNING)
+    monkeypatch.setattr(delivery, "_attempts", lambda *_: tried)
+    search = SimpleNamespace(
+        run=lambda budget: point(untuned),
+        measurements=SimpleNamespace(fitted=lambda point: SimpleNamespace(model="untuned")),
+    )
+    job = SimpleNamespace(budget=Budget(max_drop=1.0), nearest=False)
+    found = delivery.deliver(SimpleNamespace(scores=object()), job, search, None)
+    assert found.model == delivered
+    assert found.tried == tried
 
 
 def test_the_nearest_plan_is_delivered_on_demand(small):

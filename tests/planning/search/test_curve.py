@@ -10,7 +10,7 @@ from plan_bench import REST, Bench, layer, surveys
 from strategies import numbered
 
 from sepconvert.planning.allocate import IN_FLOAT, Candidate, in_float, replaced
-from sepconvert.planning.search.curve import Curve, Measured, Totals
+from sepconvert.planning.search.curve import Curve, Measurement, Totals
 
 
 @pytest.fixture
@@ -100,7 +100,7 @@ def test_the_entry_of_a_point_in_the_report(curve):
     assert (dense["delivered"], cheapest["delivered"]) == (False, True)
     assert cheapest["ranks"] == {name: ["depthwise-pointwise", 1] for name in "abcd"}
     assert cheapest["heldout"] is cheapest["accuracy_drop_pp"] is cheapest["latency_speedup"] is None
-    assert not Measured()
+    assert not Measurement()
 
 
 @numbered(60)

@@ -12,7 +12,7 @@ from sepconvert.base.environment import Runtime
 from sepconvert.base.progress import silent
 from sepconvert.files.onnx.drafts import Drafts
 from sepconvert.network.trace import trace
-from sepconvert.planning.timing.clock import FORM_RUNS, Clock
+from sepconvert.planning.timing.clock import Clock
 
 FORMS_TIMED = [("spatial-vh", 4), ("depthwise-pointwise", 2), ("channel-subspace", 8)]
 
@@ -99,4 +99,3 @@ def test_where_nothing_can_be_kept(site, tmp_path):
     place.write_text("")
     (found,) = Clock(Runtime(1), 0, place / "cache", 60).forms(site, FORMS_TIMED[:1]).forms.values()
     assert found.measured
-    assert FORM_RUNS >= 10

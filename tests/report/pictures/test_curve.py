@@ -143,7 +143,7 @@ def test_the_axis_is_that_of_the_metric(drawn):
     document = drawn(plan(1, 0.25, delivered=True))
     assert any("top-1" in text for text in texts(curve.trade_off(document)))
     document["delta"]["metric"] |= {"name": "psnr", "unit": "dB"}
-    assert any("psnr, dB" in text for text in texts(curve.trade_off(document)))
+    assert any("psnr drop, dB" in text for text in texts(curve.trade_off(document)))
 
 
 def test_without_data_there_is_the_divergence_alone(drawn):
@@ -151,7 +151,7 @@ def test_without_data_there_is_the_divergence_alone(drawn):
     document["delta"]["metric"] = None
     shown = " ".join(texts(curve.trade_off(document)))
     assert "divergence from the original" in shown
-    assert "change of" not in shown
+    assert "drop" not in shown
     assert "← delivered" in shown
 
 

@@ -30,8 +30,13 @@ def test_every_step_is_explained_under_its_name():
     named = set()
     for path in Path(sepconvert.__file__).parent.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "Step":
-                named |= {each.value for each in node.args[1:2] if isinstance(each, ast.Constant)}
+            if not isinstance(node, ast.Call):
+                continue
+            function, *arguments = node.func, *node.args
+            if getattr(function, "id", "") == "partial" and arguments:
+                function, *arguments = arguments
+            if getattr(function, "id", "") == "Step":
+                named |= {each.value for each in arguments[1:2] if isinstance(each, ast.Constant)}
     assert len(named) > 4
     assert {entry.word for entry in STEPS} == named
 

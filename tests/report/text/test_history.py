@@ -3,7 +3,7 @@
 import pytest
 from profiles import speedup
 
-from sepconvert.report.text.history import amount_text, change_rows, changes_text, obstacles, short_names
+from sepconvert.report.text.history import amount_text, change_rows, changes_text, obstacles
 
 
 def change(quantity, then, now, amount=0.0, **more):
@@ -71,16 +71,3 @@ def test_a_terminal_is_wide_enough():
     assert "not compared" in text
     assert changes_text([{**MODELS[1], "changes": []}]).startswith("a/new.onnx, ONNX bytes")
     assert changes_text([]) == ""
-
-
-@pytest.mark.parametrize(
-    ("paths", "names"),
-    [
-        (["a/x.onnx", "b/y.onnx"], ["x.onnx", "y.onnx"]),
-        (["a/x.onnx", "b/x.onnx"], ["a/x.onnx", "b/x.onnx"]),
-        (["a/x.onnx"], ["x.onnx"]),
-        ([], []),
-    ],
-)
-def test_short_names(paths, names):
-    assert short_names(paths) == names

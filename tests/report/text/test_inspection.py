@@ -27,8 +27,9 @@ def names(text):
 
 def test_nothing_separates():
     assert str(verdict(LAYERS)) == (
-        "0 of 3 convolutions separate exactly. The nearest, near, is 12.5% off a input-subspace form of rank "
-        "5. `mode` auto, with `calib` and `data`, finds approximations that pay at a small loss of accuracy."
+        "0 of 3 convolutions separate exactly. The nearest is near: rank 5 of structure input-subspace "
+        "leaves an error of 12.5 % of its kernel. `mode` auto, with `calib` and `data`, may find "
+        "approximations that pay at a small loss of accuracy."
     )
     assert names(table(LAYERS)) == ["near", "far"]
     assert "named: not selected." in table(LAYERS)
@@ -36,7 +37,10 @@ def test_nothing_separates():
 
 def test_what_separates_comes_first():
     found = [*LAYERS, layer("sep", 1e-8, 0.5, decision="converted", macs=(1000, 250))]
-    assert str(verdict(found)).startswith("1 of 4 convolutions separate exactly, which leaves 1.23× fewer ")
+    assert str(verdict(found)) == (
+        "1 of 4 convolutions separates exactly, which takes all of them from 4k MACs to 3.25k, 1.23× fewer: "
+        "convert the model in `mode` exact."
+    )
     assert names(table(found)) == ["sep", "near", "far"]
     assert "exact" in table(found).splitlines()[2]
 
@@ -45,12 +49,12 @@ def test_long_inspections_are_cut():
     many = [layer(f"near{number}", 0.25 + number / 1000) for number in range(30)]
     text = table(many)
     assert len(names(text)) == 10
-    assert "20 others are further from any structure (`all` shows them)." in text
+    assert "20 others are further from any structure (`all` lists them)." in text
 
 
 def test_no_convolution():
     assert "runs no convolution" in str(verdict([]))
-    assert "none can be replaced" in str(verdict([layer("named", reason="not selected")]))
+    assert "0 of 1 convolution can be replaced" in str(verdict([layer("named", reason="not selected")]))
 
 
 def test_an_outlook_groups_layers_alike():
@@ -61,12 +65,13 @@ def test_an_outlook_groups_layers_alike():
     outlook = {
         "layers": [*layers, kept], "seconds": [30.0, 120.0], "bytes": int(2e9),
         "images": {"fitted": 1280, "held out": 256, "scored": 5000},
+        "uncounted": [],
     }  # fmt: skip
     assert outlook_verdict(outlook) == (
         "12 forms of 4 of 5 convolutions would be tried, in about 30 s to 120 s and 2.0 GB of memory "
         "(images: 1,280 fitted, 256 held out, 5,000 scored)."
     )
     text = outlook_table(outlook)
-    assert "a, b and 2 others" in text
+    assert "a, b and 2 more" in text
     assert text.endswith("stem: not selected.")
     assert outlook_verdict({**outlook, "layers": [kept]}).startswith("No convolution may be replaced")

@@ -112,7 +112,7 @@ def test_an_exact_conversion_of_nothing_says_what_to_try(document):
     assert not any("nothing was converted" in text for text in texts(document))
     assert nothing(document, "obstacle", "full-rank", "full-rank") == (
         "nothing was converted. Of 3 convolutions: 2 without an exact structure, 1 not replaceable here. "
-        "`mode` auto, with `calib` and `data`, finds approximations that pay at a small loss of accuracy."
+        "`mode` auto, with `calib` and `data`, may find approximations that pay at a small loss of accuracy."
     )
     assert "`gate` none" in nothing(document, "costs-more")
     assert "Of 1 convolution: 1 not selected. Select other" in nothing(document, "not-selected")

@@ -63,6 +63,20 @@ def test_without_data_accuracy_is_checked_first(approximate):
     assert text.endswith("accuracy not measured. Check the converted model on labelled `data`.")
 
 
+def test_figures_of_an_original_near_chance_are_no_reason_to_deploy(approximate):
+    approximate["original"]["accuracy"] |= {"top1": 0.13, "n": 2000}  # one answer for all has 0.125
+    level, text = said(approximate)
+    assert level is NoteLevel.WARNING
+    assert text.startswith("not to be judged by these figures: ")
+    assert "The original itself is near chance on `data`; check the images" in text
+
+
+def test_no_gain_is_told_with_the_noise_that_decides_it(document):
+    document["delta"]["latency_speedup"] = speedup(1.11, 1.05, 1.14, significant=False)
+    assert "as fast as itself" in said(document)[1]
+    assert "[0.98, 1.02]×" in said(document)[1]
+
+
 def test_what_was_not_timed_is_not_called_faster(bare):
     level, text = said(bare)
     assert level is NoteLevel.INFO

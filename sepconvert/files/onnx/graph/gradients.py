@@ -62,11 +62,11 @@ def add_gradients(network: OnnxNetwork, inputs: Inputs) -> str | None:
     return None
 
 
-def demand_gradients(reason: str | None) -> None:
-    """Raise `SepconvertError` if a network that is to be trained has no gradients."""
+def demand_gradients(reason: str | None, option: str) -> None:
+    """Raise `SepconvertError` if a network that is to be trained, by some option, has no gradients."""
     if reason is not None:
         raise SepconvertError(
-            f"`finetune`: needs gradients, and the ONNX file has none: {reason}; leave `finetune` out, or "
+            f"`{option}`: needs gradients, and the ONNX file has none: {reason}; leave `{option}` out, or "
             "convert the model that the file was exported from"
         )
 

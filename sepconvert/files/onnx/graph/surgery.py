@@ -7,7 +7,7 @@ training information, annotations and references to external data are those of t
 import copy
 import itertools
 from collections import Counter
-from collections.abc import Collection, Generator, Iterable, Iterator, Sequence
+from collections.abc import Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -53,6 +53,7 @@ def edited(
     *,
     embedded: bool = False,
     folding: bool = False,
+    paths: Mapping[str, str] | None = None,
 ) -> onnx.ModelProto:
     """Return the model of a graph with some convolutions as they are in modules; see `converted_model`.
 
@@ -61,8 +62,10 @@ def edited(
         modules: what takes the place of convolutions; the others stay.
         embedded: whether to hold external data in the message.
         folding: whether to fold each BatchNorm into the convolution before it, replaced or not.
+        paths: names of convolutions, by their outputs, that their factors are named after; None for those
+            that they have in the graph.
     """
-    edit = _Edit(graph, graph.whole if embedded else graph.model, folding)
+    edit = _Edit(graph, graph.whole if embedded else graph.model, folding, paths or {})
     others = list(graph.convolutions)
     for convolution, module in modules:
         edit.exchange(convolution, module)
@@ -85,14 +88,16 @@ class _Factor:
 class _Edit:
     """A copy of a model while it is edited."""
 
-    def __init__(self, graph: OnnxGraph, model: onnx.ModelProto, folding: bool) -> None:
-        self._original, self._folding = graph, folding
+    def __init__(
+        self, graph: OnnxGraph, model: onnx.ModelProto, folding: bool, paths: Mapping[str, str]
+    ) -> None:
+        self._original, self._folding, self._paths = graph, folding, paths
         self._model = onnx.ModelProto()
         self._model.CopyFrom(model)
         self._graph = self._model.graph
         self._instead: dict[str, list[onnx.NodeProto]] = {}  # by output of the node that they replace
         self._released: list[str] = []  # values that replaced nodes no longer read
-        self._lost = set[str]()  # values that are made no more
+        self._lost = set[str]()  # values that are made no more, or in another shape
         self._weights: list[onnx.TensorProto] = []
         self._taken = {node.name for node in nodes_in(self._graph.node)}
         self._taken |= {name for graph in graphs_of(self._model) for name in _values_of(graph)}
@@ -101,15 +106,18 @@ class _Edit:
         """Write a module in the place of a convolution, unless it is what stands there."""
         if isinstance(module, FactorizedConv2d):
             self._replace(convolution, _chains(convolution, module))
+            if _is_merged(module.spec, convolution):
+                self._lost.add(convolution.output)
         elif isinstance(module, Conv):
             self._update(convolution, module)
         elif isinstance(module, nn.Conv2d):  # the dense form of this and the next one
             spec = _with_padding(_spec_of(module), convolution)
             self._replace(convolution, [[_Factor(spec, module.weight, module.bias)]])
+            self._lost.add(convolution.output)
         elif isinstance(module, nn.Identity):  # it is part of the one before
             node = convolution.node
             self._released += node.input[1:]
-            name = self._free(f"{convolution.name}.merged")
+            name = self._free(self._path(convolution, "merged"))
             identity = onnx.helper.make_node("Identity", [node.input[0]], [node.output[0]], name=name)
             self._instead[convolution.output] = [identity]
         else:
@@ -148,10 +156,11 @@ class _Edit:
         for index, before, value in pairs:
             if value is None:
                 continue
-            after = value.detach().cpu().numpy()
+            after = value.detach().double().cpu().numpy()  # NumPy has no bfloat16
             if before is not None and np.array_equal(before, after.astype(before.dtype), equal_nan=True):
                 continue
-            name = self._constant(f"{convolution.name}.{('weight', 'bias')[index - 1]}", value, convolution)
+            name = self._path(convolution, ("weight", "bias")[index - 1])
+            name = self._constant(name, value, convolution)
             if len(node.input) > index:
                 node.input[index] = name
             else:
@@ -176,13 +185,14 @@ class _Edit:
         for branch, chain in enumerate(chains):
             value = convolution.input
             for place, factor in enumerate(chain):
-                path = f"{convolution.name}.branches.{branch}.{place}"
+                is_factor = len(chains) > 1 or len(chain) > 1  # or else a BatchNorm is folded into a layer
+                path = self._path(convolution, *["branches", branch, place] * is_factor)
                 last = len(chains) == 1 and place == len(chain) - 1
                 nodes += self._written(convolution, factor, path, value, output if last else None)
                 value = nodes[-1].output[0]
             if total:
                 last = branch == len(chains) - 1
-                name = self._free(f"{convolution.name}.sum.{branch}")
+                name = self._free(self._path(convolution, "sum", branch))
                 total_name = output if last else self._free(f"{name}.output")
                 nodes.append(onnx.helper.make_node("Add", [total, value], [total_name], name=name))
                 value = total_name
@@ -240,9 +250,14 @@ class _Edit:
         versions = [each.version for each in self._model.opset_import if each.domain in ("", "ai.onnx")]
         return int(versions[0]) if versions else 1
 
+    def _path(self, convolution: Convolution, *parts: object) -> str:
+        """Return the name of a part of what takes the place of a convolution; the model itself has none."""
+        names = self._paths.get(convolution.output, convolution.name), *map(str, parts)
+        return ".".join(filter(None, names))
+
     def _constant(self, name: str, value: Tensor, convolution: Convolution) -> str:
         """Add a weight to the model, in the dtype of the kernel, and return its name."""
-        array = value.detach().cpu().numpy().astype(convolution.weight.dtype)
+        array = value.detach().double().cpu().numpy().astype(convolution.weight.dtype)
         self._weights.append(numpy_helper.from_array(array, self._free(name)))
         return str(self._weights[-1].name)
 
@@ -303,9 +318,15 @@ def _norm_behind(onnx_graph: OnnxGraph, convolution: Convolution) -> "_Norm | No
     return _Norm(node, scale, shift - mean * scale)
 
 
+def _is_merged(spec: ConvSpec, convolution: Convolution) -> bool:
+    """Return whether a layer in the place of a Conv also does what the next one does, by its geometry."""
+    own = convolution.weight.shape, convolution.stride, convolution.dilation
+    return (spec.weight_shape, spec.stride, spec.dilation) != own
+
+
 def _as_in_file(spec: ConvSpec, convolution: Convolution) -> ConvSpec:
     """Return the geometry of a layer with the padding that the Conv in the file does."""
-    if convolution.pads is None:
+    if convolution.pads is None or _is_merged(spec, convolution):
         return spec
     return replace(spec, padding=convolution.padding((0, 0)), padding_mode="zeros")
 
@@ -361,7 +382,7 @@ def _drop_unread(graph: onnx.GraphProto, released: Iterable[str], lost: Collecti
     Args:
         graph: edited in place.
         released: values that replaced nodes no longer read.
-        lost: values that are made no more.
+        lost: values that are made no more, or in another shape, whose description goes.
     """
     waiting, gone = list(released), set[str]()
     returned = {value.name for value in graph.output}

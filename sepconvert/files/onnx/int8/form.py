@@ -33,8 +33,8 @@ from sepconvert.files.onnx.int8.quantizer import (
 )
 from sepconvert.files.onnx.int8.statistics import Channels, channel_statistics
 from sepconvert.files.onnx.naming import Interface, interface_of
-from sepconvert.files.onnx.structured import example_of, filled
-from sepconvert.files.onnx.writing import onnx_feed, write_onnx
+from sepconvert.files.onnx.structured import example_of, filled, onnx_feed
+from sepconvert.files.onnx.writing import write_onnx
 from sepconvert.network.copies import duplicate, shared_parameters
 from sepconvert.network.layers import Conv
 from sepconvert.network.tensors import InputBatch, Inputs, StandIn, ordered_like

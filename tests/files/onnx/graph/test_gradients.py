@@ -52,7 +52,7 @@ def test_an_operator_that_torch_lacks_is_the_reason():
     reason = add_gradients(network, (X,))
     assert "QuickGelu" in reason
     with pytest.raises(SepconvertError, match=r"`finetune`: needs gradients, .*QuickGelu"):
-        demand_gradients(reason)
+        demand_gradients(reason, "finetune")
 
 
 def test_a_translation_that_is_wrong_is_not_used(monkeypatch):
@@ -72,7 +72,7 @@ def test_a_translation_that_is_wrong_is_not_used(monkeypatch):
 
 
 def test_gradients_are_not_demanded_where_there_are_some():
-    demand_gradients(None)
+    demand_gradients(None, "finetune")
 
 
 def test_norms_in_inference_mode_have_gradients():

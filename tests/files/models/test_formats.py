@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from sepconvert.base.errors import SepconvertError
-from sepconvert.files.models.sources import model_format
+from sepconvert.files.models.formats import model_format
 
 
 def save_archive(path: Path) -> None:
@@ -55,7 +55,7 @@ def test_archives_of_something_else_are_no_models(tmp_path):
 
 def test_no_heavy_library_is_imported():
     program = (
-        "import sys, sepconvert.files.models.sources\n"
+        "import sys, sepconvert.files.models.formats\n"
         "print({'torch', 'numpy', 'onnx', 'safetensors', 'PIL'} & {*sys.modules})"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)  # noqa: S603

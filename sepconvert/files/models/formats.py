@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 from sepconvert.base.errors import SepconvertError, one_line, some_of
-from sepconvert.files.models.names import FORMS, check_library, name_of
+from sepconvert.files.models.names import PATTERNS, check_library, name_of
 
 ModelFormat = Literal["torch.save", "legacy torch.save", "pt2", "safetensors", "onnx", "origin", "named"]
 """Format of a model file.
@@ -70,7 +70,7 @@ def _format_of_torch(path: Path) -> ModelFormat:
         with path.open("rb") as file:
             head = file.read(64)
     except FileNotFoundError:
-        raise SepconvertError(f"{path}: there is no such file; {_EXPECTED}, or a name: {FORMS}") from None
+        raise SepconvertError(f"{path}: there is no such file; {_EXPECTED}, or a name: {PATTERNS}") from None
     except OSError as error:
         raise SepconvertError(f"{path}: cannot be read ({error.strerror}); {_EXPECTED}") from error
     if head.startswith(b"PK\x03\x04"):

@@ -1,0 +1,1 @@
+"""Command `demo`: an embedded classifier, its images, and their conversion in all modes."""
