@@ -253,7 +253,7 @@ def modules_to_test() -> list[str]:
 
 
 def mirror(module: str) -> Path:
-    """`files/onnx/fold` is tested by `tests/files/onnx/test_fold.py`."""
+    """`files/onnx/passes` is tested by `tests/files/onnx/test_passes.py`."""
     return TESTS / module.rpartition("/")[0] / f"test_{module.rpartition('/')[2]}.py"
 
 

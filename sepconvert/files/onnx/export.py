@@ -25,9 +25,9 @@ from sepconvert.base.documents import writing
 from sepconvert.base.errors import ExportError, SepconvertError, first_line
 from sepconvert.base.modules import hashable, unshadowed
 from sepconvert.base.options.exporting import LEAST_OPSET
-from sepconvert.files.onnx.fold import FoldBatchNormPass
 from sepconvert.files.onnx.graph.running import answers
 from sepconvert.files.onnx.naming import Interface, NamingPass, interface_of, names_in, output_names
+from sepconvert.files.onnx.passes import FoldBatchNormPass, LogSigmoidPass
 from sepconvert.network.copies import private_copy
 from sepconvert.network.tensors import Inputs, cast, fresh, model_dtype, tensor_leaves
 
@@ -96,6 +96,7 @@ class Exported:
                 assert made is not None  # noqa: S101  (it is None only without dynamo)
                 for node in made.model.graph.all_nodes():
                     node.metadata_props.pop(_STACK_TRACE, None)
+                LogSigmoidPass()(made.model)
                 self._name(made.model)
             except Exception as error:  # the exporter raises errors of many kinds
                 raise _export_error("ONNX", error) from error

@@ -18,7 +18,7 @@ from sepconvert.files.onnx.graph.network import OnnxNetwork
 from sepconvert.files.onnx.graph.running import answers
 from sepconvert.files.onnx.graph.surgery import converted_model
 from sepconvert.files.onnx.structured import onnx_feed
-from sepconvert.measure.verification.activations import ActivationErrors
+from sepconvert.measure.verification.activations import ActivationErrors, hides
 from sepconvert.network.calls import Call, ConvolutionInterceptor
 from sepconvert.network.copies import private_copy
 from sepconvert.network.tensors import Inputs, cast, floating, fresh, largest, model_dtype, tensor_leaves
@@ -41,9 +41,6 @@ _SIGNS: tuple[Literal["random", "equal"], ...] = ("random", "equal")
 
 # Factors of random inputs that are tried on a model whose outputs are within rounding of each other.
 _GAINS = (8.0, 64.0, 512.0, 4096.0)
-
-
-_VISIBLE = 2.0**-8  # share of the outputs' spread that rounding must not exceed
 
 
 @dataclass(frozen=True)
@@ -88,6 +85,23 @@ class Case:
     outputs: Outputs
     tolerances: tuple[float, ...]  # by rounding of the converted kernels
     roundings: tuple[float, ...]  # by the runtime's arithmetic and its activation functions
+    flat: frozenset[int] = frozenset()  # activations within whose rounding their own outputs lie
+
+    @property
+    def hidden(self) -> set[tuple[str, int]]:
+        """Outputs and activations that vary by less than can be told from rounding."""
+        outputs = {
+            ("output", number)
+            for number, (values, rounding) in enumerate(zip(self.outputs, self.roundings, strict=True))
+            if hides(values, rounding)
+        }
+        return outputs | {("activation", number) for number in self.flat}
+
+    @property
+    def shows(self) -> bool:
+        """Whether some output varies visibly, and none overflows, as it may sooner in the runtime's dtype."""
+        finite = all(map(math.isfinite, self.roundings)) and all(o.isfinite().all() for o in self.outputs)
+        return finite and not self.hidden >= {("output", number) for number in range(len(self.outputs))}
 
 
 @dataclass(frozen=True)
@@ -123,8 +137,9 @@ def reference(
 
     An ONNX file is also run on another batch and on another size, where they are open.
 
-    Outputs that lie within rounding of each other, such as those of a saturated sigmoid, would hide a wrong
-    kernel. Then the model is also run on larger random inputs.
+    Values that lie within rounding of each other, such as those of a saturated sigmoid, would hide a wrong
+    kernel before them. Where outputs, or those of an activation inside, do so, the model is also run on
+    larger random inputs.
 
     A model that runs in its own dtype alone is run in that, and one that refuses random inputs runs on the
     given ones alone.
@@ -139,7 +154,7 @@ def reference(
         # The user's code may raise anything.
         with contextlib.suppress(Exception) if number < len(attempts) else contextlib.nullcontext():
             cases = tuple(map(runs.case, chosen))
-            more = (*runs.larger(cases[-1]), *runs.resized(inputs))
+            more = (*runs.larger(cases), *runs.resized(inputs))
             return Reference((*cases, *more), dtype, runtime_dtype(model))
     raise AssertionError("the last attempt returns or raises")
 
@@ -162,8 +177,7 @@ class _Runs:
     def case(self, inputs: Inputs) -> Case:
         """Return the outputs for some inputs, and how far they may move."""
         precise = cast(inputs, self._dtype)
-        with ActivationErrors(0.0, "equal", self._seed) as activations:
-            plain = float64_outputs(self._precise, precise)
+        plain, activations = self._plain(precise)
         perturbed = _perturbed(self._precise, precise, self._sites, self._tolerances, self._seed)
         rounded = self._in_runtime_dtype(inputs)
         moved = self._moved_by_activations(precise, plain) if activations.count else [0.0] * len(plain)
@@ -180,7 +194,13 @@ class _Runs:
                 + by_activations
                 for each, e, by_activations in zip(zip(*rounded, strict=True), plain, moved, strict=True)
             ),
+            frozenset(activations.flat),
         )
+
+    def _plain(self, precise: Inputs) -> tuple[Outputs, ActivationErrors]:
+        """Return the outputs for some inputs, and what is known of the activations on the way."""
+        with ActivationErrors(self._eps, "none", self._seed) as activations:
+            return float64_outputs(self._precise, precise), activations
 
     def _in_runtime_dtype(self, inputs: Inputs) -> list[Outputs]:
         """Return the outputs in the dtype of the runtime, computed in one way or in several.
@@ -196,17 +216,21 @@ class _Runs:
                 found.append([torch.from_numpy(np.asarray(each)).double() for each in returned])
         return found
 
-    def larger(self, case: Case) -> tuple[Case, ...]:
-        """Return a case of larger inputs if rounding alone explains how some output of `case` varies."""
-        best, hidden = case, _hidden(case)
+    def larger(self, cases: Sequence[Case]) -> tuple[Case, ...]:
+        """Return cases of larger inputs, each of which shows something that is hidden in all others."""
+        found, hidden = list[Case](), set.intersection(*(case.hidden for case in cases))
         for gain in _GAINS if hidden else ():
+            inputs = floating(partial(torch.mul, torch.tensor(gain)), cases[-1].inputs)
             with contextlib.suppress(Exception):
-                found = self.case(floating(partial(torch.mul, torch.tensor(gain)), case.inputs))
-                if all(output.isfinite().all() for output in found.outputs) and _hidden(found) < hidden:
-                    best, hidden = found, _hidden(found)
-            if not hidden:
-                break
-        return () if best is case else (best,)
+                _, activations = self._plain(cast(inputs, self._dtype))
+                flat = {("activation", number) for number in activations.flat}
+                if hidden <= flat:  # nothing new, at a fraction of the time of a case
+                    continue
+                case = self.case(inputs)
+                if case.shows and hidden - case.hidden:
+                    found.append(case)
+                    hidden &= case.hidden
+        return tuple(found)
 
     def resized(self, inputs: Inputs) -> tuple[Case, ...]:
         """Return cases of other sizes, where an ONNX file leaves sizes open and runs in these."""
@@ -234,15 +258,6 @@ class _Runs:
                 outputs = float64_outputs(self._precise, inputs)
             moved.append([_SAFETY * _difference(a, e) for a, e in zip(outputs, plain, strict=True)])
         return [max(each) for each in zip(*moved, strict=True)]
-
-
-def _hidden(case: Case) -> int:
-    """Count the outputs that vary by less than can be told from rounding."""
-    spreads = ((values.max() - values.min()) if values.numel() else 1.0 for values in case.outputs)
-    return sum(
-        not rounding < _VISIBLE * float(spread)
-        for rounding, spread in zip(case.roundings, spreads, strict=True)
-    )
 
 
 def _perturbed(

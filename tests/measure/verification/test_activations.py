@@ -29,6 +29,7 @@ ACTIVATIONS = {
     "softmin": lambda x: F.softmin(x, 1),
     "log_softmax": lambda x: x.log_softmax(1),
     "softplus": F.softplus,
+    "log_sigmoid": F.logsigmoid,
     "softsign": F.softsign,
     "silu": F.silu,
     "gelu": F.gelu,
@@ -162,6 +163,33 @@ def test_an_error_before_a_saturated_activation_is_caught(name, level, break_it)
     assert not compare_export(expected, runs).holds
 
 
+class Inner(Saturated):
+    """The same convolutions; what the input adds to them varies, so that the output tells nothing of them."""
+
+    def __init__(self, names, level):
+        super().__init__(names, level)
+        self.third.padding = (1, 1)
+
+    def forward(self, x):
+        activated = ACTIVATIONS[self.names[0]](self.second(self.first(x).relu()))
+        return [x[:, :2] + self.third(activated if activated.shape[1] == 4 else activated.repeat(1, 2, 1, 1))]
+
+
+@pytest.mark.parametrize("break_it", [wrong_kernel, dropped_bias, shifted_padding])
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("name", ["sigmoid", "tanh", "silu", "softmax", "relu6", "relu", "softplus"])
+def test_an_error_before_a_saturated_activation_inside_is_caught(name, level, break_it):
+    model, broken = (Inner([name], LEVELS[level]).eval() for _ in range(2))
+    expected = reference(model, (INPUTS,), (), {}, 0)
+    break_it(broken)
+    with torch.no_grad():
+        right, wrong = (
+            [[each.double() for each in net(*case)] for case in expected.inputs] for net in (model, broken)
+        )
+    assert compare_export(expected, right).holds
+    assert not compare_export(expected, wrong).holds
+
+
 class Limited(nn.Module):
     """A convolution, and functions that have no value beyond the range of the activation before them."""
 
@@ -214,10 +242,17 @@ def test_every_activation_is_moved_by_its_bound_and_what_is_exact_is_not(name):
 
 def test_activations_that_are_only_counted_are_not_moved():
     x = torch.linspace(-8, 8, 64)
-    with ActivationErrors(0.0, "equal", 0) as errors:
+    with ActivationErrors(1e-6, "none", 0) as errors:
         y = x.sigmoid()
     assert errors.count == 1
     assert torch.equal(y, x.sigmoid())
+
+
+def test_saturated_activations_are_known_by_their_order():
+    x = torch.linspace(-1, 1, 64, dtype=torch.float64)
+    with ActivationErrors(1e-7, "none", 0) as errors:
+        F.relu(x), F.relu(x - 2), torch.sigmoid(x + 40), torch.tanh(x), F.relu6(x + 7), x[:1].sigmoid()
+    assert errors.flat == {2, 3, 5}
 
 
 def test_bounds_are_of_operators_that_torch_has():

@@ -1,7 +1,10 @@
-"""A pass over ONNX graphs that folds the BatchNorm after a sum of convolutions into these convolutions.
+"""Passes over exported ONNX graphs: BatchNorms behind sums of convolutions, and logarithms of sigmoids.
 
 A runtime folds a BatchNorm into the convolution before it, but not into several whose outputs are added up,
 as the branches of a replaced layer are: there it would run the BatchNorm as an operator of its own.
+
+torch's exporter writes a log-sigmoid as the logarithm of a sigmoid, which is noise where the sigmoid is as
+small as its error in the runtime, and minus infinity where it is 0.
 """
 
 from typing import NamedTuple
@@ -9,6 +12,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
+from onnx_ir.convenience import replace_nodes_and_values
 from onnx_ir.passes import InPlacePass, PassResult, PostconditionError
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
@@ -45,6 +49,41 @@ class FoldBatchNormPass(InPlacePass):
         left = [node.name for node in model.graph if _fold_of(node) is not None]
         if left:
             raise PostconditionError(f"BatchNorms that could be folded are left: {', '.join(map(str, left))}")
+
+
+class LogSigmoidPass(InPlacePass):
+    """Write every logarithm of a sigmoid as `-softplus(-x)`.
+
+    Requires nothing. Works in place. Ensures that no logarithm of a sigmoid is left, and that what the graph
+    returns stays the same but for rounding, which no longer grows as the sigmoid shrinks.
+    """
+
+    def call(self, model: ir.Model) -> PassResult:
+        """Rewrite in place; `modified` says whether there was anything to rewrite."""
+        found = [(node, value) for node in model.graph if (value := _input_of_log_sigmoid(node)) is not None]
+        for node, value in found:
+            old, chain = node.outputs[0], list[ir.Node]()
+            for operator in ("Neg", "Softplus", "Neg"):
+                chain.append(ir.node(operator, [value]))
+                value = chain[-1].outputs[0]
+                value.shape, value.type = old.shape, old.type
+            replace_nodes_and_values(model.graph, node, [node], chain, [old], [value])
+        if found:
+            RemoveUnusedNodesPass()(model)
+        return PassResult(model, bool(found))
+
+    def ensures(self, model: ir.Model) -> None:
+        """Raise `PostconditionError` if a logarithm of a sigmoid is left."""
+        left = [node.name for node in model.graph if _input_of_log_sigmoid(node) is not None]
+        if left:
+            raise PostconditionError(f"logarithms of sigmoids are left: {', '.join(map(str, left))}")
+
+
+def _input_of_log_sigmoid(node: ir.Node) -> ir.Value | None:
+    """Return the input of the sigmoid whose logarithm a node is; None if the node is anything else."""
+    value = node.inputs[0] if node.op_type == "Log" else None
+    sigmoid = None if value is None else value.producer()
+    return sigmoid.inputs[0] if sigmoid is not None and sigmoid.op_type == "Sigmoid" else None
 
 
 class _Fold(NamedTuple):

@@ -1,4 +1,4 @@
-"""A BatchNorm behind a sum of convolutions goes into them, in the file alone, and the answer stays."""
+"""BatchNorms go into sums of convolutions, log-sigmoids keep their digits, and the answer stays."""
 
 import copy
 
@@ -12,7 +12,7 @@ from torch import nn
 
 import sepconvert
 from sepconvert.files.onnx.export import export_program, save_onnx
-from sepconvert.files.onnx.fold import FoldBatchNormPass
+from sepconvert.files.onnx.passes import FoldBatchNormPass, LogSigmoidPass
 
 X = torch.randn(3, 4, 9, 9, generator=torch.Generator().manual_seed(0))
 
@@ -119,3 +119,39 @@ def test_branches_of_replaced_layers_need_no_batchnorm(tmp_path, rank):
     )
     assert operators(tmp_path / "converted.onnx", "BatchNormalization") == 0
     assert operators(tmp_path / "converted.onnx", "Conv") == 4 * rank
+
+
+class Logarithms(nn.Module):
+    def forward(self, x):
+        return nn.functional.logsigmoid(x), x.sigmoid().log() + 1, (x.sigmoid() + 1).log(), x.sigmoid()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_log_sigmoids_are_finite_where_the_sigmoid_is_zero(tmp_path, dtype):
+    x = torch.linspace(-300, 300, 81).reshape(1, 1, 9, 9)
+    save_onnx(export_program(Logarithms(), (x.to(dtype),)), tmp_path / "logarithms.onnx")
+    assert operators(tmp_path / "logarithms.onnx", "Softplus") == 1  # two that are equal
+    assert operators(tmp_path / "logarithms.onnx", "Log") == 1
+    session = onnxruntime.InferenceSession(
+        str(tmp_path / "logarithms.onnx"), providers=["CPUExecutionProvider"]
+    )
+    found = session.run(None, {"x": x.to(dtype).numpy()})
+    for value, exact in zip(found, Logarithms()(x.to(dtype).double()), strict=True):
+        error = np.abs(value - exact.numpy())
+        assert (error <= 4 * torch.finfo(dtype).eps * (1 + exact.abs().numpy())).all()
+
+
+def test_the_pass_for_log_sigmoids_says_whether_it_changed_the_model():
+    model = torch.onnx.export(torch.export.export(Logarithms(), (X,)), dynamo=True, verbose=False).model
+    assert LogSigmoidPass()(model).modified
+    assert not LogSigmoidPass()(model).modified
+
+
+def test_a_log_sigmoid_that_is_left_breaks_the_contract():
+    class Idle(LogSigmoidPass):
+        def call(self, model):
+            return PassResult(model, False)
+
+    program = torch.export.export(Logarithms(), (X,))
+    with pytest.raises(PostconditionError, match="logarithms of sigmoids are left"):
+        Idle()(torch.onnx.export(program, dynamo=True, verbose=False).model)
