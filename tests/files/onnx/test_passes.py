@@ -126,19 +126,15 @@ class Logarithms(nn.Module):
         return nn.functional.logsigmoid(x), x.sigmoid().log() + 1, (x.sigmoid() + 1).log(), x.sigmoid()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_log_sigmoids_are_finite_where_the_sigmoid_is_zero(tmp_path, dtype):
+def test_log_sigmoids_are_finite_where_the_sigmoid_is_zero(tmp_path):
     x = torch.linspace(-300, 300, 81).reshape(1, 1, 9, 9)
-    save_onnx(export_program(Logarithms(), (x.to(dtype),)), tmp_path / "logarithms.onnx")
-    assert operators(tmp_path / "logarithms.onnx", "Softplus") == 1  # two that are equal
+    save_onnx(export_program(Logarithms(), (x,)), tmp_path / "logarithms.onnx")
+    assert operators(tmp_path / "logarithms.onnx", "Softplus") == 1  # of two that are equal
     assert operators(tmp_path / "logarithms.onnx", "Log") == 1
-    session = onnxruntime.InferenceSession(
-        str(tmp_path / "logarithms.onnx"), providers=["CPUExecutionProvider"]
-    )
-    found = session.run(None, {"x": x.to(dtype).numpy()})
-    for value, exact in zip(found, Logarithms()(x.to(dtype).double()), strict=True):
+    found = onnxruntime.InferenceSession(str(tmp_path / "logarithms.onnx")).run(None, {"x": x.numpy()})
+    for value, exact in zip(found, Logarithms()(x.double()), strict=True):
         error = np.abs(value - exact.numpy())
-        assert (error <= 4 * torch.finfo(dtype).eps * (1 + exact.abs().numpy())).all()
+        assert (error <= 4 * torch.finfo(torch.float32).eps * (1 + exact.abs().numpy())).all()
 
 
 def test_the_pass_for_log_sigmoids_says_whether_it_changed_the_model():
