@@ -69,6 +69,7 @@ class Bench:
 
     progress = staticmethod(silent)
     learnt = Learnt()
+    form = None
 
     def __init__(self, surveyed, drop=None, ratio=None, timed=False, idle=(), divergence=None):
         self.surveyed, self.carried = surveyed, []

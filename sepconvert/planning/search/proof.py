@@ -18,18 +18,23 @@ def furthest_proven(curve: Curve, measurements: Measurements, budget: Budget) ->
     images have no part in them. Each plan is tested at the full level, up to the first that fails: so the
     probability that any plan which passes exceeds the budget is at most 1 − `confidence` (fixed-sequence
     testing; Angelopoulos et al., "Learn then Test", arXiv:2110.01052, section 3), whichever of them is taken.
+    The plan of exact mode loses nothing in floating point, and needs no proof by images there.
 
     Raises:
         DemandNotMetError: no plan is proven.
     """
     curve.draw(_PLANS)
-    order = [point for point in curve.frontier if point.plan.choice]
+    plan = curve.exact()
+    exact = curve.join(plan) if plan.choice and measurements.workshop.form is None else None
+    order = [point for point in curve.frontier if point.plan.choice and point is not exact]
     order = [point for point in order if measurements.is_fast(point, budget)]
     proven = proven_in_order(measurements.workshop.progress(order, "proving plans"), measurements, budget)
+    if exact is not None and measurements.is_fast(exact, budget):
+        proven.append(exact)
     measurements.time([point for point in proven if point.measured.speedup is None])
     for point in sorted(proven, key=_preference, reverse=True):
         # What passed early must not be contradicted by the rest of the images.
-        if measurements.is_proven(point, budget, on_all=True):
+        if point is exact or measurements.is_proven(point, budget, on_all=True):
             return point
     raise DemandNotMetError(_shortfall(order, budget), curve.to_json(None))
 

@@ -1,6 +1,7 @@
 """Plans whose drop is proven: tested in a fixed order, up to the first that fails."""
 
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ from plan_bench import Bench, delta, layer
 
 from sepconvert.base.errors import DemandNotMetError
 from sepconvert.base.options.values import Budget
+from sepconvert.planning.fits.survey import form_of
 from sepconvert.planning.scores import sizes_of
 
 CONFIDENT = Budget(max_drop=1.0, confidence=0.95)
@@ -89,6 +91,32 @@ def test_where_nothing_is_proven_it_is_told_how_many_images_would_do():
     hopeless = growing(300, worst=100.0)
     with pytest.raises(DemandNotMetError, match="more images would not help"):
         hopeless.search.run(CONFIDENT)
+
+
+def with_exact_layer(surveyed):
+    """The same layers, the first of which is exact in its highest rank."""
+    first = surveyed["a"]
+    exact = replace(first, exact=frozenset({form_of(first.offers[0])}), sensitivity=0.0)
+    return {**surveyed, "a": exact}
+
+
+def test_exact_replacements_need_no_proof():
+    """Not even so few images keep them from being delivered, where everything else fails."""
+    made = growing(300)
+    surveyed = with_exact_layer(made.surveyed)
+    made = Growing(surveyed, drop=lambda cost: 0.4 if cost > made.total - 150 else 5.0)
+    made.images = 300
+    point = made.search.run(CONFIDENT)
+    assert list(point.plan.choice) == ["a"]
+    assert not made.search.measurements.is_proven(point, CONFIDENT)
+
+
+def test_exact_replacements_in_int8_need_one():
+    made = growing(300)
+    made = Growing(with_exact_layer(made.surveyed), drop=lambda cost: 5.0)
+    made.images, made.form = 300, object()
+    with pytest.raises(DemandNotMetError):
+        made.search.run(CONFIDENT)
 
 
 def test_among_proven_plans_the_fastest_is_taken():
