@@ -2,7 +2,7 @@
 
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -31,7 +31,7 @@ from sepconvert.measure.latency import (
     session,
     startup,
 )
-from sepconvert.measure.metrics.classes import Accuracy
+from sepconvert.measure.metrics.classes import Accuracy, Labels
 from sepconvert.measure.metrics.evaluation import TOP1, Evaluation, evaluate
 from sepconvert.measure.metrics.metric import MetricValue
 from sepconvert.measure.metrics.own import scoring_of
@@ -138,6 +138,7 @@ class Profile:
     uncounted_ops: Mapping[str, int]
     anatomy: Anatomy | None = None  # if it was requested
     metric: MetricValue | None = None
+    labels: Labels | None = field(default=None, compare=False)  # of a classifier's images; not stored
 
     def __repr__(self) -> str:
         table: str = tabulate(self._measured(), tablefmt="simple", disable_numparse=True)
@@ -188,7 +189,8 @@ class Profile:
         """Return the profile with the value of a metric, and the accuracy of a classifier."""
         if scored is None:
             return self
-        return replace(self, accuracy=scored.accuracy(), metric=scored.summary())
+        labels = None if scored.predictions is None else Labels.of(scored.predictions)
+        return replace(self, accuracy=scored.accuracy(), metric=scored.summary(), labels=labels)
 
     def to_json(self) -> dict[str, Any]:
         """Return the PROFILE object of the report."""

@@ -5,17 +5,14 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-import numpy as np
 from torch import Tensor, nn
 
 from sepconvert.calibration.split import OWN_PART, CalibrationSet
-from sepconvert.measure.metrics.classes import Accuracy, Predictions
+from sepconvert.measure.metrics.classes import Accuracy, Labels, Predictions
 from sepconvert.measure.metrics.evaluation import Scoring, evaluate
 from sepconvert.network.copies import private_copy
 from sepconvert.network.tensors import Inputs, tensors_in
 from sepconvert.network.trace import TracedModel
-
-_SHOWN = 5  # classes that the labels lack
 
 
 class ValueRange:
@@ -37,40 +34,6 @@ class ValueRange:
     def to_json(self) -> list[float] | None:
         """Return both ends; None without values."""
         return [self._low, self._high] if self._low <= self._high else None
-
-
-@dataclass(frozen=True)
-class Labels:
-    """Labels of the scored images.
-
-    `missing` counts the classes of the model that no label names, of which `missing_shown` are the first;
-    `missing_by_chance` is the number to be expected of as many labels if all classes are equally frequent.
-    `chance` is the accuracy without looking: of the commonest label, and at least that of guessing.
-    """
-
-    classes: int
-    smallest: int
-    largest: int
-    missing: int
-    missing_shown: tuple[int, ...]
-    missing_by_chance: float
-    chance: float
-
-    @classmethod
-    def of(cls, predictions: Predictions) -> "Labels":
-        """Return what the labels of a classifier's data show."""
-        labels, classes = predictions.labels, predictions.classes
-        counts = np.bincount(labels, minlength=classes)
-        missing = np.flatnonzero(counts == 0)
-        return cls(
-            classes=classes,
-            smallest=int(labels.min()),
-            largest=int(labels.max()),
-            missing=len(missing),
-            missing_shown=tuple(missing[:_SHOWN].tolist()),
-            missing_by_chance=classes * (1 - 1 / classes) ** len(labels),
-            chance=max(1 / classes, float(counts.max()) / len(labels)),
-        )
 
 
 @dataclass(frozen=True)

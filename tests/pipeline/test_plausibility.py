@@ -1,6 +1,5 @@
 """Labels, accuracy on calibration images, and ranges of values are those of the data."""
 
-import numpy as np
 import pytest
 import torch
 from conversions import decided
@@ -9,31 +8,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import sepconvert
 from sepconvert import Calibration
-from sepconvert.measure.metrics.classes import Predictions
-from sepconvert.pipeline.plausibility import Labels, ValueRange
+from sepconvert.pipeline.plausibility import ValueRange
 from sepconvert.report.text.risks import doubts
-
-
-def predictions(labels, classes=10):
-    return Predictions(np.zeros((len(labels), 1), np.int64), np.array(labels), classes)
-
-
-def test_labels():
-    found = Labels.of(predictions([1, 1, 1, 2, 9] * 4))
-    assert (found.classes, found.smallest, found.largest) == (10, 1, 9)
-    assert (found.missing, found.missing_shown, found.chance) == (7, (0, 3, 4, 5, 6), 0.6)
-
-
-def test_classes_missing_by_chance():
-    random = np.random.default_rng(0)
-    missing = [Labels.of(predictions(random.integers(0, 100, 200), 100)).missing for _ in range(200)]
-    expected = Labels.of(predictions([0] * 200, 100)).missing_by_chance
-    assert np.mean(missing) == pytest.approx(expected, abs=0.75)
-
-
-def test_no_label_is_worse_than_guessing():
-    assert Labels.of(predictions([0, 1], classes=2)).chance == 0.5
-    assert Labels.of(predictions([*range(10)], classes=10)).chance == 0.1
 
 
 def test_the_range_of_values():

@@ -3,7 +3,7 @@
 import json
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -40,13 +40,14 @@ from sepconvert.measure.head_to_head import measure as measure_together
 from sepconvert.measure.metrics.evaluation import TOP1, pair_of
 from sepconvert.measure.metrics.own import scoring_of
 from sepconvert.measure.profiling import SCHEMA as PROFILE_SCHEMA
-from sepconvert.measure.profiling import StoredProfile, anatomy, batch_size, read_profile
+from sepconvert.measure.profiling import Profile, StoredProfile, anatomy, batch_size, read_profile
 from sepconvert.measure.profiling import profile as run_profile
 from sepconvert.network.tensors import Inputs, arguments, tensors_in
 from sepconvert.report.baseline import ModelChanges, changes_since, read_baseline
 from sepconvert.report.text import markdown
 from sepconvert.report.text.history import changes_text, summary
 from sepconvert.report.text.numbers import fold
+from sepconvert.report.text.risks import classifier_doubts
 from sepconvert.report.text.sentences import machine
 from sepconvert.report.text.tables import anatomy_text
 
@@ -72,7 +73,14 @@ def profile(**options: Any) -> None:
     if found.profile.latency is not None:
         details += [fold(str(note)) for note in machine(document["environment"])]
     show(options, document, f"{found.model}: {found.profile.sentence}", "", str(Comparison((found.profile,))),
-         *("\n" + detail for detail in details))  # fmt: skip
+         *("\n" + detail for detail in (*details, *_doubts(found.profile))))  # fmt: skip
+
+
+def _doubts(profile: Profile) -> list[str]:
+    """Return warnings that the accuracy of a model may mean nothing, as data and model do not fit."""
+    if profile.accuracy is None or profile.labels is None:
+        return []
+    return [fold(str(note)) for note in classifier_doubts(profile.accuracy.to_dict(), asdict(profile.labels))]
 
 
 def _is_profile(path: Path) -> bool:
@@ -102,6 +110,7 @@ def compare(**options: Any) -> None:
     display = display_for(options)
     with quietly(), display.shown():
         found, note, hashes = _stored(options, display) if stored else _together(options, display)
+    note = "\n".join([note, *_doubts(found.profiles[0])])
     document, run, changes = found.to_json(), None, tuple[ModelChanges, ...]()
     if history is not None:
         run = entry_of(options, found, hashes)

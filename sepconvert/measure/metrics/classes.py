@@ -8,6 +8,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+_SHOWN = 5  # classes that the labels lack
+
 
 @dataclass(frozen=True)
 class Accuracy:
@@ -63,6 +65,40 @@ class Predictions:
             top1=float(self.correct.mean()),
             top5=float(among_five.mean()) if self.classes > 5 else None,
             n=len(self.labels),
+        )
+
+
+@dataclass(frozen=True)
+class Labels:
+    """Labels of the scored images.
+
+    `missing` counts the classes of the model that no label names, of which `missing_shown` are the first;
+    `missing_by_chance` is the number to be expected of as many labels if all classes are equally frequent.
+    `chance` is the accuracy without looking: of the commonest label, and at least that of guessing.
+    """
+
+    classes: int
+    smallest: int
+    largest: int
+    missing: int
+    missing_shown: tuple[int, ...]
+    missing_by_chance: float
+    chance: float
+
+    @classmethod
+    def of(cls, predictions: Predictions) -> "Labels":
+        """Return what the labels of a classifier's data show."""
+        labels, classes = predictions.labels, predictions.classes
+        counts = np.bincount(labels, minlength=classes)
+        missing = np.flatnonzero(counts == 0)
+        return cls(
+            classes=classes,
+            smallest=int(labels.min()),
+            largest=int(labels.max()),
+            missing=len(missing),
+            missing_shown=tuple(missing[:_SHOWN].tolist()),
+            missing_by_chance=classes * (1 - 1 / classes) ** len(labels),
+            chance=max(1 / classes, float(counts.max()) / len(labels)),
         )
 
 

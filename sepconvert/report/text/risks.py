@@ -60,16 +60,23 @@ def doubts(document: Document) -> list[Note]:
     data, accuracy = document["data"], document["original"]["accuracy"]
     if data is None:
         return []
-    notes = _range_doubts(data["values"], None if accuracy is None else _skill(data, accuracy["top1"]))
+    skill = None if accuracy is None else _skill(data["labels"], accuracy["top1"])
+    notes = _range_doubts(data["values"], skill)
     if accuracy is not None:
-        notes += _accuracy_doubts(data, accuracy) + _label_doubts(data["labels"])
+        notes += classifier_doubts(accuracy, data["labels"])
+        notes += _calibration_doubts(accuracy, data["calibration_accuracy"])
     return notes + _interval_doubt(document) + _repetition_doubt(data["repeated"])
+
+
+def classifier_doubts(accuracy: Document, labels: Document) -> list[Note]:
+    """Return warnings about a classifier that is near chance, and about labels that lack classes."""
+    return _chance_doubts(accuracy, labels) + _label_doubts(labels)
 
 
 def is_near_chance(document: Document) -> bool:
     """Return whether the original can do nothing on the data, so that no drop says anything."""
     data, accuracy = document["data"], document["original"]["accuracy"]
-    return data is not None and accuracy is not None and not _is_skilled(data, accuracy)
+    return data is not None and accuracy is not None and not _is_skilled(data["labels"], accuracy)
 
 
 def _repetition_doubt(repeated: int) -> list[Note]:
@@ -119,16 +126,16 @@ def unseen(document: Document) -> list[Note]:
     ]
 
 
-def _skill(data: Document, share: float) -> float:
+def _skill(labels: Document, share: float) -> float:
     """Return how far an accuracy is on the way from chance, 0, to perfection, 1."""
-    chance: float = data["labels"]["chance"]
+    chance: float = labels["chance"]
     return (share - chance) / (1 - chance) if chance < 1 else 1.0
 
 
-def _is_skilled(data: Document, accuracy: Document) -> bool:
+def _is_skilled(labels: Document, accuracy: Document) -> bool:
     """Return whether the original is surely better than one answer for all images."""
     right, n = round(accuracy["top1"] * accuracy["n"]), accuracy["n"]
-    return _skill(data, proportion_interval(right, n).lo) > _LITTLE
+    return _skill(labels, proportion_interval(right, n).lo) > _LITTLE
 
 
 def _range_doubts(values: Document, skill: float | None) -> list[Note]:
@@ -157,32 +164,34 @@ def _range_doubts(values: Document, skill: float | None) -> list[Note]:
     return notes
 
 
-def _accuracy_doubts(data: Document, accuracy: Document) -> list[Note]:
-    """Return warnings about an original that is near chance, or far worse than on calibration images."""
-    top1, n, calibration = accuracy["top1"], accuracy["n"], data["calibration_accuracy"]
-    right, notes = round(top1 * n), list[Note]()
-    if not _is_skilled(data, accuracy):
-        notes.append(
-            warning(
-                f"the original itself classifies {percent_text(top1)} % of {n:,} images correctly, where "
-                f"one answer for all gives {percent_text(data['labels']['chance'])} %: drop and agreement "
-                "mean nothing. "
-                "Check the preprocessing (`mean`, `std`, `resize`), the numbering of the classes "
-                "and the weights, or pass more images."
-            )
+def _chance_doubts(accuracy: Document, labels: Document) -> list[Note]:
+    """Return a warning about an original that is near chance."""
+    if _is_skilled(labels, accuracy):
+        return []
+    return [
+        warning(
+            f"the original itself classifies {percent_text(accuracy['top1'])} % of {accuracy['n']:,} images "
+            f"correctly, where one answer for all gives {percent_text(labels['chance'])} %: drop and "
+            "agreement mean nothing. Check the preprocessing (`mean`, `std`, `resize`), the numbering of the "
+            "classes and the weights, or pass more images."
         )
-    if calibration is not None:
-        reached = round(calibration["top1"] * calibration["n"]), calibration["n"]
-        if difference_interval(reached, (right, n)).lo > _FAR_BELOW:
-            notes.append(
-                warning(
-                    f"the original classifies {percent_text(calibration['top1'])} % of {calibration['n']:,} "
-                    f"calibration images as labelled, but {percent_text(top1)} % of {n:,} scored ones. "
-                    "Unless it has overfitted to the former, check the labels and the preprocessing of "
-                    "`data`."
-                )
-            )
-    return notes
+    ]
+
+
+def _calibration_doubts(accuracy: Document, calibration: Document | None) -> list[Note]:
+    """Return a warning about an original that is far worse than on calibration images."""
+    if calibration is None:
+        return []
+    (top1, n), (before, images) = ((each["top1"], each["n"]) for each in (accuracy, calibration))
+    if difference_interval((round(before * images), images), (round(top1 * n), n)).lo <= _FAR_BELOW:
+        return []
+    return [
+        warning(
+            f"the original classifies {percent_text(before)} % of {images:,} calibration images as labelled, "
+            f"but {percent_text(top1)} % of {n:,} scored ones. Unless it has overfitted to the former, check "
+            "the labels and the preprocessing of `data`."
+        )
+    ]
 
 
 def _label_doubts(labels: Document) -> list[Note]:

@@ -2,7 +2,13 @@ import numpy as np
 import pytest
 import torch
 
-from sepconvert.measure.metrics.classes import Predictions, are_classified, changes, joined_predictions
+from sepconvert.measure.metrics.classes import (
+    Labels,
+    Predictions,
+    are_classified,
+    changes,
+    joined_predictions,
+)
 
 
 def test_changes_by_hand() -> None:
@@ -53,3 +59,25 @@ def test_of_equal_logits_the_first_counts():
     found = Predictions.of(logits, torch.zeros(500, dtype=torch.int64))
     np.testing.assert_array_equal(found.ranked[:, 0], logits.numpy().argmax(1))
     np.testing.assert_array_equal(found.ranked, np.argsort(-logits.numpy(), axis=1, kind="stable")[:, :5])
+
+
+def predictions(labels, classes=10):
+    return Predictions(np.zeros((len(labels), 1), np.int64), np.array(labels), classes)
+
+
+def test_labels():
+    found = Labels.of(predictions([1, 1, 1, 2, 9] * 4))
+    assert (found.classes, found.smallest, found.largest) == (10, 1, 9)
+    assert (found.missing, found.missing_shown, found.chance) == (7, (0, 3, 4, 5, 6), 0.6)
+
+
+def test_classes_missing_by_chance():
+    random = np.random.default_rng(0)
+    missing = [Labels.of(predictions(random.integers(0, 100, 200), 100)).missing for _ in range(200)]
+    expected = Labels.of(predictions([0] * 200, 100)).missing_by_chance
+    assert np.mean(missing) == pytest.approx(expected, abs=0.75)
+
+
+def test_no_label_is_worse_than_guessing():
+    assert Labels.of(predictions([0, 1], classes=2)).chance == 0.5
+    assert Labels.of(predictions([*range(10)], classes=10)).chance == 0.1
