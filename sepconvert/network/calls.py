@@ -50,10 +50,18 @@ DEFORMABLE = "deform_conv2d"
 # Operators of which convolutions are made by hand, and other things too: a name, and what they do there.
 _PARTS = {
     "aten.im2col": ("unfold", "it cuts out patches, for a convolution or for something else"),
+    "aten.unfold": ("unfold", "it cuts out patches, for a convolution or for something else"),
+    "aten.as_strided": ("as_strided", "it cuts out patches, for a convolution or for something else"),
     "aten.col2im": ("fold", "it adds up patches, for a transposed convolution or for something else"),
     "aten._fft_c2r": ("fft", "it transforms a spectrum back, for a convolution or for something else"),
     "aten._fft_c2c": ("fft", "it transforms a spectrum back, for a convolution or for something else"),
 }
+
+
+_VIEWS = (torch.ops.aten.unfold.default, torch.ops.aten.as_strided.default)  # which also cut into pieces
+
+
+_OWN = ("aten", "prim", "torchvision")  # namespaces whose operators are known
 
 
 _PARAMETERS = {
@@ -82,6 +90,11 @@ def convolution_name(function: object) -> str | None:
 def bind_arguments(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """Return the arguments of a convolution call by parameter name, without those left to their defaults."""
     return dict(zip(_PARAMETERS[name.rstrip("123d")], args, strict=False)) | dict(kwargs)
+
+
+def _is_kernel(value: object) -> bool:
+    """Return whether an argument is a trained tensor with the dimensions of a kernel."""
+    return isinstance(value, nn.Parameter) and value.ndim > 2
 
 
 @dataclass(frozen=True, eq=False)
@@ -341,6 +354,8 @@ class HiddenConvolutions(TorchDispatchMode):  # type: ignore[no-untyped-call]  #
         if not function:
             return func(*args, **kwargs)
         output = self._run(func, args, kwargs)
+        if func in _VIEWS and output.numel() <= arguments["self"].numel():  # its patches do not overlap
+            return output
         name = f"{function}_{frame.others[function]}"
         frame.others[function] += 1
         held = [value for value in arguments.values() if isinstance(value, nn.Parameter)]
@@ -375,6 +390,9 @@ class HiddenConvolutions(TorchDispatchMode):  # type: ignore[no-untyped-call]  #
         if function == "_fft_r2c" or (function == "_fft_c2c" and arguments["forward"]):
             self._has_spectrum = True
             return "", "", False
+        if not namespace.startswith(_OWN) and any(_is_kernel(value) for value in arguments.values()):
+            reason = f"it is a call of {namespace}::{function} with a kernel, which sepconvert does not know"
+            return function, reason, False
         part = _PARTS.get(f"{namespace}.{function}")
         if part is None or (part[0] == "fft" and not self._has_spectrum):
             return "", "", False

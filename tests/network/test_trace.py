@@ -257,11 +257,20 @@ class ByOtherOperators(nn.Module):
             x = (self.matrix @ F.unfold(x, 3, padding=1)).view_as(x)
         x = F.fold(self.patches(x), x.shape[-2:], 2, stride=2)
         x = torch.ops.aten.mkldnn_convolution(x, torch.ones(4, 4, 1, 1), None, [0, 0], [1, 1], [1, 1], 1)
-        return torch.fft.irfft2(torch.fft.rfft2(torch.ops.user.conv_by_user(x)))
+        x = torch.ops.user.smooth(torch.ops.user.conv_by_user(x), self.kernel, self.matrix)
+        patches = F.pad(x, (1, 1, 1, 1)).unfold(2, 3, 1).unfold(3, 3, 1)
+        x = torch.einsum("nchwij,kcij->nkhw", patches, self.kernel[:, :4])
+        x = x + x.as_strided((*x.shape, 2), (*x.stride(), 0)).sum(-1)
+        return torch.fft.irfft2(torch.fft.rfft2(x))
 
 
 @torch.library.custom_op("user::conv_by_user", mutates_args=())
 def conv_by_user(x: torch.Tensor) -> torch.Tensor:
+    return x.clone()
+
+
+@torch.library.custom_op("user::smooth", mutates_args=())
+def smooth(x: torch.Tensor, kernel: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
     return x.clone()
 
 
@@ -279,6 +288,10 @@ def test_other_operators_that_convolve_are_listed_with_a_reason():
         ("fold_0", "functional fold", 0, 0, False),
         ("mkldnn_convolution_0", "functional mkldnn_convolution", 0, 0, True),
         ("conv_by_user_0", "functional conv_by_user", 0, 0, True),
+        ("smooth_0", "functional smooth", 0, 4 * 54 + 16 * 9, False),
+        ("unfold_2", "functional unfold", 0, 0, False),
+        ("unfold_3", "functional unfold", 0, 0, False),
+        ("as_strided_0", "functional as_strided", 0, 0, False),
         ("fft_0", "functional fft", 0, 0, False),
     ]
     assert [site.obstacle for site in sites[:4]] == [
@@ -288,7 +301,8 @@ def test_other_operators_that_convolve_are_listed_with_a_reason():
     assert (
         sites[8].obstacle == "it is a call of user::conv_by_user; only torch's own convolutions are replaced"
     )
-    assert sites[9].obstacle == "it transforms a spectrum back, for a convolution or for something else"
+    assert sites[9].obstacle == ("it is a call of user::smooth with a kernel, which sepconvert does not know")
+    assert sites[13].obstacle == "it transforms a spectrum back, for a convolution or for something else"
     assert all(site.conv is None for site in sites[1:])
 
 
@@ -310,7 +324,7 @@ def test_a_layer_that_is_called_twice_and_a_module_named_as_a_call():
 
 @pytest.mark.parametrize(
     "function",
-    [lambda x: torch.fft.rfft2(x).abs(), lambda x: x.to(torch.float64), lambda x: x.unfold(2, 3, 1)],
+    [lambda x: torch.fft.rfft2(x).abs(), lambda x: x.to(torch.float64), lambda x: x.unfold(2, 4, 4)],
 )
 def test_operators_that_are_no_part_of_a_convolution(function):
     class Other(nn.Module):
