@@ -232,8 +232,7 @@ def image_hashes(samples: InputBatch) -> list[bytes]:
 def find_seen_twice(parts: DataSplit, scored: Sequence[bytes], division: Division) -> SeenTwice | None:
     """Find the scored images that are fitted to or trained on as well; None without calibration images.
 
-    Training images are not read for this: a sample of them is compared, that of the calibration images or,
-    if they come from elsewhere, those held out to choose weights by.
+    Images that are trained on are all read once for this, which takes less than an epoch of training.
 
     Args:
         parts: the images by purpose.
@@ -250,8 +249,8 @@ def find_seen_twice(parts: DataSplit, scored: Sequence[bytes], division: Divisio
     calib = _overlap(found, len(found), scored, calibration.origin)
     if not division.epochs or training is None:
         return SeenTwice(calib, None)
-    if training.origin != calibration.origin:
-        found = [each for x, _ in whole(training.judge) for each in image_hashes(division.batched(x))]
+    loaders = training.train, training.judge
+    found = [each for part in loaders for x, _ in whole(part) for each in image_hashes(division.batched(x))]
     return SeenTwice(calib, _overlap(found, training.images, scored, training.origin))
 
 
@@ -262,10 +261,12 @@ def _overlap(compared: Sequence[bytes], images: int, scored: Sequence[bytes], or
     share = len(both) / len(ours)
     most = share > _MOST_SEEN_TWICE or share * images > _MOST_SEEN_TWICE * len(theirs)
     if most and origin != OWN_PART:
+        instead = "other images"
+        if origin != "`train`":
+            instead += ", or, without fine-tuning, `data` alone, of which a part is then fitted to"
         raise SepconvertError(
             f"{origin}: {len(both):,} of {len(ours):,} images that were compared are in `data`, too, and the "
-            "accuracy on what was fitted to says nothing; pass other images, or, without fine-tuning, `data` "
-            "alone: a part of it is then fitted to and not scored"
+            f"accuracy on what was fitted to says nothing; pass {instead}"
         )
     return Overlap(images, len(compared), sum(each in both for each in scored))
 

@@ -305,16 +305,14 @@ def test_the_same_images_for_two_purposes_are_refused(scored, roles, name):
         seen_twice(scored, trained="train" in roles, **roles)
 
 
-def test_images_that_are_trained_on_and_scored_are_found_in_a_sample():
-    # Those of the calibration images, or those held out from other images to train on.
+def test_all_images_that_are_trained_on_and_scored_are_found():
     alike = seen_twice(X[:300], trained=True, calib=X[250:])
     assert alike.calib == Overlap(100, 100, alike.calib.scored)
-    assert alike.train == Overlap(350, 100, alike.calib.scored)
-    assert 5 < alike.calib.scored < 30  # 50 of 350 are scored
+    assert 5 < alike.calib.scored < 30
+    assert alike.train == Overlap(350, 350, 50)
     other = seen_twice(X[:300], trained=True, calib=X[500:], train=X[250:500])
-    assert other.calib.scored == 0
-    assert other.train == Overlap(250, 62, other.train.scored)
-    assert 3 < other.train.scored < 25  # 50 of 250 are scored
+    assert other == SeenTwice(Overlap(100, 100, 0), Overlap(250, 250, 50))
+    assert seen_twice(X[:300], trained=True, calib=X[500:], train=X[299:500]).train.scored == 1
 
 
 def test_frequent_images_refuse_no_data():

@@ -112,10 +112,14 @@ class Measurements:
         return False
 
     def is_fast(self, point: Point, budget: Budget, *, surely: bool = False) -> bool:
-        """Return whether a plan has the speed-up that the budget demands; `surely`: by its whole interval."""
+        """Return whether a plan has the speed-up that the budget demands; `surely`: by its whole interval.
+
+        One above 1 is no speed-up as long as it may be noise.
+        """
         if budget.min_speedup is None:
             return True
         speedup = self.speedup(point)
         if speedup is None:
             return False
-        return (speedup.ci95.lo if surely else speedup.median) >= budget.min_speedup
+        reached = (speedup.ci95.lo if surely else speedup.median) >= budget.min_speedup
+        return reached and (speedup.significant or budget.min_speedup <= 1)

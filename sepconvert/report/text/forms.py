@@ -13,6 +13,7 @@ from sepconvert.report.text.numbers import (
     written_count,
     written_size,
 )
+from sepconvert.report.text.risks import NEAR_CHANCE, is_near_chance
 
 _ORIGINAL = "original-int8.onnx"
 
@@ -46,6 +47,11 @@ def verdict(document: Document) -> Note | None:
             "out, or pass `int8` auto, which plans for the faster of both."
         )
     gain = estimate_text(over_int8["median"], over_int8["ci95"], "×")
+    if is_near_chance(document):
+        return warning(
+            f"not to be judged by these figures: converted-int8.onnx is {gain} as fast as int8 alone, "
+            f"which is {quantized}. {NEAR_CHANCE}"
+        )
     better = count and over_int8["significant"] and over_int8["median"] > 1
     in_float = forms["converted"]["delta"]
     if better and in_float["latency_speedup"]["ci95"][0] > both["latency_speedup"]["ci95"][1]:

@@ -55,6 +55,13 @@ _FAR_BELOW = 0.10
 _NORMALISED, _PIXELS, _BEYOND_EXAMPLE = 10, 20, 4
 
 
+NEAR_CHANCE = (
+    "The original itself is near chance on `data`; check the images, how they are preprocessed, and the "
+    "weights."
+)
+"""What to do where figures say nothing."""
+
+
 def doubts(document: Document) -> list[Note]:
     """Return warnings that results on the data may mean nothing, as data and original do not fit."""
     data, accuracy = document["data"], document["original"]["accuracy"]

@@ -13,7 +13,7 @@ from sepconvert.report.text.numbers import (
     ratio_text,
     with_unit,
 )
-from sepconvert.report.text.risks import is_near_chance
+from sepconvert.report.text.risks import NEAR_CHANCE, is_near_chance
 
 # Why a layer is kept, for any number of them; the first that occurs has the most to gain from the next step.
 _WHY_KEPT = {
@@ -57,10 +57,7 @@ def _of_float(document: Document) -> Note:
             "as itself. Keep the original, or measure with more `runs` while the machine is idle."
         )
     if document["approximation"] is not None and is_near_chance(document):
-        return warning(
-            f"not to be judged by these figures: {outcome}. The original itself is near chance on `data`; "
-            "check the images, how they are preprocessed, and the weights."
-        )
+        return warning(f"not to be judged by these figures: {outcome}. {NEAR_CHANCE}")
     if document["approximation"] is not None and measured_drop(document) is None:
         return warning(f"not yet to be deployed: {outcome}. Check the converted model on labelled `data`.")
     if speedup is None:

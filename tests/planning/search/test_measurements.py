@@ -58,6 +58,14 @@ def test_plans_are_held_against_a_budget(surveyed):
     assert not measurements.is_fast(point, Budget(min_speedup=1.6))
 
 
+def test_what_noise_explains_is_no_speedup(surveyed):
+    """The noise of the bench reaches to 1.1."""
+    bench = Bench(surveyed, ratio=lambda cost: 1.08)
+    measurements, point = Measurements(bench), cheapest(bench)
+    assert not measurements.is_fast(point, Budget(min_speedup=1.05))
+    assert measurements.is_fast(point, Budget(min_speedup=0.9))  # a demand not to be much slower
+
+
 def test_contributions_are_what_is_gained_by_restoring_a_layer(surveyed):
     weights = {"a": 3.0, "b": 1.0}
     bench = Bench(surveyed, divergence=lambda model: sum(weights[name] for name in model.choice))

@@ -64,7 +64,7 @@ def test_a_plan_within_the_drop_goes_as_far_as_it_can(surveyed, most):
 
 
 @numbered(60)
-@given(surveys(least=2), st.floats(1.01, 6))
+@given(surveys(least=2), st.floats(1.15, 6))  # which is beyond the noise, see `Bench.speedups`
 def test_the_least_divergence_that_is_fast_enough(surveyed, least):
     def ratio(cost):
         return Bench(surveyed).total / cost

@@ -61,6 +61,14 @@ def test_no_gain_over_int8(document, numbers):
     )  # fmt: skip
 
 
+def test_figures_of_an_original_near_chance_are_no_reason_to_deploy(approximate):
+    approximate["original"]["accuracy"] |= {"top1": 0.13, "n": 2000}  # one answer for all has 0.125
+    level, text = said(deployed(approximate))
+    assert level is NoteLevel.WARNING
+    assert text.startswith("not to be judged by these figures: converted-int8.onnx is 1.50× ")
+    assert "Deploy" not in text
+
+
 def test_nothing_converted(document):
     level, text = said(deployed(nothing_converted(document), converted=1.0, both=2.0, int8_noise=True))
     assert level is NoteLevel.WARNING
