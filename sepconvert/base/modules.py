@@ -14,6 +14,8 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
+from sepconvert.base.errors import SepconvertError, first_line
+
 M = TypeVar("M", bound=nn.Module)
 
 
@@ -97,6 +99,9 @@ def deep_copy(model: M, memo: dict[int, Any]) -> M:
     """Return what `copy.deepcopy` returns, whatever a `__getattr__` of a module answers.
 
     It asks each module for `__deepcopy__`, and calls the answer.
+
+    Raises:
+        SepconvertError: a module, or what it holds, cannot be copied.
     """
     answering = [
         module
@@ -105,9 +110,15 @@ def deep_copy(model: M, memo: dict[int, Any]) -> M:
         if getattr(module, "__deepcopy__", None) is not None
     ]
     memo.update((id(module), type(module).__new__(type(module))) for module in answering)
-    for module in answering:
-        vars(memo[id(module)]).update(copy.deepcopy(vars(module), memo))
-    return copy.deepcopy(model, memo)
+    try:
+        for module in answering:
+            vars(memo[id(module)]).update(copy.deepcopy(vars(module), memo))
+        return copy.deepcopy(model, memo)
+    except Exception as error:  # whatever the user's `__deepcopy__` raises
+        raise SepconvertError(
+            f"the model cannot be copied: {type(error).__name__}: {first_line(error)}; it is converted in a "
+            "copy, so let copy.deepcopy(model) work"
+        ) from error
 
 
 def unshadowed(model: nn.Module) -> nn.Module:

@@ -5,6 +5,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize
 
+import sepconvert
 from sepconvert.base.errors import SepconvertError
 from sepconvert.network.copies import checked, duplicate, evaluation_mode, private_copy, quick_copy
 
@@ -105,3 +106,13 @@ def test_parameters_made_in_inference_mode():
     (parameter, _) = private_copy(model).parameters()
     assert not parameter.is_inference()
     assert torch.equal(parameter, model.weight)
+
+
+def test_a_module_that_refuses_to_be_copied_is_named_with_its_reason():
+    class Single(nn.Conv2d):
+        def __deepcopy__(self, memo):
+            raise RuntimeError("there is one of its kind")
+
+    message = r"the model cannot be copied: RuntimeError: there is one of its kind; .* copy.deepcopy\(model\)"
+    with pytest.raises(SepconvertError, match=message):
+        sepconvert.convert(nn.Sequential(Single(3, 4, 3)), torch.rand(1, 3, 8, 8))
