@@ -107,7 +107,15 @@ class Student:
         self.average.update_parameters(self.module)
 
     def backward(self, loss: Tensor) -> None:
-        """Add the gradient of a loss to those of the step."""
+        """Add the gradient of a loss to those of the step.
+
+        Raises `SepconvertError` if the model computes without gradients.
+        """
+        if not loss.requires_grad:
+            raise SepconvertError(
+                "`student`: expected outputs that depend on its parameters by gradients, got none from its "
+                "forward; leave out torch.no_grad and detach there"
+            )
         self._accelerator.backward(loss)
 
     def trained(self) -> nn.Module:

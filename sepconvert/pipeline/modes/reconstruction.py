@@ -10,13 +10,13 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from sepconvert.base.distributed import once
-from sepconvert.base.modules import named_modules
+from sepconvert.base.modules import named_modules, unshadowed
 from sepconvert.base.options.values import Task
 from sepconvert.calibration.footprint import footprint
 from sepconvert.calibration.split import TrainingSet
 from sepconvert.distillation.results import FinetuneResult
 from sepconvert.files.data import split
-from sepconvert.network.copies import quick_copy
+from sepconvert.network.copies import duplicate, quick_copy
 from sepconvert.network.layers import FactorizedConv2d
 from sepconvert.network.tensors import InputBatch
 
@@ -67,10 +67,10 @@ def reconstruct(
 ) -> FinetuneResult:
     """Tune a converted model to compute what the original does, inside as well as at its outputs.
 
-    All parameters are tuned together; BatchNorms keep the statistics that they have. Next to the divergence
-    of the outputs, the loss has the relative error of the outputs of replaced layers: on a thousand images,
-    outputs alone lead astray. The result has the weights with the smallest divergence on held-out images, or
-    those of the start if none have a smaller one.
+    All parameters are tuned together, or those that are not frozen if only some are; BatchNorms keep the
+    statistics that they have. Next to the divergence of the outputs, the loss has the relative error of the
+    outputs of replaced layers: on a thousand images, outputs alone lead astray. The result has the weights
+    with the smallest divergence on held-out images, or those of the start if none have a smaller one.
 
     Args:
         model: the converted model, which stays as it is.
@@ -81,7 +81,7 @@ def reconstruct(
         seed: of the choice of images, their order and augmentation.
 
     Raises:
-        SepconvertError: the model cannot be differentiated.
+        SepconvertError: the model computes without gradients.
     """
     from sepconvert.distillation.training import finetune  # with accelerate, which takes long to import
 
@@ -93,8 +93,9 @@ def reconstruct(
         num_workers=part.num_workers,
     )
     ours = {name for name, module in named_modules(model) if isinstance(module, FactorizedConv2d)}
-    return finetune(
-        model,
+    frozen = not any(parameter.requires_grad for parameter in unshadowed(model).parameters())
+    result = finetune(
+        _trainable(model) if frozen else model,
         teacher,
         loader,
         data.judge,
@@ -107,6 +108,16 @@ def reconstruct(
         renew_statistics=False,
         seed=seed,
     )
+    if frozen:
+        unshadowed(result.model).requires_grad_(False)
+    return result
+
+
+def _trainable(model: nn.Module) -> nn.Module:
+    """Return a copy of a frozen model in which every parameter is tuned."""
+    copied = duplicate(model)
+    unshadowed(copied).requires_grad_(True)
+    return copied
 
 
 def _seconds(model: nn.Module, images: InputBatch) -> float:

@@ -1,5 +1,7 @@
 """Factors that are tuned together on the calibration images, and for how long."""
 
+import copy
+
 import pytest
 import torch
 from conversions import apart, convert_small
@@ -87,3 +89,27 @@ def test_without_images_to_tune_on_and_to_judge_by_nothing_is_tuned(small, image
 def test_where_factors_are_not_tuned_the_option_is_refused(small, options, reason):
     with pytest.raises(SepconvertError, match=f"`reconstruct`: {reason}"):
         sepconvert.convert(small[0], small[1].dataset[0][0][None], **options, calibration=SHORTLY)
+
+
+class Watched(nn.Module):
+    """A network that computes as the other one does, but without gradients."""
+
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
+
+    def forward(self, x):
+        with torch.no_grad():
+            return self.net(x)
+
+
+def test_a_model_that_computes_without_gradients_is_refused(small):
+    with pytest.raises(SepconvertError, match="depend on its parameters by gradients, got none"):
+        convert_small((Watched(small[0]), small[1]), target_macs=0.5, reconstruct=5)
+
+
+def test_a_frozen_model_is_tuned_and_frozen_again(small):
+    frozen = copy.deepcopy(small[0]).requires_grad_(False)
+    found = convert_small((frozen, small[1]), target_macs=0.5, reconstruct=20)
+    assert found.report["approximation"]["reconstruction"]["delivered"]["epoch"] > 0
+    assert not any(parameter.requires_grad for parameter in found.model.parameters())
