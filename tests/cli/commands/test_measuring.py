@@ -83,16 +83,13 @@ def test_a_condition_that_holds_fails_after_the_comparison_is_printed(run):
 
 
 def test_an_accuracy_that_means_nothing_is_warned_of(here, run):
-    """Labels that are the network's own answers, and such that are numbered from 1."""
+    """Labels that are never what the network answers."""
     with np.load(here / "data.npz") as data:
         x = np.concatenate([data["x"]] * 4)
     with torch.no_grad():
         answers = torch.load(here / "net.pt", weights_only=False)(torch.from_numpy(x)).argmax(1).numpy()
-    np.savez(here / "own.npz", x=x, y=answers)
     np.savez(here / "shifted.npz", x=x, y=(answers + 1) % (answers.max() + 1))
     for command in (["profile", "net.pt"], ["compare", "net.pt", "net.pt"]):
-        right = run(*command, "--data", "own.npz", "--runs", "0").out
-        assert "mean nothing" not in right
         wrong = " ".join(run(*command, "--data", "shifted.npz", "--runs", "0").out.split())
         assert "Warning: the original itself classifies 0.00 % of 80 images correctly" in wrong
         assert "Check the preprocessing (--mean, --std, --resize)" in wrong

@@ -175,12 +175,19 @@ class Inner(Saturated):
         return [x[:, :2] + self.third(activated if activated.shape[1] == 4 else activated.repeat(1, 2, 1, 1))]
 
 
+@functools.cache
+def inside(name, level):
+    """A model of one activation inside, and its reference."""
+    model = Inner([name], level).eval()
+    return model, reference(model, (INPUTS,), (), {}, 0)
+
+
 @pytest.mark.parametrize("break_it", [wrong_kernel, dropped_bias, shifted_padding])
 @pytest.mark.parametrize("level", LEVELS)
-@pytest.mark.parametrize("name", ["sigmoid", "tanh", "silu", "softmax", "relu6", "relu", "softplus"])
+@pytest.mark.parametrize("name", ["sigmoid", "silu", "softmax", "relu6"])
 def test_an_error_before_a_saturated_activation_inside_is_caught(name, level, break_it):
-    model, broken = (Inner([name], LEVELS[level]).eval() for _ in range(2))
-    expected = reference(model, (INPUTS,), (), {}, 0)
+    model, expected = inside(name, LEVELS[level])
+    broken = Inner([name], LEVELS[level]).eval()
     break_it(broken)
     with torch.no_grad():
         right, wrong = (
