@@ -52,11 +52,17 @@ def model_format(path: Path, *, built: bool) -> ModelFormat:
         return "named"
     try:
         return _format_of_torch(path)
-    except SepconvertError:
+    except SepconvertError as error:
         if not built and path.suffix == ".onnx" and path.is_file():
             return "onnx"
         if built and _is_origin(path):
             return "origin"
+        if ".py" in path.name:  # code, which people give where the model is wanted
+            factory = path if ":" in path.name else f"{path}:FUNCTION"
+            raise SepconvertError(
+                f"{path}: is code, no model; pass `factory` {factory} to build the model by it, and the file "
+                "of its weights as the model, or a name of your own if it has them already"
+            ) from error
         raise
 
 
