@@ -25,6 +25,7 @@ MISTAKES = {
     "compare net.pt absent.pt": "absent.pt: there is no such file; expected a model",
     "absent.onnx": "absent.onnx: there is no such file; expected a model",
     "nets.py:build": "nets.py:build: is code, no model; pass --factory nets.py:build to build the model",
+    "absent.pyth": "absent.pyth: there is no such file; expected a model",
     "nets.py": "nets.py: is code, no model; pass --factory nets.py:FUNCTION to build the model by it",
     "profile absent.onnx": "absent.onnx: cannot be read: No such file or directory; check the path",
     "compare net.pt absent.json": "absent.json: cannot be read: No such file or directory; check the path",

@@ -57,7 +57,7 @@ def model_format(path: Path, *, built: bool) -> ModelFormat:
             return "onnx"
         if built and _is_origin(path):
             return "origin"
-        if ".py" in path.name:  # code, which people give where the model is wanted
+        if path.suffix == ".py" or ".py:" in path.name:  # which people give where the model is wanted
             factory = path if ":" in path.name else f"{path}:FUNCTION"
             raise SepconvertError(
                 f"{path}: is code, no model; pass `factory` {factory} to build the model by it, and the file "
