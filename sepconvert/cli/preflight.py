@@ -1,4 +1,4 @@
-"""Checks that need no torch, made before it is imported: a mistake is told in a fraction of a second.
+"""Checks that need no torch, made before it is imported: a mistake is reported in a fraction of a second.
 
 Commands do not repeat them. What the Python API checks, too, is in functions and values that both use.
 """

@@ -3,7 +3,7 @@
 import math
 from dataclasses import asdict, dataclass
 
-from sepconvert.base.errors import SepconvertError
+from sepconvert.base.errors import SepconvertError, check_number
 
 
 @dataclass(frozen=True)
@@ -24,8 +24,8 @@ class Settings:
 
     def __post_init__(self) -> None:
         """Check the ranges."""
+        check_number("epochs", self.epochs, 1, whole=True)
         for name, value, allowed, expected in (
-            ("epochs", self.epochs, self.epochs >= 1, "at least 1"),
             ("learning_rate", self.learning_rate, 0 < self.learning_rate < math.inf, "a number above 0"),
             (
                 "temperature",

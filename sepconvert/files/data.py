@@ -271,7 +271,7 @@ def _call(spec: str, preprocess: Preprocess, parameter: str, labelled: bool) -> 
         loader = function()
     except Exception as error:
         raise SepconvertError(
-            f"{label}: failed ({one_line(error)}); mend it: it is called without arguments, and returns a "
+            f"{label}: failed ({one_line(error)}); fix it: it is called without arguments, and returns a "
             "DataLoader"
         ) from error
     if not isinstance(loader, DataLoader):
@@ -283,7 +283,7 @@ def _call(spec: str, preprocess: Preprocess, parameter: str, labelled: bool) -> 
         batch = next(iter(loader), None)
     except Exception as error:
         raise SepconvertError(
-            f"{label}: its loader fails on the first batch ({one_line(error)}); mend its dataset or its "
+            f"{label}: its loader fails on the first batch ({one_line(error)}); fix its dataset or its "
             "collate_fn"
         ) from error
     if batch is None:

@@ -1,6 +1,6 @@
 """What data are read from, and shapes of inputs: checked before anything is read.
 
-Nothing here imports torch or numpy, so that a mistyped path is told at once.
+Nothing here imports torch or numpy, so that a mistyped path is reported at once.
 """
 
 import math

@@ -385,6 +385,10 @@ def profile(
         sizes = onnx_sizes(path)
     cost = count(private_copy(model), inputs)
     task = Task.of(metric)
+    if data is not None and not isinstance(data, Iterable):
+        raise SepconvertError(
+            f"`data`: expected batches (x, y), got {quoted(data)}; pass a DataLoader or a list"
+        )
     if data is None and task.needs_data:
         raise SepconvertError(
             f"`{task.needs_data}`: says how `data` are scored, and there are none; pass `data`"

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from sepconvert.base.errors import MAX_SEED, SepconvertError, check_number, quoted
-from sepconvert.base.options.declared import check_options, option
+from sepconvert.base.options.declared import check_options, option, path_of
 from sepconvert.base.options.exporting import Export
 from sepconvert.base.options.values import (
     GATES,
@@ -190,6 +190,6 @@ class Job:
             task=Task.of(metric),
             int8=Int8.of(int8),
             finetuning=finetune,
-            out=None if out is None else Path(out),
+            out=path_of("out", out),
             **settings,
         )

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from sepconvert.base.determinism import reproducible
 from sepconvert.base.errors import SepconvertError, first_line, quoted, shortened
 from sepconvert.base.modules import unshadowed
+from sepconvert.base.options.declared import path_of
 from sepconvert.base.options.exporting import Export
 from sepconvert.base.progress import Progress, silent
 from sepconvert.factorize.exact.factors import factor_specs
@@ -64,17 +65,18 @@ def apply(
         beside = plan.weights
     elif not isinstance(plan, Mapping):
         raise SepconvertError(
-            f"plan: expected result.plan, or the content or the path of a plan.json, got {quoted(plan)}"
+            f"`plan`: expected result.plan, or the content or the path of a plan.json, got {quoted(plan)}"
         )
     found = beside if weights is None else weights
     if found is None:
         raise SepconvertError(
-            "weights: the content of a plan.json holds none; pass result.plan, or weights= with those of "
+            "`weights`: the content of a plan.json holds none; pass result.plan, or weights= with those of "
             "converted.safetensors"
         )
     model = as_module(model)
     inputs = None if example_inputs is None else as_inputs(model, example_inputs)
-    stored = dict(found) if isinstance(found, Mapping) else Path(found)
+    stored = dict(found) if isinstance(found, Mapping) else path_of("weights", found)
+    assert stored is not None  # noqa: S101  (`found` is not)
     return _replayed(model, read_plan(plan), stored, inputs)[0]
 
 

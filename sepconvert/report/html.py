@@ -1,6 +1,5 @@
 """Reports and comparisons as self-contained HTML pages."""
 
-import re
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime, timezone
 from types import SimpleNamespace
@@ -9,7 +8,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 from markupsafe import Markup
 
-from sepconvert.base.notes import NoteLevel
+from sepconvert.base.notes import Note, NoteLevel
 from sepconvert.measure.comparison import Comparison, short_names
 from sepconvert.measure.metrics.metric import written_interval
 from sepconvert.report.page import heading, layers
@@ -70,12 +69,14 @@ def render_html(document: Document, exhibits: Exhibits | None = None) -> str:
     )
 
 
-def render_comparison(comparison: Comparison, note: str, environment: Document | None = None) -> str:
+def render_comparison(
+    comparison: Comparison, notes: Sequence[Note], environment: Document | None = None
+) -> str:
     """Return a comparison as a page, with the distributions of the latencies.
 
     Args:
         comparison: of any number of models.
-        note: lines that say how the models were measured; a line that is indented goes on with the one above.
+        notes: how the models were measured.
         environment: where they were measured, if that was now and here.
     """
     profiles = [profile.to_json() for profile in comparison.profiles]
@@ -99,7 +100,8 @@ def render_comparison(comparison: Comparison, note: str, environment: Document |
         tiles=found,
         legend=legend(found),
         rows=comparison.rows(),
-        notes=re.sub(r"\n +", " ", note).splitlines(),
+        warnings=[note for note in notes if note.level is NoteLevel.WARNING],
+        notes=[note for note in notes if note.level is not NoteLevel.WARNING],
         latencies=latencies,
         distributions=_drawn(plots.distributions, latencies) if latencies else None,
     )

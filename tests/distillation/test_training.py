@@ -486,7 +486,7 @@ class Stream(IterableDataset):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"epochs": 0}, "`epochs`: expected at least 1, got 0"),
+        ({"epochs": 0}, "`epochs`: expected a whole number from 1, got 0"),
         ({"learning_rate": -1.0}, "`learning_rate`: expected a number above 0"),
         ({"temperature": float("nan")}, "`temperature`: expected"),
         ({"feature_weight": -1.0}, "`feature_weight`: expected"),

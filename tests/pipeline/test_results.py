@@ -114,7 +114,7 @@ def test_a_plan_is_replayed_in_the_session(net, result):
     assert torch.equal(again(x), result.model(x))
     assert repr(result.plan) == "<plan of mode exact: 1 of 2 layers converted>"
     plain = dict(result.plan)
-    with pytest.raises(SepconvertError, match=r"weights: the content of a plan.json holds none"):
+    with pytest.raises(SepconvertError, match=r"`weights`: the content of a plan.json holds none"):
         sepconvert.apply(net, plain)
     assert torch.equal(sepconvert.apply(net, plain, weights=result.model.state_dict())(x), result.model(x))
     with pytest.raises(SepconvertError, match=r"weights: do not fit the model"):

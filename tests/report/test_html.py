@@ -14,7 +14,7 @@ from profiles import profile, speedup
 from report.conftest import MACHINE as RECORDED
 from report.int8_forms import deployed
 
-from sepconvert.base.notes import NoteLevel
+from sepconvert.base.notes import NoteLevel, info, warning
 from sepconvert.measure.comparison import Comparison, Delta
 from sepconvert.measure.metrics.evaluation import MetricDelta
 from sepconvert.measure.metrics.metric import MetricValue
@@ -321,9 +321,7 @@ def test_a_comparison_shows_the_metric():
         replace(profile(1.0), metric=MetricValue("psnr", "dB", True, value, 300)) for value in (28.2, 28.1)
     ]
     delta = MetricDelta(named("psnr"), 28.2, 28.1, 0.1, MeanDrop(np.full(300, 0.1)))
-    text = Page(
-        render_comparison(Comparison(tuple(reached), ("a", "b"), (Delta(accuracy=delta),)), "note")
-    ).text
+    text = Page(render_comparison(Comparison(tuple(reached), ("a", "b"), (Delta(accuracy=delta),)), [])).text
     assert "psnr28.20 dB of 30028.10 dB of 300" in text
     assert "drop, dB-0.1 [0.1, 0.1]" in text
 
@@ -542,7 +540,7 @@ def test_every_picture_of_two_widths_is_shown_once(document):
 def test_a_comparison_begins_with_verdict_and_tiles():
     models = profile(2.0, top1=0.5), profile(1.0, top1=0.5, macs=500)
     comparison = Comparison(models, ("a.onnx", "b.onnx"), (Delta(speedup=speedup(2.0)),))
-    page = render_comparison(comparison, "Timed on a machine\n  in turns.\nWarning: it <was> busy.", MACHINE)
+    page = render_comparison(comparison, [info("Timed in turns."), warning("it <was> busy.")], MACHINE)
     assert opening(page)[:5] == [
         ("header", ""), ("p", "kicker"), ("h1", ""), ("p", "facts"), ("p", "verdict"),
     ]  # fmt: skip
@@ -554,23 +552,21 @@ def test_a_comparison_begins_with_verdict_and_tiles():
     assert comparison.verdict in text
     for tile in ("time per run2.00 → 1.00 ms2.00× as fast [1.98, 2.02]", "MACs1k → 5002.00× fewer"):
         assert tile in text
-    assert text.index("it <was> busy") < text.index("In numbers") < text.index("Timed on a machine in turns.")
+    assert text.index("it <was> busy") < text.index("In numbers") < text.index("Timed in turns.")
     assert '<p class="warning">Warning: it &lt;was&gt; busy.</p>' in page
 
 
 def test_the_tiles_of_a_comparison_are_those_of_the_fastest():
     models = tuple(profile(each) for each in (4.0, 1.0, 2.0))
     deltas = tuple(Delta(speedup=speedup(each)) for each in (4.0, 2.0))
-    text = Page(render_comparison(Comparison(models, ("a", "b", "c"), deltas), "")).text
+    text = Page(render_comparison(Comparison(models, ("a", "b", "c"), deltas), [])).text
     assert "4.00 → 1.00 ms" in text
-    alone = Page(render_comparison(Comparison(models[:1], ("a",)), "")).text
+    alone = Page(render_comparison(Comparison(models[:1], ("a",)), [])).text
     assert "→" not in alone
 
 
 def test_models_of_one_name_are_all_drawn():
-    page = render_comparison(
-        Comparison((profile(1.0), profile(2.0), profile(3.0)), ("net.onnx",) * 3), "note"
-    )
+    page = render_comparison(Comparison((profile(1.0), profile(2.0), profile(3.0)), ("net.onnx",) * 3), [])
     legend = page[page.index("legend_1") : page.index("</svg>")]
     assert legend.count(">net.onnx<") == 3
 

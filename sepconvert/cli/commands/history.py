@@ -47,7 +47,7 @@ def entry_of(options: Options, found: Comparison, hashes: Sequence[str | None]) 
 def check_judged(demands: Sequence[Demand], models: Sequence[ModelChanges], *, updated: bool) -> None:
     """Tell which conditions cannot be judged, as no earlier run allows the comparison.
 
-    Where the history is updated, the next run can judge them: that is told, and no error.
+    Where the history is updated, the next run can judge them: that is reported, and is no error.
 
     Raises:
         SepconvertError: a condition cannot be judged, nor will it be.

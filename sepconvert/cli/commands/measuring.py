@@ -14,6 +14,7 @@ from torch import nn
 from sepconvert.base.documents import writing
 from sepconvert.base.environment import environment
 from sepconvert.base.errors import DemandNotMetError, SepconvertError
+from sepconvert.base.notes import Note, info, warning
 from sepconvert.base.options.values import Task
 from sepconvert.cli.commands.history import check_judged, entry_of, update
 from sepconvert.cli.conditions import QUANTITIES, Demand
@@ -72,15 +73,16 @@ def profile(**options: Any) -> None:
     details = [anatomy_text(document["anatomy"])] if "anatomy" in document else []
     if found.profile.latency is not None:
         details += [fold(str(note)) for note in machine(document["environment"])]
+    details += [fold(str(note)) for note in _doubts(found.profile)]
     show(options, document, f"{found.model}: {found.profile.sentence}", "", str(Comparison((found.profile,))),
-         *("\n" + detail for detail in (*details, *_doubts(found.profile))))  # fmt: skip
+         *("\n" + detail for detail in details))  # fmt: skip
 
 
-def _doubts(profile: Profile) -> list[str]:
+def _doubts(profile: Profile) -> list[Note]:
     """Return warnings that the accuracy of a model may mean nothing, as data and model do not fit."""
     if profile.accuracy is None or profile.labels is None:
         return []
-    return [fold(str(note)) for note in classifier_doubts(profile.accuracy.to_dict(), asdict(profile.labels))]
+    return classifier_doubts(profile.accuracy.to_dict(), asdict(profile.labels))
 
 
 def _is_profile(path: Path) -> bool:
@@ -109,8 +111,8 @@ def compare(**options: Any) -> None:
         demand.require_a_base(models=len(options["models"]), since=history is not None)
     display = display_for(options)
     with quietly(), display.shown():
-        found, note, hashes = _stored(options, display) if stored else _together(options, display)
-    note = "\n".join([note, *_doubts(found.profiles[0])])
+        found, notes, hashes = _stored(options, display) if stored else _together(options, display)
+    notes += _doubts(found.profiles[0])
     document, run, changes = found.to_json(), None, tuple[ModelChanges, ...]()
     if history is not None:
         run = entry_of(options, found, hashes)
@@ -121,7 +123,7 @@ def compare(**options: Any) -> None:
         demand.text: demand.failures_since(changes) if demand in since else demand.failures(found)
         for demand in demands
     }
-    _show(options, found, note, document, checks)
+    _show(options, found, notes, document, checks)
     if failures := [failure for messages in checks.values() for failure in messages]:
         raise DemandNotMetError(f"--fail-if: {'; '.join(failures)}")
     check_judged(since, changes, updated=options["update_baseline"])
@@ -132,7 +134,7 @@ def compare(**options: Any) -> None:
 def _show(
     options: Options,
     found: Comparison,
-    note: str,
+    notes: Sequence[Note],
     document: Mapping[str, Any],
     checks: Mapping[str, Sequence[str]],
 ) -> None:
@@ -144,14 +146,16 @@ def _show(
         wanted = {**options, "as_json": options["as_json"] or style == "json"}
         short = summary(document["baseline"]["models"]) if changes else ""
         first = f"{found.verdict} {short}".rstrip()
-        show(wanted, document, first, "", found.text("table"), "", note, *since)
+        show(
+            wanted, document, first, "", found.text("table"), "", *(fold(str(each)) for each in notes), *since
+        )
         return
     timed = options["runs"] > 0 and bool(found.deltas)
     where = environment(timing_of(options).runtime) if timed else None
     if style == "html":
         from sepconvert.report.html import render_comparison  # which imports matplotlib, for plots
 
-        text = render_comparison(found, note, where)
+        text = render_comparison(found, notes, where)
     elif style == "markdown":
         text = markdown.comparison(document, where, checks)
     else:
@@ -167,7 +171,7 @@ def _may_have_labels(options: Options) -> bool:
     return options["targets"] is not None or has_labels(spec) or not Path(spec).exists()
 
 
-_Found = tuple[Comparison, str, list[str | None]]
+_Found = tuple[Comparison, list[Note], list[str | None]]
 """A comparison, how it was measured, and the SHA-256 of each model."""
 
 
@@ -177,18 +181,17 @@ def _stored(options: Options, display: Display) -> _Found:
         read_profile(path) if path.suffix == ".json" else _profile({**options, "model": path}, display)
         for path in options["models"]
     ]
-    notes = ["Measured separately: differences in latency are not tested for significance."]
+    notes = [info("Measured separately: differences in latency are not tested for significance.")]
     for path, each in zip(options["models"][1:], found[1:], strict=True):
         if differences := found[0].differences(each.environment):
-            notes.append(f"Warning: {path} was measured in another environment than {options['models'][0]}:")
-            notes += [f"  {difference}" for difference in differences]
+            other = f"{path} was measured in another environment than {options['models'][0]}"
+            notes.append(warning(f"{other}: {', '.join(differences)}."))
         if each.model == found[0].model and each.sha256 != found[0].sha256:
-            notes.append(
-                f"Warning: {path} was made from a different file named {each.model} (the SHA-256 differs)."
-            )
+            text = f"{path} was made from a different file named {each.model} (the SHA-256 differs)."
+            notes.append(warning(text))
     names = tuple(map(str, options["models"]))
     comparison = Comparison(tuple(each.profile for each in found), names)
-    return comparison, "\n".join(notes), [each.sha256 for each in found]
+    return comparison, notes, [each.sha256 for each in found]
 
 
 def _together(options: Options, display: Display) -> _Found:
@@ -218,18 +221,21 @@ def _together(options: Options, display: Display) -> _Found:
         _trace(options, {subject.name: subject.path for subject in subjects}, inputs)
     seen = "of the data" if data is not None else "of the timed batch"
     rounds = (
-        f"{options['runs']} interleaved rounds, batch {options['batch']}.\n"
+        f"{options['runs']} interleaved rounds, batch {options['batch']}. "
         "Medians with 95 % intervals; the noise is that of the base against itself."
         if options["runs"]
         else "not timed (--runs 0)."
     )
-    notes = [f"Measured together: {rounds}", f"Differences are those {seen}, output by output."]
+    notes = [
+        info(f"Measured together: {rounds}"),
+        info(f"Differences are those {seen}, output by output."),
+    ]
     if options["runs"]:
-        notes += [fold(str(note)) for note in machine(environment(timing_of(options).runtime))]
+        notes += machine(environment(timing_of(options).runtime))
     hashes: list[str | None] = [
         files[path].sha256 if path in files else loaded[path].sha256 for path in paths
     ]
-    return comparison, "\n".join(notes), hashes
+    return comparison, notes, hashes
 
 
 def _by_position(model: nn.Module, batch: object) -> Batch:

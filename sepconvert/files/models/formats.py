@@ -1,6 +1,6 @@
 """What models are read from: recognised by name, path and first bytes, before anything is read.
 
-Nothing here imports torch or numpy, so that a mistyped path is told at once.
+Nothing here imports torch or numpy, so that a mistyped path is reported at once.
 """
 
 import zipfile

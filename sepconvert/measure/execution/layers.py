@@ -4,7 +4,7 @@ from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from sepconvert.measure.execution.operators import OperatorTime
+from sepconvert.measure.execution.operators import BLOCKED_KERNELS, OperatorTime
 
 # Share of the ratio of MACs; a smaller gain is explained.
 _DISAPPOINTING = 0.5
@@ -191,8 +191,8 @@ def _cause(
     sides = (before, len(layers) * gain.macs[0]), (after, len(layers) * gain.macs[1])
     own, new = (macs / max(_milliseconds(operators), 1e-9) / 1e6 for operators, macs in sides)
     pace = f"within the model it runs at {new:.1f} GMAC/s, the original at {own:.1f}"
-    unblocked = [kernel for kernel in _kernels(after) if not _blocked(kernel)]
-    if unblocked and all(map(_blocked, _kernels(before))):
+    unblocked = [kernel for kernel in _kernels(after) if kernel not in BLOCKED_KERNELS]
+    if unblocked and BLOCKED_KERNELS.issuperset(_kernels(before)):
         return f"{pace}: {', '.join(unblocked)} instead of the runtime's kernels for blocked layouts"
     if _milliseconds(after) < _SHORTEST_MS * len(after):
         microseconds, number = 1000 * _milliseconds(after) / len(after), len(after) // len(layers)
@@ -210,7 +210,3 @@ def _cause(
     slowest = max(times, key=times.__getitem__)
     share = 100 * times[slowest] / (_milliseconds(after) or 1.0)
     return f"{pace}: {share:.0f} % of its time is in {slowest}"
-
-
-def _blocked(kernel: str) -> bool:
-    return kernel.endswith("blocked layout")

@@ -177,6 +177,12 @@ def _loaded(model: Path | bytes) -> onnx.ModelProto:
     return onnx.load_model_from_string(model)
 
 
+BLOCKED_KERNELS = frozenset(
+    f"{kind}, blocked layout" for kind in ("pointwise", "depthwise", "grouped", "direct")
+)
+"""Kernels of convolutions for layouts in which channels lie in blocks of a vector's width."""
+
+
 def _kernel(operator: str, blocked: bool, shapes: Sequence[Shape]) -> str | None:
     """Return the kernel that a convolution's type, layout and shapes imply; None for other operators."""
     if operator not in _CONVOLUTIONS or len(shapes) < 2 or len(shapes[1]) < 3:

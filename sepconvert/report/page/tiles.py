@@ -48,8 +48,8 @@ class Tile:
 def report_tiles(document: Document) -> list[Tile]:
     """Return the tiles of a report.
 
-    In int8, the model is compared with the original in int8, but for the metric, of which it is the original
-    in floating point.
+    In int8, speed and size are compared with the original in int8, the metric with the original in floating
+    point.
     """
     before, after, delta = (document[key] for key in ("original", "converted", "delta"))
     outputs = _outputs(document)

@@ -104,7 +104,7 @@ class Island:
 
 
 Watch = Callable[[Island, Sequence[Tensor], Sequence[Tensor]], None]
-"""Is told of a run of an island, its inputs and its outputs."""
+"""Called after a run of an island, with the island, its inputs and its outputs."""
 
 
 @dataclass(frozen=True, eq=False)
