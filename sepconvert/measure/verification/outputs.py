@@ -39,6 +39,9 @@ _RUNTIME_NOISE = 16.0
 _SIGNS: tuple[Literal["random", "equal"], ...] = ("random", "equal")
 
 
+_MARGIN = 2.0**-6  # below the largest number of a dtype, within which rounding may lead beyond it
+
+
 # Factors of random inputs that are tried on a model whose outputs are within rounding of each other.
 _GAINS = (8.0, 64.0, 512.0, 4096.0)
 
@@ -172,7 +175,8 @@ class _Runs:
     ) -> None:
         self._precise, self._rounded = private_copy(model, dtype), private_copy(model, runtime_dtype(model))
         self._sites, self._tolerances, self._dtype, self._seed = sites, tolerances, dtype, seed
-        self._eps = torch.finfo(runtime_dtype(model)).eps
+        self._runtime = runtime_dtype(model)
+        self._eps = torch.finfo(self._runtime).eps
 
     def case(self, inputs: Inputs) -> Case:
         """Return the outputs for some inputs, and how far they may move."""
@@ -190,7 +194,8 @@ class _Runs:
                 for p, e in zip(perturbed, plain, strict=True)
             ),
             tuple(
-                _RUNTIME_NOISE * (max(_difference(r, e) for r in each) + self._eps * _magnitude(e))
+                _RUNTIME_NOISE
+                * (max(self._moved(r, e) for r in each) + self._eps * _magnitude(e, self._runtime))
                 + by_activations
                 for each, e, by_activations in zip(zip(*rounded, strict=True), plain, moved, strict=True)
             ),
@@ -256,8 +261,11 @@ class _Runs:
         for signs in _SIGNS:
             with ActivationErrors(self._eps, signs, self._seed):
                 outputs = float64_outputs(self._precise, inputs)
-            moved.append([_SAFETY * _difference(a, e) for a, e in zip(outputs, plain, strict=True)])
+            moved.append([_SAFETY * self._moved(a, e) for a, e in zip(outputs, plain, strict=True)])
         return [max(each) for each in zip(*moved, strict=True)]
+
+    def _moved(self, moved: Tensor, exact: Tensor) -> float:
+        return _difference(moved, exact, _overflows(exact, self._runtime))
 
 
 def _perturbed(
@@ -285,9 +293,9 @@ def compare_with(expected: Reference, converted: nn.Module) -> OutputCheck:
     """Check the outputs of the converted model against the original's reference."""
     precise = private_copy(converted, expected.dtype)
     # Outputs in the runtime's dtype are off by as much as the runtime's.
-    noise = 2.0 if expected.dtype == expected.runtime else 0.0
+    noisy = expected.dtype == expected.runtime
     pairs = [
-        (_difference(a, e), tolerance + noise * rounding)
+        (_difference(a, e), tolerance + (2 * rounding if noisy else 0.0))
         for case in expected.cases
         for a, e, tolerance, rounding in zip(
             float64_outputs(precise, cast(case.inputs, expected.dtype)),
@@ -313,7 +321,10 @@ def compare_export(
     """
     half = math.sqrt(torch.finfo(expected.runtime).eps) if any_rounding else 0.0
     pairs = [
-        (_difference(output, exact), max(rounding, half * _magnitude(exact)))
+        (
+            _difference(output, exact, _overflows(exact, expected.runtime)),
+            max(rounding, half * _magnitude(exact, expected.runtime)),
+        )
         for case, run in zip(expected.cases, runs, strict=True)
         for exact, rounding, output in zip(case.outputs, case.roundings, run, strict=True)
     ]
@@ -325,10 +336,10 @@ def compare_runs(
 ) -> OutputCheck:
     """Check the converted model against the original, both in the runtime, for the cases of `expected`."""
     pairs = [
-        (_difference(theirs, ours), tolerance + 2 * rounding)
+        (_difference(theirs, ours, _overflows(exact, expected.runtime)), tolerance + 2 * rounding)
         for case, before, after in zip(expected.cases, original, converted, strict=True)
-        for tolerance, rounding, ours, theirs in zip(
-            case.tolerances, case.roundings, before, after, strict=True
+        for exact, tolerance, rounding, ours, theirs in zip(
+            case.outputs, case.tolerances, case.roundings, before, after, strict=True
         )
     ]
     return _worst(pairs, expected.runtime)
@@ -343,12 +354,19 @@ def _worst(pairs: Sequence[tuple[float, float]], dtype: torch.dtype) -> OutputCh
     return OutputCheck(difference, tolerance, str(dtype).removeprefix("torch."))
 
 
-def _magnitude(values: Tensor) -> float:
-    """Return the largest finite absolute value."""
-    return largest([values[values.isfinite()]])
+def _magnitude(values: Tensor, dtype: torch.dtype = torch.float64) -> float:
+    """Return the largest absolute value of those that are finite in a dtype."""
+    return largest([values[values.isfinite() & ~_overflows(values, dtype)]])
 
 
-def _difference(a: Tensor, b: Tensor) -> float:
+def _overflows(exact: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return where finite values are infinite in a dtype, or may be after a rounding."""
+    return exact.isfinite() & (exact.abs() > (1 - _MARGIN) * torch.finfo(dtype).max)
+
+
+def _difference(a: Tensor, b: Tensor, ignored: Tensor | None = None) -> float:
     """Return max |a − b| over elements where one is finite (a model may have NaN or Inf in its weights)."""
     same = (a == b) | ~(a.isfinite() | b.isfinite())
+    if ignored is not None:
+        same = same | ignored
     return largest([torch.where(same, 0.0, a - b)])

@@ -135,6 +135,9 @@ class Chooser:
         return found if good else point
 
 
+_ADVICE_ON_NOISE = "measure with more `runs` while the machine is idle, "
+
+
 def unmet(budget: Budget, curve: Curve) -> DemandNotMetError:
     """Return the error that no plan meets a budget: how near plans come to it, and what they do meet."""
     return DemandNotMetError(
@@ -146,13 +149,14 @@ def within_reach(budget: Budget, points: Sequence[Point]) -> dict[str, float]:
     """Return the demand to relax, by name, and a value of it at which one of the plans meets the budget.
 
     That is the speed-up, where one is demanded that no plan has which keeps within the allowed drop; and that
-    drop, where no plan is both fast enough and keeps within it. None is returned of what was not measured.
+    drop, where no plan is both fast enough and keeps within it. None is returned of what was not measured, or
+    may be noise.
     """
     most, least = budget.max_drop, budget.min_speedup
     timed = [
         (point.measured.speedup.median, point.measured.accuracy)
         for point in points
-        if point.measured.speedup is not None and point.plan.choice
+        if point.measured.speedup is not None and point.measured.speedup.significant and point.plan.choice
     ]
     within = [speed for speed, drop in timed if most is None or (drop is not None and drop.drop <= most)]
     if least is not None and max(within, default=1.0) * _SURELY > 1:
@@ -168,15 +172,18 @@ def _shortfall(budget: Budget, points: Sequence[Point]) -> str:
     names = ("rank", "target_macs", "target_params", "max_drop", "min_speedup")
     demands = [f"`{name}` {getattr(budget, name):g}" for name in names if getattr(budget, name) is not None]
     deltas = [point.measured.accuracy for point in points if point.measured.accuracy is not None]
-    speeds = [point.measured.speedup.median for point in points if point.measured.speedup is not None]
+    timed = [point.measured.speedup for point in points if point.measured.speedup is not None]
+    fastest = max(timed, key=lambda speedup: speedup.median, default=None)
+    noise = "" if fastest is None or fastest.significant else ", within noise"
     reached = [
         *([f"smallest drop {_smallest(deltas)} of {len(deltas)} measured"] if deltas else []),
-        *([f"largest speed-up {max(speeds):.2f}× of {len(speeds)} timed"] if speeds else []),
+        *([f"largest speed-up {fastest.median:.2f}× of {len(timed)} timed{noise}"] if fastest else []),
         f"fewest MACs {min(point.plan.macs for point in points):,}",
     ]
     return (
         f"no plan meets {' and '.join(demands)} ({', '.join(reached)} among {len(points)} plans); "
-        "relax a demand, pass `finetune`, or `nearest` for the plan that comes nearest"
+        f"{_ADVICE_ON_NOISE if noise and budget.min_speedup else ''}relax a demand, pass `finetune`, or "
+        "`nearest` for the plan that comes nearest"
     )
 
 

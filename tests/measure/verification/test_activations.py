@@ -14,7 +14,13 @@ from sepconvert.files.onnx.export import export_program, save_onnx
 from sepconvert.files.onnx.structured import onnx_feed
 from sepconvert.measure.latency import Deployed, session
 from sepconvert.measure.verification.activations import OPERATOR_ERRORS, ActivationErrors
-from sepconvert.measure.verification.outputs import Reference, compare_export, reference
+from sepconvert.measure.verification.outputs import (
+    Reference,
+    compare_export,
+    compare_runs,
+    compare_with,
+    reference,
+)
 from sepconvert.network.tensors import cast
 
 ACTIVATIONS = {
@@ -227,6 +233,36 @@ def test_what_follows_has_a_value_though_an_activation_errs(name, level, tmp_pat
     expected = reference(model, (INPUTS,), (), {}, 0)
     assert all(math.isfinite(rounding) for case in expected.cases for rounding in case.roundings)
     assert compare_export(expected, in_runtime(model, expected, tmp_path)).holds
+
+
+class Overflowing(nn.Module):
+    """An exponential, a part of whose values float16 does not hold."""
+
+    def __init__(self):
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            self.first, self.second = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 4, 3)
+        self.second.bias.data += 11
+
+    def forward(self, x):
+        return self.second(self.first(x).relu()).exp()
+
+
+def test_values_beyond_the_range_of_the_dtype_are_left_out_and_the_others_compared(tmp_path):
+    model, inputs = Overflowing().half().eval(), (INPUTS.half(),)
+    expected = reference(model, inputs, (), {}, 0)
+    (exact,) = expected.cases[0].outputs
+    assert 0 < (exact > torch.finfo(torch.float16).max).double().mean() < 0.9
+    assert compare_with(expected, model).holds
+    runs = in_runtime(model, expected, tmp_path)
+    assert runs[0][0].isinf().any()
+    assert compare_export(expected, runs).holds
+    assert compare_runs(expected, runs, runs).holds
+    broken = Overflowing().half().eval()
+    wrong_kernel(broken)
+    assert not compare_with(expected, broken).holds
+    assert not compare_export(expected, in_runtime(broken, expected, tmp_path)).holds
 
 
 # The model of the errors

@@ -369,6 +369,17 @@ def unmet(budget, **options):
     return bench, total, caught.value
 
 
+def test_a_speed_that_noise_explains_is_no_demand_that_would_be_met():
+    """The noise of the bench reaches to 1.1."""
+    bench = Bench({name: layer(400, 1.0) for name in "ab"}, ratio=lambda cost: 1.08)
+    with pytest.raises(DemandNotMetError) as caught:
+        bench.search.run(Budget(min_speedup=1.05))
+    assert "largest speed-up 1.08× of " in str(caught.value)
+    assert " timed, within noise" in str(caught.value)
+    assert "measure with more `runs` while the machine is idle" in str(caught.value)
+    assert caught.value.within_reach == {}
+
+
 def test_a_speed_out_of_reach_names_one_within_reach_and_has_a_nearest_plan():
     budget = Budget(min_speedup=50)
     bench, total, error = unmet(budget)
