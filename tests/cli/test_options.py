@@ -34,7 +34,7 @@ FLAGS = {
 }
 # Parameters of functions that no command calls with values of the user's.
 OF_PYTHON = {
-    "--check", "--example-inputs", "--feature-weight", "--on-step", "--progress", "--student", "--timing",
+    "--check", "--example-inputs", "--feature-weight", "--on-step", "--progress", "--plan", "--student", "--weights", "--timing",
 }  # fmt: skip
 
 

@@ -126,7 +126,7 @@ def test_arguments_of_another_type_are_refused_by_name(options, message):
             "`plan`: expected result.plan, or the content or the path of a plan.json",
         ),
         (lambda m, x: sepconvert.convert(m, x, out=3), "`out`: expected a path, got 3"),
-        (lambda m, x: sepconvert.profile(m, x, data=3), "`data`: expected batches (x, y), got 3"),
+        (lambda m, x: sepconvert.profile(m, x, data=3), r"`data`: expected batches \(x, y\), got 3"),
         (lambda m, x: sepconvert.compare(1), "compare: expected profiles, got 1"),
         (lambda m, x: sepconvert.compare(), "compare: expected profiles, got none"),
         (
