@@ -34,7 +34,8 @@ FLAGS = {
 }
 # Parameters of functions that no command calls with values of the user's.
 OF_PYTHON = {
-    "--check", "--example-inputs", "--feature-weight", "--on-step", "--progress", "--plan", "--student", "--weights", "--timing",
+    "--check", "--example-inputs", "--feature-weight", "--on-step", "--plan", "--progress", "--student",
+    "--timing", "--weights",
 }  # fmt: skip
 
 
